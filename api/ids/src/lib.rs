@@ -150,7 +150,9 @@ ids! {
 
 /// The generation of a guest's ownership. Whoever writes, serves or announces for a guest carries it; what is below
 /// the current one is refused (design: "One owner").
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize, utoipa::ToSchema,
+)]
 #[serde(transparent)]
 pub struct Epoch(pub u64);
 
@@ -192,7 +194,9 @@ mod tests {
 
     #[test]
     fn only_the_hyphenated_form_is_an_id() {
-        for bad in ["gst-", "gst-00000000000000000000000000000000", "gst-{0192d6a0-0000-7000-8000-000000000000}", "", "gst"] {
+        for bad in
+            ["gst-", "gst-00000000000000000000000000000000", "gst-{0192d6a0-0000-7000-8000-000000000000}", "", "gst"]
+        {
             assert!(bad.parse::<GuestId>().is_err(), "{bad}");
         }
     }

@@ -1,0 +1,454 @@
+//! The typed REST client: TLS pinned to the controller's CA, problems as errors, idempotent retry, long-polled
+//! operations, the event stream with resume.
+
+use std::time::{Duration, Instant};
+
+use futures::{Stream, StreamExt as _};
+use reqwest::{Method, RequestBuilder, StatusCode};
+use serde::{Serialize, de::DeserializeOwned};
+use supercloud_ids::{OperationId, RequestId};
+
+use crate::{
+    Cloud, CloudCreate, Event, Freeze, Guest, GuestCreate, GuestFreeze, GuestMigrate, GuestPatch, GuestStart,
+    GuestStop, GuestThaw, Host, HostPatch, Image, ImageCreate, ImageImport, ImagePart, JoinRequest, JoinResponse,
+    JoinToken, JoinTokenCreate, Market, Network, NetworkCreate, Operation, Page, Port, PriceSeries, Problem, Project,
+    ProjectCreate, Token, TokenCreate, TokenSecret, Volume, WhoAmI,
+};
+
+/// How long one attempt of a request may take when it does not say otherwise.
+const REQUEST_BUDGET: Duration = Duration::from_secs(60);
+/// How long a request is tried again when the controller cannot be reached or says "retry".
+const RETRY_BUDGET: Duration = Duration::from_secs(20);
+/// The longest answer that is read, in bytes.
+const MAX_BODY_BYTES: usize = 64 << 20;
+
+/// Why a call failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// The controller answered with a problem.
+    #[error("{0}")]
+    Problem(Problem),
+    /// It could not be reached, or the answer broke off.
+    #[error("cannot reach the controller at {url}")]
+    Transport {
+        /// Where.
+        url: String,
+        /// Why.
+        #[source]
+        source: reqwest::Error,
+    },
+    /// It answered with something that is not what this version of the API says.
+    #[error("unexpected answer from {url}: {what}")]
+    Unexpected {
+        /// Where.
+        url: String,
+        /// What was wrong.
+        what: String,
+    },
+    /// The settings make no client.
+    #[error("the client cannot be set up: {0}")]
+    Setup(String),
+    /// The wait was over before the operation was.
+    #[error("operation {0} has not ended yet")]
+    StillRunning(OperationId),
+}
+
+impl ClientError {
+    /// The problem, when the controller gave one.
+    #[must_use]
+    pub fn problem(&self) -> Option<&Problem> {
+        match self {
+            Self::Problem(problem) => Some(problem),
+            _ => None,
+        }
+    }
+}
+
+/// Where the controller is and what to show it.
+#[derive(Debug, Clone)]
+pub struct ClientConfig {
+    /// `https://host:port`, or `http://` on loopback.
+    pub url: String,
+    /// The bearer's secret.
+    pub token: Option<String>,
+    /// The controller's CA, PEM. Required with https: no public CA is trusted.
+    pub ca_pem: Option<String>,
+    /// The project for names and listings, when the token is good for all.
+    pub project: Option<String>,
+}
+
+/// The client. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Client {
+    http: reqwest::Client,
+    config: ClientConfig,
+}
+
+type Result<T, E = ClientError> = std::result::Result<T, E>;
+
+impl Client {
+    /// A client; no connection is made yet.
+    ///
+    /// # Errors
+    /// When URL or CA are not acceptable.
+    pub fn new(config: ClientConfig) -> Result<Self> {
+        crate::tls::install_provider();
+        let url = reqwest::Url::parse(&config.url).map_err(|e| ClientError::Setup(format!("'{}': {e}", config.url)))?;
+        let host = url.host_str().unwrap_or_default().to_owned();
+        let mut builder = reqwest::Client::builder()
+            .user_agent(concat!("supercloud/", env!("CARGO_PKG_VERSION")))
+            .connect_timeout(Duration::from_secs(10))
+            .tcp_keepalive(Duration::from_secs(15))
+            .no_proxy();
+        match url.scheme() {
+            "https" => {
+                let pem = config.ca_pem.as_deref().ok_or_else(|| {
+                    ClientError::Setup("https needs the controller's CA (--ca FILE or SUPERCLOUD_CA)".into())
+                })?;
+                let ca = reqwest::Certificate::from_pem(pem.as_bytes())
+                    .map_err(|e| ClientError::Setup(format!("the CA: {e}")))?;
+                builder = builder.add_root_certificate(ca).https_only(true);
+            }
+            "http" if ["127.0.0.1", "localhost", "[::1]"].contains(&host.as_str()) => {}
+            "http" => return Err(ClientError::Setup("plain http is for loopback only; use https".into())),
+            other => return Err(ClientError::Setup(format!("'{other}' is no scheme of ours; use https"))),
+        }
+        let http = builder.build().map_err(|e| ClientError::Setup(e.to_string()))?;
+        Ok(Self { http, config })
+    }
+
+    /// The settings it was made with.
+    #[must_use]
+    pub fn config(&self) -> &ClientConfig {
+        &self.config
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("{}{path}", self.config.url.trim_end_matches('/'))
+    }
+
+    fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        let mut request = self.http.request(method, self.url(path));
+        if let Some(token) = &self.config.token {
+            request = request.bearer_auth(token);
+        }
+        if let Some(project) = &self.config.project {
+            request = request.query(&[("project", project)]);
+        }
+        request
+    }
+
+    /// Sends, tries again while that makes sense, and decodes. Every try carries the same `Idempotency-Key`.
+    async fn send<T: DeserializeOwned>(&self, path: &str, request: RequestBuilder) -> Result<T> {
+        let bytes = self.send_raw(path, request).await?;
+        let bytes: &[u8] = if bytes.is_empty() { b"null" } else { &bytes };
+        serde_json::from_slice(bytes).map_err(|e| ClientError::Unexpected { url: self.url(path), what: e.to_string() })
+    }
+
+    async fn send_raw(&self, path: &str, request: RequestBuilder) -> Result<bytes::Bytes> {
+        let request = request.header("Idempotency-Key", RequestId::generate().to_string());
+        let began = Instant::now();
+        let mut pause = Duration::from_millis(100);
+        loop {
+            // A streamed body cannot be cloned: one try only.
+            let Some(attempt) = request.try_clone() else { return self.once(path, request).await };
+            match self.once(path, attempt).await {
+                Ok(bytes) => return Ok(bytes),
+                Err(error) if is_worth_a_retry(&error) && began.elapsed() + pause < RETRY_BUDGET => {
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(Duration::from_secs(3));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    async fn once(&self, path: &str, request: RequestBuilder) -> Result<bytes::Bytes> {
+        let transport = |source| ClientError::Transport { url: self.url(path), source };
+        let response = request.timeout(REQUEST_BUDGET).send().await.map_err(transport)?;
+        let status = response.status();
+        if response.content_length().is_some_and(|n| n > MAX_BODY_BYTES as u64) {
+            return Err(ClientError::Unexpected { url: self.url(path), what: "the answer is too large".into() });
+        }
+        let body = response.bytes().await.map_err(transport)?;
+        if status.is_success() {
+            return Ok(body);
+        }
+        match serde_json::from_slice::<Problem>(&body) {
+            Ok(problem) => Err(ClientError::Problem(problem)),
+            Err(_) => Err(ClientError::Unexpected {
+                url: self.url(path),
+                what: format!("{status}: {}", String::from_utf8_lossy(&body[..body.len().min(200)])),
+            }),
+        }
+    }
+
+    /// `GET`s any path under `/v1`.
+    ///
+    /// # Errors
+    /// As every call: see [`ClientError`].
+    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
+        self.send(path, self.request(Method::GET, path)).await
+    }
+
+    /// Sends a body with any method to any path under `/v1`.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn call<B: Serialize + Sync, T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: &B,
+    ) -> Result<T> {
+        self.send(path, self.request(method, path).json(body)).await
+    }
+
+    async fn post<B: Serialize + Sync, T: DeserializeOwned>(&self, path: &str, body: &B) -> Result<T> {
+        self.call(Method::POST, path, body).await
+    }
+
+    /// `DELETE`s any path under `/v1`.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
+        self.send(path, self.request(Method::DELETE, path)).await
+    }
+
+    /// All items of a listing, page by page (at most 100,000).
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn list<T: DeserializeOwned>(&self, path: &str) -> Result<Vec<T>> {
+        let mut items = Vec::new();
+        let mut page = None::<String>;
+        loop {
+            let mut request = self.request(Method::GET, path);
+            if let Some(page) = &page {
+                request = request.query(&[("page", page)]);
+            }
+            let answer: Page<T> = self.send(path, request).await?;
+            items.extend(answer.items);
+            page = answer.next_page;
+            if page.is_none() || items.len() >= 100_000 {
+                return Ok(items);
+            }
+        }
+    }
+
+    /// Uploads a piece of an image's part at an offset; pieces of at most 8 MiB.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn upload_part(&self, image: &str, part: ImagePart, offset: u64, piece: bytes::Bytes) -> Result<Image> {
+        let part = serde_json::to_value(part).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default();
+        let path = format!("/v1/images/{image}/parts/{part}");
+        let request = self
+            .request(Method::PUT, &path)
+            .query(&[("offset", offset)])
+            .header("Content-Type", "application/octet-stream")
+            .body(piece);
+        self.send(&path, request).await
+    }
+
+    /// Waits until an operation has ended, calling `watch` with each state seen. The last state is returned whatever it is.
+    ///
+    /// # Errors
+    /// [`ClientError::StillRunning`] when it has not ended within `budget`; else as every call.
+    pub async fn wait(
+        &self,
+        id: OperationId,
+        budget: Duration,
+        mut watch: impl FnMut(&Operation),
+    ) -> Result<Operation> {
+        let began = Instant::now();
+        loop {
+            let operation: Operation = self.get(&format!("/v1/operations/{id}?wait=1s")).await?;
+            watch(&operation);
+            if operation.phase.is_terminal() {
+                return Ok(operation);
+            }
+            if began.elapsed() >= budget {
+                return Err(ClientError::StillRunning(id));
+            }
+        }
+    }
+
+    /// The event stream from after `after`; ends when the connection does (call again with the last `seq`).
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    pub async fn events(&self, after: u64) -> Result<impl Stream<Item = Result<Event>> + Send + use<>> {
+        let path = "/v1/events/stream";
+        let url = self.url(path);
+        let transport_url = url.clone();
+        let response = self
+            .request(Method::GET, path)
+            .header("Last-Event-ID", after.to_string())
+            .header("Accept", "text/event-stream")
+            .send()
+            .await
+            .map_err(|source| ClientError::Transport { url: url.clone(), source })?;
+        if response.status() != StatusCode::OK {
+            let status = response.status();
+            let body = response.bytes().await.unwrap_or_default();
+            return Err(serde_json::from_slice(&body)
+                .map_or_else(|_| ClientError::Unexpected { url, what: status.to_string() }, ClientError::Problem));
+        }
+        let lines = response
+            .bytes_stream()
+            .map(move |piece| piece.map_err(|source| ClientError::Transport { url: transport_url.clone(), source }));
+        Ok(sse_events(lines))
+    }
+}
+
+fn is_worth_a_retry(error: &ClientError) -> bool {
+    match error {
+        ClientError::Transport { source, .. } => source.is_connect() || source.is_timeout() || source.is_request(),
+        // Other retryable problems (no capacity, operation in progress) are the caller's to judge.
+        ClientError::Problem(problem) => matches!(problem.status, 429 | 503),
+        _ => false,
+    }
+}
+
+/// Events out of the bytes of a `text/event-stream` (WHATWG HTML, section 9.2): only `data` matters to us.
+fn sse_events(
+    bytes: impl Stream<Item = Result<bytes::Bytes>> + Send + 'static,
+) -> impl Stream<Item = Result<Event>> + Send {
+    const MAX_LINE_BYTES: usize = 1 << 20;
+    let state = (Box::pin(bytes), Vec::<u8>::new());
+    futures::stream::unfold(state, |(mut bytes, mut buffer)| async move {
+        loop {
+            if let Some(end) = buffer.iter().position(|b| *b == b'\n') {
+                let line: Vec<u8> = buffer.drain(..=end).collect();
+                let Some(data) = line.strip_prefix(b"data:") else { continue };
+                let event = serde_json::from_slice(data.trim_ascii())
+                    .map_err(|e| ClientError::Unexpected { url: "/v1/events/stream".into(), what: e.to_string() });
+                return Some((event, (bytes, buffer)));
+            }
+            if buffer.len() > MAX_LINE_BYTES {
+                return None;
+            }
+            match bytes.next().await {
+                Some(Ok(piece)) => buffer.extend_from_slice(&piece),
+                Some(Err(error)) => {
+                    buffer.clear();
+                    return Some((Err(error), (bytes, buffer)));
+                }
+                None => return None,
+            }
+        }
+    })
+}
+
+macro_rules! calls {
+    ($($(#[$doc:meta])* $name:ident($($arg:ident: $kind:ty),*) -> $out:ty = $verb:ident($path:expr $(, $body:expr)?);)*) => {
+        impl Client {$(
+            $(#[$doc])*
+            ///
+            /// # Errors
+            /// As every call: see [`ClientError`].
+            pub async fn $name(&self, $($arg: $kind),*) -> Result<$out> {
+                self.$verb(&$path $(, $body)?).await
+            }
+        )*}
+    };
+}
+
+calls! {
+    /// Who the token is.
+    whoami() -> WhoAmI = get("/v1/whoami");
+    /// All clouds.
+    clouds() -> Vec<Cloud> = list("/v1/clouds");
+    /// Makes a cloud known.
+    create_cloud(body: &CloudCreate) -> Cloud = post("/v1/clouds", body);
+    /// All hosts.
+    hosts() -> Vec<Host> = list("/v1/hosts");
+    /// One host, by name or id.
+    host(host: &str) -> Host = get(format!("/v1/hosts/{host}"));
+    /// Changes a host.
+    patch_host(host: &str, body: &HostPatch) -> Host = patch(format!("/v1/hosts/{host}"), body);
+    /// Removes a host: its certificate is denied at once.
+    remove_host(host: &str) -> Host = delete(format!("/v1/hosts/{host}"));
+    /// A one-time token for an agent to join with.
+    create_join_token(body: &JoinTokenCreate) -> JoinToken = post("/v1/join-tokens", body);
+    /// Joins: called by an agent.
+    join(body: &JoinRequest) -> JoinResponse = post("/v1/join", body);
+    /// All projects.
+    projects() -> Vec<Project> = list("/v1/projects");
+    /// Makes a project.
+    create_project(body: &ProjectCreate) -> Project = post("/v1/projects", body);
+    /// All tokens (without secrets).
+    tokens() -> Vec<Token> = list("/v1/tokens");
+    /// Makes a token.
+    create_token(body: &TokenCreate) -> TokenSecret = post("/v1/tokens", body);
+    /// Deletes a token.
+    delete_token(id: &str) -> () = delete(format!("/v1/tokens/{id}"));
+    /// All images.
+    images() -> Vec<Image> = list("/v1/images");
+    /// One image.
+    image(image: &str) -> Image = get(format!("/v1/images/{image}"));
+    /// Makes an image record; upload its parts next.
+    create_image(body: &ImageCreate) -> Image = post("/v1/images", body);
+    /// Starts the import of what was uploaded.
+    import_image(image: &str, body: &ImageImport) -> Operation = post(format!("/v1/images/{image}/import"), body);
+    /// Deletes an image that no volume needs.
+    delete_image(image: &str) -> () = delete(format!("/v1/images/{image}"));
+    /// All volumes.
+    volumes() -> Vec<Volume> = list("/v1/volumes");
+    /// One volume.
+    volume(volume: &str) -> Volume = get(format!("/v1/volumes/{volume}"));
+    /// All networks.
+    networks() -> Vec<Network> = list("/v1/networks");
+    /// One network.
+    network(network: &str) -> Network = get(format!("/v1/networks/{network}"));
+    /// Makes a network.
+    create_network(body: &NetworkCreate) -> Network = post("/v1/networks", body);
+    /// Deletes a network without ports.
+    delete_network(network: &str) -> () = delete(format!("/v1/networks/{network}"));
+    /// All ports.
+    ports() -> Vec<Port> = list("/v1/ports");
+    /// All guests.
+    guests() -> Vec<Guest> = list("/v1/guests");
+    /// One guest.
+    guest(guest: &str) -> Guest = get(format!("/v1/guests/{guest}"));
+    /// Makes a guest and starts it.
+    create_guest(body: &GuestCreate) -> Operation = post("/v1/guests", body);
+    /// Changes a guest.
+    patch_guest(guest: &str, body: &GuestPatch) -> Guest = patch(format!("/v1/guests/{guest}"), body);
+    /// Starts a stopped guest.
+    start_guest(guest: &str, body: &GuestStart) -> Operation = post(format!("/v1/guests/{guest}/start"), body);
+    /// Stops a guest.
+    stop_guest(guest: &str, body: &GuestStop) -> Operation = post(format!("/v1/guests/{guest}/stop"), body);
+    /// Moves a guest live.
+    migrate_guest(guest: &str, body: &GuestMigrate) -> Operation = post(format!("/v1/guests/{guest}/migrate"), body);
+    /// What a move would do; nothing happens.
+    plan_migration(guest: &str, body: &GuestMigrate) -> Operation = post(format!("/v1/guests/{guest}/migrate?dry_run=true"), body);
+    /// Suspends a guest into the store.
+    freeze_guest(guest: &str, body: &GuestFreeze) -> Operation = post(format!("/v1/guests/{guest}/freeze"), body);
+    /// Resumes a frozen guest.
+    thaw_guest(guest: &str, body: &GuestThaw) -> Operation = post(format!("/v1/guests/{guest}/thaw"), body);
+    /// Deletes a stopped or frozen guest with its volumes and ports.
+    delete_guest(guest: &str) -> Operation = delete(format!("/v1/guests/{guest}"));
+    /// All freezes.
+    freezes() -> Vec<Freeze> = list("/v1/freezes");
+    /// All operations, newest last.
+    operations() -> Vec<Operation> = list("/v1/operations");
+    /// One operation.
+    operation(id: OperationId) -> Operation = get(format!("/v1/operations/{id}"));
+    /// Asks for an operation to be cancelled.
+    cancel_operation(id: OperationId) -> Operation = post(format!("/v1/operations/{id}/cancel"), &());
+    /// Events after a number, at most 1000.
+    events_after(after: u64) -> Page<Event> = get(format!("/v1/events?after={after}&limit=1000"));
+    /// All markets with their prices now.
+    markets() -> Vec<Market> = list("/v1/markets");
+    /// The prices of a market up to now.
+    prices(market: &str) -> PriceSeries = get(format!("/v1/prices?market={market}"));
+}
+
+impl Client {
+    async fn patch<B: Serialize + Sync, T: DeserializeOwned>(&self, path: &str, body: &B) -> Result<T> {
+        self.call(Method::PATCH, path, body).await
+    }
+}

@@ -1,0 +1,686 @@
+//! The agent link: one mTLS connection per host, dialled by the agent (hosts sit behind NAT), ALPN [`crate::tls::ALPN_AGENT`].
+//!
+//! Either side sends requests and notices; each request carries a number that its response repeats. All payloads are
+//! JSON in [`crate::frame`]s:
+//!
+//! | kind | name | from | payload |
+//! |---|---|---|---|
+//! | 1 | hello | agent | [`Hello`]: the first frame |
+//! | 2 | welcome | controller | [`Welcome`]: the answer; else the connection is closed |
+//! | 3 | command | controller | [`Envelope`]`<`[`Command`]`>` |
+//! | 4 | command result | agent | [`Envelope`]`<`[`Outcome`]`<`[`CommandResult`]`>>` |
+//! | 5 | query | agent | [`Envelope`]`<`[`Query`]`>` |
+//! | 6 | answer | controller | [`Envelope`]`<`[`Outcome`]`<`[`Answer`]`>>` |
+//! | 7 | notice | agent | [`Notice`] |
+//! | 8 | directive | controller | [`Directive`]: state that the agent takes over; no answer |
+//!
+//! Commands and queries are idempotent: after a broken link the same one is sent again with the same operation id.
+
+use std::{
+    fmt,
+    net::{Ipv4Addr, SocketAddr},
+};
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use supercloud_ids::{
+    CloudId, Epoch, FreezeId, GuestId, HostId, ImageId, NetworkId, OperationId, PortId, ProjectId, VolumeId,
+};
+
+use crate::{CompatClass, FrozenVolume, Name, Problem, Progress, Propagation, Room, Shape};
+
+/// The version of every payload of this link.
+pub const VERSION: u16 = 1;
+
+/// Frame kinds of the agent link.
+pub mod kind {
+    #![expect(missing_docs, reason = "the table in the module's documentation says what they are")]
+    pub const HELLO: u16 = 1;
+    pub const WELCOME: u16 = 2;
+    pub const COMMAND: u16 = 3;
+    pub const COMMAND_RESULT: u16 = 4;
+    pub const QUERY: u16 = 5;
+    pub const ANSWER: u16 = 6;
+    pub const NOTICE: u16 = 7;
+    pub const DIRECTIVE: u16 = 8;
+}
+
+/// A numbered message: a response repeats the number of its request.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Envelope<T> {
+    /// The number, chosen by the asking side, unique on the connection.
+    pub number: u64,
+    /// The message.
+    pub body: T,
+}
+
+/// What came of a request.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[expect(clippy::large_enum_variant, reason = "short-lived, moved once")]
+pub enum Outcome<T> {
+    /// It was done.
+    Ok(T),
+    /// It was not.
+    Err(Problem),
+}
+
+impl<T> From<Outcome<T>> for Result<T, Problem> {
+    fn from(outcome: Outcome<T>) -> Self {
+        match outcome {
+            Outcome::Ok(value) => Ok(value),
+            Outcome::Err(problem) => Err(problem),
+        }
+    }
+}
+
+impl<T> From<Result<T, Problem>> for Outcome<T> {
+    fn from(result: Result<T, Problem>) -> Self {
+        match result {
+            Ok(value) => Outcome::Ok(value),
+            Err(problem) => Outcome::Err(problem),
+        }
+    }
+}
+
+/// 32 secret bytes; base64 on the wire, never in logs.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(pub [u8; 32]);
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret(…)")
+    }
+}
+
+impl Serialize for Secret {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        use base64::Engine as _;
+        serializer.serialize_str(&base64::engine::general_purpose::STANDARD.encode(self.0))
+    }
+}
+
+impl<'de> Deserialize<'de> for Secret {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        use base64::Engine as _;
+        let text = std::borrow::Cow::<'de, str>::deserialize(deserializer)?;
+        base64::engine::general_purpose::STANDARD
+            .decode(text.as_bytes())
+            .ok()
+            .and_then(|bytes| bytes.try_into().ok())
+            .map(Self)
+            .ok_or_else(|| de::Error::custom("a secret is 32 bytes in base64"))
+    }
+}
+
+// ---------------------------------------------------------------------------------------------- opening
+
+/// The agent's first frame.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Hello {
+    /// Must be the host that the certificate names.
+    pub host: HostId,
+    /// The agent's version.
+    pub agent_version: String,
+    /// Where other agents can dial it; absent behind a NAT.
+    pub data_address: Option<SocketAddr>,
+    /// Its address in the overlay's underlay.
+    pub overlay_address: Option<Ipv4Addr>,
+    /// What it offers to guests.
+    pub capacity: Room,
+    /// What it can run.
+    pub compat_classes: Vec<CompatClass>,
+    /// What the probe measured.
+    pub probe: serde_json::Value,
+    /// Every guest of which it holds anything, with what it thinks of it.
+    pub guests: Vec<GuestReport>,
+    /// Volumes it holds that belong to no guest in `guests`.
+    pub volumes: Vec<VolumeId>,
+    /// The revision of the overlay view that it has applied.
+    pub view_revision: u64,
+}
+
+/// The controller's answer to a [`Hello`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Welcome {
+    /// The host's name, for logs.
+    pub host_name: Name,
+    /// The cloud in which it stands.
+    pub cloud: CloudId,
+    /// Ed25519 public key (hex) that signs tickets.
+    pub ticket_key: String,
+    /// Send a heartbeat this often.
+    pub heartbeat_ms: u64,
+    /// Guests that this host owns, as the store has it. What the agent holds of others it asks about ([`Query::AskOwner`]).
+    pub owned: Vec<(GuestId, Epoch)>,
+}
+
+/// What an agent holds of a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Holding {
+    /// It runs here.
+    Running,
+    /// It is paused here (by a hand-over, or by a disk that cannot be reached).
+    Paused,
+    /// The hypervisor process is gone though the guest should run.
+    Down,
+    /// An incoming copy that has no grant yet.
+    Incoming,
+    /// Only volumes: blocks that others may still need.
+    Volumes,
+}
+
+/// One guest in a [`Hello`] or heartbeat.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestReport {
+    /// The guest.
+    pub guest: GuestId,
+    /// The epoch under which it is held.
+    pub epoch: Epoch,
+    /// What is held.
+    pub holding: Holding,
+    /// The operation in which it takes part here, if any.
+    pub operation: Option<OperationId>,
+    /// Something that people should know (a disk that stalls, …).
+    pub alarm: Option<String>,
+    /// Blocks (in bytes) that its volumes still lack here.
+    pub missing_bytes: u64,
+    /// Root and version of each volume's newest durable map.
+    pub volumes: Vec<VolumeRoot>,
+}
+
+/// The state of a volume's block map.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeRoot {
+    /// The volume.
+    pub volume: VolumeId,
+    /// Merkle root of the map, hex.
+    pub root: String,
+    /// Its version.
+    pub version: u64,
+}
+
+// ---------------------------------------------------------------------------------------------- what a guest is
+
+/// Everything that a host needs to run a guest; the same wherever it runs.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct GuestSpec {
+    /// The guest.
+    pub guest: GuestId,
+    /// Its name, which is also its host name told by DHCP.
+    pub name: Name,
+    /// Its project.
+    pub project: ProjectId,
+    /// The key from which the project's chunk names and seals are derived.
+    pub project_key: Secret,
+    /// vCPUs and memory.
+    pub shape: Shape,
+    /// The class it runs in; absent at its first start: the host's first.
+    pub compat_class: Option<CompatClass>,
+    /// How it boots.
+    pub boot: BootSpec,
+    /// Its disks, the boot disk first.
+    pub volumes: Vec<VolumeSpec>,
+    /// Its ports.
+    pub ports: Vec<PortSpec>,
+    /// cloud-init user-data.
+    pub user_data: Option<String>,
+}
+
+/// How a guest boots.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "from")]
+pub enum BootSpec {
+    /// By firmware from the boot disk.
+    Disk,
+    /// A kernel given beside the disk.
+    Kernel {
+        /// The image whose parts they are.
+        image: ImageId,
+        /// Root of the kernel's content.
+        kernel_root: String,
+        /// Root of the initial RAM disk's content.
+        initrd_root: Option<String>,
+        /// The command line.
+        cmdline: String,
+    },
+}
+
+/// A disk of a guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeSpec {
+    /// The volume.
+    pub volume: VolumeId,
+    /// Its size.
+    pub size_bytes: u64,
+    /// Root of the manifest that it starts from; absent: zeros.
+    pub base_root: Option<String>,
+    /// How blocks follow it.
+    pub propagation: Propagation,
+}
+
+/// A port of a guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortSpec {
+    /// The port.
+    pub port: PortId,
+    /// Its network.
+    pub network: NetworkId,
+    /// `02:…`
+    pub mac: String,
+    /// Its address.
+    pub ipv4: Ipv4Addr,
+    /// The MTU that fits the tunnels.
+    pub mtu: u16,
+}
+
+/// Another agent, as a party of an operation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Peer {
+    /// The host.
+    pub host: HostId,
+    /// Its name, for messages.
+    pub name: Name,
+    /// Where it can be dialled; absent behind a NAT.
+    pub data_address: Option<SocketAddr>,
+    /// SHA-256 of its certificate (DER), hex.
+    pub certificate_sha256: String,
+}
+
+/// A place from which sealed chunks can be had: the controller's own store, or an agent of another cloud.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChunkSource {
+    /// Where to dial ([`crate::data::Channel::Chunks`]).
+    pub address: SocketAddr,
+    /// SHA-256 of the certificate that must answer, hex.
+    pub certificate_sha256: String,
+    /// Permission to ask there for this project's chunks (a [`crate::ticket`] in text form).
+    pub ticket: String,
+}
+
+/// How a migration may go.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct MigrationOptions {
+    /// At most this much of the link, bits per second.
+    pub bandwidth_bps: Option<u64>,
+    /// The pause that is aimed at.
+    pub max_downtime_ms: Option<u64>,
+    /// Slow the guest when it does not converge.
+    pub auto_converge: bool,
+    /// Give up when the switch has not come by then (milliseconds from the command).
+    pub deadline_ms: Option<u64>,
+}
+
+// ---------------------------------------------------------------------------------------------- controller -> agent
+
+/// What the controller asks of an agent.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "command")]
+#[expect(clippy::large_enum_variant, reason = "short-lived, moved once")]
+pub enum Command {
+    /// Start a guest cold at this epoch, which the store has already granted. Volumes are made when they are not there.
+    Start {
+        /// The operation.
+        operation: OperationId,
+        /// The guest.
+        spec: GuestSpec,
+        /// The granted epoch.
+        epoch: Epoch,
+        /// Where chunks that this cloud lacks can be had.
+        chunk_sources: Vec<ChunkSource>,
+    },
+    /// Stop a guest of this epoch; its volumes stay, flushed.
+    Stop {
+        /// The operation.
+        operation: OperationId,
+        /// The guest.
+        guest: GuestId,
+        /// Its epoch.
+        epoch: Epoch,
+        /// Pull the plug at once.
+        force: bool,
+        /// How long the guest may take before the plug is pulled.
+        grace_ms: u64,
+    },
+    /// Remove everything that is held of a guest: hypervisor, ports, volumes. Refused while this host owns it and it runs.
+    Discard {
+        /// The guest.
+        guest: GuestId,
+        /// Whatever is held of this epoch or older is removed; newer is left alone.
+        epoch: Epoch,
+    },
+    /// Be the destination: reserve, open volumes (writes refused), bind ports silently, then wait for the source.
+    PrepareIncoming {
+        /// The operation.
+        operation: OperationId,
+        /// The guest.
+        spec: GuestSpec,
+        /// The source's epoch e; the grant will be for e+1.
+        epoch: Epoch,
+        /// The source.
+        source: Peer,
+        /// Permission for both; see [`crate::ticket`].
+        ticket: String,
+        /// Where chunks that this cloud lacks can be had.
+        chunk_sources: Vec<ChunkSource>,
+    },
+    /// Be the source: copy, pause, hand over. Answered when the copy has begun; progress and end come as notices.
+    MigrateOut {
+        /// The operation.
+        operation: OperationId,
+        /// The guest.
+        guest: GuestId,
+        /// Its epoch.
+        epoch: Epoch,
+        /// The destination.
+        destination: Peer,
+        /// Permission for both.
+        ticket: String,
+        /// How it may go.
+        options: MigrationOptions,
+    },
+    /// Stop the work of this operation if it is not decided yet. Idempotent; an unknown operation is `Ok`.
+    Cancel {
+        /// The operation.
+        operation: OperationId,
+    },
+    /// Suspend a guest into this cloud's store; ends with [`Query::CommitFreeze`].
+    Freeze {
+        /// The operation.
+        operation: OperationId,
+        /// The freeze to be.
+        freeze: FreezeId,
+        /// The guest.
+        guest: GuestId,
+        /// Its epoch.
+        epoch: Epoch,
+    },
+    /// Resume a frozen guest; prepared first, run after [`Query::RequestSwitch`] is granted.
+    Thaw {
+        /// The operation.
+        operation: OperationId,
+        /// The guest; the volumes' `base_root` are the frozen contents.
+        spec: GuestSpec,
+        /// The freeze that is consumed.
+        freeze: FreezeId,
+        /// The epoch of the freeze e; the grant will be for e+1.
+        epoch: Epoch,
+        /// Root of the memory state.
+        memory_root: String,
+        /// What wrote it.
+        memory_format: String,
+        /// Where chunks that this cloud lacks can be had.
+        chunk_sources: Vec<ChunkSource>,
+    },
+    /// A freeze was consumed or deleted: its memory state may be removed from this cloud's store.
+    DropFreeze {
+        /// The freeze.
+        freeze: FreezeId,
+        /// The project.
+        project: ProjectId,
+    },
+}
+
+/// What came of a [`Command`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "result")]
+pub enum CommandResult {
+    /// It was done (or begun, where the command says so).
+    Done,
+    /// The guest runs in this class.
+    Started {
+        /// The class.
+        compat_class: CompatClass,
+    },
+    /// The destination waits for the source.
+    Prepared {
+        /// The class in which it would run.
+        compat_class: CompatClass,
+    },
+}
+
+/// State that the agent takes over; the newest one wins.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "directive")]
+pub enum Directive {
+    /// The overlay as this host must know it: the JSON of the sdn library's view.
+    Overlay {
+        /// Store revision from which it was made; older ones are ignored.
+        revision: u64,
+        /// The view.
+        view: serde_json::Value,
+    },
+    /// A guest has moved on and its new host has all blocks: release what is left here of this epoch.
+    Release {
+        /// The guest.
+        guest: GuestId,
+        /// The epoch under which this host held it.
+        epoch: Epoch,
+    },
+}
+
+// ---------------------------------------------------------------------------------------------- agent -> controller
+
+/// What an agent asks of the controller, which answers from the store.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "query")]
+pub enum Query {
+    /// The destination holds the complete state: the switch transaction `(source, e)` to `(destination, e+1)`.
+    /// For a thaw the source is the freeze.
+    RequestSwitch {
+        /// The operation.
+        operation: OperationId,
+        /// The guest.
+        guest: GuestId,
+        /// The epoch e of the state that was received.
+        epoch: Epoch,
+        /// Root and version of each volume's map, changed in the same transaction.
+        volumes: Vec<VolumeRoot>,
+    },
+    /// Who owns this guest? Asked by a source that was paused and lost contact, and by an agent that restarted.
+    AskOwner {
+        /// The guest.
+        guest: GuestId,
+        /// The epoch under which it is held here.
+        epoch: Epoch,
+        /// The operation in which it took part, if any. When it is still undecided the controller aborts it for good
+        /// before it answers [`Ownership::Yours`].
+        operation: Option<OperationId>,
+    },
+    /// The freeze is in the store, whole: the transaction `(source, e)` to `frozen`.
+    CommitFreeze {
+        /// The operation.
+        operation: OperationId,
+        /// The freeze.
+        freeze: FreezeId,
+        /// The guest.
+        guest: GuestId,
+        /// Its epoch.
+        epoch: Epoch,
+        /// Root of the memory and device state.
+        memory_root: String,
+        /// Its size.
+        memory_bytes: u64,
+        /// What wrote it.
+        memory_format: String,
+        /// The volumes' contents.
+        volumes: Vec<FrozenVolume>,
+    },
+    /// The guest asked its metadata service for a token of its own.
+    GuestToken {
+        /// The guest, known by its switch port.
+        guest: GuestId,
+        /// Its epoch.
+        epoch: Epoch,
+    },
+    /// A fresh certificate for a new key.
+    RenewCertificate {
+        /// PKCS#10, PEM.
+        csr_pem: String,
+    },
+}
+
+/// The controller's answer to a [`Query`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "answer")]
+pub enum Answer {
+    /// To [`Query::RequestSwitch`]: this host owns the guest from now on, at this epoch.
+    Granted {
+        /// e+1.
+        epoch: Epoch,
+    },
+    /// To [`Query::RequestSwitch`] and [`Query::CommitFreeze`]: no, and never for this operation: undo.
+    Refused {
+        /// Why.
+        reason: String,
+    },
+    /// To [`Query::AskOwner`].
+    Owner {
+        /// Who.
+        ownership: Ownership,
+    },
+    /// To [`Query::CommitFreeze`]: the freeze stands; destroy the guest here.
+    FreezeCommitted,
+    /// To [`Query::GuestToken`].
+    GuestToken {
+        /// The secret, for `Authorization: Bearer`.
+        secret: String,
+        /// Where the API is.
+        api_url: String,
+        /// The CA that its certificate hangs on, PEM.
+        ca_pem: String,
+    },
+    /// To [`Query::RenewCertificate`].
+    Certificate {
+        /// PEM.
+        certificate_pem: String,
+    },
+}
+
+/// Who owns a guest, as the store has it at the time of the answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "owner")]
+pub enum Ownership {
+    /// The asker, at this epoch; the operation it named can never be granted any more.
+    Yours {
+        /// The current epoch.
+        epoch: Epoch,
+    },
+    /// Another host.
+    Moved {
+        /// Which.
+        to: HostId,
+        /// The current epoch.
+        epoch: Epoch,
+        /// Whether the asker's volume blocks are still needed there.
+        is_source_needed: bool,
+    },
+    /// It is frozen.
+    Frozen {
+        /// The freeze.
+        freeze: FreezeId,
+        /// Its epoch.
+        epoch: Epoch,
+    },
+    /// Nobody: stopped, or deleted.
+    Nobody,
+}
+
+/// What an agent tells without being asked.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "notice")]
+#[expect(clippy::large_enum_variant, reason = "short-lived, moved once")]
+pub enum Notice {
+    /// It is well.
+    Heartbeat {
+        /// What guests and reservations take.
+        used: Room,
+        /// Every guest of which it holds anything.
+        guests: Vec<GuestReport>,
+        /// The revision of the overlay view that it has applied.
+        view_revision: u64,
+    },
+    /// How far an operation is, at the side that knows.
+    Progress {
+        /// The operation.
+        operation: OperationId,
+        /// How far; merged by the controller (never backwards).
+        progress: Progress,
+        /// The phase this side has reached.
+        phase: crate::Phase,
+    },
+    /// This side's part of an operation has ended.
+    Ended {
+        /// The operation.
+        operation: OperationId,
+        /// Which part.
+        part: Part,
+        /// Whether and why it failed.
+        error: Option<Problem>,
+        /// Final numbers.
+        progress: Progress,
+    },
+    /// A guest did something by itself.
+    GuestEvent {
+        /// The guest.
+        guest: GuestId,
+        /// Its epoch.
+        epoch: Epoch,
+        /// What.
+        event: GuestEventKind,
+    },
+}
+
+/// Which part of an operation a host plays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Part {
+    /// It gives the guest away.
+    Source,
+    /// It takes the guest.
+    Destination,
+    /// It has all blocks: the source may be released.
+    BlocksComplete,
+    /// The source's remains are gone.
+    SourceReleased,
+}
+
+/// What a guest did by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GuestEventKind {
+    /// It powered itself off.
+    PoweredOff,
+    /// It rebooted (and runs on).
+    Rebooted,
+    /// Its kernel panicked, or its hypervisor process died.
+    Crashed,
+    /// A disk stalls.
+    DiskStalled,
+    /// The disk is back.
+    DiskRecovered,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_survive_json() {
+        let query = Query::AskOwner { guest: GuestId::generate(), epoch: Epoch(3), operation: None };
+        let text = serde_json::to_string(&Envelope { number: 9, body: query.clone() }).unwrap();
+        assert_eq!(serde_json::from_str::<Envelope<Query>>(&text).unwrap().body, query);
+        let outcome: Outcome<Answer> = Outcome::Ok(Answer::Owner { ownership: Ownership::Nobody });
+        let text = serde_json::to_string(&outcome).unwrap();
+        assert_eq!(serde_json::from_str::<Outcome<Answer>>(&text).unwrap(), outcome);
+    }
+
+    #[test]
+    fn a_secret_never_shows_in_logs() {
+        let secret = Secret([7; 32]);
+        assert!(!format!("{secret:?}").contains('7'));
+        let json = serde_json::to_string(&secret).unwrap();
+        assert_eq!(serde_json::from_str::<Secret>(&json).unwrap(), secret);
+        assert!(serde_json::from_str::<Secret>("\"AAAA\"").is_err());
+    }
+}

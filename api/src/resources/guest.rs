@@ -1,0 +1,261 @@
+//! Guests: what users run.
+
+use std::net::Ipv4Addr;
+
+use serde::{Deserialize, Serialize};
+use supercloud_ids::{CloudId, Epoch, FreezeId, GuestId, HostId, ImageId, OperationId, PortId, ProjectId, VolumeId};
+use utoipa::ToSchema;
+
+use crate::{CompatClass, Name, Propagation, Ref};
+
+/// vCPUs and memory of a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Shape {
+    /// Virtual CPUs: 1 to 64.
+    pub vcpus: u32,
+    /// Memory: 64 MiB to 1 TiB, whole MiB.
+    pub memory_bytes: u64,
+}
+
+impl Shape {
+    /// What is wrong with it, if anything.
+    ///
+    /// # Errors
+    /// A sentence that names the field and its range.
+    pub fn check(&self) -> Result<(), String> {
+        const MIB: u64 = 1 << 20;
+        if !(1..=64).contains(&self.vcpus) {
+            return Err(format!("shape.vcpus is {}; it must be 1 to 64", self.vcpus));
+        }
+        if self.memory_bytes < 64 * MIB || self.memory_bytes > MIB * MIB || !self.memory_bytes.is_multiple_of(MIB) {
+            return Err(format!(
+                "shape.memory_bytes is {}; it must be whole MiB from 64 MiB to 1 TiB",
+                self.memory_bytes
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Where a guest is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum GuestState {
+    /// Made, never started.
+    Created,
+    /// Owned by a host and running there (also while an operation moves it).
+    Running,
+    /// Not running; its volumes are kept.
+    Stopped,
+    /// Suspended into the image store; thaw it.
+    Frozen,
+    /// Its host was lost after a switch, or its guest crashed: see `alarm`.
+    Lost,
+}
+
+/// A user's virtual machine.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Guest {
+    /// Its id.
+    pub id: GuestId,
+    /// The project it belongs to.
+    pub project: ProjectId,
+    /// Its name.
+    pub name: Name,
+    /// Where it is in its life.
+    pub state: GuestState,
+    /// What is wrong, if anything, and what to do.
+    pub alarm: Option<String>,
+    /// vCPUs and memory.
+    pub shape: Shape,
+    /// The image it was made from.
+    pub image: ImageId,
+    /// The host that owns it.
+    pub host: Option<HostId>,
+    /// That host's name.
+    pub host_name: Option<Name>,
+    /// The cloud of that host.
+    pub cloud: Option<CloudId>,
+    /// That cloud's name.
+    pub cloud_name: Option<Name>,
+    /// The generation of its ownership.
+    pub epoch: Epoch,
+    /// The class it runs in; fixed at its first start.
+    pub compat_class: Option<CompatClass>,
+    /// Its disks, the boot disk first.
+    pub volumes: Vec<VolumeId>,
+    /// Its ports.
+    pub ports: Vec<PortId>,
+    /// The IPv4 address of its first port.
+    #[schema(value_type = Option<String>)]
+    pub ipv4: Option<Ipv4Addr>,
+    /// The operation that holds it.
+    pub operation: Option<OperationId>,
+    /// The freeze that a thaw would consume.
+    pub freeze: Option<FreezeId>,
+    /// Whether price policies may move it.
+    pub follow_prices: bool,
+    /// Starts since it was made: cold starts, not moves.
+    pub starts: u64,
+    /// When it was made.
+    pub created_at_ms: u64,
+}
+
+/// Asks for a guest; it is started unless `start` is false.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct GuestCreate {
+    /// Its name.
+    pub name: Name,
+    /// The project; that of the token when absent.
+    #[serde(default)]
+    pub project: Option<Ref>,
+    /// The image its volume starts from.
+    pub image: Ref,
+    /// vCPUs and memory.
+    pub shape: Shape,
+    /// The network it is attached to.
+    pub network: Ref,
+    /// Its address there; the first free one when absent.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub ipv4: Option<Ipv4Addr>,
+    /// Where to start it: a host or a cloud, by name or id; anywhere with room when absent.
+    #[serde(default)]
+    pub place: Option<Ref>,
+    /// The volume's size; that of the image when absent or smaller.
+    #[serde(default)]
+    pub disk_bytes: Option<u64>,
+    /// cloud-init user-data; at most 64 KiB.
+    #[serde(default)]
+    pub user_data: Option<String>,
+    /// Appended to the image's kernel command line, when it has one; at most 1024 bytes.
+    #[serde(default)]
+    pub cmdline_extra: Option<String>,
+    /// How blocks follow the volume.
+    #[serde(default)]
+    pub propagation: Propagation,
+    /// Whether price policies may move it.
+    #[serde(default)]
+    pub follow_prices: bool,
+    /// Start it at once.
+    #[serde(default = "yes")]
+    pub start: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// How a guest may be moved.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct GuestMigrate {
+    /// Where to: a host or a cloud, by name or id.
+    pub to: Ref,
+    /// At most this much of the link, in bits per second; unlimited when absent.
+    #[serde(default)]
+    pub bandwidth_bps: Option<u64>,
+    /// The pause that is aimed at; 300 when absent.
+    #[serde(default)]
+    pub max_downtime_ms: Option<u64>,
+    /// Slow the guest down step by step when it writes memory faster than the link carries.
+    #[serde(default = "yes")]
+    pub auto_converge: bool,
+    /// Give up (the guest goes on where it is) when the switch has not come by then.
+    #[serde(default)]
+    pub deadline_ms: Option<u64>,
+    /// Why, for the audit trail; at most 256 bytes.
+    #[serde(default)]
+    pub reason: Option<String>,
+}
+
+/// Where a stopped or new guest is started.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct GuestStart {
+    /// A host or a cloud; where its volume is when absent.
+    #[serde(default)]
+    pub place: Option<Ref>,
+}
+
+/// How a guest is stopped.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct GuestStop {
+    /// Pull the plug at once instead of asking the guest first.
+    #[serde(default)]
+    pub force: bool,
+    /// How long the guest may take before the plug is pulled; 30,000 when absent.
+    #[serde(default)]
+    pub grace_ms: Option<u64>,
+}
+
+/// Asks for a freeze.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct GuestFreeze {
+    /// Why, for the audit trail; at most 256 bytes.
+    #[serde(default)]
+    pub reason: Option<String>,
+}
+
+/// Where a frozen guest is resumed.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct GuestThaw {
+    /// A host or a cloud; anywhere with room when absent.
+    #[serde(default)]
+    pub to: Option<Ref>,
+    /// The freeze that is meant; refused when the guest's newest is another one.
+    #[serde(default)]
+    pub freeze: Option<FreezeId>,
+}
+
+/// A change of a guest.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct GuestPatch {
+    /// Whether price policies may move it.
+    #[serde(default)]
+    pub follow_prices: Option<bool>,
+}
+
+/// A guest suspended into the image store.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Freeze {
+    /// Its id.
+    pub id: FreezeId,
+    /// The guest.
+    pub guest: GuestId,
+    /// The project.
+    pub project: ProjectId,
+    /// The epoch at which it was frozen; a thaw takes it to the next.
+    pub epoch: Epoch,
+    /// The cloud in whose store it lies.
+    pub cloud: CloudId,
+    /// Root of the memory and device state (opaque to us, tagged with the hypervisor's version).
+    pub memory_root: String,
+    /// Its size.
+    pub memory_bytes: u64,
+    /// What wrote the memory state, for example `libvirt-qemu/7.2`.
+    pub memory_format: String,
+    /// Root of each volume's content.
+    pub volumes: Vec<FrozenVolume>,
+    /// Whether a thaw has consumed it.
+    pub is_consumed: bool,
+    /// When it was made.
+    pub created_at_ms: u64,
+}
+
+/// A volume inside a freeze.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct FrozenVolume {
+    /// The volume.
+    pub volume: VolumeId,
+    /// Root of its content.
+    pub root: String,
+    /// Bytes that were stored for it.
+    pub stored_bytes: u64,
+}

@@ -1,0 +1,19 @@
+//! What REST `/v1` speaks of. Nouns, snake_case, units in names; every type derives its part of the OpenAPI document.
+
+mod access;
+mod event;
+mod guest;
+mod image;
+mod market;
+mod network;
+mod operation;
+mod place;
+
+pub use access::*;
+pub use event::*;
+pub use guest::*;
+pub use image::*;
+pub use market::*;
+pub use network::*;
+pub use operation::*;
+pub use place::*;

@@ -1,0 +1,181 @@
+//! Clouds and hosts: where guests can be.
+
+use std::net::{Ipv4Addr, SocketAddr};
+
+use serde::{Deserialize, Serialize};
+use supercloud_ids::{CloudId, HostId};
+use utoipa::ToSchema;
+
+use crate::{Name, Ref};
+
+/// A provider region or zone in which hosts are rented.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Cloud {
+    /// Its id.
+    pub id: CloudId,
+    /// Its name, unique in the whole system.
+    pub name: Name,
+    /// The driver that rents hosts there: `static` or `lab`.
+    pub provider: String,
+    /// When it was made known.
+    pub created_at_ms: u64,
+}
+
+/// Asks for a cloud to be made known.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CloudCreate {
+    /// Its name.
+    pub name: Name,
+    /// The driver that rents hosts there.
+    #[serde(default = "static_provider")]
+    pub provider: String,
+}
+
+fn static_provider() -> String {
+    "static".to_owned()
+}
+
+/// Whether a host can take guests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum HostState {
+    /// Its agent is connected and well.
+    Up,
+    /// Its agent is away; its guests may well run on.
+    Unreachable,
+    /// It takes no new guests.
+    Cordoned,
+    /// It was removed: its certificate is denied.
+    Removed,
+}
+
+/// What a back end on a host can run; a guest moves live inside its compat class only.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
+pub struct CompatClass {
+    /// `libvirt-qemu`, `kvm`, `xen-pv`.
+    pub back_end: String,
+    /// `tcg`, `kvm`, `xen`.
+    pub accelerator: String,
+    /// The virtual machine's version, for example `pc-i440fx-7.2`.
+    pub machine_version: String,
+    /// The CPU that guests see.
+    pub cpu_baseline: String,
+}
+
+impl std::fmt::Display for CompatClass {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}/{}/{}", self.back_end, self.accelerator, self.machine_version, self.cpu_baseline)
+    }
+}
+
+/// Room on a host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+pub struct Room {
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// Memory for guests.
+    pub memory_bytes: u64,
+    /// Disk for volumes.
+    pub disk_bytes: u64,
+}
+
+/// A machine that runs an agent.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Host {
+    /// Its id, which its certificate names.
+    pub id: HostId,
+    /// Its name, unique in the whole system.
+    pub name: Name,
+    /// The cloud it stands in.
+    pub cloud: CloudId,
+    /// The cloud's name, for people.
+    pub cloud_name: Name,
+    /// Whether it can take guests.
+    pub state: HostState,
+    /// Where other agents can dial it; absent behind a NAT.
+    #[schema(value_type = Option<String>)]
+    pub data_address: Option<SocketAddr>,
+    /// Its address in the overlay's underlay; tunnels end there.
+    #[schema(value_type = Option<String>)]
+    pub overlay_address: Option<Ipv4Addr>,
+    /// Its small number in the overlay (1 to 4094), which names its tunnels.
+    pub overlay_index: u16,
+    /// What it offers.
+    pub capacity: Room,
+    /// What its guests and reservations take.
+    pub used: Room,
+    /// The compat classes it can run.
+    pub compat_classes: Vec<CompatClass>,
+    /// What the substrate probe found (`kind`, ns per instruction, …), as measured.
+    #[schema(value_type = Object)]
+    pub probe: serde_json::Value,
+    /// The agent's version.
+    pub agent_version: String,
+    /// SHA-256 of its current certificate (DER), hex.
+    pub certificate_sha256: String,
+    /// When its agent was last heard of.
+    pub last_seen_ms: u64,
+    /// When it joined.
+    pub created_at_ms: u64,
+}
+
+/// Asks for a one-time token with which an agent may join.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct JoinTokenCreate {
+    /// The name that the host will have.
+    pub host_name: Name,
+    /// The cloud in which it stands.
+    pub cloud: Ref,
+    /// How long the token may be used; at most 900.
+    #[serde(default = "default_join_seconds")]
+    pub expires_in_s: u32,
+}
+
+fn default_join_seconds() -> u32 {
+    900
+}
+
+/// A one-time token with which one agent may join; shown once.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct JoinToken {
+    /// The host's id to be.
+    pub host: HostId,
+    /// The secret: `scjoin.<host>.<secret>.<fingerprint of the CA>`.
+    pub token: String,
+    /// When it stops working.
+    pub expires_at_ms: u64,
+}
+
+/// An agent's request to join: the token and a CSR of a key that never leaves the host.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct JoinRequest {
+    /// The one-time token.
+    pub token: String,
+    /// PKCS#10, PEM.
+    pub csr_pem: String,
+}
+
+/// The answer to a [`JoinRequest`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct JoinResponse {
+    /// The host's id.
+    pub host: HostId,
+    /// Its certificate, PEM.
+    pub certificate_pem: String,
+    /// The CA's certificate, PEM.
+    pub ca_pem: String,
+    /// Where the controller takes agents' links (`host:port`).
+    pub link_address: String,
+}
+
+/// A change of a host.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct HostPatch {
+    /// `true`: takes no new guests; `false`: takes them again.
+    #[serde(default)]
+    pub cordoned: Option<bool>,
+}
