@@ -56,7 +56,6 @@ pub struct Envelope<T> {
 /// What came of a request.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-#[expect(clippy::large_enum_variant, reason = "short-lived, moved once")]
 pub enum Outcome<T> {
     /// It was done.
     Ok(T),
@@ -316,7 +315,6 @@ pub struct MigrationOptions {
 /// What the controller asks of an agent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "command")]
-#[expect(clippy::large_enum_variant, reason = "short-lived, moved once")]
 pub enum Command {
     /// Start a guest cold at this epoch, which the store has already granted. Volumes are made when they are not there.
     Start {
@@ -589,7 +587,6 @@ pub enum Ownership {
 /// What an agent tells without being asked.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "notice")]
-#[expect(clippy::large_enum_variant, reason = "short-lived, moved once")]
 pub enum Notice {
     /// It is well.
     Heartbeat {
