@@ -47,16 +47,20 @@
 //!
 //! # Implementations
 //!
-//! `SledStore` here, embedded; `EtcdStore` in `supercloud-store-etcd`. Both pass the same `conformance` suite (feature
+//! [`SledStore`] here, embedded; `EtcdStore` in `supercloud-store-etcd`. Both pass the same `conformance` suite (feature
 //! `conformance`).
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
+#[cfg(feature = "conformance")]
+pub mod conformance;
+mod embedded;
 mod error;
 mod key;
 mod store;
 mod txn;
 
-pub use error::StoreError;
+pub use embedded::{SledOptions, SledStore};
+pub use error::{BoxError, StoreError};
 pub use key::{Key, MAX_KEY_BYTES, MAX_VALUE_BYTES, Prefix, Value};
 pub use store::{
     BoxFuture, Change, Health, MAX_PAGE_BYTES, MAX_PAGE_ITEMS, Page, Store, Versioned, WatchItem, WatchStream, list,
