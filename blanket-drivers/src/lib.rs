@@ -1,1 +1,32 @@
-//! placeholder
+//! One uniform virtual machine on any substrate.
+//!
+//! A guest sees the same processors, devices, disks and addresses wherever it runs. This crate says what that machine
+//! is, what a back end must be able to do with it, and measures what a host can offer:
+//!
+//! | module | what |
+//! |---|---|
+//! | [`device`] | the guest-facing machine as plain data ([`MachineSpec`]): travels with the guest, never names a host's file |
+//! | [`host`] | where a host's own files, sockets and taps are ([`HostArgs`]): never travels |
+//! | [`backend`] | [`Backend`]: start, stop, pause, find again, freeze, thaw; typed errors; refusal by name |
+//! | [`migrate`] | [`LiveMigration`]: the two halves of a live move, with the caller's decision between them |
+//! | [`probe`] | what the substrate really is, by measuring |
+//!
+//! ```text
+//!            MachineSpec (travels)        HostArgs (stays)
+//!                      \                     /
+//!                       v                   v
+//!   agent ---> dyn Backend: libvirt + QEMU | our VMM on /dev/kvm | libvirt + Xen
+//! ```
+
+pub mod backend;
+pub mod device;
+pub mod host;
+pub mod migrate;
+pub mod probe;
+
+pub use backend::{Backend, BackendError, BackendResult, BoxFuture};
+pub use device::MachineSpec;
+pub use host::{HostArgs, Launch};
+pub use migrate::LiveMigration;
+/// What a back end can run; a guest moves live inside its class only.
+pub use supercloud_api::CompatClass;

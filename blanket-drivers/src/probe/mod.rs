@@ -1,0 +1,1 @@
+//! What the substrate really is, by measuring.
