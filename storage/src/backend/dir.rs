@@ -1,0 +1,426 @@
+//! The directory store: one file per object below a folder of the local file system.
+//!
+//! A put writes a temporary file, syncs it, gives it its name and syncs the folder: at a power cut an object is there
+//! as a whole or not at all. A batch pays for two `syncfs` instead of two syncs per object.
+
+use std::{
+    collections::BTreeSet,
+    fs::{self, File},
+    io::{self, Read as _, Write as _},
+    os::{fd::AsRawFd as _, unix::fs::OpenOptionsExt as _},
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use bytes::Bytes;
+
+use super::{ObjectEntry, ObjectKey, ObjectStore, PutOutcome, StoreError, StoreFuture};
+
+/// Temporary files live here, below the store's folder; no object key can name it.
+const TEMP_FOLDER: &str = ".temp";
+/// From this many objects on, a batch uses `syncfs`.
+const SYNCFS_FROM: usize = 8;
+
+/// An object store in a folder of the local file system. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct DirStore {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    root: PathBuf,
+    next_temp: AtomicU64,
+}
+
+fn failed(what: &str, path: &Path) -> impl FnOnce(io::Error) -> StoreError {
+    let what = format!("{what} {}", path.display());
+    move |source| StoreError::Io { what, source }
+}
+
+impl DirStore {
+    /// Opens a store, making its folder (mode 0700) when it is not there, and removes what an interrupted put left.
+    /// Blocking.
+    pub fn open(root: &Path) -> Result<Self, StoreError> {
+        use std::os::unix::fs::DirBuilderExt as _;
+        let temp = root.join(TEMP_FOLDER);
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(&temp).map_err(failed("cannot make folder", &temp))?;
+        // Another process may be using the store: only what is old was left behind.
+        let is_old = |entry: &fs::DirEntry| {
+            let age = entry.metadata().and_then(|m| m.modified()).map(|at| at.elapsed().unwrap_or_default());
+            age.is_ok_and(|age| age.as_secs() > 3600)
+        };
+        for entry in fs::read_dir(&temp).map_err(failed("cannot read folder", &temp))?.flatten().filter(is_old) {
+            // Best effort: what cannot be removed only takes space.
+            let _ = fs::remove_file(entry.path());
+        }
+        Ok(Self { inner: Arc::new(Inner { root: root.to_owned(), next_temp: AtomicU64::new(rand::random()) }) })
+    }
+
+    /// The store's folder.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.inner.root
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Inner) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let inner = self.inner.clone();
+        match tokio::task::spawn_blocking(move || work(&inner)).await {
+            Ok(result) => result,
+            Err(join) => Err(StoreError::Io { what: "the store's worker died".into(), source: io::Error::other(join) }),
+        }
+    }
+}
+
+impl Inner {
+    fn path(&self, key: &ObjectKey) -> PathBuf {
+        self.root.join(key.as_str())
+    }
+
+    /// Writes a temporary file; the caller syncs and names it.
+    fn write_temp(&self, bytes: &[u8]) -> Result<(PathBuf, File), StoreError> {
+        let number = self.next_temp.fetch_add(1, Ordering::Relaxed);
+        let path = self.root.join(TEMP_FOLDER).join(format!("{}-{number:016x}", std::process::id()));
+        let mut file = File::options()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(failed("cannot make file", &path))?;
+        if let Err(error) = file.write_all(bytes) {
+            let _ = fs::remove_file(&path);
+            return Err(failed("cannot write", &path)(error));
+        }
+        Ok((path, file))
+    }
+
+    /// The folder of an object, made when needed; a folder that is new is made durable in its parent.
+    fn ensure_folder(&self, object: &Path) -> Result<PathBuf, StoreError> {
+        let folder = object.parent().unwrap_or(&self.root).to_owned();
+        if !folder.is_dir() {
+            fs::create_dir_all(&folder).map_err(failed("cannot make folder", &folder))?;
+            let mut at = folder.as_path();
+            while let Some(parent) = at.parent().filter(|parent| parent.starts_with(&self.root)) {
+                sync_folder(parent)?;
+                at = parent;
+            }
+        }
+        Ok(folder)
+    }
+
+    fn put(&self, key: &ObjectKey, bytes: &[u8]) -> Result<(), StoreError> {
+        let path = self.path(key);
+        let folder = self.ensure_folder(&path)?;
+        let (temp, file) = self.write_temp(bytes)?;
+        let named = file
+            .sync_data()
+            .map_err(failed("cannot sync", &temp))
+            .and_then(|()| fs::rename(&temp, &path).map_err(failed("cannot name", &path)));
+        if named.is_err() {
+            let _ = fs::remove_file(&temp);
+        }
+        named?;
+        sync_folder(&folder)
+    }
+
+    fn put_if_absent(&self, key: &ObjectKey, bytes: &[u8]) -> Result<PutOutcome, StoreError> {
+        let path = self.path(key);
+        let folder = self.ensure_folder(&path)?;
+        let mut outcome = PutOutcome::AlreadyThere;
+        if !path.exists() {
+            let (temp, file) = self.write_temp(bytes)?;
+            let named = file.sync_data().map_err(failed("cannot sync", &temp)).and_then(|()| name_new(&temp, &path));
+            let _ = fs::remove_file(&temp);
+            outcome = named?;
+        }
+        // Also when another call was faster: it may not have come to its own sync yet.
+        sync_folder(&folder)?;
+        Ok(outcome)
+    }
+
+    fn put_batch(&self, objects: &[(ObjectKey, Bytes)]) -> Result<usize, StoreError> {
+        if objects.len() < SYNCFS_FROM {
+            return objects.iter().try_fold(0, |stored, (key, bytes)| {
+                Ok(stored + usize::from(self.put_if_absent(key, bytes)? == PutOutcome::Stored))
+            });
+        }
+        let mut temps = Temps(Vec::new());
+        let mut folders = BTreeSet::new();
+        for (key, bytes) in objects {
+            let path = self.path(key);
+            folders.insert(self.ensure_folder(&path)?);
+            if !path.exists() {
+                temps.0.push((self.write_temp(bytes)?.0, path));
+            }
+        }
+        if !temps.0.is_empty() {
+            self.sync_file_system()?;
+        }
+        let mut stored = 0;
+        for (temp, path) in &temps.0 {
+            stored += usize::from(name_new(temp, path)? == PutOutcome::Stored);
+        }
+        if folders.len() < SYNCFS_FROM {
+            folders.iter().try_for_each(|folder| sync_folder(folder))?;
+        } else {
+            self.sync_file_system()?;
+        }
+        Ok(stored)
+    }
+
+    fn sync_file_system(&self) -> Result<(), StoreError> {
+        let folder = File::open(&self.root).map_err(failed("cannot open folder", &self.root))?;
+        // SAFETY: syncfs takes a descriptor, which `folder` keeps open during the call, and touches no memory of ours.
+        let rc = unsafe { libc::syncfs(folder.as_raw_fd()) };
+        if rc != 0 {
+            return Err(failed("cannot sync the file system of", &self.root)(io::Error::last_os_error()));
+        }
+        Ok(())
+    }
+
+    fn get(&self, key: ObjectKey, cap: usize) -> Result<Bytes, StoreError> {
+        let path = self.path(&key);
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(StoreError::NotFound { key }),
+            Err(error) => return Err(failed("cannot open", &path)(error)),
+        };
+        let len = file.metadata().map_err(failed("cannot stat", &path))?.len();
+        if len > cap as u64 {
+            return Err(StoreError::TooLarge { key, len, cap });
+        }
+        let mut bytes = Vec::with_capacity(usize::try_from(len).unwrap_or(cap));
+        file.take(cap as u64 + 1).read_to_end(&mut bytes).map_err(failed("cannot read", &path))?;
+        if bytes.len() > cap {
+            return Err(StoreError::TooLarge { key, len: bytes.len() as u64, cap });
+        }
+        Ok(bytes.into())
+    }
+
+    fn delete(&self, key: &ObjectKey) -> Result<bool, StoreError> {
+        let path = self.path(key);
+        match fs::remove_file(&path) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(error) => return Err(failed("cannot delete", &path)(error)),
+        }
+        path.parent().map_or(Ok(()), sync_folder)?;
+        Ok(true)
+    }
+
+    fn list(&self, prefix: &str, after: &str, limit: usize) -> Result<Vec<ObjectEntry>, StoreError> {
+        let mut found = Vec::new();
+        self.list_folder(&self.root, "", &Selection { prefix, after, limit }, &mut found)?;
+        Ok(found)
+    }
+
+    fn list_folder(
+        &self,
+        folder: &Path,
+        at: &str,
+        select: &Selection<'_>,
+        found: &mut Vec<ObjectEntry>,
+    ) -> Result<(), StoreError> {
+        let mut names = Vec::new();
+        for entry in fs::read_dir(folder).map_err(failed("cannot read folder", folder))? {
+            let entry = entry.map_err(failed("cannot read folder", folder))?;
+            let is_folder = entry.file_type().map_err(failed("cannot stat", &entry.path()))?.is_dir();
+            if let Ok(name) = entry.file_name().into_string() {
+                // With its slash, a folder sorts where the keys below it sort.
+                names.push(format!("{at}{name}{}", if is_folder { "/" } else { "" }));
+            }
+        }
+        names.sort_unstable();
+        for name in names {
+            if found.len() >= select.limit {
+                break;
+            }
+            if name.ends_with('/') {
+                let may_match = name.starts_with(select.prefix) || select.prefix.starts_with(&name);
+                if may_match && (name.as_str() > select.after || select.after.starts_with(&name)) {
+                    self.list_folder(&self.root.join(&name), &name, select, found)?;
+                }
+            } else if name.starts_with(select.prefix)
+                && name.as_str() > select.after
+                && let Ok(key) = name.parse()
+            {
+                match fs::metadata(self.root.join(&name)) {
+                    Ok(meta) => found.push(ObjectEntry { key, len: meta.len() }),
+                    // Deleted meanwhile.
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                    Err(error) => return Err(failed("cannot stat", &self.root.join(&name))(error)),
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+struct Selection<'a> {
+    prefix: &'a str,
+    after: &'a str,
+    limit: usize,
+}
+
+/// Temporary files of a batch; removed when it ends, well or not.
+struct Temps(Vec<(PathBuf, PathBuf)>);
+
+impl Drop for Temps {
+    fn drop(&mut self) {
+        for (temp, _) in &self.0 {
+            let _ = fs::remove_file(temp);
+        }
+    }
+}
+
+/// Gives a synced temporary file its name unless that is taken.
+fn name_new(temp: &Path, path: &Path) -> Result<PutOutcome, StoreError> {
+    match fs::hard_link(temp, path) {
+        Ok(()) => Ok(PutOutcome::Stored),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(PutOutcome::AlreadyThere),
+        Err(error) => Err(failed("cannot name", path)(error)),
+    }
+}
+
+fn sync_folder(folder: &Path) -> Result<(), StoreError> {
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed("cannot sync folder", folder))
+}
+
+impl ObjectStore for DirStore {
+    fn put(&self, key: ObjectKey, bytes: Bytes) -> StoreFuture<'_, ()> {
+        Box::pin(self.blocking(move |inner| inner.put(&key, &bytes)))
+    }
+
+    fn put_if_absent(&self, key: ObjectKey, bytes: Bytes) -> StoreFuture<'_, PutOutcome> {
+        Box::pin(self.blocking(move |inner| inner.put_if_absent(&key, &bytes)))
+    }
+
+    fn put_batch(&self, objects: Vec<(ObjectKey, Bytes)>) -> StoreFuture<'_, usize> {
+        Box::pin(self.blocking(move |inner| inner.put_batch(&objects)))
+    }
+
+    fn get(&self, key: ObjectKey, cap: usize) -> StoreFuture<'_, Bytes> {
+        Box::pin(self.blocking(move |inner| inner.get(key, cap)))
+    }
+
+    fn exists(&self, key: ObjectKey) -> StoreFuture<'_, bool> {
+        Box::pin(self.blocking(move |inner| {
+            let path = inner.path(&key);
+            path.try_exists().map_err(failed("cannot stat", &path))
+        }))
+    }
+
+    fn delete(&self, key: ObjectKey) -> StoreFuture<'_, bool> {
+        Box::pin(self.blocking(move |inner| inner.delete(&key)))
+    }
+
+    fn list<'a>(&'a self, prefix: &'a str, after: Option<&'a str>, limit: usize) -> StoreFuture<'a, Vec<ObjectEntry>> {
+        let (prefix, after) = (prefix.to_owned(), after.unwrap_or_default().to_owned());
+        Box::pin(self.blocking(move |inner| inner.list(&prefix, &after, limit)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use supercloud_ids::ProjectId;
+
+    use super::*;
+
+    fn store() -> (tempfile::TempDir, DirStore, ProjectId) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = DirStore::open(dir.path()).unwrap();
+        (dir, store, ProjectId::generate())
+    }
+
+    #[tokio::test]
+    async fn objects_come_back_and_absent_ones_are_typed() {
+        let (_dir, store, project) = store();
+        let key = ObjectKey::other(project, "a/b").unwrap();
+        assert!(matches!(store.get(key.clone(), 10).await, Err(StoreError::NotFound { .. })));
+        store.put(key.clone(), Bytes::from_static(b"one")).await.unwrap();
+        store.put(key.clone(), Bytes::from_static(b"two")).await.unwrap();
+        assert_eq!(store.get(key.clone(), 10).await.unwrap(), "two");
+        assert!(matches!(store.get(key.clone(), 2).await, Err(StoreError::TooLarge { len: 3, cap: 2, .. })));
+        let outcome = store.put_if_absent(key.clone(), Bytes::from_static(b"three")).await.unwrap();
+        assert_eq!(outcome, PutOutcome::AlreadyThere);
+        assert_eq!(store.get(key.clone(), 10).await.unwrap(), "two");
+        assert!(store.exists(key.clone()).await.unwrap());
+        assert!(store.delete(key.clone()).await.unwrap());
+        assert!(!store.delete(key.clone()).await.unwrap());
+        assert!(!store.exists(key).await.unwrap());
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn of_concurrent_conditional_puts_exactly_one_stores() {
+        let (_dir, store, project) = store();
+        let key = ObjectKey::other(project, "x/contended").unwrap();
+        let mut puts = tokio::task::JoinSet::new();
+        for i in 0..16u8 {
+            let (store, key) = (store.clone(), key.clone());
+            puts.spawn(async move { store.put_if_absent(key, Bytes::from(vec![i; 1000])).await.unwrap() });
+        }
+        let outcomes = puts.join_all().await;
+        assert_eq!(outcomes.iter().filter(|o| **o == PutOutcome::Stored).count(), 1);
+        let stored = store.get(key, 1000).await.unwrap();
+        assert!(stored.iter().all(|b| *b == stored[0]));
+    }
+
+    #[tokio::test]
+    async fn a_batch_stores_what_is_new_and_leaves_no_temporary_file() {
+        let (dir, store, project) = store();
+        for count in [3u32, 40] {
+            let objects: Vec<_> = (0..count)
+                .map(|i| {
+                    let name = ChunkNameOf(i).name();
+                    (ObjectKey::chunk(project, &name), Bytes::from(i.to_le_bytes().to_vec()))
+                })
+                .collect();
+            let new = store.put_batch(objects.clone()).await.unwrap();
+            assert_eq!(new, if count == 3 { 3 } else { 37 });
+            for (key, bytes) in objects {
+                assert_eq!(store.get(key, 4).await.unwrap(), bytes);
+            }
+        }
+        assert_eq!(fs::read_dir(dir.path().join(TEMP_FOLDER)).unwrap().count(), 0);
+    }
+
+    struct ChunkNameOf(u32);
+    impl ChunkNameOf {
+        fn name(&self) -> crate::key::ChunkName {
+            crate::key::ChunkName(*blake3::hash(&self.0.to_le_bytes()).as_bytes())
+        }
+    }
+
+    #[tokio::test]
+    async fn listing_pages_in_order_of_names() {
+        let (_dir, store, project) = store();
+        let other = ProjectId::generate();
+        let mut keys: Vec<_> = ["a-b", "a/x", "a.c", "a/y/z", "b/1", "b/2"]
+            .iter()
+            .map(|path| ObjectKey::other(project, path).unwrap())
+            .chain([ObjectKey::other(other, "a/x").unwrap()])
+            .collect();
+        for key in &keys {
+            store.put(key.clone(), Bytes::from_static(b"x")).await.unwrap();
+        }
+        keys.sort();
+        let mut listed = Vec::new();
+        loop {
+            let after = listed.last().map(|e: &ObjectEntry| e.key.as_str().to_owned());
+            let page = store.list("", after.as_deref(), 2).await.unwrap();
+            if page.is_empty() {
+                break;
+            }
+            listed.extend(page);
+        }
+        assert_eq!(listed.iter().map(|e| e.key.clone()).collect::<Vec<_>>(), keys);
+        let below = store.list(&format!("{project}/a/"), None, 10).await.unwrap();
+        assert_eq!(below.len(), 2);
+    }
+}

@@ -1,0 +1,224 @@
+//! The agent's side of the control socket.
+
+use std::{path::PathBuf, time::Duration};
+
+use supercloud_ids::Epoch;
+use tokio::net::UnixStream;
+
+use super::control::{
+    ControlAnswerV1, ControlRequestV1, KIND_ANSWER, KIND_REQUEST, PublishStatus, Refusal, SealedMap, VolumeStatus,
+};
+use crate::{
+    key::ContentRoot,
+    wire::{Frame, WireError, read_frame, write_frame},
+};
+
+/// Why a request to a volume process failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// The process cannot be reached: it does not run, or its socket is another's.
+    #[error("the volume process at {socket} cannot be reached")]
+    Connect {
+        /// Its socket.
+        socket: String,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The connection broke before the answer; whether the request was done is unknown. Every request can be repeated.
+    #[error("the volume process at {socket} did not answer")]
+    Wire {
+        /// Its socket.
+        socket: String,
+        /// How it broke.
+        #[source]
+        source: WireError,
+    },
+    /// No answer in time.
+    #[error("the volume process at {socket} did not answer within {budget:?}")]
+    Deadline {
+        /// Its socket.
+        socket: String,
+        /// The time that it was given.
+        budget: Duration,
+    },
+    /// The process refused.
+    #[error("the volume process refused")]
+    Refused(#[source] Refusal),
+    /// A publish failed or was cancelled.
+    #[error("the volume could not be published: {message}")]
+    Publish {
+        /// The chain of causes.
+        message: String,
+    },
+}
+
+/// A volume process, seen from the agent. Holds no connection: it stays valid when the process is started again.
+#[derive(Debug, Clone)]
+pub struct VolumeClient {
+    socket: PathBuf,
+    budget: Duration,
+}
+
+impl VolumeClient {
+    /// The process whose control socket is `socket`. Requests may take 60 s.
+    #[must_use]
+    pub fn new(socket: PathBuf) -> Self {
+        Self { socket, budget: Duration::from_secs(60) }
+    }
+
+    /// The same with another time budget per request.
+    #[must_use]
+    pub fn with_budget(self, budget: Duration) -> Self {
+        Self { budget, ..self }
+    }
+
+    /// Asks and waits for the answer.
+    pub async fn request(&self, request: &ControlRequestV1) -> Result<ControlAnswerV1, ClientError> {
+        match tokio::time::timeout(self.budget, self.exchange(request)).await {
+            Ok(Ok(ControlAnswerV1::Refused(refusal))) => Err(ClientError::Refused(refusal)),
+            Ok(result) => result,
+            Err(_) => Err(ClientError::Deadline { socket: self.socket.display().to_string(), budget: self.budget }),
+        }
+    }
+
+    async fn exchange(&self, request: &ControlRequestV1) -> Result<ControlAnswerV1, ClientError> {
+        let socket = || self.socket.display().to_string();
+        let mut stream = UnixStream::connect(&self.socket)
+            .await
+            .map_err(|source| ClientError::Connect { socket: socket(), source })?;
+        let wire = |source| ClientError::Wire { socket: socket(), source };
+        let malformed = |kind, error: serde_json::Error| wire(WireError::Malformed { kind, what: error.to_string() });
+        let payload = serde_json::to_vec(request).map_err(|e| malformed(KIND_REQUEST, e))?;
+        write_frame(&mut stream, &Frame::v1(KIND_REQUEST, payload.into())).await.map_err(wire)?;
+        let frame = read_frame(&mut stream).await.map_err(wire)?;
+        if frame.kind != KIND_ANSWER {
+            return Err(wire(WireError::Kind { kind: frame.kind }));
+        }
+        let payload = frame.expect_version(1).map_err(wire)?.rest();
+        serde_json::from_slice(payload).map_err(|e| malformed(KIND_ANSWER, e))
+    }
+
+    fn unexpected(&self) -> ClientError {
+        let source = WireError::Malformed { kind: KIND_ANSWER, what: "the answer does not fit the request".into() };
+        ClientError::Wire { socket: self.socket.display().to_string(), source }
+    }
+
+    async fn order(&self, request: ControlRequestV1) -> Result<(), ClientError> {
+        match self.request(&request).await? {
+            ControlAnswerV1::Done => Ok(()),
+            _ => Err(self.unexpected()),
+        }
+    }
+
+    /// The state of the volume.
+    pub async fn status(&self) -> Result<VolumeStatus, ClientError> {
+        match self.request(&ControlRequestV1::Status).await? {
+            ControlAnswerV1::Status(status) => Ok(status),
+            _ => Err(self.unexpected()),
+        }
+    }
+
+    /// Waits until the process answers; for the moments after its start.
+    pub async fn wait_ready(&self, budget: Duration) -> Result<VolumeStatus, ClientError> {
+        let deadline = tokio::time::Instant::now() + budget;
+        loop {
+            match self.status().await {
+                Err(ClientError::Connect { .. } | ClientError::Wire { .. })
+                    if tokio::time::Instant::now() < deadline =>
+                {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                other => return other,
+            }
+        }
+    }
+
+    /// See [`ControlRequestV1::Activate`].
+    pub async fn activate(&self, epoch: Epoch) -> Result<(), ClientError> {
+        self.order(ControlRequestV1::Activate { epoch }).await
+    }
+
+    /// See [`ControlRequestV1::Seal`].
+    pub async fn seal(&self, epoch: Epoch) -> Result<SealedMap, ClientError> {
+        match self.request(&ControlRequestV1::Seal { epoch }).await? {
+            ControlAnswerV1::Sealed(sealed) => Ok(sealed),
+            _ => Err(self.unexpected()),
+        }
+    }
+
+    /// See [`ControlRequestV1::Unseal`].
+    pub async fn unseal(&self, epoch: Epoch) -> Result<(), ClientError> {
+        self.order(ControlRequestV1::Unseal { epoch }).await
+    }
+
+    /// See [`ControlRequestV1::WarmDigests`].
+    pub async fn warm_digests(&self) -> Result<(), ClientError> {
+        self.order(ControlRequestV1::WarmDigests).await
+    }
+
+    /// See [`ControlRequestV1::PreCopy`].
+    pub async fn pre_copy(&self, bandwidth_bytes_per_s: Option<u64>) -> Result<(), ClientError> {
+        self.order(ControlRequestV1::PreCopy { bandwidth_bytes_per_s }).await
+    }
+
+    /// See [`ControlRequestV1::StopPreCopy`].
+    pub async fn stop_pre_copy(&self) -> Result<(), ClientError> {
+        self.order(ControlRequestV1::StopPreCopy).await
+    }
+
+    /// See [`ControlRequestV1::Adopt`].
+    pub async fn adopt(&self, sealed: SealedMap) -> Result<(), ClientError> {
+        self.order(ControlRequestV1::Adopt { sealed }).await
+    }
+
+    /// See [`ControlRequestV1::StartBackgroundFetch`].
+    pub async fn start_background_fetch(&self, bandwidth_bytes_per_s: Option<u64>) -> Result<(), ClientError> {
+        self.order(ControlRequestV1::StartBackgroundFetch { bandwidth_bytes_per_s }).await
+    }
+
+    /// See [`ControlRequestV1::PauseBackgroundFetch`].
+    pub async fn pause_background_fetch(&self) -> Result<(), ClientError> {
+        self.order(ControlRequestV1::PauseBackgroundFetch).await
+    }
+
+    /// See [`ControlRequestV1::ClosePeer`].
+    pub async fn close_peer(&self) -> Result<(), ClientError> {
+        self.order(ControlRequestV1::ClosePeer).await
+    }
+
+    /// See [`ControlRequestV1::Shutdown`].
+    pub async fn shutdown(&self, is_deleting: bool, is_forced: bool) -> Result<(), ClientError> {
+        self.order(ControlRequestV1::Shutdown { is_deleting, is_forced }).await
+    }
+
+    /// Starts a publish without waiting for its end.
+    pub async fn start_publish(&self) -> Result<(), ClientError> {
+        self.order(ControlRequestV1::Publish).await
+    }
+
+    /// Gives up a publish under way.
+    pub async fn cancel_publish(&self) -> Result<(), ClientError> {
+        self.order(ControlRequestV1::CancelPublish).await
+    }
+
+    /// Publishes and waits for the end, telling `(done, total)` blocks on the way. Dropping the future leaves the
+    /// publish running.
+    pub async fn publish(&self, mut progress: impl FnMut(u64, u64) + Send) -> Result<ContentRoot, ClientError> {
+        self.start_publish().await?;
+        loop {
+            match self.status().await?.publish {
+                PublishStatus::Done { root, total_blocks, .. } => {
+                    progress(total_blocks, total_blocks);
+                    return Ok(root);
+                }
+                PublishStatus::Failed { message } => return Err(ClientError::Publish { message }),
+                PublishStatus::Running { done_blocks, total_blocks } => progress(done_blocks, total_blocks),
+                PublishStatus::None => {
+                    return Err(ClientError::Publish { message: "the volume process was started anew".into() });
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+}

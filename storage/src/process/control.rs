@@ -1,0 +1,296 @@
+//! What the agent and a volume process say to each other on the control socket: one request frame, one answer frame,
+//! JSON payloads, any number of them on a connection.
+
+use serde::{Deserialize, Serialize};
+use supercloud_ids::{Epoch, VolumeId};
+
+use crate::key::{ContentRoot, MapRoot};
+
+/// The kind of a request's frame.
+pub const KIND_REQUEST: u16 = 1;
+/// The kind of an answer's frame.
+pub const KIND_ANSWER: u16 = 2;
+
+/// A request, version 1. Every one is idempotent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
+pub enum ControlRequestV1 {
+    /// Ask for [`VolumeStatus`].
+    Status,
+    /// Become the writer at `epoch`. From standby only after `Adopt`; refused when a newer epoch was seen.
+    Activate {
+        /// The guest's epoch from now on.
+        epoch: Epoch,
+    },
+    /// Write no more under `epoch`, for ever; answers [`SealedMap`]. Everything acknowledged is durable then.
+    Seal {
+        /// The epoch that ends.
+        epoch: Epoch,
+    },
+    /// Undo `Seal`: the switch was refused and this side goes on at the same epoch.
+    Unseal {
+        /// The epoch that goes on.
+        epoch: Epoch,
+    },
+    /// At the source, some time before `Seal`: compute digests now, so that `Seal` has little left to hash.
+    WarmDigests,
+    /// At the destination, before the switch: pull blocks from the source while it runs (`hot-standby`). Goes on,
+    /// pass by pass, until `StopPreCopy` or `Adopt`.
+    PreCopy {
+        /// At most this many bytes of blocks per second; no limit when none.
+        bandwidth_bytes_per_s: Option<u64>,
+    },
+    /// End the pre-copy; what was pulled stays.
+    StopPreCopy,
+    /// At the destination: take the sealed source's map. Refused unless its root is the one that the source answered
+    /// to `Seal`.
+    Adopt {
+        /// What the source answered.
+        sealed: SealedMap,
+    },
+    /// At the destination, when active: pull what is still at the source, until nothing is missing. Asked again, it
+    /// changes the limit.
+    StartBackgroundFetch {
+        /// At most this many bytes of blocks per second; no limit when none.
+        bandwidth_bytes_per_s: Option<u64>,
+    },
+    /// Pause the background fetch; blocks that the guest reads are still pulled.
+    PauseBackgroundFetch,
+    /// Upload the volume's content at this moment as a manifest; answers at once, ask `Status` for progress.
+    Publish,
+    /// Give up a publish under way.
+    CancelPublish,
+    /// Serve no more blocks to peers, and close the connection to the source.
+    ClosePeer,
+    /// Make everything acknowledged durable and end the process.
+    Shutdown {
+        /// Also delete the volume's data on this host. Refused while active at an epoch, unless `is_forced`.
+        is_deleting: bool,
+        /// Delete an active volume: its guest is deleted.
+        #[serde(default)]
+        is_forced: bool,
+    },
+}
+
+/// An answer, version 1.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "snake_case")]
+pub enum ControlAnswerV1 {
+    /// Done; nothing to tell.
+    Done,
+    /// To `Status`.
+    Status(VolumeStatus),
+    /// To `Seal`.
+    Sealed(SealedMap),
+    /// Not done.
+    Refused(Refusal),
+}
+
+/// Why a request was not done.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+pub struct Refusal {
+    /// What kind of refusal, for programs.
+    pub code: RefusalCode,
+    /// The whole chain of causes, for people.
+    pub message: String,
+}
+
+/// The kinds of refusal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RefusalCode {
+    /// The request's epoch is older than, or not, the volume's.
+    Epoch,
+    /// The volume's role does not allow it.
+    Role,
+    /// The source's map is not the one that was announced.
+    Map,
+    /// The source cannot be reached or answers wrongly; ask again.
+    Peer,
+    /// The local disk failed.
+    Disk,
+    /// The request was not understood.
+    Malformed,
+    /// Anything else.
+    Internal,
+}
+
+/// The map of a sealed volume: what the controller records at the switch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SealedMap {
+    /// The epoch that was sealed.
+    pub epoch: Epoch,
+    /// The root over every block's number, version and digest.
+    pub root: MapRoot,
+    /// The highest version of any block: grows with every write.
+    pub version: u64,
+    /// Blocks that differ from the base.
+    pub blocks: u64,
+}
+
+/// The role of a volume on a host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "role", rename_all = "snake_case")]
+pub enum RoleStatus {
+    /// Opened at a destination: reads and writes wait.
+    Standby {
+        /// Whether it has the source's map, so that it may be activated.
+        is_adopted: bool,
+    },
+    /// The writer at an epoch.
+    Active {
+        /// The epoch.
+        epoch: Epoch,
+    },
+    /// Was the writer at an epoch; still serves blocks to peers.
+    Sealed {
+        /// The epoch.
+        epoch: Epoch,
+    },
+}
+
+/// The state of a volume process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeStatus {
+    /// The volume.
+    pub volume: VolumeId,
+    /// The process's id.
+    pub pid: u32,
+    /// The role, with its epoch.
+    #[serde(flatten)]
+    pub role: RoleStatus,
+    /// The size in bytes.
+    pub size_bytes: u64,
+    /// Blocks that differ from the base.
+    pub blocks: u64,
+    /// Blocks whose newest content is not durable on this host yet: the source may be released only at 0.
+    pub missing_blocks: u64,
+    /// The same in bytes.
+    pub missing_bytes: u64,
+    /// Bytes of blocks pulled from the source before the volume was activated.
+    pub pulled_bytes_before: u64,
+    /// Bytes of blocks pulled from the source after it was activated.
+    pub pulled_bytes_after: u64,
+    /// Bytes read and written by the guest since the process started.
+    pub guest_read_bytes: u64,
+    /// Bytes written by the guest since the process started.
+    pub guest_written_bytes: u64,
+    /// Bytes acknowledged that are not durable yet (no flush has followed).
+    pub dirty_bytes: u64,
+    /// Whether an NBD client is connected.
+    pub has_client: bool,
+    /// Guest requests that wait for a block which cannot be had, and why; none when all is well.
+    pub alarm: Option<Alarm>,
+    /// The pre-copy.
+    pub pre_copy: PreCopyStatus,
+    /// Whether the background fetch is running.
+    pub is_fetching: bool,
+    /// At a source: the destination has said that it has everything, durably.
+    pub is_released: bool,
+    /// The publish that was last asked for.
+    pub publish: PublishStatus,
+}
+
+/// Something that an operator should know.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Alarm {
+    /// What it is.
+    pub code: AlarmCode,
+    /// In words, with the last error's chain.
+    pub message: String,
+}
+
+/// The kinds of alarm.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AlarmCode {
+    /// A newest block is at the source, which cannot be reached or gives something else; reads of it wait.
+    SourceUnreachable,
+    /// A chunk of the base cannot be had; reads of it wait.
+    BaseUnavailable,
+    /// The local disk failed to make something durable; the volume answers errors.
+    DiskFailed,
+}
+
+/// How far the pre-copy is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct PreCopyStatus {
+    /// Whether it is running.
+    pub is_running: bool,
+    /// Whole passes over the source's map so far.
+    pub passes: u32,
+    /// Blocks that were newer at the source when the last pass began.
+    pub last_pass_blocks: u64,
+}
+
+/// How far a publish is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum PublishStatus {
+    /// None was asked for since the process started.
+    #[default]
+    None,
+    /// Under way.
+    Running {
+        /// Blocks done.
+        done_blocks: u64,
+        /// Blocks in all.
+        total_blocks: u64,
+    },
+    /// Done.
+    Done {
+        /// The identity of the content.
+        root: ContentRoot,
+        /// Blocks that were looked at.
+        total_blocks: u64,
+        /// Bytes that had to be stored (the rest was there).
+        stored_bytes: u64,
+    },
+    /// Failed or cancelled; ask again to go on where it stopped.
+    Failed {
+        /// The chain of causes.
+        message: String,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_have_a_stable_text_form() {
+        let text = serde_json::to_string(&ControlRequestV1::Seal { epoch: Epoch(3) }).unwrap();
+        assert_eq!(text, r#"{"request":"seal","epoch":3}"#);
+        let shutdown: ControlRequestV1 = serde_json::from_str(r#"{"request":"shutdown","is_deleting":true}"#).unwrap();
+        assert_eq!(shutdown, ControlRequestV1::Shutdown { is_deleting: true, is_forced: false });
+        assert!(serde_json::from_str::<ControlRequestV1>(r#"{"request":"seal","epoch":3,"x":1}"#).is_err());
+    }
+
+    #[test]
+    fn a_status_survives_its_text_form() {
+        let status = VolumeStatus {
+            volume: VolumeId::generate(),
+            pid: 1,
+            role: RoleStatus::Active { epoch: Epoch(2) },
+            size_bytes: 1,
+            blocks: 1,
+            missing_blocks: 0,
+            missing_bytes: 0,
+            pulled_bytes_before: 0,
+            pulled_bytes_after: 0,
+            guest_read_bytes: 0,
+            guest_written_bytes: 0,
+            dirty_bytes: 0,
+            has_client: false,
+            alarm: Some(Alarm { code: AlarmCode::BaseUnavailable, message: "x".into() }),
+            pre_copy: PreCopyStatus::default(),
+            is_fetching: false,
+            is_released: false,
+            publish: PublishStatus::Done { root: ContentRoot([1; 32]), total_blocks: 1, stored_bytes: 2 },
+        };
+        let answer = ControlAnswerV1::Status(status);
+        let text = serde_json::to_string(&answer).unwrap();
+        assert_eq!(serde_json::from_str::<ControlAnswerV1>(&text).unwrap(), answer, "{text}");
+    }
+}
