@@ -35,6 +35,8 @@ pub struct Market {
     pub on_demand_nanousd_per_hour: Option<u64>,
     /// The feed's time at which this price began to hold (not wall time when a recorded feed is replayed).
     pub feed_time_ms: u64,
+    /// The feed's time now.
+    pub feed_now_ms: u64,
 }
 
 /// One step of a price series: the price holds until the next point.
