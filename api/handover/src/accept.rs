@@ -158,7 +158,7 @@ fn switch(record: &OwnerRecord, from: HostId, request: &SwitchRequest) -> Accept
         SwitchDecision::Granted { record, .. } => {
             // Orders of the new record tell both sides; a freeze or stop that ended at once has only its holder to tell.
             let answer = (!by_destination).then(|| elsewhere(&record, from, request.from.epoch));
-            let accepted = Accepted::changed(record);
+            let accepted = Accepted::changed(*record);
             match answer {
                 Some(answer) => accepted.also(from, to_source(answer)),
                 None => accepted,
@@ -199,17 +199,15 @@ fn abort(record: &OwnerRecord, from: HostId, operation: OperationId, reason: Abo
         return Accepted::nothing();
     }
     match request_abort(record, operation, reason) {
-        AbortDecision::Aborted { record } => Accepted::changed(record),
+        AbortDecision::Aborted { record } => Accepted::changed(*record),
         AbortDecision::GroupMember => Accepted { group: GroupNeed::Abort(reason), ..Accepted::nothing() },
         AbortDecision::NotCancellable => Accepted::nothing(),
         // Decided before, or over: both machines of the host may be told what is true; only the one that is concerned listens.
         AbortDecision::AlreadyAborted(_) | AbortDecision::TooLate(_) | AbortDecision::UnknownOperation => {
             let accepted = tell_truth(record, from, operation);
             match record.owner {
-                Owner::Host(host) if host == from => accepted.also(
-                    from,
-                    to_source(SourceOrder::StillYours { operation: Some(operation), epoch: record.epoch }),
-                ),
+                Owner::Host(host) if host == from => accepted
+                    .also(from, to_source(SourceOrder::StillYours { operation: Some(operation), epoch: record.epoch })),
                 _ => match record.holders.iter().find(|holder| holder.host == from) {
                     Some(holder) => accepted.also(from, to_source(elsewhere(record, from, holder.epoch))),
                     None => accepted,

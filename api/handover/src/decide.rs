@@ -5,8 +5,8 @@ use supercloud_ids::{Epoch, GuestId, HostId, OperationId};
 
 use crate::{
     message::{
-        AbortReason, Alarm, Grant, Holder, LocalCopy, MAX_VOLUMES, OperationKind, Owner, OwnerQuery, SourceOrder, Stamp,
-        SwitchRefusal, SwitchRequest,
+        AbortReason, Alarm, Grant, Holder, LocalCopy, MAX_VOLUMES, OperationKind, Owner, OwnerQuery, SourceOrder,
+        Stamp, SwitchRefusal, SwitchRequest,
     },
     phase::Phase,
     record::{Operation, OwnerRecord, Verdict},
@@ -112,7 +112,7 @@ pub enum SwitchDecision {
     /// Yes: valid when `record` is durable, and not before.
     Granted {
         /// To be written, with the volumes, ports, events that change with it.
-        record: OwnerRecord,
+        record: Box<OwnerRecord>,
         /// To be sent when that is durable.
         grant: Grant,
     },
@@ -218,7 +218,7 @@ pub fn grant_switch(record: &OwnerRecord, asker: HostId, request: &SwitchRequest
         (Ok(Admission::Open), Some(op)) if op.group => SwitchDecision::Refused(SwitchRefusal::GroupMember),
         (Ok(Admission::Open), Some(op)) => {
             let (record, grant) = commit(record, op);
-            SwitchDecision::Granted { record, grant }
+            SwitchDecision::Granted { record: Box::new(record), grant }
         }
         (Ok(Admission::Open), None) => SwitchDecision::Refused(SwitchRefusal::UnknownOperation),
         (Err(reason), _) => SwitchDecision::Refused(reason),
@@ -278,7 +278,7 @@ pub enum AbortDecision {
     /// Yes: valid when `record` is durable. From then on it can never be granted.
     Aborted {
         /// To be written.
-        record: OwnerRecord,
+        record: Box<OwnerRecord>,
     },
     /// It is aborted already.
     AlreadyAborted(AbortReason),
@@ -307,7 +307,7 @@ fn abort_member(record: &OwnerRecord, operation: OperationId, reason: AbortReaso
         Verdict::Granted(grant) => AbortDecision::TooLate(grant),
         Verdict::Aborted(reason) => AbortDecision::AlreadyAborted(reason),
         Verdict::Open if op.kind == OperationKind::Stop && op.phase != Phase::Plan => AbortDecision::NotCancellable,
-        Verdict::Open => AbortDecision::Aborted { record: aborted(record, reason, |_| {}) },
+        Verdict::Open => AbortDecision::Aborted { record: Box::new(aborted(record, reason, |_| {})) },
     }
 }
 
@@ -321,7 +321,7 @@ pub fn request_abort_all(
     reason: AbortReason,
 ) -> Result<Vec<OwnerRecord>, (GuestId, AbortDecision)> {
     let member = |record: &OwnerRecord| match abort_member(record, operation, reason) {
-        AbortDecision::Aborted { record } => Ok(record),
+        AbortDecision::Aborted { record } => Ok(*record),
         AbortDecision::AlreadyAborted(_) => Ok(record.clone()),
         other => Err((record.guest, other)),
     };
@@ -329,11 +329,7 @@ pub fn request_abort_all(
 }
 
 /// The record after an abort, with what else is known of the participants.
-pub(crate) fn aborted(
-    record: &OwnerRecord,
-    reason: AbortReason,
-    also: impl FnOnce(&mut OwnerRecord),
-) -> OwnerRecord {
+pub(crate) fn aborted(record: &OwnerRecord, reason: AbortReason, also: impl FnOnce(&mut OwnerRecord)) -> OwnerRecord {
     let mut next = record.clone();
     if let Some(op) = &mut next.operation {
         if op.verdict == Verdict::Open {
@@ -400,7 +396,7 @@ pub fn ask_owner(record: &OwnerRecord, asker: HostId, query: &OwnerQuery, when_o
             let abort = query.wants_back && query.copy == LocalCopy::Intact && when_open == WhenOpen::Abort;
             let undecided = plain(SourceOrder::Undecided { operation });
             match request_abort(record, op.id, AbortReason::ContactLost) {
-                AbortDecision::Aborted { record } if abort => AskDecision { record: Some(record), ..plain(yours) },
+                AbortDecision::Aborted { record } if abort => AskDecision { record: Some(*record), ..plain(yours) },
                 AbortDecision::GroupMember => AskDecision { abort_group: abort, ..undecided },
                 _ => undecided,
             }

@@ -88,10 +88,9 @@ impl OperationKind {
     #[must_use]
     pub const fn destination(&self) -> Option<HostId> {
         match *self {
-            Self::Start { to }
-            | Self::Migrate { to, .. }
-            | Self::Thaw { to, .. }
-            | Self::RestartFromVolume { to } => Some(to),
+            Self::Start { to } | Self::Migrate { to, .. } | Self::Thaw { to, .. } | Self::RestartFromVolume { to } => {
+                Some(to)
+            }
             Self::Freeze { .. } | Self::Stop => None,
         }
     }
@@ -106,10 +105,9 @@ impl OperationKind {
     #[must_use]
     pub const fn target(&self) -> Owner {
         match *self {
-            Self::Start { to }
-            | Self::Migrate { to, .. }
-            | Self::Thaw { to, .. }
-            | Self::RestartFromVolume { to } => Owner::Host(to),
+            Self::Start { to } | Self::Migrate { to, .. } | Self::Thaw { to, .. } | Self::RestartFromVolume { to } => {
+                Owner::Host(to)
+            }
             Self::Freeze { freeze } => Owner::Frozen(freeze),
             Self::Stop => Owner::Stopped,
         }
@@ -373,7 +371,7 @@ pub enum Report {
 }
 
 /// What the controller tells a source.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SourceOrder {
     /// Copy the guest to the destination (freeze: to the store; stop: shut it down).

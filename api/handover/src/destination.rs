@@ -1,0 +1,598 @@
+//! The destination's machine: a guest that comes here (moved, thawed, started), and runs only with a grant.
+//!
+//! ```text
+//!        Prepare            Prepared             all received              Granted              GuestRunning
+//!  Idle ---------> Preparing --------> Receiving ------------> Complete ------------> Granted ---------------> Running
+//!    ^                 |                   |              asks for the switch    COMMIT POINT                     |
+//!    |   Destroyed     |    failed, Cancel, Refused            |                 is behind it         NothingMissing
+//!    +--- Destroying <-+-------------------+-------------------+                                                  v
+//!                                          what was received is gone --> Orphaned       Finished <--Settled-- Fetched
+//!                                                                           | Granted: Lost (an alarm) --Settled--^
+//! ```
+
+use serde::{Deserialize, Serialize};
+use supercloud_ids::{Epoch, GuestId, HostId, OperationId};
+
+use crate::{
+    Refusal,
+    message::{
+        AbortReason, Alarm, DestinationOrder, DestinationPlan, Found, Grant, Owner, Report, SwitchRefusal,
+        SwitchRequest, VolumeStamp,
+    },
+    source::{SourceHandover, SourceState},
+};
+
+/// What is left at a host whose part as a destination is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// The guest runs here.
+    Runs,
+    /// It ran here, and then its process ended; nobody was told yet.
+    Gone,
+    /// It is not here any more, which the controller knows; its volumes are here, sealed.
+    Volumes,
+}
+
+/// Where a destination is. Durable: see [`DestinationHandover::step`].
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DestinationState {
+    /// Nothing is received.
+    Idle,
+    /// Reserving memory, opening volumes, binding ports silently.
+    Preparing {
+        /// The operation's plan.
+        plan: DestinationPlan,
+    },
+    /// Receiving.
+    Receiving {
+        /// The operation's plan.
+        plan: DestinationPlan,
+        /// Memory and device state are here (post-copy: device state).
+        state_received: bool,
+        /// The volume maps are here.
+        volumes: Option<Vec<VolumeStamp>>,
+    },
+    /// All that the guest needs to go on is here: asks for the switch until it is answered.
+    Complete {
+        /// The operation's plan.
+        plan: DestinationPlan,
+        /// The volumes as the source sealed them.
+        volumes: Vec<VolumeStamp>,
+    },
+    /// The switch is granted: roll forward.
+    Granted {
+        /// The operation's plan.
+        plan: DestinationPlan,
+        /// The proof.
+        grant: Grant,
+    },
+    /// The guest runs; blocks and pages are still fetched.
+    Running {
+        /// The operation's plan.
+        plan: DestinationPlan,
+        /// The proof.
+        grant: Grant,
+    },
+    /// Nothing is missing; reported until settled.
+    Fetched {
+        /// The proof.
+        grant: Grant,
+        /// The process has ended meanwhile.
+        gone: bool,
+    },
+    /// What was received is being destroyed.
+    Destroying {
+        /// The operation.
+        operation: OperationId,
+    },
+    /// Was complete, and what it held is gone: asks whether that was before or after the switch.
+    Orphaned {
+        /// The operation's plan.
+        plan: DestinationPlan,
+    },
+    /// ALARM: granted, and what it held is gone; reported until settled.
+    Lost {
+        /// The proof.
+        grant: Grant,
+    },
+    /// Its part is over: [`DestinationHandover::into_source`].
+    Finished {
+        /// The proof.
+        grant: Grant,
+        /// What is left here.
+        outcome: Outcome,
+    },
+}
+
+/// The destination's machine for one guest on one host.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct DestinationHandover {
+    guest: GuestId,
+    host: HostId,
+    state: DestinationState,
+    ended: Option<OperationId>,
+}
+
+/// What happens to a destination.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DestinationEvent {
+    /// The controller says.
+    Order(DestinationOrder),
+    /// Time passes: about every second, and at once when the link to the controller comes back.
+    Tick,
+    /// The agent was restarted with this machine's last persisted state, and found this of the process that this operation made.
+    Restarted {
+        /// What is there.
+        found: Found,
+    },
+    /// Ready to receive.
+    Prepared {
+        /// The operation.
+        operation: OperationId,
+    },
+    /// Preparing or receiving failed for good, or the source's stream broke.
+    ReceiveFailed {
+        /// The operation.
+        operation: OperationId,
+    },
+    /// Memory and device state are here (start, restart: the guest is defined and could boot; thaw: could go on).
+    StateReceived {
+        /// The operation.
+        operation: OperationId,
+    },
+    /// The volume maps are here, durable and checked against their roots (start: opened from their image).
+    VolumeMapsReceived {
+        /// The operation.
+        operation: OperationId,
+        /// The volumes.
+        volumes: Vec<VolumeStamp>,
+    },
+    /// The guest runs and its volumes take writes.
+    GuestRunning {
+        /// At this epoch.
+        epoch: Epoch,
+    },
+    /// Every block and page is here, as durable as the volumes promise.
+    NothingMissing {
+        /// At this epoch.
+        epoch: Epoch,
+    },
+    /// The process that received, or ran, ended by itself.
+    GuestGone,
+    /// Nothing is left of what was received.
+    Destroyed {
+        /// The operation.
+        operation: OperationId,
+    },
+}
+
+/// What a destination does. Each means "see to it that": repeating one is harmless.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DestinationEffect {
+    /// Tell the controller; may get lost.
+    Send(Report),
+    /// Make ready to receive (volumes refuse reads and writes, ports are silent); leads to `Prepared` or `ReceiveFailed`.
+    Prepare(DestinationPlan),
+    /// Destroy all that was received; leads to `Destroyed`.
+    DestroyReceived {
+        /// The operation.
+        operation: OperationId,
+    },
+    /// Let the volumes take writes at this epoch.
+    ActivateVolumes {
+        /// The epoch that was granted.
+        epoch: Epoch,
+    },
+    /// Let the ports speak at this epoch.
+    ActivatePorts {
+        /// The epoch that was granted.
+        epoch: Epoch,
+    },
+    /// Run the guest, once the volumes are active; leads to `GuestRunning`, or `GuestGone` if there is none.
+    RunGuest {
+        /// The epoch that was granted.
+        epoch: Epoch,
+    },
+    /// Fetch what is missing from the source and the plan's holders; leads to `NothingMissing`.
+    StartFetch {
+        /// The epoch that was granted.
+        epoch: Epoch,
+    },
+    /// Destroy the process, which has no right to run (any more).
+    DestroyGuest {
+        /// The operation that made it.
+        operation: OperationId,
+    },
+    /// Seal the volumes: what they hold may be needed for a recovery.
+    SealVolumes {
+        /// The epoch that was granted.
+        epoch: Epoch,
+    },
+    /// Tell people.
+    Raise(Alarm),
+    /// The event did not fit; nothing was done.
+    Refuse(Refusal),
+}
+
+use DestinationEffect as Effect;
+use DestinationState as State;
+
+impl DestinationHandover {
+    /// The machine of a host that receives nothing.
+    #[must_use]
+    pub const fn idle(guest: GuestId, host: HostId) -> Self {
+        Self { guest, host, state: State::Idle, ended: None }
+    }
+
+    /// The guest.
+    #[must_use]
+    pub const fn guest(&self) -> GuestId {
+        self.guest
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub const fn state(&self) -> &DestinationState {
+        &self.state
+    }
+
+    /// The operation that it takes part in.
+    #[must_use]
+    pub const fn operation(&self) -> Option<OperationId> {
+        match &self.state {
+            State::Idle => None,
+            State::Preparing { plan }
+            | State::Receiving { plan, .. }
+            | State::Complete { plan, .. }
+            | State::Orphaned { plan } => Some(plan.operation),
+            State::Destroying { operation } => Some(*operation),
+            State::Granted { grant, .. }
+            | State::Running { grant, .. }
+            | State::Fetched { grant, .. }
+            | State::Lost { grant }
+            | State::Finished { grant, .. } => Some(grant.operation),
+        }
+    }
+
+    /// The proof that it may run the guest, once it has it.
+    #[must_use]
+    pub const fn grant(&self) -> Option<&Grant> {
+        match &self.state {
+            State::Granted { grant, .. }
+            | State::Running { grant, .. }
+            | State::Fetched { grant, .. }
+            | State::Lost { grant }
+            | State::Finished { grant, .. } => Some(grant),
+            _ => None,
+        }
+    }
+
+    /// When its part is over: the machine of the guest that lives here now, and this one ready for the next operation.
+    #[must_use]
+    pub fn into_source(self) -> Option<(SourceHandover, DestinationHandover)> {
+        let State::Finished { grant, outcome } = self.state else { return None };
+        let state = match outcome {
+            Outcome::Runs => SourceState::Running,
+            Outcome::Gone => SourceState::Lost { operation: None },
+            Outcome::Volumes => SourceState::Serving { guest_kept: false },
+        };
+        let source = SourceHandover::with(self.guest, self.host, grant.epoch, state, None);
+        Some((source, Self { state: State::Idle, ended: Some(grant.operation), ..self }))
+    }
+
+    /// Takes one event and says what is to be done.
+    ///
+    /// The caller persists the machine BEFORE it carries out the effects, and carries them out in order, one batch after
+    /// the other; an effect that fails ends its batch, and the next [`DestinationEvent::Tick`] asks for it again.
+    pub fn step(&mut self, event: DestinationEvent) -> Vec<DestinationEffect> {
+        match event {
+            DestinationEvent::Order(order) => self.order(order),
+            DestinationEvent::Tick => self.tick(),
+            DestinationEvent::Restarted { found } => self.restarted(found),
+            DestinationEvent::Prepared { operation } => match &self.state {
+                State::Preparing { plan } if plan.operation == operation => {
+                    self.state = State::Receiving { plan: plan.clone(), state_received: false, volumes: None };
+                    self.tick()
+                }
+                _ => self.refuse(),
+            },
+            DestinationEvent::ReceiveFailed { operation } => match &self.state {
+                State::Preparing { plan } | State::Receiving { plan, .. } if plan.operation == operation => {
+                    self.destroy(operation)
+                }
+                // Complete needs its source no more.
+                State::Complete { plan, .. } if plan.operation == operation => Vec::new(),
+                _ => self.refuse(),
+            },
+            DestinationEvent::StateReceived { operation } => match &mut self.state {
+                State::Receiving { plan, state_received, .. } if plan.operation == operation => {
+                    *state_received = true;
+                    self.complete()
+                }
+                _ => self.refuse(),
+            },
+            DestinationEvent::VolumeMapsReceived { operation, volumes: received } => match &mut self.state {
+                State::Receiving { plan, volumes, .. } if plan.operation == operation => {
+                    *volumes = Some(received);
+                    self.complete()
+                }
+                _ => self.refuse(),
+            },
+            DestinationEvent::GuestRunning { epoch } => match &self.state {
+                State::Granted { plan, grant } if grant.epoch == epoch => {
+                    self.state = State::Running { plan: plan.clone(), grant: *grant };
+                    self.tick()
+                }
+                State::Running { grant, .. } | State::Fetched { grant, .. } if grant.epoch == epoch => Vec::new(),
+                _ => self.refuse(),
+            },
+            DestinationEvent::NothingMissing { epoch } => match &self.state {
+                State::Running { grant, .. } if grant.epoch == epoch => {
+                    self.state = State::Fetched { grant: *grant, gone: false };
+                    self.tick()
+                }
+                State::Fetched { grant, .. } if grant.epoch == epoch => Vec::new(),
+                _ => self.refuse(),
+            },
+            DestinationEvent::GuestGone => self.gone(),
+            DestinationEvent::Destroyed { operation } => match &self.state {
+                State::Destroying { operation: mine } if *mine == operation => {
+                    self.state = State::Idle;
+                    self.ended = Some(operation);
+                    vec![Effect::Send(Report::Cleaned { operation })]
+                }
+                _ => self.refuse(),
+            },
+        }
+    }
+
+    fn refuse(&self) -> Vec<Effect> {
+        vec![Effect::Refuse(Refusal::NotInThisState)]
+    }
+
+    fn order(&mut self, order: DestinationOrder) -> Vec<Effect> {
+        match order {
+            DestinationOrder::Prepare(plan) => self.prepare(plan),
+            DestinationOrder::Granted(grant) => self.granted(grant),
+            DestinationOrder::Cancel { operation } => {
+                if self.operation() == Some(operation) {
+                    self.cancel(operation)
+                } else {
+                    // Nothing is here of that operation.
+                    vec![Effect::Send(Report::Cleaned { operation })]
+                }
+            }
+            DestinationOrder::Refused { operation, reason } => {
+                if self.operation() == Some(operation) {
+                    self.refused(operation, reason)
+                } else {
+                    vec![Effect::Refuse(Refusal::NoOperation)]
+                }
+            }
+            DestinationOrder::Wait { .. } => Vec::new(),
+            DestinationOrder::Settled { operation } => {
+                if self.operation() == Some(operation) {
+                    self.settled()
+                } else {
+                    self.refuse()
+                }
+            }
+        }
+    }
+
+    fn prepare(&mut self, plan: DestinationPlan) -> Vec<Effect> {
+        if plan.guest != self.guest {
+            return vec![Effect::Refuse(Refusal::OtherGuest)];
+        }
+        if plan.to != self.host || plan.kind.destination() != Some(self.host) {
+            return vec![Effect::Refuse(Refusal::OtherHost)];
+        }
+        let operation = plan.operation;
+        match &self.state {
+            State::Idle if self.ended == Some(operation) => vec![Effect::Send(Report::Cleaned { operation })],
+            State::Idle => {
+                self.state = State::Preparing { plan: plan.clone() };
+                vec![Effect::Prepare(plan)]
+            }
+            State::Preparing { plan: mine } if mine.operation == operation => Vec::new(),
+            _ => {
+                // The same operation: say again where it stands. Another: mine must be over, and asking tells how.
+                let mut effects = self.tick();
+                if let Some(mine) = self.operation().filter(|mine| *mine != operation) {
+                    effects.push(Effect::Refuse(Refusal::OtherOperation(mine)));
+                }
+                effects
+            }
+        }
+    }
+
+    fn granted(&mut self, grant: Grant) -> Vec<Effect> {
+        if grant.guest != self.guest {
+            return vec![Effect::Refuse(Refusal::OtherGuest)];
+        }
+        if grant.owner != Owner::Host(self.host) {
+            return vec![Effect::Refuse(Refusal::OtherHost)];
+        }
+        match &self.state {
+            State::Idle if self.ended == Some(grant.operation) => self.refuse(),
+            // Granted to what this host held before its own state was lost.
+            State::Idle => self.lose(grant),
+            _ if self.operation() != Some(grant.operation) => vec![Effect::Refuse(Refusal::NoOperation)],
+            State::Complete { plan, .. } | State::Orphaned { plan } if plan.epoch() != grant.epoch => {
+                vec![Effect::Refuse(Refusal::OtherEpoch { mine: plan.epoch(), theirs: grant.epoch })]
+            }
+            State::Complete { plan, .. } => {
+                self.state = State::Granted { plan: plan.clone(), grant };
+                self.tick()
+            }
+            State::Orphaned { .. } => self.lose(grant),
+            State::Granted { .. } | State::Running { .. } | State::Fetched { .. } | State::Lost { .. } => self.tick(),
+            // Granted without having been complete: this machine's state is older than its request. What is here is not to be trusted.
+            State::Preparing { .. } | State::Receiving { .. } | State::Destroying { .. } => {
+                let mut effects = vec![Effect::DestroyReceived { operation: grant.operation }];
+                effects.extend(self.lose(grant));
+                effects
+            }
+            State::Finished { .. } => self.refuse(),
+        }
+    }
+
+    fn cancel(&mut self, operation: OperationId) -> Vec<Effect> {
+        match &self.state {
+            State::Preparing { .. } | State::Receiving { .. } | State::Complete { .. } | State::Orphaned { .. } => {
+                self.destroy(operation)
+            }
+            State::Destroying { .. } => self.tick(),
+            // A grant is for good; so one of the two is a lie, and running on is the safe answer.
+            _ => vec![Effect::Refuse(Refusal::AlreadyGranted)],
+        }
+    }
+
+    fn refused(&mut self, operation: OperationId, reason: SwitchRefusal) -> Vec<Effect> {
+        match (&self.state, reason) {
+            (
+                State::Granted { grant, .. } | State::Running { grant, .. } | State::Fetched { grant, .. },
+                SwitchRefusal::WrongOrigin(now),
+            ) if now.epoch > grant.epoch => {
+                let grant = *grant;
+                self.state = State::Finished { grant, outcome: Outcome::Volumes };
+                vec![
+                    Effect::DestroyGuest { operation },
+                    Effect::SealVolumes { epoch: grant.epoch },
+                    Effect::Raise(Alarm::Superseded { had: grant.epoch, now: now.epoch }),
+                ]
+            }
+            (State::Lost { grant }, SwitchRefusal::WrongOrigin(now)) if now.epoch > grant.epoch => {
+                self.state = State::Finished { grant: *grant, outcome: Outcome::Volumes };
+                Vec::new()
+            }
+            _ => self.cancel(operation),
+        }
+    }
+
+    fn settled(&mut self) -> Vec<Effect> {
+        let (grant, outcome) = match self.state {
+            State::Fetched { grant, gone: false } => (grant, Outcome::Runs),
+            State::Fetched { grant, gone: true } => (grant, Outcome::Gone),
+            State::Lost { grant } => (grant, Outcome::Volumes),
+            State::Finished { .. } => return Vec::new(),
+            _ => return self.refuse(),
+        };
+        self.state = State::Finished { grant, outcome };
+        Vec::new()
+    }
+
+    fn complete(&mut self) -> Vec<Effect> {
+        match &mut self.state {
+            State::Receiving { plan, state_received: true, volumes: Some(volumes) } => {
+                self.state = State::Complete { plan: plan.clone(), volumes: std::mem::take(volumes) };
+                self.tick()
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn destroy(&mut self, operation: OperationId) -> Vec<Effect> {
+        self.state = State::Destroying { operation };
+        self.tick()
+    }
+
+    fn lose(&mut self, grant: Grant) -> Vec<Effect> {
+        self.state = State::Lost { grant };
+        let mut effects = vec![
+            Effect::SealVolumes { epoch: grant.epoch },
+            Effect::Raise(Alarm::LostAfterSwitch { host: self.host, epoch: grant.epoch }),
+        ];
+        effects.extend(self.tick());
+        effects
+    }
+
+    fn tick(&mut self) -> Vec<Effect> {
+        match &self.state {
+            State::Idle | State::Finished { .. } => Vec::new(),
+            State::Preparing { plan } => vec![Effect::Prepare(plan.clone())],
+            // Also how a destination learns that its operation was over before it began.
+            State::Receiving { plan, .. } => vec![Effect::Send(Report::Prepared { operation: plan.operation })],
+            State::Complete { plan, volumes } => vec![Effect::Send(Report::RequestSwitch(SwitchRequest {
+                guest: self.guest,
+                operation: plan.operation,
+                from: plan.from,
+                to: Owner::Host(self.host),
+                volumes: volumes.clone(),
+            }))],
+            State::Granted { grant, .. } => {
+                let epoch = grant.epoch;
+                vec![Effect::ActivateVolumes { epoch }, Effect::ActivatePorts { epoch }, Effect::RunGuest { epoch }]
+            }
+            State::Running { grant, .. } => {
+                let (operation, epoch) = (grant.operation, grant.epoch);
+                vec![Effect::Send(Report::Running { operation, epoch }), Effect::StartFetch { epoch }]
+            }
+            State::Fetched { grant, .. } => {
+                let (operation, epoch) = (grant.operation, grant.epoch);
+                vec![Effect::Send(Report::NothingMissing { operation, epoch })]
+            }
+            State::Destroying { operation } => vec![Effect::DestroyReceived { operation: *operation }],
+            State::Orphaned { plan } => {
+                let (operation, reason) = (plan.operation, AbortReason::DestinationFailed);
+                vec![Effect::Send(Report::RequestAbort { operation, reason })]
+            }
+            State::Lost { grant } => {
+                let (operation, epoch) = (grant.operation, grant.epoch);
+                vec![Effect::Send(Report::LostAfterSwitch { operation, epoch })]
+            }
+        }
+    }
+
+    fn restarted(&mut self, found: Found) -> Vec<Effect> {
+        match (&self.state, found) {
+            // The stream went through the agent, so it broke with it; nothing was asked for yet.
+            (State::Preparing { plan } | State::Receiving { plan, .. }, _) => {
+                let operation = plan.operation;
+                self.destroy(operation)
+            }
+            (_, Found::Nothing) => self.gone(),
+            (State::Complete { plan, .. }, Found::Running) => {
+                // Never asked of the process; whatever it did, it is not the state that was received any more.
+                let operation = plan.operation;
+                let mut effects = vec![Effect::DestroyGuest { operation }, Effect::Raise(Alarm::RanWithoutGrant)];
+                effects.extend(self.gone());
+                effects
+            }
+            (State::Running { grant, .. } | State::Fetched { grant, .. }, Found::Paused) => {
+                let epoch = grant.epoch;
+                let mut effects = vec![Effect::ActivateVolumes { epoch }, Effect::RunGuest { epoch }];
+                effects.extend(self.tick());
+                effects
+            }
+            _ => self.tick(),
+        }
+    }
+
+    fn gone(&mut self) -> Vec<Effect> {
+        match &mut self.state {
+            State::Idle | State::Finished { .. } => Vec::new(),
+            State::Preparing { plan } | State::Receiving { plan, .. } => {
+                let operation = plan.operation;
+                self.destroy(operation)
+            }
+            State::Complete { plan, .. } => {
+                self.state = State::Orphaned { plan: plan.clone() };
+                self.tick()
+            }
+            State::Granted { grant, .. } | State::Running { grant, .. } => {
+                let grant = *grant;
+                self.lose(grant)
+            }
+            State::Fetched { gone, .. } => {
+                *gone = true;
+                self.tick()
+            }
+            State::Destroying { .. } | State::Orphaned { .. } | State::Lost { .. } => self.tick(),
+        }
+    }
+}
