@@ -8,11 +8,11 @@ use supercloud_store::{
 };
 
 async fn open(path: &Path) -> SledStore {
-    SledStore::open(path, SledOptions::default()).await.unwrap()
+    SledStore::open(path, SledOptions::default()).await.expect("the store opens")
 }
 
 fn put(path: &str, value: &str) -> Txn {
-    Txn::new().put(Key::new(path).unwrap(), Value::new(value.to_owned()).unwrap())
+    Txn::new().put(Key::new(path).expect("a key"), Value::new(value.to_owned()).expect("a value"))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

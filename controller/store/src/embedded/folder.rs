@@ -58,6 +58,7 @@ impl Folder {
         let sled = folder.sled();
         if !sled.exists() {
             fs::create_dir(&sled).map_err(|e| failed("make sled's folder", e))?;
+            sync_dir(&folder.path).map_err(|e| failed("sync the store's folder", e))?;
         }
         if let Err(e) = set_synchronous(&sled) {
             tracing::warn!(path = %sled.display(), error = %e, "the file system has no synchronous-updates flag");

@@ -174,7 +174,10 @@ impl SledStore {
                 .open()?;
             let meta = match (view::meta(&db)?, high_water) {
                 (Some(meta), high_water) if meta.revision >= high_water.unwrap_or(0) => meta,
-                (None, None) => Meta::EMPTY,
+                (None, None) => {
+                    db.insert(layout::META, &Meta::EMPTY.encode())?;
+                    Meta::EMPTY
+                }
                 (meta, high_water) => {
                     let (has, had) = (meta.map_or(0, |m| m.revision), high_water.unwrap_or(0));
                     return Err(Fault::Inconsistent(format!("it was at revision {had} and is at {has} now")));
