@@ -1,2 +1,80 @@
-//! placeholder
-fn main() {}
+//! `supercloud`: the operator's command.
+
+#![forbid(unsafe_code)]
+
+mod arguments;
+mod guests;
+mod settings;
+mod show;
+mod things;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory as _, Parser as _};
+use supercloud_api::{Operation, client::ClientError};
+
+use crate::arguments::{Arguments, Noun};
+
+/// An operation that did not end as it should.
+#[derive(Debug)]
+struct OperationFailed(Box<Operation>);
+
+impl std::fmt::Display for OperationFailed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Operation { id, phase, .. } = &*self.0;
+        write!(f, "operation {id} ended as {}", supercloud_cli::progress::phase_name(*phase))?;
+        match self.0.failure() {
+            Some(problem) => write!(f, ": {}", problem.detail),
+            None => Ok(()),
+        }
+    }
+}
+
+impl std::error::Error for OperationFailed {}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("error: no runtime: {error}");
+            return ExitCode::from(1);
+        }
+    };
+    match runtime.block_on(run(arguments)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(exit_code(&error))
+        }
+    }
+}
+
+/// The documented exit codes.
+fn exit_code(error: &anyhow::Error) -> u8 {
+    if error.downcast_ref::<OperationFailed>().is_some() {
+        return 4;
+    }
+    match error.downcast_ref::<ClientError>() {
+        Some(ClientError::Problem(problem)) => {
+            if problem.retryable {
+                eprintln!("hint: this may pass by itself; try again later");
+            }
+            3
+        }
+        _ => 1,
+    }
+}
+
+async fn run(arguments: Arguments) -> anyhow::Result<()> {
+    if let Noun::Completion { shell } = arguments.noun {
+        clap_complete::generate(shell, &mut Arguments::command(), "supercloud", &mut std::io::stdout());
+        return Ok(());
+    }
+    let client = arguments.connection.client()?;
+    let output = arguments.output;
+    match arguments.noun {
+        Noun::Guest(verb) => guests::run(&client, output, verb).await,
+        other => things::run(&client, output, other).await,
+    }
+}

@@ -1,0 +1,135 @@
+//! `supercloud guest …`
+
+use anyhow::Context as _;
+use supercloud_api::{
+    GuestCreate, GuestFreeze, GuestMigrate, GuestPatch, GuestStart, GuestStop, GuestThaw, Operation, Propagation,
+    Shape, client::Client,
+};
+use supercloud_cli::table::{Table, bytes, duration};
+
+use crate::{
+    arguments::{GuestCreateArguments, GuestVerb, Output},
+    show,
+};
+
+/// Runs a verb.
+pub async fn run(client: &Client, output: Output, verb: GuestVerb) -> anyhow::Result<()> {
+    match verb {
+        GuestVerb::List => list(client, output).await,
+        GuestVerb::Show { name } => show::print_one(output, &client.guest(&name).await?),
+        GuestVerb::Create(arguments) => create(client, output, arguments).await,
+        GuestVerb::Start { name, place, watch } => {
+            let operation = client.start_guest(&name, &GuestStart { place: place.map(Into::into) }).await?;
+            show::follow(client, output, operation, watch).await
+        }
+        GuestVerb::Stop { name, force, watch } => {
+            let operation = client.stop_guest(&name, &GuestStop { force, grace_ms: None }).await?;
+            show::follow(client, output, operation, watch).await
+        }
+        GuestVerb::Migrate {
+            name,
+            to,
+            bandwidth_mbps,
+            max_downtime_ms,
+            deadline,
+            no_auto_converge,
+            dry_run,
+            reason,
+            watch,
+        } => {
+            let body = GuestMigrate {
+                to: to.into(),
+                bandwidth_bps: bandwidth_mbps.map(|mbps| mbps.saturating_mul(1_000_000)),
+                max_downtime_ms,
+                auto_converge: !no_auto_converge,
+                deadline_ms: deadline.map(|seconds| seconds.saturating_mul(1000)),
+                reason,
+            };
+            if dry_run {
+                return print_plan(output, &client.plan_migration(&name, &body).await?);
+            }
+            let operation = client.migrate_guest(&name, &body).await?;
+            show::follow(client, output, operation, watch).await
+        }
+        GuestVerb::Freeze { name, watch } => {
+            let operation = client.freeze_guest(&name, &GuestFreeze::default()).await?;
+            show::follow(client, output, operation, watch).await
+        }
+        GuestVerb::Thaw { name, to, watch } => {
+            let operation = client.thaw_guest(&name, &GuestThaw { to: to.map(Into::into), freeze: None }).await?;
+            show::follow(client, output, operation, watch).await
+        }
+        GuestVerb::FollowPrices { name, follow } => {
+            show::print_one(output, &client.patch_guest(&name, &GuestPatch { follow_prices: Some(follow) }).await?)
+        }
+        GuestVerb::Delete { name, watch } => {
+            let operation = client.delete_guest(&name).await?;
+            show::follow(client, output, operation, watch).await
+        }
+    }
+}
+
+async fn list(client: &Client, output: Output) -> anyhow::Result<()> {
+    let guests = client.guests().await?;
+    show::print(output, &guests, || {
+        let mut table = Table::new(["NAME", "STATE", "CLOUD", "HOST", "IPV4", "VCPUS", "MEMORY", "EPOCH", "ALARM"]);
+        for guest in &guests {
+            let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".into());
+            let state = serde_json::to_value(guest.state).ok().and_then(|v| v.as_str().map(str::to_owned));
+            table.row([
+                guest.name.to_string(),
+                or_dash(state),
+                or_dash(guest.cloud_name.as_ref().map(ToString::to_string)),
+                or_dash(guest.host_name.as_ref().map(ToString::to_string)),
+                or_dash(guest.ipv4.map(|ip| ip.to_string())),
+                guest.shape.vcpus.to_string(),
+                bytes(guest.shape.memory_bytes),
+                guest.epoch.to_string(),
+                or_dash(guest.alarm.clone()),
+            ]);
+        }
+        table
+    })
+}
+
+async fn create(client: &Client, output: Output, arguments: GuestCreateArguments) -> anyhow::Result<()> {
+    let user_data = match &arguments.cloud_init {
+        Some(path) => Some(std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?),
+        None => None,
+    };
+    let body = GuestCreate {
+        name: arguments.name.parse()?,
+        project: None,
+        image: arguments.image.into(),
+        shape: Shape { vcpus: arguments.vcpus, memory_bytes: arguments.memory.saturating_mul(1 << 20) },
+        network: arguments.network.into(),
+        ipv4: arguments.ipv4,
+        place: arguments.place.map(Into::into),
+        disk_bytes: arguments.disk.map(|gib| gib.saturating_mul(1 << 30)),
+        user_data,
+        cmdline_extra: arguments.cmdline_extra,
+        propagation: Propagation::default(),
+        follow_prices: arguments.follow_prices,
+        start: !arguments.no_start,
+    };
+    let operation = client.create_guest(&body).await?;
+    show::follow(client, output, operation, arguments.watch).await
+}
+
+fn print_plan(output: Output, operation: &Operation) -> anyhow::Result<()> {
+    let Some(plan) = operation.plan.as_ref().filter(|_| output == Output::Table) else {
+        return show::print_one(Output::Json, operation);
+    };
+    let mut table = Table::new(["CHECK", "OK", "FOUND"]);
+    for check in &plan.checks {
+        table.row([check.name.clone(), if check.is_ok { "yes" } else { "NO" }.into(), check.detail.clone()]);
+    }
+    print!("{}", table.render());
+    let name = plan.destination_name.as_ref().map_or_else(|| "nowhere".into(), ToString::to_string);
+    println!(
+        "would go to {name}; expected {} in {}",
+        plan.predicted_bytes.map_or_else(|| "?".into(), bytes),
+        plan.predicted_ms.map_or_else(|| "?".into(), duration)
+    );
+    Ok(())
+}

@@ -1,0 +1,142 @@
+//! The progress of an operation as a line of text: phase, bar, bytes, dirty rate, time left. The bar never goes back.
+
+use std::io::{IsTerminal as _, Write as _};
+
+use supercloud_api::{Operation, Phase};
+
+use crate::table::{bytes, duration};
+
+const WIDTH: usize = 24;
+
+/// Shows one operation's progress on standard error: rewritten in place on a terminal, a line per phase elsewhere.
+#[derive(Debug)]
+pub struct Bar {
+    is_terminal: bool,
+    share: f64,
+    phase: Option<Phase>,
+    is_dirty: bool,
+}
+
+impl Default for Bar {
+    fn default() -> Self {
+        Self { is_terminal: std::io::stderr().is_terminal(), share: 0.0, phase: None, is_dirty: false }
+    }
+}
+
+impl Bar {
+    /// Shows a state of the operation.
+    pub fn show(&mut self, operation: &Operation) {
+        self.share = self.share.max(share(operation));
+        let is_new_phase = self.phase != Some(operation.phase);
+        self.phase = Some(operation.phase);
+        let mut out = std::io::stderr().lock();
+        // What cannot be shown is not worth failing for.
+        let _ignored = if self.is_terminal {
+            self.is_dirty = true;
+            write!(out, "\r\x1b[2K{}", line(operation, self.share))
+        } else if is_new_phase {
+            writeln!(out, "{}", line(operation, self.share))
+        } else {
+            Ok(())
+        };
+        let _ignored = out.flush();
+    }
+
+    /// Ends the line.
+    pub fn end(&mut self) {
+        if std::mem::take(&mut self.is_dirty) {
+            eprintln!();
+        }
+    }
+}
+
+/// How far an operation is, 0 to 1: each phase has its part of the bar; inside the copy, what remains of the memory tells.
+#[must_use]
+pub fn share(operation: &Operation) -> f64 {
+    let progress = &operation.progress;
+    match operation.phase {
+        Phase::Plan => 0.0,
+        Phase::Prepare => 0.05,
+        Phase::Copy if progress.memory_total_bytes > 0 => {
+            let done = if progress.round <= 1 {
+                1.0 - progress.memory_remaining_bytes as f64 / progress.memory_total_bytes as f64
+            } else {
+                1.0
+            };
+            0.1 + 0.6 * done.clamp(0.0, 1.0)
+        }
+        Phase::Copy => 0.1,
+        Phase::Switch => 0.75,
+        Phase::Resume => 0.8,
+        Phase::Finish => {
+            let all = progress.disk_missing_bytes + progress.disk_bytes_after_resume;
+            let done = if all == 0 { 0.0 } else { progress.disk_bytes_after_resume as f64 / all as f64 };
+            0.85 + 0.14 * done
+        }
+        Phase::Done | Phase::RolledBack | Phase::Failed => 1.0,
+    }
+}
+
+/// The line.
+#[must_use]
+pub fn line(operation: &Operation, share: f64) -> String {
+    let progress = &operation.progress;
+    let filled = ((share * WIDTH as f64).round() as usize).min(WIDTH);
+    let bar = format!("{}{}", "█".repeat(filled), "░".repeat(WIDTH - filled));
+    let phase = phase_name(operation.phase);
+    let mut text = format!("{phase:<11} {bar} {:>3.0} %", share * 100.0);
+    if progress.memory_total_bytes > 0 {
+        text.push_str(&format!("  {} sent", bytes(progress.memory_sent_bytes)));
+    }
+    if operation.phase == Phase::Copy && progress.memory_total_bytes > 0 {
+        text.push_str(&format!(
+            ", {} left, round {}, dirty {}/s, link {}/s, ETA {}",
+            bytes(progress.memory_remaining_bytes),
+            progress.round,
+            bytes(progress.dirty_bytes_per_s),
+            bytes(progress.bandwidth_bytes_per_s),
+            eta(operation),
+        ));
+    }
+    if progress.disk_bytes_before_resume + progress.disk_bytes_after_resume > 0 {
+        text.push_str(&format!(
+            ", disk {}+{}",
+            bytes(progress.disk_bytes_before_resume),
+            bytes(progress.disk_bytes_after_resume)
+        ));
+    }
+    if let Some(downtime) = progress.downtime_ms.filter(|_| operation.phase >= Phase::Resume) {
+        text.push_str(&format!(", paused {}", duration(downtime)));
+    }
+    if !progress.message.is_empty() {
+        text.push_str(&format!("  {}", progress.message));
+    }
+    text
+}
+
+/// The time to the switch as a range.
+fn eta(operation: &Operation) -> String {
+    let progress = &operation.progress;
+    match (progress.eta_min_ms, progress.eta_max_ms) {
+        (Some(least), Some(most)) if most > least => format!("{}–{}", duration(least), duration(most)),
+        (Some(least), Some(_)) => duration(least),
+        (Some(least), None) => format!("over {}", duration(least)),
+        _ => "?".into(),
+    }
+}
+
+/// A phase as the API writes it.
+#[must_use]
+pub fn phase_name(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Plan => "plan",
+        Phase::Prepare => "prepare",
+        Phase::Copy => "copy",
+        Phase::Switch => "switch",
+        Phase::Resume => "resume",
+        Phase::Finish => "finish",
+        Phase::Done => "done",
+        Phase::RolledBack => "rolled_back",
+        Phase::Failed => "failed",
+    }
+}
