@@ -63,8 +63,8 @@ pub struct Opened {
     pub error: Option<Problem>,
 }
 
-/// What source and destination say to each other in a migration. The order is
-/// `Begin, Prepared, (copy), Performed, Switched|Aborted, Finished`.
+/// What source and destination say to each other in a migration: only what their hypervisors and volume processes need.
+/// Who owns the guest is never said here: that is the controller's alone, by [`supercloud_handover`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "message")]
 pub enum HandoverMessage {
@@ -98,23 +98,16 @@ pub enum HandoverMessage {
         /// When the source paused the guest: milliseconds before this message was sent.
         paused_for_ms: u64,
     },
-    /// Destination: the store has decided for the destination, and the guest runs there.
-    Switched {
-        /// e+1.
-        epoch: Epoch,
-        /// The back end's own data, base64.
+    /// Destination: the guest runs here; the back end's own data with which the source's hypervisor ends its part.
+    Finished {
+        /// base64.
         cookie: String,
-        /// Whether it runs (false: granted, but the received state could not be resumed: it is lost).
-        is_running: bool,
     },
-    /// Either: this operation will not switch, as far as this side knows. The source still asks before it resumes
-    /// when it was already paused.
-    Aborted {
+    /// Either: this side cannot go on with the copy. Decides nothing.
+    Failed {
         /// Why.
-        reason: String,
+        problem: Problem,
     },
-    /// Destination: it has every block; the source may release.
-    BlocksComplete,
     /// Either: still there.
     Alive,
 }

@@ -12,7 +12,7 @@
 //! | [`tls`] | mutual TLS as every link uses it, and reading a host's id out of its certificate |
 //! | `client` | the typed REST client (feature `client`) |
 //!
-//! This crate knows no other crate of ours but [`supercloud_ids`].
+//! This crate knows no other crate of ours but [`supercloud_ids`] and [`supercloud_handover`], which live in its folder.
 
 pub mod data;
 pub mod frame;
@@ -31,6 +31,7 @@ pub use name::{Name, Ref};
 pub use page::Page;
 pub use problem::{Code, Problem};
 pub use resources::*;
+pub use supercloud_handover as handover;
 pub use supercloud_ids as ids;
 
 /// Milliseconds since the Unix epoch; wall time, for people and expiry dates only.

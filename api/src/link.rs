@@ -7,14 +7,17 @@
 //! |---|---|---|---|
 //! | 1 | hello | agent | [`Hello`]: the first frame |
 //! | 2 | welcome | controller | [`Welcome`]: the answer; else the connection is closed |
-//! | 3 | command | controller | [`Envelope`]`<`[`Command`]`>` |
-//! | 4 | command result | agent | [`Envelope`]`<`[`Outcome`]`<`[`CommandResult`]`>>` |
-//! | 5 | query | agent | [`Envelope`]`<`[`Query`]`>` |
-//! | 6 | answer | controller | [`Envelope`]`<`[`Outcome`]`<`[`Answer`]`>>` |
-//! | 7 | notice | agent | [`Notice`] |
-//! | 8 | directive | controller | [`Directive`]: state that the agent takes over; no answer |
+//! | 3 | query | agent | [`Envelope`]`<`[`Query`]`>` |
+//! | 4 | answer | controller | [`Envelope`]`<`[`Outcome`]`<`[`Answer`]`>>` |
+//! | 5 | notice | agent | [`Notice`]; no answer |
+//! | 6 | directive | controller | [`Directive`]; no answer |
 //!
-//! Commands and queries are idempotent: after a broken link the same one is sent again with the same operation id.
+//! Everything that changes a guest's owner goes by [`supercloud_handover`]: the agent's machines say
+//! [`Report`](supercloud_handover::Report)s ([`Notice::Report`]), the controller's record gives
+//! [`OrderBody`](supercloud_handover::OrderBody)s ([`Directive::Order`]). Both are repeated until they have had their effect
+//! (every few seconds and after each reconnect), so a lost message loses nothing. What the receiver needs beside the order (the
+//! guest's description, tickets, where to find chunks) travels as the order's [`Assignment`]. "Start", "stop", "migrate",
+//! "freeze", "thaw" are all kinds of one operation: [`supercloud_handover::OperationKind`].
 
 use std::{
     fmt,
@@ -22,6 +25,7 @@ use std::{
 };
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use supercloud_handover::{OrderBody, Report};
 use supercloud_ids::{
     CloudId, Epoch, FreezeId, GuestId, HostId, ImageId, NetworkId, OperationId, PortId, ProjectId, VolumeId,
 };
@@ -36,12 +40,10 @@ pub mod kind {
     #![expect(missing_docs, reason = "the table in the module's documentation says what they are")]
     pub const HELLO: u16 = 1;
     pub const WELCOME: u16 = 2;
-    pub const COMMAND: u16 = 3;
-    pub const COMMAND_RESULT: u16 = 4;
-    pub const QUERY: u16 = 5;
-    pub const ANSWER: u16 = 6;
-    pub const NOTICE: u16 = 7;
-    pub const DIRECTIVE: u16 = 8;
+    pub const QUERY: u16 = 3;
+    pub const ANSWER: u16 = 4;
+    pub const NOTICE: u16 = 5;
+    pub const DIRECTIVE: u16 = 6;
 }
 
 /// A numbered message: a response repeats the number of its request.
@@ -149,7 +151,8 @@ pub struct Welcome {
     pub ticket_key: String,
     /// Send a heartbeat this often.
     pub heartbeat_ms: u64,
-    /// Guests that this host owns, as the store has it. What the agent holds of others it asks about ([`Query::AskOwner`]).
+    /// Guests that this host owns, as the store has it. About what it holds of others it asks
+    /// ([`supercloud_handover::Report::AskOwner`]).
     pub owned: Vec<(GuestId, Epoch)>,
 }
 
@@ -312,135 +315,53 @@ pub struct MigrationOptions {
 
 // ---------------------------------------------------------------------------------------------- controller -> agent
 
-/// What the controller asks of an agent.
+/// What an agent needs to carry out an order, beside the order.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", tag = "command")]
-pub enum Command {
-    /// Start a guest cold at this epoch, which the store has already granted. Volumes are made when they are not there.
-    Start {
-        /// The operation.
-        operation: OperationId,
-        /// The guest.
-        spec: GuestSpec,
-        /// The granted epoch.
-        epoch: Epoch,
-        /// Where chunks that this cloud lacks can be had.
-        chunk_sources: Vec<ChunkSource>,
-    },
-    /// Stop a guest of this epoch; its volumes stay, flushed.
-    Stop {
-        /// The operation.
-        operation: OperationId,
-        /// The guest.
-        guest: GuestId,
-        /// Its epoch.
-        epoch: Epoch,
-        /// Pull the plug at once.
-        force: bool,
-        /// How long the guest may take before the plug is pulled.
-        grace_ms: u64,
-    },
-    /// Remove everything that is held of a guest: hypervisor, ports, volumes. Refused while this host owns it and it runs.
-    Discard {
-        /// The guest.
-        guest: GuestId,
-        /// Whatever is held of this epoch or older is removed; newer is left alone.
-        epoch: Epoch,
-    },
-    /// Be the destination: reserve, open volumes (writes refused), bind ports silently, then wait for the source.
-    PrepareIncoming {
-        /// The operation.
-        operation: OperationId,
-        /// The guest.
-        spec: GuestSpec,
-        /// The source's epoch e; the grant will be for e+1.
-        epoch: Epoch,
-        /// The source.
-        source: Peer,
-        /// Permission for both; see [`crate::ticket`].
-        ticket: String,
-        /// Where chunks that this cloud lacks can be had.
-        chunk_sources: Vec<ChunkSource>,
-    },
-    /// Be the source: copy, pause, hand over. Answered when the copy has begun; progress and end come as notices.
-    MigrateOut {
-        /// The operation.
-        operation: OperationId,
-        /// The guest.
-        guest: GuestId,
-        /// Its epoch.
-        epoch: Epoch,
-        /// The destination.
-        destination: Peer,
-        /// Permission for both.
-        ticket: String,
-        /// How it may go.
-        options: MigrationOptions,
-    },
-    /// Stop the work of this operation if it is not decided yet. Idempotent; an unknown operation is `Ok`.
-    Cancel {
-        /// The operation.
-        operation: OperationId,
-    },
-    /// Suspend a guest into this cloud's store; ends with [`Query::CommitFreeze`].
-    Freeze {
-        /// The operation.
-        operation: OperationId,
-        /// The freeze to be.
-        freeze: FreezeId,
-        /// The guest.
-        guest: GuestId,
-        /// Its epoch.
-        epoch: Epoch,
-    },
-    /// Resume a frozen guest; prepared first, run after [`Query::RequestSwitch`] is granted.
-    Thaw {
-        /// The operation.
-        operation: OperationId,
-        /// The guest; the volumes' `base_root` are the frozen contents.
-        spec: GuestSpec,
-        /// The freeze that is consumed.
-        freeze: FreezeId,
-        /// The epoch of the freeze e; the grant will be for e+1.
-        epoch: Epoch,
-        /// Root of the memory state.
-        memory_root: String,
-        /// What wrote it.
-        memory_format: String,
-        /// Where chunks that this cloud lacks can be had.
-        chunk_sources: Vec<ChunkSource>,
-    },
-    /// A freeze was consumed or deleted: its memory state may be removed from this cloud's store.
-    DropFreeze {
-        /// The freeze.
-        freeze: FreezeId,
-        /// The project.
-        project: ProjectId,
-    },
+pub struct Assignment {
+    /// The operation.
+    pub operation: OperationId,
+    /// The guest as it must be run. For a thaw the volumes' `base_root` are the frozen contents.
+    pub spec: GuestSpec,
+    /// The other agent, if two take part.
+    pub peer: Option<Peer>,
+    /// Permission for both, in text form; see [`crate::ticket`]. Renewed by a repeated order.
+    pub ticket: Option<String>,
+    /// Where chunks that this cloud lacks can be had.
+    pub chunk_sources: Vec<ChunkSource>,
+    /// How a migration may go.
+    pub migration: MigrationOptions,
+    /// For a stop: how long the guest may take before the plug is pulled; 0 pulls it at once.
+    pub grace_ms: u64,
+    /// For a thaw: the memory state that is resumed.
+    pub frozen: Option<FrozenMemory>,
 }
 
-/// What came of a [`Command`].
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", tag = "result")]
-pub enum CommandResult {
-    /// It was done (or begun, where the command says so).
-    Done,
-    /// The guest runs in this class.
-    Started {
-        /// The class.
-        compat_class: CompatClass,
-    },
-    /// The destination waits for the source.
-    Prepared {
-        /// The class in which it would run.
-        compat_class: CompatClass,
-    },
+/// The memory and device state of a frozen guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FrozenMemory {
+    /// The freeze.
+    pub freeze: FreezeId,
+    /// Root of its content.
+    pub root: String,
+    /// Its size.
+    pub bytes: u64,
+    /// What wrote it, for example `libvirt-qemu/7.2`.
+    pub format: String,
 }
 
-/// State that the agent takes over; the newest one wins.
+/// State that the agent takes over, or an order; never answered, repeated where it matters.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "directive")]
 pub enum Directive {
+    /// An order of the ownership protocol.
+    Order {
+        /// The guest.
+        guest: GuestId,
+        /// The order.
+        order: OrderBody,
+        /// What is needed to carry it out: always with `Prepare` and `Begin`, and with `Granted` of a start.
+        assignment: Option<Box<Assignment>>,
+    },
     /// The overlay as this host must know it: the JSON of the sdn library's view.
     Overlay {
         /// Store revision from which it was made; older ones are ignored.
@@ -448,62 +369,28 @@ pub enum Directive {
         /// The view.
         view: serde_json::Value,
     },
-    /// A guest has moved on and its new host has all blocks: release what is left here of this epoch.
-    Release {
+    /// The guest was deleted: remove everything that is held of it, volumes too. Told again until [`Notice::Discarded`].
+    Discard {
         /// The guest.
         guest: GuestId,
-        /// The epoch under which this host held it.
-        epoch: Epoch,
+    },
+    /// A freeze was consumed or deleted: its memory state may be removed from this cloud's store.
+    DropFreeze {
+        /// The freeze.
+        freeze: FreezeId,
+        /// The project.
+        project: ProjectId,
+        /// Root of the memory state.
+        memory_root: String,
     },
 }
 
 // ---------------------------------------------------------------------------------------------- agent -> controller
 
-/// What an agent asks of the controller, which answers from the store.
+/// What an agent asks of the controller.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "query")]
 pub enum Query {
-    /// The destination holds the complete state: the switch transaction `(source, e)` to `(destination, e+1)`.
-    /// For a thaw the source is the freeze.
-    RequestSwitch {
-        /// The operation.
-        operation: OperationId,
-        /// The guest.
-        guest: GuestId,
-        /// The epoch e of the state that was received.
-        epoch: Epoch,
-        /// Root and version of each volume's map, changed in the same transaction.
-        volumes: Vec<VolumeRoot>,
-    },
-    /// Who owns this guest? Asked by a source that was paused and lost contact, and by an agent that restarted.
-    AskOwner {
-        /// The guest.
-        guest: GuestId,
-        /// The epoch under which it is held here.
-        epoch: Epoch,
-        /// The operation in which it took part, if any. When it is still undecided the controller aborts it for good
-        /// before it answers [`Ownership::Yours`].
-        operation: Option<OperationId>,
-    },
-    /// The freeze is in the store, whole: the transaction `(source, e)` to `frozen`.
-    CommitFreeze {
-        /// The operation.
-        operation: OperationId,
-        /// The freeze.
-        freeze: FreezeId,
-        /// The guest.
-        guest: GuestId,
-        /// Its epoch.
-        epoch: Epoch,
-        /// Root of the memory and device state.
-        memory_root: String,
-        /// Its size.
-        memory_bytes: u64,
-        /// What wrote it.
-        memory_format: String,
-        /// The volumes' contents.
-        volumes: Vec<FrozenVolume>,
-    },
     /// The guest asked its metadata service for a token of its own.
     GuestToken {
         /// The guest, known by its switch port.
@@ -522,23 +409,6 @@ pub enum Query {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "answer")]
 pub enum Answer {
-    /// To [`Query::RequestSwitch`]: this host owns the guest from now on, at this epoch.
-    Granted {
-        /// e+1.
-        epoch: Epoch,
-    },
-    /// To [`Query::RequestSwitch`] and [`Query::CommitFreeze`]: no, and never for this operation: undo.
-    Refused {
-        /// Why.
-        reason: String,
-    },
-    /// To [`Query::AskOwner`].
-    Owner {
-        /// Who.
-        ownership: Ownership,
-    },
-    /// To [`Query::CommitFreeze`]: the freeze stands; destroy the guest here.
-    FreezeCommitted,
     /// To [`Query::GuestToken`].
     GuestToken {
         /// The secret, for `Authorization: Bearer`.
@@ -555,39 +425,42 @@ pub enum Answer {
     },
 }
 
-/// Who owns a guest, as the store has it at the time of the answer.
+/// What travels with a report because the same transaction must hold it, or people want to know it.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ReportDetails {
+    /// With `Prepared` and `Running`: the class in which the guest runs there.
+    pub compat_class: Option<CompatClass>,
+    /// With `RequestSwitch` of a freeze: what lies in the store now.
+    pub frozen: Option<FrozenContent>,
+    /// With `RequestAbort`: why, in full.
+    pub problem: Option<Problem>,
+    /// With `Running`, `NothingMissing`, `Released`, `Resumed`: final numbers of this side.
+    pub progress: Option<Progress>,
+}
+
+/// A freeze as the store holds it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", tag = "owner")]
-pub enum Ownership {
-    /// The asker, at this epoch; the operation it named can never be granted any more.
-    Yours {
-        /// The current epoch.
-        epoch: Epoch,
-    },
-    /// Another host.
-    Moved {
-        /// Which.
-        to: HostId,
-        /// The current epoch.
-        epoch: Epoch,
-        /// Whether the asker's volume blocks are still needed there.
-        is_source_needed: bool,
-    },
-    /// It is frozen.
-    Frozen {
-        /// The freeze.
-        freeze: FreezeId,
-        /// Its epoch.
-        epoch: Epoch,
-    },
-    /// Nobody: stopped, or deleted.
-    Nobody,
+pub struct FrozenContent {
+    /// Memory and device state.
+    pub memory: FrozenMemory,
+    /// The volumes' contents.
+    pub volumes: Vec<FrozenVolume>,
 }
 
 /// What an agent tells without being asked.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "notice")]
 pub enum Notice {
+    /// A report of the ownership protocol; the controller answers with orders.
+    Report {
+        /// The guest.
+        guest: GuestId,
+        /// The report.
+        report: Report,
+        /// What goes with it.
+        details: Box<ReportDetails>,
+    },
     /// It is well.
     Heartbeat {
         /// What guests and reservations take.
@@ -597,24 +470,11 @@ pub enum Notice {
         /// The revision of the overlay view that it has applied.
         view_revision: u64,
     },
-    /// How far an operation is, at the side that knows.
+    /// How far an operation is, at the side that knows; merged by the controller (never backwards).
     Progress {
         /// The operation.
         operation: OperationId,
-        /// How far; merged by the controller (never backwards).
-        progress: Progress,
-        /// The phase this side has reached.
-        phase: crate::Phase,
-    },
-    /// This side's part of an operation has ended.
-    Ended {
-        /// The operation.
-        operation: OperationId,
-        /// Which part.
-        part: Part,
-        /// Whether and why it failed.
-        error: Option<Problem>,
-        /// Final numbers.
+        /// How far.
         progress: Progress,
     },
     /// A guest did something by itself.
@@ -626,20 +486,11 @@ pub enum Notice {
         /// What.
         event: GuestEventKind,
     },
-}
-
-/// Which part of an operation a host plays.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Part {
-    /// It gives the guest away.
-    Source,
-    /// It takes the guest.
-    Destination,
-    /// It has all blocks: the source may be released.
-    BlocksComplete,
-    /// The source's remains are gone.
-    SourceReleased,
+    /// Nothing is left here of a deleted guest.
+    Discarded {
+        /// The guest.
+        guest: GuestId,
+    },
 }
 
 /// What a guest did by itself.
@@ -664,10 +515,10 @@ mod tests {
 
     #[test]
     fn messages_survive_json() {
-        let query = Query::AskOwner { guest: GuestId::generate(), epoch: Epoch(3), operation: None };
+        let query = Query::GuestToken { guest: GuestId::generate(), epoch: Epoch(3) };
         let text = serde_json::to_string(&Envelope { number: 9, body: query.clone() }).unwrap();
         assert_eq!(serde_json::from_str::<Envelope<Query>>(&text).unwrap().body, query);
-        let outcome: Outcome<Answer> = Outcome::Ok(Answer::Owner { ownership: Ownership::Nobody });
+        let outcome: Outcome<Answer> = Outcome::Ok(Answer::Certificate { certificate_pem: "x".into() });
         let text = serde_json::to_string(&outcome).unwrap();
         assert_eq!(serde_json::from_str::<Outcome<Answer>>(&text).unwrap(), outcome);
     }
