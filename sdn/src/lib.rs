@@ -17,6 +17,11 @@
 
 pub mod addr;
 pub mod compile;
+pub mod connection;
+pub mod dhcp;
 pub mod flows;
 pub mod openflow;
+pub mod ovsdb;
+pub mod switch;
+pub mod tap;
 pub mod view;

@@ -147,7 +147,7 @@ fn unique<K: Ord + ToString>(seen: &mut BTreeSet<K>, what: &'static str, key: K)
     if seen.insert(key) { Ok(()) } else { Err(ViewError::Twice { what, value }) }
 }
 
-fn range(ok: bool, what: &'static str, value: impl ToString, owner: impl ToString) -> Result<(), ViewError> {
+fn range(ok: bool, what: &'static str, value: &dyn ToString, owner: &dyn ToString) -> Result<(), ViewError> {
     if ok { Ok(()) } else { Err(ViewError::Range { what, value: value.to_string(), owner: owner.to_string() }) }
 }
 
@@ -167,10 +167,10 @@ impl OverlayView {
             unique(&mut ids, "host", host.host)?;
             unique(&mut indices, "host index", host.index)?;
             unique(&mut addrs, "overlay address", host.overlay_addr)?;
-            range(host.index <= MAX_HOST_INDEX, "index", host.index, host.host)?;
+            range(host.index <= MAX_HOST_INDEX, "index", &host.index, &host.host)?;
             let addr = host.overlay_addr;
             let usable = !addr.is_unspecified() && !addr.is_broadcast() && !addr.is_multicast() && !addr.is_loopback();
-            range(usable, "overlay address", addr, host.host)?;
+            range(usable, "overlay address", &addr, &host.host)?;
         }
         let (mut networks, mut vnis) = (BTreeMap::new(), BTreeSet::new());
         for net in &self.networks {
@@ -178,10 +178,10 @@ impl OverlayView {
                 return Err(ViewError::Twice { what: "network", value: net.network.to_string() });
             }
             unique(&mut vnis, "VNI", net.vni)?;
-            range((1..=MAX_VNI).contains(&net.vni), "VNI", net.vni, net.network)?;
-            range(net.mtu >= MIN_MTU, "MTU", net.mtu, net.network)?;
-            range(net.dns.len() <= 8, "number of DNS servers", net.dns.len(), net.network)?;
-            range(is_usable(&net.cidr, net.gateway), "gateway", net.gateway, net.network)?;
+            range((1..=MAX_VNI).contains(&net.vni), "VNI", &net.vni, &net.network)?;
+            range(net.mtu >= MIN_MTU, "MTU", &net.mtu, &net.network)?;
+            range(net.dns.len() <= 8, "number of DNS servers", &net.dns.len(), &net.network)?;
+            range(is_usable(&net.cidr, net.gateway), "gateway", &net.gateway, &net.network)?;
         }
         self.check_ports(&ids, &networks)
     }
@@ -202,25 +202,30 @@ impl OverlayView {
                     return Err(unknown("host", host.to_string()));
                 }
             }
-            range(port.mac.is_station() && port.mac != crate::compile::gateway_mac(), "MAC", port.mac, port.port)?;
+            range(port.mac.is_station() && port.mac != crate::compile::gateway_mac(), "MAC", &port.mac, &port.port)?;
             if !macs.insert((port.network, port.mac)) {
                 return Err(ViewError::Twice { what: "MAC", value: port.mac.to_string() });
             }
-            range(is_usable(&net.cidr, port.ipv4) && port.ipv4 != net.gateway, "IPv4 address", port.ipv4, port.port)?;
+            range(is_usable(&net.cidr, port.ipv4) && port.ipv4 != net.gateway, "IPv4 address", &port.ipv4, &port.port)?;
             if !v4s.insert((port.network, port.ipv4)) {
                 return Err(ViewError::Twice { what: "IPv4 address", value: port.ipv4.to_string() });
             }
             if let Some(v6) = port.ipv6 {
-                range(net.cidr6.is_some_and(|c| c.contains(v6)), "IPv6 address", v6, port.port)?;
+                range(net.cidr6.is_some_and(|c| c.contains(v6)), "IPv6 address", &v6, &port.port)?;
             }
             for v6 in port.ipv6.into_iter().chain([port.mac.link_local()]) {
-                range(!v6.is_unspecified() && !v6.is_multicast() && !v6.is_loopback(), "IPv6 address", v6, port.port)?;
+                range(
+                    !v6.is_unspecified() && !v6.is_multicast() && !v6.is_loopback(),
+                    "IPv6 address",
+                    &v6,
+                    &port.port,
+                )?;
                 if !v6s.insert((port.network, v6)) {
                     return Err(ViewError::Twice { what: "IPv6 address", value: v6.to_string() });
                 }
             }
             if let Some(name) = &port.hostname {
-                range(is_hostname(name), "hostname", name, port.port)?;
+                range(is_hostname(name), "hostname", name, &port.port)?;
             }
         }
         Ok(())
@@ -242,6 +247,19 @@ impl OverlayView {
             port.prepared_at = None;
         }
         true
+    }
+
+    /// Keeps the ownership of every port that `have` knows at a later epoch than this view does.
+    pub(crate) fn keep_newer(&mut self, have: &OverlayView) {
+        let newer: BTreeMap<PortId, &PortView> = have.ports.iter().map(|p| (p.port, p)).collect();
+        for port in &mut self.ports {
+            if let Some(known) = newer.get(&port.port).filter(|known| known.epoch > port.epoch) {
+                port.epoch = known.epoch;
+                port.host = known.host;
+                port.prepared_at = known.prepared_at;
+                port.moved_from = known.moved_from;
+            }
+        }
     }
 }
 

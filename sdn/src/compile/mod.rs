@@ -239,8 +239,8 @@ impl<'a> Compiler<'a> {
         if !segment.owned.is_empty() {
             self.answers(segment);
         }
-        self.from_tunnels(segment);
-        self.to_ports(segment);
+        self.accept_tunnels(segment);
+        self.deliver(segment);
         self.flood(segment);
     }
 

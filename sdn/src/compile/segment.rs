@@ -83,7 +83,7 @@ impl Compiler<'_> {
     }
 
     /// A MAC is taken only from its owner's tunnel; a marked frame only from the tunnel of the move's source.
-    pub(super) fn from_tunnels(&mut self, segment: &Segment<'_>) {
+    pub(super) fn accept_tunnels(&mut self, segment: &Segment<'_>) {
         let net = segment.net;
         for p in &segment.ports {
             let Some(tunnel) = self.tunnel_of(p.host) else { continue };
@@ -111,7 +111,7 @@ impl Compiler<'_> {
     }
 
     /// Unicast by destination.
-    pub(super) fn to_ports(&mut self, segment: &Segment<'_>) {
+    pub(super) fn deliver(&mut self, segment: &Segment<'_>) {
         let net = segment.net;
         let to = |p: &PortView| Match::any().with(Field::Reg0, net.vni).with(Field::EthDst, p.mac.to_u128());
         for (p, tap) in &segment.owned {

@@ -1,0 +1,259 @@
+//! The driver of one host's switch: the agent hands it views and taps; it keeps the switch so.
+//!
+//! One task owns the state. It holds the OpenFlow connection, makes tunnels, compiles flows, and sends the switch only
+//! what differs, in one atomic bundle; it answers DHCP; and when the switch restarts, it connects anew and puts
+//! everything back. `set-controller` is never used: Open vSwitch flushes all flows with the first and the last one.
+//! A bridge in `secure` mode without flows drops everything, and a bundle takes effect at once, so a restarted switch
+//! is never half programmed; a `flow-restore-wait` that an init script left is cleared when the flows are in.
+
+mod actor;
+
+use std::{
+    collections::BTreeMap,
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use supercloud_ids::{Epoch, HostId, PortId};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::JoinSet,
+    time::timeout,
+};
+
+use crate::{
+    addr::Ipv4Prefix,
+    connection::ConnectionError,
+    openflow::PortCounters,
+    ovsdb::OvsdbError,
+    tap::TapError,
+    view::{OverlayView, ViewError},
+};
+
+/// Which datapath the bridge uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Datapath {
+    /// In the switch's own process: works on every kernel.
+    #[default]
+    Netdev,
+    /// In the kernel (module `openvswitch`).
+    System,
+    /// In the kernel where the switch offers it, else in its process.
+    Probe,
+}
+
+/// The bridge that carries tunnels to the wire, where the driver is to make it. The userspace datapath needs one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Underlay {
+    /// Its name; the overlay address is its interface's, which the host's set-up gives it.
+    pub bridge: String,
+    /// The interface to the wire.
+    pub uplink: Option<String>,
+}
+
+/// What the driver must know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SwitchConfig {
+    /// This host.
+    pub host: HostId,
+    /// The database's socket.
+    pub ovsdb_socket: PathBuf,
+    /// The bridge's OpenFlow management socket (`<rundir>/<bridge>.mgmt`).
+    pub mgmt_socket: PathBuf,
+    /// The integration bridge. It belongs to the driver: foreign flows are removed.
+    pub bridge: String,
+    /// The datapath.
+    pub datapath: Datapath,
+    /// This host's end of the tunnels.
+    pub overlay_addr: Ipv4Addr,
+    /// The underlay bridge, where the driver is to make it.
+    pub underlay: Option<Underlay>,
+    /// The interface by which the metadata service sees guests; none for no metadata.
+    pub metadata_port: Option<String>,
+    /// Destinations that guests must not reach: underlay, hosts, controllers.
+    pub blocked: Vec<Ipv4Prefix>,
+    /// How long each exchange with the switch may take.
+    pub deadline: Duration,
+}
+
+impl SwitchConfig {
+    /// The usual: bridge `br-int` with sockets in Open vSwitch's run directory, userspace datapath, `md0`.
+    #[must_use]
+    pub fn new(host: HostId, rundir: &Path, overlay_addr: Ipv4Addr) -> Self {
+        Self {
+            host,
+            ovsdb_socket: rundir.join("db.sock"),
+            mgmt_socket: rundir.join("br-int.mgmt"),
+            bridge: "br-int".into(),
+            datapath: Datapath::Netdev,
+            overlay_addr,
+            underlay: None,
+            metadata_port: Some("md0".into()),
+            blocked: vec![],
+            deadline: Duration::from_secs(10),
+        }
+    }
+}
+
+/// Why the driver could not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum SwitchError {
+    /// The switch's database.
+    #[error(transparent)]
+    Ovsdb(#[from] OvsdbError),
+    /// The switch's OpenFlow.
+    #[error(transparent)]
+    Connection(#[from] ConnectionError),
+    /// The view does not pass its check. The former one stays in force.
+    #[error(transparent)]
+    View(#[from] ViewError),
+    /// An interface of the host.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// The view is older than the one in force.
+    #[error("view {got} is older than view {have}, which is in force")]
+    Stale {
+        /// The revision in force.
+        have: u64,
+        /// The revision that was given.
+        got: u64,
+    },
+    /// No tap is attached for the port.
+    #[error("no tap is attached for port {0}")]
+    NotAttached(PortId),
+    /// Another tap is attached for the port.
+    #[error("port {port} has the tap {tap} already")]
+    OtherTap {
+        /// The port.
+        port: PortId,
+        /// Its tap.
+        tap: String,
+    },
+    /// All switch ports for taps are taken.
+    #[error("the switch has no port left for a tap")]
+    Full,
+    /// The switch is not there now; what was asked takes effect when it is back.
+    #[error("the switch is down; the change waits for it")]
+    Down,
+    /// The driver has ended, or did not get to it in time.
+    #[error("the switch driver did not answer")]
+    Gone,
+}
+
+/// What applying a view changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Applied {
+    /// The revision now in force.
+    pub revision: u64,
+    /// Flows in the switch.
+    pub flows: usize,
+    /// Flows added or replaced.
+    pub added: usize,
+    /// Flows removed.
+    pub removed: usize,
+}
+
+/// How the switch is.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct SwitchStatus {
+    /// Whether it is connected and programmed.
+    pub connected: bool,
+    /// The view's revision in force.
+    pub revision: Option<u64>,
+    /// Times that the switch was found anew and put right.
+    pub reconciled: u64,
+    /// Flows in the switch.
+    pub flows: usize,
+    /// The last thing that went wrong, until something goes right.
+    pub error: Option<String>,
+}
+
+pub(crate) type Reply<T> = oneshot::Sender<Result<T, SwitchError>>;
+
+pub(crate) enum Request {
+    Attach { port: PortId, tap: String, reply: Reply<u32> },
+    Detach { port: PortId, reply: Reply<()> },
+    Apply { view: Box<OverlayView>, reply: Reply<Applied> },
+    NoteSwitch { port: PortId, owner: HostId, epoch: Epoch, reply: Reply<Applied> },
+    Reconcile { reply: Reply<Applied> },
+    Counters { port: PortId, reply: Reply<PortCounters> },
+    Attached { reply: Reply<BTreeMap<PortId, (String, u32)>> },
+}
+
+/// The driver. Dropping it ends its task; the switch goes on as it is.
+#[derive(Debug)]
+pub struct SwitchDriver {
+    requests: mpsc::Sender<Request>,
+    status: watch::Receiver<SwitchStatus>,
+    patience: Duration,
+    _task: JoinSet<()>,
+}
+
+impl SwitchDriver {
+    /// Makes or finds the bridge, takes up the taps that an earlier driver attached, and connects. Flows stay as they
+    /// are until the first view comes.
+    pub async fn open(config: SwitchConfig) -> Result<Self, SwitchError> {
+        let patience = config.deadline.saturating_mul(6);
+        let (requests, queue) = mpsc::channel(64);
+        let (status_tx, status) = watch::channel(SwitchStatus::default());
+        let actor = timeout(patience, actor::Actor::open(config, status_tx)).await.map_err(|_| SwitchError::Gone)??;
+        let mut task = JoinSet::new();
+        task.spawn(actor.run(queue));
+        Ok(Self { requests, status, patience, _task: task })
+    }
+
+    async fn ask<T>(&self, request: impl FnOnce(Reply<T>) -> Request) -> Result<T, SwitchError> {
+        let (reply, answer) = oneshot::channel();
+        let exchange = async {
+            self.requests.send(request(reply)).await.map_err(|_| SwitchError::Gone)?;
+            answer.await.map_err(|_| SwitchError::Gone)?
+        };
+        timeout(self.patience, exchange).await.map_err(|_| SwitchError::Gone)?
+    }
+
+    /// Attaches a tap that exists as the port's; returns its switch port, which stays the same over restarts. The
+    /// same tap again changes nothing. The guest can be heard when the view says that it runs here.
+    pub async fn attach_tap(&self, port: PortId, tap: &str) -> Result<u32, SwitchError> {
+        let tap = tap.to_owned();
+        self.ask(|reply| Request::Attach { port, tap, reply }).await
+    }
+
+    /// Removes a port's flows and its tap from the switch; the tap itself stays. One that is not there counts as done.
+    pub async fn detach(&self, port: PortId) -> Result<(), SwitchError> {
+        self.ask(|reply| Request::Detach { port, reply }).await
+    }
+
+    /// Puts a view in force: tunnels, then flows, the differences only, at once. When the switch is down it takes
+    /// effect when it is back, and `Down` is returned.
+    pub async fn apply(&self, view: OverlayView) -> Result<Applied, SwitchError> {
+        self.ask(|reply| Request::Apply { view: Box::new(view), reply }).await
+    }
+
+    /// Takes in a switch of ownership before the controller's view tells it, see [`OverlayView::note_switch`]. Views
+    /// with an older epoch of the port do not undo it.
+    pub async fn note_switch(&self, port: PortId, owner: HostId, epoch: Epoch) -> Result<Applied, SwitchError> {
+        self.ask(|reply| Request::NoteSwitch { port, owner, epoch, reply }).await
+    }
+
+    /// Compares the switch with what it should be and puts it right.
+    pub async fn reconcile(&self) -> Result<Applied, SwitchError> {
+        self.ask(|reply| Request::Reconcile { reply }).await
+    }
+
+    /// Counters of a port: `rx` is what the guest sent.
+    pub async fn port_counters(&self, port: PortId) -> Result<PortCounters, SwitchError> {
+        self.ask(|reply| Request::Counters { port, reply }).await
+    }
+
+    /// The attached taps: name and switch port.
+    pub async fn attached(&self) -> Result<BTreeMap<PortId, (String, u32)>, SwitchError> {
+        self.ask(|reply| Request::Attached { reply }).await
+    }
+
+    /// How the switch is, and every change of that.
+    #[must_use]
+    pub fn status(&self) -> watch::Receiver<SwitchStatus> {
+        self.status.clone()
+    }
+}
