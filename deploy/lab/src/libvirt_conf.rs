@@ -1,0 +1,86 @@
+//! The configuration of a lab host's libvirtd.
+//!
+//! No TCP listener (design: agents carry the streams), no cgroups, no mount namespaces of its own and no ownership changes: it runs in
+//! namespaces of the lab and its guests' disks are sockets of other processes. The host's UUID is set because without DMI libvirt
+//! takes a random one, and because it refuses a migration between two hosts of one UUID.
+
+use crate::addressing::LabIndex;
+
+/// Account files of a site: (below the site's folder, where, lines added when their name is not there).
+///
+/// libvirtd ends at its start when the account `libvirt-qemu` does not exist, even if its configuration names another; the
+/// package that makes it (libvirt-daemon-system) wants polkit and systemd, so a site gets it in files of its own.
+pub const ACCOUNTS: [(&str, &str, &[&str]); 2] = [
+    ("passwd", "/etc/passwd", &["libvirt-qemu:x:64055:64055:Libvirt Qemu:/var/lib/libvirt:/usr/sbin/nologin"]),
+    ("group", "/etc/group", &["libvirt-qemu:x:64055:", "kvm:x:64056:", "libvirt:x:64057:"]),
+];
+
+/// The text of an account file with the lines added whose name is not there yet.
+#[must_use]
+pub fn with_accounts(mut text: String, more: &[&str]) -> String {
+    for line in more {
+        let name = &line[..=line.find(':').unwrap_or(0)];
+        if !text.lines().any(|known| known.starts_with(name)) {
+            if !text.is_empty() && !text.ends_with('\n') {
+                text.push('\n');
+            }
+            text.push_str(line);
+            text.push('\n');
+        }
+    }
+    text
+}
+
+/// The files below /etc/libvirt: (path, text).
+#[must_use]
+pub fn files(index: LabIndex, site: u8) -> Vec<(&'static str, String)> {
+    let uuid = format!("5c4c0000-0000-4000-8{:03x}-{:012x}", index.get(), site);
+    let libvirtd = format!(
+        "listen_tls = 0\n\
+         listen_tcp = 0\n\
+         auth_unix_ro = \"none\"\n\
+         auth_unix_rw = \"none\"\n\
+         unix_sock_group = \"root\"\n\
+         unix_sock_ro_perms = \"0700\"\n\
+         unix_sock_rw_perms = \"0700\"\n\
+         host_uuid = \"{uuid}\"\n\
+         log_outputs = \"2:file:/var/log/libvirt/libvirtd.log\"\n\
+         max_clients = 200\n"
+    );
+    let qemu = "user = \"root\"\n\
+                group = \"root\"\n\
+                dynamic_ownership = 0\n\
+                remember_owner = 0\n\
+                security_driver = \"none\"\n\
+                cgroup_controllers = []\n\
+                namespaces = []\n\
+                stdio_handler = \"file\"\n";
+    let mut files = vec![("libvirtd.conf", libvirtd), ("qemu.conf", qemu.to_owned())];
+    files.extend(["libvirt.conf", "virtlogd.conf", "virtlockd.conf"].map(|name| (name, String::new())));
+    // libvirtd looks into these folders at its start.
+    files.extend(
+        ["hooks/.keep", "nwfilter/.keep", "qemu/.keep", "storage/.keep", "secrets/.keep"]
+            .map(|path| (path, String::new())),
+    );
+    files
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn accounts_are_added_once() {
+        let once = with_accounts("root:x:0:0::/root:/bin/sh".to_owned(), ACCOUNTS[0].2);
+        assert_eq!(once.lines().count(), 2);
+        assert_eq!(with_accounts(once.clone(), ACCOUNTS[0].2), once);
+    }
+
+    #[test]
+    fn hosts_have_different_uuids() {
+        let text = |index, site| files(LabIndex::new(index).unwrap(), site)[0].1.clone();
+        assert!(text(1, 1).contains("host_uuid = \"5c4c0000-0000-4000-8001-000000000001\""));
+        assert_ne!(text(1, 1), text(1, 2));
+        assert_ne!(text(1, 1), text(2, 1));
+    }
+}
