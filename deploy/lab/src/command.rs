@@ -5,6 +5,7 @@
 
 use std::ffi::OsStr;
 use std::io::Read;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -82,6 +83,7 @@ impl Run {
     pub fn new(program: impl AsRef<OsStr>) -> Self {
         let mut command = Command::new(program);
         command.env("PATH", path_with_sbin()).env("LC_ALL", "C.UTF-8").stdin(Stdio::null());
+        end_with_parent(&mut command);
         Self { command, budget: SHORT }
     }
 
@@ -196,6 +198,22 @@ impl Run {
             line.push_str("...");
         }
         line
+    }
+}
+
+/// Lets the program end when this process is killed, so that nothing is made any more once a lab is being taken down.
+fn end_with_parent(command: &mut Command) {
+    let parent = std::process::id();
+    // SAFETY: prctl, getppid and _exit are async-signal-safe.
+    unsafe {
+        command.pre_exec(move || {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            // The parent may have died before the line above.
+            if u32::try_from(libc::getppid()) != Ok(parent) {
+                libc::_exit(1);
+            }
+            Ok(())
+        });
     }
 }
 

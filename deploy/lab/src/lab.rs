@@ -9,11 +9,12 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use crate::addressing::{LabIndex, mac_text};
+use crate::addressing::{LabIndex, MAX_INDEX, mac_text};
 use crate::command::{CommandError, Run, wait_for};
 use crate::host_init::ProcessSpec;
 use crate::leftovers::Snapshot;
 use crate::netns;
+use crate::process;
 use crate::site::{Site, SiteError, end_namespaces};
 use crate::spec::{CONTROLLER, LabSpec, LinkShape, SpecError};
 use crate::state::{self, LabRecord, Lock, StateDir, StateError};
@@ -535,24 +536,58 @@ pub fn down(root: &Path, name: &str) -> Result<(), LabError> {
     crate::spec::check_name("the lab", name, 24)?;
     let state = StateDir::new(root, name);
     let lock = state.lock()?;
-    take_down(&state, &lock)
+    take_down(&state, &lock)?;
+    lock.remove();
+    Ok(())
+}
+
+/// Takes all labs of the machine down, also those whose state folder was lost.
+///
+/// # Errors
+/// When something could not be removed; it can be tried again.
+pub fn down_all(root: &Path) -> Result<(), LabError> {
+    for name in state::labs(root) {
+        down(root, &name)?;
+    }
+    for index in (1..=MAX_INDEX).filter_map(LabIndex::new) {
+        while sweep(index)? {}
+    }
+    Ok(state::remove_mount_points(&crate::site::OWN_MOUNT_POINTS)?)
 }
 
 fn take_down(state: &StateDir, _held: &Lock) -> Result<(), LabError> {
     if let Some(index) = state.record()?.and_then(|record| LabIndex::new(record.index)) {
-        let names = netns::list(&index.namespace_prefix());
-        end_namespaces(&names, "the lab")?;
-        let gone = |source| LabError::Command { what: "removing the lab's network", source };
-        let way_in = index.root_interface();
-        if Path::new("/sys/class/net").join(&way_in).exists() {
-            Run::line(&format!("ip link del {way_in}")).ok().map_err(gone)?;
-        }
-        for name in &names {
-            netns::delete(name).map_err(gone)?;
+        // Until a pass finds nothing any more.
+        if wait_for(Duration::from_secs(30), || matches!(sweep(index), Ok(false)).then_some(())).is_none() {
+            // Tells what does not go away.
+            sweep(index)?;
         }
     }
     state.remove()?;
-    // Puts a machine-wide setting right that a crash has left changed.
-    state::machine_lock()?;
-    Ok(())
+    // Also puts a machine-wide setting right that a crash has left changed.
+    Ok(state::remove_mount_points(&crate::site::OWN_MOUNT_POINTS)?)
+}
+
+/// Removes what there is of a lab once; whether there was anything.
+fn sweep(index: LabIndex) -> Result<bool, LabError> {
+    let prefix = index.namespace_prefix();
+    // A killed `up` may leave a command behind that is just making the next namespace or cable.
+    let makers = process::all().into_iter().filter(|process| {
+        let ours = ["ip", "nsenter", "supercloud-lab"].contains(&process.program().as_str());
+        ours && process.is_running() && process.arguments().iter().any(|arg| arg.starts_with(&prefix))
+    });
+    // The kernel's answer does not matter: the next pass looks again.
+    let found_makers = makers.filter(|process| process.signal(libc::SIGKILL).unwrap_or(true)).count();
+    let names = netns::list(&prefix);
+    end_namespaces(&names, "the lab")?;
+    let gone = |source| LabError::Command { what: "removing the lab's network", source };
+    let way_in = index.root_interface();
+    let has_way_in = Path::new("/sys/class/net").join(&way_in).exists();
+    if has_way_in {
+        Run::line(&format!("ip link del {way_in}")).ok().map_err(gone)?;
+    }
+    for name in &names {
+        netns::delete(name).map_err(gone)?;
+    }
+    Ok(found_makers > 0 || has_way_in || !names.is_empty())
 }

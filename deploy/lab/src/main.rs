@@ -137,9 +137,10 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Verb::Up { spec } => up(&cli.lab, spec.as_deref())?,
         Verb::Down { all } => {
             let root = state::default_root();
-            let names = if all { state::labs(&root) } else { vec![cli.lab] };
-            for name in names {
-                supercloud_lab::down(&root, &name)?;
+            if all {
+                supercloud_lab::lab::down_all(&root)?;
+            } else {
+                supercloud_lab::down(&root, &cli.lab)?;
             }
         }
         Verb::Status => status(&attach()?)?,

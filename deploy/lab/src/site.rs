@@ -75,6 +75,9 @@ const FOLDERS: [(&str, &str); 11] = [
     ("log-supercloud", "/var/log/supercloud"),
 ];
 
+/// Those of the places above that only our own programs use, so that no package owns them.
+pub const OWN_MOUNT_POINTS: [&str; 3] = ["/etc/supercloud", "/var/lib/supercloud", "/var/log/supercloud"];
+
 /// Folders that `/run` has from the start.
 const RUN_FOLDERS: [&str; 4] = ["libvirt", "openvswitch", "supercloud", "lock"];
 

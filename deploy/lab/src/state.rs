@@ -10,7 +10,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -198,6 +198,21 @@ pub fn make_dir_for_all(path: &Path) -> Result<(), StateError> {
     fs::create_dir_all(path).map_err(io("make", path))
 }
 
+/// Removes mount points that sites needed in the machine's own tree, where nothing is in them and no lab is up any more.
+///
+/// # Errors
+/// When the machine-wide lock cannot be taken.
+pub fn remove_mount_points(places: &[&str]) -> Result<(), StateError> {
+    let _machine = machine_lock()?;
+    if netns::list("scl-").is_empty() {
+        for place in places {
+            // Refused where something is in it: a real agent's data, say.
+            let _ = fs::remove_dir(place);
+        }
+    }
+    Ok(())
+}
+
 /// Writes a file that everyone may read.
 ///
 /// # Errors
@@ -218,22 +233,39 @@ pub fn write_private(path: &Path, text: &str) -> Result<(), StateError> {
 /// An exclusive lock that ends with this value or with the process.
 #[derive(Debug)]
 pub struct Lock {
-    _file: File,
+    file: File,
+    path: PathBuf,
 }
 
 impl Lock {
     fn take(path: &Path) -> Result<Self, StateError> {
-        let file = File::options().create(true).append(true).open(path).map_err(io("open", path))?;
         loop {
+            let file = File::options().create(true).append(true).open(path).map_err(io("open", path))?;
             // SAFETY: the descriptor is open.
-            if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) } == 0 {
-                return Ok(Self { _file: file });
+            if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) } < 0 {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(io("lock", path)(error));
+                }
+                continue;
             }
-            let error = io::Error::last_os_error();
-            if error.kind() != io::ErrorKind::Interrupted {
-                return Err(io("lock", path)(error));
+            let lock = Self { file, path: path.to_owned() };
+            // Whoever held it before may have removed the file: then the lock is on nothing.
+            if lock.is_of_its_path() {
+                return Ok(lock);
             }
         }
+    }
+
+    fn is_of_its_path(&self) -> bool {
+        let inode = |meta: io::Result<fs::Metadata>| meta.ok().map(|meta| (meta.dev(), meta.ino()));
+        inode(self.file.metadata()).is_some_and(|own| inode(fs::metadata(&self.path)) == Some(own))
+    }
+
+    /// Removes the file with the lock.
+    pub fn remove(self) {
+        // One that cannot be removed only lies around.
+        let _ = fs::remove_file(&self.path);
     }
 }
 
