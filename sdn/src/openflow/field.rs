@@ -7,8 +7,8 @@ use super::wire::{DecodeError, Reader, Writer};
 const CLASS_BASIC: u16 = 0x8000;
 /// Class of the Nicira extensions.
 const CLASS_NXM1: u16 = 0x0001;
-/// Class of the fields with an experimenter id behind the header.
-const CLASS_EXPERIMENTER: u16 = 0xffff;
+/// Class of the Ericsson extensions (`ERICOXM_OF_*` in Open vSwitch).
+const CLASS_ERICSSON: u16 = 0x1000;
 
 macro_rules! fields {
     ($($(#[$doc:meta])* $name:ident = ($class:expr, $number:literal, $bytes:literal, $text:literal);)*) => {
@@ -106,9 +106,9 @@ fields! {
     /// Neighbour discovery: target link-layer address option.
     NdTll = (CLASS_BASIC, 33, 6, "nd_tll");
     /// Neighbour discovery: flags and reserved bits (userspace datapath only).
-    NdReserved = (CLASS_EXPERIMENTER, 1, 4, "nd_reserved");
+    NdReserved = (CLASS_ERICSSON, 1, 4, "nd_reserved");
     /// Neighbour discovery: type of the option (userspace datapath only).
-    NdOptionsType = (CLASS_EXPERIMENTER, 2, 1, "nd_options_type");
+    NdOptionsType = (CLASS_ERICSSON, 2, 1, "nd_options_type");
 }
 
 impl Field {
@@ -136,29 +136,54 @@ impl Field {
     /// The 32-bit header without a mask, as actions name fields.
     pub(crate) fn header(self) -> u32 {
         let (class, number, len) = self.code();
-        let len = if class == CLASS_EXPERIMENTER { len + 4 } else { len };
         u32::from(class) << 16 | u32::from(number) << 9 | u32::from(len)
     }
 
     fn find(class: u16, number: u8) -> Option<Field> {
         Field::ALL.iter().copied().find(|f| {
             let (c, n, _) = f.code();
-            c == class && n == number
+            (c, n) == (class, number) || f.older_code() == Some((class, number))
         })
     }
 
-    /// Writes header, experimenter, value and mask.
+    /// The code from before OXM (`nicira-ext.h`): Open vSwitch still names fields so in the moves that it shows.
+    const fn older_code(self) -> Option<(u16, u8)> {
+        Some(match self {
+            Field::EthDst => (0, 1),
+            Field::EthSrc => (0, 2),
+            Field::EthType => (0, 3),
+            Field::IpProto => (0, 6),
+            Field::Ipv4Src => (0, 7),
+            Field::Ipv4Dst => (0, 8),
+            Field::TcpSrc => (0, 9),
+            Field::TcpDst => (0, 10),
+            Field::UdpSrc => (0, 11),
+            Field::UdpDst => (0, 12),
+            Field::Icmpv4Type => (0, 13),
+            Field::Icmpv4Code => (0, 14),
+            Field::ArpOp => (0, 15),
+            Field::ArpSpa => (0, 16),
+            Field::ArpTpa => (0, 17),
+            Field::TunnelId => (CLASS_NXM1, 16),
+            Field::ArpSha => (CLASS_NXM1, 17),
+            Field::ArpTha => (CLASS_NXM1, 18),
+            Field::Ipv6Src => (CLASS_NXM1, 19),
+            Field::Ipv6Dst => (CLASS_NXM1, 20),
+            Field::Icmpv6Type => (CLASS_NXM1, 21),
+            Field::Icmpv6Code => (CLASS_NXM1, 22),
+            Field::NdTarget => (CLASS_NXM1, 23),
+            Field::NdSll => (CLASS_NXM1, 24),
+            Field::NdTll => (CLASS_NXM1, 25),
+            _ => return None,
+        })
+    }
+
+    /// Writes header, value and mask.
     pub(crate) fn put(self, w: &mut Writer, value: u128, mask: Option<u128>) {
         let (class, number, len) = self.code();
-        let experimenter = class == CLASS_EXPERIMENTER;
-        let body = len * if mask.is_some() { 2 } else { 1 } + if experimenter { 4 } else { 0 };
         w.u16(class);
         w.u8(number << 1 | u8::from(mask.is_some()));
-        w.u8(body);
-        if experimenter {
-            // The Ericsson extensions of Open vSwitch carry experimenter 0 on the wire.
-            w.u32(0);
-        }
+        w.u8(len * if mask.is_some() { 2 } else { 1 });
         w.bytes(&value.to_be_bytes()[16 - self.len()..]);
         if let Some(mask) = mask {
             w.bytes(&mask.to_be_bytes()[16 - self.len()..]);
@@ -173,12 +198,6 @@ impl Field {
         let body = r.u8("field length")?;
         let mut body_reader = r.sub(usize::from(body), "field value")?;
         let masked = number & 1 == 1;
-        if class == CLASS_EXPERIMENTER && body >= 4 {
-            let experimenter = body_reader.u32("field experimenter")?;
-            if experimenter != 0 {
-                return Ok(Err(whole.take(4 + usize::from(body), "field")?.to_vec()));
-            }
-        }
         let Some(field) = Field::find(class, number >> 1) else {
             return Ok(Err(whole.take(4 + usize::from(body), "field")?.to_vec()));
         };
@@ -200,11 +219,8 @@ impl Field {
         let header = r.u32("field header")?;
         let class = (header >> 16) as u16;
         let number = (header >> 9 & 0x7f) as u8;
-        if class == CLASS_EXPERIMENTER && r.u32("field experimenter")? != 0 {
-            return Err(DecodeError::Value { what: "field header", got: header.into() });
-        }
         Field::find(class, number)
-            .filter(|f| f.header() == header)
+            .filter(|f| f.header() & 0xff == header & 0xff && header & 0x100 == 0)
             .ok_or(DecodeError::Value { what: "field header", got: header.into() })
     }
 }

@@ -206,9 +206,6 @@ impl Action {
                 w.u16(*dst_bit);
                 for field in [src, dst] {
                     w.u32(field.header());
-                    if field.header() >> 16 == 0xffff {
-                        w.u32(0);
-                    }
                 }
                 w.pad8(start);
             }
