@@ -132,3 +132,18 @@ async fn history_is_kept_by_count() {
         assert_eq!(list(store, &Prefix::all()).await.unwrap().0.len(), 90);
     }
 }
+
+#[tokio::test]
+async fn a_nearly_full_disk_refuses_writes_and_reads_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path()).await;
+    store.txn(put("a", "1")).await.unwrap();
+    store.close().await;
+    let mut options = SledOptions::default();
+    options.min_free_bytes = u64::MAX;
+    let store = SledStore::open(dir.path(), options).await.unwrap();
+    let refused = store.txn(put("a", "2")).await;
+    assert!(matches!(&refused, Err(e) if e.is_retryable()), "{refused:?}");
+    assert!(store.health().await.is_err());
+    assert_eq!(store.get(Key::new("a").unwrap()).await.unwrap().unwrap().version, 1);
+}

@@ -62,6 +62,42 @@ pub(super) async fn concurrent_increments_all_count(store: Arc<dyn Store>) {
     assert_eq!(own.len(), (WRITERS * INCREMENTS) as usize);
 }
 
+/// Transactions that a store takes together see each other's changes, deletes too.
+pub(super) async fn concurrent_creates_and_deletes_alternate(store: Arc<dyn Store>) {
+    let start = put(&*store, "before", "x").await;
+    let mut callers = JoinSet::new();
+    for caller in 0..2 * WRITERS {
+        let store = Arc::clone(&store);
+        callers.spawn(async move {
+            let mut committed = 0_u32;
+            for turn in 0..INCREMENTS {
+                let txn = if (caller + turn) % 2 == 0 {
+                    Txn::new().require(key("flip"), Condition::Absent).put(key("flip"), value("up"))
+                } else {
+                    Txn::new().require(key("flip"), Condition::Exists).delete(key("flip"))
+                };
+                committed += u32::from(store.txn(txn).await.expect("txn").committed().is_some());
+            }
+            committed
+        });
+    }
+    let mut committed = 0;
+    while let Some(count) = callers.join_next().await {
+        committed += count.expect("caller");
+    }
+    assert!(committed > 0);
+    let mut watch = store.watch(Prefix::all(), start + 1);
+    for i in 0..committed {
+        let (revision, changes) = changes(&mut watch).await;
+        match &changes[..] {
+            [Change::Put(put)] => assert!(i % 2 == 0 && put.version == 1 && put.create_revision == revision, "{i}"),
+            [Change::Delete { .. }] => assert!(i % 2 == 1, "{i}"),
+            other => panic!("one change each: {other:?}"),
+        }
+    }
+    assert_eq!(store.get(key("flip")).await.expect("get").is_some(), committed % 2 == 1);
+}
+
 pub(super) async fn readers_see_whole_transactions(store: Arc<dyn Store>) {
     // One token is handed around; a picture with none or two of them is a torn one.
     commit(&*store, Txn::new().put(key("hold/0"), value("token")).put(key("turn"), value("0"))).await;

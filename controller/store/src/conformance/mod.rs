@@ -58,6 +58,7 @@ cases! {
     watches::compaction_keeps_current_values,
     watches::a_lagging_watch_has_no_silent_gap,
     concurrency::concurrent_increments_all_count,
+    concurrency::concurrent_creates_and_deletes_alternate,
     concurrency::readers_see_whole_transactions,
     concurrency::a_dropped_call_is_all_or_nothing,
     model::random_transactions_match_the_model,

@@ -14,9 +14,11 @@
 //! acknowledged from a power cut, except when the cut falls while sled reuses a segment.
 
 use std::{
+    ffi::CString,
     fs::{self, File, OpenOptions, TryLockError},
     io::{self, Write},
-    os::{fd::AsRawFd, unix::fs::DirBuilderExt},
+    mem::MaybeUninit,
+    os::{fd::AsRawFd, unix::ffi::OsStrExt, unix::fs::DirBuilderExt},
     path::{Path, PathBuf},
 };
 
@@ -201,4 +203,18 @@ fn set_synchronous(dir: &Path) -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+/// Bytes that this process may still write to the file system of `path`.
+#[expect(unsafe_code, reason = "no safe wrapper of statvfs among our dependencies")]
+pub(super) fn free_bytes(path: &Path) -> io::Result<u64> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut found = MaybeUninit::<libc::statvfs>::uninit();
+    // SAFETY: `path` ends with a zero byte, and the kernel writes at most one statvfs to `found`; both outlive the call.
+    if unsafe { libc::statvfs(path.as_ptr(), found.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: statvfs returned 0, so it filled the structure.
+    let found = unsafe { found.assume_init() };
+    Ok(found.f_bavail.saturating_mul(found.f_frsize))
 }

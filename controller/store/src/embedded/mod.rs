@@ -43,6 +43,9 @@ pub struct SledOptions {
     pub history_revisions: usize,
     /// Bytes of history kept for watches before the oldest revisions are dropped.
     pub history_bytes: u64,
+    /// Free bytes on the disk below which transactions are refused, as [`StoreError::Unavailable`]: a write that fails half-way would
+    /// end the store.
+    pub min_free_bytes: u64,
     /// How long a call may wait for the disk before it is given up.
     pub call_budget: Duration,
 }
@@ -53,6 +56,7 @@ impl Default for SledOptions {
             cache_bytes: 64 << 20,
             history_revisions: 50_000,
             history_bytes: 256 << 20,
+            min_free_bytes: 64 << 20,
             call_budget: Duration::from_secs(30),
         }
     }
@@ -75,6 +79,7 @@ pub struct SledStore {
 struct Shared {
     path: PathBuf,
     call_budget: Duration,
+    min_free_bytes: u64,
     state: RwLock<State>,
     /// The newest durable revision; taken out when the store ends, which wakes the watchers.
     progress: RwLock<Option<tokio::sync::watch::Sender<u64>>>,
@@ -107,6 +112,15 @@ impl Shared {
             State::Open { .. } => None,
             State::Failed(reason) => Some(failed_earlier(reason)),
             State::Closed => Some(StoreError::Closed),
+        }
+    }
+
+    /// Why nothing may be written now, if so.
+    fn shortage(&self) -> Option<&'static str> {
+        match folder::free_bytes(&self.path) {
+            Ok(free) if free >= self.min_free_bytes => None,
+            Ok(_) => Some("the disk is nearly full"),
+            Err(_) => Some("the disk does not tell its free space"),
         }
     }
 
@@ -199,6 +213,7 @@ impl SledStore {
         let shared = Arc::new(Shared {
             path: folder.path().to_owned(),
             call_budget: options.call_budget,
+            min_free_bytes: options.min_free_bytes,
             state: RwLock::new(State::Open { db: db.clone(), meta }),
             progress: RwLock::new(Some(tokio::sync::watch::channel(meta.revision).0)),
         });
@@ -293,13 +308,18 @@ impl Store for SledStore {
 
     fn health(&self) -> BoxFuture<'_, Result<Health, StoreError>> {
         Box::pin(async move {
-            read(&self.shared, "read the store's counters", |view| {
+            let shared = Arc::clone(&self.shared);
+            let health = read(&self.shared, "read the store's counters", move |view| {
                 // From sled, so that a dead engine shows.
                 view::meta(view.db)?;
                 let size_bytes = Some(view.db.size_on_disk()?);
-                Ok(Health { backend: "sled", revision: view.meta.revision, size_bytes })
-            })
-            .await
+                let health = Health { backend: "sled", revision: view.meta.revision, size_bytes };
+                Ok(match shared.shortage() {
+                    None => Ok(health),
+                    Some(what) => Err(StoreError::Unavailable { what, source: None }),
+                })
+            });
+            health.await?
         })
     }
 }

@@ -117,8 +117,13 @@ impl Writer {
 
     /// Stages a group, makes it durable, answers. Never panics out.
     fn commit_group(&mut self, group: Vec<(Txn, TxnReply)>) {
-        if let Some(error) = self.shared.refusal() {
-            drop(error);
+        if let Some(what) = self.shared.shortage() {
+            for (_, reply) in group {
+                let _ = reply.send(Err(StoreError::Unavailable { what, source: None }));
+            }
+            return;
+        }
+        if self.shared.refusal().is_some() {
             return; // The callers find the same refusal when their reply never comes.
         }
         let (txns, replies): (Vec<_>, Vec<_>) = group.into_iter().unzip();
