@@ -1,0 +1,225 @@
+//! The domain XML of a guest: a pure function of what it sees and of what this host gives.
+//!
+//! Every PCI address is written out, fixed by the kind of device and its index: the same spec gives the same machine on
+//! every host and under every libvirt, and one device more does not move the others.
+//!
+//! | slot (bus 0) | device |
+//! |---|---|
+//! | 0, 1 | host bridge; ISA bridge and IDE of the chip set |
+//! | 3..10 | disks |
+//! | 11..18 | network interfaces |
+//! | 19 | entropy source |
+//! | 20 | balloon |
+//! | 21 | virtio serial controller (virtio console only) |
+
+use std::{fmt::Write, path::Path};
+
+use supercloud_blanket::{
+    BackendError, BackendResult, Launch,
+    device::{Boot, Clock, Console, Disk, Nic},
+};
+
+use crate::{BACK_END, metadata::Mark};
+
+const FIRST_DISK_SLOT: usize = 3;
+const FIRST_NIC_SLOT: usize = 11;
+const RNG_SLOT: usize = 19;
+const BALLOON_SLOT: usize = 20;
+const SERIAL_SLOT: usize = 21;
+
+/// How often the guest's balloon driver is asked for memory figures, seconds.
+const MEMORY_STATS_PERIOD_S: u32 = 5;
+
+/// Prefix of the aliases that we give to devices; libvirt demands `ua-`.
+pub(crate) const DISK_ALIAS: &str = "ua-disk-";
+
+/// Writes a text so that it is one attribute's value or one element's content, whatever it holds.
+pub(crate) fn escape(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '&' => out.push_str("&amp;"),
+            '<' => out.push_str("&lt;"),
+            '>' => out.push_str("&gt;"),
+            '\'' => out.push_str("&apos;"),
+            '"' => out.push_str("&quot;"),
+            // Not even a reference to these is well-formed XML 1.0.
+            c if (c as u32) < 0x20 && !matches!(c, '\t' | '\n' | '\r') => {}
+            c => out.push(c),
+        }
+    }
+    out
+}
+
+fn path(path: &Path) -> String {
+    escape(&path.to_string_lossy())
+}
+
+/// What this back end lacks of a launch, refused by name.
+pub(crate) fn check(launch: &Launch) -> BackendResult<()> {
+    launch.check()?;
+    let lacks = |option: String| Err(BackendError::Unsupported { back_end: BACK_END, option });
+    let class = &launch.spec.class;
+    if class.back_end != BACK_END {
+        return lacks(format!("back end '{}'", class.back_end));
+    }
+    if !matches!(class.accelerator.as_str(), "tcg" | "kvm") {
+        return lacks(format!("accelerator '{}'", class.accelerator));
+    }
+    if !class.machine_version.starts_with("pc-i440fx-") {
+        return lacks(format!("machine version '{}'", class.machine_version));
+    }
+    Ok(())
+}
+
+/// The domain XML of a checked launch.
+pub(crate) fn render(launch: &Launch, mark: &Mark) -> String {
+    let (spec, host) = (&launch.spec, &launch.host);
+    let kind = if spec.class.accelerator == "kvm" { "kvm" } else { "qemu" };
+    let mut x = String::with_capacity(4096);
+    // Writing into a String does not fail.
+    let _ = render_into(&mut x, launch, mark, kind);
+    debug_assert!(host.disks.len() >= spec.devices.disks.len());
+    x
+}
+
+fn render_into(x: &mut String, launch: &Launch, mark: &Mark, kind: &str) -> std::fmt::Result {
+    let spec = &launch.spec;
+    let devices = &spec.devices;
+    writeln!(x, "<domain type='{kind}'>")?;
+    writeln!(x, "  <name>{}</name>", launch.guest)?;
+    writeln!(x, "  <uuid>{}</uuid>", launch.guest.uuid())?;
+    writeln!(x, "  <metadata>{}</metadata>", mark.to_xml())?;
+    writeln!(x, "  <memory unit='bytes'>{}</memory>", spec.memory_bytes)?;
+    writeln!(x, "  <currentMemory unit='bytes'>{}</currentMemory>", spec.memory_bytes)?;
+    writeln!(x, "  <vcpu placement='static'>{}</vcpu>", spec.vcpus)?;
+    writeln!(x, "  <os>")?;
+    writeln!(x, "    <type arch='x86_64' machine='{}'>hvm</type>", escape(&spec.class.machine_version))?;
+    match &spec.boot {
+        Boot::Disk => writeln!(x, "    <boot dev='hd'/>")?,
+        Boot::Kernel { has_initrd, cmdline } => {
+            if let Some(kernel) = &launch.host.kernel {
+                writeln!(x, "    <kernel>{}</kernel>", path(kernel))?;
+            }
+            if let Some(initrd) = launch.host.initrd.as_ref().filter(|_| *has_initrd) {
+                writeln!(x, "    <initrd>{}</initrd>", path(initrd))?;
+            }
+            writeln!(x, "    <cmdline>{}</cmdline>", escape(cmdline))?;
+        }
+    }
+    writeln!(x, "  </os>")?;
+    writeln!(x, "  <features><acpi/><apic/></features>")?;
+    // The named model as it is: what the host could add on top would not be there at the next host. With KVM two
+    // features go with every baseline, which KVM provides on any processor; without them guests take many times as
+    // many exits for their timer.
+    let (check, timers) = match kind {
+        "kvm" => {
+            ("partial", "<feature policy='require' name='x2apic'/><feature policy='require' name='tsc-deadline'/>")
+        }
+        _ => ("none", ""),
+    };
+    writeln!(
+        x,
+        "  <cpu mode='custom' match='exact' check='{check}'><model fallback='forbid'>{}</model>{timers}</cpu>",
+        escape(&spec.class.cpu_baseline)
+    )?;
+    match spec.clock {
+        Clock::Utc => writeln!(x, "  <clock offset='utc'/>")?,
+    }
+    writeln!(x, "  <on_poweroff>destroy</on_poweroff>")?;
+    writeln!(x, "  <on_reboot>restart</on_reboot>")?;
+    writeln!(x, "  <on_crash>destroy</on_crash>")?;
+    writeln!(x, "  <devices>")?;
+    writeln!(x, "    <controller type='usb' model='none'/>")?;
+    for (index, disk) in devices.disks.iter().enumerate() {
+        render_disk(x, launch, index, disk)?;
+    }
+    for (index, nic) in devices.nics.iter().enumerate() {
+        render_nic(x, launch, index, nic)?;
+    }
+    render_console(x, launch)?;
+    if devices.has_rng {
+        writeln!(x, "    <rng model='virtio'><backend model='random'>/dev/urandom</backend>{}</rng>", slot(RNG_SLOT))?;
+    }
+    if devices.has_balloon {
+        writeln!(
+            x,
+            "    <memballoon model='virtio'><stats period='{MEMORY_STATS_PERIOD_S}'/>{}</memballoon>",
+            slot(BALLOON_SLOT)
+        )?;
+    } else {
+        writeln!(x, "    <memballoon model='none'/>")?;
+    }
+    writeln!(x, "  </devices>")?;
+    writeln!(x, "</domain>")
+}
+
+fn slot(slot: usize) -> String {
+    format!("<address type='pci' domain='0x0000' bus='0x00' slot='0x{slot:02x}' function='0x0'/>")
+}
+
+fn render_disk(x: &mut String, launch: &Launch, index: usize, disk: &Disk) -> std::fmt::Result {
+    let Some(nbd) = launch.host.disks.get(&disk.name) else { return Ok(()) };
+    let letter = char::from(b'a' + u8::try_from(index).unwrap_or(25));
+    writeln!(x, "    <disk type='network' device='disk'>")?;
+    // A volume process that goes away must stop the guest, not give it an I/O error.
+    writeln!(
+        x,
+        "      <driver name='qemu' type='raw' cache='none' error_policy='stop' rerror_policy='stop' discard='unmap' \
+         detect_zeroes='unmap'/>"
+    )?;
+    let name = if nbd.export.is_empty() { String::new() } else { format!(" name='{}'", escape(&nbd.export)) };
+    writeln!(x, "      <source protocol='nbd'{name}><host transport='unix' socket='{}'/></source>", path(&nbd.socket))?;
+    writeln!(x, "      <target dev='vd{letter}' bus='virtio'/>")?;
+    if disk.is_read_only {
+        writeln!(x, "      <readonly/>")?;
+    }
+    writeln!(x, "      <serial>{}</serial>", escape(&disk.name))?;
+    writeln!(x, "      <alias name='{DISK_ALIAS}{}'/>", escape(&disk.name))?;
+    writeln!(x, "      {}", slot(FIRST_DISK_SLOT + index))?;
+    writeln!(x, "    </disk>")
+}
+
+fn render_nic(x: &mut String, launch: &Launch, index: usize, nic: &Nic) -> std::fmt::Result {
+    let Some(tap) = launch.host.taps.get(&nic.name) else { return Ok(()) };
+    writeln!(x, "    <interface type='ethernet'>")?;
+    writeln!(x, "      <mac address='{}'/>", nic.mac)?;
+    writeln!(x, "      <target dev='{}' managed='no'/>", escape(tap))?;
+    writeln!(x, "      <model type='virtio'/>")?;
+    // Userspace tunnels drop or corrupt what the guest left to an offload: none is offered to it.
+    writeln!(x, "      <driver name='qemu'>")?;
+    writeln!(x, "        <host csum='off' gso='off' tso4='off' tso6='off' ecn='off' ufo='off' mrg_rxbuf='off'/>")?;
+    writeln!(x, "        <guest csum='off' tso4='off' tso6='off' ecn='off' ufo='off'/>")?;
+    writeln!(x, "      </driver>")?;
+    writeln!(x, "      <mtu size='{}'/>", nic.mtu)?;
+    writeln!(x, "      <rom enabled='no'/>")?;
+    writeln!(x, "      <alias name='ua-nic-{}'/>", escape(&nic.name))?;
+    writeln!(x, "      {}", slot(FIRST_NIC_SLOT + index))?;
+    writeln!(x, "    </interface>")
+}
+
+fn render_console(x: &mut String, launch: &Launch) -> std::fmt::Result {
+    let is_virtio = launch.spec.devices.console == Console::Virtio;
+    let (element, target) = if is_virtio {
+        writeln!(x, "    <controller type='virtio-serial' index='0'>{}</controller>", slot(SERIAL_SLOT))?;
+        ("console", "<target type='virtio' port='0'/>")
+    } else {
+        ("serial", "<target type='isa-serial' port='0'><model name='isa-serial'/></target>")
+    };
+    let log = match &launch.host.console_log {
+        Some(file) => format!("<log file='{}' append='on'/>", path(file)),
+        None => String::new(),
+    };
+    match &launch.host.console_socket {
+        Some(socket) => writeln!(
+            x,
+            "    <{element} type='unix'><source mode='bind' path='{}'/>{log}{target}</{element}>",
+            path(socket)
+        ),
+        None => writeln!(x, "    <{element} type='null'>{log}{target}</{element}>"),
+    }
+}
+
+#[cfg(test)]
+#[path = "xml_tests.rs"]
+mod tests;
