@@ -14,7 +14,7 @@ use crate::{
         SwitchRefusal, SwitchRequest,
     },
     phase::Phase,
-    record::{OwnerRecord, Verdict},
+    record::{Operation, OwnerRecord, Verdict},
 };
 
 /// What the caller has to do about the guest's group before the report can be answered in full; the agent repeats it.
@@ -76,7 +76,7 @@ pub fn accept(record: &OwnerRecord, from: HostId, report: &Report, when_open: Wh
         Report::Prepared { operation } => prepared(record, from, *operation),
         Report::Paused { operation } => paused(record, from, *operation),
         Report::RequestSwitch(request) => switch(record, from, request),
-        Report::RequestAbort { operation, reason } => abort(record, from, *operation, *reason),
+        Report::RequestAbort { operation, reason, owned } => abort(record, from, *operation, *reason, *owned),
         Report::AskOwner(query) => ask(record, from, query, when_open),
         Report::Running { operation, epoch } => running(record, from, *operation, *epoch),
         Report::NothingMissing { operation, epoch } => nothing_missing(record, from, *operation, *epoch),
@@ -102,7 +102,7 @@ fn truth(record: &OwnerRecord, from: HostId, operation: OperationId) -> Option<D
     match record.current(operation) {
         Some(op) if op.kind.destination() == Some(from) => match op.verdict {
             Verdict::Open => None,
-            Verdict::Aborted(_) => Some(DestinationOrder::Cancel { operation }),
+            Verdict::Aborted(_) => Some(DestinationOrder::Cancel { operation, turn: op.turn }),
             Verdict::Granted(grant) => Some(DestinationOrder::Granted(grant)),
         },
         Some(_) => Some(over),
@@ -192,27 +192,32 @@ fn switch(record: &OwnerRecord, from: HostId, request: &SwitchRequest) -> Accept
     }
 }
 
-fn abort(record: &OwnerRecord, from: HostId, operation: OperationId, reason: AbortReason) -> Accepted {
-    let source = record.current(operation).and_then(|op| op.source());
-    let destination = record.current(operation).and_then(|op| op.kind.destination());
-    if record.current(operation).is_some() && source != Some(from) && destination != Some(from) {
-        return Accepted::nothing();
-    }
-    match request_abort(record, operation, reason) {
-        AbortDecision::Aborted { record } => Accepted::changed(*record),
-        AbortDecision::GroupMember => Accepted { group: GroupNeed::Abort(reason), ..Accepted::nothing() },
-        AbortDecision::NotCancellable => Accepted::nothing(),
-        // Decided before, or over: both machines of the host may be told what is true; only the one that is concerned listens.
-        AbortDecision::AlreadyAborted(_) | AbortDecision::TooLate(_) | AbortDecision::UnknownOperation => {
-            let accepted = tell_truth(record, from, operation);
-            match record.owner {
-                Owner::Host(host) if host == from => accepted
-                    .also(from, to_source(SourceOrder::StillYours { operation: Some(operation), epoch: record.epoch })),
-                _ => match record.holders.iter().find(|holder| holder.host == from) {
-                    Some(holder) => accepted.also(from, to_source(elsewhere(record, from, holder.epoch))),
-                    None => accepted,
-                },
+fn abort(
+    record: &OwnerRecord,
+    from: HostId,
+    operation: OperationId,
+    reason: AbortReason,
+    owned: Option<Epoch>,
+) -> Accepted {
+    let takes_part = |op: &Operation| op.source() == Some(from) || op.kind.destination() == Some(from);
+    if record.current(operation).is_some_and(takes_part) {
+        match request_abort(record, operation, reason) {
+            AbortDecision::Aborted { record } => return Accepted::changed(*record),
+            AbortDecision::GroupMember => {
+                return Accepted { group: GroupNeed::Abort(reason), ..Accepted::nothing() };
             }
+            AbortDecision::AlreadyAborted(_)
+            | AbortDecision::TooLate(_)
+            | AbortDecision::NotCancellable
+            | AbortDecision::UnknownOperation => {}
+        }
+    }
+    match owned {
+        None => tell_truth(record, from, operation),
+        Some(epoch) => {
+            let operation = Some(operation);
+            let query = OwnerQuery { operation, epoch, copy: LocalCopy::Intact, wants_back: false };
+            ask(record, from, &query, WhenOpen::Wait)
         }
     }
 }

@@ -80,8 +80,10 @@ pub fn begin(record: &OwnerRecord, request: &BeginRequest) -> Result<OwnerRecord
         (_, owner) => return Err(BeginRefusal::WrongState(owner)),
     }
     let mut next = record.clone();
+    next.turn = next.turn.saturating_add(1);
     next.operation = Some(Operation {
         id: request.operation,
+        turn: next.turn,
         kind: request.kind,
         phase: Phase::Plan,
         from: record.stamp(),
@@ -183,6 +185,7 @@ fn commit(record: &OwnerRecord, op: &Operation) -> (OwnerRecord, Grant) {
     let grant = Grant {
         guest: record.guest,
         operation: op.id,
+        turn: op.turn,
         owner: op.kind.target(),
         epoch: op.kind.epoch_after(op.from.epoch),
     };
@@ -380,7 +383,11 @@ pub struct AskDecision {
 pub fn ask_owner(record: &OwnerRecord, asker: HostId, query: &OwnerQuery, when_open: WhenOpen) -> AskDecision {
     let plain = |answer| AskDecision { answer, record: None, alarm: None, abort_group: false };
     let operation = query.operation;
-    let yours = SourceOrder::StillYours { operation, epoch: query.epoch };
+    let yours = |record: &OwnerRecord| SourceOrder::StillYours {
+        operation,
+        turn: record.last_closed_turn(),
+        epoch: query.epoch,
+    };
     if query.epoch > record.epoch {
         let alarm = Some(Alarm::EpochFromTheFuture { host: asker, epoch: query.epoch });
         return AskDecision { alarm, ..plain(SourceOrder::Undecided { operation }) };
@@ -390,13 +397,15 @@ pub fn ask_owner(record: &OwnerRecord, asker: HostId, query: &OwnerQuery, when_o
     }
     match record.operation.as_ref().filter(|op| Some(op.id) == operation && op.verdict == Verdict::Open) {
         // Whatever it asks about is over or aborted: it owns, and nothing can take that from it by that operation.
-        None => plain(yours),
+        None => plain(yours(record)),
         Some(op) => {
             // A source without its copy gains nothing by an abort: the destination may be all there is.
             let abort = query.wants_back && query.copy == LocalCopy::Intact && when_open == WhenOpen::Abort;
             let undecided = plain(SourceOrder::Undecided { operation });
             match request_abort(record, op.id, AbortReason::ContactLost) {
-                AbortDecision::Aborted { record } if abort => AskDecision { record: Some(*record), ..plain(yours) },
+                AbortDecision::Aborted { record } if abort => {
+                    AskDecision { answer: yours(&record), record: Some(*record), ..undecided }
+                }
                 AbortDecision::GroupMember => AskDecision { abort_group: abort, ..undecided },
                 _ => undecided,
             }
@@ -449,13 +458,14 @@ pub fn note_host_lost(record: &OwnerRecord, host: HostId) -> LossDecision {
                 op.destination_open = false;
                 next = aborted(&next, AbortReason::HostLost, |_| {});
             } else if op.source() == Some(host) {
-                if op.kind.destination().is_none() && op.group {
+                if op.group && !(op.kind.destination().is_some() && matches!(op.phase, Phase::Copy | Phase::Switch)) {
                     return LossDecision { record: None, alarms: Vec::new(), abort_group: true };
                 }
                 op.source_lost = true;
                 op.source_open = false;
-                if op.kind.destination().is_none() {
-                    // Nobody else can complete a freeze or a stop.
+                let is_copied = matches!(op.phase, Phase::Copy | Phase::Switch);
+                if op.kind.destination().is_none() || !is_copied {
+                    // Nobody else can complete a freeze or a stop, or a move that the source was not told to begin.
                     next = aborted(&next, AbortReason::HostLost, |_| {});
                 }
             }

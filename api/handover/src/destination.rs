@@ -86,6 +86,8 @@ pub enum DestinationState {
     Destroying {
         /// The operation.
         operation: OperationId,
+        /// Its turn.
+        turn: u64,
     },
     /// Was complete, and what it held is gone: asks whether that was before or after the switch.
     Orphaned {
@@ -112,7 +114,8 @@ pub struct DestinationHandover {
     guest: GuestId,
     host: HostId,
     state: DestinationState,
-    ended: Option<OperationId>,
+    /// The last turn that is known to be over.
+    ended: u64,
 }
 
 /// What happens to a destination.
@@ -225,7 +228,7 @@ impl DestinationHandover {
     /// The machine of a host that receives nothing.
     #[must_use]
     pub const fn idle(guest: GuestId, host: HostId) -> Self {
-        Self { guest, host, state: State::Idle, ended: None }
+        Self { guest, host, state: State::Idle, ended: 0 }
     }
 
     /// The guest.
@@ -249,7 +252,7 @@ impl DestinationHandover {
             | State::Receiving { plan, .. }
             | State::Complete { plan, .. }
             | State::Orphaned { plan } => Some(plan.operation),
-            State::Destroying { operation } => Some(*operation),
+            State::Destroying { operation, .. } => Some(*operation),
             State::Granted { grant, .. }
             | State::Running { grant, .. }
             | State::Fetched { grant, .. }
@@ -271,6 +274,23 @@ impl DestinationHandover {
         }
     }
 
+    /// The epoch at which it owns the guest, or will if it is granted.
+    #[must_use]
+    pub const fn epoch(&self) -> Option<Epoch> {
+        match &self.state {
+            State::Idle | State::Destroying { .. } => None,
+            State::Preparing { plan }
+            | State::Receiving { plan, .. }
+            | State::Complete { plan, .. }
+            | State::Orphaned { plan } => Some(plan.epoch()),
+            State::Granted { grant, .. }
+            | State::Running { grant, .. }
+            | State::Fetched { grant, .. }
+            | State::Lost { grant }
+            | State::Finished { grant, .. } => Some(grant.epoch),
+        }
+    }
+
     /// When its part is over: the machine of the guest that lives here now, and this one ready for the next operation.
     #[must_use]
     pub fn into_source(self) -> Option<(SourceHandover, DestinationHandover)> {
@@ -280,8 +300,8 @@ impl DestinationHandover {
             Outcome::Gone => SourceState::Lost { operation: None },
             Outcome::Volumes => SourceState::Serving { guest_kept: false },
         };
-        let source = SourceHandover::with(self.guest, self.host, grant.epoch, state, None);
-        Some((source, Self { state: State::Idle, ended: Some(grant.operation), ..self }))
+        let source = SourceHandover::with(self.guest, self.host, grant.epoch, state, grant.turn);
+        Some((source, Self { state: State::Idle, ended: self.ended.max(grant.turn), ..self }))
     }
 
     /// Takes one event and says what is to be done.
@@ -302,7 +322,8 @@ impl DestinationHandover {
             },
             DestinationEvent::ReceiveFailed { operation } => match &self.state {
                 State::Preparing { plan } | State::Receiving { plan, .. } if plan.operation == operation => {
-                    self.destroy(operation)
+                    let turn = plan.turn;
+                    self.destroy(operation, turn)
                 }
                 // Complete needs its source no more.
                 State::Complete { plan, .. } if plan.operation == operation => Vec::new(),
@@ -340,9 +361,9 @@ impl DestinationHandover {
             },
             DestinationEvent::GuestGone => self.gone(),
             DestinationEvent::Destroyed { operation } => match &self.state {
-                State::Destroying { operation: mine } if *mine == operation => {
+                State::Destroying { operation: mine, turn } if *mine == operation => {
+                    self.ended = self.ended.max(*turn);
                     self.state = State::Idle;
-                    self.ended = Some(operation);
                     vec![Effect::Send(Report::Cleaned { operation })]
                 }
                 _ => self.refuse(),
@@ -358,11 +379,12 @@ impl DestinationHandover {
         match order {
             DestinationOrder::Prepare(plan) => self.prepare(plan),
             DestinationOrder::Granted(grant) => self.granted(grant),
-            DestinationOrder::Cancel { operation } => {
+            DestinationOrder::Cancel { operation, turn } => {
                 if self.operation() == Some(operation) {
                     self.cancel(operation)
                 } else {
-                    // Nothing is here of that operation.
+                    // Nothing is here of that operation, nor shall be.
+                    self.ended = self.ended.max(turn);
                     vec![Effect::Send(Report::Cleaned { operation })]
                 }
             }
@@ -393,7 +415,7 @@ impl DestinationHandover {
         }
         let operation = plan.operation;
         match &self.state {
-            State::Idle if self.ended == Some(operation) => vec![Effect::Send(Report::Cleaned { operation })],
+            _ if plan.turn <= self.ended => vec![Effect::Send(Report::Cleaned { operation })],
             State::Idle => {
                 self.state = State::Preparing { plan: plan.clone() };
                 vec![Effect::Prepare(plan)]
@@ -401,7 +423,7 @@ impl DestinationHandover {
             State::Preparing { plan: mine } if mine.operation == operation => Vec::new(),
             _ => {
                 // The same operation: say again where it stands. Another: mine must be over, and asking tells how.
-                let mut effects = self.tick();
+                let mut effects = self.reports();
                 if let Some(mine) = self.operation().filter(|mine| *mine != operation) {
                     effects.push(Effect::Refuse(Refusal::OtherOperation(mine)));
                 }
@@ -418,7 +440,7 @@ impl DestinationHandover {
             return vec![Effect::Refuse(Refusal::OtherHost)];
         }
         match &self.state {
-            State::Idle if self.ended == Some(grant.operation) => self.refuse(),
+            State::Idle if grant.turn <= self.ended => self.refuse(),
             // Granted to what this host held before its own state was lost.
             State::Idle => self.lose(grant),
             _ if self.operation() != Some(grant.operation) => vec![Effect::Refuse(Refusal::NoOperation)],
@@ -430,7 +452,9 @@ impl DestinationHandover {
                 self.tick()
             }
             State::Orphaned { .. } => self.lose(grant),
-            State::Granted { .. } | State::Running { .. } | State::Fetched { .. } | State::Lost { .. } => self.tick(),
+            State::Granted { .. } | State::Running { .. } | State::Fetched { .. } | State::Lost { .. } => {
+                self.reports()
+            }
             // Granted without having been complete: this machine's state is older than its request. What is here is not to be trusted.
             State::Preparing { .. } | State::Receiving { .. } | State::Destroying { .. } => {
                 let mut effects = vec![Effect::DestroyReceived { operation: grant.operation }];
@@ -443,10 +467,14 @@ impl DestinationHandover {
 
     fn cancel(&mut self, operation: OperationId) -> Vec<Effect> {
         match &self.state {
-            State::Preparing { .. } | State::Receiving { .. } | State::Complete { .. } | State::Orphaned { .. } => {
-                self.destroy(operation)
+            State::Preparing { plan }
+            | State::Receiving { plan, .. }
+            | State::Complete { plan, .. }
+            | State::Orphaned { plan } => {
+                let turn = plan.turn;
+                self.destroy(operation, turn)
             }
-            State::Destroying { .. } => self.tick(),
+            State::Destroying { .. } => Vec::new(),
             // A grant is for good; so one of the two is a lie, and running on is the safe answer.
             _ => vec![Effect::Refuse(Refusal::AlreadyGranted)],
         }
@@ -496,22 +524,19 @@ impl DestinationHandover {
         }
     }
 
-    fn destroy(&mut self, operation: OperationId) -> Vec<Effect> {
-        self.state = State::Destroying { operation };
+    fn destroy(&mut self, operation: OperationId, turn: u64) -> Vec<Effect> {
+        self.state = State::Destroying { operation, turn };
         self.tick()
     }
 
     fn lose(&mut self, grant: Grant) -> Vec<Effect> {
         self.state = State::Lost { grant };
-        let mut effects = vec![
-            Effect::SealVolumes { epoch: grant.epoch },
-            Effect::Raise(Alarm::LostAfterSwitch { host: self.host, epoch: grant.epoch }),
-        ];
+        let mut effects = vec![Effect::Raise(Alarm::LostAfterSwitch { host: self.host, epoch: grant.epoch })];
         effects.extend(self.tick());
         effects
     }
 
-    fn tick(&mut self) -> Vec<Effect> {
+    fn tick(&self) -> Vec<Effect> {
         match &self.state {
             State::Idle | State::Finished { .. } => Vec::new(),
             State::Preparing { plan } => vec![Effect::Prepare(plan.clone())],
@@ -536,24 +561,29 @@ impl DestinationHandover {
                 let (operation, epoch) = (grant.operation, grant.epoch);
                 vec![Effect::Send(Report::NothingMissing { operation, epoch })]
             }
-            State::Destroying { operation } => vec![Effect::DestroyReceived { operation: *operation }],
+            State::Destroying { operation, .. } => vec![Effect::DestroyReceived { operation: *operation }],
             State::Orphaned { plan } => {
                 let (operation, reason) = (plan.operation, AbortReason::DestinationFailed);
-                vec![Effect::Send(Report::RequestAbort { operation, reason })]
+                vec![Effect::Send(Report::RequestAbort { operation, reason, owned: None })]
             }
             State::Lost { grant } => {
                 let (operation, epoch) = (grant.operation, grant.epoch);
-                vec![Effect::Send(Report::LostAfterSwitch { operation, epoch })]
+                vec![Effect::SealVolumes { epoch }, Effect::Send(Report::LostAfterSwitch { operation, epoch })]
             }
         }
+    }
+
+    /// What is said on the timer, without what is done: for an order that only repeats what is known.
+    pub(crate) fn reports(&self) -> Vec<Effect> {
+        self.tick().into_iter().filter(|effect| matches!(effect, Effect::Send(_))).collect()
     }
 
     fn restarted(&mut self, found: Found) -> Vec<Effect> {
         match (&self.state, found) {
             // The stream went through the agent, so it broke with it; nothing was asked for yet.
             (State::Preparing { plan } | State::Receiving { plan, .. }, _) => {
-                let operation = plan.operation;
-                self.destroy(operation)
+                let (operation, turn) = (plan.operation, plan.turn);
+                self.destroy(operation, turn)
             }
             (_, Found::Nothing) => self.gone(),
             (State::Complete { plan, .. }, Found::Running) => {
@@ -577,8 +607,8 @@ impl DestinationHandover {
         match &mut self.state {
             State::Idle | State::Finished { .. } => Vec::new(),
             State::Preparing { plan } | State::Receiving { plan, .. } => {
-                let operation = plan.operation;
-                self.destroy(operation)
+                let (operation, turn) = (plan.operation, plan.turn);
+                self.destroy(operation, turn)
             }
             State::Complete { plan, .. } => {
                 self.state = State::Orphaned { plan: plan.clone() };

@@ -56,8 +56,9 @@
 //! restart, when a host's link comes back, and every few seconds while an operation is under way or a holder waits.
 //!
 //! # For an agent
-//! One [`LocalHandover`] per guest. For each event: `step`, persist, carry out the effects in order. After a restart: load, then
-//! [`SourceEvent::Restarted`] and [`DestinationEvent::Restarted`] with what is found.
+//! One [`LocalHandover`] per guest. For each event: `step`, persist, carry out the effects in order. After a restart: load;
+//! destroy every process of the guest that carries neither the epoch of the source's machine nor the operation of the
+//! destination's; then [`SourceEvent::Restarted`] and [`DestinationEvent::Restarted`] with what is found.
 
 mod accept;
 mod decide;

@@ -103,16 +103,16 @@ impl LocalHandover {
         let mut effects = Vec::new();
         match event {
             LocalEvent::Source(event) => {
-                if let (SourceEvent::Order(order), Some(epoch)) = (&event, self.destination.grant().map(|g| g.epoch)) {
-                    let concerns_the_granted = match order {
+                if let (SourceEvent::Order(order), Some(epoch)) = (&event, self.destination.epoch()) {
+                    let concerns_the_next = match order {
                         SourceOrder::Begin(plan) => plan.epoch == epoch,
                         SourceOrder::StillYours { epoch: theirs, .. } => *theirs == epoch,
                         SourceOrder::Elsewhere { yours, .. } => *yours == epoch,
                         SourceOrder::Undecided { .. } => false,
                     };
-                    if concerns_the_granted {
+                    if concerns_the_next {
                         effects.extend(self.overtaken());
-                        if self.destination.grant().is_some() {
+                        if self.destination.epoch().is_some() {
                             return effects;
                         }
                     }
@@ -123,7 +123,7 @@ impl LocalHandover {
                 effects.extend(self.destination.step(event).into_iter().map(LocalEffect::Destination));
             }
         }
-        self.turn();
+        effects.extend(self.turn());
         effects
     }
 
@@ -134,16 +134,18 @@ impl LocalHandover {
         let effects = match self.destination.operation().filter(|_| done) {
             Some(operation) => self.destination.step(DestinationEvent::Order(DestinationOrder::Settled { operation })),
             // Not before everything is fetched: say where it stands.
-            None => self.destination.step(DestinationEvent::Tick),
+            None => self.destination.reports(),
         };
-        self.turn();
-        effects.into_iter().map(LocalEffect::Destination).collect()
+        let turned = self.turn();
+        effects.into_iter().map(LocalEffect::Destination).chain(turned).collect()
     }
 
-    fn turn(&mut self) {
-        if let Some((source, destination)) = self.destination.clone().into_source() {
-            self.source = source;
-            self.destination = destination;
-        }
+    fn turn(&mut self) -> Option<LocalEffect> {
+        let (source, destination) = self.destination.clone().into_source()?;
+        let before = std::mem::replace(&mut self.source, source);
+        self.destination = destination;
+        // The guest came back before this host had heard that it was gone: what was kept of the old copy goes.
+        let was_here = !matches!(before.state(), SourceState::Idle);
+        was_here.then_some(LocalEffect::Source(SourceEffect::DestroyGuest { epoch: before.epoch() }))
     }
 }

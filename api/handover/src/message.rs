@@ -130,6 +130,8 @@ pub struct Grant {
     pub guest: GuestId,
     /// The operation that it was granted to.
     pub operation: OperationId,
+    /// The operation's turn.
+    pub turn: u64,
     /// The new owner.
     pub owner: Owner,
     /// The new epoch.
@@ -156,6 +158,8 @@ pub struct SourcePlan {
     pub guest: GuestId,
     /// The operation.
     pub operation: OperationId,
+    /// Its turn: see [`OwnerRecord::turn`](crate::OwnerRecord::turn).
+    pub turn: u64,
     /// A migration, a freeze or a stop.
     pub kind: OperationKind,
     /// The epoch at which the source must own the guest.
@@ -169,6 +173,8 @@ pub struct DestinationPlan {
     pub guest: GuestId,
     /// The operation.
     pub operation: OperationId,
+    /// Its turn: see [`OwnerRecord::turn`](crate::OwnerRecord::turn).
+    pub turn: u64,
     /// A start, a migration, a thaw or a restart from the volumes.
     pub kind: OperationKind,
     /// Who owns it before the switch.
@@ -320,6 +326,8 @@ pub enum Report {
         operation: OperationId,
         /// Why.
         reason: AbortReason,
+        /// The epoch at which the sender owns the guest, if it is the source.
+        owned: Option<Epoch>,
     },
     /// Source: do I still own it?
     AskOwner(OwnerQuery),
@@ -376,10 +384,12 @@ pub enum Report {
 pub enum SourceOrder {
     /// Copy the guest to the destination (freeze: to the store; stop: shut it down).
     Begin(SourcePlan),
-    /// You own the guest at this epoch, and this operation can never be granted any more: run it.
+    /// You own the guest at this epoch, and no operation up to this turn can be granted any more: run it.
     StillYours {
-        /// The operation that is out of the question.
+        /// The operation that this is an answer about.
         operation: Option<OperationId>,
+        /// The last turn that is out of the question.
+        turn: u64,
         /// The epoch at which you own it.
         epoch: Epoch,
     },
@@ -418,6 +428,8 @@ pub enum DestinationOrder {
     Cancel {
         /// The operation.
         operation: OperationId,
+        /// Its turn.
+        turn: u64,
     },
     /// Not all members of the group are ready: stay and ask again.
     Wait {

@@ -33,6 +33,8 @@ pub enum Verdict {
 pub struct Operation {
     /// Its id. Never reused.
     pub id: OperationId,
+    /// Its turn.
+    pub turn: u64,
     /// What it does.
     pub kind: OperationKind,
     /// Where it is.
@@ -98,6 +100,9 @@ pub struct OwnerRecord {
     pub owner: Owner,
     /// The last epoch that was granted. Never goes down.
     pub epoch: Epoch,
+    /// How many operations have begun. An operation's number among them is its turn: by it an agent tells an order of the
+    /// past from one of now, as it tells owners apart by the epoch.
+    pub turn: u64,
     /// The operation under way.
     pub operation: Option<Operation>,
     /// The operation before.
@@ -153,7 +158,15 @@ impl OwnerRecord {
     /// The record of a guest that was never started.
     #[must_use]
     pub const fn new(guest: GuestId) -> Self {
-        Self { guest, owner: Owner::Unowned, epoch: Epoch::ZERO, operation: None, last: None, holders: Vec::new() }
+        Self {
+            guest,
+            owner: Owner::Unowned,
+            epoch: Epoch::ZERO,
+            turn: 0,
+            operation: None,
+            last: None,
+            holders: Vec::new(),
+        }
     }
 
     /// Owner and epoch.
@@ -172,6 +185,15 @@ impl OwnerRecord {
     #[must_use]
     pub fn current(&self, operation: OperationId) -> Option<&Operation> {
         self.operation.as_ref().filter(|op| op.id == operation)
+    }
+
+    /// The last turn whose operation can never be granted any more.
+    #[must_use]
+    pub fn last_closed_turn(&self) -> u64 {
+        match &self.operation {
+            Some(op) if !matches!(op.verdict, Verdict::Aborted(_)) => op.turn.saturating_sub(1),
+            _ => self.turn,
+        }
     }
 
     /// What this host holds without owning, sealed at this epoch.
@@ -196,6 +218,7 @@ impl OwnerRecord {
         Some(DestinationPlan {
             guest: self.guest,
             operation: op.id,
+            turn: op.turn,
             kind: op.kind,
             from: op.from,
             to,
@@ -221,12 +244,14 @@ impl OwnerRecord {
                     SourceOrder::Begin(SourcePlan {
                         guest: self.guest,
                         operation: op.id,
+                        turn: op.turn,
                         kind: op.kind,
                         epoch: op.from.epoch,
                     }),
                 ),
                 Verdict::Aborted(_) if op.source_open => {
-                    source(host, SourceOrder::StillYours { operation: Some(op.id), epoch: op.from.epoch });
+                    let (operation, turn, epoch) = (Some(op.id), op.turn, op.from.epoch);
+                    source(host, SourceOrder::StillYours { operation, turn, epoch });
                 }
                 Verdict::Open | Verdict::Aborted(_) | Verdict::Granted(_) => {}
             }
@@ -235,7 +260,7 @@ impl OwnerRecord {
             let order = match op.verdict {
                 Verdict::Open if op.phase == Phase::Plan => None,
                 Verdict::Open => self.destination_plan(op).map(DestinationOrder::Prepare),
-                Verdict::Aborted(_) => Some(DestinationOrder::Cancel { operation: op.id }),
+                Verdict::Aborted(_) => Some(DestinationOrder::Cancel { operation: op.id, turn: op.turn }),
                 Verdict::Granted(grant) => Some(DestinationOrder::Granted(grant)),
             };
             orders.extend(order.map(|order| Order { to, body: OrderBody::Destination(order) }));

@@ -86,7 +86,8 @@ pub struct SourceHandover {
     state: SourceState,
     copy: LocalCopy,
     lost_contact: bool,
-    ended: Option<OperationId>,
+    /// The last turn that is known to be over.
+    ended: u64,
 }
 
 /// What happens to a source.
@@ -231,22 +232,16 @@ impl SourceHandover {
     /// The machine of a host that has nothing of the guest.
     #[must_use]
     pub const fn idle(guest: GuestId, host: HostId) -> Self {
-        Self::with(guest, host, Epoch::ZERO, State::Idle, None)
+        Self::with(guest, host, Epoch::ZERO, State::Idle, 0)
     }
 
     /// The machine of a host that runs the guest as its owner.
     #[must_use]
     pub const fn running(guest: GuestId, host: HostId, epoch: Epoch) -> Self {
-        Self::with(guest, host, epoch, State::Running, None)
+        Self::with(guest, host, epoch, State::Running, 0)
     }
 
-    pub(crate) const fn with(
-        guest: GuestId,
-        host: HostId,
-        epoch: Epoch,
-        state: State,
-        ended: Option<OperationId>,
-    ) -> Self {
+    pub(crate) const fn with(guest: GuestId, host: HostId, epoch: Epoch, state: State, ended: u64) -> Self {
         Self { guest, host, epoch, state, copy: LocalCopy::Intact, lost_contact: false, ended }
     }
 
@@ -311,7 +306,6 @@ impl SourceHandover {
             SourceEvent::GuestResumed { epoch } => match self.state {
                 State::Resuming { operation } if epoch == self.epoch => {
                     self.state = State::Running;
-                    self.ended = operation.or(self.ended);
                     operation.map(|operation| Effect::Send(Report::Resumed { operation, epoch })).into_iter().collect()
                 }
                 State::Running if epoch == self.epoch => Vec::new(),
@@ -342,7 +336,7 @@ impl SourceHandover {
     fn order(&mut self, order: SourceOrder) -> Vec<Effect> {
         match order {
             SourceOrder::Begin(plan) => self.begin(plan),
-            SourceOrder::StillYours { operation, epoch } => self.still_yours(operation, epoch),
+            SourceOrder::StillYours { operation, turn, epoch } => self.still_yours(operation, turn, epoch),
             SourceOrder::Undecided { .. } => Vec::new(),
             SourceOrder::Elsewhere { now, yours, needed } => self.elsewhere(now, yours, needed),
         }
@@ -359,7 +353,7 @@ impl SourceHandover {
             return self.unknown_epoch(Some(plan.operation), plan.epoch);
         }
         match &self.state {
-            State::Running if self.ended == Some(plan.operation) => {
+            State::Running if plan.turn <= self.ended => {
                 vec![Effect::Send(Report::Resumed { operation: plan.operation, epoch: self.epoch })]
             }
             State::Running => {
@@ -367,9 +361,9 @@ impl SourceHandover {
                 self.lost_contact = false;
                 self.copy_effects(plan)
             }
-            State::Lost { .. } => self.tick(),
+            State::Lost { .. } => self.reports(),
             _ => match self.plan() {
-                Some(mine) if mine.operation == plan.operation => Vec::new(),
+                Some(mine) if plan.turn <= mine.turn => Vec::new(),
                 // The controller has gone on to another operation: mine is over, and it will say how.
                 Some(mine) => {
                     let other = Refusal::OtherOperation(mine.operation);
@@ -397,14 +391,16 @@ impl SourceHandover {
         effects
     }
 
-    fn still_yours(&mut self, operation: Option<OperationId>, epoch: Epoch) -> Vec<Effect> {
+    fn still_yours(&mut self, operation: Option<OperationId>, turn: u64, epoch: Epoch) -> Vec<Effect> {
         if epoch != self.epoch {
             return self.unknown_epoch(operation, epoch);
         }
         if let Some(plan) = self.plan().copied() {
-            if Some(plan.operation) != operation {
+            if turn < plan.turn {
                 return vec![Effect::Refuse(Refusal::OtherOperation(plan.operation))];
             }
+            self.ended = self.ended.max(turn);
+            let operation = Some(plan.operation);
             let mut effects = vec![Effect::StopCopy { operation: plan.operation }];
             if self.copy == LocalCopy::Gone {
                 effects.extend(self.lose(operation));
@@ -417,13 +413,14 @@ impl SourceHandover {
         }
         match self.state {
             State::Running => {
-                self.lost_contact = false;
+                self.ended = self.ended.max(turn);
                 let resumed = operation.map(|operation| Effect::Send(Report::Resumed { operation, epoch }));
                 // A guest that was found paused after a restart waits for this answer.
-                resumed.into_iter().chain([Effect::ResumeGuest { epoch }]).collect()
+                let resume = std::mem::take(&mut self.lost_contact).then_some(Effect::ResumeGuest { epoch });
+                resumed.into_iter().chain(resume).collect()
             }
             State::Resuming { .. } => Vec::new(),
-            State::Lost { .. } => self.tick(),
+            State::Lost { .. } => self.reports(),
             _ => self.refuse(),
         }
     }
@@ -458,7 +455,9 @@ impl SourceHandover {
             }
             State::Idle | State::Sealing { .. } | State::Vacating { .. } | State::Lost { .. } => false,
         };
-        let was_serving = matches!(self.state, State::Serving { .. });
+        // Pages are kept for an owner that fetches them, not for one that is lost itself.
+        let kept = kept && self.copy == LocalCopy::Intact && matches!(now.owner, Owner::Host(_));
+        let was_serving = matches!(self.state, State::Serving { guest_kept } if guest_kept == kept);
         if now.owner == Owner::Host(self.host) {
             // It came back to this very host under a new epoch: the volumes are the new owner's.
             self.state = State::Idle;
@@ -467,9 +466,8 @@ impl SourceHandover {
             self.state = State::Releasing;
             effects.extend(self.tick());
         } else if !was_serving {
-            let guest_kept = kept && self.copy == LocalCopy::Intact;
-            self.state = State::Serving { guest_kept };
-            effects.push(if guest_kept { Effect::ServeMemory { epoch } } else { Effect::DestroyGuest { epoch } });
+            self.state = State::Serving { guest_kept: kept };
+            effects.push(if kept { Effect::ServeMemory { epoch } } else { Effect::DestroyGuest { epoch } });
             effects.push(Effect::SealVolumes { operation: None, epoch });
             effects.push(Effect::ServeVolumes { epoch });
         }
@@ -481,7 +479,7 @@ impl SourceHandover {
         OwnerQuery { operation, epoch: self.epoch, copy: self.copy, wants_back }
     }
 
-    fn tick(&mut self) -> Vec<Effect> {
+    fn tick(&self) -> Vec<Effect> {
         let epoch = self.epoch;
         let ask = |wants_back| Effect::Send(Report::AskOwner(self.query(wants_back)));
         match &self.state {
@@ -490,7 +488,7 @@ impl SourceHandover {
             State::Running => Vec::new(),
             State::Copying { plan, broken: true } if plan.kind != OperationKind::Stop => {
                 let (operation, reason) = (plan.operation, AbortReason::SourceFailed);
-                vec![Effect::Send(Report::RequestAbort { operation, reason })]
+                vec![Effect::Send(Report::RequestAbort { operation, reason, owned: Some(epoch) })]
             }
             // Should the operation be over, this is how a source learns of it that was told to begin too late.
             State::Copying { .. } => vec![ask(false)],
@@ -498,15 +496,16 @@ impl SourceHandover {
                 let seal = Effect::SealVolumes { operation: Some(plan.operation), epoch };
                 if self.lost_contact { vec![seal, ask(true)] } else { vec![seal] }
             }
-            State::Sealed { plan, .. } => match plan.kind {
-                OperationKind::Migrate { to, .. } if !self.lost_contact => {
-                    vec![Effect::SendVolumeMaps { operation: plan.operation, to }, ask(false)]
-                }
-                OperationKind::Freeze { freeze } => {
-                    vec![Effect::StoreFreeze { operation: plan.operation, freeze }, ask(false)]
-                }
-                _ => vec![ask(true)],
-            },
+            State::Sealed { plan, .. } => {
+                let operation = plan.operation;
+                let hand_over = match plan.kind {
+                    // Also after lost contact, and after the process is gone: what the destination has may be all there is.
+                    OperationKind::Migrate { to, .. } => Some(Effect::SendVolumeMaps { operation, to }),
+                    OperationKind::Freeze { freeze } => Some(Effect::StoreFreeze { operation, freeze }),
+                    _ => None,
+                };
+                hand_over.into_iter().chain([ask(self.lost_contact)]).collect()
+            }
             State::Vacating { plan, volumes } => vec![Effect::Send(Report::RequestSwitch(SwitchRequest {
                 guest: self.guest,
                 operation: plan.operation,
@@ -525,6 +524,11 @@ impl SourceHandover {
                 ]
             }
         }
+    }
+
+    /// What is said on the timer, without what is done: for an order that only repeats what is known.
+    fn reports(&self) -> Vec<Effect> {
+        self.tick().into_iter().filter(|effect| matches!(effect, Effect::Send(_))).collect()
     }
 
     fn restarted(&mut self, found: Found) -> Vec<Effect> {
@@ -549,7 +553,7 @@ impl SourceHandover {
             State::Sealed { plan, .. } if matches!(plan.kind, OperationKind::Freeze { .. }) => self.tick(),
             State::Serving { guest_kept } => {
                 let memory = if *guest_kept { Effect::ServeMemory { epoch } } else { Effect::DestroyGuest { epoch } };
-                vec![memory, Effect::ServeVolumes { epoch }]
+                vec![memory, Effect::SealVolumes { operation: None, epoch }, Effect::ServeVolumes { epoch }]
             }
             _ => self.tick(),
         }
@@ -579,7 +583,8 @@ impl SourceHandover {
             }
             State::Serving { guest_kept } => {
                 *guest_kept = false;
-                vec![Effect::ServeVolumes { epoch: self.epoch }]
+                let epoch = self.epoch;
+                vec![Effect::SealVolumes { operation: None, epoch }, Effect::ServeVolumes { epoch }]
             }
             // Paused already: the destination or the store may hold everything. The controller knows.
             State::Sealing { .. }
@@ -606,7 +611,8 @@ impl SourceHandover {
             State::Sealed { plan, .. }
                 if plan.operation == operation && matches!(plan.kind, OperationKind::Freeze { .. }) =>
             {
-                vec![Effect::Send(Report::RequestAbort { operation, reason: AbortReason::SourceFailed })]
+                let (reason, owned) = (AbortReason::SourceFailed, Some(self.epoch));
+                vec![Effect::Send(Report::RequestAbort { operation, reason, owned })]
             }
             _ => self.peer_lost(operation),
         }

@@ -1,0 +1,161 @@
+//! What is explored, and the defects that must be found by it.
+
+use std::time::Instant;
+
+use supercloud_handover::OperationKind;
+
+use crate::{
+    explore::explore,
+    world::{Faults, Mutation, Scenario, freeze, host},
+};
+
+/// Beyond this a scenario is too large for `cargo test`.
+const BOUND: usize = 3_000_000;
+
+const NONE: Faults = Faults { crashes: 0, reboots: 0, kills: 0, cancels: 0, glitches: 0 };
+
+fn migrate(to: usize) -> OperationKind {
+    OperationKind::Migrate { to: host(to), post_copy: false }
+}
+
+fn post_copy(to: usize) -> OperationKind {
+    OperationKind::Migrate { to: host(to), post_copy: true }
+}
+
+fn freeze_it(n: usize) -> OperationKind {
+    OperationKind::Freeze { freeze: freeze(n) }
+}
+
+fn thaw(n: usize, to: usize) -> OperationKind {
+    OperationKind::Thaw { freeze: freeze(n), to: host(to) }
+}
+
+fn start(to: usize) -> OperationKind {
+    OperationKind::Start { to: host(to) }
+}
+
+fn restart(to: usize) -> OperationKind {
+    OperationKind::RestartFromVolume { to: host(to) }
+}
+
+/// A guest that runs at host 0, and then.
+fn of(name: &'static str, kinds: Vec<OperationKind>, faults: Faults) -> Scenario {
+    Scenario { name, running: true, kinds, faults, writes: 1, coarse: false, mutation: None }
+}
+
+/// With the effects of a step carried out at once.
+fn coarse(scenario: Scenario) -> Scenario {
+    Scenario { coarse: true, ..scenario }
+}
+
+fn holds(scenario: Scenario) {
+    let (name, start) = (scenario.name, Instant::now());
+    let explored = explore(scenario, BOUND);
+    if let Some(violation) = explored.violation {
+        panic!("{violation}");
+    }
+    let (states, steps, settled) = (explored.states, explored.steps, explored.settled);
+    println!("{name}: {states} states, {steps} steps, {settled} settled, {:.1?}", start.elapsed());
+    assert!(settled > 0, "{name}: nothing ever ends");
+}
+
+#[test]
+fn migration_with_crashes_of_agents_and_a_cancel() {
+    let faults = Faults { crashes: 2, cancels: 1, ..NONE };
+    holds(of("migration, 2 crashes, cancel", vec![migrate(1)], faults));
+}
+
+#[test]
+fn migration_with_copies_that_fail() {
+    let faults = Faults { crashes: 1, glitches: 2, ..NONE };
+    holds(of("migration, 2 glitches, crash", vec![migrate(1)], faults));
+}
+
+#[test]
+fn migration_races_another_after_a_cancel() {
+    let faults = Faults { crashes: 1, cancels: 1, ..NONE };
+    let crash = of("two migrations, cancel, crash", vec![migrate(1), migrate(2)], faults);
+    holds(coarse(Scenario { writes: 0, ..crash }));
+    holds(of("two migrations, cancel", vec![migrate(1), migrate(2)], Faults { crashes: 0, ..faults }));
+}
+
+#[test]
+fn migration_there_and_back() {
+    let faults = Faults { cancels: 1, ..NONE };
+    holds(coarse(of("there and back, cancel", vec![migrate(1), migrate(0)], faults)));
+}
+
+#[test]
+fn migration_with_a_restart_of_a_host() {
+    let faults = Faults { reboots: 1, crashes: 1, ..NONE };
+    holds(of("migration, reboot, crash", vec![migrate(1)], faults));
+}
+
+#[test]
+fn migration_with_a_lost_host_and_a_restart_from_the_volume() {
+    let faults = Faults { kills: 1, ..NONE };
+    holds(of("migration, kill, restart", vec![migrate(1), restart(2)], faults));
+}
+
+#[test]
+fn migration_with_a_restarted_host_and_a_restart_from_the_volume() {
+    let faults = Faults { reboots: 1, ..NONE };
+    holds(coarse(of("migration, reboot, restart at source", vec![migrate(1), restart(0)], faults)));
+    holds(coarse(of("migration, reboot, restart at destination", vec![migrate(1), restart(1)], faults)));
+    holds(coarse(of("migration, reboot, restart elsewhere", vec![migrate(1), restart(2)], faults)));
+}
+
+#[test]
+fn post_copy_with_crashes_and_a_restart_of_a_host() {
+    holds(of("post-copy, 2 crashes, cancel", vec![post_copy(1)], Faults { crashes: 2, cancels: 1, ..NONE }));
+    holds(of("post-copy, reboot, crash", vec![post_copy(1)], Faults { crashes: 1, reboots: 1, ..NONE }));
+}
+
+#[test]
+fn freeze_thaws_once() {
+    let faults = Faults { crashes: 1, cancels: 1, ..NONE };
+    holds(of("freeze, thaw, thaw, crash, cancel", vec![freeze_it(0), thaw(0, 1), thaw(0, 2)], faults));
+}
+
+#[test]
+fn freeze_with_failing_store_and_restarted_host() {
+    let faults = Faults { crashes: 1, glitches: 1, reboots: 1, ..NONE };
+    holds(of("freeze, crash, glitch, reboot", vec![freeze_it(0)], faults));
+}
+
+#[test]
+fn first_start_with_crashes_and_cancel() {
+    let faults = Faults { crashes: 2, cancels: 1, glitches: 1, ..NONE };
+    holds(Scenario { running: false, ..of("start, 2 crashes, cancel, glitch", vec![start(0)], faults) });
+}
+
+#[test]
+fn stop_and_start_again_here_and_elsewhere() {
+    let faults = Faults { crashes: 1, cancels: 1, ..NONE };
+    holds(of("stop, start here, crash, cancel", vec![OperationKind::Stop, start(0)], faults));
+    holds(of("stop, start elsewhere, crash, cancel", vec![OperationKind::Stop, start(1)], faults));
+    holds(of("stop, reboot", vec![OperationKind::Stop], Faults { crashes: 1, reboots: 1, ..NONE }));
+}
+
+fn caught(mutation: Mutation, scenario: Scenario) {
+    let explored = explore(Scenario { mutation: Some(mutation), ..scenario }, BOUND);
+    let violation = explored.violation.unwrap_or_else(|| panic!("{mutation:?} was not caught"));
+    println!("{mutation:?} caught: {}", violation.lines().next().unwrap_or_default());
+}
+
+#[test]
+fn mutants_are_caught() {
+    let cancel = Faults { cancels: 1, ..NONE };
+    let crash = Faults { crashes: 1, ..NONE };
+    let two = || of("two migrations", vec![migrate(1), migrate(2)], cancel);
+    caught(Mutation::NoEpochCheck, two());
+    caught(Mutation::SwitchGrantedTwice, two());
+    caught(Mutation::ResumesBeforeGrant, of("migration", vec![migrate(1)], NONE));
+    caught(Mutation::SourceResumesByItself, of("migration", vec![migrate(1)], NONE));
+    caught(Mutation::AbortDoesNotBlock, of("migration", vec![migrate(1)], cancel));
+    caught(Mutation::FreezeThawsTwice, of("freeze", vec![freeze_it(0), thaw(0, 1), thaw(0, 2)], NONE));
+    caught(Mutation::PersistsTooLate, of("migration", vec![migrate(1)], crash));
+    caught(Mutation::AnswersBeforeWrite, of("migration", vec![migrate(1)], NONE));
+    caught(Mutation::SourceReleasedAtSwitch, of("migration", vec![migrate(1)], NONE));
+    caught(Mutation::MapsBeforeSeal, of("migration", vec![migrate(1)], NONE));
+}
