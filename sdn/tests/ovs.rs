@@ -278,7 +278,7 @@ fn a_killed_switch_comes_back(lab: &Lab, world: &World, a11: &str) {
     world.assert_settled(lab);
     // A foreign hand: a flow removed and one added are put right, and nothing else is touched.
     host.ofctl("add-flow br-int table=0,priority=7,actions=drop");
-    host.ofctl("--strict del-flows br-int table=3,priority=0");
+    host.ofctl("--strict del-flows br-int table=4,priority=0");
     let driver = world.drivers[1].clone();
     let healed = host.on(async move { driver.reconcile().await.unwrap() });
     assert_eq!((healed.added, healed.removed), (1, 1));

@@ -5,9 +5,10 @@
 //! | table | holds | by default |
 //! |---|---|---|
 //! | 0 ingress | who may send what: per local port MAC, IPv4, IPv6, ARP, ND, DHCP pins; per peer's tunnel the MACs that live there; the metadata service's answers | drop |
-//! | 1 ARP | answers to requests for known addresses of the network, its gateway, 169.254.169.254 | on to table 3 |
-//! | 2 ND | answers to neighbour solicitations for known addresses | on to table 3 |
-//! | 3 L2 | by destination: the local tap, the owner's tunnel, or a copy to each port of the segment | drop |
+//! | 1 ARP | answers to requests for known addresses of the network, its gateway, 169.254.169.254 | on to table 4 |
+//! | 2 ND | answers to neighbour solicitations for known addresses | on to table 4 |
+//! | 3 ND answer | the second half of an answer: its link-layer address | drop |
+//! | 4 L2 | by destination: the local tap, the owner's tunnel, or a copy to each port of the segment | drop |
 //!
 //! Register 0 holds the network's VNI from table 0 on, register 1 where the packet came from (a local port or a
 //! tunnel). What came from a tunnel never leaves by one (split horizon), with one exception: the source of a finished
@@ -58,7 +59,8 @@ pub const DHCP_BURST: u32 = 16;
 pub(crate) const INGRESS: u8 = 0;
 pub(crate) const ARP: u8 = 1;
 pub(crate) const ND: u8 = 2;
-pub(crate) const L2: u8 = 3;
+pub(crate) const ND_ANSWER: u8 = 3;
+pub(crate) const L2: u8 = 4;
 /// Register 1: the packet came from a local port.
 pub(crate) const FROM_LOCAL: u128 = 1;
 /// Register 1: the packet came by a tunnel.
@@ -214,6 +216,7 @@ impl<'a> Compiler<'a> {
         self.put(INGRESS, 0, Match::any(), cookie, vec![]);
         self.put(ARP, 0, Match::any(), cookie, vec![Instruction::GotoTable(L2)]);
         self.put(ND, 0, Match::any(), cookie, vec![Instruction::GotoTable(L2)]);
+        self.put(ND_ANSWER, 0, Match::any(), cookie, vec![]);
         self.put(L2, 0, Match::any(), cookie, vec![]);
         let mut blocked: BTreeSet<(u32, u32)> =
             self.local.blocked.iter().map(|p| (p.network().into(), p.netmask().into())).collect();

@@ -5,14 +5,14 @@ use std::{collections::BTreeMap, net::Ipv4Addr};
 use supercloud_ids::HostId;
 
 use super::{
-    ARP, Compiler, CookieKind, FORWARDED, FROM_LOCAL, FROM_TUNNEL, INGRESS, L2, METADATA_ADDR, ND, Segment, apply,
+    ARP, Compiler, CookieKind, FORWARDED, FROM_LOCAL, FROM_TUNNEL, INGRESS, L2, METADATA_ADDR, ND, ND_ANSWER, Segment, apply,
     enter, gateway_mac,
     guest::{v4, v6_addrs},
     network_cookie, port_cookie,
 };
 use crate::{
     addr::MacAddr,
-    openflow::{Action, Field, Match, port},
+    openflow::{Action, Field, Instruction, Match, port},
     view::PortView,
 };
 
@@ -59,26 +59,28 @@ impl Compiler<'_> {
         let mac = p.mac.to_u128();
         for addr in v6_addrs(p) {
             let addr = u128::from(addr);
-            let request = Match::any()
-                .with(Field::Reg0, segment.net.vni)
-                .with(Field::EthType, 0x86dd_u16)
-                .with(Field::IpProto, 58_u8)
-                .with(Field::Icmpv6Type, 135_u8)
-                .with(Field::NdTarget, addr)
-                .with(Field::NdOptionsType, 1_u8);
-            // The option's address is written while it still is a source's; then it becomes a target's.
-            let actions = vec![
+            let about = |kind: u8| {
+                Match::any()
+                    .with(Field::Reg0, segment.net.vni)
+                    .with(Field::EthType, 0x86dd_u16)
+                    .with(Field::IpProto, 58_u8)
+                    .with(Field::Icmpv6Type, kind)
+                    .with(Field::NdTarget, addr)
+            };
+            let turn = vec![
                 Action::copy(Field::EthSrc, Field::EthDst),
                 Action::SetField(Field::EthSrc, mac),
                 Action::copy(Field::Ipv6Src, Field::Ipv6Dst),
                 Action::SetField(Field::Ipv6Src, addr),
-                Action::SetField(Field::NdSll, mac),
+                Action::SetField(Field::Icmpv6Type, 136),
                 Action::SetField(Field::NdOptionsType, 2),
                 Action::SetField(Field::NdReserved, ND_SOLICITED_OVERRIDE),
-                Action::SetField(Field::Icmpv6Type, 136),
-                Action::output(port::IN_PORT),
             ];
-            self.put(ND, 100, request, cookie, apply(actions));
+            let turned = vec![Instruction::Apply(turn), Instruction::GotoTable(ND_ANSWER)];
+            self.put(ND, 100, about(135).with(Field::NdOptionsType, 1_u8), cookie, turned);
+            // The switch lets a target's option be written only where it knows that there is one.
+            let answer = vec![Action::SetField(Field::NdTll, mac), Action::output(port::IN_PORT)];
+            self.put(ND_ANSWER, 100, about(136), cookie, apply(answer));
         }
     }
 
