@@ -221,7 +221,6 @@ fn a_move_is_cut_over(lab: &mut Lab, world: &mut World, a11: &str, a13: &str, a1
         .stdout(std::process::Stdio::piped())
         .spawn()
         .unwrap();
-    std::thread::spawn(|| {}).join().unwrap();
     must(&format!("ip -n {a13} addr flush dev eth0 && ip -n {a13} link set eth0 down"));
     address(a13, "eth1", 13);
     // The hosts of the move learn of the switch before the controller's view comes; the third host knows nothing.

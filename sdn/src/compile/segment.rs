@@ -5,8 +5,8 @@ use std::{collections::BTreeMap, net::Ipv4Addr};
 use supercloud_ids::HostId;
 
 use super::{
-    ARP, Compiler, CookieKind, FORWARDED, FROM_LOCAL, FROM_TUNNEL, INGRESS, L2, METADATA_ADDR, ND, ND_ANSWER, Segment, apply,
-    enter, gateway_mac,
+    ARP, Compiler, CookieKind, FORWARDED, FROM_LOCAL, FROM_TUNNEL, INGRESS, L2, METADATA_ADDR, ND, ND_ANSWER, Segment,
+    apply, enter, gateway_mac,
     guest::{v4, v6_addrs},
     network_cookie, port_cookie,
 };
