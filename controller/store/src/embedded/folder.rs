@@ -10,8 +10,9 @@
 //! sled 0.34 calls `sync_file_range` on Linux, which neither commits a grown file's size nor empties the drive's cache,
 //! and reuses the space of data that it moved, trusting that the new place is safe. So the `sled` folder gets the inode
 //! flag for synchronous updates (`chattr +S`), which files in it inherit: each of sled's writes is then durable, in order, before
-//! it returns. Where the file system has no such flag, an `fdatasync` after every flush still keeps all that was
-//! acknowledged from a power cut, except when the cut falls while sled reuses a segment.
+//! it returns. An `fdatasync` after every flush comes on top: where the file system has no such flag it keeps what was
+//! acknowledged, as long as no cut falls between sled's move of old data and its reuse of their place, and the disk
+//! wrote the second before the first. (The power-cut test, which reorders writes, has not hit that.)
 
 use std::{
     ffi::CString,

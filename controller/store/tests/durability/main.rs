@@ -2,7 +2,7 @@
 //! killed at a random moment; what is left on the disk must hold all of it.
 //!
 //! `kill -9` leaves the page cache as it is, so a second test also takes away everything that was not synced
-//! (`powercut.c`), and a third damages the files.
+//! (`powercut.c`), and a third damages the files. `SUPERCLOUD_SOAK_ROUNDS` sets how often each kills.
 
 use std::{
     collections::BTreeMap,
@@ -82,6 +82,14 @@ async fn child_writer() {
     writers.join_next().await.unwrap().unwrap();
 }
 
+/// How often to kill: few times by default.
+fn rounds(default: u32) -> u32 {
+    match std::env::var("SUPERCLOUD_SOAK_ROUNDS") {
+        Ok(text) => text.parse().expect("SUPERCLOUD_SOAK_ROUNDS is a number"),
+        Err(_) => default,
+    }
+}
+
 struct Acks {
     /// For each writer: its last acknowledged number.
     counts: BTreeMap<u64, u64>,
@@ -119,7 +127,8 @@ fn run_and_kill(mut child: Child, rng: &mut Rng) -> Acks {
         }
         is_ack
     };
-    let mut wanted = 1 + rng.below(300);
+    let most = if rng.below(8) == 0 { 3000 } else { 300 };
+    let mut wanted = 1 + rng.below(most);
     while wanted > 0 {
         let line = lines.recv_timeout(Duration::from_secs(60)).expect("the child acknowledges");
         wanted -= usize::from(take(&mut acks, &line));
@@ -174,7 +183,7 @@ async fn kill_dash_nine_loses_nothing_acknowledged() {
     let dir = tempfile::tempdir().unwrap();
     let store = dir.path().join("store");
     let mut total = 0;
-    for _ in 0..12 {
+    for _ in 0..rounds(12) {
         let acks = run_and_kill(spawn(&store, &[]), &mut rng);
         total = check(&store, &acks).await;
     }
@@ -198,7 +207,7 @@ async fn a_power_cut_loses_nothing_acknowledged() {
         status => assert!(status.unwrap().success(), "the power-cut library compiles"),
     }
     let (mut store, mut total) = (dir.join("0"), 0);
-    for round in 1..=10 {
+    for round in 1..=rounds(10) {
         let shadow = dir.join(round.to_string());
         if store.exists() {
             copy_folder(&store, &shadow);
@@ -208,7 +217,8 @@ async fn a_power_cut_loses_nothing_acknowledged() {
         let extra: [(&str, &Path); 3] =
             [("LD_PRELOAD", &library), ("POWERCUT_DIR", &store), ("POWERCUT_SHADOW", &shadow)];
         let acks = run_and_kill(spawn(&store, &extra), &mut rng);
-        if std::env::var_os("STORE_POWERCUT_MIX").is_some() {
+        // All that was not synced is lost, or a random part of it.
+        if rng.below(2) == 0 {
             mix(&store.join("sled/db"), &shadow.join("sled/db"), &mut rng);
         }
         total = check(&shadow, &acks).await;
@@ -259,7 +269,7 @@ async fn damage_is_told_and_never_hidden() {
     let content = list(&store, &Prefix::all()).await.unwrap();
     store.close().await;
     let (mut told, mut harmless) = (0, 0);
-    for round in 0..40 {
+    for round in 0..rounds(40) {
         let copy = dir.path().join(format!("copy-{round}"));
         copy_folder(&good, &copy);
         let path = copy.join("sled/db");

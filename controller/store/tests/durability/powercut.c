@@ -35,22 +35,72 @@ static void copy(const char *from, const char *to) {
     if (rename(temporary, to) != 0) die("cannot rename", to);
 }
 
-static void synced(int fd) {
+// Where `fd` is, and where its shadow is; 0 if it is none of the watched files.
+static int locate(int fd, char path[PATH_MAX], char to[2 * PATH_MAX]) {
     const char *dir = getenv("POWERCUT_DIR"), *shadow = getenv("POWERCUT_SHADOW");
-    char link[64], path[PATH_MAX], to[2 * PATH_MAX];
-    if (!dir || !shadow) return;
+    char link[64];
+    if (!dir || !shadow) return 0;
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-    ssize_t n = readlink(link, path, sizeof path - 1);
-    if (n <= 0) return;
+    ssize_t n = readlink(link, path, PATH_MAX - 1);
+    if (n <= 0) return 0;
     path[n] = 0;
     size_t len = strlen(dir);
-    if (strncmp(path, dir, len) != 0 || (path[len] != '/' && path[len] != 0)) return;
-    snprintf(to, sizeof to, "%s%s", shadow, path + len);
+    if (strncmp(path, dir, len) != 0 || (path[len] != '/' && path[len] != 0)) return 0;
+    snprintf(to, 2 * PATH_MAX, "%s%s", shadow, path + len);
+    return 1;
+}
+
+static int is_data(const char *path) {
+    size_t len = strlen(path);
+    return len > 3 && strcmp(path + len - 3, "/db") == 0;
+}
+
+// What was written to the data file since it was last synced, so that a sync need not copy all of it.
+#define MAX_DIRTY 4096
+static struct { off_t at; size_t len; } dirty[MAX_DIRTY];
+static int dirty_count;
+
+static void written(int fd, off_t at, size_t len) {
+    char path[PATH_MAX], to[2 * PATH_MAX];
+    if (!locate(fd, path, to) || !is_data(path)) return;
+    pthread_mutex_lock(&lock);
+    if (dirty_count < MAX_DIRTY) {
+        dirty[dirty_count].at = at;
+        dirty[dirty_count].len = len;
+    }
+    dirty_count++;
+    pthread_mutex_unlock(&lock);
+}
+
+// A kill in the middle leaves some of what was being synced, as a power cut would.
+static void copy_dirty(const char *from, const char *to, off_t size) {
+    int in = open(from, O_RDONLY | O_CLOEXEC), out = open(to, O_WRONLY | O_CLOEXEC);
+    if (in < 0 || out < 0 || dirty_count > MAX_DIRTY) {
+        copy(from, to);
+    } else {
+        if (ftruncate(out, size) != 0) die("cannot truncate", to);
+        for (int i = 0; i < dirty_count; i++) {
+            char *buffer = malloc(dirty[i].len);
+            ssize_t n = pread(in, buffer, dirty[i].len, dirty[i].at);
+            // Not by our own pwrite below: this file is not watched, but the lock is held.
+            if (n > 0 && (lseek(out, dirty[i].at, SEEK_SET) < 0 || write(out, buffer, (size_t)n) != n))
+                die("short write", to);
+            free(buffer);
+        }
+    }
+    dirty_count = 0;
+    if (in >= 0) close(in);
+    if (out >= 0) close(out);
+}
+
+static void synced(int fd) {
+    char path[PATH_MAX], to[2 * PATH_MAX];
     struct stat st;
-    if (fstat(fd, &st) != 0) return;
+    if (!locate(fd, path, to) || fstat(fd, &st) != 0) return;
     pthread_mutex_lock(&lock);
     if (S_ISREG(st.st_mode)) {
-        copy(path, to);
+        if (is_data(path)) copy_dirty(path, to, st.st_size);
+        else copy(path, to);
     } else if (S_ISDIR(st.st_mode)) {
         // The entries: new names appear, removed ones go.
         char a[PATH_MAX * 2], b[PATH_MAX * 3];
@@ -87,3 +137,14 @@ static void synced(int fd) {
     }
 WRAP(fsync)
 WRAP(fdatasync)
+
+#define WRAP_WRITE(name, offset)                                                      \
+    ssize_t name(int fd, const void *bytes, size_t len, offset at) {                  \
+        static ssize_t (*real)(int, const void *, size_t, offset);                    \
+        if (!real) real = (ssize_t(*)(int, const void *, size_t, offset))dlsym(RTLD_NEXT, #name); \
+        ssize_t result = real(fd, bytes, len, at);                                    \
+        if (result > 0) written(fd, at, (size_t)result);                              \
+        return result;                                                                \
+    }
+WRAP_WRITE(pwrite, off_t)
+WRAP_WRITE(pwrite64, off64_t)
