@@ -1,1 +1,30 @@
-//! placeholder
+//! The controller: REST `/v1`, durable state, operations, and the links to the agents.
+//!
+//! ```text
+//!   REST, SSE (rest) ── who may (auth) ── which request in which state (admission), where to (placement)
+//!        │ writes operations, reads records
+//!   state: typed records, one transaction per change, the chain of events      [sled or etcd]
+//!        │ followed by the parts that carry operations out
+//! ```
+//! [`app`] puts the parts together and owns every task.
+#![deny(unsafe_code)]
+
+pub mod app;
+pub mod auth;
+pub mod ca;
+pub mod keys;
+pub mod price_board;
+pub mod state;
+
+/// An error with its causes, as one line for the log.
+#[must_use]
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}

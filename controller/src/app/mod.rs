@@ -1,0 +1,202 @@
+//! Puts the parts together: start order, ownership of every task, clean end.
+//!
+//! ```text
+//!   settings -> keys, CA -> store -> state -> first token -> parts that carry operations out -> REST
+//!   end: REST drains (10 s) -> tasks are cancelled and awaited (10 s) -> the store is closed
+//! ```
+
+mod config;
+mod open;
+
+use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
+
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+pub use config::{Config, ConfigError, FeedConfig, StoreConfig};
+use open::OpenStore;
+
+use crate::{
+    auth::{self, BootstrapError},
+    ca::{Authority, CaError},
+    keys::{KeyFileError, Keys},
+    price_board::Markets,
+    state::{LiveHosts, State, StateError},
+};
+
+/// How long tasks may take to end once they are told.
+const TASKS_BUDGET: Duration = Duration::from_secs(10);
+
+/// What the parts share. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Parts {
+    /// The settings.
+    pub config: Arc<Config>,
+    /// The durable state.
+    pub state: State,
+    /// Root key and ticket key.
+    pub keys: Arc<Keys>,
+    /// The CA.
+    pub authority: Arc<Authority>,
+    /// The connected hosts.
+    pub hosts: LiveHosts,
+    /// Where a price feed posts its board.
+    pub markets: Markets,
+    /// Cancelled when the controller ends.
+    pub stop: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl Parts {
+    /// Runs a task until it ends or the controller does (then it is dropped at its next await). A task that panics is logged
+    /// and ends the controller: half a controller is worse than one that its supervisor starts again.
+    pub fn spawn(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+        let stop = self.stop.clone();
+        let guarded = async move {
+            let watched = tokio::spawn(async move {
+                tokio::select! {
+                    () = stop.cancelled() => {}
+                    () = task => {}
+                }
+            });
+            watched.await
+        };
+        let stop = self.stop.clone();
+        self.tasks.spawn(async move {
+            if let Err(error) = guarded.await {
+                tracing::error!(task = name, %error, "a task panicked; the controller ends");
+                stop.cancel();
+            }
+        });
+    }
+}
+
+/// Why the controller cannot start.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// A folder.
+    #[error("cannot make the folder {path}")]
+    Folder {
+        /// The folder.
+        path: std::path::PathBuf,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The keys.
+    #[error("the controller's keys")]
+    Keys(#[from] KeyFileError),
+    /// The CA.
+    #[error("the certificate authority")]
+    Authority(#[from] CaError),
+    /// The store.
+    #[error("the store cannot be opened")]
+    Store(#[from] supercloud_store::StoreError),
+    /// This build has no such store.
+    #[error("this build has no etcd client: build supercloud-controller with --features etcd")]
+    NoEtcd,
+    /// The state.
+    #[error("the state cannot be read")]
+    State(#[from] StateError),
+    /// The first token.
+    #[error("the first start")]
+    Bootstrap(#[from] BootstrapError),
+    /// A socket.
+    #[error("cannot listen on {address}")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// TLS.
+    #[error("TLS cannot be set up: {0}")]
+    Tls(String),
+    /// A thread ended early.
+    #[error("the start was interrupted")]
+    Interrupted,
+}
+
+/// A controller that runs.
+#[derive(Debug)]
+pub struct Controller {
+    /// What its parts share.
+    pub parts: Parts,
+    /// Where REST is served: the port is known now also when the settings say 0.
+    pub rest_address: SocketAddr,
+    store: OpenStore,
+}
+
+impl Controller {
+    /// Starts a controller.
+    ///
+    /// # Errors
+    /// What cannot be opened or made; nothing runs then.
+    pub async fn start(config: Config) -> Result<Self, StartError> {
+        supercloud_api::tls::install_provider();
+        let config = Arc::new(config);
+        let (keys, authority) = open::files(Arc::clone(&config)).await?;
+        let store = OpenStore::open(&config).await?;
+        let started = Self::start_on(&store, config, keys, authority).await;
+        match started {
+            Ok((parts, rest_address)) => Ok(Self { parts, rest_address, store }),
+            Err(error) => {
+                store.close().await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn start_on(
+        store: &OpenStore,
+        config: Arc<Config>,
+        keys: Keys,
+        authority: Authority,
+    ) -> Result<(Parts, SocketAddr), StartError> {
+        let state = State::open(store.handle()).await?;
+        auth::bootstrap(&state, &keys.root, &config.data_dir).await?;
+        let parts = Parts {
+            config,
+            state,
+            keys: Arc::new(keys),
+            authority: Arc::new(authority),
+            hosts: LiveHosts::default(),
+            markets: Markets::default(),
+            stop: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        };
+        match start_parts(&parts).await {
+            Ok(rest_address) => Ok((parts, rest_address)),
+            Err(error) => {
+                end_tasks(&parts).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Waits until something ends the controller (a task that failed, or [`Parts::stop`]).
+    pub async fn stopped(&self) {
+        self.parts.stop.cancelled().await;
+    }
+
+    /// Ends it: drains REST, ends all tasks, closes the store.
+    pub async fn shutdown(self) {
+        end_tasks(&self.parts).await;
+        self.store.close().await;
+    }
+}
+
+/// Starts everything that runs. What carries operations out starts before REST, which accepts them.
+async fn start_parts(parts: &Parts) -> Result<SocketAddr, StartError> {
+    let _ = parts;
+    Ok(parts.config.listen)
+}
+
+async fn end_tasks(parts: &Parts) {
+    parts.stop.cancel();
+    parts.tasks.close();
+    if tokio::time::timeout(TASKS_BUDGET, parts.tasks.wait()).await.is_err() {
+        tracing::warn!("some tasks have not ended in time");
+    }
+}

@@ -1,0 +1,13 @@
+//! Who asks, and what they may.
+//!
+//! A bearer's secret is `sct_` and 43 characters of base64url (32 random bytes). Only its SHA-256 is kept, and it is
+//! looked up by that hash: how long a look-up takes tells nothing of a secret.
+
+mod access;
+mod token;
+
+pub use access::{Access, Caller, Denied, ROUTES, Reach, Route, find_route};
+pub use token::{
+    ADMIN_TOKEN_FILE, BootstrapError, DEFAULT_PROJECT, bootstrap, new_project, new_token, secret_sha256,
+    token_of_secret,
+};

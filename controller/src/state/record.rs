@@ -1,0 +1,231 @@
+//! The records: what is kept, which is what the API shows and what it does not.
+
+use std::{collections::BTreeSet, fmt::Display};
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use supercloud_api::{
+    Cloud, DiskFormat, Freeze, Guest, GuestState, Host, HostState, Image, Name, Network, Operation, Port, Project,
+    Token, Volume,
+    handover::{Owner, OwnerRecord},
+    ids::{CloudId, FreezeId, GuestId, HostId, ImageId, NetworkId, OperationId, PortId, ProjectId, TokenId, VolumeId},
+    link::MigrationOptions,
+};
+
+use super::LiveHosts;
+
+/// Something that is kept at `<folder>/<id>`.
+pub trait Record: Serialize + DeserializeOwned + Clone + Send + Sync + 'static {
+    /// What names it within its folder.
+    type Id: Display + Clone + Send + Sync;
+    /// Its folder.
+    const FOLDER: &'static str;
+    /// Its id.
+    fn id(&self) -> Self::Id;
+}
+
+macro_rules! records {
+    ($($name:ty, $id:ty, $folder:literal, $get:expr;)*) => {$(
+        impl Record for $name {
+            type Id = $id;
+            const FOLDER: &'static str = $folder;
+            fn id(&self) -> $id {
+                let get: fn(&$name) -> $id = $get;
+                get(self)
+            }
+        }
+    )*};
+}
+
+records! {
+    Cloud, CloudId, "clouds", |r| r.id;
+    HostRecord, HostId, "hosts", |r| r.host.id;
+    ProjectRecord, ProjectId, "projects", |r| r.project.id;
+    TokenRecord, TokenId, "tokens", |r| r.token.id;
+    Image, ImageId, "images", |r| r.id;
+    Volume, VolumeId, "volumes", |r| r.id;
+    Network, NetworkId, "networks", |r| r.id;
+    Port, PortId, "ports", |r| r.id;
+    GuestRecord, GuestId, "guests", |r| r.guest.id;
+    GuestSeed, GuestId, "guest-seeds", |r| r.guest;
+    Freeze, FreezeId, "freezes", |r| r.id;
+    OperationRecord, OperationId, "operations", |r| r.operation.id;
+    JoinRecord, String, "join", |r| r.secret_sha256.clone();
+}
+
+/// A host. Whether its agent is connected is not kept: see [`LiveHosts`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct HostRecord {
+    /// What the API shows; `state`, `used` and `last_seen_ms` as they were when the record was last written.
+    pub host: Host,
+    /// It takes no new guests.
+    pub is_cordoned: bool,
+    /// It was removed: its certificate is denied.
+    pub is_removed: bool,
+}
+
+impl HostRecord {
+    /// The host as the API shows it now.
+    #[must_use]
+    pub fn view(&self, live: &LiveHosts) -> Host {
+        let mut host = self.host.clone();
+        let now = live.get(host.id).filter(|_| !self.is_removed);
+        host.state = match now {
+            _ if self.is_removed => HostState::Removed,
+            None => HostState::Unreachable,
+            Some(_) if self.is_cordoned => HostState::Cordoned,
+            Some(_) => HostState::Up,
+        };
+        if let Some(now) = now {
+            host.used = now.used;
+            host.last_seen_ms = now.last_seen_ms;
+        }
+        host
+    }
+}
+
+/// A project with its key.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ProjectRecord {
+    /// What the API shows.
+    pub project: Project,
+    /// Its key, sealed under the root key; hexadecimal. See [`super::State::project_key`].
+    pub sealed_key: String,
+}
+
+/// A token with the hash of its secret.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TokenRecord {
+    /// What the API shows.
+    pub token: Token,
+    /// SHA-256 of the secret, hexadecimal.
+    pub secret_sha256: String,
+}
+
+/// A guest with its ownership.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct GuestRecord {
+    /// What the API shows. Keep it in step with `owner`: [`GuestRecord::set_owner`].
+    pub guest: Guest,
+    /// Who owns it and what is under way: the ownership protocol's record.
+    pub owner: OwnerRecord,
+    /// The guest is being deleted: hosts that have yet to say that nothing is left of it there.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub discarding: BTreeSet<HostId>,
+}
+
+impl GuestRecord {
+    /// Takes a new ownership record and brings what the API shows (state, epoch, host, operation, freeze) in step with it.
+    /// `host` is the record of the owning host, if a host owns it.
+    pub fn set_owner(&mut self, owner: OwnerRecord, host: Option<&Host>) {
+        let guest = &mut self.guest;
+        guest.epoch = owner.epoch;
+        guest.operation = owner.operation.as_ref().map(|operation| operation.id);
+        guest.freeze = None;
+        guest.state = match owner.owner {
+            Owner::Unowned => GuestState::Created,
+            Owner::Host(_) => GuestState::Running,
+            Owner::Frozen(freeze) => {
+                guest.freeze = Some(freeze);
+                GuestState::Frozen
+            }
+            Owner::Stopped => GuestState::Stopped,
+            Owner::Lost(_) => GuestState::Lost,
+        };
+        let host = host.filter(|host| matches!(owner.owner, Owner::Host(id) | Owner::Lost(id) if id == host.id));
+        guest.host = host.map(|host| host.id);
+        guest.host_name = host.map(|host| host.name.clone());
+        guest.cloud = host.map(|host| host.cloud);
+        guest.cloud_name = host.map(|host| host.cloud_name.clone());
+        self.owner = owner;
+    }
+}
+
+/// What a guest is started with and the API does not show.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestSeed {
+    /// The guest.
+    pub guest: GuestId,
+    /// cloud-init user-data.
+    pub user_data: Option<String>,
+    /// Appended to the image's kernel command line.
+    pub cmdline_extra: Option<String>,
+}
+
+/// An operation with what is needed to carry it out.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct OperationRecord {
+    /// What the API shows.
+    pub operation: Operation,
+    /// What is to be done.
+    pub work: Work,
+}
+
+/// What an operation does, with what was asked for. Hosts are in [`Operation::source`] and [`Operation::destination`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "work")]
+pub enum Work {
+    /// Reads, checks and chunks an image's uploaded parts.
+    ImageImport {
+        /// The disk's format; found by its first bytes when absent.
+        format: Option<DiskFormat>,
+    },
+    /// Starts a guest cold (also one that was lost: from its volumes).
+    GuestStart,
+    /// Stops a guest.
+    GuestStop {
+        /// How long it may take before the plug is pulled; 0: at once.
+        grace_ms: u64,
+    },
+    /// Deletes a guest with its volumes and ports.
+    GuestDelete,
+    /// Moves a running guest.
+    GuestMigrate {
+        /// How.
+        options: MigrationOptions,
+    },
+    /// Suspends a guest into the store.
+    GuestFreeze {
+        /// The freeze that is made.
+        freeze: FreezeId,
+    },
+    /// Resumes a frozen guest.
+    GuestThaw {
+        /// The freeze that is consumed.
+        freeze: FreezeId,
+    },
+}
+
+/// A one-time token for a host to join with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JoinRecord {
+    /// SHA-256 of the secret, hexadecimal.
+    pub secret_sha256: String,
+    /// The host's id to be.
+    pub host: HostId,
+    /// The name that it will have; claimed when it joins.
+    pub host_name: Name,
+    /// The cloud in which it stands.
+    pub cloud: CloudId,
+    /// When the token stops working (wall time).
+    pub expires_at_ms: u64,
+    /// SHA-256 of the key that it was used for, hexadecimal: the same request gets the same answer, another none.
+    #[serde(default)]
+    pub used_for_key: Option<String>,
+}
+
+/// The answer to a request with an `Idempotency-Key`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AnswerRecord {
+    /// BLAKE3 of method, path, query and body; hexadecimal.
+    pub request_hash: String,
+    /// When it was given.
+    pub created_at_ms: u64,
+    /// HTTP status.
+    pub status: u16,
+    /// `Location`.
+    pub location: Option<String>,
+    /// The body: JSON text; sealed under the root key and hexadecimal when `is_sealed`, because it holds a secret.
+    pub body: String,
+    /// See `body`.
+    pub is_sealed: bool,
+}
