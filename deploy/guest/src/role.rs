@@ -1,0 +1,96 @@
+//! What a guest is told to do: one line `role=server` or `role=client peer=ADDRESS`, with options.
+//!
+//! The line comes from the kernel's command line (words `sc.role=...`, `sc.peer=...`), from the file /etc/role, or from the user
+//! data of the metadata service; there it may stand anywhere, so that the same user data can be a cloud-init file for
+//! other images (`#role=server` is a comment to cloud-init).
+
+use std::net::Ipv4Addr;
+
+/// What the server does.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerOptions {
+    /// Memory that is rewritten and checked all the time, MiB.
+    pub memory_mib: u32,
+    /// How much of it per second, MiB.
+    pub dirty_mib_per_s: u32,
+}
+
+/// What the client does.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClientOptions {
+    /// The server's address.
+    pub peer: Ipv4Addr,
+    /// As the server's.
+    pub memory: ServerOptions,
+}
+
+/// One of the two.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Role {
+    /// Serves, writes, ticks.
+    Server(ServerOptions),
+    /// Holds a stream to the server.
+    Client(ClientOptions),
+}
+
+const MEMORY_CAP_MIB: u32 = 4096;
+
+/// Finds the first complete role in a text.
+pub fn parse(text: &str) -> Option<Role> {
+    text.lines().find_map(parse_line)
+}
+
+/// The role on the kernel's command line.
+pub fn from_kernel_command_line(text: &str) -> Option<Role> {
+    let words: Vec<&str> = text.split_whitespace().filter_map(|word| word.strip_prefix("sc.")).collect();
+    parse_line(&words.join(" "))
+}
+
+fn parse_line(line: &str) -> Option<Role> {
+    let line = line.trim().trim_start_matches('#').trim_start();
+    let (mut kind, mut peer) = (None, None);
+    let mut memory = ServerOptions { memory_mib: 8, dirty_mib_per_s: 1 };
+    for word in line.split_whitespace() {
+        let (key, value) = word.split_once('=')?;
+        match key {
+            "role" => kind = Some(value),
+            "peer" => peer = value.parse().ok(),
+            "mem" => memory.memory_mib = value.parse().ok().filter(|mib| *mib <= MEMORY_CAP_MIB)?,
+            "dirty" => memory.dirty_mib_per_s = value.parse().ok()?,
+            _ => return None,
+        }
+    }
+    match kind? {
+        "server" => Some(Role::Server(memory)),
+        "client" => Some(Role::Client(ClientOptions { peer: peer?, memory })),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn roles_are_found_where_they_stand() {
+        let server = Role::Server(ServerOptions { memory_mib: 8, dirty_mib_per_s: 1 });
+        assert_eq!(parse("role=server"), Some(server.clone()));
+        assert_eq!(parse("#cloud-config\n# role=server mem=8\npackages: []\n"), Some(server.clone()));
+        assert_eq!(from_kernel_command_line("console=ttyS0 sc.role=server quiet"), Some(server));
+        let memory = ServerOptions { memory_mib: 64, dirty_mib_per_s: 20 };
+        let client = Role::Client(ClientOptions { peer: Ipv4Addr::new(10, 0, 0, 2), memory });
+        assert_eq!(parse("role=client peer=10.0.0.2 mem=64 dirty=20"), Some(client.clone()));
+        assert_eq!(from_kernel_command_line("sc.role=client sc.peer=10.0.0.2 sc.mem=64 x=y sc.dirty=20"), Some(client));
+        for wrong in [
+            "",
+            "role=",
+            "role=client",
+            "role=client peer=x",
+            "role=server mem=9999999",
+            "role=server x",
+            "rôle=server",
+        ] {
+            assert_eq!(parse(wrong), None, "{wrong}");
+        }
+    }
+}
