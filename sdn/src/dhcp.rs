@@ -379,4 +379,45 @@ mod tests {
         });
         assert_eq!(respond(&short, &lease()), Err(NoAnswer::Malformed("options")));
     }
+
+    #[test]
+    fn mutated_requests_are_answered_or_not_and_never_for_another() {
+        const SEED: u64 = 0x0d4c_9001;
+        println!("seed {SEED:#x}");
+        let mut dice = SEED;
+        let mut roll = |below: usize| {
+            // xorshift64*
+            dice ^= dice >> 12;
+            dice ^= dice << 25;
+            dice ^= dice >> 27;
+            (dice.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % below
+        };
+        let bases = [
+            request(1, &[], |_| {}),
+            request(3, &[50, 4, 10, 0, 0, 7, 54, 4, 10, 0, 0, 1, 12, 3, b'a', b'b', b'c'], |_| {}),
+        ];
+        let (mut answered, mut silent) = (0, 0);
+        for n in 0..20_000 {
+            let mut mutant = bases[n % 2].clone();
+            for _ in 0..=roll(4) {
+                let at = roll(mutant.len());
+                match roll(3) {
+                    0 => mutant[at] = roll(256) as u8,
+                    1 => mutant.truncate(at.max(1)),
+                    _ => mutant.insert(at, roll(256) as u8),
+                }
+            }
+            match respond(&mutant, &lease()) {
+                Ok(answer) => {
+                    answered += 1;
+                    assert!(answer.len() <= 1000);
+                    let given = &answer[42 + 16..42 + 20];
+                    assert!(given == [10, 0, 0, 7] || given == [0; 4]);
+                    assert_eq!(answer[42 + 28..42 + 34], lease().mac.0);
+                }
+                Err(_) => silent += 1,
+            }
+        }
+        assert!(answered > 500 && silent > 500, "{answered} answered, {silent} silent");
+    }
 }

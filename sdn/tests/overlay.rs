@@ -9,7 +9,7 @@ use overlay_sim::{Packet, World, arp_request, empty_view, ipv4, solicit, unicast
 use proptest::prelude::*;
 use supercloud_sdn::{
     addr::MacAddr,
-    compile::{METADATA_ADDR, compile, gateway_mac, md_addr, md_ofport},
+    compile::{FORWARDED, METADATA_ADDR, compile, gateway_mac, md_addr, md_ofport},
     openflow::Field,
     view::{MAX_VNI, OverlayView, ViewError},
 };
@@ -180,14 +180,19 @@ proptest! {
                 for blocked in ["198.18.0.1", "198.19.200.1", "169.254.0.7", "169.254.64.1"] {
                     prop_assert_eq!(sent(&ipv4((p.mac, p.ipv4), (q.mac, blocked.parse().unwrap()))), 0, "{}", blocked);
                 }
-                // By a tunnel, a MAC comes only from its owner's.
+                // By a tunnel, a MAC comes only from its owner's, and leaves by none again but marked, for who moved.
+                let net = view.networks.iter().find(|n| n.network == p.network).unwrap();
                 for peer in (0..HOSTS).filter(|n| *n != host) {
-                    let mut frame = unicast(p.mac, q.mac);
-                    frame.insert(Field::TunnelId, 100);
-                    let net = view.networks.iter().find(|n| n.network == p.network).unwrap();
-                    frame.insert(Field::TunnelId, net.vni.into());
-                    let out = overlay_sim::process(&world.tables[host], 1000 + peer as u32, &frame);
-                    prop_assert!(out.is_empty() || p.host == Some(world.hosts[peer]), "{:?}", out);
+                    for q in view.ports.iter().filter(|q| q.network == p.network) {
+                        let mut frame = unicast(p.mac, q.mac);
+                        frame.insert(Field::TunnelId, net.vni.into());
+                        let out = overlay_sim::process(&world.tables[host], 1000 + peer as u32, &frame);
+                        prop_assert!(out.is_empty() || p.host == Some(world.hosts[peer]), "{:?}", out);
+                        for (to, packet) in out.iter().filter(|(to, _)| *to >= 1000) {
+                            prop_assert_eq!(q.moved_from, Some(world.hosts[host]), "to {}", to);
+                            prop_assert_eq!(packet[&Field::TunnelId], (net.vni | FORWARDED).into());
+                        }
+                    }
                 }
             }
         }

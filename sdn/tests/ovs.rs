@@ -10,6 +10,7 @@ use supercloud_ids::{Epoch, HostId, NetworkId, PortId, ProjectId};
 use supercloud_sdn::{
     compile::{MD_LISTEN, gateway_mac, md_addr},
     switch::{SwitchDriver, SwitchError},
+    tap,
     view::{HostView, NetworkView, OverlayView, PortView},
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -136,6 +137,7 @@ fn real_switches_carry_isolate_move_and_recover() {
     a_move_is_cut_over(&mut lab, &mut world, &a11, &a13, &a14);
     a_killed_switch_comes_back(&lab, &world, &a11);
     detached_ports_leave_nothing(&lab, &world);
+    taps_are_sealed_against_the_hosts_own_stack(&lab);
 }
 
 fn dhcp_gives_the_ports_own_address(lab: &Lab, ns: &str) {
@@ -294,4 +296,74 @@ fn detached_ports_leave_nothing(lab: &Lab, world: &World) {
     assert!(attached.is_empty(), "{attached:?}");
     let flows = host.ofctl("--no-stats dump-flows br-int");
     assert!(!flows.contains("reg0"), "{flows}");
+}
+
+fn taps_are_sealed_against_the_hosts_own_stack(lab: &Lab) {
+    let host = &lab.hosts[0];
+    let (sealed, open) = ("sdsealed", "sdopen");
+    let answers = |name: &'static str| {
+        host.on(async move { tokio::task::spawn_blocking(move || hears_arp(name)).await.unwrap() })
+    };
+    host.on(async move {
+        tokio::task::spawn_blocking(move || {
+            tap::create(sealed, 1450, None).unwrap();
+            tap::create(sealed, 1400, None).unwrap();
+            assert!(tap::exists(sealed));
+        })
+        .await
+        .unwrap();
+    });
+    must(&format!("ip -n {} tuntap add {open} mode tap && ip -n {} link set {open} up", host.ns, host.ns));
+    assert!(answers(open), "the question is one that a host answers");
+    assert!(!answers(sealed), "but not to a guest");
+    let details = must(&format!("ip -n {} link show {sealed}", host.ns));
+    assert!(details.contains("mtu 1400"), "{details}");
+    host.on(async move {
+        tokio::task::spawn_blocking(move || {
+            tap::remove(sealed).unwrap();
+            tap::remove(sealed).unwrap();
+            assert!(!tap::exists(sealed));
+        })
+        .await
+        .unwrap();
+    });
+    must(&format!("ip -n {} link del {open}", host.ns));
+}
+
+/// Whether the host answers a guest that asks by ARP for the host's own overlay address.
+fn hears_arp(name: &str) -> bool {
+    use std::{
+        io::{Read, Write},
+        os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
+    };
+    let mut file =
+        std::fs::File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun").unwrap();
+    // SAFETY: all zeros is a valid ifreq, and the kernel writes no further than its end.
+    let rc = unsafe {
+        let mut request: libc::ifreq = std::mem::zeroed();
+        for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+            *to = from as libc::c_char;
+        }
+        request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as i16;
+        libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &mut request)
+    };
+    assert_eq!(rc, 0, "attaching to {name}");
+    let mut frame = vec![0xff; 6];
+    frame.extend([2, 0, 0, 0, 0, 0x44, 8, 6, 0, 1, 8, 0, 6, 4, 0, 1, 2, 0, 0, 0, 0, 0x44, 10, 77, 0, 44]);
+    frame.extend([0, 0, 0, 0, 0, 0, 198, 19, 200, 1]);
+    frame.resize(60, 0);
+    let mut buffer = [0; 2048];
+    for _ in 0..10 {
+        // A tap without carrier refuses writes for a moment.
+        let _ = file.write(&frame);
+        let until = std::time::Instant::now() + Duration::from_millis(100);
+        while std::time::Instant::now() < until {
+            match file.read(&mut buffer) {
+                Ok(n) if n >= 42 && buffer[12..14] == [8, 6] && buffer[20..22] == [0, 2] => return true,
+                Ok(_) => {}
+                Err(_) => std::thread::yield_now(),
+            }
+        }
+    }
+    false
 }

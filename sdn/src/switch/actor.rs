@@ -37,6 +37,9 @@ const LAST_RETRY: Duration = Duration::from_secs(2);
 /// Messages between two barriers outside bundles.
 const METER_BATCH: usize = 512;
 
+/// OFPET_METER_MOD_FAILED.
+const METER_FAILED: u16 = 12;
+
 type Link = (Connection, mpsc::Receiver<PacketIn>);
 
 pub(super) struct Actor {
@@ -50,6 +53,8 @@ pub(super) struct Actor {
     tunnels: BTreeMap<HostId, (Ipv4Addr, Option<u32>)>,
     md0: Option<u32>,
     userspace: bool,
+    /// Whether the switch takes meters; found out by trying.
+    meters: bool,
     status: watch::Sender<SwitchStatus>,
 }
 
@@ -65,6 +70,7 @@ impl Actor {
             tunnels: BTreeMap::new(),
             md0: None,
             userspace: true,
+            meters: true,
             status,
         };
         actor.ensure_bridge().await?;
@@ -336,7 +342,7 @@ impl Actor {
             md0: self.md0,
             blocked: self.config.blocked.clone(),
             nd_responder: self.userspace,
-            meters: true,
+            meters: self.meters,
         }
     }
 
@@ -359,8 +365,17 @@ impl Actor {
             return Err(SwitchError::Down);
         }
         let new_tunnels = self.ensure_tunnels(&view).await?;
-        let tables = compile(&view, self.config.host, &self.local_ports())?;
-        let mut applied = self.program(&tables).await?;
+        let mut tables = compile(&view, self.config.host, &self.local_ports())?;
+        let mut programmed = self.program(&tables).await;
+        if self.meters
+            && matches!(programmed, Err(SwitchError::Connection(ConnectionError::Refused { kind: METER_FAILED, .. })))
+        {
+            tracing::warn!("the switch has no meters: DHCP requests are limited by the queue alone");
+            self.meters = false;
+            tables = compile(&view, self.config.host, &self.local_ports())?;
+            programmed = self.program(&tables).await;
+        }
+        let mut applied = programmed?;
         applied.revision = view.revision;
         self.drop_tunnels(&view).await?;
         self.warm(Some(&new_tunnels)).await;
