@@ -92,7 +92,7 @@ proptest! {
     #[test]
     fn one_view_is_one_right_segment(views in history()) {
         let view = views.last().unwrap();
-        let world = World::new(&vec![view; HOSTS]);
+        let world = World::new(&[view; HOSTS]);
         let running: Vec<_> = view.ports.iter().filter(|p| p.host.is_some()).collect();
         for p in &running {
             let (host, tap) = (world.number(p.host.unwrap()), world.tap(p.port));
@@ -155,7 +155,7 @@ proptest! {
     #[test]
     fn only_the_owner_speaks_and_only_as_itself(views in history()) {
         let view = views.last().unwrap();
-        let world = World::new(&vec![view; HOSTS]);
+        let world = World::new(&[view; HOSTS]);
         for p in &view.ports {
             let tap = world.tap(p.port);
             let peer = view.ports.iter().find(|q| q.network == p.network && q.port != p.port && q.host.is_some());
@@ -205,7 +205,7 @@ proptest! {
         let by = |n: u128| (n as u64).wrapping_mul(seed | 1);
         shuffled.ports.sort_by_key(|p| by(p.port.uuid().as_u128()));
         shuffled.networks.sort_by_key(|n| by(n.network.uuid().as_u128()));
-        let world = World::new(&vec![view; HOSTS]);
+        let world = World::new(&[view; HOSTS]);
         let local = supercloud_sdn::compile::LocalPorts {
             taps: world.ports.iter().zip(1..).map(|(p, n)| (*p, n)).collect(),
             ..Default::default()
@@ -310,7 +310,8 @@ fn metadata_goes_out_under_the_ports_stand_in_and_comes_back() {
 fn views_that_would_break_isolation_are_refused() {
     let view = empty_view(2, 2, 2);
     assert_eq!(view.check(), Ok(()));
-    let broken: Vec<(&str, Box<dyn Fn(&mut OverlayView)>)> = vec![
+    type Change = Box<dyn Fn(&mut OverlayView)>;
+    let broken: Vec<(&str, Change)> = vec![
         ("VNI twice", Box::new(|v| v.networks[1].vni = v.networks[0].vni)),
         ("VNI of forwarded frames", Box::new(|v| v.networks[0].vni = MAX_VNI + 1)),
         ("VNI 0", Box::new(|v| v.networks[0].vni = 0)),

@@ -9,6 +9,7 @@ use ovs_lab::{Lab, missing, must, run};
 use supercloud_ids::{Epoch, HostId, NetworkId, PortId, ProjectId};
 use supercloud_sdn::{
     compile::{MD_LISTEN, gateway_mac, md_addr},
+    ovsdb::OvsdbError,
     switch::{SwitchDriver, SwitchError},
     tap,
     view::{HostView, NetworkView, OverlayView, PortView},
@@ -136,6 +137,7 @@ fn real_switches_carry_isolate_move_and_recover() {
     guests_reach_metadata_and_no_host(&lab, &a11, number);
     a_move_is_cut_over(&mut lab, &mut world, &a11, &a13, &a14);
     a_killed_switch_comes_back(&lab, &world, &a11);
+    a_new_driver_takes_over(&lab, &mut world, &a11);
     detached_ports_leave_nothing(&lab, &world);
     taps_are_sealed_against_the_hosts_own_stack(&lab);
 }
@@ -285,6 +287,25 @@ fn a_killed_switch_comes_back(lab: &Lab, world: &World, a11: &str) {
     assert_eq!((healed.added, healed.removed), (1, 1));
 }
 
+/// The agent restarts: what is in the switch goes on, and the new driver takes it up.
+fn a_new_driver_takes_over(lab: &Lab, world: &mut World, a11: &str) {
+    let before = lab.hosts[0].ofctl("--no-stats dump-flows br-int");
+    let old = world.drivers.remove(0);
+    let had = lab.hosts[0].on({
+        let old = old.clone();
+        async move { old.attached().await.unwrap() }
+    });
+    drop(old);
+    world.drivers.insert(0, lab.hosts[0].driver());
+    assert_eq!(lab.hosts[0].ofctl("--no-stats dump-flows br-int"), before, "no flow is touched");
+    let driver = world.drivers[0].clone();
+    assert_eq!(lab.hosts[0].on(async move { driver.attached().await.unwrap() }), had);
+    assert_eq!(ping(a11, "10.77.0.12", 2, ""), 2);
+    let (driver, view) = (world.drivers[0].clone(), world.view.clone());
+    let applied = lab.hosts[0].on(async move { driver.apply(view).await.unwrap() });
+    assert_eq!((applied.added, applied.removed), (0, 0), "everything was right");
+}
+
 fn detached_ports_leave_nothing(lab: &Lab, world: &World) {
     let (host, driver) = (&lab.hosts[2], world.drivers[2].clone());
     let id = world.view.ports[5].port;
@@ -294,6 +315,11 @@ fn detached_ports_leave_nothing(lab: &Lab, world: &World) {
         driver.attached().await.unwrap()
     });
     assert!(attached.is_empty(), "{attached:?}");
+    let driver = world.drivers[2].clone();
+    let (refused, attached) =
+        host.on(async move { (driver.attach_tap(id, "sdnothere").await, driver.attached().await.unwrap()) });
+    assert!(matches!(refused, Err(SwitchError::Ovsdb(OvsdbError::NoPort { .. }))), "{refused:?}");
+    assert!(attached.is_empty(), "a tap that is not there leaves nothing");
     let flows = host.ofctl("--no-stats dump-flows br-int");
     assert!(!flows.contains("reg0"), "{flows}");
 }

@@ -340,12 +340,11 @@ impl Vswitch {
             if let Some(port) = interface.as_ref().and_then(|i| i.ofport) {
                 return Ok(port);
             }
-            if Instant::now() >= deadline {
-                let reason = match interface {
-                    None => "it is not in the database".into(),
-                    Some(i) => i.error.unwrap_or_else(|| "the switch says nothing".into()),
-                };
-                return Err(OvsdbError::NoPort { name: name.into(), reason });
+            let error = interface.as_ref().and_then(|i| i.error.clone());
+            // The switch has taken the change in before this waits: what it says is its last word.
+            if error.is_some() || Instant::now() >= deadline {
+                let silent = if interface.is_some() { "the switch says nothing" } else { "it is not in the database" };
+                return Err(OvsdbError::NoPort { name: name.into(), reason: error.unwrap_or_else(|| silent.into()) });
             }
             sleep(POLL).await;
         }
