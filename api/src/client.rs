@@ -9,7 +9,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use supercloud_ids::{OperationId, RequestId};
 
 use crate::{
-    Cloud, CloudCreate, Event, Freeze, Guest, GuestCreate, GuestFreeze, GuestMigrate, GuestPatch, GuestStart,
+    Cloud, CloudCreate, Event, FeedClock, Freeze, Guest, GuestCreate, GuestFreeze, GuestMigrate, GuestPatch, GuestStart,
     GuestStop, GuestThaw, Host, HostPatch, Image, ImageCreate, ImageImport, ImagePart, JoinRequest, JoinResponse,
     JoinToken, JoinTokenCreate, Market, Network, NetworkCreate, Operation, Page, Port, PriceSeries, Problem, Project,
     ProjectCreate, Token, TokenCreate, TokenSecret, Volume, WhoAmI,
@@ -443,6 +443,8 @@ calls! {
     events_after(after: u64) -> Page<Event> = get(format!("/v1/events?after={after}&limit=1000"));
     /// All markets with their prices now.
     markets() -> Vec<Market> = list("/v1/markets");
+    /// Sets the clock of a replayed price feed; the answer is the clock as it is now.
+    set_feed_clock(body: &FeedClock) -> FeedClock = post("/v1/feed", body);
     /// The prices of a market up to now.
     prices(market: &str) -> PriceSeries = get(format!("/v1/prices?market={market}"));
 }

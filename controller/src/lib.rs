@@ -13,6 +13,10 @@ pub mod app;
 pub mod auth;
 pub mod ca;
 pub mod keys;
+pub mod link;
+pub mod markets;
+pub mod operations;
+pub mod overlay;
 pub mod price_board;
 pub mod state;
 

@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc};
 
-use supercloud_api::{Market, PriceSeries};
+use supercloud_api::{Code, FeedClock, Market, PriceSeries, Problem};
 use tokio::sync::watch;
 
 /// What is known of markets now.
@@ -11,6 +11,11 @@ pub trait PriceBoard: Send + Sync + 'static {
     fn markets(&self) -> Vec<Market>;
     /// The prices of a market up to now, if there is such a market.
     fn prices(&self, market: &str) -> Option<PriceSeries>;
+    /// Sets the clock of a replayed feed; the answer is the clock as it is now.
+    ///
+    /// # Errors
+    /// When there is no replayed feed, or the clock is not acceptable.
+    fn set_clock(&self, clock: FeedClock) -> Result<FeedClock, Problem>;
 }
 
 /// No markets.
@@ -22,6 +27,9 @@ impl PriceBoard for Empty {
     }
     fn prices(&self, _market: &str) -> Option<PriceSeries> {
         None
+    }
+    fn set_clock(&self, _clock: FeedClock) -> Result<FeedClock, Problem> {
+        Err(Problem::new(Code::NotFound, "no price feed is replayed here: see [feed] in the controller's settings"))
     }
 }
 

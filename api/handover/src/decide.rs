@@ -447,11 +447,19 @@ pub fn note_host_lost(record: &OwnerRecord, host: HostId) -> LossDecision {
         }
     }
     let owns = record.owner == Owner::Host(host);
+    // Where a stopped guest was stopped are its newest blocks.
+    let had_a_stopped_guest = record.owner == Owner::Stopped && record.holder(host, epoch).is_some();
     match next.operation.as_mut().map(|op| (op.verdict, op)) {
-        None if owns => lose(&mut next, host, true),
+        None if owns || had_a_stopped_guest => lose(&mut next, host, true),
         None => {}
         Some((Verdict::Open, op)) => {
-            if op.kind.destination() == Some(host) {
+            if had_a_stopped_guest {
+                if op.group {
+                    return LossDecision { record: None, alarms: Vec::new(), abort_group: true };
+                }
+                op.destination_open &= op.kind.destination() != Some(host);
+                next = aborted(&next, AbortReason::HostLost, |next| lose(next, host, true));
+            } else if op.kind.destination() == Some(host) {
                 if op.group {
                     return LossDecision { record: None, alarms: Vec::new(), abort_group: true };
                 }
@@ -479,6 +487,9 @@ pub fn note_host_lost(record: &OwnerRecord, host: HostId) -> LossDecision {
                 if owns {
                     lose(&mut next, host, true);
                 }
+            }
+            if had_a_stopped_guest {
+                lose(&mut next, host, true);
             }
             next.settle();
         }

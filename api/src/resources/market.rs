@@ -58,3 +58,15 @@ pub struct PriceSeries {
     /// Points, oldest first.
     pub points: Vec<PricePoint>,
 }
+
+/// Sets the clock of a replayed price feed; it never goes back.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct FeedClock {
+    /// The feed's time from now on; as it is when absent.
+    #[serde(default)]
+    pub feed_now_ms: Option<u64>,
+    /// Feed milliseconds per millisecond, 0 to 1,000,000; as it is when absent. 0 holds the clock.
+    #[serde(default)]
+    pub speed: Option<f64>,
+}

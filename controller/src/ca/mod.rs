@@ -1,5 +1,7 @@
 //! The controller's certificate authority.
 
+mod host;
+
 use std::{net::IpAddr, path::Path, time::Duration};
 
 use rcgen::{
@@ -32,6 +34,9 @@ pub enum CaError {
         /// What was expected.
         what: &'static str,
     },
+    /// A host's certificate signing request.
+    #[error("the certificate signing request is not acceptable: {0}")]
+    Csr(String),
     /// Making a certificate failed.
     #[error("a certificate cannot be made")]
     Certificate(#[from] rcgen::Error),

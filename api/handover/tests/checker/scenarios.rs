@@ -40,7 +40,7 @@ fn restart(to: usize) -> OperationKind {
 
 /// A guest that runs at host 0, and then.
 fn of(name: &'static str, kinds: Vec<OperationKind>, faults: Faults) -> Scenario {
-    Scenario { name, running: true, kinds, faults, writes: 1, coarse: false, mutation: None }
+    Scenario { name, running: true, kinds, faults, writes: 1, forgetful: false, coarse: false, mutation: None }
 }
 
 /// With the effects of a step carried out at once.
@@ -83,6 +83,13 @@ fn migration_races_another_after_a_cancel() {
 fn migration_there_and_back() {
     let faults = Faults { cancels: 1, ..NONE };
     holds(coarse(of("there and back, cancel", vec![migrate(1), migrate(0)], faults)));
+}
+
+#[test]
+fn migration_of_a_guest_that_agents_forget() {
+    let faults = Faults { cancels: 1, ..NONE };
+    let scenario = coarse(of("two migrations, cancel, forgetful agents", vec![migrate(1), migrate(2)], faults));
+    holds(Scenario { forgetful: true, writes: 0, ..scenario });
 }
 
 #[test]

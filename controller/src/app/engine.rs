@@ -1,0 +1,67 @@
+//! Starts what carries operations out: the agents' listener, the engine, the replayed price feed.
+
+use std::sync::Arc;
+
+use supercloud_api::tls;
+use supercloud_storage::backend::DirStore;
+use tokio::net::TcpListener;
+
+use super::{Parts, StartError};
+use crate::{
+    chain,
+    link::{self, ChunkServer, LinkHandler, Sessions},
+    markets::FeedMarkets,
+    operations::{self, Engine, Reach, progress::ProgressBoard},
+};
+
+/// Starts the engine and all that belongs to it.
+pub(super) async fn start(parts: &Parts, progress: ProgressBoard) -> Result<Arc<Engine>, StartError> {
+    let config = &parts.config;
+    let identity = parts.authority.server_identity(&config.names)?;
+    let certificate_sha256 = identity.chain.first().map(tls::fingerprint).unwrap_or_default();
+    let server = tls::server_config(
+        std::slice::from_ref(parts.authority.certificate()),
+        identity,
+        &[tls::ALPN_AGENT, tls::ALPN_DATA],
+    )
+    .map_err(|error| StartError::Tls(chain(&error)))?;
+    let chunks_dir = config.chunks_dir();
+    let store = tokio::task::spawn_blocking(move || DirStore::open(&chunks_dir))
+        .await
+        .map_err(|_| StartError::Interrupted)?
+        .map_err(|error| StartError::Chunks(chain(&error)))?;
+    let store = Arc::new(store);
+    let listener = TcpListener::bind(config.link_listen)
+        .await
+        .map_err(|source| StartError::Listen { address: config.link_listen, source })?;
+    let port = listener.local_addr().map_or(config.link_listen.port(), |address| address.port());
+    let sessions = Sessions::default();
+    let (engine, imports) = Engine::new(operations::Parts {
+        state: parts.state.clone(),
+        sessions: sessions.clone(),
+        live: parts.hosts.clone(),
+        keys: Arc::clone(&parts.keys),
+        authority: Arc::clone(&parts.authority),
+        reach: Reach {
+            link_address: config.link_address_for(port),
+            api_url: config.api_url(),
+            certificate_sha256: certificate_sha256.clone(),
+        },
+        progress,
+        store: Arc::clone(&store),
+        uploads: config.uploads_dir(),
+    });
+    let chunks = ChunkServer::new(store, &parts.keys.tickets.0.public_key_hex(), &certificate_sha256);
+    let handler: Arc<dyn LinkHandler> = Arc::clone(&engine) as _;
+    parts.spawn("agent links", link::serve(listener, Arc::new(server), sessions, handler, chunks, parts.stop.clone()));
+    parts.spawn("operations", Arc::clone(&engine).run(imports, parts.stop.clone()));
+    if let Some(feed) = config.feed.clone() {
+        let markets = tokio::task::spawn_blocking(move || FeedMarkets::open(&feed))
+            .await
+            .map_err(|_| StartError::Interrupted)??;
+        parts.markets.post(Arc::new(markets.clone()));
+        let (state, stop) = (parts.state.clone(), parts.stop.clone());
+        parts.spawn("price feed", async move { markets.follow_clouds(&state, &stop).await });
+    }
+    Ok(engine)
+}

@@ -1,0 +1,238 @@
+//! What an agent needs to carry out an order: the guest as it must be run, permissions, where chunks are.
+
+use std::net::SocketAddr;
+
+use supercloud_api::{
+    Freeze, Host, Image, ImagePart, Network, Port, Volume,
+    handover::{DestinationOrder, Order, OrderBody, SourceOrder},
+    ids::{CloudId, HostId, OperationId},
+    link::{
+        Assignment, BootSpec, ChunkSource, FrozenMemory, GuestSpec, MigrationOptions, Peer, PortSpec, Secret, VolumeSpec,
+    },
+    ticket::{Party, Ticket},
+    unix_ms,
+};
+
+use super::{Engine, EngineError};
+use crate::state::{GuestRecord, GuestSeed, HostRecord, OperationRecord, Work};
+
+/// How long a ticket is good; repeated orders bring fresh ones.
+const TICKET_MS: u64 = 15 * 60_000;
+/// The most agents that are named as sources of chunks.
+const CHUNK_SOURCES_AT_MOST: usize = 4;
+
+impl Engine {
+    /// The assignment that goes with an order; none where the receiver has all it needs.
+    pub(super) async fn assignment_for(
+        &self,
+        guest: &GuestRecord,
+        order: &Order,
+    ) -> Result<Option<Assignment>, EngineError> {
+        let operation = match &order.body {
+            OrderBody::Source(SourceOrder::Begin(plan)) => plan.operation,
+            OrderBody::Destination(DestinationOrder::Prepare(plan)) => plan.operation,
+            OrderBody::Destination(DestinationOrder::Granted(grant)) => grant.operation,
+            _ => return Ok(None),
+        };
+        let Some(record) = self.state.read::<OperationRecord>(&operation).await? else { return Ok(None) };
+        let volumes = self.volumes(guest).await?;
+        let me = self.need_host(order.to).await?;
+        let peer = self.peer_of(guest, &record.value, &volumes, order.to).await?;
+        let frozen = match &record.work {
+            Work::GuestThaw { freeze } => self.state.read::<Freeze>(freeze).await?.map(|freeze| freeze.value),
+            _ => None,
+        };
+        let mut clouds: Vec<CloudId> = volumes.iter().filter_map(|volume| volume.base_cloud).collect();
+        clouds.extend(frozen.as_ref().map(|freeze| freeze.cloud));
+        let chunk_sources = self.chunk_sources(guest, operation, &me, &clouds).await?;
+        let ticket = peer.as_ref().map(|peer| self.ticket(guest, operation, &record.value, &volumes, &me, peer));
+        let (migration, grace_ms) = match &record.work {
+            Work::GuestMigrate { options } => (options.clone(), 0),
+            Work::GuestStop { grace_ms } => (MigrationOptions::default(), *grace_ms),
+            _ => (MigrationOptions::default(), 0),
+        };
+        Ok(Some(Assignment {
+            operation,
+            spec: self.spec(guest, &volumes).await?,
+            peer,
+            ticket,
+            chunk_sources,
+            migration,
+            grace_ms,
+            frozen: frozen.map(|freeze| FrozenMemory {
+                freeze: freeze.id,
+                root: freeze.memory_root,
+                bytes: freeze.memory_bytes,
+                format: freeze.memory_format,
+            }),
+        }))
+    }
+
+    async fn volumes(&self, guest: &GuestRecord) -> Result<Vec<Volume>, EngineError> {
+        let mut volumes = Vec::new();
+        for id in &guest.guest.volumes {
+            volumes.push(self.state.need::<Volume>(id).await?.value);
+        }
+        Ok(volumes)
+    }
+
+    async fn need_host(&self, id: HostId) -> Result<Host, EngineError> {
+        Ok(self.state.need::<HostRecord>(&id).await?.value.host)
+    }
+
+    /// The other agent: of a migration, or the host that has the volumes of a guest that starts elsewhere.
+    async fn peer_of(
+        &self,
+        guest: &GuestRecord,
+        record: &OperationRecord,
+        volumes: &[Volume],
+        me: HostId,
+    ) -> Result<Option<Peer>, EngineError> {
+        let other = match &record.work {
+            Work::GuestMigrate { .. } => {
+                let source = guest.owner.operation.as_ref().and_then(|op| op.source()).or(record.operation.source);
+                if source == Some(me) { record.operation.destination } else { source }
+            }
+            Work::GuestStart => volumes.iter().find_map(|volume| volume.needed_source.or(volume.host)),
+            _ => None,
+        };
+        let Some(other) = other.filter(|other| *other != me) else { return Ok(None) };
+        let host = self.need_host(other).await?;
+        Ok(Some(Peer {
+            host: host.id,
+            name: host.name,
+            data_address: host.data_address,
+            certificate_sha256: host.certificate_sha256,
+        }))
+    }
+
+    /// The permission for both parties of an operation.
+    fn ticket(
+        &self,
+        guest: &GuestRecord,
+        operation: OperationId,
+        record: &OperationRecord,
+        volumes: &[Volume],
+        me: &Host,
+        peer: &Peer,
+    ) -> String {
+        let mine = Party { host: Some(me.id), certificate_sha256: me.certificate_sha256.clone() };
+        let other = Party { host: Some(peer.host), certificate_sha256: peer.certificate_sha256.clone() };
+        let is_destination = record.operation.destination == Some(me.id);
+        let (source, destination) = if is_destination { (other, mine) } else { (mine, other) };
+        let epoch = guest.owner.operation.as_ref().map_or(guest.owner.epoch, |op| op.from.epoch);
+        self.keys.tickets.0.sign(&Ticket {
+            version: Ticket::VERSION,
+            operation,
+            project: guest.guest.project,
+            guest: Some(guest.guest.id),
+            epoch,
+            source,
+            destination,
+            volumes: volumes.iter().map(|volume| volume.id).collect(),
+            expires_at_ms: unix_ms() + TICKET_MS,
+        })
+    }
+
+    /// Where the project's chunks can be had: agents of the clouds named, and the controller's own store.
+    async fn chunk_sources(
+        &self,
+        guest: &GuestRecord,
+        operation: OperationId,
+        me: &Host,
+        clouds: &[CloudId],
+    ) -> Result<Vec<ChunkSource>, EngineError> {
+        let sign = |source: Party| {
+            self.keys.tickets.0.sign(&Ticket {
+                version: Ticket::VERSION,
+                operation,
+                project: guest.guest.project,
+                guest: None,
+                epoch: guest.owner.epoch,
+                source,
+                destination: Party { host: Some(me.id), certificate_sha256: me.certificate_sha256.clone() },
+                volumes: Vec::new(),
+                expires_at_ms: unix_ms() + TICKET_MS,
+            })
+        };
+        let mut sources = Vec::new();
+        for record in self.state.list::<HostRecord>().await? {
+            let host = &record.host;
+            let is_there = clouds.contains(&host.cloud) && host.cloud != me.cloud && !record.is_removed;
+            let Some(address) = host.data_address.filter(|_| is_there && self.sessions.is_open(host.id)) else {
+                continue;
+            };
+            let certificate_sha256 = host.certificate_sha256.clone();
+            let ticket = sign(Party { host: Some(host.id), certificate_sha256: certificate_sha256.clone() });
+            sources.push(ChunkSource { address, certificate_sha256, ticket });
+            if sources.len() == CHUNK_SOURCES_AT_MOST {
+                break;
+            }
+        }
+        let certificate_sha256 = self.reach.certificate_sha256.clone();
+        let ticket = sign(Party { host: None, certificate_sha256: certificate_sha256.clone() });
+        sources.push(ChunkSource { address: self.link_address().await?, certificate_sha256, ticket });
+        Ok(sources)
+    }
+
+    async fn link_address(&self) -> Result<SocketAddr, EngineError> {
+        let text = &self.reach.link_address;
+        if let Ok(address) = text.parse() {
+            return Ok(address);
+        }
+        let broken = |why: String| EngineError::Broken(format!("link_address '{text}' cannot be resolved: {why}"));
+        let mut found = tokio::net::lookup_host(text).await.map_err(|error| broken(error.to_string()))?;
+        found.next().ok_or_else(|| broken("no address".into()))
+    }
+
+    /// The guest as it must be run, the same wherever it runs.
+    async fn spec(&self, guest: &GuestRecord, volumes: &[Volume]) -> Result<GuestSpec, EngineError> {
+        let shown = &guest.guest;
+        let image = self.state.need::<Image>(&shown.image).await?.value;
+        let seed = self.state.read::<GuestSeed>(&shown.id).await?.map(|seed| seed.value);
+        let mut ports = Vec::new();
+        for id in &shown.ports {
+            let port = self.state.need::<Port>(id).await?.value;
+            let network = self.state.need::<Network>(&port.network).await?.value;
+            ports.push(PortSpec { port: port.id, network: network.id, mac: port.mac, ipv4: port.ipv4, mtu: network.mtu });
+        }
+        let extra = seed.as_ref().and_then(|seed| seed.cmdline_extra.clone());
+        Ok(GuestSpec {
+            guest: shown.id,
+            name: shown.name.clone(),
+            project: shown.project,
+            project_key: Secret(self.state.project_key(&self.keys.root, shown.project).await?),
+            shape: shown.shape,
+            compat_class: shown.compat_class.clone(),
+            boot: boot(&image, extra.as_deref()),
+            volumes: volumes
+                .iter()
+                .map(|volume| VolumeSpec {
+                    volume: volume.id,
+                    size_bytes: volume.size_bytes,
+                    base_root: volume.base.clone(),
+                    propagation: volume.propagation,
+                })
+                .collect(),
+            ports,
+            user_data: seed.and_then(|seed| seed.user_data),
+        })
+    }
+}
+
+/// How a guest of this image boots: by its kernel if it has one, else from its disk.
+fn boot(image: &Image, extra: Option<&str>) -> BootSpec {
+    let root = |part| image.parts.iter().find(|content| content.part == part).map(|content| content.root.clone());
+    match root(ImagePart::Kernel) {
+        None => BootSpec::Disk,
+        Some(kernel_root) => {
+            let words = [image.cmdline.as_deref().unwrap_or_default(), extra.unwrap_or_default()];
+            BootSpec::Kernel {
+                image: image.id,
+                kernel_root,
+                initrd_root: root(ImagePart::Initrd),
+                cmdline: words.join(" ").trim().to_owned(),
+            }
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! What changes together with a guest's ownership record: its volumes, its ports, its operation, its freezes. Pure.
+//!
+//! The ownership protocol decides who owns; this says what that means for everything that hangs on the guest. The caller writes
+//! all of it in the one transaction that also holds the new ownership record.
+
+use supercloud_api::{
+    Code, Freeze, Host, Operation, Phase, Port, Problem, Volume,
+    handover::{self, AbortReason, OperationKind, Owner, OwnerRecord, Verdict, VolumeStamp},
+    ids::{CloudId, Epoch, FreezeId, HostId},
+    link::{FrozenContent, ReportDetails},
+    unix_ms,
+};
+
+use crate::state::GuestRecord;
+
+/// Everything that hangs on a guest, before and (after [`apply`]) as it shall be.
+#[derive(Debug, Clone)]
+pub struct Attached {
+    /// The guest.
+    pub guest: GuestRecord,
+    /// Its volumes.
+    pub volumes: Vec<Volume>,
+    /// Its ports.
+    pub ports: Vec<Port>,
+    /// The operation under way, if its record is there.
+    pub operation: Option<Operation>,
+    /// The freeze that the operation makes or consumes, if its record is there.
+    pub freeze: Option<Freeze>,
+}
+
+/// What [`apply`] needs to know besides.
+#[derive(Debug, Clone, Copy)]
+pub struct Told<'a> {
+    /// The host that owns the guest after the change.
+    pub owner_host: Option<&'a Host>,
+    /// The host that owned it before.
+    pub source_host: Option<&'a Host>,
+    /// The volumes as the switch request names them.
+    pub stamps: &'a [VolumeStamp],
+    /// What came with the report.
+    pub details: &'a ReportDetails,
+}
+
+/// A switch happened in this step: what was granted, to which kind of operation.
+fn newly_granted(before: &OwnerRecord, after: &OwnerRecord) -> Option<(handover::Grant, OperationKind)> {
+    // A stop or freeze may be granted and over in one step: then the operation is already in `last`.
+    let old = before.operation.as_ref()?;
+    let verdict = match &after.operation {
+        Some(op) if op.id == old.id => op.verdict,
+        _ => after.last.filter(|last| last.operation == old.id)?.verdict,
+    };
+    match (old.verdict, verdict) {
+        (Verdict::Open, Verdict::Granted(grant)) => Some((grant, old.kind)),
+        _ => None,
+    }
+}
+
+/// Takes a new ownership record and brings everything that hangs on the guest in step with it. True when a port changed: the
+/// overlay must be told.
+pub fn apply(attached: &mut Attached, after: OwnerRecord, told: Told<'_>) -> bool {
+    let before = attached.guest.owner.clone();
+    let ports_before = attached.ports.clone();
+    if let Some((grant, kind)) = newly_granted(&before, &after) {
+        switch(attached, &before, grant, kind, told);
+    } else {
+        prepare_ports(attached, &after);
+    }
+    // When nobody holds anything any more that is needed, the sources are free.
+    for volume in &mut attached.volumes {
+        volume.needed_source = volume.needed_source.filter(|source| after.holders.iter().any(|h| h.host == *source));
+    }
+    for port in &mut attached.ports {
+        port.moved_from = port.moved_from.filter(|source| after.holders.iter().any(|h| h.host == *source));
+    }
+    attached.guest.guest.alarm = after.alarm().map(|alarm| alarm.to_string());
+    if let Some(class) = &told.details.compat_class
+        && attached.guest.guest.compat_class.is_none()
+    {
+        attached.guest.guest.compat_class = Some(class.clone());
+    }
+    if let Some(operation) = &mut attached.operation {
+        advance(operation, &after, told.details);
+    }
+    attached.guest.set_owner(after, told.owner_host);
+    attached.ports != ports_before
+}
+
+/// The destination binds ports silently while a move is open.
+fn prepare_ports(attached: &mut Attached, after: &OwnerRecord) {
+    let prepared = after
+        .operation
+        .as_ref()
+        .filter(|op| op.verdict == Verdict::Open && op.phase != handover::Phase::Plan)
+        .and_then(|op| op.kind.destination());
+    for port in &mut attached.ports {
+        port.prepared_at = prepared;
+    }
+}
+
+/// COMMIT POINT: what the switch transaction holds besides the owner and the epoch.
+fn switch(
+    attached: &mut Attached,
+    before: &OwnerRecord,
+    grant: handover::Grant,
+    kind: OperationKind,
+    told: Told<'_>,
+) {
+    let source = match before.owner {
+        Owner::Host(host) => Some(host),
+        _ => None,
+    };
+    let stamp_of = |volume: &Volume| told.stamps.iter().find(|stamp| stamp.volume == volume.id);
+    for volume in &mut attached.volumes {
+        volume.epoch = grant.epoch;
+        if let Some(stamp) = stamp_of(volume) {
+            volume.map_root = Some(hex::encode(stamp.root));
+            volume.map_version = stamp.version;
+        }
+        match grant.owner {
+            Owner::Host(to) => {
+                volume.needed_source = volume.host.filter(|host| *host != to);
+                volume.host = Some(to);
+            }
+            Owner::Frozen(_) => {}
+            Owner::Stopped | Owner::Unowned | Owner::Lost(_) => {}
+        }
+    }
+    for port in &mut attached.ports {
+        port.epoch = grant.epoch;
+        port.prepared_at = None;
+        let to = match grant.owner {
+            Owner::Host(to) => Some(to),
+            _ => None,
+        };
+        port.moved_from = source.filter(|source| to.is_some_and(|to| to != *source));
+        port.host = to;
+    }
+    match kind {
+        OperationKind::Start { .. } | OperationKind::RestartFromVolume { .. } => attached.guest.guest.starts += 1,
+        OperationKind::Freeze { freeze } => {
+            if let (Some(content), Some(host)) = (&told.details.frozen, told.source_host) {
+                frozen(attached, freeze, grant.epoch, host.cloud, content);
+            }
+        }
+        OperationKind::Thaw { .. } => {
+            if let Some(freeze) = &mut attached.freeze {
+                freeze.is_consumed = true;
+            }
+        }
+        OperationKind::Migrate { .. } | OperationKind::Stop => {}
+    }
+}
+
+/// The freeze stands: its record, and the volumes' contents, which lie in the store of that cloud now.
+fn frozen(attached: &mut Attached, freeze: FreezeId, epoch: Epoch, cloud: CloudId, content: &FrozenContent) {
+    for volume in &mut attached.volumes {
+        if let Some(stored) = content.volumes.iter().find(|stored| stored.volume == volume.id) {
+            volume.base = Some(stored.root.clone());
+            volume.base_cloud = Some(cloud);
+            volume.host = None;
+            volume.needed_source = None;
+            volume.map_root = None;
+        }
+    }
+    attached.freeze = Some(Freeze {
+        id: freeze,
+        guest: attached.guest.guest.id,
+        project: attached.guest.guest.project,
+        epoch,
+        cloud,
+        memory_root: content.memory.root.clone(),
+        memory_bytes: content.memory.bytes,
+        memory_format: content.memory.format.clone(),
+        volumes: content.volumes.clone(),
+        is_consumed: false,
+        created_at_ms: unix_ms(),
+    });
+}
+
+/// The phase of REST for a phase of the protocol.
+#[must_use]
+pub const fn phase(phase: handover::Phase) -> Phase {
+    match phase {
+        handover::Phase::Plan => Phase::Plan,
+        handover::Phase::Prepare => Phase::Prepare,
+        handover::Phase::Copy => Phase::Copy,
+        handover::Phase::Switch => Phase::Switch,
+        handover::Phase::Resume => Phase::Resume,
+        handover::Phase::Finish => Phase::Finish,
+        handover::Phase::Done => Phase::Done,
+        handover::Phase::RolledBack => Phase::RolledBack,
+        handover::Phase::Failed => Phase::Failed,
+    }
+}
+
+/// Brings the operation's phase and error in step.
+fn advance(operation: &mut Operation, after: &OwnerRecord, details: &ReportDetails) {
+    let (now, verdict) = match (&after.operation, after.last) {
+        (Some(op), _) if op.id == operation.id => (phase(op.phase), op.verdict),
+        (_, Some(last)) if last.operation == operation.id => (phase(last.phase), last.verdict),
+        _ => return,
+    };
+    if now > operation.phase {
+        operation.phase = now;
+    }
+    if let Verdict::Aborted(reason) = verdict
+        && operation.error.is_none()
+    {
+        operation.error = Some(details.problem.clone().unwrap_or_else(|| abort_problem(reason)));
+    }
+}
+
+/// What people read when an operation was aborted and nobody told more.
+#[must_use]
+pub fn abort_problem(reason: AbortReason) -> Problem {
+    let (code, advice) = match reason {
+        AbortReason::Cancelled => (Code::WrongState, "the operation was cancelled; everything is as before"),
+        AbortReason::Deadline => (Code::HostUnavailable, "the deadline passed before the switch; everything is as before"),
+        AbortReason::DestinationFailed => (Code::HostUnavailable, "the destination could not take the guest; see its agent's log"),
+        AbortReason::SourceFailed => (Code::HostUnavailable, "the source could not hand the guest over; see its agent's log"),
+        AbortReason::ContactLost => (Code::HostUnavailable, "source and destination lost contact; the guest runs on at the source"),
+        AbortReason::HostLost => (Code::HostUnavailable, "a host that took part was removed"),
+        AbortReason::GuestLost => (Code::Internal, "the guest's running copy was lost before the switch"),
+    };
+    Problem::new(code, advice)
+}
+
+/// The hosts on which something of the guest may lie.
+#[must_use]
+pub fn holding_hosts(guest: &GuestRecord, volumes: &[Volume]) -> Vec<HostId> {
+    let mut hosts: Vec<HostId> = guest.owner.holders.iter().map(|holder| holder.host).collect();
+    hosts.extend(volumes.iter().flat_map(|volume| [volume.host, volume.needed_source]).flatten());
+    if let Owner::Host(host) | Owner::Lost(host) = guest.owner.owner {
+        hosts.push(host);
+    }
+    hosts.sort();
+    hosts.dedup();
+    hosts
+}

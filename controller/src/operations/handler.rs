@@ -1,0 +1,309 @@
+//! The engine's end of the agent links: hellos, notices, queries.
+
+use futures::future::BoxFuture;
+use supercloud_api::{
+    Code, Host, Problem, Role,
+    handover::{self},
+    ids::{Epoch, GuestId, HostId},
+    link::{Answer, GuestEventKind, Hello, Notice, Query, Welcome},
+    unix_ms,
+};
+use tracing::{info, warn};
+
+use super::{Engine, EngineError};
+use crate::{
+    auth,
+    chain,
+    link::LinkHandler,
+    state::{Change, Context, EventDraft, GuestRecord, HostRecord, LiveHost, Work, retry_conflicts},
+};
+
+/// How often agents send heartbeats.
+const HEARTBEAT_MS: u64 = 2_000;
+/// How long a guest's own token holds; it asks for another when it needs one.
+const GUEST_TOKEN_MS: u64 = 3_600_000;
+/// Things of one kind in a hello or heartbeat; more is a fault of the agent.
+const REPORTS_AT_MOST: usize = 10_000;
+
+fn internal(error: &EngineError) -> Problem {
+    Problem::new(Code::StoreUnavailable, chain(error))
+}
+
+impl LinkHandler for Engine {
+    fn hello(&self, host: HostId, certificate_sha256: String, hello: Hello) -> BoxFuture<'_, Result<Welcome, Problem>> {
+        Box::pin(async move {
+            if hello.guests.len() > REPORTS_AT_MOST || hello.volumes.len() > REPORTS_AT_MOST {
+                return Err(Problem::new(Code::TooLarge, "the hello lists too much"));
+            }
+            let record = self.welcome(host, &certificate_sha256, &hello).await?;
+            self.live.seen(host, LiveHost { last_seen_ms: unix_ms(), used: record.used });
+            let owned = self.owned_by(host).await.map_err(|error| internal(&error.into()))?;
+            Ok(Welcome {
+                host_name: record.name,
+                cloud: record.cloud,
+                ticket_key: self.keys.tickets.0.public_key_hex(),
+                heartbeat_ms: HEARTBEAT_MS,
+                owned,
+            })
+        })
+    }
+
+    fn opened(&self, host: HostId) -> BoxFuture<'_, ()> {
+        Box::pin(async move {
+            self.overlay.notify_one();
+            if let Err(error) = self.send_orders_to(host).await {
+                warn!(%host, "its orders cannot be sent now: {}", chain(&error));
+            }
+        })
+    }
+
+    fn notice(&self, host: HostId, notice: Notice) -> BoxFuture<'_, ()> {
+        Box::pin(async move {
+            let done = match notice {
+                Notice::Report { guest, report, details } => self.report(host, guest, &report, &details).await,
+                Notice::Heartbeat { used, guests, view_revision: _ } => {
+                    if guests.len() <= REPORTS_AT_MOST {
+                        self.live.seen(host, LiveHost { last_seen_ms: unix_ms(), used });
+                        self.note_alarms(host, guests).await
+                    } else {
+                        Ok(())
+                    }
+                }
+                Notice::Progress { operation, progress } => self.take_progress(host, operation, &progress).await,
+                Notice::GuestEvent { guest, epoch, event } => self.guest_event(host, guest, epoch, event).await,
+                Notice::Discarded { guest } => self.discarded(host, guest).await,
+            };
+            if let Err(error) = done {
+                // Reports are repeated by the agent until they have had their effect.
+                warn!(%host, "a notice had no effect: {}", chain(&error));
+            }
+        })
+    }
+
+    fn query(&self, host: HostId, query: Query) -> BoxFuture<'_, Result<Answer, Problem>> {
+        Box::pin(async move {
+            match query {
+                Query::GuestToken { guest, epoch } => self.guest_token(host, guest, epoch).await,
+                Query::RenewCertificate { csr_pem } => {
+                    let certificate_pem = self
+                        .authority
+                        .sign_host(host, &csr_pem)
+                        .map_err(|error| Problem::new(Code::BadRequest, chain(&error)))?;
+                    Ok(Answer::Certificate { certificate_pem })
+                }
+            }
+        })
+    }
+
+    fn closed(&self, host: HostId) -> BoxFuture<'_, ()> {
+        Box::pin(async move {
+            let last = self.live.gone(host);
+            let mut change = Change::new();
+            change.event(
+                EventDraft::new("host.unreachable")
+                    .host(host)
+                    .data(serde_json::json!({ "last_seen_ms": last.map(|live| live.last_seen_ms) })),
+            );
+            if let Err(error) = self.state.commit(&Context::actor(format!("host:{host}"), supercloud_api::ids::RequestId::generate()), change).await {
+                warn!(%host, "that it is away could not be written: {}", chain(&error));
+            }
+        })
+    }
+}
+
+impl Engine {
+    /// Checks a hello and keeps what it says.
+    async fn welcome(&self, host: HostId, certificate_sha256: &str, hello: &Hello) -> Result<Host, Problem> {
+        let written = retry_conflicts(|| async {
+            let Some(before) = self.state.read::<HostRecord>(&host).await? else { return Ok(None) };
+            if before.is_removed {
+                return Ok(None);
+            }
+            let mut now = before.value.clone();
+            let record = &mut now.host;
+            record.data_address = hello.data_address;
+            record.overlay_address = hello.overlay_address;
+            record.capacity = hello.capacity;
+            record.compat_classes = hello.compat_classes.iter().take(16).cloned().collect();
+            record.probe = hello.probe.clone();
+            record.agent_version = hello.agent_version.chars().take(64).collect();
+            certificate_sha256.clone_into(&mut record.certificate_sha256);
+            record.last_seen_ms = unix_ms();
+            let mut change = Change::new();
+            change.update(&before, &now);
+            change.event(EventDraft::new("host.up").host(host).data(serde_json::json!({ "name": now.host.name })));
+            let context = Context::actor(format!("host:{host}"), supercloud_api::ids::RequestId::generate());
+            self.state.commit(&context, change).await?;
+            Ok::<_, EngineError>(Some(now.host))
+        })
+        .await
+        .map_err(|error| internal(&error))?;
+        written.ok_or_else(|| Problem::new(Code::Forbidden, "this host is not known, or was removed"))
+    }
+
+    /// Progress counts only from a host that takes part.
+    async fn take_progress(
+        &self,
+        host: HostId,
+        operation: supercloud_api::ids::OperationId,
+        progress: &supercloud_api::Progress,
+    ) -> Result<(), EngineError> {
+        let Some(record) = self.state.read::<crate::state::OperationRecord>(&operation).await? else { return Ok(()) };
+        let is_party = [record.operation.source, record.operation.destination].contains(&Some(host));
+        if is_party && !record.operation.phase.is_terminal() {
+            self.progress.tell(operation, progress);
+        }
+        Ok(())
+    }
+
+    /// What an agent says of its guests that people should see.
+    async fn note_alarms(
+        &self,
+        host: HostId,
+        reports: Vec<supercloud_api::link::GuestReport>,
+    ) -> Result<(), EngineError> {
+        for report in reports {
+            let Some(before) = self.state.read::<GuestRecord>(&report.guest).await? else { continue };
+            if !before.owner.is_owned_by(host, report.epoch) || before.owner.alarm().is_some() {
+                continue;
+            }
+            let alarm = report.alarm.map(|text| text.chars().take(300).collect::<String>());
+            if before.guest.alarm == alarm {
+                continue;
+            }
+            let mut now = before.value.clone();
+            now.guest.alarm.clone_from(&alarm);
+            let mut change = Change::new();
+            change.update(&before, &now);
+            change.event(
+                EventDraft::new(if alarm.is_some() { "guest.alarm" } else { "guest.alarm_over" })
+                    .project(now.guest.project)
+                    .guest(report.guest)
+                    .host(host)
+                    .data(serde_json::json!({ "text": alarm })),
+            );
+            match self.state.commit(&Context::system(), change).await {
+                Ok(_) => {}
+                // The next heartbeat says it again.
+                Err(error) if error.is_conflict() => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// A guest did something by itself.
+    async fn guest_event(
+        &self,
+        host: HostId,
+        guest: GuestId,
+        epoch: Epoch,
+        event: GuestEventKind,
+    ) -> Result<(), EngineError> {
+        let Some(record) = self.state.read::<GuestRecord>(&guest).await? else { return Ok(()) };
+        if !record.owner.is_owned_by(host, epoch) {
+            return Ok(());
+        }
+        info!(%guest, %host, ?event, "guest event");
+        let mut change = Change::new();
+        change.event(
+            EventDraft::new("guest.event")
+                .project(record.guest.project)
+                .guest(guest)
+                .host(host)
+                .data(serde_json::json!({ "event": event })),
+        );
+        let context = Context::actor(format!("guest:{guest}"), supercloud_api::ids::RequestId::generate());
+        if event == GuestEventKind::PoweredOff && record.guest.operation.is_none() && record.owner.operation.is_none() {
+            self.stop_after_power_off(&record, &context, &mut change);
+        }
+        match self.state.commit(&context, change).await {
+            Err(error) if !error.is_conflict() => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// A guest that powered itself off is stopped, as if asked for: its volumes are sealed, it owns nothing.
+    fn stop_after_power_off(&self, guest: &crate::state::Stored<GuestRecord>, context: &Context, change: &mut Change) {
+        let id = supercloud_api::ids::OperationId::generate();
+        let now_ms = unix_ms();
+        let operation = supercloud_api::Operation {
+            id,
+            kind: supercloud_api::OperationKind::GuestStop,
+            project: Some(guest.guest.project),
+            phase: supercloud_api::Phase::Plan,
+            guest: Some(guest.guest.id),
+            image: None,
+            volume: None,
+            source: guest.guest.host,
+            destination: None,
+            progress: supercloud_api::Progress::default(),
+            is_cancel_requested: false,
+            error: None,
+            plan: None,
+            actor: context.actor.clone(),
+            request_id: context.request_id,
+            reason: Some("the guest powered itself off".into()),
+            created_at_ms: now_ms,
+            updated_at_ms: now_ms,
+            ended_at_ms: None,
+            phase_times: vec![supercloud_api::PhaseTime { phase: supercloud_api::Phase::Plan, at_ms: now_ms }],
+        };
+        let mut now = guest.value.clone();
+        now.guest.operation = Some(id);
+        change.update(guest, &now);
+        change.create_operation(&crate::state::OperationRecord { operation, work: Work::GuestStop { grace_ms: 0 } });
+    }
+
+    /// A token with which a guest may move, freeze and look at itself, and nothing else.
+    async fn guest_token(&self, host: HostId, guest: GuestId, epoch: Epoch) -> Result<Answer, Problem> {
+        let read = async {
+            Ok::<_, EngineError>(self.state.read::<GuestRecord>(&guest).await?)
+        };
+        let record = read.await.map_err(|error| internal(&error))?;
+        let Some(record) = record.filter(|record| record.owner.is_owned_by(host, epoch)) else {
+            return Err(Problem::new(Code::Forbidden, "this host does not own the guest at this epoch"));
+        };
+        let name = record.guest.name.clone();
+        let expires_at_ms = Some(unix_ms() + GUEST_TOKEN_MS);
+        let (token, secret) =
+            auth::new_token(name, Some(record.guest.project), Some(guest), Role::Operator, expires_at_ms);
+        let mut change = Change::new();
+        token.store_in(&mut change);
+        let context = Context::actor(format!("guest:{guest}"), supercloud_api::ids::RequestId::generate());
+        self.state.commit(&context, change).await.map_err(|error| internal(&error.into()))?;
+        Ok(Answer::GuestToken {
+            secret,
+            api_url: self.reach.api_url.clone(),
+            ca_pem: self.authority.pem().to_owned(),
+        })
+    }
+
+    /// What the controller does when an operator has declared a host lost (proof is the operator's).
+    ///
+    /// # Errors
+    /// When the state does not answer; what was done for some guests stays done.
+    pub async fn host_lost(&self, host: HostId) -> Result<(), EngineError> {
+        self.sessions.drop_host(host);
+        let guests = self.state.list::<GuestRecord>().await?;
+        for guest in guests {
+            let concerns = guest.owner.is_owned_by(host, guest.owner.epoch)
+                || guest.owner.holders.iter().any(|holder| holder.host == host)
+                || guest.owner.operation.as_ref().is_some_and(|op| {
+                    op.source() == Some(host) || op.kind.destination() == Some(host)
+                });
+            if concerns {
+                self.note_lost(guest.guest.id, host).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn note_lost(&self, guest: GuestId, host: HostId) -> Result<(), EngineError> {
+        self.decide(guest, |record| {
+            let loss = handover::note_host_lost(record, host);
+            loss.record.map(|record| (record, loss.alarms))
+        })
+        .await
+    }
+}

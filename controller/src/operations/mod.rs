@@ -1,0 +1,295 @@
+//! Operations: what REST accepted is carried out here, through restarts, lost messages and lost hosts.
+//!
+//! ```text
+//!   REST writes an operation (plan) ──► begin, leave_plan ──► orders ──► agents
+//!                                                                          │ reports
+//!          one store transaction  ◄── effects::apply ◄── handover::accept ◄┘
+//!   (owner, volumes, ports, operation, events)   then: orders, overlay
+//! ```
+//! There is no saga state besides the records: whatever a restarted controller must do next follows from the ownership
+//! records ([`OwnerRecord::orders`](supercloud_api::handover::OwnerRecord::orders)) and the list of operations that have not
+//! ended. Orders are repeated every [`REPEAT_EVERY`] while something is open; reports are checked by the pure protocol.
+
+mod assignment;
+mod delete;
+pub mod effects;
+mod follow_up;
+mod handler;
+mod import;
+pub mod progress;
+mod report;
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use supercloud_api::ids::{GuestId, HostId, OperationId};
+use supercloud_storage::backend::DirStore;
+use tokio::sync::{Notify, mpsc};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::{
+    ca::Authority,
+    chain,
+    keys::Keys,
+    link::Sessions,
+    state::{AsConflict, GuestRecord, LiveHosts, OperationRecord, Seen, State, StateError, Work},
+};
+use progress::ProgressBoard;
+
+/// Orders are repeated this often while something is open.
+pub const REPEAT_EVERY: Duration = Duration::from_secs(2);
+/// Progress is written this often.
+const FLUSH_EVERY: Duration = Duration::from_millis(500);
+/// The destination's time to prepare.
+const PREPARE_BUDGET_MS: u64 = 180_000;
+/// The time of a freeze, a start or a thaw before its switch.
+const COPY_BUDGET_MS: u64 = 30 * 60_000;
+
+/// How agents and guests are told to reach the controller.
+#[derive(Debug, Clone)]
+pub struct Reach {
+    /// Where agents dial the link and fetch chunks: `address:port`.
+    pub link_address: String,
+    /// The API's URL, for guests' own tokens.
+    pub api_url: String,
+    /// SHA-256 of the controller's certificate on the link, hex.
+    pub certificate_sha256: String,
+}
+
+/// Why a step of the engine failed. Nothing has changed then; it is tried again with the next report or repeat.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The state.
+    #[error("{0}")]
+    State(#[from] StateError),
+    /// A guest's ownership record contradicts itself.
+    #[error("an ownership record is damaged")]
+    Record(#[from] supercloud_api::handover::RecordError),
+    /// What a record refers to is not what it should be.
+    #[error("{0}")]
+    Broken(String),
+}
+
+impl AsConflict for EngineError {
+    fn is_conflict(&self) -> bool {
+        matches!(self, Self::State(error) if error.is_conflict())
+    }
+}
+
+/// The engine. One per controller, shared by all sessions.
+#[derive(Debug)]
+pub struct Engine {
+    pub(crate) state: State,
+    pub(crate) sessions: Sessions,
+    pub(crate) live: LiveHosts,
+    pub(crate) keys: Arc<Keys>,
+    pub(crate) authority: Arc<Authority>,
+    pub(crate) reach: Reach,
+    pub(crate) progress: ProgressBoard,
+    pub(crate) store: Arc<DirStore>,
+    pub(crate) uploads: PathBuf,
+    /// The overlay changed.
+    pub(crate) overlay: Arc<Notify>,
+    imports: mpsc::Sender<OperationId>,
+}
+
+/// What the engine is made of.
+#[derive(Debug)]
+pub struct Parts {
+    /// The records.
+    pub state: State,
+    /// The open links.
+    pub sessions: Sessions,
+    /// Hosts that are connected.
+    pub live: LiveHosts,
+    /// Root key and ticket key.
+    pub keys: Arc<Keys>,
+    /// The CA.
+    pub authority: Arc<Authority>,
+    /// How to be reached.
+    pub reach: Reach,
+    /// Where REST looks for the newest progress.
+    pub progress: ProgressBoard,
+    /// The origin store, in which images lie.
+    pub store: Arc<DirStore>,
+    /// Where REST puts uploads.
+    pub uploads: PathBuf,
+}
+
+/// Imports that may wait.
+const IMPORTS_AT_MOST: usize = 1024;
+
+impl Engine {
+    /// The engine, and the queue of imports for [`Engine::run`].
+    #[must_use]
+    pub fn new(parts: Parts) -> (Arc<Self>, mpsc::Receiver<OperationId>) {
+        let (imports, queue) = mpsc::channel(IMPORTS_AT_MOST);
+        let Parts { state, sessions, live, keys, authority, reach, progress, store, uploads } = parts;
+        let overlay = Arc::new(Notify::new());
+        let engine =
+            Self { state, sessions, live, keys, authority, reach, progress, store, uploads, overlay, imports };
+        (Arc::new(engine), queue)
+    }
+
+    /// Carries operations out until cancelled. Everything it starts ends with it.
+    pub async fn run(self: Arc<Self>, imports: mpsc::Receiver<OperationId>, cancel: CancellationToken) {
+        tokio::join!(
+            self.follow(cancel.clone()),
+            self.repeat(cancel.clone()),
+            self.flush(cancel.clone()),
+            self.push_overlay(cancel.clone()),
+            self.import_all(imports, cancel),
+        );
+    }
+
+    /// Picks up every operation that has not ended, and every change of one (a wish to cancel).
+    async fn follow(&self, cancel: CancellationToken) {
+        let mut follower = self.state.follow::<OperationRecord>();
+        loop {
+            let seen = tokio::select! {
+                seen = follower.next() => seen,
+                () = cancel.cancelled() => return,
+            };
+            match seen {
+                Ok(Seen::Put(record)) if !record.operation.phase.is_terminal() => {
+                    if let Err(error) = self.take_up(&record.value).await {
+                        warn!(operation = %record.operation.id, "cannot go on now: {}", chain(&error));
+                    }
+                }
+                Ok(Seen::Put(record)) => self.progress.forget(record.operation.id),
+                Ok(_) => {}
+                Err(error) => warn!("an operation's record cannot be read: {}", chain(&error)),
+            }
+        }
+    }
+
+    /// Does what an operation's record asks for now.
+    async fn take_up(&self, record: &OperationRecord) -> Result<(), EngineError> {
+        let operation = &record.operation;
+        match &record.work {
+            Work::ImageImport { .. } => {
+                // A full queue: the repeat brings it again.
+                let _queued_again_later = self.imports.try_send(operation.id);
+                Ok(())
+            }
+            Work::GuestDelete => self.delete_step(operation.id).await,
+            _ if operation.is_cancel_requested => self.cancel(operation.id).await,
+            _ if operation.phase == supercloud_api::Phase::Plan => self.begin(operation.id).await,
+            _ => Ok(()),
+        }
+    }
+
+    /// Repeats orders and enforces deadlines, for as long as something is open.
+    async fn repeat(&self, cancel: CancellationToken) {
+        let mut ticks = tokio::time::interval(REPEAT_EVERY);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                _ = ticks.tick() => {}
+                () = cancel.cancelled() => return,
+            }
+            if let Err(error) = self.repeat_once().await {
+                warn!("orders could not be repeated: {}", chain(&error));
+            }
+        }
+    }
+
+    async fn repeat_once(&self) -> Result<(), EngineError> {
+        for id in self.state.active_operations().await? {
+            let Some(record) = self.state.read::<OperationRecord>(&id).await? else { continue };
+            let step = async {
+                self.take_up(&record.value).await?;
+                self.enforce_deadlines(&record.value).await
+            };
+            if let Err(error) = step.await {
+                warn!(operation = %id, "cannot go on now: {}", chain(&error));
+            }
+        }
+        for guest in self.state.list::<GuestRecord>().await? {
+            if guest.owner.operation.is_some() || !guest.owner.holders.is_empty() {
+                self.send_orders(&guest.value, None).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends every order of a guest's record; only to one host when that is given.
+    pub(crate) async fn send_orders(&self, guest: &GuestRecord, only: Option<HostId>) {
+        let orders = guest.owner.orders();
+        self.send_these(guest, orders.into_iter().filter(|order| only.is_none_or(|host| host == order.to))).await;
+    }
+
+    /// Orders for one host, after it has connected.
+    pub(crate) async fn send_orders_to(&self, host: HostId) -> Result<(), EngineError> {
+        for guest in self.state.list::<GuestRecord>().await? {
+            self.send_orders(&guest.value, Some(host)).await;
+            if guest.discarding.contains(&host) {
+                self.sessions.send(host, supercloud_api::link::Directive::Discard { guest: guest.guest.id });
+            }
+        }
+        Ok(())
+    }
+
+    /// Guests that a host owns.
+    pub(crate) async fn owned_by(
+        &self,
+        host: HostId,
+    ) -> Result<Vec<(GuestId, supercloud_api::ids::Epoch)>, StateError> {
+        let guests = self.state.list::<GuestRecord>().await?;
+        Ok(guests
+            .iter()
+            .filter(|guest| guest.owner.is_owned_by(host, guest.owner.epoch))
+            .map(|guest| (guest.guest.id, guest.owner.epoch))
+            .collect())
+    }
+
+    /// Writes the newest progress of operations into their records.
+    async fn flush(&self, cancel: CancellationToken) {
+        let mut ticks = tokio::time::interval(FLUSH_EVERY);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                _ = ticks.tick() => {}
+                () = cancel.cancelled() => return,
+            }
+            for id in self.progress.take_unwritten() {
+                match self.write_progress(id).await {
+                    Ok(()) => {}
+                    // Somebody else just wrote the record; the next tell brings it again.
+                    Err(error) if error.is_conflict() => {}
+                    Err(error) => warn!(operation = %id, "its progress could not be written: {}", chain(&error)),
+                }
+            }
+        }
+    }
+
+    async fn write_progress(&self, id: OperationId) -> Result<(), EngineError> {
+        let Some(before) = self.state.read::<OperationRecord>(&id).await? else {
+            self.progress.forget(id);
+            return Ok(());
+        };
+        if before.operation.phase.is_terminal() {
+            self.progress.forget(id);
+            return Ok(());
+        }
+        let mut now = before.value.clone();
+        self.progress.apply(id, &mut now.operation.progress);
+        if now == before.value {
+            return Ok(());
+        }
+        let mut change = crate::state::Change::new();
+        change.update(&before, &now);
+        self.state.commit(&crate::state::Context::system(), change).await?;
+        Ok(())
+    }
+
+    /// Logs and raises what people must hear of; the event is written by the caller's change.
+    pub(crate) fn raise(alarm: supercloud_api::handover::Alarm) {
+        warn!("ALARM: {alarm}");
+    }
+
+    /// Says what happened to an operation, for the log.
+    pub(crate) fn log_phase(operation: &supercloud_api::Operation) {
+        info!(operation = %operation.id, kind = ?operation.kind, phase = ?operation.phase, "operation");
+    }
+}

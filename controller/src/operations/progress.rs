@@ -1,0 +1,104 @@
+//! How far operations are, between two writes of their records. Agents tell several times a second; the store hears of it
+//! once a second at most, REST sees the newest.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use supercloud_api::{Progress, ids::OperationId};
+
+/// The newest progress of each operation under way. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct ProgressBoard(Arc<Mutex<HashMap<OperationId, Entry>>>);
+
+#[derive(Debug, Default)]
+struct Entry {
+    progress: Progress,
+    is_unwritten: bool,
+}
+
+/// Merges what a side tells into what is known: counters never go back; what describes the moment is taken as it is, if
+/// the side says something about it.
+pub fn merge(known: &mut Progress, told: &Progress) {
+    known.memory_total_bytes = known.memory_total_bytes.max(told.memory_total_bytes);
+    known.memory_sent_bytes = known.memory_sent_bytes.max(told.memory_sent_bytes);
+    known.round = known.round.max(told.round);
+    known.disk_bytes_before_resume = known.disk_bytes_before_resume.max(told.disk_bytes_before_resume);
+    known.disk_bytes_after_resume = known.disk_bytes_after_resume.max(told.disk_bytes_after_resume);
+    known.downtime_ms = known.downtime_ms.max(told.downtime_ms);
+    if told.memory_total_bytes > 0 {
+        // The source speaks: it alone knows what remains and how fast it goes.
+        known.memory_remaining_bytes = told.memory_remaining_bytes;
+        known.dirty_bytes_per_s = told.dirty_bytes_per_s;
+        known.bandwidth_bytes_per_s = told.bandwidth_bytes_per_s;
+        known.eta_min_ms = told.eta_min_ms;
+        known.eta_max_ms = told.eta_max_ms;
+    }
+    if told.disk_missing_bytes > 0 || told.disk_bytes_after_resume > 0 {
+        known.disk_missing_bytes = told.disk_missing_bytes;
+    }
+    if !told.message.is_empty() {
+        known.message = told.message.chars().take(200).collect();
+    }
+}
+
+impl ProgressBoard {
+    /// Takes what a side tells.
+    pub fn tell(&self, operation: OperationId, told: &Progress) {
+        let mut entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let entry = entries.entry(operation).or_default();
+        merge(&mut entry.progress, told);
+        entry.is_unwritten = true;
+    }
+
+    /// The record's progress brought up to what is known.
+    pub fn apply(&self, operation: OperationId, progress: &mut Progress) {
+        let entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(entry) = entries.get(&operation) {
+            merge(progress, &entry.progress);
+        }
+    }
+
+    /// The operations of which more is known than is written; they count as written from here.
+    #[must_use]
+    pub fn take_unwritten(&self) -> Vec<OperationId> {
+        let mut entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        entries
+            .iter_mut()
+            .filter_map(|(operation, entry)| std::mem::take(&mut entry.is_unwritten).then_some(*operation))
+            .collect()
+    }
+
+    /// Forgets an operation that has ended.
+    pub fn forget(&self, operation: OperationId) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&operation);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_never_go_back_and_each_side_speaks_for_itself() {
+        let board = ProgressBoard::default();
+        let operation = OperationId::generate();
+        let source = Progress {
+            memory_total_bytes: 100,
+            memory_sent_bytes: 60,
+            memory_remaining_bytes: 40,
+            round: 2,
+            ..Progress::default()
+        };
+        board.tell(operation, &source);
+        board.tell(operation, &Progress { disk_bytes_before_resume: 7, ..Progress::default() });
+        board.tell(operation, &Progress { memory_sent_bytes: 50, round: 1, ..source.clone() });
+        let mut seen = Progress::default();
+        board.apply(operation, &mut seen);
+        assert_eq!((seen.memory_sent_bytes, seen.round, seen.disk_bytes_before_resume), (60, 2, 7));
+        assert_eq!(seen.memory_remaining_bytes, 40);
+        assert_eq!(board.take_unwritten(), vec![operation]);
+        assert!(board.take_unwritten().is_empty());
+    }
+}

@@ -1,0 +1,395 @@
+//! Beginning operations and taking agents' reports: read, decide by the protocol, write in one transaction, then speak.
+
+use supercloud_api::{
+    Freeze, Host, OperationKind, Phase, Port, Problem, Volume, Code,
+    handover::{
+        self, AbortReason, Accepted, Alarm, BeginRequest, GroupNeed, Order, OwnerRecord, Report, VolumeStamp, WhenOpen,
+    },
+    ids::{GuestId, HostId, OperationId},
+    link::{Directive, ReportDetails},
+    unix_ms,
+};
+use tracing::{debug, warn};
+
+use super::{
+    COPY_BUDGET_MS, Engine, EngineError, PREPARE_BUDGET_MS,
+    effects::{self, Attached, Told},
+};
+use crate::state::{
+    Change, Context, EventDraft, GuestRecord, HostRecord, OperationRecord, Stored, Work, retry_conflicts,
+};
+
+/// Everything of a guest as it was read.
+struct Read {
+    guest: Stored<GuestRecord>,
+    volumes: Vec<Stored<Volume>>,
+    ports: Vec<Stored<Port>>,
+    operation: Option<Stored<OperationRecord>>,
+    freeze: Option<Stored<Freeze>>,
+}
+
+/// A step that was made durable.
+struct Step {
+    guest: GuestRecord,
+    is_overlay_changed: bool,
+}
+
+impl Engine {
+    async fn read_guest(&self, id: GuestId, operation: Option<OperationId>) -> Result<Option<Read>, EngineError> {
+        let Some(guest) = self.state.read::<GuestRecord>(&id).await? else { return Ok(None) };
+        guest.owner.check()?;
+        let mut volumes = Vec::new();
+        for volume in &guest.guest.volumes {
+            volumes.push(self.state.need::<Volume>(volume).await?);
+        }
+        let mut ports = Vec::new();
+        for port in &guest.guest.ports {
+            ports.push(self.state.need::<Port>(port).await?);
+        }
+        let under_way = operation.or(guest.owner.operation.as_ref().map(|op| op.id));
+        let operation = match under_way {
+            Some(id) => self.state.read::<OperationRecord>(&id).await?,
+            None => None,
+        };
+        let freeze = match operation.as_ref().map(|operation| &operation.work) {
+            Some(Work::GuestThaw { freeze } | Work::GuestFreeze { freeze }) => {
+                self.state.read::<Freeze>(freeze).await?
+            }
+            _ => None,
+        };
+        Ok(Some(Read { guest, volumes, ports, operation, freeze }))
+    }
+
+    async fn host(&self, id: Option<HostId>) -> Result<Option<Host>, EngineError> {
+        Ok(match id {
+            Some(id) => self.state.read::<HostRecord>(&id).await?.map(|record| record.value.host),
+            None => None,
+        })
+    }
+
+    /// Writes a new ownership record and all that changes with it.
+    async fn write(
+        &self,
+        read: Read,
+        after: OwnerRecord,
+        stamps: &[VolumeStamp],
+        details: &ReportDetails,
+        alarms: &[Alarm],
+    ) -> Result<Step, EngineError> {
+        let host_of = |owner| match owner {
+            handover::Owner::Host(host) | handover::Owner::Lost(host) => Some(host),
+            _ => None,
+        };
+        let owner_host = self.host(host_of(after.owner)).await?;
+        let source_host = self.host(host_of(read.guest.owner.owner)).await?;
+        let mut attached = Attached {
+            guest: read.guest.value.clone(),
+            volumes: read.volumes.iter().map(|volume| volume.value.clone()).collect(),
+            ports: read.ports.iter().map(|port| port.value.clone()).collect(),
+            operation: read.operation.as_ref().map(|record| record.operation.clone()),
+            freeze: read.freeze.as_ref().map(|freeze| freeze.value.clone()),
+        };
+        let told =
+            Told { owner_host: owner_host.as_ref(), source_host: source_host.as_ref(), stamps, details };
+        let was = read.guest.owner.stamp();
+        let is_overlay_changed = effects::apply(&mut attached, after, told);
+        let now = attached.guest.owner.stamp();
+
+        let mut change = Change::new();
+        change.update(&read.guest, &attached.guest);
+        for (before, now) in read.volumes.iter().zip(&attached.volumes).filter(|(before, now)| before.value != **now) {
+            change.update(before, now);
+        }
+        for (before, now) in read.ports.iter().zip(&attached.ports).filter(|(before, now)| before.value != **now) {
+            change.update(before, now);
+        }
+        match (&read.freeze, &attached.freeze) {
+            (None, Some(made)) => {
+                change.create(made);
+            }
+            (Some(before), Some(now)) if before.value != *now => {
+                change.update(before, now);
+            }
+            _ => {}
+        }
+        let project = attached.guest.guest.project;
+        let guest_id = attached.guest.guest.id;
+        let mut context = Context::system();
+        if let (Some(before), Some(mut operation)) = (&read.operation, attached.operation) {
+            context = Context::of_operation(&before.value);
+            self.progress.apply(operation.id, &mut operation.progress);
+            if let Some(progress) = &details.progress {
+                super::progress::merge(&mut operation.progress, progress);
+            }
+            if operation != before.operation {
+                let mut record = OperationRecord { operation, work: before.work.clone() };
+                change.update_operation(before, &mut record);
+                if record.operation.phase != before.operation.phase {
+                    Self::log_phase(&record.operation);
+                }
+            }
+        }
+        if was != now {
+            change.event(
+                EventDraft::new("guest.switched")
+                    .project(project)
+                    .guest(guest_id)
+                    .host(host_of(now.owner))
+                    .operation(read.operation.as_ref().map(|record| record.operation.id))
+                    .data(serde_json::json!({ "from": was, "to": now })),
+            );
+        }
+        for alarm in alarms {
+            Self::raise(*alarm);
+            change.event(
+                EventDraft::new("guest.alarm")
+                    .project(project)
+                    .guest(guest_id)
+                    .data(serde_json::json!({ "alarm": alarm, "text": alarm.to_string() })),
+            );
+        }
+        self.state.commit(&context, change).await?;
+        Ok(Step { guest: attached.guest, is_overlay_changed })
+    }
+
+    /// After a step is durable: the overlay, then the orders.
+    async fn speak(&self, step: &Step, orders: Vec<Order>) {
+        if step.is_overlay_changed {
+            self.overlay.notify_one();
+        }
+        self.send_these(&step.guest, orders.into_iter()).await;
+    }
+
+    /// Sends orders with what is needed to carry them out.
+    pub(crate) async fn send_these(&self, guest: &GuestRecord, orders: impl Iterator<Item = Order> + Send) {
+        for order in orders {
+            if !self.sessions.is_open(order.to) {
+                continue;
+            }
+            let assignment = match self.assignment_for(guest, &order).await {
+                Ok(assignment) => assignment.map(Box::new),
+                Err(error) => {
+                    warn!(guest = %guest.guest.id, host = %order.to, "an order cannot be sent now: {}", crate::chain(&error));
+                    continue;
+                }
+            };
+            let directive = Directive::Order { guest: guest.guest.id, order: order.body, assignment };
+            self.sessions.send(order.to, directive);
+        }
+    }
+
+    /// An operation that REST accepted: becomes the guest's current one and leaves the plan.
+    pub(super) async fn begin(&self, id: OperationId) -> Result<(), EngineError> {
+        let step = retry_conflicts(|| async {
+            let Some(record) = self.state.read::<OperationRecord>(&id).await? else { return Ok(None) };
+            if record.operation.phase != Phase::Plan {
+                return Ok(None);
+            }
+            let Some(guest) = record.operation.guest else { return Ok(None) };
+            let Some(read) = self.read_guest(guest, Some(id)).await? else { return Ok(None) };
+            let Some(kind) = kind_of(&record.value, &read.guest.value) else {
+                return Err(EngineError::Broken(format!("operation {id} names no host to run on")));
+            };
+            let begun = handover::begin(&read.guest.owner, &BeginRequest { operation: id, kind, group: false });
+            let begun = match begun {
+                Ok(begun) => begun,
+                // It waits for the one before; the repeat tries again.
+                Err(handover::BeginRefusal::Busy(other)) if other != id => return Ok(None),
+                Err(handover::BeginRefusal::BlocksMissing) => return Ok(None),
+                Err(refusal) => {
+                    self.refuse(&record, Problem::new(Code::WrongState, refusal.to_string())).await?;
+                    return Ok(None);
+                }
+            };
+            let after = handover::leave_plan(&begun, id).unwrap_or(begun);
+            let orders = after.orders();
+            let step = self.write(read, after, &[], &ReportDetails::default(), &[]).await?;
+            Ok(Some((step, orders)))
+        })
+        .await?;
+        if let Some((step, orders)) = step {
+            self.speak(&step, orders).await;
+        }
+        Ok(())
+    }
+
+    /// Ends an operation that never began.
+    async fn refuse(&self, record: &Stored<OperationRecord>, problem: Problem) -> Result<(), EngineError> {
+        let mut now = record.value.clone();
+        now.operation.phase = Phase::RolledBack;
+        now.operation.error = Some(problem);
+        let mut change = Change::new();
+        if let Some(guest) = now.operation.guest
+            && let Some(before) = self.state.read::<GuestRecord>(&guest).await?
+            && before.guest.operation == Some(now.operation.id)
+        {
+            let mut guest = before.value.clone();
+            guest.guest.operation = None;
+            change.update(&before, &guest);
+        }
+        change.update_operation(record, &mut now);
+        self.state.commit(&Context::of_operation(&record.value), change).await?;
+        Ok(())
+    }
+
+    /// A wish to cancel.
+    pub(super) async fn cancel(&self, id: OperationId) -> Result<(), EngineError> {
+        self.abort(id, AbortReason::Cancelled, None).await
+    }
+
+    /// Aborts an operation if it is not decided yet.
+    pub(super) async fn abort(
+        &self,
+        id: OperationId,
+        reason: AbortReason,
+        problem: Option<Problem>,
+    ) -> Result<(), EngineError> {
+        let details = ReportDetails { problem, ..ReportDetails::default() };
+        let step = retry_conflicts(|| async {
+            let Some(record) = self.state.read::<OperationRecord>(&id).await? else { return Ok(None) };
+            let Some(guest) = record.operation.guest else { return Ok(None) };
+            let Some(read) = self.read_guest(guest, Some(id)).await? else { return Ok(None) };
+            match handover::request_abort(&read.guest.owner, id, reason) {
+                handover::AbortDecision::Aborted { record: after } => {
+                    let orders = after.orders();
+                    Ok(Some((self.write(read, *after, &[], &details, &[]).await?, orders)))
+                }
+                handover::AbortDecision::UnknownOperation if record.operation.phase == Phase::Plan => {
+                    let problem = details.problem.clone().unwrap_or_else(|| effects::abort_problem(reason));
+                    self.refuse(&record, problem).await?;
+                    Ok(None)
+                }
+                // Too late, or done already: what was decided stands.
+                _ => Ok::<_, EngineError>(None),
+            }
+        })
+        .await?;
+        if let Some((step, orders)) = step {
+            self.speak(&step, orders).await;
+        }
+        Ok(())
+    }
+
+    /// Gives up what takes too long and can still be given up.
+    pub(super) async fn enforce_deadlines(&self, record: &OperationRecord) -> Result<(), EngineError> {
+        let operation = &record.operation;
+        let now_ms = unix_ms();
+        let entered = |phase| operation.phase_times.iter().rev().find(|time| time.phase == phase).map(|time| time.at_ms);
+        let is_over = |since: Option<u64>, budget: u64| since.is_some_and(|since| now_ms > since.saturating_add(budget));
+        let late = match (operation.phase, &record.work) {
+            (Phase::Prepare, _) if is_over(entered(Phase::Prepare), PREPARE_BUDGET_MS) => {
+                Some(format!("the destination was not ready within {} s; see its agent's log", PREPARE_BUDGET_MS / 1000))
+            }
+            (Phase::Plan | Phase::Prepare | Phase::Copy, Work::GuestMigrate { options }) => options
+                .deadline_ms
+                .filter(|deadline| is_over(Some(operation.created_at_ms), *deadline))
+                .map(|deadline| format!("the switch had not come {deadline} ms after the request: its deadline")),
+            (Phase::Copy, Work::GuestFreeze { .. } | Work::GuestStart | Work::GuestThaw { .. })
+                if is_over(entered(Phase::Copy), COPY_BUDGET_MS) =>
+            {
+                Some(format!("it was not complete within {} min", COPY_BUDGET_MS / 60_000))
+            }
+            _ => None,
+        };
+        match late {
+            Some(why) => {
+                let problem = Problem::new(Code::HostUnavailable, why);
+                self.abort(operation.id, AbortReason::Deadline, Some(problem)).await
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// A report of the ownership protocol.
+    pub(super) async fn report(
+        &self,
+        host: HostId,
+        guest: GuestId,
+        report: &Report,
+        details: &ReportDetails,
+    ) -> Result<(), EngineError> {
+        let stamps = match report {
+            Report::RequestSwitch(request) => request.volumes.as_slice(),
+            _ => &[],
+        };
+        let done = retry_conflicts(|| async {
+            let Some(read) = self.read_guest(guest, None).await? else { return Ok(None) };
+            if let Some(why) = refuse_incomplete(&read, report, details) {
+                return Err(EngineError::Broken(why));
+            }
+            let Accepted { record, orders, alarms, group } =
+                handover::accept(&read.guest.owner, host, report, WhenOpen::Abort);
+            if group != GroupNeed::None {
+                debug!(%guest, "a group's step without groups");
+            }
+            let Some(after) = record else {
+                let guest = read.guest.value;
+                return Ok(Some((Step { guest, is_overlay_changed: false }, orders)));
+            };
+            let step = self.write(read, after, stamps, details, &alarms).await?;
+            Ok::<_, EngineError>(Some((step, orders)))
+        })
+        .await?;
+        match done {
+            Some((step, orders)) => self.speak(&step, orders).await,
+            None => self.unknown_guest(host, guest, report),
+        }
+        Ok(())
+    }
+
+    /// A decision of the controller itself about a guest's ownership.
+    pub(super) async fn decide(
+        &self,
+        guest: GuestId,
+        decide: impl Fn(&OwnerRecord) -> Option<(OwnerRecord, Vec<Alarm>)> + Sync,
+    ) -> Result<(), EngineError> {
+        let done = retry_conflicts(|| async {
+            let Some(read) = self.read_guest(guest, None).await? else { return Ok(None) };
+            let Some((after, alarms)) = decide(&read.guest.owner) else { return Ok(None) };
+            let orders = after.orders();
+            let step = self.write(read, after, &[], &ReportDetails::default(), &alarms).await?;
+            Ok::<_, EngineError>(Some((step, orders)))
+        })
+        .await?;
+        if let Some((step, orders)) = done {
+            self.speak(&step, orders).await;
+        }
+        Ok(())
+    }
+
+    /// A host tells of a guest that is not (any more): whatever it holds has no owner.
+    fn unknown_guest(&self, host: HostId, guest: GuestId, report: &Report) {
+        debug!(%host, %guest, ?report, "a report about a guest that is not known");
+        self.sessions.send(host, Directive::Discard { guest });
+    }
+}
+
+/// A freeze may only be committed together with what it holds, complete.
+fn refuse_incomplete(read: &Read, report: &Report, details: &ReportDetails) -> Option<String> {
+    let (Report::RequestSwitch(request), Some(op)) = (report, &read.guest.owner.operation) else { return None };
+    if op.id != request.operation || !matches!(op.kind, handover::OperationKind::Freeze { .. }) {
+        return None;
+    }
+    let Some(frozen) = &details.frozen else {
+        return Some("a freeze was to be committed without its content".into());
+    };
+    let is_complete = read.volumes.iter().all(|volume| frozen.volumes.iter().any(|f| f.volume == volume.id));
+    (!is_complete).then(|| "a freeze was to be committed without all volumes".to_owned())
+}
+
+/// The protocol's kind for an operation; none when a host is missing.
+fn kind_of(record: &OperationRecord, guest: &GuestRecord) -> Option<handover::OperationKind> {
+    use handover::OperationKind as Kind;
+    let to = record.operation.destination;
+    Some(match (&record.work, record.operation.kind) {
+        (Work::GuestStart, _) if matches!(guest.owner.owner, handover::Owner::Lost(_)) => {
+            Kind::RestartFromVolume { to: to? }
+        }
+        (Work::GuestStart, _) => Kind::Start { to: to? },
+        (Work::GuestStop { .. }, _) => Kind::Stop,
+        (Work::GuestMigrate { .. }, _) => Kind::Migrate { to: to?, post_copy: false },
+        (Work::GuestFreeze { freeze }, _) => Kind::Freeze { freeze: *freeze },
+        (Work::GuestThaw { freeze }, _) => Kind::Thaw { freeze: *freeze, to: to? },
+        (Work::ImageImport { .. } | Work::GuestDelete, OperationKind::ImageImport | _) => return None,
+    })
+}

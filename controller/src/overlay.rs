@@ -1,0 +1,161 @@
+//! The overlay as each host must know it: made from the records, a pure function.
+//!
+//! A host is told only the networks in which it has a port (or is preparing one, or still forwards for one): what it is
+//! not told it cannot leak.
+
+use std::collections::BTreeSet;
+
+use supercloud_api::{Guest, Host, HostState, Network, Port, ids::HostId};
+use supercloud_sdn::view::{HostView, NetworkView, OverlayView, PortView};
+
+/// Why a record cannot be part of a view.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{what} of {owner} is '{value}', which is not acceptable in an overlay")]
+pub struct BadRecord {
+    what: &'static str,
+    owner: String,
+    value: String,
+}
+
+/// Whether a port concerns a host.
+fn concerns(port: &Port, host: HostId) -> bool {
+    port.host == Some(host) || port.prepared_at == Some(host) || port.moved_from == Some(host)
+}
+
+/// The view of one host.
+///
+/// # Errors
+/// When a record holds an address that is none: a fault of ours, for the log.
+pub fn view_for(
+    host: HostId,
+    revision: u64,
+    hosts: &[Host],
+    networks: &[Network],
+    ports: &[Port],
+    guests: &[Guest],
+) -> Result<OverlayView, BadRecord> {
+    let mine: BTreeSet<_> = ports.iter().filter(|port| concerns(port, host)).map(|port| port.network).collect();
+    let ports: Vec<&Port> = ports.iter().filter(|port| mine.contains(&port.network)).collect();
+    let needed: BTreeSet<HostId> = ports
+        .iter()
+        .flat_map(|port| [port.host, port.prepared_at, port.moved_from])
+        .flatten()
+        .chain([host])
+        .collect();
+    let hosts = hosts
+        .iter()
+        .filter(|record| needed.contains(&record.id) && record.state != HostState::Removed)
+        .filter_map(|record| {
+            let overlay_addr = record.overlay_address?;
+            Some(HostView { host: record.id, overlay_addr, index: record.overlay_index })
+        })
+        .collect::<Vec<_>>();
+    let known: BTreeSet<HostId> = hosts.iter().map(|host| host.host).collect();
+    let networks = networks
+        .iter()
+        .filter(|network| mine.contains(&network.id))
+        .map(|network| {
+            Ok(NetworkView {
+                network: network.id,
+                project: network.project,
+                vni: network.vni,
+                cidr: network.cidr.parse().map_err(|_| BadRecord {
+                    what: "cidr",
+                    owner: network.id.to_string(),
+                    value: network.cidr.clone(),
+                })?,
+                cidr6: None,
+                gateway: network.gateway,
+                dns: network.dns.clone(),
+                mtu: network.mtu,
+            })
+        })
+        .collect::<Result<_, BadRecord>>()?;
+    // A host without an overlay address has no tunnel: a port there is as good as nowhere.
+    let reachable = |host: Option<HostId>| host.filter(|host| known.contains(host));
+    let ports = ports
+        .into_iter()
+        .map(|port| {
+            Ok(PortView {
+                port: port.id,
+                network: port.network,
+                mac: port.mac.parse().map_err(|_| BadRecord {
+                    what: "mac",
+                    owner: port.id.to_string(),
+                    value: port.mac.clone(),
+                })?,
+                ipv4: port.ipv4,
+                ipv6: None,
+                hostname: guests.iter().find(|guest| guest.id == port.guest).map(|guest| guest.name.to_string()),
+                host: reachable(port.host),
+                epoch: port.epoch,
+                prepared_at: reachable(port.prepared_at),
+                moved_from: reachable(port.moved_from),
+            })
+        })
+        .collect::<Result<_, BadRecord>>()?;
+    Ok(OverlayView { revision, hosts, networks, ports })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+    use supercloud_api::ids::{CloudId, GuestId, NetworkId, PortId, ProjectId};
+
+    use super::*;
+
+    fn host(index: u16) -> Host {
+        serde_json::from_value(json!({
+            "id": HostId::generate(), "name": format!("h{index}"), "cloud": CloudId::generate(), "cloud_name": "c",
+            "state": "up", "data_address": null, "overlay_address": format!("198.19.1.{index}"), "overlay_index": index,
+            "capacity": {"vcpus": 1, "memory_bytes": 1, "disk_bytes": 1},
+            "used": {"vcpus": 0, "memory_bytes": 0, "disk_bytes": 0}, "compat_classes": [], "probe": {},
+            "agent_version": "", "certificate_sha256": "", "last_seen_ms": 0, "created_at_ms": 0,
+        }))
+        .unwrap()
+    }
+
+    fn network(vni: u32) -> Network {
+        serde_json::from_value(json!({
+            "id": NetworkId::generate(), "project": ProjectId::generate(), "name": "lan", "cidr": "10.1.0.0/24",
+            "gateway": "10.1.0.1", "dns": [], "vni": vni, "mtu": 1450, "created_at_ms": 0,
+        }))
+        .unwrap()
+    }
+
+    fn port(network: &Network, last: u8, host: Option<&Host>) -> Port {
+        serde_json::from_value(json!({
+            "id": PortId::generate(), "network": network.id, "project": network.project, "guest": GuestId::generate(),
+            "mac": format!("02:00:00:00:00:{last:02x}"), "ipv4": format!("10.1.0.{last}"), "host": host.map(|h| h.id),
+            "epoch": 1, "prepared_at": null, "moved_from": null,
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn a_host_is_told_only_the_networks_it_has_a_part_in() {
+        let hosts = [host(1), host(2), host(3)];
+        let nets = [network(10), network(11)];
+        let ports =
+            [port(&nets[0], 2, Some(&hosts[0])), port(&nets[0], 3, Some(&hosts[1])), port(&nets[1], 2, Some(&hosts[2]))];
+        let view = |i: usize| view_for(hosts[i].id, 7, &hosts, &nets, &ports, &[]).unwrap();
+        let first = view(0);
+        assert!(first.check().is_ok());
+        assert_eq!((first.networks.len(), first.ports.len(), first.hosts.len()), (1, 2, 2));
+        assert_eq!(view(2).networks[0].vni, 11);
+        assert_eq!(view(2).ports.len(), 1);
+    }
+
+    #[test]
+    fn the_destination_of_a_move_and_its_source_stay_in_the_picture() {
+        let hosts = [host(1), host(2)];
+        let nets = [network(10)];
+        let mut ports = [port(&nets[0], 2, Some(&hosts[0]))];
+        ports[0].prepared_at = Some(hosts[1].id);
+        assert_eq!(view_for(hosts[1].id, 1, &hosts, &nets, &ports, &[]).unwrap().ports.len(), 1);
+        ports[0] = Port { host: Some(hosts[1].id), prepared_at: None, moved_from: Some(hosts[0].id), ..ports[0].clone() };
+        let source = view_for(hosts[0].id, 2, &hosts, &nets, &ports, &[]).unwrap();
+        assert_eq!(source.ports[0].moved_from, Some(hosts[0].id));
+        assert_eq!(source.hosts.len(), 2);
+    }
+}
