@@ -193,6 +193,10 @@ proptest! {
                             prop_assert_eq!(packet[&Field::TunnelId], (net.vni | FORWARDED).into());
                         }
                     }
+                    let mut frame = unicast(p.mac, MacAddr::BROADCAST);
+                    frame.insert(Field::TunnelId, net.vni.into());
+                    let out = overlay_sim::process(&world.tables[host], 1000 + peer as u32, &frame);
+                    prop_assert!(out.iter().all(|(to, _)| *to < 1000), "{:?}", out);
                 }
             }
         }
