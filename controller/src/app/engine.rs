@@ -11,11 +11,11 @@ use crate::{
     chain,
     link::{self, ChunkServer, LinkHandler, Sessions},
     markets::FeedMarkets,
-    operations::{self, Engine, Reach, progress::ProgressBoard},
+    operations::{self, Engine, Reach},
 };
 
 /// Starts the engine and all that belongs to it.
-pub(super) async fn start(parts: &Parts, progress: ProgressBoard) -> Result<Arc<Engine>, StartError> {
+pub(super) async fn start(parts: &Parts) -> Result<Arc<Engine>, StartError> {
     let config = &parts.config;
     let identity = parts.authority.server_identity(&config.names)?;
     let certificate_sha256 = identity.chain.first().map(tls::fingerprint).unwrap_or_default();
@@ -35,6 +35,11 @@ pub(super) async fn start(parts: &Parts, progress: ProgressBoard) -> Result<Arc<
         .await
         .map_err(|source| StartError::Listen { address: config.link_listen, source })?;
     let port = listener.local_addr().map_or(config.link_listen.port(), |address| address.port());
+    // A port that the system chose is known only now.
+    let link_address = match (&config.link_address, config.link_listen.port()) {
+        (None, 0) => format!("{}:{port}", config.names[0]),
+        _ => config.link_address(),
+    };
     let sessions = Sessions::default();
     let (engine, imports) = Engine::new(operations::Parts {
         state: parts.state.clone(),
@@ -43,11 +48,11 @@ pub(super) async fn start(parts: &Parts, progress: ProgressBoard) -> Result<Arc<
         keys: Arc::clone(&parts.keys),
         authority: Arc::clone(&parts.authority),
         reach: Reach {
-            link_address: config.link_address_for(port),
+            link_address,
             api_url: config.api_url(),
             certificate_sha256: certificate_sha256.clone(),
         },
-        progress,
+        progress: parts.progress.clone(),
         store: Arc::clone(&store),
         uploads: config.uploads_dir(),
     });

@@ -6,6 +6,7 @@
 //! ```
 
 mod config;
+mod engine;
 mod open;
 
 use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
@@ -19,6 +20,8 @@ use crate::{
     auth::{self, BootstrapError},
     ca::{Authority, CaError},
     keys::{KeyFileError, Keys},
+    markets::MarketsError,
+    operations::progress::ProgressBoard,
     price_board::Markets,
     state::{LiveHosts, State, StateError},
 };
@@ -41,6 +44,8 @@ pub struct Parts {
     pub hosts: LiveHosts,
     /// Where a price feed posts its board.
     pub markets: Markets,
+    /// How far operations are, newer than their records.
+    pub progress: ProgressBoard,
     /// Cancelled when the controller ends.
     pub stop: CancellationToken,
     tasks: TaskTracker,
@@ -113,6 +118,12 @@ pub enum StartError {
     /// TLS.
     #[error("TLS cannot be set up: {0}")]
     Tls(String),
+    /// The origin store of images.
+    #[error("the chunk store cannot be opened: {0}")]
+    Chunks(String),
+    /// The price feed.
+    #[error("the price feed")]
+    Feed(#[from] MarketsError),
     /// A thread ended early.
     #[error("the start was interrupted")]
     Interrupted,
@@ -163,6 +174,7 @@ impl Controller {
             authority: Arc::new(authority),
             hosts: LiveHosts::default(),
             markets: Markets::default(),
+            progress: ProgressBoard::default(),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
         };
@@ -189,7 +201,7 @@ impl Controller {
 
 /// Starts everything that runs. What carries operations out starts before REST, which accepts them.
 async fn start_parts(parts: &Parts) -> Result<SocketAddr, StartError> {
-    let _ = parts;
+    engine::start(parts).await?;
     Ok(parts.config.listen)
 }
 

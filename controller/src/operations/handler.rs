@@ -279,11 +279,11 @@ impl Engine {
         })
     }
 
-    /// What the controller does when an operator has declared a host lost (proof is the operator's).
+    /// What follows when an operator has removed a host (the proof that it is gone is the operator's). Idempotent.
     ///
     /// # Errors
     /// When the state does not answer; what was done for some guests stays done.
-    pub async fn host_lost(&self, host: HostId) -> Result<(), EngineError> {
+    pub(super) async fn host_lost(&self, host: HostId) -> Result<(), EngineError> {
         self.sessions.drop_host(host);
         let guests = self.state.list::<GuestRecord>().await?;
         for guest in guests {

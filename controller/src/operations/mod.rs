@@ -32,7 +32,7 @@ use crate::{
     chain,
     keys::Keys,
     link::Sessions,
-    state::{AsConflict, GuestRecord, LiveHosts, OperationRecord, Seen, State, StateError, Work},
+    state::{AsConflict, GuestRecord, HostRecord, LiveHosts, OperationRecord, Seen, State, StateError, Work},
 };
 use progress::ProgressBoard;
 
@@ -208,6 +208,11 @@ impl Engine {
         for guest in self.state.list::<GuestRecord>().await? {
             if guest.owner.operation.is_some() || !guest.owner.holders.is_empty() {
                 self.send_orders(&guest.value, None).await;
+            }
+        }
+        for host in self.state.list::<HostRecord>().await? {
+            if host.is_removed {
+                self.host_lost(host.host.id).await?;
             }
         }
         Ok(())
