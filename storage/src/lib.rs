@@ -22,10 +22,13 @@ pub mod backend;
 pub mod chunk;
 pub mod key;
 pub mod manifest;
+pub mod nbd;
+pub mod peer;
 pub mod process;
 pub mod source;
 mod sparse;
 pub mod transfer;
+pub mod volume;
 pub mod wire;
 
 /// Bytes of one block: the unit of manifests, of the volume map and of transfer between hosts.

@@ -1,4 +1,5 @@
 //! Images in and out, against the real qemu-img.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{
     os::unix::fs::FileExt as _,

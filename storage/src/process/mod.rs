@@ -11,8 +11,13 @@
 mod client;
 mod config;
 pub mod control;
+mod jobs;
+mod orders;
+mod serve;
+mod sockets;
 
 pub use self::{
     client::{ClientError, VolumeClient},
     config::{ConfigError, KeySource, NbdMode, StartRole, VolumeProcessConfig},
+    serve::{ProcessError, run},
 };

@@ -1,0 +1,16 @@
+//! An NBD server of our own: how QEMU, and every NBD client, reaches a volume.
+//!
+//! Fixed newstyle handshake on a unix socket, one export, one client at a time; structured replies when asked for;
+//! FLUSH, FUA, TRIM, WRITE_ZEROES, CACHE. Protocol: NetworkBlockDevice's `doc/proto.md`.
+//!
+//! The client is hostile: lengths are capped before anything is allocated, requests and bytes under way are bounded,
+//! the handshake has a deadline.
+
+mod handshake;
+mod proto;
+mod session;
+
+pub use self::{
+    proto::{MAX_REQUEST_BYTES, NbdError},
+    session::serve_nbd,
+};

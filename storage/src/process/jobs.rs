@@ -1,0 +1,184 @@
+//! What runs in the background on the agent's order: pre-copy, fetch, publish. One of each at most.
+
+use std::{future::Future, sync::Arc, time::Duration};
+
+use tokio::{sync::watch, task::JoinHandle};
+use tokio_util::sync::CancellationToken;
+
+use super::control::{PreCopyStatus, PublishStatus};
+use crate::{
+    backend::ObjectStore,
+    volume::{FetchLimit, Volume, VolumeError, chain},
+};
+
+/// The pause after the source could not be asked.
+const RETRY_PAUSE: Duration = Duration::from_secs(1);
+
+/// A task that is cancelled and waited for.
+#[derive(Debug)]
+struct Job {
+    cancel: CancellationToken,
+    handle: JoinHandle<()>,
+}
+
+impl Job {
+    fn start<F: Future<Output = ()> + Send + 'static>(work: impl FnOnce(CancellationToken) -> F) -> Self {
+        let cancel = CancellationToken::new();
+        Self { handle: tokio::spawn(work(cancel.clone())), cancel }
+    }
+
+    fn is_running(&self) -> bool {
+        !self.handle.is_finished()
+    }
+
+    async fn stop(self) {
+        self.cancel.cancel();
+        // An error means that it panicked, which was logged.
+        let _ = self.handle.await;
+    }
+}
+
+/// The background work of one volume.
+#[derive(Debug)]
+pub(super) struct Jobs {
+    volume: Volume,
+    store: Arc<dyn ObjectStore>,
+    pre_copy: Option<Job>,
+    fetch: Option<Job>,
+    publish: Option<Job>,
+    pre_copy_limit: Arc<FetchLimit>,
+    fetch_limit: Arc<FetchLimit>,
+    pre_copy_status: Arc<watch::Sender<PreCopyStatus>>,
+    publish_status: Arc<watch::Sender<PublishStatus>>,
+}
+
+fn is_running(job: Option<&Job>) -> bool {
+    job.is_some_and(Job::is_running)
+}
+
+impl Jobs {
+    pub(super) fn new(volume: Volume, store: Arc<dyn ObjectStore>) -> Self {
+        Self {
+            volume,
+            store,
+            pre_copy: None,
+            fetch: None,
+            publish: None,
+            pre_copy_limit: Arc::default(),
+            fetch_limit: Arc::default(),
+            pre_copy_status: Arc::new(watch::Sender::new(PreCopyStatus::default())),
+            publish_status: Arc::new(watch::Sender::new(PublishStatus::None)),
+        }
+    }
+
+    pub(super) fn pre_copy_status(&self) -> PreCopyStatus {
+        PreCopyStatus { is_running: is_running(self.pre_copy.as_ref()), ..*self.pre_copy_status.borrow() }
+    }
+
+    pub(super) fn publish_status(&self) -> PublishStatus {
+        self.publish_status.borrow().clone()
+    }
+
+    pub(super) fn is_fetching(&self) -> bool {
+        is_running(self.fetch.as_ref())
+    }
+
+    pub(super) fn start_pre_copy(&mut self, bytes_per_s: Option<u64>) {
+        self.pre_copy_limit.set(bytes_per_s);
+        if is_running(self.pre_copy.as_ref()) {
+            return;
+        }
+        let (volume, limit, status) = (self.volume.clone(), self.pre_copy_limit.clone(), self.pre_copy_status.clone());
+        status.send_replace(PreCopyStatus::default());
+        self.pre_copy = Some(Job::start(move |cancel| async move {
+            until(&cancel, "pre-copy", || volume.pre_copy(&limit, &status)).await;
+        }));
+    }
+
+    pub(super) async fn stop_pre_copy(&mut self) {
+        if let Some(job) = self.pre_copy.take() {
+            job.stop().await;
+        }
+    }
+
+    pub(super) fn start_fetch(&mut self, bytes_per_s: Option<u64>) {
+        self.fetch_limit.set(bytes_per_s);
+        if is_running(self.fetch.as_ref()) {
+            return;
+        }
+        let (volume, limit) = (self.volume.clone(), self.fetch_limit.clone());
+        self.fetch = Some(Job::start(move |cancel| async move {
+            until(&cancel, "background fetch", || volume.fetch_all(&limit)).await;
+        }));
+    }
+
+    pub(super) async fn stop_fetch(&mut self) {
+        if let Some(job) = self.fetch.take() {
+            job.stop().await;
+        }
+    }
+
+    pub(super) fn start_publish(&mut self) {
+        if is_running(self.publish.as_ref()) {
+            return;
+        }
+        let (volume, store, status) = (self.volume.clone(), self.store.clone(), self.publish_status.clone());
+        status.send_replace(PublishStatus::Running { done_blocks: 0, total_blocks: volume.changed_blocks() });
+        self.publish = Some(Job::start(move |cancel| async move {
+            let told = status.clone();
+            // `Done` is told once, by us: what it is told with must be all there is.
+            let progress = move |progress: PublishStatus| {
+                if matches!(progress, PublishStatus::Running { .. }) {
+                    told.send_replace(progress);
+                }
+            };
+            status.send_replace(match volume.publish(&store, &cancel, progress).await {
+                Ok(done) => PublishStatus::Done {
+                    root: done.root,
+                    total_blocks: done.total_blocks,
+                    stored_bytes: done.stored_bytes,
+                },
+                Err(error) => PublishStatus::Failed { message: chain(&error) },
+            });
+        }));
+    }
+
+    pub(super) async fn stop_publish(&mut self) {
+        if let Some(job) = self.publish.take() {
+            job.stop().await;
+        }
+    }
+
+    pub(super) async fn stop_all(&mut self) {
+        self.stop_pre_copy().await;
+        self.stop_fetch().await;
+        self.stop_publish().await;
+    }
+}
+
+/// Runs work again and again while the source cannot be asked; ends when it is done, refused or cancelled.
+async fn until<F>(cancel: &CancellationToken, what: &str, work: impl Fn() -> F)
+where
+    F: Future<Output = Result<(), VolumeError>>,
+{
+    loop {
+        let result = tokio::select! {
+            () = cancel.cancelled() => return,
+            result = work() => result,
+        };
+        match result {
+            Ok(()) => return,
+            Err(error @ (VolumeError::Source(_) | VolumeError::NoSource | VolumeError::Map { .. })) => {
+                tracing::warn!(error = chain(&error), "{what} will be tried again");
+            }
+            Err(error) => {
+                tracing::error!(error = chain(&error), "{what} ended");
+                return;
+            }
+        }
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            () = tokio::time::sleep(RETRY_PAUSE) => {}
+        }
+    }
+}
