@@ -105,7 +105,9 @@ impl<K: Eq + Hash + Copy> InFlight<K> {
 
     /// Claims `key` unless somebody fetches it.
     pub(super) fn try_claim(&self, key: K) -> Option<Claim<'_, K>> {
-        self.lock().insert(key).then_some(Claim { all: self, key })
+        let is_new = self.lock().insert(key);
+        // Made only when it is one: a claim that is dropped gives the key free.
+        is_new.then(|| Claim { all: self, key })
     }
 }
 
