@@ -381,9 +381,11 @@ fn lost_after_switch(record: &OwnerRecord, from: HostId, operation: OperationId,
         };
     }
     let open = record.current(operation).is_some_and(|op| op.grant().is_some() && op.destination_open);
-    // A move that failed for another reason may still have had its destination fetching.
+    // A move that failed for want of another's blocks may still have had its destination fetching.
+    let fetching = record.holders.iter().any(|holder| holder.needed);
     let failed = record.last.is_some_and(|last| last.operation == operation && last.phase == Phase::Failed)
-        && record.operation.is_none();
+        && record.operation.is_none()
+        && fetching;
     if !open && !failed {
         return Accepted::nothing();
     }

@@ -19,8 +19,8 @@ fn owned_by(host: HostId) -> OwnerRecord {
 }
 
 fn begun(record: &OwnerRecord, operation: OperationId, kind: OperationKind) -> OwnerRecord {
-    let record = begin(record, &BeginRequest { operation, kind, group: false }).unwrap();
-    leave_plan(&record, operation).unwrap()
+    let record = begin(record, &BeginRequest { operation, kind, group: false }).expect("can begin");
+    leave_plan(&record, operation).expect("is in its plan")
 }
 
 fn migrating(n: &Names) -> OwnerRecord {
@@ -28,7 +28,7 @@ fn migrating(n: &Names) -> OwnerRecord {
 }
 
 fn request(record: &OwnerRecord) -> SwitchRequest {
-    let op = record.operation.as_ref().unwrap();
+    let op = record.operation.as_ref().expect("is under way");
     SwitchRequest { guest: record.guest, operation: op.id, from: op.from, to: op.kind.target(), volumes: Vec::new() }
 }
 
@@ -217,7 +217,11 @@ fn a_lost_destination_after_the_switch_is_an_alarm_and_the_source_is_kept() {
 fn group(n: &Names) -> Vec<OwnerRecord> {
     let kind = OperationKind::Migrate { to: n.b, post_copy: false };
     let request = BeginRequest { operation: n.op, kind, group: true };
-    (0..3).map(|_| leave_plan(&begin(&owned_by(n.a), &request).unwrap(), n.op).unwrap()).collect()
+    let member = |_| {
+        let record = begin(&owned_by(n.a), &request).expect("can begin");
+        leave_plan(&record, n.op).expect("is in its plan")
+    };
+    (0..3).map(member).collect()
 }
 
 #[test]

@@ -31,14 +31,22 @@ struct Names {
     freezes: Vec<FreezeId>,
 }
 
+/// The same ids in every run: damage to their text must be the same, too.
+fn ids<T: std::str::FromStr>(prefix: &str, count: usize) -> Vec<T>
+where
+    T::Err: std::fmt::Debug,
+{
+    (1..=count).map(|n| format!("{prefix}-00000000-0000-7000-8000-{n:012x}").parse().expect("an id")).collect()
+}
+
 impl Names {
     fn new(seed: u64) -> Self {
         Self {
             dice: Dice(seed),
-            guests: (0..2).map(|_| GuestId::generate()).collect(),
-            hosts: (0..3).map(|_| HostId::generate()).collect(),
-            operations: (0..4).map(|_| OperationId::generate()).collect(),
-            freezes: (0..2).map(|_| FreezeId::generate()).collect(),
+            guests: ids("gst", 2),
+            hosts: ids("hst", 3),
+            operations: ids("opn", 4),
+            freezes: ids("frz", 2),
         }
     }
 
@@ -90,7 +98,7 @@ impl Names {
     }
 
     fn volumes(&mut self) -> Vec<VolumeStamp> {
-        let volume = VolumeStamp { volume: VolumeId::generate(), root: [7; 32], version: 1 };
+        let volume = VolumeStamp { volume: ids::<VolumeId>("vol", 1)[0], root: [7; 32], version: 1 };
         vec![volume; self.dice.of(&[0, 1, 1, 2, MAX_VOLUMES + 1])]
     }
 

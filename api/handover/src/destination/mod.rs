@@ -255,9 +255,7 @@ impl DestinationHandover {
             return vec![Effect::Refuse(Refusal::OtherHost)];
         }
         match &self.state {
-            State::Idle if grant.turn <= self.ended => self.refuse(),
-            // Granted to what this host held before its own state was lost.
-            State::Idle => self.lose(grant),
+            State::Idle => vec![has_nothing(&grant)],
             _ if self.operation() != Some(grant.operation) => vec![Effect::Refuse(Refusal::NoOperation)],
             State::Complete { plan, .. } | State::Orphaned { plan } if plan.epoch() != grant.epoch => {
                 vec![Effect::Refuse(Refusal::OtherEpoch { mine: plan.epoch(), theirs: grant.epoch })]
@@ -270,12 +268,13 @@ impl DestinationHandover {
             State::Granted { .. } | State::Running { .. } | State::Fetched { .. } | State::Lost { .. } => {
                 self.reports()
             }
-            // Granted without having been complete: this machine's state is older than its request. What is here is not to be trusted.
-            State::Preparing { .. } | State::Receiving { .. } | State::Destroying { .. } => {
-                let mut effects = vec![Effect::DestroyReceived { operation: grant.operation }];
-                effects.extend(self.lose(grant));
+            // Granted without having been complete: what is here is not what the grant is about.
+            State::Preparing { .. } | State::Receiving { .. } => {
+                let mut effects = self.destroy(grant.operation, grant.turn);
+                effects.push(has_nothing(&grant));
                 effects
             }
+            State::Destroying { .. } => vec![has_nothing(&grant)],
             State::Finished { .. } => self.refuse(),
         }
     }
@@ -440,4 +439,10 @@ impl DestinationHandover {
             State::Destroying { .. } | State::Orphaned { .. } | State::Lost { .. } => self.tick(),
         }
     }
+}
+
+/// Granted to what this host held before its own state was lost; or a word from long ago. The controller knows which, and
+/// raises the alarm if it is one.
+fn has_nothing(grant: &Grant) -> Effect {
+    Effect::Send(Report::LostAfterSwitch { operation: grant.operation, epoch: grant.epoch })
 }

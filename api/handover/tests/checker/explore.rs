@@ -1,9 +1,11 @@
 //! Breadth-first exploration of every reachable state, and of what can still be reached from each.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     hash::{DefaultHasher, Hash, Hasher},
 };
+
+use supercloud_handover::Phase;
 
 use crate::world::{Action, Model, Scenario, World};
 
@@ -12,6 +14,8 @@ pub struct Explored {
     pub states: usize,
     pub steps: usize,
     pub settled: usize,
+    /// The ends that operations came to.
+    pub ends: BTreeSet<Phase>,
     /// With the way that leads there.
     pub violation: Option<String>,
 }
@@ -60,6 +64,7 @@ pub fn explore(scenario: Scenario, bound: usize) -> Explored {
         states: graph.worlds.len(),
         steps,
         settled: 0,
+        ends: BTreeSet::new(),
         violation: Some(format!("{name}: {text}\n{}", graph.way(model, at))),
     };
     while at < graph.worlds.len() {
@@ -96,7 +101,11 @@ pub fn explore(scenario: Scenario, bound: usize) -> Explored {
         (0..).zip(&graph.worlds).filter(|(_, world)| model.is_settled(world)).map(|(n, _)| n).collect();
     match stuck(&edges, &settled, graph.worlds.len()) {
         Some(at) => violated(&graph, &model, "from here nothing good can come any more".to_owned(), at, steps),
-        None => Explored { states: graph.worlds.len(), steps, settled: settled.len(), violation: None },
+        None => {
+            let ends =
+                graph.worlds.iter().filter_map(|world| model.record(world).last).map(|last| last.phase).collect();
+            Explored { states: graph.worlds.len(), steps, settled: settled.len(), ends, violation: None }
+        }
     }
 }
 

@@ -182,7 +182,7 @@ impl Model {
         let effect = queue.remove(0);
         w.hosts[n].queue = self.queues.id(queue);
         match effect {
-            LocalEffect::Source(effect) => self.execute_source(w, n, effect)?,
+            LocalEffect::Source(effect) => self.execute_source(w, n, &effect)?,
             LocalEffect::Destination(effect) => self.execute_destination(w, n, effect)?,
         }
         if self.has(Mutation::PersistsTooLate) && self.queues.get(w.hosts[n].queue).is_empty() {
@@ -191,9 +191,9 @@ impl Model {
         Ok(true)
     }
 
-    pub(super) fn execute_source(&mut self, w: &mut World, n: usize, effect: SourceEffect) -> Result<(), Violation> {
+    pub(super) fn execute_source(&mut self, w: &mut World, n: usize, effect: &SourceEffect) -> Result<(), Violation> {
         let h = &mut w.hosts[n];
-        match effect {
+        match *effect {
             SourceEffect::StartCopy(plan) => {
                 if h.by_epoch(byte(plan.epoch)).is_some_and(|p| p.mode == Mode::Running) {
                     h.copying = Some(self.index(plan.operation));
