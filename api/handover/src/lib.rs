@@ -59,6 +59,18 @@
 //! One [`LocalHandover`] per guest. For each event: `step`, persist, carry out the effects in order. After a restart: load;
 //! destroy every process of the guest that carries neither the epoch of the source's machine nor the operation of the
 //! destination's; then [`SourceEvent::Restarted`] and [`DestinationEvent::Restarted`] with what is found.
+//!
+//! The machines have no clock, so the agent has the deadlines: a copy that makes no progress is
+//! [`SourceEvent::CopyFailed`], a source that stays sealed without an answer is [`SourceEvent::PeerLost`] (it then asks
+//! for its guest back), a destination that waits in vain is [`DestinationEvent::ReceiveFailed`]. How soon an undecided
+//! operation is aborted for a source that asks is the controller's choice: [`WhenOpen`].
+//!
+//! The last line is the volumes' own: each refuses what carries an epoch below its newest.
+//!
+//! # What is checked
+//! `tests/checker` explores every interleaving of small scenarios (three hosts, two operations, messages lost, late,
+//! twice and out of order; agents and hosts that die between any two effects) and runs larger ones at random; it finds
+//! each of a list of deliberate defects. `tests/hostile.rs` feeds the machines and the decisions with nonsense.
 
 mod accept;
 mod decide;

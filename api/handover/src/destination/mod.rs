@@ -255,6 +255,7 @@ impl DestinationHandover {
             return vec![Effect::Refuse(Refusal::OtherHost)];
         }
         match &self.state {
+            State::Idle if grant.turn <= self.ended => self.refuse(),
             State::Idle => vec![has_nothing(&grant)],
             _ if self.operation() != Some(grant.operation) => vec![Effect::Refuse(Refusal::NoOperation)],
             State::Complete { plan, .. } | State::Orphaned { plan } if plan.epoch() != grant.epoch => {
@@ -270,7 +271,8 @@ impl DestinationHandover {
             }
             // Granted without having been complete: what is here is not what the grant is about.
             State::Preparing { .. } | State::Receiving { .. } => {
-                let mut effects = self.destroy(grant.operation, grant.turn);
+                // Not remembered as ended: the controller must go on hearing that nothing is here.
+                let mut effects = self.destroy(grant.operation, grant.turn.saturating_sub(1));
                 effects.push(has_nothing(&grant));
                 effects
             }

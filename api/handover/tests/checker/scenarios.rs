@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// Beyond this a scenario needs more memory than a small machine has.
-const BOUND: usize = 20_000_000;
+const BOUND: usize = 8_000_000;
 
 const NONE: Faults = Faults { crashes: 0, reboots: 0, kills: 0, cancels: 0, glitches: 0 };
 
