@@ -3,6 +3,7 @@
 
 use std::io::{self, Read};
 use std::net::{SocketAddr, TcpStream};
+use std::os::fd::AsRawFd;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,7 +14,7 @@ use crate::memory::{self, MemoryStats};
 use crate::report::{self, Report};
 use crate::role::ClientOptions;
 use crate::server::{REPORT_EVERY_MS, STREAM_PORT};
-use crate::{http, pattern};
+use crate::{http, pattern, sys};
 
 /// How long the stream may be silent before it counts as dead: longer than any pause that a move may cause.
 const SILENCE_CAP: Duration = Duration::from_secs(300);
@@ -140,12 +141,33 @@ fn check_for_ever(peer: SocketAddr, state: &State) {
             continue;
         };
         state.connects.fetch_add(1, Ordering::Relaxed);
+        if let Err(error) = ask_whether_alive(&stream) {
+            report::print(&Report::new("client").word("failed", &error.to_string()).finish());
+        }
         // However it ends, it should not have.
         let _ = check(&stream, state);
         state.resets.fetch_add(1, Ordering::Relaxed);
         state.gaps().ended(boot_ms());
         sleep_ms(200);
     }
+}
+
+/// Lets the kernel ask a silent server whether it still knows the stream: one that has started anew says no, which is a
+/// reset; a server that is being moved says nothing, which is none.
+fn ask_whether_alive(stream: &TcpStream) -> io::Result<()> {
+    let options: [(libc::c_int, libc::c_int, libc::c_int); 4] = [
+        (libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1),
+        (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, 2),
+        (libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, 2),
+        // More than the silence that is allowed anyway.
+        (libc::IPPROTO_TCP, libc::TCP_KEEPCNT, 127),
+    ];
+    for (level, option, value) in options {
+        let length = size_of::<libc::c_int>() as libc::socklen_t;
+        // SAFETY: the value is a c_int of the length given.
+        sys::check(unsafe { libc::setsockopt(stream.as_raw_fd(), level, option, (&raw const value).cast(), length) })?;
+    }
+    Ok(())
 }
 
 fn check(mut stream: &TcpStream, state: &State) -> io::Result<()> {

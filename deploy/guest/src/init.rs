@@ -46,12 +46,18 @@ fn boot() -> io::Result<()> {
     let interface = await_interface()?;
     say("interface", interface.name());
     interface.up()?;
-    let lease = await_lease(&interface);
-    apply(&interface, &lease)?;
-    say("address", &format!("{}/{} mtu {}", lease.address, lease.prefix, lease.mtu.unwrap_or(1500)));
-    std::thread::spawn(move || keep_lease(&interface, lease.lease_s));
+    let command_line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    if let Some((address, prefix)) = role::static_address(&command_line) {
+        interface.set_address(address, prefix)?;
+        say("address", &format!("{address}/{prefix}"));
+    } else {
+        let lease = await_lease(&interface);
+        apply(&interface, &lease)?;
+        say("address", &format!("{}/{} mtu {}", lease.address, lease.prefix, lease.mtu.unwrap_or(1500)));
+        std::thread::spawn(move || keep_lease(&interface, lease.lease_s));
+    }
 
-    match await_role() {
+    match await_role(&command_line) {
         Role::Server(options) => server::run(&options),
         Role::Client(options) => client::run(&options),
     };
@@ -117,11 +123,10 @@ fn keep_lease(interface: &Interface, mut lease_s: u32) {
 }
 
 /// The role by kernel command line, file, seed disk or metadata, asked for until there is one.
-fn await_role() -> Role {
-    let command_line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+fn await_role(command_line: &str) -> Role {
     let file = || fs::read_to_string("/etc/role").unwrap_or_default();
     for round in 0_u32.. {
-        let found = role::from_kernel_command_line(&command_line)
+        let found = role::from_kernel_command_line(command_line)
             .or_else(|| role::parse(&file()))
             .or_else(|| role::parse(&seed_text()))
             .or_else(|| role::parse(&user_data().unwrap_or_default()));

@@ -40,9 +40,19 @@ pub fn parse(text: &str) -> Option<Role> {
     text.lines().find_map(parse_line)
 }
 
+/// The address `sc.address=A/PREFIX` on the kernel's command line, for networks without DHCP.
+pub fn static_address(text: &str) -> Option<(Ipv4Addr, u8)> {
+    let value = text.split_whitespace().find_map(|word| word.strip_prefix(ADDRESS))?;
+    let (address, prefix) = value.split_once('/')?;
+    Some((address.parse().ok()?, prefix.parse().ok().filter(|prefix| *prefix <= 32)?))
+}
+
+const ADDRESS: &str = "sc.address=";
+
 /// The role on the kernel's command line.
 pub fn from_kernel_command_line(text: &str) -> Option<Role> {
-    let words: Vec<&str> = text.split_whitespace().filter_map(|word| word.strip_prefix("sc.")).collect();
+    let ours = text.split_whitespace().filter(|word| !word.starts_with(ADDRESS));
+    let words: Vec<&str> = ours.filter_map(|word| word.strip_prefix("sc.")).collect();
     parse_line(&words.join(" "))
 }
 
@@ -70,6 +80,14 @@ fn parse_line(line: &str) -> Option<Role> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn static_addresses() {
+        let line = "quiet sc.address=10.0.0.7/24 sc.role=server";
+        assert_eq!(static_address(line), Some((Ipv4Addr::new(10, 0, 0, 7), 24)));
+        assert!(matches!(from_kernel_command_line(line), Some(Role::Server(_))));
+        assert_eq!(static_address("sc.address=10.0.0.7/33"), None);
+    }
 
     #[test]
     fn roles_are_found_where_they_stand() {

@@ -22,6 +22,7 @@
 pub mod addressing;
 pub mod command;
 pub mod host_init;
+pub mod image;
 pub mod lab;
 pub mod leftovers;
 pub mod libvirt_conf;

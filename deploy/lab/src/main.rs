@@ -10,7 +10,7 @@ use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
 use supercloud_lab::wan::control::Request;
 use supercloud_lab::wan::fabric::FabricSpec;
-use supercloud_lab::{Lab, LabSpec, host_init, netns, state, wan};
+use supercloud_lab::{Lab, LabSpec, host_init, image, netns, state, wan};
 
 const EXAMPLES: &str = "Examples:
   supercloud-lab up                            three clouds: aws-east, gcp-west, home
@@ -93,6 +93,12 @@ enum Verb {
         #[arg(last = true, required = true)]
         command: Vec<String>,
     },
+    /// Make a guest image (or take it from the cache) and print where its parts are, as JSON
+    Image {
+        /// Which one
+        #[arg(value_enum)]
+        kind: ImageKind,
+    },
     /// (internal) The WAN emulator's process
     #[command(hide = true)]
     Wan {
@@ -111,6 +117,12 @@ enum Verb {
         #[arg(long)]
         stage_two: Option<PathBuf>,
     },
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum ImageKind {
+    /// Kernel, initramfs and a small disk: boots in seconds without hardware virtualization
+    Lean,
 }
 
 #[derive(Args)]
@@ -157,6 +169,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Verb::Kill { host } => attach()?.kill_host(&host)?,
         Verb::Boot { host } => attach()?.boot_host(&host)?,
         Verb::Exec { host, command } => return exec(&attach()?, &host, &command),
+        Verb::Image { kind: ImageKind::Lean } => println!("{}", serde_json::to_string_pretty(&image::lean::ensure()?)?),
         Verb::Wan { config, control, namespace } => {
             netns::enter(&namespace).context("entering the WAN's namespace")?;
             let spec: FabricSpec = serde_json::from_slice(&fs::read(config)?)?;

@@ -238,7 +238,11 @@ pub struct Lock {
 }
 
 impl Lock {
-    fn take(path: &Path) -> Result<Self, StateError> {
+    /// Waits for the lock on this file, which is made when it is not there.
+    ///
+    /// # Errors
+    /// When the file cannot be made or locked.
+    pub fn take(path: &Path) -> Result<Self, StateError> {
         loop {
             let file = File::options().create(true).append(true).open(path).map_err(io("open", path))?;
             // SAFETY: the descriptor is open.

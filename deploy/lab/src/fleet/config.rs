@@ -1,0 +1,182 @@
+//! The settings files of the daemons in a lab: the one place that knows where a lab keeps what.
+
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use supercloud_scheduler::price::CheapestWithHysteresis;
+
+use crate::addressing::LabIndex;
+use crate::site::Site;
+
+/// The controller's folder, inside its site.
+pub const CONTROLLER_DIR: &str = "/var/lib/supercloud/controller";
+/// The agent's folder, inside a host.
+pub const AGENT_DIR: &str = "/var/lib/supercloud/agent";
+/// Settings, inside every site.
+pub const SETTINGS_DIR: &str = "/etc/supercloud";
+/// Logs, inside every site.
+pub const LOG_DIR: &str = "/var/log/supercloud";
+/// REST.
+pub const API_PORT: u16 = 8443;
+/// Agents' links.
+pub const LINK_PORT: u16 = 8444;
+/// Between agents.
+pub const DATA_PORT: u16 = 8445;
+
+/// How the price feed is replayed.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct FeedStart {
+    /// The feed's time at the start, milliseconds.
+    pub start_ms: u64,
+    /// Feed milliseconds per millisecond; 0 holds the clock.
+    pub speed: f64,
+}
+
+#[derive(Serialize)]
+struct ControllerFile {
+    data_dir: &'static str,
+    listen: String,
+    link_listen: String,
+    link_address: String,
+    names: Vec<String>,
+    log: String,
+    feed: FeedFile,
+}
+
+#[derive(Serialize)]
+struct FeedFile {
+    file: String,
+    #[serde(flatten)]
+    start: FeedStart,
+}
+
+/// The controller's settings; it reads the feed from [`SETTINGS_DIR`]`/feed.csv`.
+///
+/// # Errors
+/// Never in practice: all fields have a form in TOML.
+pub fn controller(index: LabIndex, feed: FeedStart, log: &str) -> Result<String, toml::ser::Error> {
+    let address = index.controller_address();
+    toml::to_string(&ControllerFile {
+        data_dir: CONTROLLER_DIR,
+        listen: format!("0.0.0.0:{API_PORT}"),
+        link_listen: format!("0.0.0.0:{LINK_PORT}"),
+        link_address: format!("{address}:{LINK_PORT}"),
+        names: vec![address.to_string(), "controller".into(), "localhost".into(), "127.0.0.1".into()],
+        log: log.to_owned(),
+        feed: FeedFile { file: format!("{SETTINGS_DIR}/feed.csv"), start: feed },
+    })
+}
+
+#[derive(Serialize)]
+struct AgentFile {
+    data_dir: &'static str,
+    run_dir: &'static str,
+    store_dir: PathBuf,
+    controller_url: String,
+    join_token_file: String,
+    data_listen: String,
+    data_address: String,
+    overlay_address: Ipv4Addr,
+    capacity: CapacityFile,
+    ovs: OvsFile,
+}
+
+#[derive(Serialize)]
+struct CapacityFile {
+    vcpus: u32,
+    memory_bytes: u64,
+    disk_bytes: u64,
+}
+
+#[derive(Serialize)]
+struct OvsFile {
+    run_dir: &'static str,
+    blocked: Vec<String>,
+}
+
+/// An agent's settings. `store_dir` is the folder that all hosts of its cloud share.
+///
+/// # Errors
+/// Never in practice.
+pub fn agent(site: &Site, store_dir: &Path) -> Result<String, toml::ser::Error> {
+    let index = site.index;
+    let lab = index.get();
+    toml::to_string(&AgentFile {
+        data_dir: AGENT_DIR,
+        run_dir: "/run/supercloud",
+        store_dir: store_dir.to_owned(),
+        controller_url: api_url(index),
+        join_token_file: format!("{SETTINGS_DIR}/join-token"),
+        data_listen: format!("0.0.0.0:{DATA_PORT}"),
+        data_address: format!("{}:{DATA_PORT}", site.address()),
+        overlay_address: site.overlay_address(),
+        // Guests are small and emulated: what counts is that a lab fits into 8 GiB.
+        capacity: CapacityFile { vcpus: 8, memory_bytes: 2 << 30, disk_bytes: 20 << 30 },
+        ovs: OvsFile {
+            run_dir: "/run/openvswitch",
+            blocked: vec![format!("198.18.{lab}.0/24"), format!("198.19.{lab}.0/24")],
+        },
+    })
+}
+
+#[derive(Serialize)]
+struct SpotdFile<'a> {
+    url: String,
+    ca_file: String,
+    token_file: String,
+    poll_ms: u64,
+    move_nanousd_per_gib: u64,
+    policy: &'a CheapestWithHysteresis,
+}
+
+/// The price daemon's settings; it runs beside the controller.
+///
+/// # Errors
+/// Never in practice.
+pub fn spotd(
+    index: LabIndex,
+    policy: &CheapestWithHysteresis,
+    move_nanousd_per_gib: u64,
+) -> Result<String, toml::ser::Error> {
+    toml::to_string(&SpotdFile {
+        url: api_url(index),
+        ca_file: format!("{CONTROLLER_DIR}/ca.pem"),
+        token_file: format!("{SETTINGS_DIR}/spotd.token"),
+        poll_ms: 500,
+        move_nanousd_per_gib,
+        policy,
+    })
+}
+
+/// The URL of the API, from inside the lab and from the machine itself.
+#[must_use]
+pub fn api_url(index: LabIndex) -> String {
+    format!("https://{}:{API_PORT}", index.controller_address())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::LabSpec;
+    use crate::state::StateDir;
+
+    #[test]
+    fn settings_are_toml_with_all_tables_at_the_end() {
+        let index = LabIndex::new(7).unwrap();
+        let text = controller(index, FeedStart { start_ms: 5, speed: 0.0 }, "info").unwrap();
+        let table: toml::Table = text.parse().unwrap();
+        assert_eq!(table["feed"]["start_ms"].as_integer(), Some(5));
+        assert_eq!(table["link_address"].as_str(), Some("198.18.7.254:8444"));
+
+        let spec = LabSpec::three_clouds("x");
+        let site = Site::new(&spec, index, &StateDir::new(Path::new("/nowhere"), "x"), "home").unwrap();
+        let table: toml::Table = agent(&site, Path::new("/store")).unwrap().parse().unwrap();
+        assert_eq!(table["overlay_address"].as_str(), Some("198.19.7.3"));
+        assert_eq!(table["ovs"]["blocked"].as_array().map(Vec::len), Some(2));
+
+        let policy = CheapestWithHysteresis::default();
+        let table: toml::Table = spotd(index, &policy, 1).unwrap().parse().unwrap();
+        assert_eq!(table["policy"].clone().try_into::<CheapestWithHysteresis>().unwrap(), policy);
+    }
+}

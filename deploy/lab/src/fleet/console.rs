@@ -1,0 +1,261 @@
+//! What guests say on their consoles: the one way by which a lab may look into a guest, since the overlay lets no packet through
+//! from host to guest.
+//!
+//! The lean guest's program prints one line per half second, `@sc {...}`. A guest's console is a log on the host where it
+//! runs, so that the lines of a guest that moves lie on several hosts; a line that was cut by the move is skipped.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+/// Longest line that is kept until its end comes.
+const LINE_CAP: usize = 64 << 10;
+/// Bytes read of one log in one look.
+const READ_CAP: u64 = 4 << 20;
+/// Lines of other kinds that are kept, for messages.
+const OTHER_CAP: usize = 12;
+
+/// What the server in a guest says. Numbers count from its boot.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct ServerStats {
+    /// Which boot of it.
+    pub boot_id: String,
+    /// Milliseconds since that boot.
+    pub t_ms: u64,
+    /// Last number whose write was flushed.
+    pub acked: u64,
+    /// Records 1..=n read back from the disk.
+    pub verified: u64,
+    /// Records found wrong or missing when read back.
+    pub verify_bad: u64,
+    /// Failed writes or flushes.
+    pub write_errors: u64,
+    /// Pages of memory checked.
+    pub mem_checked: u64,
+    /// Pages of memory found wrong.
+    pub mem_bad: u64,
+    /// How often a clock went back.
+    pub clock_back: u64,
+    /// Faults that it was told to make and has made.
+    #[serde(default)]
+    pub sabotaged: u64,
+}
+
+/// What the client in a guest says.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct ClientStats {
+    /// Which boot of it.
+    pub boot_id: String,
+    /// Milliseconds since that boot.
+    pub t_ms: u64,
+    /// Whether the stream stands.
+    pub connected: bool,
+    /// Streams opened.
+    pub connects: u64,
+    /// Streams that ended, in any way.
+    pub resets: u64,
+    /// Bytes checked.
+    pub bytes: u64,
+    /// Bytes that were wrong.
+    pub bad: u64,
+    /// Arrivals of data.
+    pub ticks: u64,
+    /// The longest silence that ended, or still lasts, in this half second; milliseconds.
+    pub gap_ms: u64,
+    /// Status pages fetched.
+    pub http_ok: u64,
+    /// Status pages that could not be fetched.
+    pub http_failed: u64,
+    /// Pages of memory checked.
+    pub mem_checked: u64,
+    /// Pages of memory found wrong.
+    pub mem_bad: u64,
+    /// How often a clock went back.
+    pub clock_back: u64,
+}
+
+/// One line.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(tag = "role", rename_all = "lowercase")]
+pub enum Said {
+    /// By the server.
+    Server(ServerStats),
+    /// By the client.
+    Client(ClientStats),
+}
+
+/// A line and where it was said.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Heard {
+    /// The host.
+    pub host: String,
+    /// The line.
+    pub said: Said,
+}
+
+/// Reads a line: of those that a cut has run together, the last.
+fn parse(line: &str) -> Option<Said> {
+    let at = line.rfind("@sc ")?;
+    serde_json::from_str(line[at + 4..].trim_end()).ok()
+}
+
+/// One log that is followed: from its beginning, through cuts (it starts anew) and after it was deleted (what was
+/// written before).
+#[derive(Debug)]
+struct Follower {
+    host: String,
+    path: PathBuf,
+    file: Option<(File, u64)>,
+    offset: u64,
+    rest: Vec<u8>,
+}
+
+impl Follower {
+    fn look(&mut self, mut line: impl FnMut(&str)) -> io::Result<()> {
+        let there = std::fs::metadata(&self.path).ok().map(|meta| meta.ino());
+        if self.file.as_ref().map(|(_, inode)| *inode) != there || self.file.is_none() {
+            // The last words of the one that was there before.
+            self.read(&mut line)?;
+            if let Ok(file) = File::open(&self.path) {
+                let inode = file.metadata()?.ino();
+                self.file = Some((file, inode));
+                self.offset = 0;
+                self.rest.clear();
+            }
+        }
+        self.read(&mut line)
+    }
+
+    fn read(&mut self, line: &mut impl FnMut(&str)) -> io::Result<()> {
+        let Some((file, _)) = &mut self.file else { return Ok(()) };
+        if file.metadata()?.len() < self.offset {
+            self.offset = 0;
+            self.rest.clear();
+        }
+        file.seek(SeekFrom::Start(self.offset))?;
+        let got = file.take(READ_CAP).read_to_end(&mut self.rest)?;
+        self.offset += got as u64;
+        while let Some(end) = self.rest.iter().position(|byte| *byte == b'\n') {
+            let whole: Vec<u8> = self.rest.drain(..=end).collect();
+            line(String::from_utf8_lossy(&whole).trim_end());
+        }
+        if self.rest.len() > LINE_CAP {
+            self.rest.clear();
+        }
+        Ok(())
+    }
+}
+
+/// A guest's console, wherever it is said.
+#[derive(Debug)]
+pub struct Console {
+    logs: Vec<Follower>,
+    other: VecDeque<String>,
+}
+
+impl Console {
+    /// Follows these logs: (host, path). None of them need be there yet.
+    #[must_use]
+    pub fn new(logs: impl IntoIterator<Item = (String, PathBuf)>) -> Self {
+        let follow = |(host, path)| Follower { host, path, file: None, offset: 0, rest: Vec::new() };
+        Self { logs: logs.into_iter().map(follow).collect(), other: VecDeque::new() }
+    }
+
+    /// What was said since the last call. Blocks for as long as reading some files takes.
+    pub fn poll(&mut self) -> Vec<Heard> {
+        let mut heard = Vec::new();
+        let other = &mut self.other;
+        for log in &mut self.logs {
+            let host = log.host.clone();
+            // A log that cannot be read now is read at the next look.
+            let _ = log.look(|line| match parse(line) {
+                Some(said) => heard.push(Heard { host: host.clone(), said }),
+                None if line.trim().is_empty() => {}
+                None => {
+                    other.truncate(OTHER_CAP - 1);
+                    other.push_front(format!("{host}: {line}"));
+                }
+            });
+        }
+        heard
+    }
+
+    /// The last lines of other kinds: the kernel's, the start of the program.
+    #[must_use]
+    pub fn other_lines(&self) -> Vec<String> {
+        self.other.iter().rev().cloned().collect()
+    }
+
+    /// The logs.
+    pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.logs.iter().map(|log| log.path.as_path())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    const SERVER: &str = r#"@sc {"role":"server","boot_id":"b","t_ms":T,"acked":3,"verified":2,"verify_bad":0,"write_errors":0,"streams":1,"mem_checked":9,"mem_bad":0,"clock_back":0}"#;
+    const CLIENT: &str = r#"@sc {"role":"client","boot_id":"c","t_ms":7,"connected":true,"connects":1,"resets":0,"bytes":1000,"bad":0,"ticks":50,"http_ok":1,"http_failed":0,"mem_checked":1,"mem_bad":0,"clock_back":0,"gap_ms":23}"#;
+
+    fn server(t_ms: u64) -> String {
+        SERVER.replace('T', &t_ms.to_string())
+    }
+
+    fn times(heard: &[Heard]) -> Vec<u64> {
+        let time = |heard: &Heard| match &heard.said {
+            Said::Server(stats) => stats.t_ms,
+            Said::Client(stats) => stats.t_ms,
+        };
+        heard.iter().map(time).collect()
+    }
+
+    #[test]
+    fn lines_are_typed() {
+        let Some(Said::Client(stats)) = parse(CLIENT) else { panic!("no client") };
+        assert!(stats.connected && stats.gap_ms == 23 && stats.bytes == 1000);
+        let Some(Said::Server(stats)) = parse(&server(5)) else { panic!("no server") };
+        assert_eq!((stats.acked, stats.sabotaged), (3, 0));
+        assert_eq!(parse("@sc {\"role\":\"init\",\"waiting\":\"no DHCP answer\"}"), None);
+        assert_eq!(parse("[    0.1] Linux version"), None);
+    }
+
+    #[test]
+    fn a_guest_is_followed_over_hosts_cuts_and_deletions() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let append = |name: &str, text: &str| {
+            File::options().create(true).append(true).open(path(name)).unwrap().write_all(text.as_bytes()).unwrap();
+        };
+        let mut console = Console::new([("a".into(), path("a")), ("b".into(), path("b"))]);
+        assert!(console.poll().is_empty());
+
+        append("a", &format!("boot\r\n{}\r\n{}", server(1), &server(2)[..40]));
+        assert_eq!(times(&console.poll()), [1]);
+        // The rest of the line comes out at the other host: skipped there.
+        append("b", &format!("{}\n{}\n", &server(2)[40..], server(3)));
+        let heard = console.poll();
+        assert_eq!((times(&heard), heard[0].host.as_str()), (vec![3], "b"));
+        // Back at the first, behind the half line.
+        append("a", &format!("{}\n", server(4)));
+        assert_eq!(times(&console.poll()), [4]);
+        // Cut under our hands.
+        File::options().write(true).open(path("a")).unwrap().set_len(0).unwrap();
+        append("a", &format!("{}\n", server(5)));
+        assert_eq!(times(&console.poll()), [5]);
+        // Deleted with its guest after a last word, and made anew.
+        append("a", &format!("{}\n", server(6)));
+        std::fs::remove_file(path("a")).unwrap();
+        assert_eq!(times(&console.poll()), [6]);
+        append("a", &format!("{}\n", server(7)));
+        assert_eq!(times(&console.poll()), [7]);
+        assert_eq!(console.other_lines()[0], "a: boot");
+    }
+}
