@@ -231,7 +231,8 @@ pub enum GuestEvent {
     Rebooted,
     /// Its machine is gone.
     Stopped(StopReason),
-    /// A disk failed to answer. The guest pauses, if the disk says so.
+    /// A disk failed to answer. The guest's pause follows as an event of its own, which comes even where this one, which
+    /// tells which disk it was, does not.
     DiskError {
         /// The disk, by its name in the spec when known.
         disk: String,

@@ -33,7 +33,8 @@ pub struct HostArgs {
 pub struct NbdSocket {
     /// The unix socket.
     pub socket: PathBuf,
-    /// The export's name; empty for the server's default one.
+    /// The export's name; empty for the server's default one. Better give one: libvirt 9 loses the event that names the
+    /// disk of an I/O error when the export has none (the guest's pause is told in any case).
     #[serde(default)]
     pub export: String,
 }

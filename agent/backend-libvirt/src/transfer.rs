@@ -105,7 +105,8 @@ async fn watch_figures(connection: &Arc<Connection>, guest: GuestId, progress: &
     }
 }
 
-fn figures(domain: &virt::domain::Domain) -> LibResult<JobFigures> {
+/// The figures of the guest's job; of one that has just ended, while libvirt still holds it.
+pub(crate) fn figures(domain: &virt::domain::Domain) -> LibResult<JobFigures> {
     let (_, params) = ffi::job_stats(domain)?;
     let get = |name| params.get(name).unwrap_or(0);
     Ok(JobFigures {
