@@ -1,0 +1,97 @@
+//! Who may write, through restarts.
+
+use std::time::Duration;
+
+use supercloud_ids::Epoch;
+
+use super::{World, read_all};
+use crate::volume::{VolumeError, role::Role, sim::SimDisk};
+
+#[tokio::test]
+async fn the_role_survives_kills_and_power_cuts() {
+    let world = World::new(true).await;
+    let disk = SimDisk::new();
+    let volume = world.active(disk.clone()).await;
+    volume.write(0, vec![1; 512].into(), false).await.unwrap();
+    let sealed = volume.seal(Epoch(1)).await.unwrap();
+    let mut rng = rand::rngs::SmallRng::from_seed([1; 32]);
+    for disk in [disk.after_kill(), disk.after_power_cut(&mut rng)] {
+        let volume = world.open(disk, Role::Standby).await.unwrap();
+        assert_eq!(volume.role(), Role::Sealed { epoch: Epoch(1) });
+        assert_eq!(volume.seal(Epoch(1)).await.unwrap(), sealed, "the same map after a restart");
+        assert!(matches!(volume.activate(Epoch(2)).await, Err(VolumeError::Role(_))));
+        volume.unseal(Epoch(1)).await.unwrap();
+        volume.write(512, vec![2; 512].into(), false).await.unwrap();
+        assert_ne!(volume.seal(Epoch(1)).await.unwrap().root, sealed.root);
+    }
+}
+
+use rand::SeedableRng as _;
+
+#[tokio::test]
+async fn a_sealed_volume_serves_no_guest_until_it_is_unsealed() {
+    let world = World::new(true).await;
+    let volume = world.active(SimDisk::new()).await;
+    volume.seal(Epoch(1)).await.unwrap();
+    let waiting = {
+        let volume = volume.clone();
+        tokio::spawn(async move { volume.write(0, vec![9; 512].into(), true).await })
+    };
+    let read = tokio::time::timeout(Duration::from_millis(50), volume.read(0, 512)).await;
+    assert!(read.is_err(), "a sealed volume answered a read");
+    assert!(!waiting.is_finished(), "a sealed volume took a write");
+    volume.flush().await.unwrap();
+    volume.unseal(Epoch(1)).await.unwrap();
+    waiting.await.unwrap().unwrap();
+    assert_eq!(read_all(&volume).await[..512], [9; 512]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn nothing_is_written_after_the_seal_is_answered() {
+    let world = World::new(true).await;
+    for _ in 0..20 {
+        let volume = world.active(SimDisk::new()).await;
+        let mut writers = tokio::task::JoinSet::new();
+        for writer in 0..4u64 {
+            let volume = volume.clone();
+            writers.spawn(async move {
+                for i in 0u64.. {
+                    let at = (i * 7 + writer) % 700 * 512;
+                    volume.write(at, vec![writer as u8 + 1; 512].into(), false).await.unwrap();
+                }
+            });
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        let sealed = volume.seal(Epoch(1)).await.unwrap();
+        let again = volume.seal(Epoch(1)).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        assert_eq!(sealed, again);
+        assert_eq!(sealed, volume.seal(Epoch(1)).await.unwrap());
+        writers.shutdown().await;
+    }
+}
+
+#[tokio::test]
+async fn a_base_that_cannot_be_had_stalls_with_an_alarm_and_comes_back() {
+    use crate::process::control::AlarmCode;
+    let world = World::new(true).await;
+    let volume = world.active(SimDisk::new()).await;
+    world.store.is_down.store(true, std::sync::atomic::Ordering::SeqCst);
+    let reading = {
+        let volume = volume.clone();
+        tokio::spawn(async move { read_all(&volume).await })
+    };
+    let mut alarm = None;
+    while alarm.is_none() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        alarm = volume.alarm();
+    }
+    assert_eq!(alarm.unwrap().code, AlarmCode::BaseUnavailable);
+    assert!(!reading.is_finished());
+    // What is not of the base goes on.
+    volume.write(2 * 65536, vec![1; 512].into(), true).await.unwrap();
+    world.store.is_down.store(false, std::sync::atomic::Ordering::SeqCst);
+    let read = reading.await.unwrap();
+    assert!(read[..65536] == world.content[..65536]);
+    assert_eq!(volume.alarm(), None);
+}
