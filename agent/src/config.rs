@@ -1,0 +1,381 @@
+//! The agent's configuration: one TOML file. Every value is checked before anything is started.
+//!
+//! ```toml
+//! controller_url = "https://controller.example:8443"
+//! join_token_file = "/etc/supercloud/join-token"   # needed once
+//! data_address = "203.0.113.7:8445"                # absent: behind a NAT, others cannot dial this host
+//! overlay_address = "10.99.0.7"
+//! store_dir = "/var/lib/supercloud-store"          # shared by the hosts of one cloud
+//!
+//! [ovs]
+//! run_dir = "/run/openvswitch"
+//! ```
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+use supercloud_api::Room;
+use supercloud_sdn::{
+    addr::Ipv4Prefix,
+    switch::{Datapath, SwitchConfig, Underlay},
+};
+
+use supercloud_ids::HostId;
+
+/// The longest `run_dir`, in bytes: what the sockets' names below it need is left of a unix socket's 107.
+const MAX_RUN_DIR_BYTES: usize = 60;
+
+/// Why a configuration was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file could not be read.
+    #[error("cannot read the configuration {path}")]
+    Read {
+        /// The file.
+        path: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// It is not TOML of the right form; the source names line and field.
+    #[error("the configuration {path} is malformed")]
+    Parse {
+        /// The file.
+        path: String,
+        /// Where and why.
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+    /// A value cannot be used.
+    #[error("the configuration's {field} {why}")]
+    Value {
+        /// The field.
+        field: &'static str,
+        /// What is wrong and what to do.
+        why: String,
+    },
+}
+
+/// The agent's configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// What must outlive a restart: identity, guests, volumes.
+    #[serde(default = "data_dir")]
+    pub data_dir: PathBuf,
+    /// Sockets; at most 60 bytes long.
+    #[serde(default = "run_dir")]
+    pub run_dir: PathBuf,
+    /// The cloud's chunk store: a folder, shared by the hosts of one cloud.
+    #[serde(default = "store_dir")]
+    pub store_dir: PathBuf,
+    /// The controller's REST address, needed to join.
+    pub controller_url: String,
+    /// Where the controller takes agents' links (`host:port`); what the controller said at the join when absent.
+    #[serde(default)]
+    pub link_address: Option<String>,
+    /// The CA's certificate, PEM. When absent, the one that the join token's fingerprint names is taken.
+    #[serde(default)]
+    pub ca_file: Option<PathBuf>,
+    /// A file with the one-time token; looked at only while this host has no identity.
+    #[serde(default)]
+    pub join_token_file: Option<PathBuf>,
+    /// Where other agents' connections are taken.
+    #[serde(default = "data_listen")]
+    pub data_listen: SocketAddr,
+    /// Where other agents can dial this host; absent: they cannot.
+    #[serde(default)]
+    pub data_address: Option<SocketAddr>,
+    /// This host's end of the overlay's tunnels; absent: no networks.
+    #[serde(default)]
+    pub overlay_address: Option<Ipv4Addr>,
+    /// Tunnels are not encrypted yet: outside of the lab's addresses (198.18.0.0/15) this must be said explicitly.
+    #[serde(default)]
+    pub insecure_overlay: bool,
+    /// libvirt's connection URI.
+    #[serde(default = "libvirt_uri")]
+    pub libvirt_uri: String,
+    /// Where libvirtd writes its guests' pid files, to tell their processes.
+    #[serde(default)]
+    pub libvirt_pid_dir: Option<PathBuf>,
+    /// The program that serves a volume; beside this one when absent.
+    #[serde(default)]
+    pub volume_program: Option<PathBuf>,
+    /// What is offered to guests; measured where absent.
+    #[serde(default)]
+    pub capacity: Capacity,
+    /// The switch.
+    #[serde(default)]
+    pub ovs: Ovs,
+}
+
+/// What is offered to guests.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Capacity {
+    /// Virtual CPUs; four per processor when absent.
+    #[serde(default)]
+    pub vcpus: Option<u32>,
+    /// Memory for guests; three quarters of the machine's when absent.
+    #[serde(default)]
+    pub memory_bytes: Option<u64>,
+    /// Disk for volumes; nine tenths of what is free under `data_dir` when absent.
+    #[serde(default)]
+    pub disk_bytes: Option<u64>,
+}
+
+/// Where the switch is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ovs {
+    /// Open vSwitch's run directory.
+    #[serde(default = "ovs_run_dir")]
+    pub run_dir: PathBuf,
+    /// The database's socket; `db.sock` in the run directory when absent.
+    #[serde(default)]
+    pub db_socket: Option<PathBuf>,
+    /// The integration bridge. It belongs to the agent.
+    #[serde(default = "bridge")]
+    pub bridge: String,
+    /// Which datapath.
+    #[serde(default)]
+    pub datapath: DatapathChoice,
+    /// The bridge with the overlay address, where the agent is to make it.
+    #[serde(default)]
+    pub underlay_bridge: Option<String>,
+    /// The interface from the underlay bridge to the wire.
+    #[serde(default)]
+    pub uplink: Option<String>,
+    /// The interface of the metadata service; empty for none.
+    #[serde(default = "metadata_port")]
+    pub metadata_port: String,
+    /// Destinations that guests must not reach: underlay, hosts, controllers.
+    #[serde(default)]
+    pub blocked: Vec<Ipv4Prefix>,
+}
+
+impl Default for Ovs {
+    fn default() -> Self {
+        Self {
+            run_dir: ovs_run_dir(),
+            db_socket: None,
+            bridge: bridge(),
+            datapath: DatapathChoice::default(),
+            underlay_bridge: None,
+            uplink: None,
+            metadata_port: metadata_port(),
+            blocked: Vec::new(),
+        }
+    }
+}
+
+/// Which datapath the integration bridge uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DatapathChoice {
+    /// In the switch's own process: works on every kernel.
+    #[default]
+    Netdev,
+    /// In the kernel.
+    System,
+    /// In the kernel where it is offered.
+    Probe,
+}
+
+fn data_dir() -> PathBuf {
+    "/var/lib/supercloud-agent".into()
+}
+
+fn run_dir() -> PathBuf {
+    "/run/supercloud-agent".into()
+}
+
+fn store_dir() -> PathBuf {
+    "/var/lib/supercloud-store".into()
+}
+
+fn data_listen() -> SocketAddr {
+    (Ipv4Addr::UNSPECIFIED, 8445).into()
+}
+
+fn libvirt_uri() -> String {
+    "qemu:///system".into()
+}
+
+fn ovs_run_dir() -> PathBuf {
+    "/run/openvswitch".into()
+}
+
+fn bridge() -> String {
+    "br-int".into()
+}
+
+fn metadata_port() -> String {
+    "md0".into()
+}
+
+impl Config {
+    /// Reads and checks a file. Blocking.
+    ///
+    /// # Errors
+    /// The first thing that is wrong, by field.
+    pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
+        let name = || path.display().to_string();
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: name(), source })?;
+        let config: Self = toml::from_str(&text)
+            .map_err(|source| ConfigError::Parse { path: name(), source: Box::new(source) })?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Checks what the types do not.
+    ///
+    /// # Errors
+    /// The first thing that is wrong, by field.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let wrong = |field, why: String| Err(ConfigError::Value { field, why });
+        for (field, path) in [("data_dir", &self.data_dir), ("run_dir", &self.run_dir), ("store_dir", &self.store_dir)] {
+            // What QEMU and libvirt are given must be plain: see supercloud_blanket::host.
+            let is_plain =
+                |text: &str| text.bytes().all(|b| (0x21..0x7f).contains(&b) && !matches!(b, b',' | b':' | b'"'));
+            if !path.is_absolute() || !path.to_str().is_some_and(is_plain) {
+                return wrong(field, format!("'{}' must be an absolute path of plain characters", path.display()));
+            }
+        }
+        if self.run_dir.as_os_str().len() > MAX_RUN_DIR_BYTES {
+            return wrong("run_dir", format!("must have at most {MAX_RUN_DIR_BYTES} bytes: sockets lie below it"));
+        }
+        if let Some(address) = self.data_address
+            && (address.ip().is_unspecified() || address.port() == 0)
+        {
+            return wrong("data_address", format!("{address} is none that others can dial"));
+        }
+        if let Some(address) = self.overlay_address {
+            let in_lab = matches!(address.octets(), [198, 18 | 19, ..]);
+            if !in_lab && !self.insecure_overlay && !IpAddr::V4(address).is_loopback() {
+                return wrong(
+                    "overlay_address",
+                    format!(
+                        "{address} is outside of the lab, and tunnels between hosts are not encrypted yet: use a \
+                         private, trusted network and say insecure_overlay = true (--insecure-overlay)"
+                    ),
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// The switch driver's configuration; none without an overlay address.
+    #[must_use]
+    pub fn switch(&self, host: HostId) -> Option<SwitchConfig> {
+        let ovs = &self.ovs;
+        let mut config = SwitchConfig::new(host, &ovs.run_dir, self.overlay_address?);
+        if let Some(socket) = &ovs.db_socket {
+            config.ovsdb_socket.clone_from(socket);
+        }
+        config.mgmt_socket = ovs.run_dir.join(format!("{}.mgmt", ovs.bridge));
+        config.bridge.clone_from(&ovs.bridge);
+        config.datapath = match ovs.datapath {
+            DatapathChoice::Netdev => Datapath::Netdev,
+            DatapathChoice::System => Datapath::System,
+            DatapathChoice::Probe => Datapath::Probe,
+        };
+        config.underlay =
+            ovs.underlay_bridge.clone().map(|bridge| Underlay { bridge, uplink: ovs.uplink.clone() });
+        config.metadata_port = Some(ovs.metadata_port.clone()).filter(|name| !name.is_empty());
+        config.blocked.clone_from(&ovs.blocked);
+        Some(config)
+    }
+
+    /// What is offered to guests: what is configured, else measured. Blocking.
+    #[must_use]
+    pub fn room(&self) -> Room {
+        let processors = std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX));
+        Room {
+            vcpus: self.capacity.vcpus.unwrap_or_else(|| processors.saturating_mul(4)),
+            memory_bytes: self.capacity.memory_bytes.unwrap_or_else(|| total_memory_bytes() / 4 * 3),
+            disk_bytes: self.capacity.disk_bytes.unwrap_or_else(|| free_disk_bytes(&self.data_dir) / 10 * 9),
+        }
+    }
+
+    /// The folder of guests.
+    #[must_use]
+    pub fn guests_dir(&self) -> PathBuf {
+        self.data_dir.join("guests")
+    }
+
+    /// The program that serves a volume.
+    #[must_use]
+    pub fn volume_program(&self) -> PathBuf {
+        self.volume_program.clone().unwrap_or_else(|| {
+            let own = std::env::current_exe().unwrap_or_default();
+            own.with_file_name("supercloud-volume")
+        })
+    }
+}
+
+fn total_memory_bytes() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let kib = text.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.parse().ok());
+    kib.unwrap_or(0_u64) * 1024
+}
+
+/// Bytes that are free on the file system of `path` (or of the nearest folder above that is there). Blocking.
+#[must_use]
+pub fn free_disk_bytes(path: &Path) -> u64 {
+    use std::os::unix::ffi::OsStrExt as _;
+    let Some(there) = path.ancestors().find(|path| path.exists()) else { return 0 };
+    let Ok(name) = std::ffi::CString::new(there.as_os_str().as_bytes()) else { return 0 };
+    // SAFETY: statvfs is a C structure of numbers, for which all zeros is a valid value.
+    let mut stat: libc::statvfs = unsafe { std::mem::zeroed() };
+    // SAFETY: the name ends with a zero and lives over the call; the kernel writes one statvfs.
+    let rc = unsafe { libc::statvfs(name.as_ptr(), &raw mut stat) };
+    if rc != 0 {
+        return 0;
+    }
+    stat.f_bavail.saturating_mul(stat.f_frsize)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        Config::from_file(file.path())
+    }
+
+    #[test]
+    fn the_shortest_configuration_is_complete() {
+        let config = parse("controller_url = 'https://c:8443'").unwrap();
+        assert_eq!(config.data_dir, data_dir());
+        assert!(config.switch(HostId::generate()).is_none());
+        let room = config.room();
+        assert!(room.vcpus > 0 && room.memory_bytes > 0 && room.disk_bytes > 0, "{room:?}");
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let with = |line: &str| format!("controller_url = 'https://c:8443'\n{line}");
+        for (line, field) in [
+            ("data_dir = 'x'", "data_dir"),
+            ("store_dir = '/a b'", "store_dir"),
+            ("data_address = '0.0.0.0:1'", "data_address"),
+            ("overlay_address = '10.0.0.1'", "overlay_address"),
+            (&format!("run_dir = '/{}'", "r".repeat(60)), "run_dir"),
+        ] {
+            match parse(&with(line)) {
+                Err(ConfigError::Value { field: found, .. }) => assert_eq!(found, field),
+                other => panic!("{line}: {other:?}"),
+            }
+        }
+        let error = parse(&with("typo = 1")).unwrap_err();
+        assert!(matches!(&error, ConfigError::Parse { source, .. } if source.to_string().contains("typo")), "{error:?}");
+        parse(&with("overlay_address = '10.0.0.1'\ninsecure_overlay = true")).unwrap();
+        parse(&with("overlay_address = '198.19.3.1'")).unwrap();
+    }
+}

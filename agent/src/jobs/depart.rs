@@ -1,0 +1,296 @@
+//! A running guest moves away: the source's part up to the pause, and after it the volumes' maps.
+
+use std::{path::PathBuf, time::Duration};
+
+use supercloud_api::{
+    Progress,
+    data::{Channel, HandoverMessage},
+    link::{MigrationOptions, VolumeRoot},
+};
+use supercloud_blanket::migrate::{Cookie, CopyOptions, TransferPhase, TransferProgress};
+use supercloud_handover::{LocalEvent, SourceEvent, VolumeStamp};
+use supercloud_ids::Epoch;
+use tokio::{
+    net::UnixListener,
+    sync::mpsc,
+    time::{Instant, MissedTickBehavior, interval},
+};
+use tokio_util::task::AbortOnDropHandle;
+
+use super::{
+    Fact, Job, JobError, PROGRESS_EVERY, file_error, in_time,
+    receive::{Peer, decode, encode},
+};
+use crate::{
+    plane::{
+        bridge,
+        meeting::{MeetingEvent, MeetingHandle},
+    },
+    socket,
+    volumes::VolumeHome,
+};
+
+/// How long the other agent may take to come to the meeting.
+const MEET_BUDGET: Duration = Duration::from_secs(60);
+/// How long the destination may take to answer: it copies blocks ahead before it makes its machine. No answer for so long
+/// while the connection lives means that it hangs.
+const PREPARED_BUDGET: Duration = Duration::from_secs(3600);
+/// The budget of a copy without a deadline.
+const COPY_BUDGET: Duration = Duration::from_secs(3600);
+/// The pause that is aimed at when nothing is said, in milliseconds.
+const MAX_DOWNTIME_MS: u64 = 300;
+
+/// What came with the order.
+pub struct Wants {
+    /// The epoch at which the guest is owned here.
+    pub epoch: Epoch,
+    /// Its volumes.
+    pub volumes: Vec<VolumeHome>,
+    /// How it may go.
+    pub options: MigrationOptions,
+    /// The other agent.
+    pub peer: Peer,
+    /// The maps, when the volumes are sealed.
+    pub maps: mpsc::Receiver<Vec<VolumeStamp>>,
+}
+
+/// Does the source's part; after the pause it stays to give the maps, and tells when the other agent is lost.
+pub async fn run(job: Job, wants: Wants) {
+    let operation = job.operation;
+    let event = |event| Fact::Event(LocalEvent::Source(event));
+    let Wants { epoch, volumes, options, mut peer, mut maps } = wants;
+    let departed = depart(&job, epoch, &volumes, &options, &mut peer).await;
+    // The bridge stays: its last bytes may still be on their way when the hypervisor has written them.
+    let (cookie, paused_at, _bridge) = match departed {
+        Ok(departed) => departed,
+        Err(JobError::Cancelled) => return,
+        Err(error) => {
+            tracing::warn!(guest = %job.guest, %operation, error = crate::chain(&error), "the guest cannot be copied");
+            if !matches!(error, JobError::Peer(_) | JobError::Lost) {
+                peer.handle.say(HandoverMessage::Failed { problem: error.problem() }).await;
+            }
+            job.tell(Fact::Problem(Box::new(error.problem()))).await;
+            job.tell(event(SourceEvent::CopyFailed { operation })).await;
+            return;
+        }
+    };
+    job.tell(event(SourceEvent::GuestPaused { operation })).await;
+    let mut said = false;
+    loop {
+        tokio::select! {
+            () = job.cancel.cancelled() => return,
+            stamps = maps.recv() => {
+                let Some(stamps) = stamps else { return };
+                // Once: the guest's task asks again every second.
+                if !std::mem::replace(&mut said, true) {
+                    let volumes = roots(&stamps);
+                    let paused_for_ms = u64::try_from(paused_at.elapsed().as_millis()).unwrap_or(u64::MAX);
+                    peer.handle.say(HandoverMessage::Performed { cookie: encode(&cookie), volumes, paused_for_ms }).await;
+                }
+            }
+            heard = peer.events.recv() => match heard {
+                Some(MeetingEvent::Lost) | None => {
+                    job.tell(event(SourceEvent::PeerLost { operation })).await;
+                    if heard.is_none() {
+                        return;
+                    }
+                }
+                Some(MeetingEvent::Message(HandoverMessage::Failed { problem })) => {
+                    job.tell(Fact::Problem(Box::new(problem))).await;
+                    job.tell(event(SourceEvent::PeerLost { operation })).await;
+                }
+                Some(_) => {}
+            },
+        }
+    }
+}
+
+/// The maps as they are told to the other agent.
+#[must_use]
+pub fn roots(stamps: &[VolumeStamp]) -> Vec<VolumeRoot> {
+    let root = |stamp: &VolumeStamp| VolumeRoot {
+        volume: stamp.volume,
+        root: hex::encode(stamp.root),
+        version: stamp.version,
+    };
+    stamps.iter().map(root).collect()
+}
+
+/// Copies until the guest is paused here and everything is there; the moment at which its last vCPU stopped.
+async fn depart(
+    job: &Job,
+    epoch: Epoch,
+    volumes: &[VolumeHome],
+    options: &MigrationOptions,
+    peer: &mut Peer,
+) -> Result<(Cookie, Instant, AbortOnDropHandle<()>), JobError> {
+    let (guest, operation) = (job.guest, job.operation);
+    let live = job.host.backend.live_migration()?;
+    let began = Instant::now();
+    let connected = async {
+        loop {
+            match peer.events.recv().await.ok_or(JobError::Lost)? {
+                MeetingEvent::Connected => return Ok(()),
+                MeetingEvent::Message(HandoverMessage::Failed { problem }) => return Err(JobError::Peer(problem)),
+                _ => {}
+            }
+        }
+    };
+    job.unless_cancelled(in_time("the destination", MEET_BUDGET, connected)).await?;
+    let cookie = job.unless_cancelled(async { Ok(live.begin(guest).await?) }).await?;
+    peer.handle.say(HandoverMessage::Begin { operation, guest, epoch, cookie: encode(&cookie) }).await;
+    let cookie = job.unless_cancelled(in_time("the destination's readiness", PREPARED_BUDGET, prepared(peer))).await?;
+    // So that sealing has little left to hash while the guest is paused. Only for speed.
+    for home in volumes {
+        let client = home.client();
+        if let Err(error) = client.warm_digests().await {
+            tracing::debug!(volume = %home.volume, %error, "digests were not computed ahead");
+        }
+    }
+    let stream = job.places.outgoing_stream();
+    let listener = socket::listen(&stream).map_err(file_error("listen at", &stream))?;
+    let bridge = AbortOnDropHandle::new(tokio::spawn(carry_one(listener, peer.handle.clone(), stream.clone())));
+    let deadline = options.deadline_ms.map(Duration::from_millis);
+    let budget = deadline.map_or(COPY_BUDGET, |deadline| deadline.saturating_sub(began.elapsed()));
+    let copy = CopyOptions {
+        bandwidth_bytes_per_s: options.bandwidth_bps.map(|bps| (bps / 8).max(1)),
+        max_downtime_ms: Some(options.max_downtime_ms.unwrap_or(MAX_DOWNTIME_MS)),
+        auto_converge: options.auto_converge,
+        budget,
+    };
+    let mut transfer = live.perform(guest, cookie, stream, copy)?;
+    let mut ticks = interval(PROGRESS_EVERY);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut failure = None;
+    // From here on the copy's end is always awaited: who is dropped in the middle leaves libvirt's job running.
+    let ended = loop {
+        tokio::select! {
+            ended = &mut transfer.done => break ended,
+            () = job.cancel.cancelled(), if failure.is_none() => {
+                failure = Some(JobError::Cancelled);
+                cancel(job).await;
+            }
+            heard = peer.events.recv(), if failure.is_none() => {
+                failure = match heard {
+                    Some(MeetingEvent::Lost) | None => Some(JobError::Lost),
+                    Some(MeetingEvent::Message(HandoverMessage::Failed { problem })) => Some(JobError::Peer(problem)),
+                    Some(_) => None,
+                };
+                if failure.is_some() {
+                    cancel(job).await;
+                }
+            }
+            _ = ticks.tick() => job.show(progress(&transfer.progress.borrow())),
+        }
+    };
+    match (failure, ended) {
+        // Paused here although somebody gave up: the controller's answer decides what becomes of it.
+        (None, Ok(performed)) => {
+            job.show(progress(&performed.progress));
+            let paused_at = Instant::now().checked_sub(performed.paused_for).unwrap_or_else(Instant::now);
+            Ok((performed.cookie, paused_at, bridge))
+        }
+        (Some(failure), _) => Err(failure),
+        (None, Err(error)) => Err(error.into()),
+    }
+}
+
+async fn cancel(job: &Job) {
+    let Ok(live) = job.host.backend.live_migration() else { return };
+    if let Err(error) = live.cancel(job.guest).await {
+        tracing::warn!(guest = %job.guest, %error, "the copy could not be cancelled");
+    }
+}
+
+async fn prepared(peer: &mut Peer) -> Result<Cookie, JobError> {
+    loop {
+        match peer.events.recv().await.ok_or(JobError::Lost)? {
+            MeetingEvent::Message(HandoverMessage::Prepared { cookie }) => return decode(&cookie),
+            MeetingEvent::Message(HandoverMessage::Failed { problem }) => return Err(JobError::Peer(problem)),
+            MeetingEvent::Lost => return Err(JobError::Lost),
+            _ => {}
+        }
+    }
+}
+
+/// Takes the hypervisor's one connection and carries it to the other agent.
+async fn carry_one(listener: UnixListener, meeting: MeetingHandle, path: PathBuf) {
+    let carried = async {
+        let (local, _) = listener.accept().await?;
+        if !socket::is_peer_allowed(&local, &[]) {
+            return Err(std::io::Error::from(std::io::ErrorKind::PermissionDenied));
+        }
+        let remote = meeting.open(Channel::Memory).await.map_err(std::io::Error::other)?;
+        bridge::carry(local, remote).await
+    };
+    match carried.await {
+        Ok((bytes, _)) => tracing::debug!(bytes, "the memory stream has ended"),
+        Err(error) => tracing::info!(%error, "the memory stream broke"),
+    }
+    // The next copy makes its own.
+    let _ = tokio::fs::remove_file(&path).await;
+}
+
+/// The hypervisor's figures as people see them.
+#[must_use]
+pub fn progress(told: &TransferProgress) -> Progress {
+    let (eta_min_ms, eta_max_ms) =
+        estimate_ms(told.memory_remaining_bytes, told.dirty_bytes_per_s, told.bandwidth_bytes_per_s);
+    let message = match told.phase {
+        TransferPhase::Setup => String::new(),
+        TransferPhase::Copy if eta_max_ms.is_none() && told.iteration > 1 => {
+            let slowed = match told.throttle_percent {
+                0 => String::new(),
+                percent => format!("; it is slowed by {percent} %"),
+            };
+            format!("the guest writes its memory faster than it can be copied{slowed}")
+        }
+        TransferPhase::Copy => format!("copying memory, round {}", told.iteration.max(1)),
+        TransferPhase::Drain => "paused; the last pages are going".to_owned(),
+        TransferPhase::Done => "everything has gone; waiting for the switch".to_owned(),
+    };
+    Progress {
+        memory_total_bytes: told.memory_total_bytes,
+        memory_sent_bytes: told.memory_processed_bytes,
+        memory_remaining_bytes: told.memory_remaining_bytes,
+        round: u32::try_from(told.iteration).unwrap_or(u32::MAX),
+        dirty_bytes_per_s: told.dirty_bytes_per_s,
+        bandwidth_bytes_per_s: told.bandwidth_bytes_per_s,
+        eta_min_ms,
+        eta_max_ms,
+        message,
+        ..Progress::default()
+    }
+}
+
+/// The least and the most time until the switch. The least: nothing more is written. The most: what is written while the
+/// rest goes has to go, too, and again what is written meanwhile (a geometric series), which only ends when the link is
+/// faster than the guest writes.
+fn estimate_ms(remaining: u64, dirty_per_s: u64, bandwidth_per_s: u64) -> (Option<u64>, Option<u64>) {
+    let ms = |per_s: u64| remaining.saturating_mul(1000).checked_div(per_s);
+    (ms(bandwidth_per_s), bandwidth_per_s.checked_sub(dirty_per_s).and_then(ms))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_estimate_is_a_range_that_ends_only_when_it_converges() {
+        assert_eq!(estimate_ms(1000, 0, 100), (Some(10_000), Some(10_000)));
+        assert_eq!(estimate_ms(1000, 50, 100), (Some(10_000), Some(20_000)));
+        assert_eq!(estimate_ms(1000, 100, 100), (Some(10_000), None));
+        assert_eq!(estimate_ms(1000, 200, 100), (Some(10_000), None));
+        assert_eq!(estimate_ms(1000, 0, 0), (None, None));
+        let told = TransferProgress {
+            phase: TransferPhase::Copy,
+            iteration: 3,
+            memory_remaining_bytes: 10,
+            dirty_bytes_per_s: 9,
+            bandwidth_bytes_per_s: 8,
+            throttle_percent: 40,
+            ..TransferProgress::default()
+        };
+        assert!(progress(&told).message.contains("40 %"));
+    }
+}

@@ -1,0 +1,203 @@
+//! The long pieces of work of one guest. Each is a task that the guest's own task owns; it tells facts and changes no state.
+//!
+//! | job | ordered by | tells |
+//! |---|---|---|
+//! | [`receive`] | `Prepare` | `Prepared`, then `StateReceived` and `VolumeMapsReceived`, or `ReceiveFailed` |
+//! | [`depart`] | `StartCopy` of a migration | `GuestPaused`, or `CopyFailed`; later `PeerLost` |
+//! | [`freeze`] | `StartCopy` and `StoreFreeze` of a freeze | `GuestPaused`, `FreezeStored`, or `CopyFailed` |
+//! | [`fetch`] | `StartFetch` | `NothingMissing` |
+
+pub mod depart;
+pub mod fetch;
+pub mod freeze;
+pub mod prepare;
+pub mod receive;
+
+use std::{sync::Arc, time::Duration};
+
+use supercloud_api::{Code, Problem, Progress, link::FrozenContent};
+use supercloud_blanket::BackendError;
+use supercloud_handover::LocalEvent;
+use supercloud_ids::{GuestId, OperationId};
+use supercloud_storage::{process::ClientError, source::ReadError, transfer::TransferError};
+use tokio::{sync::mpsc, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    guest::record::{Places, Spooled},
+    host::Host,
+    plane::PlaneError,
+    ports::PortError,
+    volumes::VolumesError,
+};
+
+/// How often progress is told.
+pub const PROGRESS_EVERY: Duration = Duration::from_millis(250);
+
+/// Why a job failed.
+#[derive(Debug, thiserror::Error)]
+pub enum JobError {
+    /// The hypervisor.
+    #[error("the hypervisor failed")]
+    Backend(#[from] BackendError),
+    /// A volume process.
+    #[error("a volume failed")]
+    Volumes(#[from] VolumesError),
+    /// What was asked of a volume process.
+    #[error("a volume did not {what}")]
+    Volume {
+        /// What.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: ClientError,
+    },
+    /// A port.
+    #[error("a port failed")]
+    Port(#[from] PortError),
+    /// The connection with the other agent.
+    #[error("the connection with the other agent failed")]
+    Plane(#[from] PlaneError),
+    /// Content of the store.
+    #[error("{what} cannot be had from the store")]
+    Content {
+        /// What.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: Box<TransferError>,
+    },
+    /// A chunk of the store.
+    #[error("a chunk cannot be had")]
+    Chunk(#[from] Box<ReadError>),
+    /// A file.
+    #[error("cannot {what} {path}")]
+    File {
+        /// What was tried.
+        what: &'static str,
+        /// Which.
+        path: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The other agent gave up.
+    #[error("the other agent gave up")]
+    Peer(#[source] Problem),
+    /// The other agent says what does not fit.
+    #[error("the other agent says what does not fit: {0}")]
+    Protocol(String),
+    /// The connection with the other agent broke.
+    #[error("the connection with the other agent broke")]
+    Lost,
+    /// Something took too long.
+    #[error("{0} did not come in time")]
+    Deadline(&'static str),
+    /// It is refused here.
+    #[error("it is not possible here")]
+    Refused(#[source] Problem),
+    /// It is not wanted any more.
+    #[error("it is not wanted any more")]
+    Cancelled,
+    /// A worker died.
+    #[error("a worker died")]
+    Worker(#[from] tokio::task::JoinError),
+}
+
+impl JobError {
+    /// As people read it at the operation.
+    #[must_use]
+    pub fn problem(&self) -> Problem {
+        let code = match self {
+            Self::Refused(problem) | Self::Peer(problem) => return problem.clone(),
+            Self::Backend(BackendError::Unsupported { .. }) => Code::Unsupported,
+            Self::Backend(BackendError::Spec(_)) => Code::BadRequest,
+            Self::Plane(_) | Self::Lost | Self::Deadline(_) | Self::Chunk(_) => Code::HostUnavailable,
+            _ => Code::Internal,
+        };
+        Problem::new(code, crate::chain(self))
+    }
+}
+
+/// What a job tells the guest's task.
+#[derive(Debug)]
+pub enum Fact {
+    /// Something for the ownership protocol.
+    Event(LocalEvent),
+    /// How far it is.
+    Progress(Box<Progress>),
+    /// What went wrong, for people.
+    Problem(Box<Problem>),
+    /// The guest is in a file now.
+    Spooled(Spooled),
+    /// A freeze is in the store now.
+    Frozen(Box<FrozenContent>),
+    /// The guest's state arrived; the source had paused it this long before `at`.
+    Arrived {
+        /// When, on this host's clock.
+        at: Instant,
+        /// How long it had been paused.
+        paused_for: Duration,
+    },
+}
+
+/// What every job has.
+#[derive(Clone)]
+pub struct Job {
+    /// The host's services.
+    pub host: Arc<Host>,
+    /// The guest.
+    pub guest: GuestId,
+    /// The operation.
+    pub operation: OperationId,
+    /// The guest's files and sockets.
+    pub places: Places,
+    /// Where facts go.
+    pub facts: mpsc::Sender<Fact>,
+    /// Cancelled when the job is not wanted any more.
+    pub cancel: CancellationToken,
+}
+
+impl Job {
+    /// Tells a fact; a guest's task that is gone needs none.
+    pub async fn tell(&self, fact: Fact) {
+        let _ = self.facts.send(fact).await;
+    }
+
+    /// Tells progress; dropped when the task is busy.
+    pub fn show(&self, progress: Progress) {
+        let _ = self.facts.try_send(Fact::Progress(Box::new(progress)));
+    }
+
+    /// Runs `work` unless the job is cancelled first.
+    ///
+    /// # Errors
+    /// What `work` says, or [`JobError::Cancelled`].
+    pub async fn unless_cancelled<T>(
+        &self,
+        work: impl Future<Output = Result<T, JobError>>,
+    ) -> Result<T, JobError> {
+        tokio::select! {
+            () = self.cancel.cancelled() => Err(JobError::Cancelled),
+            done = work => done,
+        }
+    }
+}
+
+/// Waits for `work`, but no longer than `budget`.
+///
+/// # Errors
+/// What `work` says, or [`JobError::Deadline`].
+pub async fn in_time<T>(
+    what: &'static str,
+    budget: Duration,
+    work: impl Future<Output = Result<T, JobError>>,
+) -> Result<T, JobError> {
+    tokio::time::timeout(budget, work).await.map_err(|_| JobError::Deadline(what))?
+}
+
+/// Wraps an error of a file operation.
+pub fn file_error(what: &'static str, path: &std::path::Path) -> impl FnOnce(std::io::Error) -> JobError {
+    let path = path.display().to_string();
+    move |source| JobError::File { what, path, source }
+}

@@ -1,0 +1,153 @@
+//! Guests' ports on this host: taps, and the switch that connects them.
+
+use std::collections::BTreeMap;
+
+use supercloud_blanket::BoxFuture;
+use supercloud_ids::{Epoch, HostId, PortId};
+use supercloud_sdn::{
+    switch::{SwitchDriver, SwitchError},
+    tap::{self, TapError},
+    view::OverlayView,
+};
+
+/// Why a port could not be attached or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum PortError {
+    /// The host has no overlay.
+    #[error("this host has no overlay address (overlay_address in its configuration): its guests cannot have ports")]
+    NoOverlay,
+    /// The tap.
+    #[error("port {port}: its tap failed")]
+    Tap {
+        /// The port.
+        port: PortId,
+        /// Why.
+        #[source]
+        source: TapError,
+    },
+    /// The switch.
+    #[error("the switch failed")]
+    Switch(#[from] SwitchError),
+    /// A worker thread died.
+    #[error("a worker died")]
+    Worker(#[from] tokio::task::JoinError),
+}
+
+type PortResult<T> = Result<T, PortError>;
+
+/// What the agent wants of its switch.
+pub trait Switch: Send + Sync {
+    /// Makes the port's tap and attaches it; gives the tap's name. Repeating it changes nothing.
+    fn attach(&self, port: PortId, mtu: u16) -> BoxFuture<'_, PortResult<String>>;
+    /// Removes flows, switch port and tap. `Ok` when there is none.
+    fn detach(&self, port: PortId) -> BoxFuture<'_, PortResult<()>>;
+    /// This host owns the port from this epoch on: it may speak.
+    fn own(&self, port: PortId, epoch: Epoch) -> BoxFuture<'_, PortResult<()>>;
+    /// Puts a view in force.
+    fn apply(&self, view: OverlayView) -> BoxFuture<'_, PortResult<()>>;
+    /// The ports that are attached: tap and switch port.
+    fn attached(&self) -> BoxFuture<'_, PortResult<BTreeMap<PortId, (String, u32)>>>;
+    /// The revision of the view in force; 0 before the first.
+    fn revision(&self) -> u64;
+}
+
+/// Open vSwitch.
+pub struct OvsSwitch {
+    driver: SwitchDriver,
+    host: HostId,
+}
+
+impl OvsSwitch {
+    /// Around a driver that is open.
+    #[must_use]
+    pub fn new(driver: SwitchDriver, host: HostId) -> Self {
+        Self { driver, host }
+    }
+}
+
+/// A switch that is away takes what it was told when it comes back.
+fn or_later<T>(result: Result<T, SwitchError>) -> PortResult<()> {
+    match result {
+        Ok(_) => Ok(()),
+        Err(SwitchError::Down) => {
+            tracing::warn!("the switch is down; the change waits for it");
+            Ok(())
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+impl Switch for OvsSwitch {
+    fn attach(&self, port: PortId, mtu: u16) -> BoxFuture<'_, PortResult<String>> {
+        Box::pin(async move {
+            let name = tap::tap_name(port);
+            let made = name.clone();
+            tokio::task::spawn_blocking(move || tap::create(&made, mtu, None))
+                .await?
+                .map_err(|source| PortError::Tap { port, source })?;
+            self.driver.attach_tap(port, &name).await?;
+            Ok(name)
+        })
+    }
+
+    fn detach(&self, port: PortId) -> BoxFuture<'_, PortResult<()>> {
+        Box::pin(async move {
+            or_later(self.driver.detach(port).await)?;
+            let name = tap::tap_name(port);
+            tokio::task::spawn_blocking(move || tap::remove(&name))
+                .await?
+                .map_err(|source| PortError::Tap { port, source })
+        })
+    }
+
+    fn own(&self, port: PortId, epoch: Epoch) -> BoxFuture<'_, PortResult<()>> {
+        Box::pin(async move { or_later(self.driver.note_switch(port, self.host, epoch).await) })
+    }
+
+    fn apply(&self, view: OverlayView) -> BoxFuture<'_, PortResult<()>> {
+        Box::pin(async move {
+            match self.driver.apply(view).await {
+                // It was overtaken by a newer one.
+                Err(SwitchError::Stale { .. }) => Ok(()),
+                other => or_later(other),
+            }
+        })
+    }
+
+    fn attached(&self) -> BoxFuture<'_, PortResult<BTreeMap<PortId, (String, u32)>>> {
+        Box::pin(async move { Ok(self.driver.attached().await?) })
+    }
+
+    fn revision(&self) -> u64 {
+        self.driver.status().borrow().revision.unwrap_or(0)
+    }
+}
+
+/// A host without an overlay: guests without ports only.
+pub struct NoSwitch;
+
+impl Switch for NoSwitch {
+    fn attach(&self, _port: PortId, _mtu: u16) -> BoxFuture<'_, PortResult<String>> {
+        Box::pin(async { Err(PortError::NoOverlay) })
+    }
+
+    fn detach(&self, _port: PortId) -> BoxFuture<'_, PortResult<()>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn own(&self, _port: PortId, _epoch: Epoch) -> BoxFuture<'_, PortResult<()>> {
+        Box::pin(async { Err(PortError::NoOverlay) })
+    }
+
+    fn apply(&self, _view: OverlayView) -> BoxFuture<'_, PortResult<()>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn attached(&self) -> BoxFuture<'_, PortResult<BTreeMap<PortId, (String, u32)>>> {
+        Box::pin(async { Ok(BTreeMap::new()) })
+    }
+
+    fn revision(&self) -> u64 {
+        0
+    }
+}

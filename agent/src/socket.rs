@@ -1,0 +1,80 @@
+//! Sockets: how soon a silent peer is noticed, and who is at the other end of a unix socket.
+
+use std::{
+    io,
+    os::fd::AsRawFd as _,
+    path::Path,
+    time::Duration,
+};
+
+use tokio::net::{TcpStream, UnixListener, UnixStream};
+
+/// A peer that acknowledges nothing for so long is gone.
+const SILENCE_BUDGET: Duration = Duration::from_secs(20);
+
+fn set(stream: &TcpStream, level: libc::c_int, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
+    let length = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the descriptor is open while `stream` lives; the kernel reads `length` bytes, the size of the value.
+    let rc = unsafe { libc::setsockopt(stream.as_raw_fd(), level, option, (&raw const value).cast(), length) };
+    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Sets a connection up so that a peer that went silent is noticed within about 20 s, whether bytes are under way
+/// (`TCP_USER_TIMEOUT`) or not (keepalive), and small messages leave at once.
+///
+/// # Errors
+/// When the system refuses.
+pub fn watch_over(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    set(stream, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1)?;
+    set(stream, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, 5)?;
+    set(stream, libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, 5)?;
+    set(stream, libc::IPPROTO_TCP, libc::TCP_KEEPCNT, 3)?;
+    let budget = libc::c_int::try_from(SILENCE_BUDGET.as_millis()).unwrap_or(libc::c_int::MAX);
+    set(stream, libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, budget)
+}
+
+/// Listens on a unix socket of mode 0600; what lay there before is removed. Its folder must be closed to others: between
+/// bind and chmod the mode is what the umask gives.
+///
+/// # Errors
+/// When the system refuses, or the path is too long.
+pub fn listen(path: &Path) -> io::Result<UnixListener> {
+    use std::os::unix::fs::PermissionsExt as _;
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+/// Whether the process at the other end runs as root, as this process's user, or as one of `uids`.
+#[must_use]
+pub fn is_peer_allowed(stream: &UnixStream, uids: &[u32]) -> bool {
+    // SAFETY: geteuid takes no arguments and cannot fail.
+    let own = unsafe { libc::geteuid() };
+    stream.peer_cred().is_ok_and(|cred| cred.uid() == 0 || cred.uid() == own || uids.contains(&cred.uid()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_socket_is_private_and_replaces_an_old_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        for _ in 0..2 {
+            let listener = listen(&path).unwrap();
+            assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+            let (client, server) = tokio::join!(UnixStream::connect(&path), listener.accept());
+            assert!(is_peer_allowed(&server.unwrap().0, &[]));
+            drop(client.unwrap());
+        }
+        assert!(listen(&dir.path().join("x".repeat(200))).is_err());
+    }
+}

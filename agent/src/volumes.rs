@@ -1,0 +1,373 @@
+//! Volume processes: started in a session of their own so that they outlive the agent, found again by their control
+//! socket, started anew when they died.
+
+use std::{
+    io,
+    os::unix::process::CommandExt as _,
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize};
+use supercloud_ids::VolumeId;
+use supercloud_storage::process::{ClientError, ConfigError, VolumeClient, VolumeProcessConfig, control::VolumeStatus};
+
+use crate::durable::{self, DurableError};
+
+/// How long a started process may take until it answers: it may have to fetch its base's manifest.
+const START_BUDGET: Duration = Duration::from_secs(45);
+/// How long a process that is there may take to answer before it is taken for hung.
+const ANSWER_BUDGET: Duration = Duration::from_secs(10);
+/// How long a process may take to end by itself.
+const END_BUDGET: Duration = Duration::from_secs(10);
+/// A log larger than this is begun anew at the next start.
+const MAX_LOG_BYTES: u64 = 1 << 20;
+
+/// Why a volume process cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum VolumesError {
+    /// Its files.
+    #[error("volume {volume}: its files cannot be kept")]
+    Files {
+        /// The volume.
+        volume: VolumeId,
+        /// Why.
+        #[source]
+        source: DurableError,
+    },
+    /// Its configuration.
+    #[error("volume {volume} cannot be configured")]
+    Config {
+        /// The volume.
+        volume: VolumeId,
+        /// Why.
+        #[source]
+        source: ConfigError,
+    },
+    /// The program cannot be started.
+    #[error("volume {volume}: {program} cannot be started")]
+    Spawn {
+        /// The volume.
+        volume: VolumeId,
+        /// The program.
+        program: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// It ended right after its start.
+    #[error("volume {volume}: its process ended at once ({status}); it said: {said}")]
+    Ended {
+        /// The volume.
+        volume: VolumeId,
+        /// How.
+        status: String,
+        /// The end of its log.
+        said: String,
+    },
+    /// It does not do what it is asked.
+    #[error("volume {volume} did not {what}")]
+    Client {
+        /// The volume.
+        volume: VolumeId,
+        /// What was asked.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: ClientError,
+    },
+    /// A worker thread died.
+    #[error("a worker died")]
+    Worker(#[from] tokio::task::JoinError),
+}
+
+/// Which process serves a volume; the start time tells it from another that got the same number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct ProcessRecord {
+    pid: u32,
+    /// Field 22 of `/proc/<pid>/stat` (proc(5)): clock ticks after boot.
+    started: u64,
+}
+
+impl ProcessRecord {
+    fn of(pid: u32) -> Option<Self> {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The command, in parentheses, may hold anything, closing parentheses too.
+        let rest = &stat[stat.rfind(')')? + 1..];
+        let mut fields = rest.split_ascii_whitespace();
+        if fields.next()? == "Z" {
+            return None;
+        }
+        Some(Self { pid, started: fields.nth(18)?.parse().ok()? })
+    }
+
+    fn is_alive(self) -> bool {
+        Self::of(self.pid) == Some(self)
+    }
+
+    fn signal(self, signal: libc::c_int) {
+        if self.is_alive()
+            && let Ok(pid) = libc::pid_t::try_from(self.pid)
+        {
+            // SAFETY: a plain system call without pointers; that the number still names our process was just checked.
+            let _ = unsafe { libc::kill(pid, signal) };
+        }
+    }
+}
+
+/// Where the files and sockets of one volume are on this host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeHome {
+    /// The volume.
+    pub volume: VolumeId,
+    /// Configuration, key, log; the data lie in a folder below.
+    pub folder: PathBuf,
+    /// The sockets.
+    pub run: PathBuf,
+}
+
+impl VolumeHome {
+    fn config_file(&self) -> PathBuf {
+        self.folder.join("config.json")
+    }
+
+    fn process_file(&self) -> PathBuf {
+        self.folder.join("process.json")
+    }
+
+    fn log_file(&self) -> PathBuf {
+        self.folder.join("volume.log")
+    }
+
+    /// The file of the project's key, for the configuration.
+    #[must_use]
+    pub fn key_file(&self) -> PathBuf {
+        self.folder.join("project.key")
+    }
+
+    /// The folder of data and journal.
+    #[must_use]
+    pub fn data(&self) -> PathBuf {
+        self.folder.join("data")
+    }
+
+    /// The guest's disk.
+    #[must_use]
+    pub fn nbd_socket(&self) -> PathBuf {
+        self.run.join("nbd.sock")
+    }
+
+    /// Where other hosts' volume processes read.
+    #[must_use]
+    pub fn peer_socket(&self) -> PathBuf {
+        self.run.join("peer.sock")
+    }
+
+    /// The agent's socket for it, which leads to the host that has its newest blocks.
+    #[must_use]
+    pub fn peer_dial(&self) -> PathBuf {
+        self.run.with_extension("dial")
+    }
+
+    /// Its control socket's client.
+    #[must_use]
+    pub fn client(&self) -> VolumeClient {
+        VolumeClient::new(self.run.join("control.sock"))
+    }
+
+    fn record(&self) -> Option<ProcessRecord> {
+        durable::read_json(&self.process_file()).ok().flatten()
+    }
+
+    /// The kernel's number of its process, if that runs. Blocking.
+    #[must_use]
+    pub fn pid(&self) -> Option<u32> {
+        self.record().filter(|record| record.is_alive()).map(|record| record.pid)
+    }
+}
+
+/// Starts and ends volume processes.
+#[derive(Debug, Clone)]
+pub struct VolumeRunner {
+    /// The program, `supercloud-volume`.
+    pub program: PathBuf,
+}
+
+impl VolumeRunner {
+    /// Writes what a new volume's process is told. An existing configuration is replaced; a running process keeps the
+    /// one that it began with.
+    ///
+    /// # Errors
+    /// When it is refused or cannot be kept.
+    pub async fn configure(
+        &self,
+        home: &VolumeHome,
+        config: VolumeProcessConfig,
+        key_hex: String,
+    ) -> Result<(), VolumesError> {
+        let volume = home.volume;
+        config.validate().map_err(|source| VolumesError::Config { volume, source })?;
+        let home = home.clone();
+        tokio::task::spawn_blocking(move || {
+            durable::make_folder(&home.folder)?;
+            durable::write(&home.key_file(), key_hex.as_bytes())?;
+            durable::write_json(&home.config_file(), &config)
+        })
+        .await?
+        .map_err(|source| VolumesError::Files { volume, source })
+    }
+
+    /// Sees to it that the volume's process runs and answers.
+    ///
+    /// # Errors
+    /// Why it does not.
+    pub async fn ensure(&self, home: &VolumeHome) -> Result<VolumeStatus, VolumesError> {
+        let client = home.client();
+        if let Ok(status) = client.clone().with_budget(Duration::from_secs(2)).status().await {
+            return Ok(status);
+        }
+        let record = {
+            let home = home.clone();
+            tokio::task::spawn_blocking(move || home.record()).await?
+        };
+        if let Some(record) = record.filter(|record| record.is_alive()) {
+            // It is starting, or hangs.
+            if let Ok(status) = client.wait_ready(ANSWER_BUDGET).await {
+                return Ok(status);
+            }
+            tracing::warn!(volume = %home.volume, pid = record.pid, "a volume process does not answer; it is started anew");
+            end(record).await;
+        }
+        self.start(home).await
+    }
+
+    async fn start(&self, home: &VolumeHome) -> Result<VolumeStatus, VolumesError> {
+        let volume = home.volume;
+        let failed = |source| VolumesError::Spawn { volume, program: self.program.display().to_string(), source };
+        let (program, at) = (self.program.clone(), home.clone());
+        let mut child = tokio::task::spawn_blocking(move || spawn(&program, &at)).await?.map_err(failed)?;
+        let client = home.client();
+        let ended = tokio::select! {
+            ready = client.wait_ready(START_BUDGET) => {
+                // Not waited for any more: it outlives this agent, and while this agent lives, tokio reaps it.
+                return ready.map_err(|source| VolumesError::Client { volume, what: "start", source });
+            }
+            ended = child.wait() => ended,
+        };
+        let status = ended.map_or_else(|error| error.to_string(), |status| status.to_string());
+        let log = home.log_file();
+        let said = tokio::task::spawn_blocking(move || last_words(&log)).await?;
+        Err(VolumesError::Ended { volume, status, said })
+    }
+
+    /// Ends the process and deletes everything of the volume on this host. The caller knows that it may.
+    ///
+    /// # Errors
+    /// When something is left.
+    pub async fn delete(&self, home: &VolumeHome) -> Result<(), VolumesError> {
+        // In order if it answers; what does not answer is ended all the same.
+        let asked = home.client().with_budget(ANSWER_BUDGET).shutdown(true, true).await;
+        if let Err(error) = asked {
+            tracing::debug!(volume = %home.volume, %error, "a volume process was not there to be told to leave");
+        }
+        let record = {
+            let home = home.clone();
+            tokio::task::spawn_blocking(move || home.record()).await?
+        };
+        if let Some(record) = record {
+            end(record).await;
+        }
+        let at = home.clone();
+        tokio::task::spawn_blocking(move || {
+            durable::remove_folder(&at.folder)?;
+            durable::remove_folder(&at.run)?;
+            durable::remove_file(&at.peer_dial())
+        })
+        .await?
+        .map_err(|source| VolumesError::Files { volume: home.volume, source })
+    }
+}
+
+/// Ends a process: asks, waits, kills.
+async fn end(record: ProcessRecord) {
+    for signal in [libc::SIGTERM, libc::SIGKILL] {
+        record.signal(signal);
+        let deadline = tokio::time::Instant::now() + END_BUDGET;
+        while record.is_alive() {
+            if tokio::time::Instant::now() >= deadline {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+fn spawn(program: &Path, home: &VolumeHome) -> io::Result<tokio::process::Child> {
+    let log_path = home.log_file();
+    let is_long = std::fs::metadata(&log_path).is_ok_and(|meta| meta.len() > MAX_LOG_BYTES);
+    let log = {
+        use std::os::unix::fs::OpenOptionsExt as _;
+        let mut options = std::fs::File::options();
+        options.create(true).mode(0o600);
+        if is_long { options.write(true).truncate(true) } else { options.append(true) };
+        options.open(&log_path)?
+    };
+    let mut command = std::process::Command::new(program);
+    command
+        .arg("--config")
+        .arg(home.config_file())
+        .current_dir("/")
+        .env_clear()
+        .envs(std::env::var_os("RUST_LOG").map(|value| ("RUST_LOG", value)))
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log);
+    // SAFETY: between fork and exec only setsid is called, which is async-signal-safe (signal-safety(7)).
+    unsafe {
+        // A session of its own: no signal of the agent's terminal or process group reaches it.
+        command.pre_exec(|| if libc::setsid() < 0 { Err(io::Error::last_os_error()) } else { Ok(()) });
+    }
+    let child = tokio::process::Command::from(command).kill_on_drop(false).spawn()?;
+    if let Some(record) = child.id().and_then(ProcessRecord::of) {
+        durable::write_json(&home.process_file(), &record).map_err(io::Error::other)?;
+    }
+    Ok(child)
+}
+
+fn last_words(log: &Path) -> String {
+    let text = std::fs::read(log).unwrap_or_default();
+    let from = text.len().saturating_sub(400);
+    String::from_utf8_lossy(&text[from..]).trim().replace('\n', " | ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_is_known_by_number_and_start() {
+        let own = ProcessRecord::of(std::process::id()).unwrap();
+        assert!(own.is_alive());
+        assert!(!ProcessRecord { started: own.started + 1, ..own }.is_alive());
+        assert_eq!(ProcessRecord::of(u32::MAX), None);
+    }
+
+    #[tokio::test]
+    async fn a_program_that_ends_at_once_is_told_with_its_last_words() {
+        let dir = tempfile::tempdir().unwrap();
+        let home = VolumeHome {
+            volume: VolumeId::generate(),
+            folder: dir.path().join("v"),
+            run: dir.path().join("r"),
+        };
+        durable::make_folder(&home.folder).unwrap();
+        let program = dir.path().join("p");
+        std::fs::write(&program, "#!/bin/sh\necho this is why >&2\nexit 3\n").unwrap();
+        std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+        let error = VolumeRunner { program }.ensure(&home).await.unwrap_err();
+        assert!(error.to_string().contains("this is why"), "{error}");
+        VolumeRunner { program: "/nonexistent".into() }.delete(&home).await.unwrap();
+        assert!(!home.folder.exists());
+    }
+}
