@@ -67,6 +67,13 @@ impl Journal {
         Ok(number)
     }
 
+    /// Overwrites the last record, which was acknowledged (a fault made on purpose).
+    pub fn lose_last(&mut self) -> io::Result<()> {
+        self.file.seek(SeekFrom::Start((self.next - 1).saturating_sub(1) * RECORD_BYTES as u64))?;
+        self.file.write_all(&[0; RECORD_BYTES])?;
+        self.file.sync_all()
+    }
+
     /// Reads the file back from the disk, not from the page cache.
     pub fn verify(path: &Path) -> io::Result<Verdict> {
         let mut file = match OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path) {
@@ -124,11 +131,15 @@ mod tests {
         assert_eq!(journal.last(), 1000);
         assert_eq!(journal.append().unwrap(), 1001);
         assert_eq!(Journal::verify(&path).unwrap(), Verdict { good: 1001, bad: 0 });
+        journal.lose_last().unwrap();
+        assert_eq!(Journal::verify(&path).unwrap(), Verdict { good: 1000, bad: 1 });
+        assert_eq!(journal.append().unwrap(), 1002);
+        assert_eq!(Journal::verify(&path).unwrap(), Verdict { good: 1000, bad: 1 });
         // A lost block, a flipped digit.
         let mut file = OpenOptions::new().write(true).open(&path).unwrap();
         file.seek(SeekFrom::Start(499 * 16 + 3)).unwrap();
         file.write_all(b"7").unwrap();
-        assert_eq!(Journal::verify(&path).unwrap(), Verdict { good: 499, bad: 1 });
+        assert_eq!(Journal::verify(&path).unwrap(), Verdict { good: 499, bad: 2 });
         file.set_len(100 * 16).unwrap();
         assert_eq!(Journal::verify(&path).unwrap().good, 100);
         std::fs::remove_file(path).unwrap();

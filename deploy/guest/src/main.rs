@@ -22,6 +22,7 @@ mod net;
 mod pattern;
 mod report;
 mod role;
+mod sabotage;
 mod server;
 mod sys;
 

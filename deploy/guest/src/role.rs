@@ -1,10 +1,13 @@
-//! What a guest is told to do: one line `role=server` or `role=client peer=ADDRESS`, with options.
+//! What a guest is told to do: one line `role=server` or `role=client peer=ADDRESS`, with options: `mem=MIB` and `dirty=MIB_PER_S`
+//! (memory rewritten and checked all the time), for the server `sabotage=tcp|bytes|writes|restart` and `after=SECONDS`.
 //!
 //! The line comes from the kernel's command line (words `sc.role=...`, `sc.peer=...`), from the file /etc/role, or from the user
 //! data of the metadata service; there it may stand anywhere, so that the same user data can be a cloud-init file for
 //! other images (`#role=server` is a comment to cloud-init).
 
 use std::net::Ipv4Addr;
+
+use crate::sabotage::{Kind, Plan};
 
 /// What the server does.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -13,6 +16,8 @@ pub struct ServerOptions {
     pub memory_mib: u32,
     /// How much of it per second, MiB.
     pub dirty_mib_per_s: u32,
+    /// A fault to make on purpose.
+    pub sabotage: Option<Plan>,
 }
 
 /// What the client does.
@@ -32,6 +37,11 @@ pub enum Role {
     /// Holds a stream to the server.
     Client(ClientOptions),
 }
+
+/// When a fault is due if it is not said.
+const DEFAULT_AFTER_S: u32 = 20;
+
+const AFTER_CAP_S: u32 = 86_400;
 
 const MEMORY_CAP_MIB: u32 = 4096;
 
@@ -59,7 +69,8 @@ pub fn from_kernel_command_line(text: &str) -> Option<Role> {
 fn parse_line(line: &str) -> Option<Role> {
     let line = line.trim().trim_start_matches('#').trim_start();
     let (mut kind, mut peer) = (None, None);
-    let mut memory = ServerOptions { memory_mib: 8, dirty_mib_per_s: 1 };
+    let mut memory = ServerOptions { memory_mib: 8, dirty_mib_per_s: 1, sabotage: None };
+    let mut after_s = DEFAULT_AFTER_S;
     for word in line.split_whitespace() {
         let (key, value) = word.split_once('=')?;
         match key {
@@ -67,8 +78,13 @@ fn parse_line(line: &str) -> Option<Role> {
             "peer" => peer = value.parse().ok(),
             "mem" => memory.memory_mib = value.parse().ok().filter(|mib| *mib <= MEMORY_CAP_MIB)?,
             "dirty" => memory.dirty_mib_per_s = value.parse().ok()?,
+            "sabotage" => memory.sabotage = Some(Plan { kind: Kind::parse(value)?, after_s }),
+            "after" => after_s = value.parse().ok().filter(|after| *after <= AFTER_CAP_S)?,
             _ => return None,
         }
+    }
+    if let Some(plan) = &mut memory.sabotage {
+        plan.after_s = after_s;
     }
     match kind? {
         "server" => Some(Role::Server(memory)),
@@ -91,11 +107,11 @@ mod tests {
 
     #[test]
     fn roles_are_found_where_they_stand() {
-        let server = Role::Server(ServerOptions { memory_mib: 8, dirty_mib_per_s: 1 });
+        let server = Role::Server(ServerOptions { memory_mib: 8, dirty_mib_per_s: 1, sabotage: None });
         assert_eq!(parse("role=server"), Some(server.clone()));
         assert_eq!(parse("#cloud-config\n# role=server mem=8\npackages: []\n"), Some(server.clone()));
         assert_eq!(from_kernel_command_line("console=ttyS0 sc.role=server quiet"), Some(server));
-        let memory = ServerOptions { memory_mib: 64, dirty_mib_per_s: 20 };
+        let memory = ServerOptions { memory_mib: 64, dirty_mib_per_s: 20, sabotage: None };
         let client = Role::Client(ClientOptions { peer: Ipv4Addr::new(10, 0, 0, 2), memory });
         assert_eq!(parse("role=client peer=10.0.0.2 mem=64 dirty=20"), Some(client.clone()));
         assert_eq!(from_kernel_command_line("sc.role=client sc.peer=10.0.0.2 sc.mem=64 x=y sc.dirty=20"), Some(client));

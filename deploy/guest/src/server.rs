@@ -2,7 +2,8 @@
 
 use std::io::{self, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,7 +13,8 @@ use crate::journal::{Journal, Verdict};
 use crate::memory::{self, MemoryStats};
 use crate::report::{self, Report};
 use crate::role::ServerOptions;
-use crate::{http, pattern};
+use crate::sabotage::Faults;
+use crate::{http, pattern, sys};
 
 /// The port of the checked stream.
 pub const STREAM_PORT: u16 = 7000;
@@ -44,6 +46,7 @@ struct State {
     streams: AtomicU64,
     memory: MemoryStats,
     clocks: ClockWatch,
+    faults: Faults,
 }
 
 impl State {
@@ -58,6 +61,7 @@ impl State {
             .number("mem_checked", load(&self.memory.checked))
             .number("mem_bad", load(&self.memory.bad))
             .number("clock_back", self.clocks.times_back())
+            .number("sabotaged", self.faults.made())
             .finish()
     }
 
@@ -114,6 +118,10 @@ fn start(options: &ServerOptions, state: &Arc<State>) -> io::Result<()> {
     let (writer, streams, worker) = (Arc::clone(state), Arc::clone(state), Arc::clone(state));
     std::thread::spawn(move || write_numbers(journal, &writer));
     std::thread::spawn(move || serve_streams(&listener, &streams));
+    if let (Some(plan), Some(folder)) = (options.sabotage, path.parent().map(Path::to_owned)) {
+        let state = Arc::clone(state);
+        std::thread::spawn(move || state.faults.carry_out(plan, &folder));
+    }
     let options = options.clone();
     std::thread::spawn(move || memory::work(&options, &worker.memory));
     Ok(())
@@ -126,6 +134,9 @@ fn write_numbers(mut journal: Journal, state: &State) {
             Err(_) => {
                 state.write_errors.fetch_add(1, Ordering::Relaxed);
             }
+        }
+        if state.faults.take_record() && journal.lose_last().is_err() {
+            state.write_errors.fetch_add(1, Ordering::Relaxed);
         }
         sleep_ms(WRITE_EVERY_MS);
     }
@@ -140,19 +151,25 @@ fn serve_streams(listener: &TcpListener, state: &Arc<State>) {
         let state = Arc::clone(state);
         std::thread::spawn(move || {
             // The client counts the end of its stream; here it is only one stream less.
-            let _ = stream_for_ever(&stream);
+            let _ = stream_for_ever(&stream, &state.faults);
             state.streams.fetch_sub(1, Ordering::Relaxed);
         });
     }
 }
 
-fn stream_for_ever(mut stream: &TcpStream) -> io::Result<()> {
+fn stream_for_ever(mut stream: &TcpStream, faults: &Faults) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let mut buffer = [0; TICK_BYTES];
     let mut position = 0;
     let mut next_ms = boot_ms();
     loop {
         pattern::fill(position, &mut buffer);
+        if faults.take_byte() {
+            buffer[0] ^= 1;
+        }
+        if faults.take_stream() {
+            return sys::reset_on_close(stream.as_raw_fd());
+        }
         stream.write_all(&buffer)?;
         position += TICK_BYTES as u64;
         // What a pause has missed is not sent in a burst afterwards.

@@ -51,6 +51,21 @@ pub fn power_off() {
     }
 }
 
+/// Starts the machine anew at once, with whatever was not flushed lost.
+pub fn restart() {
+    // SAFETY: plain system call.
+    unsafe { libc::reboot(libc::LINUX_REBOOT_CMD_RESTART) };
+}
+
+/// Lets the kernel reset a connection instead of ending it when it is closed.
+pub fn reset_on_close(fd: std::os::fd::RawFd) -> io::Result<()> {
+    let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+    let length = size_of::<libc::linger>() as libc::socklen_t;
+    // SAFETY: the value is a linger of the length given.
+    check(unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_LINGER, (&raw const linger).cast(), length) })
+        .map(drop)
+}
+
 /// Sets the host name.
 pub fn set_hostname(name: &str) -> io::Result<()> {
     // SAFETY: a pointer and its length.

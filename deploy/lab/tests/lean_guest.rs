@@ -12,6 +12,7 @@ use supercloud_lab::image::lean::{self, LeanImage};
 
 const LONG: Duration = Duration::from_secs(120);
 
+const CLIENT: &str = "sc.address=10.0.0.2/24 sc.role=client sc.peer=10.0.0.1";
 const SERVER: &str = "sc.address=10.0.0.1/24 sc.role=server";
 
 struct Guest {
@@ -33,7 +34,7 @@ impl Guest {
         // Nothing that an earlier guest said may be taken for this one's.
         std::fs::write(&console, "").unwrap();
         let qemu = Command::new("qemu-system-x86_64")
-            .args(["-accel", "tcg", "-M", "pc", "-m", "128", "-display", "none", "-monitor", "none", "-no-reboot"])
+            .args(["-accel", "tcg", "-M", "pc", "-m", "128", "-display", "none", "-monitor", "none"])
             .arg("-kernel")
             .arg(&image.kernel)
             .arg("-initrd")
@@ -74,37 +75,45 @@ fn number(object: &Value, key: &str) -> u64 {
     object[key].as_u64().unwrap_or_else(|| panic!("{key} in {object}"))
 }
 
-#[test]
-fn a_lean_guest_counts_what_it_wrote_and_what_it_received() {
+fn image() -> Option<LeanImage> {
     if Command::new("qemu-system-x86_64").arg("--version").stdout(Stdio::null()).status().is_err() {
         println!("SKIPPED: qemu-system-x86_64 is not installed");
-        return;
+        return None;
     }
-    let image = lean::ensure().unwrap_or_else(|error| panic!("{}", supercloud_lab::lab::chain(&error)));
-    let folder = tempfile::tempdir().unwrap();
-    let disk = |name: &str| {
-        let path = folder.path().join(name);
-        std::fs::copy(&image.disk, &path).unwrap();
-        path
-    };
-    // A cable between the two: datagrams over the loopback, which a machine's death does not cut.
+    Some(lean::ensure().unwrap_or_else(|error| panic!("{}", supercloud_lab::lab::chain(&error))))
+}
+
+fn copy_of(image: &LeanImage, path: &Path) -> PathBuf {
+    std::fs::copy(&image.disk, path).unwrap();
+    path.to_owned()
+}
+
+/// A cable between two machines: datagrams over the loopback, which a machine's death does not cut.
+fn cable() -> [[String; 2]; 2] {
     let ports = [0, 1].map(|_| std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port());
-    let nic = |own: usize| {
+    [0, 1].map(|own: usize| {
         let end = |which: &str, port: u16| format!("{which}.type=inet,{which}.host=127.0.0.1,{which}.port={port}");
         let cable = format!("dgram,id=cable,{},{}", end("local", ports[own]), end("remote", ports[1 - own]));
         [cable, format!("virtio-net-pci,netdev=cable,mac=02:00:00:00:00:0{own}")]
-    };
-    let server_disk = disk("server.raw");
+    })
+}
 
-    let mut server = Guest::boot(&image, &server_disk, SERVER, &nic(0));
+#[test]
+fn a_lean_guest_counts_what_it_wrote_and_what_it_received() {
+    let Some(image) = image() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let nics = cable();
+    let server_disk = copy_of(&image, &folder.path().join("server.raw"));
+
+    let mut server = Guest::boot(&image, &server_disk, SERVER, &nics[0]);
     let up = server.await_line("server", |line| number(line, "verified") >= 20);
     for clean in ["verify_bad", "write_errors", "mem_bad", "clock_back"] {
         assert_eq!(number(&up, clean), 0, "{clean}");
     }
     assert!(number(&up, "mem_checked") > 0);
 
-    let mut client =
-        Guest::boot(&image, &disk("client.raw"), "sc.address=10.0.0.2/24 sc.role=client sc.peer=10.0.0.1", &nic(1));
+    let client_disk = copy_of(&image, &folder.path().join("client.raw"));
+    let mut client = Guest::boot(&image, &client_disk, CLIENT, &nics[1]);
     let streaming = client.await_line("client", |line| number(line, "bytes") > 500_000);
     assert_eq!((number(&streaming, "bad"), number(&streaming, "resets"), number(&streaming, "connects")), (0, 0, 1));
     assert!(number(&streaming, "ticks") > 0 && streaming["connected"] == true);
@@ -123,7 +132,7 @@ fn a_lean_guest_counts_what_it_wrote_and_what_it_received() {
     // A server that dies and starts anew is a reset, and what it had acknowledged is on its disk.
     let last = server.last("server").unwrap();
     drop(server);
-    let mut again = Guest::boot(&image, &server_disk, SERVER, &nic(0));
+    let mut again = Guest::boot(&image, &server_disk, SERVER, &nics[0]);
     let first = again.await_line("server", |line| number(line, "verified") > 0);
     assert!(number(&first, "verified") >= number(&last, "acked"), "{first} after {last}");
     assert_eq!(number(&first, "verify_bad"), 0);
@@ -131,4 +140,27 @@ fn a_lean_guest_counts_what_it_wrote_and_what_it_received() {
     let reset = client.await_line("client", |line| number(line, "connects") == 2);
     assert_eq!(number(&reset, "resets"), 1);
     assert!(number(&reset, "http_ok") > 0);
+}
+
+#[test]
+fn faults_made_on_purpose_are_seen() {
+    let Some(image) = image() else { return };
+    for (kind, field) in [("tcp", "resets"), ("bytes", "bad"), ("writes", "verify_bad"), ("restart", "t_ms")] {
+        let folder = tempfile::tempdir().unwrap();
+        let nics = cable();
+        let disk = copy_of(&image, &folder.path().join("server.raw"));
+        let role = format!("{SERVER} sc.sabotage={kind} sc.after=4");
+        let mut server = Guest::boot(&image, &disk, &role, &nics[0]);
+        if matches!(kind, "tcp" | "bytes") {
+            let disk = copy_of(&image, &folder.path().join("client.raw"));
+            let mut client = Guest::boot(&image, &disk, CLIENT, &nics[1]);
+            client.await_line("client", |line| number(line, field) > 0);
+        } else if kind == "restart" {
+            let before = server.await_line("server", |line| number(line, field) > 0);
+            server.await_line("server", |line| line["boot_id"] != before["boot_id"]);
+        } else {
+            server.await_line("server", |line| number(line, field) > 0);
+        }
+        server.await_line("server", |line| number(line, "sabotaged") == 1);
+    }
 }
