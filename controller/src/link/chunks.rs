@@ -70,7 +70,11 @@ impl ChunkServer {
             write_frame(&mut stream, &Frame::json(kind::OPENED, VERSION, &answer)?).await?;
             Ok::<_, supercloud_api::frame::FrameError>(admitted)
         };
-        let admitted = match tokio::time::timeout(OPENING_BUDGET, opened).await {
+        let opened = tokio::select! {
+            opened = tokio::time::timeout(OPENING_BUDGET, opened) => opened,
+            () = cancel.cancelled() => return,
+        };
+        let admitted = match opened {
             Ok(Ok(Ok(project))) => project,
             Ok(Ok(Err(problem))) => return debug!(%host, "no chunks: {problem}"),
             Ok(Err(error)) => return debug!(%host, "no chunks: {error}"),

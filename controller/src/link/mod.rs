@@ -25,8 +25,9 @@ use supercloud_api::{
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{Semaphore, mpsc, watch},
+    task::JoinSet,
 };
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 pub use chunks::ChunkServer;
@@ -40,6 +41,8 @@ const OUTBOUND_AT_MOST: usize = 1024;
 
 /// What the link needs of the rest of the controller.
 pub trait LinkHandler: Send + Sync + 'static {
+    /// Whether a host that shows a certificate of our CA still belongs to us: certificates outlive a removal.
+    fn is_member(&self, host: HostId) -> BoxFuture<'_, bool>;
     /// A host has dialled in and its certificate names it. An error ends the connection.
     fn hello(&self, host: HostId, certificate_sha256: String, hello: Hello) -> BoxFuture<'_, Result<Welcome, Problem>>;
     /// The session is open: what must be told again may be sent now.
@@ -169,16 +172,18 @@ pub async fn serve(
         chunks,
         openings: Semaphore::new(OPENINGS_AT_ONCE),
     });
-    let tasks = TaskTracker::new();
+    // Dropped with this future: no connection outlives its listener.
+    let mut tasks = JoinSet::new();
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
+            Some(_) = tasks.join_next() => continue,
             () = cancel.cancelled() => break,
         };
         match accepted {
             Ok((stream, from)) => {
-                let (shared, cancel) = (Arc::clone(&shared), cancel.child_token());
-                tasks.spawn(async move { connection(&shared, stream, from, cancel).await });
+                let (shared, end) = (Arc::clone(&shared), cancel.clone());
+                tasks.spawn(async move { connection(&shared, stream, from, &end).await });
             }
             Err(error) => {
                 // Out of descriptors, most likely: give others the time to close.
@@ -187,11 +192,11 @@ pub async fn serve(
             }
         }
     }
-    tasks.close();
-    tasks.wait().await;
+    while tasks.join_next().await.is_some() {}
 }
 
-async fn connection(shared: &Shared, stream: TcpStream, from: SocketAddr, cancel: CancellationToken) {
+/// One connection from its first byte to its last. `end`: the listener ends.
+async fn connection(shared: &Shared, stream: TcpStream, from: SocketAddr, end: &CancellationToken) {
     let Ok(opening) = shared.openings.try_acquire() else {
         debug!(%from, "too many connections are being opened; dropped");
         return;
@@ -199,7 +204,11 @@ async fn connection(shared: &Shared, stream: TcpStream, from: SocketAddr, cancel
     if let Err(error) = stream.set_nodelay(true) {
         debug!(%from, "no TCP_NODELAY: {error}");
     }
-    let stream = match tokio::time::timeout(OPENING_BUDGET, shared.acceptor.accept(stream)).await {
+    let shaken = tokio::select! {
+        shaken = tokio::time::timeout(OPENING_BUDGET, shared.acceptor.accept(stream)) => shaken,
+        () = end.cancelled() => return,
+    };
+    let stream = match shaken {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => return debug!(%from, "the TLS handshake failed: {error}"),
         Err(_) => return debug!(%from, "the TLS handshake took too long"),
@@ -213,11 +222,16 @@ async fn connection(shared: &Shared, stream: TcpStream, from: SocketAddr, cancel
     let is_data = tls.alpn_protocol() == Some(tls::ALPN_DATA);
     let is_agent = tls.alpn_protocol() == Some(tls::ALPN_AGENT);
     if is_data {
-        shared.chunks.serve(host, &fingerprint, stream, opening, cancel).await;
+        if !shared.handler.is_member(host).await {
+            return debug!(%from, %host, "no member (any more)");
+        }
+        shared.chunks.serve(host, &fingerprint, stream, opening, end.clone()).await;
     } else if is_agent {
-        let serial = session::run(shared, host, fingerprint, stream, opening, cancel).await;
+        let serial = session::run(shared, host, fingerprint, stream, opening, end.child_token()).await;
         if let Some(serial) = serial
             && shared.sessions.close(host, serial)
+            // The end of this side is not the agent's.
+            && !end.is_cancelled()
         {
             info!(%host, "agent disconnected");
             shared.handler.closed(host).await;

@@ -12,7 +12,7 @@ use tokio::{
     sync::{SemaphorePermit, mpsc, watch},
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 
 use super::{OPENING_BUDGET, Shared};
 
@@ -54,7 +54,11 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Send>(
     cancel: CancellationToken,
 ) -> Option<u64> {
     let (mut reader, mut writer) = tokio::io::split(stream);
-    let hello = match tokio::time::timeout(OPENING_BUDGET, read_frame(&mut reader)).await {
+    let first = tokio::select! {
+        first = tokio::time::timeout(OPENING_BUDGET, read_frame(&mut reader)) => first,
+        () = cancel.cancelled() => return None,
+    };
+    let hello = match first {
         Ok(Ok(frame)) => match frame.parse_json::<Hello>(kind::HELLO, link::VERSION) {
             Ok(hello) => hello,
             Err(error) => {
@@ -73,7 +77,11 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Send>(
         return None;
     }
     let agent_version = hello.agent_version.chars().take(64).collect::<String>();
-    let welcome = match shared.handler.hello(host, fingerprint, hello).await {
+    let welcomed = tokio::select! {
+        welcomed = shared.handler.hello(host, fingerprint, hello) => welcomed,
+        () = cancel.cancelled() => return None,
+    };
+    let welcome = match welcomed {
         Ok(welcome) => welcome,
         Err(problem) => {
             warn!(%host, "not welcome: {problem}");
@@ -97,7 +105,7 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Send>(
     };
     let why = tokio::select! {
         why = reading => why,
-        why = write(&mut writer, outbound, answers_out) => why,
+        why = write(host, &mut writer, outbound, answers_out) => why,
         () = cancel.cancelled() => Ended::Closed,
     };
     debug!(%host, "session ended: {why}");
@@ -136,6 +144,7 @@ async fn read<R: AsyncRead + Unpin>(
 }
 
 async fn write<W: AsyncWrite + Unpin>(
+    host: HostId,
     writer: &mut W,
     mut outbound: Outbound,
     mut answers: mpsc::Receiver<Envelope<Outcome<Answer>>>,
@@ -152,6 +161,14 @@ async fn write<W: AsyncWrite + Unpin>(
                 Frame::json(kind::DIRECTIVE, link::VERSION, &view)
             }
             Some(answer) = answers.recv() => Frame::json(kind::ANSWER, link::VERSION, &answer),
+        };
+        let frame = match frame {
+            // Nothing a new connection could mend: the agent would come back for ever and hear nothing else.
+            Err(FrameError::TooLong(bytes)) => {
+                error!(%host, bytes, "a message is over the limit and cannot be sent");
+                continue;
+            }
+            frame => frame,
         };
         let written = async { write_frame(writer, &frame?).await };
         match tokio::time::timeout(WRITE_BUDGET, written).await {
