@@ -57,7 +57,7 @@ struct Clock {
 
 impl Clock {
     fn now_ms(&self) -> u64 {
-        self.at_ms + (self.since.elapsed().as_secs_f64() * 1000.0 * self.speed) as u64
+        self.at_ms.saturating_add((self.since.elapsed().as_secs_f64() * 1000.0 * self.speed) as u64)
     }
 }
 
@@ -78,7 +78,11 @@ fn check_speed(speed: f64) -> Result<f64, MarketsError> {
 
 impl FeedMarkets {
     fn new(feed: Feed, at_ms: u64, speed: f64) -> Self {
-        Self(Arc::new(Inner { feed, clock: Mutex::new(Clock { at_ms, since: Instant::now(), speed }), clouds: Mutex::default() }))
+        Self(Arc::new(Inner {
+            feed,
+            clock: Mutex::new(Clock { at_ms, since: Instant::now(), speed }),
+            clouds: Mutex::default(),
+        }))
     }
 
     /// The markets of a configured feed. Reads the file: call it where blocking is allowed.
@@ -228,6 +232,8 @@ mod tests {
         assert_eq!(spot(&markets).price_nanousd_per_hour, 50_000_000);
         markets.set_clock(Some(5), None).unwrap();
         assert_eq!(markets.feed_now_ms(), 60_000);
+        markets.set_clock(Some(u64::MAX), Some(1000.0)).unwrap();
+        assert_eq!(markets.feed_now_ms(), u64::MAX);
         assert!(markets.set_clock(None, Some(-1.0)).is_err() && markets.set_clock(None, Some(f64::NAN)).is_err());
         assert!(markets.series("nowhere").is_none());
     }

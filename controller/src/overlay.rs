@@ -22,6 +22,28 @@ fn concerns(port: &Port, host: HostId) -> bool {
     port.host == Some(host) || port.prepared_at == Some(host) || port.moved_from == Some(host)
 }
 
+/// The hosts that have a place in the overlay. What an agent says of its address is not trusted: one that cannot be an end
+/// of a tunnel, or that an older host has, counts as none (the switches would refuse the view as a whole).
+fn reachable_hosts(hosts: &[Host]) -> Vec<HostView> {
+    let mut views: Vec<HostView> = hosts
+        .iter()
+        .filter(|record| record.state != HostState::Removed)
+        .filter_map(|record| {
+            let overlay_addr = record.overlay_address?;
+            let is_usable = !overlay_addr.is_unspecified()
+                && !overlay_addr.is_broadcast()
+                && !overlay_addr.is_multicast()
+                && !overlay_addr.is_loopback();
+            is_usable.then_some(HostView { host: record.id, overlay_addr, index: record.overlay_index })
+        })
+        .collect();
+    // Ids grow with time: the host that joined first keeps the address.
+    views.sort_by_key(|view| view.host);
+    let mut taken = BTreeSet::new();
+    views.retain(|view| taken.insert(view.overlay_addr));
+    views
+}
+
 /// The view of one host.
 ///
 /// # Errors
@@ -36,20 +58,10 @@ pub fn view_for(
 ) -> Result<OverlayView, BadRecord> {
     let mine: BTreeSet<_> = ports.iter().filter(|port| concerns(port, host)).map(|port| port.network).collect();
     let ports: Vec<&Port> = ports.iter().filter(|port| mine.contains(&port.network)).collect();
-    let needed: BTreeSet<HostId> = ports
-        .iter()
-        .flat_map(|port| [port.host, port.prepared_at, port.moved_from])
-        .flatten()
-        .chain([host])
-        .collect();
-    let hosts = hosts
-        .iter()
-        .filter(|record| needed.contains(&record.id) && record.state != HostState::Removed)
-        .filter_map(|record| {
-            let overlay_addr = record.overlay_address?;
-            Some(HostView { host: record.id, overlay_addr, index: record.overlay_index })
-        })
-        .collect::<Vec<_>>();
+    let needed: BTreeSet<HostId> =
+        ports.iter().flat_map(|port| [port.host, port.prepared_at, port.moved_from]).flatten().chain([host]).collect();
+    let known_hosts = reachable_hosts(hosts);
+    let hosts = known_hosts.into_iter().filter(|view| needed.contains(&view.host)).collect::<Vec<_>>();
     let known: BTreeSet<HostId> = hosts.iter().map(|host| host.host).collect();
     let networks = networks
         .iter()
@@ -136,8 +148,11 @@ mod tests {
     fn a_host_is_told_only_the_networks_it_has_a_part_in() {
         let hosts = [host(1), host(2), host(3)];
         let nets = [network(10), network(11)];
-        let ports =
-            [port(&nets[0], 2, Some(&hosts[0])), port(&nets[0], 3, Some(&hosts[1])), port(&nets[1], 2, Some(&hosts[2]))];
+        let ports = [
+            port(&nets[0], 2, Some(&hosts[0])),
+            port(&nets[0], 3, Some(&hosts[1])),
+            port(&nets[1], 2, Some(&hosts[2])),
+        ];
         let view = |i: usize| view_for(hosts[i].id, 7, &hosts, &nets, &ports, &[]).unwrap();
         let first = view(0);
         assert!(first.check().is_ok());
@@ -147,13 +162,27 @@ mod tests {
     }
 
     #[test]
+    fn an_address_that_another_host_has_or_that_is_none_is_nobodys() {
+        let mut hosts = [host(1), host(2), host(3)];
+        hosts[1].overlay_address = hosts[0].overlay_address;
+        hosts[2].overlay_address = Some(std::net::Ipv4Addr::LOCALHOST);
+        let nets = [network(10)];
+        let ports: Vec<_> = (0..3).map(|i| port(&nets[0], 2 + i, Some(&hosts[usize::from(i)]))).collect();
+        let view = view_for(hosts[0].id, 1, &hosts, &nets, &ports, &[]).unwrap();
+        assert_eq!(view.check(), Ok(()));
+        assert_eq!(view.hosts.iter().map(|view| view.host).collect::<Vec<_>>(), [hosts[0].id]);
+        assert_eq!(view.ports.iter().filter(|port| port.host.is_some()).count(), 1);
+    }
+
+    #[test]
     fn the_destination_of_a_move_and_its_source_stay_in_the_picture() {
         let hosts = [host(1), host(2)];
         let nets = [network(10)];
         let mut ports = [port(&nets[0], 2, Some(&hosts[0]))];
         ports[0].prepared_at = Some(hosts[1].id);
         assert_eq!(view_for(hosts[1].id, 1, &hosts, &nets, &ports, &[]).unwrap().ports.len(), 1);
-        ports[0] = Port { host: Some(hosts[1].id), prepared_at: None, moved_from: Some(hosts[0].id), ..ports[0].clone() };
+        ports[0] =
+            Port { host: Some(hosts[1].id), prepared_at: None, moved_from: Some(hosts[0].id), ..ports[0].clone() };
         let source = view_for(hosts[0].id, 2, &hosts, &nets, &ports, &[]).unwrap();
         assert_eq!(source.ports[0].moved_from, Some(hosts[0].id));
         assert_eq!(source.hosts.len(), 2);
