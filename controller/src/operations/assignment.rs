@@ -7,7 +7,8 @@ use supercloud_api::{
     handover::{DestinationOrder, Order, OrderBody, SourceOrder},
     ids::{CloudId, HostId, OperationId},
     link::{
-        Assignment, BootSpec, ChunkSource, FrozenMemory, GuestSpec, MigrationOptions, Peer, PortSpec, Secret, VolumeSpec,
+        Assignment, BootSpec, ChunkSource, FrozenMemory, GuestSpec, MigrationOptions, Peer, PortSpec, Secret,
+        VolumeSpec,
     },
     ticket::{Party, Ticket},
     unix_ms,
@@ -194,7 +195,13 @@ impl Engine {
         for id in &shown.ports {
             let port = self.state.need::<Port>(id).await?.value;
             let network = self.state.need::<Network>(&port.network).await?.value;
-            ports.push(PortSpec { port: port.id, network: network.id, mac: port.mac, ipv4: port.ipv4, mtu: network.mtu });
+            ports.push(PortSpec {
+                port: port.id,
+                network: network.id,
+                mac: port.mac,
+                ipv4: port.ipv4,
+                mtu: network.mtu,
+            });
         }
         let extra = seed.as_ref().and_then(|seed| seed.cmdline_extra.clone());
         Ok(GuestSpec {

@@ -14,6 +14,9 @@ use crate::state::{
     Change, Context, EventDraft, GuestRecord, GuestSeed, HostRecord, OperationRecord, Stored, keys, retry_conflicts,
 };
 
+/// Records of freezes that are removed in one transaction.
+const FREEZES_AT_ONCE: usize = 40;
+
 impl Engine {
     /// One step of a deletion: asks the hosts, or (when none is left to ask) removes the records.
     pub(super) async fn delete_step(&self, id: OperationId) -> Result<(), EngineError> {
@@ -133,6 +136,19 @@ impl Engine {
         guest: &Stored<GuestRecord>,
         volumes: &[Stored<Volume>],
     ) -> Result<(), EngineError> {
+        let mut drops = Vec::new();
+        let mut freezes = self.state.list::<Freeze>().await?;
+        freezes.retain(|freeze| freeze.guest == guest.guest.id);
+        // A transaction takes a hundred steps at most, and a guest can have been frozen any number of times.
+        for some in freezes.chunks(FREEZES_AT_ONCE) {
+            let mut change = Change::new();
+            for freeze in some {
+                change.delete(freeze);
+                drops.push(freeze.value.clone());
+            }
+            self.state.commit(&Context::of_operation(&record.value), change).await?;
+        }
+        self.drop_freezes(&drops).await?;
         let mut change = Change::new();
         for volume in volumes {
             change.delete_named(volume);
@@ -144,13 +160,6 @@ impl Engine {
         }
         if let Some(seed) = self.state.read::<GuestSeed>(&guest.guest.id).await? {
             change.delete(&seed);
-        }
-        let mut drops = Vec::new();
-        for freeze in self.state.list::<Freeze>().await? {
-            if freeze.guest == guest.guest.id {
-                change.delete(&freeze);
-                drops.push(freeze.value);
-            }
         }
         change.delete_named(guest);
         change.event(
@@ -165,11 +174,11 @@ impl Engine {
         change.update_operation(record, &mut operation);
         self.state.commit(&Context::of_operation(&record.value), change).await?;
         self.overlay.notify_one();
-        self.drop_freezes(&drops).await
+        Ok(())
     }
 
     /// Tells a host of each freeze's cloud that its memory state may go.
-    async fn drop_freezes(&self, freezes: &[Freeze]) -> Result<(), EngineError> {
+    pub(super) async fn drop_freezes(&self, freezes: &[Freeze]) -> Result<(), EngineError> {
         for freeze in freezes {
             for host in self.state.list::<HostRecord>().await? {
                 if host.host.cloud == freeze.cloud && self.sessions.is_open(host.host.id) {

@@ -72,17 +72,39 @@ pub fn apply(attached: &mut Attached, after: OwnerRecord, told: Told<'_>) -> boo
     for port in &mut attached.ports {
         port.moved_from = port.moved_from.filter(|source| after.holders.iter().any(|h| h.host == *source));
     }
-    attached.guest.guest.alarm = after.alarm().map(|alarm| alarm.to_string());
-    if let Some(class) = &told.details.compat_class
-        && attached.guest.guest.compat_class.is_none()
-    {
-        attached.guest.guest.compat_class = Some(class.clone());
+    // A guest that runs nowhere is announced nowhere.
+    for port in &mut attached.ports {
+        port.host = port.host.filter(|host| after.owner == Owner::Host(*host));
     }
+    let is_lost_or_found = before.alarm().is_some() || before.stamp() != after.stamp();
+    if after.alarm().is_some() || is_lost_or_found {
+        attached.guest.guest.alarm = after.alarm().map(|alarm| alarm.to_string());
+    }
+    fix_compat_class(&mut attached.guest, &after, told.details);
     if let Some(operation) = &mut attached.operation {
         advance(operation, &after, told.details);
     }
+    let held_by = attached.guest.guest.operation;
     attached.guest.set_owner(after, told.owner_host);
+    let owner = &attached.guest.owner;
+    // An operation that was accepted and has not begun holds the guest, whatever happens meanwhile.
+    let has_ended = |id| {
+        owner.last.is_some_and(|last| last.operation == id) || before.operation.as_ref().is_some_and(|op| op.id == id)
+    };
+    if owner.operation.is_none() {
+        attached.guest.guest.operation = held_by.filter(|id| !has_ended(*id));
+    }
     attached.ports != ports_before
+}
+
+/// The class in which the guest first ran stays its own; one in which it was only to be started does not.
+fn fix_compat_class(guest: &mut GuestRecord, after: &OwnerRecord, details: &ReportDetails) {
+    let class = &mut guest.guest.compat_class;
+    if after.owner == Owner::Unowned && after.operation.is_none() {
+        *class = None;
+    } else if class.is_none() {
+        class.clone_from(&details.compat_class);
+    }
 }
 
 /// The destination binds ports silently while a move is open.
@@ -98,13 +120,7 @@ fn prepare_ports(attached: &mut Attached, after: &OwnerRecord) {
 }
 
 /// COMMIT POINT: what the switch transaction holds besides the owner and the epoch.
-fn switch(
-    attached: &mut Attached,
-    before: &OwnerRecord,
-    grant: handover::Grant,
-    kind: OperationKind,
-    told: Told<'_>,
-) {
+fn switch(attached: &mut Attached, before: &OwnerRecord, grant: handover::Grant, kind: OperationKind, told: Told<'_>) {
     let source = match before.owner {
         Owner::Host(host) => Some(host),
         _ => None,
@@ -203,6 +219,18 @@ fn advance(operation: &mut Operation, after: &OwnerRecord, details: &ReportDetai
     if now > operation.phase {
         operation.phase = now;
     }
+    if let Some(source) =
+        after.operation.as_ref().filter(|op| op.id == operation.id).and_then(handover::Operation::source)
+    {
+        operation.source = Some(source);
+    }
+    if now == Phase::Failed && operation.error.is_none() {
+        let why = match after.alarm() {
+            Some(alarm) => format!("{alarm}; start the guest again from its volumes"),
+            None => "a host that held blocks which are still needed was lost after the switch".to_owned(),
+        };
+        operation.error = Some(Problem::new(Code::Internal, why));
+    }
     if let Verdict::Aborted(reason) = verdict
         && operation.error.is_none()
     {
@@ -215,10 +243,18 @@ fn advance(operation: &mut Operation, after: &OwnerRecord, details: &ReportDetai
 pub fn abort_problem(reason: AbortReason) -> Problem {
     let (code, advice) = match reason {
         AbortReason::Cancelled => (Code::WrongState, "the operation was cancelled; everything is as before"),
-        AbortReason::Deadline => (Code::HostUnavailable, "the deadline passed before the switch; everything is as before"),
-        AbortReason::DestinationFailed => (Code::HostUnavailable, "the destination could not take the guest; see its agent's log"),
-        AbortReason::SourceFailed => (Code::HostUnavailable, "the source could not hand the guest over; see its agent's log"),
-        AbortReason::ContactLost => (Code::HostUnavailable, "source and destination lost contact; the guest runs on at the source"),
+        AbortReason::Deadline => {
+            (Code::HostUnavailable, "the deadline passed before the switch; everything is as before")
+        }
+        AbortReason::DestinationFailed => {
+            (Code::HostUnavailable, "the destination could not take the guest; see its agent's log")
+        }
+        AbortReason::SourceFailed => {
+            (Code::HostUnavailable, "the source could not hand the guest over; see its agent's log")
+        }
+        AbortReason::ContactLost => {
+            (Code::HostUnavailable, "source and destination lost contact; the guest runs on at the source")
+        }
         AbortReason::HostLost => (Code::HostUnavailable, "a host that took part was removed"),
         AbortReason::GuestLost => (Code::Internal, "the guest's running copy was lost before the switch"),
     };

@@ -2,20 +2,19 @@
 
 use futures::future::BoxFuture;
 use supercloud_api::{
-    Code, Host, Problem, Role,
+    Code, Host, Problem, Role, Room,
     handover::{self},
-    ids::{Epoch, GuestId, HostId},
-    link::{Answer, GuestEventKind, Hello, Notice, Query, Welcome},
+    ids::{Epoch, GuestId, HostId, RequestId},
+    link::{Answer, GuestEventKind, Hello, Holding, Notice, Query, Welcome},
     unix_ms,
 };
 use tracing::{info, warn};
 
-use super::{Engine, EngineError};
+use super::{Engine, EngineError, is_plausible_class};
 use crate::{
-    auth,
-    chain,
+    auth, chain,
     link::LinkHandler,
-    state::{Change, Context, EventDraft, GuestRecord, HostRecord, LiveHost, Work, retry_conflicts},
+    state::{Change, Context, EventDraft, GuestRecord, HostRecord, LiveHost, OperationRecord, Work, retry_conflicts},
 };
 
 /// How often agents send heartbeats.
@@ -29,7 +28,22 @@ fn internal(error: &EngineError) -> Problem {
     Problem::new(Code::StoreUnavailable, chain(error))
 }
 
+/// The largest probe that is kept, in bytes of JSON.
+const PROBE_AT_MOST: usize = 64 << 10;
+
 impl LinkHandler for Engine {
+    fn is_member(&self, host: HostId) -> BoxFuture<'_, bool> {
+        Box::pin(async move {
+            match self.state.read::<HostRecord>(&host).await {
+                Ok(record) => record.is_some_and(|record| !record.is_removed),
+                Err(error) => {
+                    warn!(%host, "whether it is a member cannot be read: {}", chain(&error));
+                    false
+                }
+            }
+        })
+    }
+
     fn hello(&self, host: HostId, certificate_sha256: String, hello: Hello) -> BoxFuture<'_, Result<Welcome, Problem>> {
         Box::pin(async move {
             if hello.guests.len() > REPORTS_AT_MOST || hello.volumes.len() > REPORTS_AT_MOST {
@@ -51,6 +65,10 @@ impl LinkHandler for Engine {
     fn opened(&self, host: HostId) -> BoxFuture<'_, ()> {
         Box::pin(async move {
             self.overlay.notify_one();
+            // The end of the session before may have come after this one's hello.
+            if self.live.get(host).is_none() {
+                self.live.seen(host, LiveHost { last_seen_ms: unix_ms(), used: Room::default() });
+            }
             if let Err(error) = self.send_orders_to(host).await {
                 warn!(%host, "its orders cannot be sent now: {}", chain(&error));
             }
@@ -64,7 +82,7 @@ impl LinkHandler for Engine {
                 Notice::Heartbeat { used, guests, view_revision: _ } => {
                     if guests.len() <= REPORTS_AT_MOST {
                         self.live.seen(host, LiveHost { last_seen_ms: unix_ms(), used });
-                        self.note_alarms(host, guests).await
+                        self.note_guests(host, guests).await
                     } else {
                         Ok(())
                     }
@@ -104,7 +122,9 @@ impl LinkHandler for Engine {
                     .host(host)
                     .data(serde_json::json!({ "last_seen_ms": last.map(|live| live.last_seen_ms) })),
             );
-            if let Err(error) = self.state.commit(&Context::actor(format!("host:{host}"), supercloud_api::ids::RequestId::generate()), change).await {
+            if let Err(error) =
+                self.state.commit(&Context::actor(format!("host:{host}"), RequestId::generate()), change).await
+            {
                 warn!(%host, "that it is away could not be written: {}", chain(&error));
             }
         })
@@ -124,15 +144,17 @@ impl Engine {
             record.data_address = hello.data_address;
             record.overlay_address = hello.overlay_address;
             record.capacity = hello.capacity;
-            record.compat_classes = hello.compat_classes.iter().take(16).cloned().collect();
-            record.probe = hello.probe.clone();
+            record.compat_classes =
+                hello.compat_classes.iter().filter(|class| is_plausible_class(class)).take(16).cloned().collect();
+            let probe_bytes = hello.probe.to_string().len();
+            record.probe = if probe_bytes <= PROBE_AT_MOST { hello.probe.clone() } else { serde_json::json!({}) };
             record.agent_version = hello.agent_version.chars().take(64).collect();
             certificate_sha256.clone_into(&mut record.certificate_sha256);
             record.last_seen_ms = unix_ms();
             let mut change = Change::new();
             change.update(&before, &now);
             change.event(EventDraft::new("host.up").host(host).data(serde_json::json!({ "name": now.host.name })));
-            let context = Context::actor(format!("host:{host}"), supercloud_api::ids::RequestId::generate());
+            let context = Context::actor(format!("host:{host}"), RequestId::generate());
             self.state.commit(&context, change).await?;
             Ok::<_, EngineError>(Some(now.host))
         })
@@ -148,7 +170,7 @@ impl Engine {
         operation: supercloud_api::ids::OperationId,
         progress: &supercloud_api::Progress,
     ) -> Result<(), EngineError> {
-        let Some(record) = self.state.read::<crate::state::OperationRecord>(&operation).await? else { return Ok(()) };
+        let Some(record) = self.state.read::<OperationRecord>(&operation).await? else { return Ok(()) };
         let is_party = [record.operation.source, record.operation.destination].contains(&Some(host));
         if is_party && !record.operation.phase.is_terminal() {
             self.progress.tell(operation, progress);
@@ -156,19 +178,24 @@ impl Engine {
         Ok(())
     }
 
-    /// What an agent says of its guests that people should see.
-    async fn note_alarms(
+    /// What an agent says of its guests, again and again: what people should see, and what must follow.
+    async fn note_guests(
         &self,
         host: HostId,
         reports: Vec<supercloud_api::link::GuestReport>,
     ) -> Result<(), EngineError> {
         for report in reports {
             let Some(before) = self.state.read::<GuestRecord>(&report.guest).await? else { continue };
-            if !before.owner.is_owned_by(host, report.epoch) || before.owner.alarm().is_some() {
+            if !before.owner.is_owned_by(host, report.epoch) {
+                continue;
+            }
+            if report.holding == Holding::Down {
+                // Level, not edge: the word of the event itself may have been lost.
+                self.stop_after_power_off(host, report.guest, report.epoch).await?;
                 continue;
             }
             let alarm = report.alarm.map(|text| text.chars().take(300).collect::<String>());
-            if before.guest.alarm == alarm {
+            if before.owner.alarm().is_some() || before.guest.alarm == alarm {
                 continue;
             }
             let mut now = before.value.clone();
@@ -213,53 +240,38 @@ impl Engine {
                 .host(host)
                 .data(serde_json::json!({ "event": event })),
         );
-        let context = Context::actor(format!("guest:{guest}"), supercloud_api::ids::RequestId::generate());
-        if event == GuestEventKind::PoweredOff && record.guest.operation.is_none() && record.owner.operation.is_none() {
-            self.stop_after_power_off(&record, &context, &mut change);
+        self.state.commit(&Context::actor(format!("guest:{guest}"), RequestId::generate()), change).await?;
+        if event == GuestEventKind::PoweredOff {
+            self.stop_after_power_off(host, guest, epoch).await?;
         }
-        match self.state.commit(&context, change).await {
-            Err(error) if !error.is_conflict() => Err(error.into()),
-            _ => Ok(()),
-        }
+        Ok(())
     }
 
-    /// A guest that powered itself off is stopped, as if asked for: its volumes are sealed, it owns nothing.
-    fn stop_after_power_off(&self, guest: &crate::state::Stored<GuestRecord>, context: &Context, change: &mut Change) {
-        let id = supercloud_api::ids::OperationId::generate();
-        let now_ms = unix_ms();
-        let operation = supercloud_api::Operation {
-            id,
-            kind: supercloud_api::OperationKind::GuestStop,
-            project: Some(guest.guest.project),
-            phase: supercloud_api::Phase::Plan,
-            guest: Some(guest.guest.id),
-            image: None,
-            volume: None,
-            source: guest.guest.host,
-            destination: None,
-            progress: supercloud_api::Progress::default(),
-            is_cancel_requested: false,
-            error: None,
-            plan: None,
-            actor: context.actor.clone(),
-            request_id: context.request_id,
-            reason: Some("the guest powered itself off".into()),
-            created_at_ms: now_ms,
-            updated_at_ms: now_ms,
-            ended_at_ms: None,
-            phase_times: vec![supercloud_api::PhaseTime { phase: supercloud_api::Phase::Plan, at_ms: now_ms }],
-        };
-        let mut now = guest.value.clone();
-        now.guest.operation = Some(id);
-        change.update(guest, &now);
-        change.create_operation(&crate::state::OperationRecord { operation, work: Work::GuestStop { grace_ms: 0 } });
+    /// A guest that powered itself off is stopped, as if asked for: its volumes are sealed, it owns nothing. While another
+    /// operation holds it nothing happens; the agent says it again.
+    async fn stop_after_power_off(&self, host: HostId, guest: GuestId, epoch: Epoch) -> Result<(), EngineError> {
+        let context = Context::actor(format!("guest:{guest}"), RequestId::generate());
+        retry_conflicts(|| async {
+            let Some(before) = self.state.read::<GuestRecord>(&guest).await? else { return Ok(()) };
+            let is_free = before.guest.operation.is_none() && before.owner.operation.is_none();
+            if !before.owner.is_owned_by(host, epoch) || !is_free {
+                return Ok(());
+            }
+            let operation = power_off(&before, host, &context);
+            let mut now = before.value.clone();
+            now.guest.operation = Some(operation.id);
+            let mut change = Change::new();
+            change.update(&before, &now);
+            change.create_operation(&OperationRecord { operation, work: Work::GuestStop { grace_ms: 0 } });
+            self.state.commit(&context, change).await?;
+            Ok::<_, EngineError>(())
+        })
+        .await
     }
 
     /// A token with which a guest may move, freeze and look at itself, and nothing else.
     async fn guest_token(&self, host: HostId, guest: GuestId, epoch: Epoch) -> Result<Answer, Problem> {
-        let read = async {
-            Ok::<_, EngineError>(self.state.read::<GuestRecord>(&guest).await?)
-        };
+        let read = async { Ok::<_, EngineError>(self.state.read::<GuestRecord>(&guest).await?) };
         let record = read.await.map_err(|error| internal(&error))?;
         let Some(record) = record.filter(|record| record.owner.is_owned_by(host, epoch)) else {
             return Err(Problem::new(Code::Forbidden, "this host does not own the guest at this epoch"));
@@ -270,13 +282,9 @@ impl Engine {
             auth::new_token(name, Some(record.guest.project), Some(guest), Role::Operator, expires_at_ms);
         let mut change = Change::new();
         token.store_in(&mut change);
-        let context = Context::actor(format!("guest:{guest}"), supercloud_api::ids::RequestId::generate());
+        let context = Context::actor(format!("guest:{guest}"), RequestId::generate());
         self.state.commit(&context, change).await.map_err(|error| internal(&error.into()))?;
-        Ok(Answer::GuestToken {
-            secret,
-            api_url: self.reach.api_url.clone(),
-            ca_pem: self.authority.pem().to_owned(),
-        })
+        Ok(Answer::GuestToken { secret, api_url: self.reach.api_url.clone(), ca_pem: self.authority.pem().to_owned() })
     }
 
     /// What follows when an operator has removed a host (the proof that it is gone is the operator's). Idempotent.
@@ -289,9 +297,11 @@ impl Engine {
         for guest in guests {
             let concerns = guest.owner.is_owned_by(host, guest.owner.epoch)
                 || guest.owner.holders.iter().any(|holder| holder.host == host)
-                || guest.owner.operation.as_ref().is_some_and(|op| {
-                    op.source() == Some(host) || op.kind.destination() == Some(host)
-                });
+                || guest
+                    .owner
+                    .operation
+                    .as_ref()
+                    .is_some_and(|op| op.source() == Some(host) || op.kind.destination() == Some(host));
             if concerns {
                 self.note_lost(guest.guest.id, host).await?;
             }
@@ -305,5 +315,32 @@ impl Engine {
             loss.record.map(|record| (record, loss.alarms))
         })
         .await
+    }
+}
+
+/// The stop of a guest that has powered itself off.
+fn power_off(guest: &GuestRecord, host: HostId, context: &Context) -> supercloud_api::Operation {
+    let now_ms = unix_ms();
+    supercloud_api::Operation {
+        id: supercloud_api::ids::OperationId::generate(),
+        kind: supercloud_api::OperationKind::GuestStop,
+        project: Some(guest.guest.project),
+        phase: supercloud_api::Phase::Plan,
+        guest: Some(guest.guest.id),
+        image: None,
+        volume: None,
+        source: Some(host),
+        destination: None,
+        progress: supercloud_api::Progress::default(),
+        is_cancel_requested: false,
+        error: None,
+        plan: None,
+        actor: context.actor.clone(),
+        request_id: context.request_id,
+        reason: Some("the guest powered itself off".into()),
+        created_at_ms: now_ms,
+        updated_at_ms: now_ms,
+        ended_at_ms: None,
+        phase_times: vec![supercloud_api::PhaseTime { phase: supercloud_api::Phase::Plan, at_ms: now_ms }],
     }
 }

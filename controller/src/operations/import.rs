@@ -1,6 +1,9 @@
 //! Importing images: uploaded parts are read, checked, chunked, sealed and put into the origin store.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, PoisonError},
+    time::Duration,
+};
 
 use supercloud_api::{
     Code, DiskFormat, Image, ImageContent, ImagePart, ImageState, Phase, Problem, Progress,
@@ -36,6 +39,7 @@ impl Engine {
             if let Err(error) = self.import(id, &cancel).await {
                 warn!(operation = %id, "the import cannot go on now: {}", chain(&error));
             }
+            self.queued.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
         }
     }
 
@@ -59,14 +63,17 @@ impl Engine {
             let problem = Problem::new(Code::NotFound, "the image was deleted");
             return self.end_import(id, image, Phase::Failed, Err(problem)).await;
         };
-        let imported = tokio::select! {
-            imported = self.import_parts(id, &found, *format, cancel) => imported,
-            () = self.cancel_wish(id) => Err(Problem::new(Code::WrongState, "the import was cancelled")),
-            // A restarted controller begins again; what is in the store already is found there.
+        let (imported, is_cancelled) = tokio::select! {
+            imported = self.import_parts(id, &found, *format, cancel) => (imported, false),
+            () = self.cancel_wish(id) => (Err(Problem::new(Code::WrongState, "the import was cancelled")), true),
             () = cancel.cancelled() => return Ok(()),
         };
         let phase = match &imported {
             Ok(_) => Phase::Done,
+            // The import was interrupted, not refused: a restarted controller begins again, and finds what is in the store
+            // already.
+            Err(_) if cancel.is_cancelled() => return Ok(()),
+            Err(_) if is_cancelled => Phase::RolledBack,
             Err(_) => Phase::Failed,
         };
         self.end_import(id, image, phase, imported).await
@@ -130,13 +137,16 @@ impl Engine {
                     TransferPhase::Converting => format!("{name}: converting"),
                     TransferPhase::Storing | TransferPhase::Writing => format!("{name}: storing"),
                 };
-                board.tell(id, &Progress {
-                    memory_total_bytes: step.total_bytes,
-                    memory_sent_bytes: step.done_bytes,
-                    memory_remaining_bytes: step.total_bytes.saturating_sub(step.done_bytes),
-                    message,
-                    ..Progress::default()
-                });
+                board.tell(
+                    id,
+                    &Progress {
+                        memory_total_bytes: step.total_bytes,
+                        memory_sent_bytes: step.done_bytes,
+                        memory_remaining_bytes: step.total_bytes.saturating_sub(step.done_bytes),
+                        message,
+                        ..Progress::default()
+                    },
+                );
             };
             let path = folder.join(name);
             let made = transfer::import_image(&path, &options, Arc::clone(&keys), Arc::clone(&store), cancel, tell)

@@ -8,7 +8,7 @@
 //! ```
 //! There is no saga state besides the records: whatever a restarted controller must do next follows from the ownership
 //! records ([`OwnerRecord::orders`](supercloud_api::handover::OwnerRecord::orders)) and the list of operations that have not
-//! ended. Orders are repeated every [`REPEAT_EVERY`] while something is open; reports are checked by the pure protocol.
+//! ended. Orders are repeated every [`Pace::repeat`] while something is open; reports are checked by the pure protocol.
 
 mod assignment;
 mod delete;
@@ -19,9 +19,17 @@ mod import;
 pub mod progress;
 mod report;
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::HashSet,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
-use supercloud_api::ids::{GuestId, HostId, OperationId};
+use supercloud_api::{
+    CompatClass,
+    ids::{GuestId, HostId, OperationId},
+};
 use supercloud_storage::backend::DirStore;
 use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
@@ -36,14 +44,38 @@ use crate::{
 };
 use progress::ProgressBoard;
 
-/// Orders are repeated this often while something is open.
-pub const REPEAT_EVERY: Duration = Duration::from_secs(2);
-/// Progress is written this often.
-const FLUSH_EVERY: Duration = Duration::from_millis(500);
-/// The destination's time to prepare.
-const PREPARE_BUDGET_MS: u64 = 180_000;
-/// The time of a freeze, a start or a thaw before its switch.
-const COPY_BUDGET_MS: u64 = 30 * 60_000;
+/// How often the engine does what it repeats, and how long things may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pace {
+    /// Orders are repeated this often while something is open.
+    pub repeat: Duration,
+    /// Progress is written this often.
+    pub flush: Duration,
+    /// Overlay views are looked at this often even when nobody says that something changed.
+    pub look: Duration,
+    /// An operation's time to begin, while another one or missing blocks hold its guest.
+    pub plan_budget: Duration,
+    /// The destination's time to prepare.
+    pub prepare_budget: Duration,
+    /// The time of a freeze, a start or a thaw from then to its switch.
+    pub copy_budget: Duration,
+    /// How long a guest that moves may be paused before the switch: then its source gets it back.
+    pub switch_budget: Duration,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self {
+            repeat: Duration::from_secs(2),
+            flush: Duration::from_millis(500),
+            look: Duration::from_secs(5),
+            plan_budget: Duration::from_secs(600),
+            prepare_budget: Duration::from_secs(180),
+            copy_budget: Duration::from_secs(30 * 60),
+            switch_budget: Duration::from_secs(120),
+        }
+    }
+}
 
 /// How agents and guests are told to reach the controller.
 #[derive(Debug, Clone)]
@@ -91,6 +123,9 @@ pub struct Engine {
     /// The overlay changed.
     pub(crate) overlay: Arc<Notify>,
     imports: mpsc::Sender<OperationId>,
+    /// Imports that wait or run: none is queued twice.
+    queued: Mutex<HashSet<OperationId>>,
+    pub(crate) pace: Pace,
 }
 
 /// What the engine is made of.
@@ -123,11 +158,31 @@ impl Engine {
     /// The engine, and the queue of imports for [`Engine::run`].
     #[must_use]
     pub fn new(parts: Parts) -> (Arc<Self>, mpsc::Receiver<OperationId>) {
+        Self::at_pace(parts, Pace::default())
+    }
+
+    /// As [`Engine::new`], at another pace.
+    #[must_use]
+    pub fn at_pace(parts: Parts, pace: Pace) -> (Arc<Self>, mpsc::Receiver<OperationId>) {
         let (imports, queue) = mpsc::channel(IMPORTS_AT_MOST);
         let Parts { state, sessions, live, keys, authority, reach, progress, store, uploads } = parts;
         let overlay = Arc::new(Notify::new());
-        let engine =
-            Self { state, sessions, live, keys, authority, reach, progress, store, uploads, overlay, imports };
+        let queued = Mutex::default();
+        let engine = Self {
+            state,
+            sessions,
+            live,
+            keys,
+            authority,
+            reach,
+            progress,
+            store,
+            uploads,
+            overlay,
+            imports,
+            queued,
+            pace,
+        };
         (Arc::new(engine), queue)
     }
 
@@ -168,8 +223,11 @@ impl Engine {
         let operation = &record.operation;
         match &record.work {
             Work::ImageImport { .. } => {
-                // A full queue: the repeat brings it again.
-                let _queued_again_later = self.imports.try_send(operation.id);
+                let mut queued = self.queued.lock().unwrap_or_else(PoisonError::into_inner);
+                if !queued.contains(&operation.id) && self.imports.try_send(operation.id).is_ok() {
+                    // When the queue is full the repeat brings it again.
+                    queued.insert(operation.id);
+                }
                 Ok(())
             }
             Work::GuestDelete => self.delete_step(operation.id).await,
@@ -181,7 +239,7 @@ impl Engine {
 
     /// Repeats orders and enforces deadlines, for as long as something is open.
     async fn repeat(&self, cancel: CancellationToken) {
-        let mut ticks = tokio::time::interval(REPEAT_EVERY);
+        let mut ticks = tokio::time::interval(self.pace.repeat);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
@@ -211,8 +269,10 @@ impl Engine {
             }
         }
         for host in self.state.list::<HostRecord>().await? {
-            if host.is_removed {
-                self.host_lost(host.host.id).await?;
+            if host.is_removed
+                && let Err(error) = self.host_lost(host.host.id).await
+            {
+                warn!(host = %host.host.id, "not everything that follows from its removal is done: {}", chain(&error));
             }
         }
         Ok(())
@@ -250,7 +310,7 @@ impl Engine {
 
     /// Writes the newest progress of operations into their records.
     async fn flush(&self, cancel: CancellationToken) {
-        let mut ticks = tokio::time::interval(FLUSH_EVERY);
+        let mut ticks = tokio::time::interval(self.pace.flush);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
@@ -297,4 +357,10 @@ impl Engine {
     pub(crate) fn log_phase(operation: &supercloud_api::Operation) {
         info!(operation = %operation.id, kind = ?operation.kind, phase = ?operation.phase, "operation");
     }
+}
+
+/// Whether a compat class is one that a record may hold: short, printable texts.
+fn is_plausible_class(class: &CompatClass) -> bool {
+    let texts = [&class.back_end, &class.accelerator, &class.machine_version, &class.cpu_baseline];
+    texts.iter().all(|text| (1..=64).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic()))
 }

@@ -1,7 +1,9 @@
 //! Beginning operations and taking agents' reports: read, decide by the protocol, write in one transaction, then speak.
 
+use std::time::Duration;
+
 use supercloud_api::{
-    Freeze, Host, OperationKind, Phase, Port, Problem, Volume, Code,
+    Code, Freeze, Host, OperationKind, Phase, Port, Problem, Volume,
     handover::{
         self, AbortReason, Accepted, Alarm, BeginRequest, GroupNeed, Order, OwnerRecord, Report, VolumeStamp, WhenOpen,
     },
@@ -9,10 +11,11 @@ use supercloud_api::{
     link::{Directive, ReportDetails},
     unix_ms,
 };
+use supercloud_storage::key::ContentRoot;
 use tracing::{debug, warn};
 
 use super::{
-    COPY_BUDGET_MS, Engine, EngineError, PREPARE_BUDGET_MS,
+    Engine, EngineError,
     effects::{self, Attached, Told},
 };
 use crate::state::{
@@ -32,6 +35,8 @@ struct Read {
 struct Step {
     guest: GuestRecord,
     is_overlay_changed: bool,
+    /// A thaw is done: the memory of this freeze is needed no more.
+    consumed: Option<Freeze>,
 }
 
 impl Engine {
@@ -89,8 +94,7 @@ impl Engine {
             operation: read.operation.as_ref().map(|record| record.operation.clone()),
             freeze: read.freeze.as_ref().map(|freeze| freeze.value.clone()),
         };
-        let told =
-            Told { owner_host: owner_host.as_ref(), source_host: source_host.as_ref(), stamps, details };
+        let told = Told { owner_host: owner_host.as_ref(), source_host: source_host.as_ref(), stamps, details };
         let was = read.guest.owner.stamp();
         let is_overlay_changed = effects::apply(&mut attached, after, told);
         let now = attached.guest.owner.stamp();
@@ -115,6 +119,7 @@ impl Engine {
         let project = attached.guest.guest.project;
         let guest_id = attached.guest.guest.id;
         let mut context = Context::system();
+        let mut consumed = None;
         if let (Some(before), Some(mut operation)) = (&read.operation, attached.operation) {
             context = Context::of_operation(&before.value);
             self.progress.apply(operation.id, &mut operation.progress);
@@ -126,6 +131,9 @@ impl Engine {
                 change.update_operation(before, &mut record);
                 if record.operation.phase != before.operation.phase {
                     Self::log_phase(&record.operation);
+                    let is_thawed =
+                        record.operation.phase == Phase::Done && matches!(record.work, Work::GuestThaw { .. });
+                    consumed = attached.freeze.clone().filter(|_| is_thawed);
                 }
             }
         }
@@ -149,7 +157,7 @@ impl Engine {
             );
         }
         self.state.commit(&context, change).await?;
-        Ok(Step { guest: attached.guest, is_overlay_changed })
+        Ok(Step { guest: attached.guest, is_overlay_changed, consumed })
     }
 
     /// After a step is durable: the overlay, then the orders.
@@ -186,9 +194,21 @@ impl Engine {
                 return Ok(None);
             }
             let Some(guest) = record.operation.guest else { return Ok(None) };
-            let Some(read) = self.read_guest(guest, Some(id)).await? else { return Ok(None) };
+            let Some(read) = self.read_guest(guest, Some(id)).await? else {
+                self.refuse(&record, Problem::new(Code::NotFound, "the guest was deleted")).await?;
+                return Ok(None);
+            };
+            // Another operation holds the guest: its end, or the repeat, brings this one again.
+            if read.guest.guest.operation.is_some_and(|other| other != id) {
+                return Ok(None);
+            }
+            if let (Work::GuestThaw { .. }, None) = (&record.work, &read.freeze) {
+                self.refuse(&record, Problem::new(Code::NotFound, "there is no such freeze")).await?;
+                return Ok(None);
+            }
             let Some(kind) = kind_of(&record.value, &read.guest.value) else {
-                return Err(EngineError::Broken(format!("operation {id} names no host to run on")));
+                self.refuse(&record, Problem::new(Code::Internal, "the operation names no host to run on")).await?;
+                return Ok(None);
             };
             let begun = handover::begin(&read.guest.owner, &BeginRequest { operation: id, kind, group: false });
             let begun = match begun {
@@ -204,7 +224,7 @@ impl Engine {
             let after = handover::leave_plan(&begun, id).unwrap_or(begun);
             let orders = after.orders();
             let step = self.write(read, after, &[], &ReportDetails::default(), &[]).await?;
-            Ok(Some((step, orders)))
+            Ok::<_, EngineError>(Some((step, orders)))
         })
         .await?;
         if let Some((step, orders)) = step {
@@ -248,7 +268,12 @@ impl Engine {
         let step = retry_conflicts(|| async {
             let Some(record) = self.state.read::<OperationRecord>(&id).await? else { return Ok(None) };
             let Some(guest) = record.operation.guest else { return Ok(None) };
-            let Some(read) = self.read_guest(guest, Some(id)).await? else { return Ok(None) };
+            let Some(read) = self.read_guest(guest, Some(id)).await? else {
+                if record.operation.phase == Phase::Plan {
+                    self.refuse(&record, Problem::new(Code::NotFound, "the guest was deleted")).await?;
+                }
+                return Ok(None);
+            };
             match handover::request_abort(&read.guest.owner, id, reason) {
                 handover::AbortDecision::Aborted { record: after } => {
                     let orders = after.orders();
@@ -274,20 +299,35 @@ impl Engine {
     pub(super) async fn enforce_deadlines(&self, record: &OperationRecord) -> Result<(), EngineError> {
         let operation = &record.operation;
         let now_ms = unix_ms();
-        let entered = |phase| operation.phase_times.iter().rev().find(|time| time.phase == phase).map(|time| time.at_ms);
-        let is_over = |since: Option<u64>, budget: u64| since.is_some_and(|since| now_ms > since.saturating_add(budget));
+        let pace = &self.pace;
+        let entered =
+            |phase| operation.phase_times.iter().rev().find(|time| time.phase == phase).map(|time| time.at_ms);
+        let is_over = |since: Option<u64>, budget: Duration| {
+            let budget_ms = u64::try_from(budget.as_millis()).unwrap_or(u64::MAX);
+            since.is_some_and(|since| now_ms > since.saturating_add(budget_ms))
+        };
         let late = match (operation.phase, &record.work) {
-            (Phase::Prepare, _) if is_over(entered(Phase::Prepare), PREPARE_BUDGET_MS) => {
-                Some(format!("the destination was not ready within {} s; see its agent's log", PREPARE_BUDGET_MS / 1000))
+            (Phase::Plan, Work::GuestDelete | Work::ImageImport { .. }) => None,
+            (Phase::Plan, _) if is_over(Some(operation.created_at_ms), pace.plan_budget) => Some(format!(
+                "it could not begin within {} s: another operation, or blocks that other hosts hold, stand in its way",
+                pace.plan_budget.as_secs()
+            )),
+            (Phase::Prepare, _) if is_over(entered(Phase::Prepare), pace.prepare_budget) => Some(format!(
+                "the destination was not ready within {} s; see its agent's log",
+                pace.prepare_budget.as_secs()
+            )),
+            (Phase::Switch, Work::GuestMigrate { .. }) if is_over(entered(Phase::Switch), pace.switch_budget) => {
+                Some(format!("the guest was paused for {} s and the switch had not come", pace.switch_budget.as_secs()))
             }
-            (Phase::Plan | Phase::Prepare | Phase::Copy, Work::GuestMigrate { options }) => options
+            (Phase::Plan | Phase::Prepare | Phase::Copy | Phase::Switch, Work::GuestMigrate { options }) => options
                 .deadline_ms
-                .filter(|deadline| is_over(Some(operation.created_at_ms), *deadline))
+                .filter(|deadline| is_over(Some(operation.created_at_ms), Duration::from_millis(*deadline)))
                 .map(|deadline| format!("the switch had not come {deadline} ms after the request: its deadline")),
-            (Phase::Copy, Work::GuestFreeze { .. } | Work::GuestStart | Work::GuestThaw { .. })
-                if is_over(entered(Phase::Copy), COPY_BUDGET_MS) =>
+            // A freeze is written into the store while the guest is paused.
+            (Phase::Copy | Phase::Switch, Work::GuestFreeze { .. } | Work::GuestStart | Work::GuestThaw { .. })
+                if is_over(entered(Phase::Copy), pace.copy_budget) =>
             {
-                Some(format!("it was not complete within {} min", COPY_BUDGET_MS / 60_000))
+                Some(format!("it was not complete within {} min", pace.copy_budget.as_secs() / 60))
             }
             _ => None,
         };
@@ -312,6 +352,7 @@ impl Engine {
             Report::RequestSwitch(request) => request.volumes.as_slice(),
             _ => &[],
         };
+        let details = &bounded(details);
         let done = retry_conflicts(|| async {
             let Some(read) = self.read_guest(guest, None).await? else { return Ok(None) };
             if let Some(why) = refuse_incomplete(&read, report, details) {
@@ -324,14 +365,19 @@ impl Engine {
             }
             let Some(after) = record else {
                 let guest = read.guest.value;
-                return Ok(Some((Step { guest, is_overlay_changed: false }, orders)));
+                return Ok(Some((Step { guest, is_overlay_changed: false, consumed: None }, orders)));
             };
             let step = self.write(read, after, stamps, details, &alarms).await?;
             Ok::<_, EngineError>(Some((step, orders)))
         })
         .await?;
         match done {
-            Some((step, orders)) => self.speak(&step, orders).await,
+            Some((step, orders)) => {
+                self.speak(&step, orders).await;
+                if let Some(freeze) = &step.consumed {
+                    self.drop_freezes(std::slice::from_ref(freeze)).await?;
+                }
+            }
             None => self.unknown_guest(host, guest, report),
         }
         Ok(())
@@ -364,17 +410,39 @@ impl Engine {
     }
 }
 
+/// The longest text that an agent may put into a record, in characters.
+const TEXT_AT_MOST: usize = 1000;
+
+/// What an agent tells, cut to what a record may hold.
+fn bounded(details: &ReportDetails) -> ReportDetails {
+    let mut details = details.clone();
+    details.problem = details
+        .problem
+        .map(|problem| Problem::new(problem.code, problem.detail.chars().take(TEXT_AT_MOST).collect::<String>()));
+    details.compat_class = details.compat_class.filter(super::is_plausible_class);
+    details
+}
+
 /// A freeze may only be committed together with what it holds, complete.
 fn refuse_incomplete(read: &Read, report: &Report, details: &ReportDetails) -> Option<String> {
     let (Report::RequestSwitch(request), Some(op)) = (report, &read.guest.owner.operation) else { return None };
-    if op.id != request.operation || !matches!(op.kind, handover::OperationKind::Freeze { .. }) {
+    let handover::OperationKind::Freeze { freeze } = op.kind else { return None };
+    if op.id != request.operation {
         return None;
     }
     let Some(frozen) = &details.frozen else {
         return Some("a freeze was to be committed without its content".into());
     };
-    let is_complete = read.volumes.iter().all(|volume| frozen.volumes.iter().any(|f| f.volume == volume.id));
-    (!is_complete).then(|| "a freeze was to be committed without all volumes".to_owned())
+    let is_root = |text: &str| text.parse::<ContentRoot>().is_ok();
+    let memory = &frozen.memory;
+    if memory.freeze != freeze || !is_root(&memory.root) || memory.format.len() > TEXT_AT_MOST {
+        return Some("a freeze was to be committed with a memory state that is none of its own".into());
+    }
+    let volumes = &frozen.volumes;
+    let is_complete =
+        read.volumes.iter().all(|volume| volumes.iter().any(|f| f.volume == volume.id && is_root(&f.root)));
+    (!is_complete || volumes.len() != read.volumes.len())
+        .then(|| "a freeze was to be committed without all volumes".to_owned())
 }
 
 /// The protocol's kind for an operation; none when a host is missing.
