@@ -112,13 +112,6 @@ fn migration_of_a_guest_that_agents_forget_with_faults() {
 }
 
 #[test]
-#[ignore = "minutes and gigabytes: for soak runs"]
-fn migration_races_another_with_everything() {
-    let faults = Faults { crashes: 1, cancels: 1, ..NONE };
-    holds(of("two migrations, cancel, crash, every effect", vec![migrate(1), migrate(2)], faults));
-}
-
-#[test]
 fn migration_with_a_restart_of_a_host() {
     let faults = Faults { reboots: 1, crashes: 1, ..NONE };
     holds(of("migration, reboot, crash", vec![migrate(1)], faults));
