@@ -9,15 +9,19 @@
 //! [`app`] puts the parts together and owns every task.
 #![deny(unsafe_code)]
 
+pub mod admission;
 pub mod app;
 pub mod auth;
 pub mod ca;
 pub mod keys;
 pub mod link;
 pub mod markets;
+pub mod metrics;
 pub mod operations;
 pub mod overlay;
+pub mod placement;
 pub mod price_board;
+pub mod rest;
 pub mod state;
 
 /// An error with its causes, as one line for the log.

@@ -2,15 +2,16 @@
 //!
 //! ```text
 //!   settings -> keys, CA -> store -> state -> first token -> parts that carry operations out -> REST
-//!   end: REST drains (10 s) -> tasks are cancelled and awaited (10 s) -> the store is closed
+//!   end: tasks are cancelled, REST drains (8 s), all are awaited (12 s) -> the store is closed
 //! ```
 
 mod config;
 mod engine;
 mod open;
 
-use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
+use std::{future::Future, net::SocketAddr, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
+use futures::FutureExt as _;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use config::{Config, ConfigError, FeedConfig, StoreConfig};
@@ -22,12 +23,14 @@ use crate::{
     keys::{KeyFileError, Keys},
     markets::MarketsError,
     operations::progress::ProgressBoard,
+    metrics::Metrics,
     price_board::Markets,
+    rest,
     state::{LiveHosts, State, StateError},
 };
 
 /// How long tasks may take to end once they are told.
-const TASKS_BUDGET: Duration = Duration::from_secs(10);
+const TASKS_BUDGET: Duration = Duration::from_secs(12);
 
 /// What the parts share. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -56,19 +59,20 @@ impl Parts {
     /// and ends the controller: half a controller is worse than one that its supervisor starts again.
     pub fn spawn(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
         let stop = self.stop.clone();
-        let guarded = async move {
-            let watched = tokio::spawn(async move {
-                tokio::select! {
-                    () = stop.cancelled() => {}
-                    () = task => {}
-                }
-            });
-            watched.await
-        };
+        self.spawn_draining(name, async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = task => {}
+            }
+        });
+    }
+
+    /// As [`Parts::spawn`], for a task that ends by itself soon after [`Parts::stop`] is cancelled.
+    pub fn spawn_draining(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
         let stop = self.stop.clone();
         self.tasks.spawn(async move {
-            if let Err(error) = guarded.await {
-                tracing::error!(task = name, %error, "a task panicked; the controller ends");
+            if AssertUnwindSafe(task).catch_unwind().await.is_err() {
+                tracing::error!(task = name, "a task panicked; the controller ends");
                 stop.cancel();
             }
         });
@@ -202,7 +206,10 @@ impl Controller {
 /// Starts everything that runs. What carries operations out starts before REST, which accepts them.
 async fn start_parts(parts: &Parts) -> Result<SocketAddr, StartError> {
     engine::start(parts).await?;
-    Ok(parts.config.listen)
+    let metrics = Metrics::default();
+    parts.spawn("operation watcher", metrics.clone().operation_watcher(parts.clone()));
+    parts.spawn("answer reaper", rest::answer_reaper(parts.clone()));
+    rest::serve(parts, rest::router(parts, &metrics))
 }
 
 async fn end_tasks(parts: &Parts) {

@@ -123,6 +123,7 @@ pub const ROUTES: &[Route] = &[
     route(Method::GET, "/v1/events/stream", Access::Read),
     route(Method::GET, "/v1/markets", Access::Read),
     route(Method::GET, "/v1/prices", Access::Read),
+    route(Method::POST, "/v1/feed", Access::System),
 ];
 
 /// The route of a verb and a router's path.

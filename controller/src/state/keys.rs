@@ -75,6 +75,12 @@ pub fn addresses(network: NetworkId) -> Prefix {
     folder(&format!("addresses/{network}"))
 }
 
+/// The port of a hardware address.
+#[must_use]
+pub fn mac(mac: &str) -> Key {
+    key(format!("macs/{mac}"))
+}
+
 /// An operation that has not ended.
 #[must_use]
 pub fn active_operation(operation: OperationId) -> Key {

@@ -17,6 +17,7 @@
 //! | `vni/<8-digit n>` | id of the network that has this number |
 //! | `ports/<id>` | [`Port`](supercloud_api::Port) |
 //! | `addresses/<network>/<ip>` | id of the port that has this address |
+//! | `macs/<mac>` | id of the port that has this hardware address |
 //! | `guests/<id>` | [`GuestRecord`]: with its ownership record |
 //! | `guest-seeds/<id>` | [`GuestSeed`]: cloud-init user-data, kernel arguments |
 //! | `freezes/<id>` | [`Freeze`](supercloud_api::Freeze) |

@@ -1,0 +1,301 @@
+//! What Prometheus sees: requests counted here, operations counted by following their records, the rest read off the
+//! records when asked.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt::Write as _,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use axum::http::{Method, StatusCode};
+use supercloud_api::{GuestState, HostState, Operation, OperationKind, Phase, Volume, ids::OperationId};
+
+use crate::{
+    app::Parts,
+    state::{GuestRecord, HostRecord, OperationRecord, Seen, StateError},
+};
+
+/// Upper bounds of request times, in milliseconds.
+const REQUEST_BUCKETS_MS: [u64; 9] = [1, 5, 10, 50, 100, 500, 1000, 5000, 30_000];
+/// Upper bounds of downtimes, in milliseconds.
+const DOWNTIME_BUCKETS_MS: [u64; 10] = [50, 100, 200, 300, 500, 1000, 2000, 5000, 10_000, 60_000];
+
+/// A histogram over whole milliseconds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Histogram<const N: usize> {
+    bounds_ms: [u64; N],
+    counts: [u64; N],
+    count: u64,
+    sum_ms: u64,
+}
+
+impl<const N: usize> Histogram<N> {
+    const fn new(bounds_ms: [u64; N]) -> Self {
+        Self { bounds_ms, counts: [0; N], count: 0, sum_ms: 0 }
+    }
+
+    fn observe(&mut self, value_ms: u64) {
+        for (bound, count) in self.bounds_ms.iter().zip(&mut self.counts) {
+            *count += u64::from(value_ms <= *bound);
+        }
+        self.count += 1;
+        self.sum_ms = self.sum_ms.saturating_add(value_ms);
+    }
+
+    /// In seconds, as Prometheus wants it. `labels` without braces.
+    fn write(&self, out: &mut String, name: &str, labels: &str) {
+        let with = |more: &str| match (labels.is_empty(), more.is_empty()) {
+            (true, true) => String::new(),
+            (true, false) => format!("{{{more}}}"),
+            (false, true) => format!("{{{labels}}}"),
+            (false, false) => format!("{{{labels},{more}}}"),
+        };
+        for (bound, count) in self.bounds_ms.iter().zip(&self.counts) {
+            let bucket = with(&format!("le=\"{}\"", seconds(*bound)));
+            let _infallible = writeln!(out, "{name}_bucket{bucket} {count}");
+        }
+        let (count, sum) = (self.count, seconds(self.sum_ms));
+        let _infallible = writeln!(out, "{name}_bucket{} {count}", with("le=\"+Inf\""));
+        let _infallible = writeln!(out, "{name}_sum{} {sum}", with(""));
+        let _infallible = writeln!(out, "{name}_count{} {count}", with(""));
+    }
+}
+
+fn seconds(ms: u64) -> String {
+    format!("{}.{:03}", ms / 1000, ms % 1000)
+}
+
+type RequestKey = (String, &'static str, u16);
+
+#[derive(Debug, Default)]
+struct Requests {
+    counts: BTreeMap<RequestKey, u64>,
+    times: BTreeMap<String, Histogram<9>>,
+}
+
+/// Operations as their records tell.
+#[derive(Debug)]
+struct Tally {
+    open: HashMap<OperationId, (OperationKind, Phase)>,
+    ended: BTreeMap<(&'static str, &'static str), u64>,
+    downtime: Histogram<10>,
+}
+
+impl Default for Tally {
+    fn default() -> Self {
+        Self { open: HashMap::new(), ended: BTreeMap::new(), downtime: Histogram::new(DOWNTIME_BUCKETS_MS) }
+    }
+}
+
+impl Tally {
+    fn see(&mut self, operation: &Operation) {
+        if !operation.phase.is_terminal() {
+            self.open.insert(operation.id, (operation.kind, operation.phase));
+            return;
+        }
+        self.open.remove(&operation.id);
+        *self.ended.entry((kind_name(operation.kind), phase_name(operation.phase))).or_default() += 1;
+        let moved = operation.kind == OperationKind::GuestMigrate && operation.phase == Phase::Done;
+        if let Some(downtime) = operation.progress.downtime_ms.filter(|_| moved) {
+            self.downtime.observe(downtime);
+        }
+    }
+}
+
+/// The counts. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct Metrics {
+    requests: Arc<Mutex<Requests>>,
+    tally: Arc<Mutex<Tally>>,
+}
+
+fn kind_name(kind: OperationKind) -> &'static str {
+    match kind {
+        OperationKind::ImageImport => "image_import",
+        OperationKind::GuestStart => "guest_start",
+        OperationKind::GuestStop => "guest_stop",
+        OperationKind::GuestDelete => "guest_delete",
+        OperationKind::GuestMigrate => "guest_migrate",
+        OperationKind::GuestFreeze => "guest_freeze",
+        OperationKind::GuestThaw => "guest_thaw",
+    }
+}
+
+fn phase_name(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Plan => "plan",
+        Phase::Prepare => "prepare",
+        Phase::Copy => "copy",
+        Phase::Switch => "switch",
+        Phase::Resume => "resume",
+        Phase::Finish => "finish",
+        Phase::Done => "done",
+        Phase::RolledBack => "rolled_back",
+        Phase::Failed => "failed",
+    }
+}
+
+/// Verbs that are served; others count as one, so that nobody can make series at will.
+fn verb(method: &Method) -> &'static str {
+    match method.as_str() {
+        "GET" => "GET",
+        "HEAD" => "HEAD",
+        "POST" => "POST",
+        "PUT" => "PUT",
+        "PATCH" => "PATCH",
+        "DELETE" => "DELETE",
+        _ => "other",
+    }
+}
+
+impl Metrics {
+    /// A request was answered. `route` is the router's path, not the client's.
+    pub fn observe_request(&self, method: &Method, route: Option<&str>, status: StatusCode, took: Duration) {
+        let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
+        let route = route.unwrap_or("none").to_owned();
+        *requests.counts.entry((route.clone(), verb(method), status.as_u16())).or_default() += 1;
+        let times = requests.times.entry(route).or_insert_with(|| Histogram::new(REQUEST_BUCKETS_MS));
+        times.observe(u64::try_from(took.as_millis()).unwrap_or(u64::MAX));
+    }
+
+    /// Follows the operations and counts them, for ever.
+    pub async fn operation_watcher(self, parts: Parts) {
+        let mut follower = parts.state.follow::<OperationRecord>();
+        loop {
+            let seen = follower.next().await;
+            let mut tally = self.tally.lock().unwrap_or_else(PoisonError::into_inner);
+            match seen {
+                Ok(Seen::Restart) => *tally = Tally::default(),
+                Ok(Seen::Put(record)) => tally.see(&record.operation),
+                Ok(Seen::Gone(id)) => {
+                    if let Ok(id) = id.parse() {
+                        tally.open.remove(&id);
+                    }
+                }
+                Ok(Seen::CaughtUp) => {}
+                Err(error) => tracing::warn!(error = %crate::chain(&error), "an operation cannot be counted"),
+            }
+        }
+    }
+
+    /// Everything in Prometheus' text format.
+    ///
+    /// # Errors
+    /// When the records cannot be read.
+    pub async fn render(&self, parts: &Parts) -> Result<String, StateError> {
+        let mut out = String::with_capacity(8192);
+        let health = parts.state.health().await?;
+        let mut gauge = |name: &str, help: &str, series: &[(String, u64)]| {
+            let _infallible = writeln!(out, "# HELP {name} {help}\n# TYPE {name} gauge");
+            for (labels, value) in series {
+                let _infallible = writeln!(out, "{name}{labels} {value}");
+            }
+        };
+        let one = |value: u64| [(String::new(), value)];
+        gauge("supercloud_store_revision", "Revision of the store.", &one(health.revision));
+        if let Some(bytes) = health.size_bytes {
+            gauge("supercloud_store_size_bytes", "Bytes of the store on disk.", &one(bytes));
+        }
+        let head = parts.state.head().await?;
+        gauge("supercloud_events", "Number of the newest event.", &one(head.seq));
+        let hosts = parts.state.list::<HostRecord>().await?;
+        let by_state =
+            |state: HostState| hosts.iter().filter(|record| record.view(&parts.hosts).state == state).count() as u64;
+        let states = [
+            ("up", HostState::Up),
+            ("unreachable", HostState::Unreachable),
+            ("cordoned", HostState::Cordoned),
+            ("removed", HostState::Removed),
+        ];
+        let series = states.map(|(name, state)| (format!("{{state=\"{name}\"}}"), by_state(state)));
+        gauge("supercloud_hosts", "Hosts by state.", &series);
+        let guests = parts.state.list::<GuestRecord>().await?;
+        let states = [
+            ("created", GuestState::Created),
+            ("running", GuestState::Running),
+            ("stopped", GuestState::Stopped),
+            ("frozen", GuestState::Frozen),
+            ("lost", GuestState::Lost),
+        ];
+        let count = |state| guests.iter().filter(|record| record.guest.state == state).count() as u64;
+        let series = states.map(|(name, state)| (format!("{{state=\"{name}\"}}"), count(state)));
+        gauge("supercloud_guests", "Guests by state.", &series);
+        let alarms = guests.iter().filter(|record| record.guest.alarm.is_some()).count() as u64;
+        gauge("supercloud_guest_alarms", "Guests that need somebody.", &one(alarms));
+        let volumes = parts.state.list::<Volume>().await?;
+        let needed = volumes.iter().filter(|volume| volume.needed_source.is_some()).count() as u64;
+        gauge(
+            "supercloud_volumes_with_needed_source",
+            "Volumes of which another host still holds blocks that the owner lacks.",
+            &one(needed),
+        );
+        self.render_counts(&mut out);
+        Ok(out)
+    }
+
+    fn render_counts(&self, out: &mut String) {
+        let mut line = |text: String| {
+            out.push_str(&text);
+            out.push('\n');
+        };
+        {
+            let tally = self.tally.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut open: BTreeMap<(&str, &str), u64> = BTreeMap::new();
+            for (kind, phase) in tally.open.values() {
+                *open.entry((kind_name(*kind), phase_name(*phase))).or_default() += 1;
+            }
+            line("# HELP supercloud_operations_open Operations that have not ended.".into());
+            line("# TYPE supercloud_operations_open gauge".into());
+            for ((kind, phase), count) in open {
+                line(format!("supercloud_operations_open{{kind=\"{kind}\",phase=\"{phase}\"}} {count}"));
+            }
+            line("# HELP supercloud_operations_ended_total Operations that have ended.".into());
+            line("# TYPE supercloud_operations_ended_total counter".into());
+            for ((kind, phase), count) in &tally.ended {
+                line(format!("supercloud_operations_ended_total{{kind=\"{kind}\",phase=\"{phase}\"}} {count}"));
+            }
+            let moves = tally.ended.get(&("guest_migrate", "done")).copied().unwrap_or(0);
+            line("# HELP supercloud_moves_total Live migrations that were completed.".into());
+            line("# TYPE supercloud_moves_total counter".into());
+            line(format!("supercloud_moves_total {moves}"));
+            line("# HELP supercloud_move_downtime_seconds Time in which no vCPU of a moved guest ran.".into());
+            line("# TYPE supercloud_move_downtime_seconds histogram".into());
+            tally.downtime.write(out, "supercloud_move_downtime_seconds", "");
+        }
+        let requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut line = |text: String| {
+            out.push_str(&text);
+            out.push('\n');
+        };
+        line("# HELP supercloud_http_requests_total Requests answered.".into());
+        line("# TYPE supercloud_http_requests_total counter".into());
+        for ((route, method, status), count) in &requests.counts {
+            let labels = format!("route=\"{route}\",method=\"{method}\",status=\"{status}\"");
+            line(format!("supercloud_http_requests_total{{{labels}}} {count}"));
+        }
+        line("# HELP supercloud_http_request_seconds Time to answer.".into());
+        line("# TYPE supercloud_http_request_seconds histogram".into());
+        for (route, times) in &requests.times {
+            times.write(out, "supercloud_http_request_seconds", &format!("route=\"{route}\""));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn histograms_are_cumulative_and_in_seconds() {
+        let mut histogram = Histogram::new([100, 1000]);
+        for value in [50, 100, 101, 5000] {
+            histogram.observe(value);
+        }
+        let mut text = String::new();
+        histogram.write(&mut text, "x_seconds", "a=\"b\"");
+        let expected = "x_seconds_bucket{a=\"b\",le=\"0.100\"} 2\nx_seconds_bucket{a=\"b\",le=\"1.000\"} 3\n\
+             x_seconds_bucket{a=\"b\",le=\"+Inf\"} 4\nx_seconds_sum{a=\"b\"} 5.251\nx_seconds_count{a=\"b\"} 4\n";
+        assert_eq!(text, expected);
+    }
+}

@@ -1,0 +1,272 @@
+//! Where a guest goes: the scheduler's placement over the hosts as the records and the links show them. Pure.
+
+use std::collections::HashMap;
+
+use supercloud_api::{
+    Cloud, Code, CompatClass, Host, HostState, PlanCheck, Problem, Room, Shape, handover::Owner, ids::HostId,
+};
+use supercloud_scheduler::placement::{Candidate, Demand, Placement, Refusal, place};
+
+use crate::state::GuestRecord;
+
+/// Where somebody wants a guest.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Place {
+    /// Anywhere with room.
+    Anywhere,
+    /// On this host.
+    Host(Box<Host>),
+    /// On a host of this cloud.
+    Cloud(Cloud),
+}
+
+impl Place {
+    fn name(&self) -> String {
+        match self {
+            Self::Anywhere => "anywhere".into(),
+            Self::Host(host) => format!("host {}", host.name),
+            Self::Cloud(cloud) => format!("cloud {}", cloud.name),
+        }
+    }
+}
+
+/// What a guest needs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Need {
+    /// vCPUs and memory.
+    pub shape: Shape,
+    /// Disk.
+    pub disk_bytes: u64,
+    /// The class it must have; none before its first start.
+    pub class: Option<CompatClass>,
+    /// Where it is now, which is no destination.
+    pub not_at: Option<HostId>,
+}
+
+/// What guests take of each host, by the records: owned there, or on their way there. `disk_bytes` of a guest is told by
+/// `disk_of`.
+pub fn reserved<'a>(
+    guests: impl Iterator<Item = &'a GuestRecord>,
+    disk_of: impl Fn(&GuestRecord) -> u64,
+) -> HashMap<HostId, Room> {
+    let mut rooms: HashMap<HostId, Room> = HashMap::new();
+    for record in guests {
+        let owner = match record.owner.owner {
+            Owner::Host(host) => Some(host),
+            Owner::Unowned | Owner::Frozen(_) | Owner::Stopped | Owner::Lost(_) => None,
+        };
+        let destination = record.owner.operation.as_ref().and_then(|operation| operation.kind.destination());
+        let shape = record.guest.shape;
+        for host in [owner, destination.filter(|host| Some(*host) != owner)].into_iter().flatten() {
+            let room = rooms.entry(host).or_default();
+            room.vcpus = room.vcpus.saturating_add(shape.vcpus);
+            room.memory_bytes = room.memory_bytes.saturating_add(shape.memory_bytes);
+            room.disk_bytes = room.disk_bytes.saturating_add(disk_of(record));
+        }
+    }
+    rooms
+}
+
+/// The host for a guest, with the checks that a plan shows, or the problem that says what is missing where. `hosts` as they
+/// are now; `reserved` by the records: the larger of what a host says and what the records say counts as used.
+///
+/// # Errors
+/// Why no host takes it.
+pub fn choose<'a>(
+    need: &Need,
+    at: &Place,
+    hosts: &'a [Host],
+    reserved: &HashMap<HostId, Room>,
+) -> Result<(&'a Host, Vec<PlanCheck>), Problem> {
+    if let (Place::Host(host), Some(now)) = (at, need.not_at)
+        && host.id == now
+    {
+        return Err(Problem::new(Code::WrongState, format!("the guest is already on host {}", host.name)));
+    }
+    let demand = Demand {
+        vcpus: need.shape.vcpus,
+        memory_bytes: need.shape.memory_bytes,
+        disk_bytes: need.disk_bytes,
+        class: need.class.as_ref().map(ToString::to_string),
+        host: if let Place::Host(host) = at { Some(host.id) } else { None },
+        cloud: if let Place::Cloud(cloud) = at { Some(cloud.id.to_string()) } else { None },
+        avoid: need.not_at.into_iter().collect(),
+    };
+    let candidates: Vec<Candidate<HostId>> = hosts
+        .iter()
+        .filter(|host| host.state != HostState::Removed)
+        .map(|host| candidate(host, reserved.get(&host.id).copied().unwrap_or_default()))
+        .collect();
+    let placement = place(&demand, &candidates);
+    match placement.host.and_then(|id| hosts.iter().find(|host| host.id == id)) {
+        Some(host) => Ok((host, checks(host, need))),
+        None => Err(refusal(&placement, at, need, hosts)),
+    }
+}
+
+fn candidate(host: &Host, reserved: Room) -> Candidate<HostId> {
+    let (capacity, used) = (host.capacity, host.used);
+    Candidate {
+        host: host.id,
+        name: host.name.to_string(),
+        cloud: host.cloud.to_string(),
+        is_up: matches!(host.state, HostState::Up | HostState::Cordoned),
+        is_cordoned: host.state == HostState::Cordoned,
+        free_vcpus: capacity.vcpus.saturating_sub(used.vcpus.max(reserved.vcpus)),
+        free_memory_bytes: capacity.memory_bytes.saturating_sub(used.memory_bytes.max(reserved.memory_bytes)),
+        free_disk_bytes: capacity.disk_bytes.saturating_sub(used.disk_bytes.max(reserved.disk_bytes)),
+        classes: host.compat_classes.iter().map(ToString::to_string).collect(),
+    }
+}
+
+fn checks(host: &Host, need: &Need) -> Vec<PlanCheck> {
+    let check = |name: &str, detail: String| PlanCheck { name: name.to_owned(), is_ok: true, detail };
+    let class = match &need.class {
+        Some(class) => format!("{} offers {class}", host.name),
+        None => "fixed at the first start".to_owned(),
+    };
+    let room = format!(
+        "{} has room for {} vCPUs, {} MiB of memory, {} MiB of disk",
+        host.name,
+        need.shape.vcpus,
+        need.shape.memory_bytes >> 20,
+        need.disk_bytes.div_ceil(1 << 20)
+    );
+    vec![check("compat_class", class), check("capacity", room)]
+}
+
+fn refusal(placement: &Placement<HostId>, at: &Place, need: &Need, hosts: &[Host]) -> Problem {
+    let asked: Vec<&(String, Refusal)> =
+        placement.refused.iter().filter(|(_, why)| *why != Refusal::NotAskedFor).collect();
+    if asked.is_empty() {
+        return Problem::new(Code::NoCapacity, format!("there is no host at {}", at.name()));
+    }
+    if let Some(now) = need.not_at
+        && asked.iter().all(|(_, why)| *why == Refusal::Excluded)
+    {
+        let name = hosts.iter().find(|host| host.id == now).map_or_else(String::new, |host| host.name.to_string());
+        return Problem::new(Code::WrongState, format!("the guest is already at {} (on host {name})", at.name()));
+    }
+    let code = |all: fn(&Refusal) -> bool| asked.iter().all(|(_, why)| *why == Refusal::Excluded || all(why));
+    let code = if code(|why| matches!(why, Refusal::Class(_))) {
+        Code::Incompatible
+    } else if code(|why| *why == Refusal::Down) {
+        Code::HostUnavailable
+    } else {
+        Code::NoCapacity
+    };
+    let each: Vec<String> = asked
+        .iter()
+        .filter(|(_, why)| *why != Refusal::Excluded)
+        .map(|(name, why)| match why {
+            Refusal::Class(wanted) => {
+                let offers = hosts.iter().find(|host| host.name.as_str() == name).map_or_else(String::new, |host| {
+                    host.compat_classes.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+                });
+                format!("{name} does not offer the compat class {wanted} (it offers: {offers})")
+            }
+            why => format!("{name} {why}"),
+        })
+        .collect();
+    Problem::new(code, format!("no host takes the guest: {}", each.join("; ")))
+}
+
+/// Whether two hosts can reach each other: one of them must be one that can be dialled.
+#[must_use]
+pub fn reachability(source: &Host, destination: &Host) -> PlanCheck {
+    let detail = match (source.data_address, destination.data_address) {
+        (_, Some(address)) => format!("{} dials {} at {address}", source.name, destination.name),
+        (Some(address), None) => format!("{} dials {} at {address}", destination.name, source.name),
+        (None, None) => format!("neither {} nor {} can be dialled: both are behind NAT", source.name, destination.name),
+    };
+    let is_ok = source.data_address.is_some() || destination.data_address.is_some();
+    PlanCheck { name: "reachability".to_owned(), is_ok, detail }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use supercloud_api::ids::CloudId;
+
+    fn class(version: &str) -> CompatClass {
+        CompatClass {
+            back_end: "libvirt-qemu".into(),
+            accelerator: "tcg".into(),
+            machine_version: version.into(),
+            cpu_baseline: "qemu64".into(),
+        }
+    }
+
+    fn host(name: &str, cloud: CloudId) -> Host {
+        Host {
+            id: HostId::generate(),
+            name: name.parse().unwrap(),
+            cloud,
+            cloud_name: "c".parse().unwrap(),
+            state: HostState::Up,
+            data_address: None,
+            overlay_address: None,
+            overlay_index: 1,
+            capacity: Room { vcpus: 4, memory_bytes: 4 << 30, disk_bytes: 10 << 30 },
+            used: Room::default(),
+            compat_classes: vec![class("7.2")],
+            probe: serde_json::Value::Null,
+            agent_version: "0".into(),
+            certificate_sha256: String::new(),
+            last_seen_ms: 0,
+            created_at_ms: 0,
+        }
+    }
+
+    fn need() -> Need {
+        let shape = Shape { vcpus: 2, memory_bytes: 1 << 30 };
+        Need { shape, disk_bytes: 1 << 30, class: None, not_at: None }
+    }
+
+    #[test]
+    fn reservations_count_even_where_the_agent_has_not_noticed_yet() {
+        let cloud = CloudId::generate();
+        let hosts = [host("a", cloud), host("b", cloud)];
+        let full = HashMap::from([(hosts[0].id, Room { vcpus: 3, memory_bytes: 0, disk_bytes: 0 })]);
+        assert_eq!(choose(&need(), &Place::Anywhere, &hosts, &full).unwrap().0.id, hosts[1].id);
+        let at = Place::Host(Box::new(hosts[0].clone()));
+        let problem = choose(&need(), &at, &hosts, &full).unwrap_err();
+        assert_eq!(problem.code, Code::NoCapacity);
+        assert!(problem.detail.contains("a has 1 vCPUs free, 2 are needed"), "{}", problem.detail);
+    }
+
+    #[test]
+    fn the_problem_says_what_kind_of_refusal_it_is() {
+        let (east, west) = (CloudId::generate(), CloudId::generate());
+        let cloud = |id| Cloud { id, name: "west".parse().unwrap(), provider: "lab".into(), created_at_ms: 0 };
+        let here = host("a", east);
+        let other = Host { compat_classes: vec![class("8.0")], ..host("b", west) };
+        let none = HashMap::new();
+        let moving = Need { class: Some(class("7.2")), not_at: Some(here.id), ..need() };
+        let hosts = [here.clone(), other.clone()];
+        let problem = choose(&moving, &Place::Cloud(cloud(west)), &hosts, &none).unwrap_err();
+        assert_eq!(problem.code, Code::Incompatible);
+        assert!(problem.detail.contains("7.2") && problem.detail.contains("8.0"), "{}", problem.detail);
+        let problem = choose(&moving, &Place::Cloud(cloud(east)), &hosts, &none).unwrap_err();
+        assert_eq!(problem.code, Code::WrongState);
+        let problem = choose(&moving, &Place::Host(Box::new(here.clone())), &hosts, &none).unwrap_err();
+        assert_eq!(problem.code, Code::WrongState);
+        let down = [here.clone(), Host { state: HostState::Unreachable, ..other.clone() }];
+        let any = Need { class: None, ..moving.clone() };
+        let problem = choose(&any, &Place::Anywhere, &down, &none).unwrap_err();
+        assert_eq!(problem.code, Code::HostUnavailable);
+        let removed = [here, Host { state: HostState::Removed, ..other }];
+        let problem = choose(&any, &Place::Cloud(cloud(west)), &removed, &none).unwrap_err();
+        assert_eq!(problem.code, Code::NoCapacity);
+        assert_eq!(choose(&need(), &Place::Anywhere, &[], &none).unwrap_err().code, Code::NoCapacity);
+    }
+
+    #[test]
+    fn one_dialable_end_is_enough() {
+        let cloud = CloudId::generate();
+        let nat = host("a", cloud);
+        let open = Host { data_address: Some("192.0.2.1:1".parse().unwrap()), ..host("b", cloud) };
+        assert!(!reachability(&nat, &nat).is_ok);
+        assert!(reachability(&nat, &open).is_ok && reachability(&open, &nat).is_ok);
+    }
+}

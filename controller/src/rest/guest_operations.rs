@@ -1,0 +1,358 @@
+//! What is done with guests: start, stop, migrate, freeze, thaw, delete. Each is checked against the admission table, placed,
+//! begun in the ownership record and written as an operation, in one transaction.
+
+use axum::{
+    body::Bytes,
+    extract::{Path, State},
+    http::HeaderMap,
+};
+use supercloud_api::{
+    Code, GuestFreeze, GuestMigrate, GuestStart, GuestState, GuestStop, GuestThaw, Host, Operation, OperationKind,
+    Plan, PlanCheck, Problem, Ref, Volume,
+    handover::{self, BeginRequest},
+    ids::{FreezeId, HostId, OperationId},
+    link::MigrationOptions,
+};
+
+use super::{
+    Api, Asker, Failure, Reply, body,
+    guest_plan::{self, Picture, Route},
+};
+use crate::{
+    admission::Request,
+    placement::{self, Need, Place},
+    state::{Change, GuestRecord, ProjectRecord, Stored, Work, keys, retry_conflicts},
+};
+
+/// How long a guest may take to shut down when nothing is said.
+const DEFAULT_GRACE_MS: u64 = 30_000;
+const MAX_GRACE_MS: u64 = 3_600_000;
+const DEFAULT_DOWNTIME_MS: u64 = 300;
+const MAX_DOWNTIME_MS: u64 = 60_000;
+const MIN_BANDWIDTH_BPS: u64 = 1_000_000;
+const MAX_DEADLINE_MS: u64 = 24 * 3_600_000;
+
+/// What an operation does in the ownership protocol, what is kept of the request, and where it goes.
+struct Wanted {
+    kind: OperationKind,
+    handover: handover::OperationKind,
+    work: Work,
+    route: Route,
+}
+
+/// Writes an operation on a guest; for a dry run only says what would be written.
+async fn submit(
+    api: &Api,
+    asker: &Asker,
+    found: &Stored<GuestRecord>,
+    picture: Option<&Picture>,
+    wanted: Wanted,
+) -> Result<Reply, Failure> {
+    let id = OperationId::generate();
+    let mut now = found.value.clone();
+    guest_plan::begin_on(&mut now, &BeginRequest { operation: id, kind: wanted.handover, group: false })?;
+    let operation = guest_plan::new_operation(asker, id, wanted.kind, &now.guest, wanted.route);
+    if asker.params.dry_run {
+        return Reply::ok(&operation);
+    }
+    let mut change = Change::new();
+    change.update(found, &now);
+    if let (Some(picture), Some(host)) = (picture, operation.destination) {
+        picture.pass(&mut change, keys::room_guard(host));
+        picture.pass(&mut change, keys::usage_guard(now.guest.project));
+    }
+    change.create_operation(&guest_plan::record(operation.clone(), wanted.work));
+    asker.commit(&api.parts, now.guest.project, change, Reply::accepted(&operation)?).await
+}
+
+/// The plan of a dry run that would be refused; the refusal itself when it is no dry run.
+fn refuse(asker: &Asker, found: &GuestRecord, kind: OperationKind, problem: Problem) -> Result<Reply, Failure> {
+    if !asker.params.dry_run || !matches!(problem.code, Code::NoCapacity | Code::Incompatible | Code::HostUnavailable) {
+        return Err(problem.into());
+    }
+    let route = Route { source: found.guest.host, plan: Some(guest_plan::failed_plan(&problem)), ..Route::default() };
+    Reply::ok(&guest_plan::new_operation(asker, OperationId::generate(), kind, &found.guest, route))
+}
+
+fn need(picture: &Picture, found: &GuestRecord, not_at: Option<HostId>) -> Need {
+    Need {
+        shape: found.guest.shape,
+        disk_bytes: picture.disk_of(found.guest.id),
+        class: found.guest.compat_class.clone(),
+        not_at,
+    }
+}
+
+/// Starts a guest that is stopped, was never started, or was lost (then from its volumes).
+#[utoipa::path(post, path = "/v1/guests/{guest}/start", tag = "guests", request_body = GuestStart, responses((status = 202, body = Operation), (status = 200, description = "Dry run", body = Operation)))]
+pub async fn start(
+    State(api): State<Api>,
+    asker: Asker,
+    Path(guest): Path<String>,
+    headers: HeaderMap,
+    bytes: Bytes,
+) -> Result<Reply, Failure> {
+    let wanted: GuestStart = body(&headers, &bytes)?;
+    let reference = Ref::from(guest);
+    let _turn = api.placing.lock().await;
+    retry_conflicts(|| async {
+        let picture = Picture::take(&api.parts).await?;
+        let found = asker.find_guest(&api.parts, &reference).await?;
+        guest_plan::admit(Request::Start, &found)?;
+        let project = api.parts.state.need::<ProjectRecord>(&found.guest.project).await?;
+        let place = match &wanted.place {
+            Some(place) => guest_plan::resolve_place(&api.parts, Some(place)).await?,
+            None => volume_place(&api, &picture, &found).await?,
+        };
+        picture.check_quota(found.guest.project, project.project.quota, 0, Some(found.guest.shape), 0)?;
+        match picture.choose(&need(&picture, &found, None), &place) {
+            Ok((host, checks)) => {
+                let handover = match found.guest.state {
+                    GuestState::Lost => handover::OperationKind::RestartFromVolume { to: host.id },
+                    _ => handover::OperationKind::Start { to: host.id },
+                };
+                let plan = Some(guest_plan::plan_for(host, checks));
+                let route = Route { destination: Some(host.id), plan, ..Route::default() };
+                let wanted = Wanted { kind: OperationKind::GuestStart, handover, work: Work::GuestStart, route };
+                submit(&api, &asker, &found, Some(&picture), wanted).await
+            }
+            Err(problem) => refuse(&asker, &found, OperationKind::GuestStart, problem),
+        }
+    })
+    .await
+}
+
+/// Where the guest's volume is; anywhere when that host is gone or the volume was never written.
+async fn volume_place(api: &Api, picture: &Picture, found: &GuestRecord) -> Result<Place, Failure> {
+    let Some(volume) = found.guest.volumes.first() else { return Ok(Place::Anywhere) };
+    let holder = api.parts.state.read::<Volume>(volume).await?.and_then(|volume| volume.host);
+    let host = holder.and_then(|host| picture.host(host));
+    Ok(match host {
+        Some(host) if host.state != supercloud_api::HostState::Removed => Place::Host(Box::new(host.clone())),
+        _ => Place::Anywhere,
+    })
+}
+
+/// Stops a guest: asks it to shut down, and pulls the plug when it takes too long.
+#[utoipa::path(post, path = "/v1/guests/{guest}/stop", tag = "guests", request_body = GuestStop, responses((status = 202, body = Operation), (status = 200, description = "Dry run", body = Operation)))]
+pub async fn stop(
+    State(api): State<Api>,
+    asker: Asker,
+    Path(guest): Path<String>,
+    headers: HeaderMap,
+    bytes: Bytes,
+) -> Result<Reply, Failure> {
+    let wanted: GuestStop = body(&headers, &bytes)?;
+    let grace_ms = match (wanted.force, wanted.grace_ms) {
+        (true, Some(_)) => return Err(Failure::bad("force and grace_ms exclude each other")),
+        (true, None) => 0,
+        (false, grace) => grace.unwrap_or(DEFAULT_GRACE_MS),
+    };
+    if grace_ms > MAX_GRACE_MS {
+        return Err(Failure::bad(format!("grace_ms is {grace_ms}; at most {MAX_GRACE_MS}")));
+    }
+    let reference = Ref::from(guest);
+    retry_conflicts(|| async {
+        let found = asker.find_guest(&api.parts, &reference).await?;
+        guest_plan::admit(Request::Stop, &found)?;
+        let route = Route { source: found.guest.host, ..Route::default() };
+        let wanted = Wanted {
+            kind: OperationKind::GuestStop,
+            handover: handover::OperationKind::Stop,
+            work: Work::GuestStop { grace_ms },
+            route,
+        };
+        submit(&api, &asker, &found, None, wanted).await
+    })
+    .await
+}
+
+fn migration_options(wanted: &GuestMigrate) -> Result<MigrationOptions, Failure> {
+    let ranges = [
+        ("bandwidth_bps", wanted.bandwidth_bps, MIN_BANDWIDTH_BPS, u64::MAX),
+        ("max_downtime_ms", wanted.max_downtime_ms, 1, MAX_DOWNTIME_MS),
+        ("deadline_ms", wanted.deadline_ms, 1000, MAX_DEADLINE_MS),
+    ];
+    for (field, value, least, most) in ranges {
+        if let Some(value) = value.filter(|value| !(least..=most).contains(value)) {
+            return Err(Failure::bad(format!("{field} is {value}; it must be {least} to {most}")));
+        }
+    }
+    guest_plan::check_reason(wanted.reason.as_ref())?;
+    Ok(MigrationOptions {
+        bandwidth_bps: wanted.bandwidth_bps,
+        max_downtime_ms: Some(wanted.max_downtime_ms.unwrap_or(DEFAULT_DOWNTIME_MS)),
+        auto_converge: wanted.auto_converge,
+        deadline_ms: wanted.deadline_ms,
+    })
+}
+
+/// Moves a guest live.
+#[utoipa::path(post, path = "/v1/guests/{guest}/migrate", tag = "guests", request_body = GuestMigrate, responses((status = 202, body = Operation), (status = 200, description = "Dry run", body = Operation)))]
+pub async fn migrate(
+    State(api): State<Api>,
+    asker: Asker,
+    Path(guest): Path<String>,
+    headers: HeaderMap,
+    bytes: Bytes,
+) -> Result<Reply, Failure> {
+    let wanted: GuestMigrate = body(&headers, &bytes)?;
+    let options = migration_options(&wanted)?;
+    let reference = Ref::from(guest);
+    let _turn = api.placing.lock().await;
+    retry_conflicts(|| async {
+        let picture = Picture::take(&api.parts).await?;
+        let found = asker.find_guest(&api.parts, &reference).await?;
+        guest_plan::admit(Request::Migrate, &found)?;
+        let place = guest_plan::resolve_place(&api.parts, Some(&wanted.to)).await?;
+        let source = found.guest.host.and_then(|host| picture.host(host));
+        let chosen = picture.choose(&need(&picture, &found, found.guest.host), &place);
+        let chosen = chosen.and_then(|(host, checks)| with_reachability(source, host, checks));
+        match chosen {
+            Ok((host, checks)) => {
+                let plan = migration_plan(&found, host, checks, options.bandwidth_bps);
+                let route = Route {
+                    source: found.guest.host,
+                    destination: Some(host.id),
+                    plan: Some(plan),
+                    reason: wanted.reason.clone(),
+                };
+                let wanted = Wanted {
+                    kind: OperationKind::GuestMigrate,
+                    handover: handover::OperationKind::Migrate { to: host.id, post_copy: false },
+                    work: Work::GuestMigrate { options: options.clone() },
+                    route,
+                };
+                submit(&api, &asker, &found, Some(&picture), wanted).await
+            }
+            Err(problem) => refuse(&asker, &found, OperationKind::GuestMigrate, problem),
+        }
+    })
+    .await
+}
+
+fn with_reachability<'a>(
+    source: Option<&Host>,
+    host: &'a Host,
+    mut checks: Vec<PlanCheck>,
+) -> Result<(&'a Host, Vec<PlanCheck>), Problem> {
+    let Some(source) = source else {
+        return Err(Problem::new(Code::HostUnavailable, "the guest's host is not known any more"));
+    };
+    if source.state == supercloud_api::HostState::Unreachable {
+        let detail = format!("the agent of {}, where the guest is, is not connected", source.name);
+        return Err(Problem::new(Code::HostUnavailable, detail));
+    }
+    let check = placement::reachability(source, host);
+    if !check.is_ok {
+        return Err(Problem::new(Code::HostUnavailable, check.detail));
+    }
+    checks.push(check);
+    Ok((host, checks))
+}
+
+/// What a move would take: each page once, at the bandwidth that was given. What is not known is not predicted.
+fn migration_plan(found: &GuestRecord, host: &Host, checks: Vec<PlanCheck>, bandwidth_bps: Option<u64>) -> Plan {
+    let bytes = found.guest.shape.memory_bytes;
+    Plan {
+        predicted_bytes: Some(bytes),
+        predicted_ms: bandwidth_bps.map(|bps| bytes.saturating_mul(8000) / bps),
+        ..guest_plan::plan_for(host, checks)
+    }
+}
+
+/// Suspends a guest into the store of its cloud.
+#[utoipa::path(post, path = "/v1/guests/{guest}/freeze", tag = "guests", request_body = GuestFreeze, responses((status = 202, body = Operation), (status = 200, description = "Dry run", body = Operation)))]
+pub async fn freeze(
+    State(api): State<Api>,
+    asker: Asker,
+    Path(guest): Path<String>,
+    headers: HeaderMap,
+    bytes: Bytes,
+) -> Result<Reply, Failure> {
+    let wanted: GuestFreeze = body(&headers, &bytes)?;
+    guest_plan::check_reason(wanted.reason.as_ref())?;
+    let reference = Ref::from(guest);
+    retry_conflicts(|| async {
+        let found = asker.find_guest(&api.parts, &reference).await?;
+        guest_plan::admit(Request::Freeze, &found)?;
+        let freeze = FreezeId::generate();
+        let route = Route { source: found.guest.host, reason: wanted.reason.clone(), ..Route::default() };
+        let wanted = Wanted {
+            kind: OperationKind::GuestFreeze,
+            handover: handover::OperationKind::Freeze { freeze },
+            work: Work::GuestFreeze { freeze },
+            route,
+        };
+        submit(&api, &asker, &found, None, wanted).await
+    })
+    .await
+}
+
+/// Resumes a frozen guest, once.
+#[utoipa::path(post, path = "/v1/guests/{guest}/thaw", tag = "guests", request_body = GuestThaw, responses((status = 202, body = Operation), (status = 200, description = "Dry run", body = Operation)))]
+pub async fn thaw(
+    State(api): State<Api>,
+    asker: Asker,
+    Path(guest): Path<String>,
+    headers: HeaderMap,
+    bytes: Bytes,
+) -> Result<Reply, Failure> {
+    let wanted: GuestThaw = body(&headers, &bytes)?;
+    let reference = Ref::from(guest);
+    let _turn = api.placing.lock().await;
+    retry_conflicts(|| async {
+        let picture = Picture::take(&api.parts).await?;
+        let found = asker.find_guest(&api.parts, &reference).await?;
+        guest_plan::admit(Request::Thaw, &found)?;
+        let Some(freeze) = found.guest.freeze else {
+            return Err(Failure::new(Code::Internal, "the guest is frozen, and its record names no freeze"));
+        };
+        if let Some(stale) = wanted.freeze.filter(|meant| *meant != freeze) {
+            return Err(Failure::new(
+                Code::WrongState,
+                format!("the freeze {stale} is not the guest's state any more; its newest is {freeze}"),
+            ));
+        }
+        let project = api.parts.state.need::<ProjectRecord>(&found.guest.project).await?;
+        picture.check_quota(found.guest.project, project.project.quota, 0, Some(found.guest.shape), 0)?;
+        let place = guest_plan::resolve_place(&api.parts, wanted.to.as_ref()).await?;
+        match picture.choose(&need(&picture, &found, None), &place) {
+            Ok((host, checks)) => {
+                let plan = Some(guest_plan::plan_for(host, checks));
+                let route = Route { destination: Some(host.id), plan, ..Route::default() };
+                let wanted = Wanted {
+                    kind: OperationKind::GuestThaw,
+                    handover: handover::OperationKind::Thaw { freeze, to: host.id },
+                    work: Work::GuestThaw { freeze },
+                    route,
+                };
+                submit(&api, &asker, &found, Some(&picture), wanted).await
+            }
+            Err(problem) => refuse(&asker, &found, OperationKind::GuestThaw, problem),
+        }
+    })
+    .await
+}
+
+/// Deletes a guest that does not run, with its volumes and ports.
+#[utoipa::path(delete, path = "/v1/guests/{guest}", tag = "guests", responses((status = 202, body = Operation), (status = 200, description = "Dry run", body = Operation)))]
+pub async fn remove(State(api): State<Api>, asker: Asker, Path(guest): Path<String>) -> Result<Reply, Failure> {
+    let reference = Ref::from(guest);
+    retry_conflicts(|| async {
+        let found = asker.find_guest(&api.parts, &reference).await?;
+        guest_plan::admit(Request::Delete, &found)?;
+        let id = OperationId::generate();
+        let route = Route { source: found.guest.host, ..Route::default() };
+        let operation = guest_plan::new_operation(&asker, id, OperationKind::GuestDelete, &found.guest, route);
+        if asker.params.dry_run {
+            return Reply::ok(&operation);
+        }
+        let mut now = found.value.clone();
+        now.guest.operation = Some(id);
+        let mut change = Change::new();
+        change.update(&found, &now).create_operation(&guest_plan::record(operation.clone(), Work::GuestDelete));
+        asker.commit(&api.parts, now.guest.project, change, Reply::accepted(&operation)?).await
+    })
+    .await
+}

@@ -1,0 +1,259 @@
+//! What requests on guests have in common: the picture of hosts and guests that a placement rests on, the project's use, and the
+//! operation that is written.
+
+use std::collections::HashMap;
+
+use supercloud_api::{
+    Cloud, Code, Guest, Host, Operation, OperationKind, Phase, PhaseTime, Plan, PlanCheck, Problem, Progress, Quota,
+    Ref, Shape, Volume,
+    handover::{BeginRefusal, BeginRequest, begin},
+    ids::{GuestId, HostId, OperationId, ProjectId},
+    unix_ms,
+};
+use supercloud_store::{Key, Prefix};
+
+use super::{Asker, Failure};
+use crate::{
+    admission::{Request, Standing, deny_reason},
+    app::Parts,
+    placement::{self, Need, Place},
+    state::{Change, GuestRecord, HostRecord, OperationRecord, Stored, Work, keys},
+};
+
+/// Longest reason, in bytes.
+const MAX_REASON_BYTES: usize = 256;
+
+/// Hosts, guests and guards at one moment. The guards are read first: what changes after that conflicts.
+#[derive(Debug)]
+pub struct Picture {
+    guards: HashMap<String, u64>,
+    /// The hosts as they are now.
+    pub hosts: Vec<Host>,
+    guests: Vec<Stored<GuestRecord>>,
+    disks: HashMap<GuestId, u64>,
+}
+
+/// What a project uses.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    guests: u32,
+    vcpus: u32,
+    memory_bytes: u64,
+    volume_bytes: u64,
+}
+
+impl Picture {
+    /// Takes the picture.
+    pub async fn take(parts: &Parts) -> Result<Self, Failure> {
+        let prefix: Prefix = keys::folder("guards");
+        let (guards, _) =
+            supercloud_store::list(&**parts.state.store(), &prefix).await.map_err(crate::state::StateError::from)?;
+        let guards = guards.into_iter().map(|item| (item.key.as_str().to_owned(), item.mod_revision)).collect();
+        let hosts = parts.state.list::<HostRecord>().await?;
+        let guests = parts.state.list::<GuestRecord>().await?;
+        let mut disks: HashMap<GuestId, u64> = HashMap::new();
+        for volume in parts.state.list::<Volume>().await? {
+            if let Some(guest) = volume.guest {
+                let bytes = disks.entry(guest).or_default();
+                *bytes = bytes.saturating_add(volume.size_bytes);
+            }
+        }
+        let hosts = hosts.iter().map(|record| record.view(&parts.hosts)).collect();
+        Ok(Self { guards, hosts, guests, disks })
+    }
+
+    /// Makes a change conflict with every other one that passes this guard since the picture was taken.
+    pub fn pass(&self, change: &mut Change, guard: Key) {
+        let revision = self.guards.get(guard.as_str()).copied().unwrap_or(0);
+        change.guard(guard, revision);
+    }
+
+    /// The disk of a guest, in bytes.
+    pub fn disk_of(&self, guest: GuestId) -> u64 {
+        self.disks.get(&guest).copied().unwrap_or(0)
+    }
+
+    /// A host.
+    pub fn host(&self, id: HostId) -> Option<&Host> {
+        self.hosts.iter().find(|host| host.id == id)
+    }
+
+    /// Chooses a host.
+    pub fn choose(&self, need: &Need, at: &Place) -> Result<(&Host, Vec<PlanCheck>), Problem> {
+        let disk = |record: &GuestRecord| self.disk_of(record.guest.id);
+        let reserved = placement::reserved(self.guests.iter().map(|record| &record.value), disk);
+        placement::choose(need, at, &self.hosts, &reserved)
+    }
+
+    /// What a project uses: guests of any state, vCPUs and memory of those that run or are about to.
+    fn usage(&self, project: ProjectId) -> Usage {
+        let mut usage = Usage::default();
+        for record in self.guests.iter().filter(|record| record.guest.project == project) {
+            usage.guests = usage.guests.saturating_add(1);
+            usage.volume_bytes = usage.volume_bytes.saturating_add(self.disk_of(record.guest.id));
+            let starts = record.owner.operation.as_ref().is_some_and(|op| op.kind.destination().is_some());
+            if starts || record.guest.state == supercloud_api::GuestState::Running {
+                usage.vcpus = usage.vcpus.saturating_add(record.guest.shape.vcpus);
+                usage.memory_bytes = usage.memory_bytes.saturating_add(record.guest.shape.memory_bytes);
+            }
+        }
+        usage
+    }
+
+    /// Checks a project's quota for more guests, running shapes and volume bytes.
+    pub fn check_quota(
+        &self,
+        project: ProjectId,
+        quota: Quota,
+        more_guests: u32,
+        running: Option<Shape>,
+        more_volume_bytes: u64,
+    ) -> Result<(), Failure> {
+        let usage = self.usage(project);
+        let (vcpus, memory) = running.map_or((0, 0), |shape| (u64::from(shape.vcpus), shape.memory_bytes));
+        let rows = [
+            ("guests", u64::from(usage.guests), u64::from(more_guests), u64::from(quota.guests)),
+            ("vcpus of running guests", u64::from(usage.vcpus), vcpus, u64::from(quota.vcpus)),
+            ("memory_bytes of running guests", usage.memory_bytes, memory, quota.memory_bytes),
+            ("volume_bytes", usage.volume_bytes, more_volume_bytes, quota.volume_bytes),
+        ];
+        for (what, used, more, limit) in rows {
+            if more > 0 && used.saturating_add(more) > limit {
+                return Err(Failure::new(
+                    Code::QuotaExceeded,
+                    format!("{what}: {used} in use, {more} more asked for, the project's quota is {limit}"),
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What a place means: a host, a cloud, or anywhere.
+pub async fn resolve_place(parts: &Parts, reference: Option<&Ref>) -> Result<Place, Failure> {
+    let Some(reference) = reference else { return Ok(Place::Anywhere) };
+    if let Some(host) = parts.state.find::<HostRecord>(None, reference).await?.filter(|host| !host.is_removed) {
+        return Ok(Place::Host(Box::new(host.view(&parts.hosts))));
+    }
+    match parts.state.find::<Cloud>(None, reference).await? {
+        Some(cloud) => Ok(Place::Cloud(cloud.value)),
+        None => Err(Failure::not_found("host or cloud", reference.as_str())),
+    }
+}
+
+/// Checks the admission table.
+pub fn admit(request: Request, record: &GuestRecord) -> Result<(), Failure> {
+    let guest = &record.guest;
+    let standing =
+        Standing { state: guest.state, operation: guest.operation, is_deleting: !record.discarding.is_empty() };
+    match deny_reason(request, standing) {
+        Some(reason) => Err(reason.problem().into()),
+        None => Ok(()),
+    }
+}
+
+/// Makes an operation of the ownership protocol the guest's current one.
+pub fn begin_on(record: &mut GuestRecord, request: &BeginRequest) -> Result<(), Failure> {
+    match begin(&record.owner, request) {
+        Ok(begun) => {
+            record.owner = begun;
+            record.guest.operation = Some(request.operation);
+            Ok(())
+        }
+        Err(refusal) => {
+            let code = match refusal {
+                BeginRefusal::Busy(_) | BeginRefusal::BlocksMissing => Code::OperationInProgress,
+                BeginRefusal::Over
+                | BeginRefusal::WrongState(_)
+                | BeginRefusal::StaleFreeze
+                | BeginRefusal::AlreadyThere => Code::WrongState,
+            };
+            Err(Failure::new(code, refusal.to_string()))
+        }
+    }
+}
+
+/// Checks a reason for the audit trail.
+pub fn check_reason(reason: Option<&String>) -> Result<(), Failure> {
+    match reason {
+        Some(text) if text.len() > MAX_REASON_BYTES => {
+            Err(Failure::bad(format!("reason has {} bytes; at most {MAX_REASON_BYTES} are kept", text.len())))
+        }
+        Some(text) if text.chars().any(char::is_control) => Err(Failure::bad("reason has control characters")),
+        _ => Ok(()),
+    }
+}
+
+/// Which hosts an operation concerns and what it predicts.
+#[derive(Debug, Clone, Default)]
+pub struct Route {
+    /// The host that has the guest at the start.
+    pub source: Option<HostId>,
+    /// The host that will have it.
+    pub destination: Option<HostId>,
+    /// What the pre-checks found.
+    pub plan: Option<Plan>,
+    /// Why, in the asker's words.
+    pub reason: Option<String>,
+}
+
+/// An operation in its first phase. Nothing is stored.
+pub fn new_operation(asker: &Asker, id: OperationId, kind: OperationKind, guest: &Guest, route: Route) -> Operation {
+    let at_ms = unix_ms();
+    let context = asker.context(guest.project);
+    Operation {
+        id,
+        kind,
+        project: Some(guest.project),
+        phase: Phase::Plan,
+        guest: Some(guest.id),
+        image: None,
+        volume: None,
+        source: route.source,
+        destination: route.destination,
+        progress: Progress::default(),
+        is_cancel_requested: false,
+        error: None,
+        plan: route.plan,
+        actor: context.actor,
+        request_id: context.request_id,
+        reason: route.reason,
+        created_at_ms: at_ms,
+        updated_at_ms: at_ms,
+        ended_at_ms: None,
+        phase_times: vec![PhaseTime { phase: Phase::Plan, at_ms }],
+    }
+}
+
+/// The record of an operation that is to be carried out.
+pub fn record(operation: Operation, work: Work) -> OperationRecord {
+    OperationRecord { operation, work }
+}
+
+/// A plan that found a host.
+pub fn plan_for(host: &Host, checks: Vec<PlanCheck>) -> Plan {
+    Plan {
+        destination: Some(host.id),
+        destination_name: Some(host.name.clone()),
+        checks,
+        predicted_bytes: None,
+        predicted_ms: None,
+    }
+}
+
+/// The plan of a dry run that found none.
+pub fn failed_plan(problem: &Problem) -> Plan {
+    let name = match problem.code {
+        Code::Incompatible => "compat_class",
+        Code::HostUnavailable => "reachability",
+        Code::QuotaExceeded => "quota",
+        _ => "capacity",
+    };
+    Plan {
+        destination: None,
+        destination_name: None,
+        checks: vec![PlanCheck { name: name.to_owned(), is_ok: false, detail: problem.detail.clone() }],
+        predicted_bytes: None,
+        predicted_ms: None,
+    }
+}

@@ -1,0 +1,115 @@
+//! REST `/v1`: every route of the role table ([`crate::auth::ROUTES`]), JSON, RFC 9457 problems.
+//!
+//! What changes something writes records and, for what takes time, an operation in phase `plan`, all in one transaction;
+//! carrying it out is not done here. WHEN ADDING A ROUTE: a row in the role table, a handler with its
+//! `#[utoipa::path]`, a line in [`router`] and one in [`openapi`]; a test compares the four.
+
+mod asker;
+mod clouds;
+mod events;
+mod gate;
+mod guest_create;
+mod guest_operations;
+mod guest_plan;
+mod guests;
+mod hosts;
+mod idempotency;
+mod images;
+mod networks;
+pub mod openapi;
+mod operations;
+mod projects;
+mod reply;
+mod serve;
+mod system;
+mod tokens;
+mod uploads;
+mod volumes;
+
+use std::sync::Arc;
+
+use axum::{
+    Router, middleware,
+    routing::{delete, get, patch, post, put},
+};
+
+use tokio::sync::Mutex;
+
+pub use asker::{Asker, Params, body, check_if_match};
+pub use gate::{MAX_JSON_BYTES, MAX_PIECE_BYTES};
+pub use idempotency::answer_reaper;
+pub use reply::{Failure, Reply};
+pub use serve::serve;
+
+use crate::{app::Parts, metrics::Metrics};
+
+/// What handlers share.
+#[derive(Debug, Clone)]
+pub struct Api {
+    /// The controller's parts.
+    pub parts: Parts,
+    /// The counts.
+    pub metrics: Metrics,
+    uploads: uploads::Uploads,
+    streams: events::Streams,
+    /// Requests that place guests decide one after the other: they would only make each other decide anew.
+    placing: Arc<Mutex<()>>,
+}
+
+/// All routes behind the gate.
+pub fn router(parts: &Parts, metrics: &Metrics) -> Router {
+    let api = Api {
+        parts: parts.clone(),
+        metrics: metrics.clone(),
+        uploads: uploads::Uploads::new(parts.config.uploads_dir()),
+        streams: events::Streams::default(),
+        placing: Arc::default(),
+    };
+    let gate = gate::Gate::new(parts.clone(), metrics.clone());
+    Router::new()
+        .route("/healthz", get(system::healthz))
+        .route("/readyz", get(system::readyz))
+        .route("/metrics", get(system::metrics))
+        .route("/v1/openapi.json", get(system::openapi_document))
+        .route("/v1/whoami", get(tokens::whoami))
+        .route("/v1/clouds", get(clouds::list).post(clouds::create))
+        .route("/v1/clouds/{cloud}", get(clouds::read))
+        .route("/v1/hosts", get(hosts::list))
+        .route("/v1/hosts/{host}", get(hosts::read).patch(hosts::change).delete(hosts::remove))
+        .route("/v1/projects", get(projects::list).post(projects::create))
+        .route("/v1/projects/{project}", get(projects::read))
+        .route("/v1/tokens", get(tokens::list).post(tokens::create))
+        .route("/v1/tokens/{token}", delete(tokens::remove))
+        .route("/v1/images", get(images::list).post(images::create))
+        .route("/v1/images/{image}", get(images::read).delete(images::remove))
+        .route("/v1/images/{image}/parts/{part}", put(images::upload))
+        .route("/v1/images/{image}/import", post(images::import))
+        .route("/v1/volumes", get(volumes::list))
+        .route("/v1/volumes/{volume}", get(volumes::read))
+        .route("/v1/freezes", get(volumes::list_freezes))
+        .route("/v1/freezes/{freeze}", get(volumes::read_freeze))
+        .route("/v1/networks", get(networks::list).post(networks::create))
+        .route("/v1/networks/{network}", get(networks::read).delete(networks::remove))
+        .route("/v1/ports", get(networks::list_ports))
+        .route("/v1/ports/{port}", get(networks::read_port))
+        .route("/v1/guests", get(guests::list).post(guest_create::create))
+        .route("/v1/guests/{guest}", patch(guests::change).get(guests::read).delete(guest_operations::remove))
+        .route("/v1/guests/{guest}/start", post(guest_operations::start))
+        .route("/v1/guests/{guest}/stop", post(guest_operations::stop))
+        .route("/v1/guests/{guest}/migrate", post(guest_operations::migrate))
+        .route("/v1/guests/{guest}/freeze", post(guest_operations::freeze))
+        .route("/v1/guests/{guest}/thaw", post(guest_operations::thaw))
+        .route("/v1/operations", get(operations::list))
+        .route("/v1/operations/{operation}", get(operations::read))
+        .route("/v1/operations/{operation}/cancel", post(operations::cancel))
+        .route("/v1/events", get(events::list))
+        .route("/v1/events/stream", get(events::stream))
+        .route("/v1/markets", get(system::markets))
+        .route("/v1/prices", get(system::prices))
+        .route("/v1/feed", post(system::set_feed_clock))
+        .with_state(api)
+        .layer(middleware::from_fn_with_state(gate, gate::gate))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,94 @@
+//! Operations: looking, waiting, cancelling.
+
+use std::time::Duration;
+
+use axum::extract::{Path, State};
+use supercloud_api::{Code, Operation, Page, ids::OperationId};
+
+use super::{Api, Asker, Failure, Reply};
+use crate::state::{Change, EventDraft, OperationRecord, Seen, Stored, retry_conflicts};
+
+/// The operation as it is now: newer than its record, which is written less often.
+fn shown(api: &Api, record: &OperationRecord) -> Operation {
+    let mut operation = record.operation.clone();
+    if !operation.phase.is_terminal() {
+        api.parts.progress.apply(operation.id, &mut operation.progress);
+    }
+    operation
+}
+
+async fn find(api: &Api, asker: &Asker, id: &str) -> Result<Stored<OperationRecord>, Failure> {
+    let missing = || Failure::not_found("operation", id);
+    let parsed: OperationId = id.parse().map_err(|_| missing())?;
+    let found = api.parts.state.read::<OperationRecord>(&parsed).await?;
+    found.filter(|found| asker.sees_operation(found.operation.project, found.operation.guest)).ok_or_else(missing)
+}
+
+/// Operations, oldest first.
+#[utoipa::path(get, path = "/v1/operations", tag = "operations", responses((status = 200, body = Page<Operation>)))]
+pub async fn list(State(api): State<Api>, asker: Asker) -> Result<Reply, Failure> {
+    let scope = asker.scope(&api.parts).await?;
+    let keep = |record: &OperationRecord| scope.is_none() || record.operation.project == scope;
+    let (items, next_page) = api.parts.state.page(asker.params.page()?.as_ref(), asker.params.limit()?, keep).await?;
+    Reply::ok(&Page { items: items.iter().map(|record| shown(&api, record)).collect(), next_page })
+}
+
+/// One operation. `?wait=30s` answers when it has ended, or after that time.
+#[utoipa::path(get, path = "/v1/operations/{operation}", tag = "operations", responses((status = 200, body = Operation)))]
+pub async fn read(State(api): State<Api>, asker: Asker, Path(id): Path<String>) -> Result<Reply, Failure> {
+    let mut found = find(&api, &asker, &id).await?;
+    if let (Some(wait), false) = (asker.params.wait()?, found.operation.phase.is_terminal()) {
+        if let Some(newer) = wait_for_end(&api, found.operation.id, wait).await {
+            found = newer;
+        } else {
+            found = find(&api, &asker, &id).await?;
+        }
+    }
+    Ok(Reply::ok(&shown(&api, &found))?.at(found.revision))
+}
+
+/// The ended operation, if it ends in time.
+async fn wait_for_end(api: &Api, id: OperationId, wait: Duration) -> Option<Stored<OperationRecord>> {
+    let mut follower = api.parts.state.follow_one::<OperationRecord>(&id);
+    let ended = async {
+        loop {
+            match follower.next().await {
+                Ok(Seen::Put(record)) if record.operation.phase.is_terminal() => return Some(record),
+                Ok(Seen::Gone(_)) | Err(_) => return None,
+                Ok(Seen::Put(_) | Seen::Restart | Seen::CaughtUp) => {}
+            }
+        }
+    };
+    tokio::select! {
+        // A controller that ends answers with what it knows.
+        () = api.parts.stop.cancelled() => None,
+        ended = tokio::time::timeout(wait, ended) => ended.ok().flatten(),
+    }
+}
+
+/// Asks for an operation to be cancelled. It may come too late: watch the operation.
+#[utoipa::path(post, path = "/v1/operations/{operation}/cancel", tag = "operations", responses((status = 202, body = Operation), (status = 200, description = "Dry run", body = Operation)))]
+pub async fn cancel(State(api): State<Api>, asker: Asker, Path(id): Path<String>) -> Result<Reply, Failure> {
+    retry_conflicts(|| async {
+        let found = find(&api, &asker, &id).await?;
+        if found.operation.phase.is_terminal() {
+            return Err(Failure::new(Code::WrongState, "the operation has ended"));
+        }
+        if found.operation.is_cancel_requested || asker.params.dry_run {
+            let shown = shown(&api, &found);
+            return if asker.params.dry_run { Reply::ok(&shown) } else { Reply::accepted(&shown) };
+        }
+        let mut now = found.value.clone();
+        now.operation.is_cancel_requested = true;
+        let mut change = Change::new();
+        change.event(
+            EventDraft::new("operation.cancel_requested")
+                .project(now.operation.project)
+                .guest(now.operation.guest)
+                .operation(now.operation.id),
+        );
+        change.update_operation(&found, &mut now);
+        asker.commit(&api.parts, now.operation.project, change, Reply::accepted(&now.operation)?).await
+    })
+    .await
+}

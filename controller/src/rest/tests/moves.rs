@@ -1,0 +1,181 @@
+//! Operations on guests as REST accepts them.
+
+use std::time::Duration;
+
+use supercloud_api::{
+    Code, GuestFreeze, GuestMigrate, GuestStart, GuestStop, GuestThaw, HostPatch, Phase,
+    handover::{Owner, OwnerRecord},
+    ids::{Epoch, FreezeId},
+};
+
+use super::{TestController, class, guest, problem};
+use crate::state::{Change, Context, GuestRecord, HostRecord, OperationRecord, Work};
+
+fn to(place: &str) -> GuestMigrate {
+    GuestMigrate {
+        to: place.into(),
+        bandwidth_bps: Some(100_000_000),
+        max_downtime_ms: None,
+        auto_converge: true,
+        deadline_ms: None,
+        reason: Some("test".into()),
+    }
+}
+
+#[tokio::test]
+async fn a_move_is_checked_planned_and_begun() {
+    let test = TestController::start().await;
+    let world = test.world().await;
+    world.client.create_guest(&guest("web")).await.unwrap();
+    let id = world.client.guest("web").await.unwrap().id;
+    test.run_on(id, &world.hosts[0]).await;
+
+    let plan = world.client.plan_migration("web", &to("west")).await.unwrap().plan.unwrap();
+    assert_eq!(plan.destination, Some(world.hosts[1].id));
+    assert_eq!(plan.predicted_ms, Some((256 << 20) * 8000 / 100_000_000));
+    let names: Vec<_> = plan.checks.iter().map(|check| check.name.as_str()).collect();
+    assert_eq!(names, ["compat_class", "capacity", "reachability"]);
+    assert_eq!(world.client.guest("web").await.unwrap().operation, None);
+
+    for (place, code) in [("east", Code::WrongState), ("east-1", Code::WrongState), ("mars", Code::NotFound)] {
+        assert_eq!(problem(world.client.migrate_guest("web", &to(place)).await).code, code, "{place}");
+    }
+    let bad = GuestMigrate { max_downtime_ms: Some(0), ..to("west") };
+    assert!(problem(world.client.migrate_guest("web", &bad).await).detail.contains("max_downtime_ms"));
+
+    let operation = world.client.migrate_guest("web", &to("west")).await.unwrap();
+    assert_eq!((operation.source, operation.destination), (Some(world.hosts[0].id), Some(world.hosts[1].id)));
+    let record = test.state().need::<GuestRecord>(&id).await.unwrap();
+    assert_eq!(record.owner.operation.as_ref().unwrap().id, operation.id);
+    assert_eq!(record.guest.host, Some(world.hosts[0].id), "nothing has moved yet");
+    let stored = test.state().need::<OperationRecord>(&operation.id).await.unwrap();
+    assert!(matches!(&stored.work, Work::GuestMigrate { options } if options.max_downtime_ms == Some(300)));
+
+    let busy = problem(world.client.freeze_guest("web", &GuestFreeze::default()).await);
+    assert_eq!((busy.code, busy.retryable), (Code::OperationInProgress, true));
+    assert!(busy.detail.contains(&operation.id.to_string()));
+    test.stop().await;
+}
+
+#[tokio::test]
+async fn a_destination_that_cannot_take_the_guest_is_refused_by_name() {
+    let test = TestController::start().await;
+    let world = test.world().await;
+    world.client.create_guest(&guest("web")).await.unwrap();
+    let id = world.client.guest("web").await.unwrap().id;
+    test.run_on(id, &world.hosts[0]).await;
+    let west = world.hosts[1].id;
+
+    let admin = test.admin_client();
+    admin.patch_host("west-1", &HostPatch { cordoned: Some(true) }).await.unwrap();
+    let refused = problem(world.client.migrate_guest("web", &to("west")).await);
+    assert_eq!(refused.code, Code::NoCapacity);
+    assert!(refused.detail.contains("west-1 is cordoned"), "{}", refused.detail);
+    admin.patch_host("west-1", &HostPatch { cordoned: Some(false) }).await.unwrap();
+
+    test.edit::<HostRecord>(&west, |record| record.host.compat_classes[0].machine_version = "pc-i440fx-8.0".into())
+        .await;
+    let refused = problem(world.client.migrate_guest("web", &to("west")).await);
+    assert_eq!(refused.code, Code::Incompatible);
+    assert!(refused.detail.contains("7.2") && refused.detail.contains("8.0"), "{}", refused.detail);
+    test.edit::<HostRecord>(&west, |record| record.host.compat_classes = vec![class()]).await;
+
+    for host in &world.hosts {
+        test.edit::<HostRecord>(&host.id, |record| record.host.data_address = None).await;
+    }
+    let refused = problem(world.client.migrate_guest("web", &to("west")).await);
+    assert!(refused.detail.contains("behind NAT"), "{}", refused.detail);
+
+    test.parts().hosts.gone(west);
+    let refused = problem(world.client.migrate_guest("web", &to("west")).await);
+    assert_eq!(refused.code, Code::HostUnavailable);
+    let dry = world.client.plan_migration("web", &to("west")).await.unwrap().plan.unwrap();
+    assert!(dry.destination.is_none() && !dry.checks[0].is_ok);
+    test.stop().await;
+}
+
+#[tokio::test]
+async fn a_freeze_thaws_once_and_a_stale_one_never() {
+    let test = TestController::start().await;
+    let world = test.world().await;
+    world.client.create_guest(&guest("web")).await.unwrap();
+    let id = world.client.guest("web").await.unwrap().id;
+    let freeze = FreezeId::generate();
+    test.edit::<GuestRecord>(&id, |record| {
+        let owner = OwnerRecord { owner: Owner::Frozen(freeze), epoch: Epoch(1), ..record.owner.clone() };
+        record.set_owner(owner, None);
+    })
+    .await;
+    let stale = GuestThaw { to: None, freeze: Some(FreezeId::generate()) };
+    let refused = problem(world.client.thaw_guest("web", &stale).await);
+    assert_eq!(refused.code, Code::WrongState);
+    assert!(refused.detail.contains(&freeze.to_string()), "{}", refused.detail);
+    let started = problem(world.client.start_guest("web", &GuestStart::default()).await);
+    assert!(started.detail.contains("thaw it first"), "{}", started.detail);
+    let good = GuestThaw { to: Some("west".into()), freeze: Some(freeze) };
+    let operation = world.client.thaw_guest("web", &good).await.unwrap();
+    assert_eq!(operation.destination, Some(world.hosts[1].id));
+    assert_eq!(problem(world.client.thaw_guest("web", &good).await).code, Code::OperationInProgress);
+    test.stop().await;
+}
+
+#[tokio::test]
+async fn waiting_ends_with_the_operation_and_a_cancel_is_noted_once() {
+    let test = TestController::start().await;
+    let world = test.world().await;
+    // No host of these is real, so the operation stays open until the test ends it.
+    let mut wanted = guest("web");
+    wanted.start = true;
+    let operation = world.client.create_guest(&wanted).await.unwrap();
+    let client = world.client.clone();
+    let waiter = tokio::spawn(async move { client.wait(operation.id, Duration::from_secs(60), |_| {}).await });
+    let short: supercloud_api::Operation =
+        world.client.get(&format!("/v1/operations/{}?wait=50ms", operation.id)).await.unwrap();
+    assert!(!short.phase.is_terminal());
+    crate::state::retry_conflicts(|| async {
+        let before = test.state().need::<OperationRecord>(&operation.id).await?;
+        let mut now = before.value.clone();
+        now.operation.phase = Phase::Failed;
+        let mut change = Change::new();
+        change.update_operation(&before, &mut now);
+        test.state().commit(&Context::system(), change).await
+    })
+    .await
+    .unwrap();
+    let ended = waiter.await.unwrap().unwrap();
+    assert_eq!(ended.phase, Phase::Failed);
+    assert!(ended.ended_at_ms.is_some() && ended.phase_times.last().unwrap().phase == Phase::Failed);
+    assert!(!test.state().active_operations().await.unwrap().contains(&operation.id));
+    assert_eq!(problem(world.client.cancel_operation(operation.id).await).code, Code::WrongState);
+    test.stop().await;
+}
+
+#[tokio::test]
+async fn a_host_goes_only_when_nothing_can_run_on_there() {
+    let test = TestController::start().await;
+    let world = test.world().await;
+    world.client.create_guest(&guest("web")).await.unwrap();
+    let id = world.client.guest("web").await.unwrap().id;
+    test.run_on(id, &world.hosts[0]).await;
+    let admin = test.admin_client();
+    assert_eq!(problem(admin.remove_host("east-1").await).code, Code::WrongState);
+    test.parts().hosts.gone(world.hosts[0].id);
+    let removed = admin.remove_host("east-1").await.unwrap();
+    assert_eq!(removed.state, supercloud_api::HostState::Removed);
+    assert_eq!(problem(admin.host("east-1").await).code, Code::NotFound, "the name is free again");
+    assert_eq!(admin.host(&removed.id.to_string()).await.unwrap().id, removed.id);
+    test.stop().await;
+}
+
+#[tokio::test]
+async fn a_stop_keeps_what_was_asked() {
+    let test = TestController::start().await;
+    let world = test.world().await;
+    world.client.create_guest(&guest("web")).await.unwrap();
+    let id = world.client.guest("web").await.unwrap().id;
+    test.run_on(id, &world.hosts[0]).await;
+    let operation = world.client.stop_guest("web", &GuestStop { force: true, grace_ms: None }).await.unwrap();
+    let stored = test.state().need::<OperationRecord>(&operation.id).await.unwrap();
+    assert_eq!(stored.work, Work::GuestStop { grace_ms: 0 });
+    test.stop().await;
+}
