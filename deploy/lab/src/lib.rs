@@ -21,6 +21,8 @@
 
 pub mod addressing;
 pub mod command;
+pub mod demo;
+pub mod fleet;
 pub mod host_init;
 pub mod image;
 pub mod lab;

@@ -95,7 +95,7 @@ pub enum FleetError {
         /// What was asked for.
         what: String,
         /// Why not.
-        source: ClientError,
+        source: Box<ClientError>,
         /// The controller's log.
         log: LogTails,
     },
