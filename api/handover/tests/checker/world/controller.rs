@@ -28,14 +28,19 @@ impl Model {
         }
     }
 
-    pub(super) fn send(&mut self, w: &mut World, message: Message) {
+    pub(super) fn message(&mut self, message: Message) -> usize {
         let at = self.messages.id(message) as usize;
+        assert!(self.lossy || at < NET_WORDS * 64, "more messages than the model has room for");
+        at
+    }
+
+    pub(super) fn send(&mut self, w: &mut World, message: Message) {
+        let at = self.message(message);
         if self.lossy {
             self.sent.push(at);
-            return;
+        } else {
+            w.net[at / 64] |= 1 << (at % 64);
         }
-        assert!(at < NET_WORDS * 64, "more messages than the model has room for");
-        w.net[at / 64] |= 1 << (at % 64);
     }
 
     pub(super) fn deliver(

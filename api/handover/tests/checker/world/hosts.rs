@@ -14,20 +14,31 @@ impl Model {
     pub(super) fn step(&mut self, w: &mut World, n: usize, event: LocalEvent) -> Result<(), Violation> {
         let mut machine = self.machine(&w.hosts[n]).clone();
         let effects = machine.step(event);
-        // What it would say on its timer it may say at once: a message is never delivered too early by that.
-        let mut again = machine.clone();
-        let mut repeats = again.step(LocalEvent::Source(SourceEvent::Tick));
-        repeats.extend(again.step(LocalEvent::Destination(DestinationEvent::Tick)));
-        assert_eq!(again, machine, "a tick changes no state");
         let before = w.hosts[n].machine;
         w.hosts[n].machine = self.machines.id(machine);
         w.hosts[n].persisted = if self.has(Mutation::PersistsTooLate) { before } else { w.hosts[n].machine };
         if !self.lossy {
-            for report in repeats.iter().filter_map(LocalEffect::report).cloned() {
-                self.send(w, Message::Report { from: n, report });
+            for at in self.repeats(n, w.hosts[n].machine) {
+                w.net[at / 64] |= 1 << (at % 64);
             }
         }
         self.perform(w, n, effects)
+    }
+
+    /// What the machine would say on its timer. It may say so at once: it could have, had the timer struck then.
+    fn repeats(&mut self, n: usize, machine: u32) -> Vec<usize> {
+        if let Some(known) = self.repeats.get(&machine) {
+            return known.clone();
+        }
+        let before = self.machines.get(machine).clone();
+        let mut after = before.clone();
+        let mut effects = after.step(LocalEvent::Source(SourceEvent::Tick));
+        effects.extend(after.step(LocalEvent::Destination(DestinationEvent::Tick)));
+        assert_eq!(before, after, "a tick changes no state");
+        let reports = effects.iter().filter_map(LocalEffect::report).cloned();
+        let sent: Vec<_> = reports.map(|report| self.message(Message::Report { from: n, report })).collect();
+        self.repeats.insert(machine, sent.clone());
+        sent
     }
 
     pub(super) fn perform(&mut self, w: &mut World, n: usize, effects: Vec<LocalEffect>) -> Result<(), Violation> {

@@ -12,6 +12,7 @@ mod hosts;
 use std::{
     collections::{HashMap, hash_map::RandomState},
     hash::Hash,
+    sync::LazyLock,
 };
 
 use supercloud_handover::*;
@@ -30,20 +31,26 @@ where
     format!("{prefix}-00000000-0000-7000-8000-{n:012x}").parse().unwrap()
 }
 
+/// Made once: they are asked for in every step.
+macro_rules! ids {
+    ($($name:ident: $kind:ty, $prefix:literal, $count:expr;)*) => {$(
+        pub fn $name(n: usize) -> $kind {
+            static IDS: LazyLock<Vec<$kind>> = LazyLock::new(|| (0..$count).map(|n| id($prefix, n)).collect());
+            IDS[n]
+        }
+    )*};
+}
+
+ids! {
+    host: HostId, "hst", HOSTS;
+    freeze: FreezeId, "frz", FREEZES;
+    operation: OperationId, "opn", 16;
+    volume: VolumeId, "vol", 1;
+    guest_number: GuestId, "gst", 1;
+}
+
 pub fn guest() -> GuestId {
-    id("gst", 1)
-}
-
-pub fn host(n: usize) -> HostId {
-    id("hst", n)
-}
-
-pub fn freeze(n: usize) -> FreezeId {
-    id("frz", n)
-}
-
-pub fn operation(n: usize) -> OperationId {
-    id("opn", n)
+    guest_number(0)
 }
 
 /// How often each fault may strike.
@@ -267,6 +274,8 @@ pub struct Model {
     records: Interner<OwnerRecord>,
     queues: Interner<Vec<LocalEffect>>,
     messages: Interner<Message>,
+    /// What each machine repeats on its timer.
+    repeats: HashMap<u32, Vec<usize>>,
     /// The network forgets: `sent` has what was sent, and the caller delivers it or not. Nothing is repeated before its time.
     pub lossy: bool,
     pub sent: Vec<usize>,
@@ -282,6 +291,7 @@ impl Model {
             records: Interner::new(),
             queues: Interner::new(),
             messages: Interner::new(),
+            repeats: HashMap::new(),
             lossy: false,
             sent: Vec::new(),
         }
@@ -389,7 +399,7 @@ impl Model {
 }
 
 fn stamp(version: u8) -> VolumeStamp {
-    VolumeStamp { volume: id::<VolumeId>("vol", 1), root: [version; 32], version: u64::from(version) }
+    VolumeStamp { volume: volume(0), root: [version; 32], version: u64::from(version) }
 }
 
 fn byte(epoch: Epoch) -> u8 {
