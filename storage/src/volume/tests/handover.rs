@@ -13,7 +13,7 @@ use supercloud_ids::Epoch;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::{SECTOR, SIZE, World, read_all, stamp, stamp_of};
+use super::{SECTOR, SIZE, World, read_all, stamp, stamp_of, until};
 use crate::{
     BLOCK_BYTES,
     key::ChunkName,
@@ -151,9 +151,7 @@ async fn a_volume_moves_under_a_writer_and_nothing_is_lost_or_old() {
         link.cut();
         tokio::time::sleep(Duration::from_millis(2)).await;
         link.heal();
-        while target.missing() > 0 {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
+        until("the fetch", || target.missing() == 0).await;
         let fetched = fetch.await.unwrap();
         assert!(matches!(fetched, Ok(()) | Err(VolumeError::Source(_))), "{fetched:?}");
         target.fetch_all(&FetchLimit::default()).await.unwrap();
@@ -208,6 +206,113 @@ async fn a_destination_that_dies_at_any_moment_still_finds_the_newest() {
         target.fetch_all(&FetchLimit::default()).await.unwrap();
         link.cut();
         assert!(read_all(&target).await == expected);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn copies_that_were_not_durable_at_the_switch_are_pulled_again_after_a_power_cut() {
+    let world = World::new(true).await;
+    let mut kept = 0;
+    for seed in 0..40u64 {
+        let mut rng = rand::rngs::SmallRng::seed_from_u64(seed);
+        let source = world.active(SimDisk::new()).await;
+        for block in 0..SIZE / BLOCK_BYTES {
+            write_stamp(&source, block * BLOCK_BYTES / SECTOR, 10 + block as u64).await;
+        }
+        let link = Link::to(&source);
+        let (disk, target) = standby(&world, &link).await;
+        // Dropped in the middle of a pass, before its flush.
+        let (limit, status) = (FetchLimit::default(), watch::Sender::new(PreCopyStatus::default()));
+        tokio::select! {
+            copied = target.pre_copy(&limit, &status) => panic!("{copied:?}"),
+            () = until("some blocks", || target.pulled_bytes().0 > 0) => {}
+        }
+        target.adopt(source.seal(Epoch(1)).await.unwrap()).await.unwrap();
+        target.activate(Epoch(2)).await.unwrap();
+        let expected = world_with_stamps(&world);
+        let cut = disk.after_power_cut(&mut rng);
+        let after = world.open(cut, Role::Standby).await.unwrap();
+        after.set_source(Some(client(&world, &link)));
+        kept += u64::from(target.missing() < 7);
+        assert!(read_all(&after).await == expected, "seed {seed}");
+    }
+    println!("{kept} of 40 had something durable at the switch");
+}
+
+/// The base with the stamps of the first sectors of all blocks.
+fn world_with_stamps(world: &World) -> Vec<u8> {
+    let mut expected = world.content.clone();
+    for block in 0..SIZE / BLOCK_BYTES {
+        let at = block * BLOCK_BYTES;
+        stamp(&mut expected[at..at + SECTOR], 10 + block as u64);
+    }
+    expected
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn zeros_over_a_stale_copy_are_zeros() {
+    let world = World::new(true).await;
+    let source = world.active(SimDisk::new()).await;
+    for block in [0u64, 1, 2] {
+        source.write(block * BLOCK_BYTES as u64, vec![7; BLOCK_BYTES].into(), false).await.unwrap();
+    }
+    let link = Link::to(&source);
+    let (disk, target) = standby(&world, &link).await;
+    let (limit, status) = (FetchLimit::default(), watch::Sender::new(PreCopyStatus::default()));
+    let mut passes = status.subscribe();
+    tokio::select! {
+        copied = target.pre_copy(&limit, &status) => panic!("{copied:?}"),
+        _ = passes.wait_for(|status| status.passes >= 1) => {}
+    }
+    // One becomes zeros at the source, one is written again there and zeroed at the destination.
+    source.write_zeroes(0, BLOCK_BYTES as u64, false).await.unwrap();
+    write_stamp(&source, BLOCK_BYTES / SECTOR, 3).await;
+    target.adopt(source.seal(Epoch(1)).await.unwrap()).await.unwrap();
+    target.activate(Epoch(2)).await.unwrap();
+    target.write_zeroes(BLOCK_BYTES as u64, BLOCK_BYTES as u64, false).await.unwrap();
+    for block in [0, 1] {
+        write_stamp(&target, block * BLOCK_BYTES / SECTOR + 9, 4).await;
+    }
+    let mut expected = read_all(&source_content(&source).await).await;
+    expected[..2 * BLOCK_BYTES].fill(0);
+    for block in [0, 1] {
+        let at = block * BLOCK_BYTES + 9 * SECTOR;
+        stamp(&mut expected[at..at + SECTOR], 4);
+    }
+    assert!(read_all(&target).await == expected);
+    let after = world.open(disk.after_kill(), Role::Standby).await.unwrap();
+    assert!(read_all(&after).await == expected);
+}
+
+/// The source, readable again.
+async fn source_content(source: &Volume) -> Volume {
+    source.unseal(Epoch(1)).await.unwrap();
+    source.clone()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn an_overwrite_while_the_block_is_under_way_wins() {
+    let world = World::new(true).await;
+    for seed in 0..30u64 {
+        let mut rng = rand::rngs::SmallRng::seed_from_u64(seed);
+        let source = world.active(SimDisk::new()).await;
+        for block in 0..6 {
+            write_stamp(&source, block * BLOCK_BYTES / SECTOR, 10 + block as u64).await;
+        }
+        let link = Link::to(&source);
+        let (_, target) = standby(&world, &link).await;
+        target.adopt(source.seal(Epoch(1)).await.unwrap()).await.unwrap();
+        target.activate(Epoch(2)).await.unwrap();
+        let fetch = {
+            let target = target.clone();
+            tokio::spawn(async move { target.fetch_all(&FetchLimit::default()).await })
+        };
+        for block in 0..6u64 {
+            tokio::time::sleep(Duration::from_micros(rng.random_range(0..300))).await;
+            target.write(block * BLOCK_BYTES as u64, vec![9; BLOCK_BYTES].into(), false).await.unwrap();
+        }
+        fetch.await.unwrap().unwrap();
+        assert!(read_all(&target).await[..6 * BLOCK_BYTES].iter().all(|b| *b == 9), "seed {seed}");
     }
 }
 
@@ -273,9 +378,7 @@ async fn a_source_out_of_reach_stalls_reads_with_an_alarm_and_whole_overwrites_g
         let target = target.clone();
         tokio::spawn(async move { write_stamp(&target, 1, 99).await })
     };
-    while target.alarm().is_none_or(|alarm| alarm.code != AlarmCode::SourceUnreachable) {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    until("the alarm", || target.alarm().is_some_and(|alarm| alarm.code == AlarmCode::SourceUnreachable)).await;
     target.write(BLOCK_BYTES as u64, vec![5; BLOCK_BYTES].into(), true).await.unwrap();
     assert_eq!(target.missing(), 1);
     // A block of the base is not concerned.
@@ -371,9 +474,7 @@ async fn a_lying_source_is_never_believed() {
             let target = target.clone();
             tokio::spawn(async move { target.read(0, SECTOR).await.unwrap() })
         };
-        while target.alarm().is_none() {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
+        until("the alarm", || target.alarm().is_some()).await;
         assert!(!reading.is_finished(), "{lie:?}");
         liar.is_lying.store(false, Ordering::SeqCst);
         assert_eq!(stamp_of(&reading.await.unwrap()), Some(7));

@@ -93,3 +93,12 @@ pub(super) fn stamp_of(sector: &[u8]) -> Option<u64> {
 pub(super) async fn read_all(volume: &Volume) -> Vec<u8> {
     volume.read(0, SIZE).await.unwrap().to_vec()
 }
+
+/// Waits for something that must come; a test that would wait for ever fails instead.
+pub(super) async fn until(what: &str, mut is_there: impl FnMut() -> bool) {
+    let deadline = tokio::time::Instant::now() + std::time::Duration::from_secs(30);
+    while !is_there() {
+        assert!(tokio::time::Instant::now() < deadline, "waited in vain for {what}");
+        tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+    }
+}
