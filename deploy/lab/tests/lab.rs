@@ -215,6 +215,20 @@ fn daemons_that_are_killed_come_back_and_leftovers_are_seen() {
     supercloud_lab::down(&state::default_root(), &name).unwrap();
 }
 
+/// From the first system call to well after the lab is up; in a soak also hundreds of random instants (`SEED=` repeats them).
+fn kill_times() -> Vec<u64> {
+    let mut times = vec![0, 3, 11, 23, 41, 67, 101, 149, 211, 293, 401, 557, 760, 1200];
+    if std::env::var_os("SUPERCLOUD_SOAK").is_some() {
+        let mut random: u64 = std::env::var("SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(20_261_121);
+        println!("SEED={random}");
+        times.extend((0..400).map(|_| {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (random >> 33) % 1000
+        }));
+    }
+    times
+}
+
 #[test]
 fn whatever_instant_up_is_killed_at_down_leaves_nothing() {
     let name = unique("crash");
@@ -223,8 +237,7 @@ fn whatever_instant_up_is_killed_at_down_leaves_nothing() {
     let spec = std::env::temp_dir().join(format!("{name}.toml"));
     std::fs::write(&spec, toml::to_string(&LabSpec::plain(&name, 2)).unwrap()).unwrap();
     let rmem = std::fs::read_to_string("/proc/sys/net/core/rmem_default").unwrap();
-    // From the first system call to well after it is up, in steps that do not divide each other.
-    for millis in [0, 3, 11, 23, 41, 67, 101, 149, 211, 293, 401, 557, 760, 1200] {
+    for millis in kill_times() {
         let mut up = Command::new(env!("CARGO_BIN_EXE_supercloud-lab"))
             .arg("up")
             .arg("--spec")
