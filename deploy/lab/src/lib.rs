@@ -20,11 +20,13 @@
 //! All calls block; on an async runtime use `spawn_blocking`.
 
 pub mod addressing;
+pub mod bench;
 pub mod command;
 pub mod demo;
 pub mod fleet;
 pub mod host_init;
 pub mod image;
+pub mod interrupt;
 pub mod lab;
 pub mod leftovers;
 pub mod libvirt_conf;

@@ -10,7 +10,7 @@ use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
 use supercloud_lab::wan::control::Request;
 use supercloud_lab::wan::fabric::FabricSpec;
-use supercloud_lab::{Lab, LabSpec, demo, host_init, image, netns, state, wan};
+use supercloud_lab::{Lab, LabSpec, bench, demo, host_init, image, netns, state, wan};
 
 const EXAMPLES: &str = "Examples:
   supercloud-lab up                            three clouds: aws-east, gcp-west, home
@@ -96,6 +96,8 @@ enum Verb {
     },
     /// A running guest moves between three clouds: shown, measured, judged
     Demo(demo::Options),
+    /// Measure ours beside its peers, in a lab of its own
+    Bench(bench::Options),
     /// Make a guest image (or take it from the cache) and print where its parts are, as JSON
     Image {
         /// Which one
@@ -161,6 +163,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             }
         }
         Verb::Demo(options) => return demo::run(&cli.lab, &options),
+        Verb::Bench(options) => return bench::run("bench", &options),
         Verb::Status => status(&attach()?)?,
         Verb::Partition(Pair { a, b }) => attach()?.partition(&a, &b)?,
         Verb::Heal { pair } => match pair.as_slice() {

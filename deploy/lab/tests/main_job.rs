@@ -112,7 +112,10 @@ fn the_demo_runs_to_its_end_and_loses_nothing() {
         assert_eq!(row.from, cloud, "each move begins where the last one ended: {row:?}");
         cloud.clone_from(&row.to);
     }
-    assert_eq!(json["verdict"], serde_json::json!({"tcp_resets": 0, "bytes_corrupted": 0, "writes_lost": 0, "guest_restarts": 0}));
+    assert_eq!(
+        json["verdict"],
+        serde_json::json!({"tcp_resets": 0, "bytes_corrupted": 0, "writes_lost": 0, "guest_restarts": 0})
+    );
     for checked in ["bytes", "writes", "ticks"] {
         assert!(json["checked"][checked].as_u64().unwrap() > 0, "{checked}");
     }

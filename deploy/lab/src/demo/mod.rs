@@ -21,17 +21,15 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
-use tokio::signal::unix::{SignalKind, signal};
 
 use self::links::LinkOption;
 use self::report::Report;
 use self::story::Story;
 use self::tell::Teller;
 use self::verdict::Outcome;
-use crate::fleet::{Fleet, blocking};
-use crate::lab::chain;
+use crate::fleet::Fleet;
+use crate::interrupt::{Ended, guarded, take_down};
 use crate::spec::LabSpec;
-use crate::state;
 
 const EXAMPLES: &str = "Examples:
   supercloud-lab demo                              the whole story, then everything is cleaned up
@@ -114,25 +112,12 @@ pub fn run(name: &str, options: &Options) -> anyhow::Result<ExitCode> {
     code
 }
 
-/// The story in a task of its own, until it ends or a signal comes. A second signal does not break off the cleaning up.
 async fn supervise(spec: LabSpec, options: Options) -> anyhow::Result<ExitCode> {
-    let tell = Teller::default();
     let name = spec.name.clone();
-    let [mut interrupt, mut terminate, mut hangup] =
-        [signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?, signal(SignalKind::hangup())?];
-    let mut task = tokio::spawn(tell_story(spec, options.clone()));
-    let signalled = tokio::select! {
-        ended = &mut task => return finish(tell, &name, &options, ended).await,
-        _ = interrupt.recv() => 130,
-        _ = terminate.recv() => 143,
-        _ = hangup.recv() => 129,
-    };
-    tell.say("\ninterrupted: cleaning up");
-    task.abort();
-    // The end of the task drops what it held; a lab that was just being made is waited for and taken down.
-    let _aborted = task.await;
-    take_down(&name).await?;
-    Ok(ExitCode::from(signalled))
+    match guarded(&name, tell_story(spec, options.clone())).await? {
+        Ended::Done(told) => finish(&name, &options, told).await,
+        Ended::Signalled(status) => Ok(ExitCode::from(status)),
+    }
 }
 
 /// What the story leaves.
@@ -149,19 +134,8 @@ async fn tell_story(spec: LabSpec, options: Options) -> Told {
     Told { report, fleet, failure }
 }
 
-async fn finish(
-    tell: Teller,
-    name: &str,
-    options: &Options,
-    ended: Result<Told, tokio::task::JoinError>,
-) -> anyhow::Result<ExitCode> {
-    let told = match ended {
-        Ok(told) => told,
-        Err(error) => {
-            take_down(name).await?;
-            return Err(anyhow::Error::from(error).context("the story broke off"));
-        }
-    };
+async fn finish(name: &str, options: &Options, told: Told) -> anyhow::Result<ExitCode> {
+    let tell = Teller::default();
     let Told { report, fleet, failure } = told;
     if !report.moves.is_empty() {
         tell.say(&format!("\n{}", report.table()));
@@ -189,10 +163,4 @@ async fn finish(
         None => take_down(name).await?,
     }
     Ok(if is_good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-async fn take_down(name: &str) -> anyhow::Result<()> {
-    let name = name.to_owned();
-    let down = blocking(move || crate::lab::down(&state::default_root(), &name)).await?;
-    down.map_err(|error| anyhow::anyhow!("{}", chain(&error)))
 }
