@@ -154,7 +154,12 @@ impl ObjectStore for Far {
         read_only()
     }
 
-    fn list<'a>(&'a self, _prefix: &'a str, _after: Option<&'a str>, _limit: usize) -> StoreFuture<'a, Vec<ObjectEntry>> {
+    fn list<'a>(
+        &'a self,
+        _prefix: &'a str,
+        _after: Option<&'a str>,
+        _limit: usize,
+    ) -> StoreFuture<'a, Vec<ObjectEntry>> {
         read_only()
     }
 }

@@ -225,8 +225,8 @@ impl Config {
     pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
         let name = || path.display().to_string();
         let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: name(), source })?;
-        let config: Self = toml::from_str(&text)
-            .map_err(|source| ConfigError::Parse { path: name(), source: Box::new(source) })?;
+        let config: Self =
+            toml::from_str(&text).map_err(|source| ConfigError::Parse { path: name(), source: Box::new(source) })?;
         config.check()?;
         Ok(config)
     }
@@ -237,7 +237,8 @@ impl Config {
     /// The first thing that is wrong, by field.
     pub fn check(&self) -> Result<(), ConfigError> {
         let wrong = |field, why: String| Err(ConfigError::Value { field, why });
-        for (field, path) in [("data_dir", &self.data_dir), ("run_dir", &self.run_dir), ("store_dir", &self.store_dir)] {
+        for (field, path) in [("data_dir", &self.data_dir), ("run_dir", &self.run_dir), ("store_dir", &self.store_dir)]
+        {
             // What QEMU and libvirt are given must be plain: see supercloud_blanket::host.
             let is_plain =
                 |text: &str| text.bytes().all(|b| (0x21..0x7f).contains(&b) && !matches!(b, b',' | b':' | b'"'));
@@ -283,8 +284,7 @@ impl Config {
             DatapathChoice::System => Datapath::System,
             DatapathChoice::Probe => Datapath::Probe,
         };
-        config.underlay =
-            ovs.underlay_bridge.clone().map(|bridge| Underlay { bridge, uplink: ovs.uplink.clone() });
+        config.underlay = ovs.underlay_bridge.clone().map(|bridge| Underlay { bridge, uplink: ovs.uplink.clone() });
         config.metadata_port = Some(ovs.metadata_port.clone()).filter(|name| !name.is_empty());
         config.blocked.clone_from(&ovs.blocked);
         Some(config)
@@ -374,7 +374,10 @@ mod tests {
             }
         }
         let error = parse(&with("typo = 1")).unwrap_err();
-        assert!(matches!(&error, ConfigError::Parse { source, .. } if source.to_string().contains("typo")), "{error:?}");
+        assert!(
+            matches!(&error, ConfigError::Parse { source, .. } if source.to_string().contains("typo")),
+            "{error:?}"
+        );
         parse(&with("overlay_address = '10.0.0.1'\ninsecure_overlay = true")).unwrap();
         parse(&with("overlay_address = '198.19.3.1'")).unwrap();
     }

@@ -102,7 +102,10 @@ impl Ledger {
         for (what, wanted, all, used) in rows {
             let free = all.saturating_sub(used);
             if wanted > free {
-                return Err(Problem::new(Code::NoCapacity, format!("{wanted} {what} are wanted, {free} are free here")));
+                return Err(Problem::new(
+                    Code::NoCapacity,
+                    format!("{wanted} {what} are wanted, {free} are free here"),
+                ));
             }
         }
         taken.insert(guest, wanted);

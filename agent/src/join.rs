@@ -100,9 +100,8 @@ pub async fn join(controller_url: &str, token: &str, ca_file: Option<&std::path:
     let token = Token::parse(token_text)?;
     if let Some(path) = ca_file {
         let name = path.display().to_string();
-        let pem = tokio::fs::read_to_string(path)
-            .await
-            .map_err(|source| JoinError::Read { path: name.clone(), source })?;
+        let pem =
+            tokio::fs::read_to_string(path).await.map_err(|source| JoinError::Read { path: name.clone(), source })?;
         let ca = tls::certificates_of_pem(&pem).map_err(IdentityError::from)?;
         if !ca.iter().any(|certificate| tls::fingerprint(certificate) == token.ca_sha256) {
             return Err(JoinError::OtherCa { path: name });
@@ -194,9 +193,8 @@ impl ServerCertVerifier for PinnedCa {
         now: UnixTime,
     ) -> Result<ServerCertVerified, TlsError> {
         let ca = intermediates.iter().find(|certificate| tls::fingerprint(certificate) == self.ca_sha256);
-        let ca = ca.ok_or_else(|| {
-            TlsError::General("the server does not show the CA that the join token names".to_owned())
-        })?;
+        let ca = ca
+            .ok_or_else(|| TlsError::General("the server does not show the CA that the join token names".to_owned()))?;
         let mut roots = rustls::RootCertStore::empty();
         roots.add(ca.clone().into_owned())?;
         WebPkiServerVerifier::builder_with_provider(Arc::new(roots), self.provider.clone())

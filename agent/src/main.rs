@@ -1,2 +1,189 @@
-//! placeholder
-fn main() {}
+//! `supercloud-agent`: runs guests on this host, for its controller.
+
+use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use clap::{Parser, Subcommand};
+use supercloud_agent::{
+    agent::{self, Parts},
+    config::Config,
+    durable,
+    identity::Identity,
+    join,
+    ports::{NoSwitch, OvsSwitch, Switch},
+};
+use supercloud_blanket::probe::{self, ProbeReport};
+use supercloud_libvirt::{Accelerator, LibvirtBackend, LibvirtConfig};
+use supercloud_sdn::switch::SwitchDriver;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+/// How long the probe may measure.
+const PROBE_BUDGET: Duration = Duration::from_secs(5);
+/// The pause after the switch could not be opened.
+const SWITCH_RETRY: Duration = Duration::from_secs(2);
+
+/// Runs guests on this host, for its controller.
+///
+/// SIGTERM ends the agent; guests, their disks and their network go on without it.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    after_help = "Examples:\n  supercloud-agent --config /etc/supercloud/agent.toml\n  supercloud-agent probe\n\nThe first \
+                  start needs join_token_file in the configuration: the token is what `supercloud host join-token \
+                  NAME --cloud CLOUD` printed."
+)]
+struct Arguments {
+    /// The configuration, TOML.
+    #[arg(long, value_name = "FILE", default_value = "/etc/supercloud/agent.toml")]
+    config: PathBuf,
+    /// Tunnels between hosts are not encrypted yet; say that the underlay is trusted (as insecure_overlay = true).
+    #[arg(long)]
+    insecure_overlay: bool,
+    #[command(subcommand)]
+    verb: Option<Verb>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Measures what this host can offer to guests, prints it as JSON, and ends.
+    Probe,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_writer(std::io::stderr)
+        .init();
+    let done = match arguments.verb {
+        Some(Verb::Probe) => print_probe(),
+        None => run(&arguments),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn print_probe() -> anyhow::Result<()> {
+    println!("{}", serde_json::to_string_pretty(&probe::probe(PROBE_BUDGET))?);
+    Ok(())
+}
+
+fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let mut config = read_config(arguments)?;
+    config.insecure_overlay |= arguments.insecure_overlay;
+    supercloud_api::tls::install_provider();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("no runtime can be made")?;
+    let done = runtime.block_on(work(config));
+    // A call into the hypervisor's library may hang; it must not keep the agent from leaving.
+    runtime.shutdown_timeout(Duration::from_secs(2));
+    done
+}
+
+fn read_config(arguments: &Arguments) -> anyhow::Result<Config> {
+    if arguments.insecure_overlay {
+        // The flag stands for a line of the file, which is checked as a whole.
+        let path = &arguments.config;
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("cannot read the configuration {}", path.display()))?;
+        let mut config: Config =
+            toml::from_str(&text).with_context(|| format!("the configuration {} is malformed", path.display()))?;
+        config.insecure_overlay = true;
+        config.check()?;
+        return Ok(config);
+    }
+    Ok(Config::from_file(&arguments.config)?)
+}
+
+async fn work(config: Config) -> anyhow::Result<()> {
+    let cancel = CancellationToken::new();
+    let mut term = signal(SignalKind::terminate()).context("SIGTERM cannot be taken")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be taken")?;
+    let living = live(config, cancel.clone());
+    tokio::pin!(living);
+    tokio::select! {
+        ended = &mut living => return ended,
+        _ = term.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    cancel.cancel();
+    living.await
+}
+
+async fn live(config: Config, cancel: CancellationToken) -> anyhow::Result<()> {
+    let Some(identity) = unless(&cancel, identity(&config)).await.transpose()? else { return Ok(()) };
+    let report = tokio::task::spawn_blocking(|| probe::probe(PROBE_BUDGET)).await.context("the probe died")?;
+    tracing::info!(substrate = ?report.substrate, "probed");
+    let Some(switch) = unless(&cancel, open_switch(&config, &identity)).await else { return Ok(()) };
+    let backend = Arc::new(LibvirtBackend::new(libvirt_config(&config, &report)));
+    let probe = serde_json::to_value(&report)?;
+    agent::run(Parts { config, identity, backend, switch, probe }, cancel).await?;
+    Ok(())
+}
+
+async fn unless<T>(cancel: &CancellationToken, work: impl Future<Output = T>) -> Option<T> {
+    tokio::select! {
+        () = cancel.cancelled() => None,
+        done = work => Some(done),
+    }
+}
+
+/// The identity that is kept, or the one that joining gives.
+async fn identity(config: &Config) -> anyhow::Result<Identity> {
+    let folder = config.data_dir.clone();
+    let kept = tokio::task::spawn_blocking(move || {
+        durable::make_folder(&folder)?;
+        Identity::load(&folder).map_err(anyhow::Error::from)
+    })
+    .await
+    .context("a worker died")??;
+    if let Some(identity) = kept {
+        return Ok(identity);
+    }
+    let path = config
+        .join_token_file
+        .as_ref()
+        .context("this host has not joined yet, and the configuration names no join_token_file")?;
+    let token = tokio::fs::read_to_string(path)
+        .await
+        .with_context(|| format!("cannot read the join token {}", path.display()))?;
+    tracing::info!(controller = config.controller_url, "joining");
+    let identity = join::join(&config.controller_url, &token, config.ca_file.as_deref()).await?;
+    let (kept, folder) = (identity.clone(), config.data_dir.clone());
+    tokio::task::spawn_blocking(move || kept.save(&folder)).await.context("a worker died")??;
+    tracing::info!(host = %identity.host, "joined");
+    Ok(identity)
+}
+
+async fn open_switch(config: &Config, identity: &Identity) -> Arc<dyn Switch> {
+    let Some(switch) = config.switch(identity.host) else {
+        tracing::warn!("no overlay_address is configured: guests here have no networks");
+        return Arc::new(NoSwitch);
+    };
+    loop {
+        match SwitchDriver::open(switch.clone()).await {
+            Ok(driver) => return Arc::new(OvsSwitch::new(driver, identity.host)),
+            Err(error) => {
+                tracing::warn!(error = supercloud_agent::chain(&error), "the switch is not there yet");
+                tokio::time::sleep(SWITCH_RETRY).await;
+            }
+        }
+    }
+}
+
+fn libvirt_config(config: &Config, report: &ProbeReport) -> LibvirtConfig {
+    let mut libvirt = LibvirtConfig::system(Accelerator::from_probe(report));
+    libvirt.uri.clone_from(&config.libvirt_uri);
+    if let Some(folder) = &config.libvirt_pid_dir {
+        libvirt.pid_dir = Some(folder.clone());
+    }
+    libvirt
+}

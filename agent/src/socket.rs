@@ -1,11 +1,6 @@
 //! Sockets: how soon a silent peer is noticed, and who is at the other end of a unix socket.
 
-use std::{
-    io,
-    os::fd::AsRawFd as _,
-    path::Path,
-    time::Duration,
-};
+use std::{io, os::fd::AsRawFd as _, path::Path, time::Duration};
 
 use tokio::net::{TcpStream, UnixListener, UnixStream};
 

@@ -310,7 +310,11 @@ fn spawn(program: &Path, home: &VolumeHome) -> io::Result<tokio::process::Child>
         use std::os::unix::fs::OpenOptionsExt as _;
         let mut options = std::fs::File::options();
         options.create(true).mode(0o600);
-        if is_long { options.write(true).truncate(true) } else { options.append(true) };
+        if is_long {
+            options.write(true).truncate(true)
+        } else {
+            options.append(true)
+        };
         options.open(&log_path)?
     };
     let mut command = std::process::Command::new(program);
@@ -356,11 +360,7 @@ mod tests {
     #[tokio::test]
     async fn a_program_that_ends_at_once_is_told_with_its_last_words() {
         let dir = tempfile::tempdir().unwrap();
-        let home = VolumeHome {
-            volume: VolumeId::generate(),
-            folder: dir.path().join("v"),
-            run: dir.path().join("r"),
-        };
+        let home = VolumeHome { volume: VolumeId::generate(), folder: dir.path().join("v"), run: dir.path().join("r") };
         durable::make_folder(&home.folder).unwrap();
         let program = dir.path().join("p");
         std::fs::write(&program, "#!/bin/sh\necho this is why >&2\nexit 3\n").unwrap();

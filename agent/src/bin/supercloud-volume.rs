@@ -1,2 +1,56 @@
-//! placeholder
-fn main() {}
+//! The process that serves one volume on one host; started by the agent, which it outlives.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::Context as _;
+use clap::Parser;
+use supercloud_storage::process::{self, VolumeProcessConfig};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+/// Serves one volume: an NBD socket for the guest, a control socket for the agent, a peer socket for other hosts.
+///
+/// Started by supercloud-agent. SIGTERM makes everything acknowledged durable and leaves.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    /// The configuration, JSON.
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(std::io::stderr).init();
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let config = VolumeProcessConfig::from_file(&arguments.config)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("no runtime can be made")?;
+    runtime.block_on(async {
+        let shutdown = CancellationToken::new();
+        let mut term = signal(SignalKind::terminate()).context("SIGTERM cannot be taken")?;
+        // A terminal's Ctrl-C is not for a process that serves a running guest's disk.
+        let _ignored = signal(SignalKind::interrupt()).context("SIGINT cannot be taken")?;
+        let serving = process::run(config, shutdown.clone());
+        tokio::pin!(serving);
+        tokio::select! {
+            ended = &mut serving => return Ok(ended?),
+            _ = term.recv() => shutdown.cancel(),
+        }
+        Ok(serving.await?)
+    })
+}

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use supercloud_api::{
-    CompatClass, Problem, Code,
+    Code, CompatClass, Problem,
     link::{BootSpec, GuestSpec},
 };
 use supercloud_blanket::{
@@ -172,8 +172,7 @@ pub(crate) mod tests {
         let guest = GuestId::generate();
         let places = Places::new(Path::new("/d"), Path::new("/r"), guest);
         let spec = spec(guest);
-        let copy =
-            describe(&plan(guest), &spec, &class(), &places, Path::new("/c"), VolumeOrigin::Fresh).unwrap();
+        let copy = describe(&plan(guest), &spec, &class(), &places, Path::new("/c"), VolumeOrigin::Fresh).unwrap();
         assert_eq!(copy.epoch, Epoch(1));
         assert_eq!(copy.launch.host.taps["net0"], tap_name(spec.ports[0].port));
         assert_eq!(copy.launch.spec.devices.disks.len(), 2);

@@ -160,6 +160,9 @@ pub struct GuestRecord {
     pub spooled: Option<Spooled>,
     /// A freeze is in the store.
     pub frozen: Option<FrozenContent>,
+    /// The guest powered itself off; the controller makes a stop of it, in order.
+    #[serde(default)]
+    pub is_off: bool,
     /// Something that people should know.
     pub alarm: Option<String>,
 }
@@ -176,6 +179,7 @@ impl GuestRecord {
             incoming: None,
             spooled: None,
             frozen: None,
+            is_off: false,
             alarm: None,
         }
     }

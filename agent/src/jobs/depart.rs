@@ -35,6 +35,10 @@ const MEET_BUDGET: Duration = Duration::from_secs(60);
 /// How long the destination may take to answer: it copies blocks ahead before it makes its machine. No answer for so long
 /// while the connection lives means that it hangs.
 const PREPARED_BUDGET: Duration = Duration::from_secs(3600);
+/// A copy that moves nothing for so long is given up.
+const STILL_BUDGET: Duration = Duration::from_secs(60);
+/// How long a paused source waits for the answer to its maps before it asks for its guest back.
+const ANSWER_BUDGET: Duration = Duration::from_secs(30);
 /// The budget of a copy without a deadline.
 const COPY_BUDGET: Duration = Duration::from_secs(3600);
 /// The pause that is aimed at when nothing is said, in milliseconds.
@@ -76,9 +80,14 @@ pub async fn run(job: Job, wants: Wants) {
     };
     job.tell(event(SourceEvent::GuestPaused { operation })).await;
     let mut said = false;
+    let mut patience = Box::pin(tokio::time::sleep(ANSWER_BUDGET));
     loop {
         tokio::select! {
             () = job.cancel.cancelled() => return,
+            () = &mut patience => {
+                patience.as_mut().reset(Instant::now() + ANSWER_BUDGET);
+                job.tell(event(SourceEvent::PeerLost { operation })).await;
+            }
             stamps = maps.recv() => {
                 let Some(stamps) = stamps else { return };
                 // Once: the guest's task asks again every second.
@@ -162,6 +171,7 @@ async fn depart(
     let mut ticks = interval(PROGRESS_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut failure = None;
+    let (mut last, mut moved_at) = ((TransferPhase::Setup, 0, 0), Instant::now());
     // From here on the copy's end is always awaited: who is dropped in the middle leaves libvirt's job running.
     let ended = loop {
         tokio::select! {
@@ -180,7 +190,17 @@ async fn depart(
                     cancel(job).await;
                 }
             }
-            _ = ticks.tick() => job.show(progress(&transfer.progress.borrow())),
+            _ = ticks.tick() => {
+                let told = *transfer.progress.borrow();
+                job.show(progress(&told));
+                let mark = (told.phase, told.iteration, told.memory_processed_bytes);
+                if mark != last {
+                    (last, moved_at) = (mark, Instant::now());
+                } else if moved_at.elapsed() > STILL_BUDGET && failure.is_none() {
+                    failure = Some(JobError::Deadline("progress of the copy"));
+                    cancel(job).await;
+                }
+            }
         }
     };
     match (failure, ended) {

@@ -173,10 +173,7 @@ impl Job {
     ///
     /// # Errors
     /// What `work` says, or [`JobError::Cancelled`].
-    pub async fn unless_cancelled<T>(
-        &self,
-        work: impl Future<Output = Result<T, JobError>>,
-    ) -> Result<T, JobError> {
+    pub async fn unless_cancelled<T>(&self, work: impl Future<Output = Result<T, JobError>>) -> Result<T, JobError> {
         tokio::select! {
             () = self.cancel.cancelled() => Err(JobError::Cancelled),
             done = work => done,

@@ -163,11 +163,7 @@ pub async fn seal_here(copy: &CopyRecord, from: Epoch) -> Result<Vec<VolumeStamp
 ///
 /// # Errors
 /// When one cannot be activated.
-pub async fn activate(
-    runner: &crate::volumes::VolumeRunner,
-    copy: &CopyRecord,
-    from: Epoch,
-) -> Result<(), JobError> {
+pub async fn activate(runner: &crate::volumes::VolumeRunner, copy: &CopyRecord, from: Epoch) -> Result<(), JobError> {
     let failed = |source| JobError::Volume { what: "become active", source };
     for home in copy.all_volumes() {
         let status = runner.ensure(home).await?;
@@ -236,10 +232,8 @@ pub async fn check_disk(job: &Job, bytes: u64) -> Result<(), JobError> {
 fn prune(cache: &Path) -> Result<(), durable::DurableError> {
     durable::make_folder(cache)?;
     let Ok(entries) = std::fs::read_dir(cache) else { return Ok(()) };
-    let mut files: Vec<_> = entries
-        .flatten()
-        .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path())))
-        .collect();
+    let mut files: Vec<_> =
+        entries.flatten().filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path()))).collect();
     files.sort();
     let excess = files.len().saturating_sub(BOOT_FILES);
     for (_, path) in files.into_iter().take(excess) {

@@ -9,7 +9,10 @@ use supercloud_api::{
     data::HandoverMessage,
     link::{FrozenMemory, VolumeRoot},
 };
-use supercloud_blanket::{BackendError, migrate::{Cookie, MAX_COOKIE_BYTES}};
+use supercloud_blanket::{
+    BackendError,
+    migrate::{Cookie, MAX_COOKIE_BYTES},
+};
 use supercloud_handover::{DestinationEvent, DestinationPlan, LocalEvent, OperationKind, VolumeStamp};
 use supercloud_storage::{
     key::MapRoot,

@@ -76,8 +76,7 @@ pub async fn store(
     let file = path.clone();
     tokio::task::spawn_blocking(move || {
         use std::{io::Write as _, os::unix::fs::OpenOptionsExt as _};
-        let mut file =
-            std::fs::File::options().write(true).create(true).truncate(true).mode(0o600).open(file)?;
+        let mut file = std::fs::File::options().write(true).create(true).truncate(true).mode(0o600).open(file)?;
         file.write_all(&bytes)
     })
     .await?

@@ -1,0 +1,330 @@
+//! Composition: the parts of an agent, started in order and ended in order.
+
+use std::{sync::Arc, time::Duration};
+
+use supercloud_api::{
+    link::{Answer, Directive, Query},
+    unix_ms,
+};
+use supercloud_blanket::Backend;
+use supercloud_sdn::view::OverlayView;
+use supercloud_storage::backend::{DirStore, StoreError};
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, watch},
+    task::JoinSet,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    config::Config,
+    durable::{self, DurableError},
+    guest::GuestMessage,
+    guests::Guests,
+    host::{Host, Ledger},
+    identity::{Identity, IdentityError, Material, Request},
+    link::{self, LinkEvent, LinkHandle},
+    metadata,
+    plane::{self, DataPlane},
+    ports::Switch,
+    volumes::VolumeRunner,
+};
+
+/// Directives that may wait.
+const EVENTS: usize = 256;
+/// How often the certificate's age is looked at.
+const RENEW_EVERY: Duration = Duration::from_secs(60);
+/// How long a renewal may take.
+const RENEW_BUDGET: Duration = Duration::from_secs(30);
+/// The pause after the hypervisor could not be asked what it can.
+const RETRY_PAUSE: Duration = Duration::from_secs(2);
+/// The pause after a view could not be put in force.
+const VIEW_RETRY: Duration = Duration::from_secs(5);
+
+/// Why an agent cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// The identity.
+    #[error("the identity is not usable")]
+    Identity(#[from] IdentityError),
+    /// A folder.
+    #[error("the agent's folders cannot be made")]
+    Folders(#[from] DurableError),
+    /// The chunk store.
+    #[error("the cloud's chunk store cannot be opened")]
+    Store(#[from] StoreError),
+    /// The data plane's address.
+    #[error("cannot listen at {address}")]
+    Listen {
+        /// The address.
+        address: std::net::SocketAddr,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A worker died.
+    #[error("a worker died")]
+    Worker(#[from] tokio::task::JoinError),
+}
+
+/// What an agent is made of.
+pub struct Parts {
+    /// The configuration.
+    pub config: Config,
+    /// Who this host is.
+    pub identity: Identity,
+    /// The hypervisor.
+    pub backend: Arc<dyn Backend>,
+    /// The switch.
+    pub switch: Arc<dyn Switch>,
+    /// What the probe measured.
+    pub probe: serde_json::Value,
+}
+
+/// Runs an agent until `cancel`; guests, volume processes and flows go on after it.
+///
+/// # Errors
+/// When it cannot start.
+pub async fn run(parts: Parts, cancel: CancellationToken) -> Result<(), AgentError> {
+    let Parts { config, identity, backend, switch, probe } = parts;
+    let mut identity = identity;
+    if let Some(address) = &config.link_address {
+        identity.link_address.clone_from(address);
+    }
+    let material = identity.material()?;
+    let (identity_tx, identity_rx) = watch::channel(Arc::new(identity));
+    let (material_tx, material_rx) = watch::channel(Arc::new(material));
+    let (key_tx, ticket_key) = watch::channel(None);
+    let (link, queues) = link::channel();
+    let host_id = identity_rx.borrow().host;
+    let listener = TcpListener::bind(config.data_listen)
+        .await
+        .map_err(|source| AgentError::Listen { address: config.data_listen, source })?;
+    let (store, room) = open_folders(&config).await?;
+    let Some(classes) = classes(&*backend, &cancel).await else { return Ok(()) };
+    let plane = DataPlane { host: host_id, address: config.data_address, material: material_rx, ticket_key };
+    let host = Arc::new(Host {
+        id: host_id,
+        runner: VolumeRunner { program: config.volume_program() },
+        backend,
+        classes,
+        switch,
+        plane: plane.clone(),
+        link: link.clone(),
+        store,
+        ledger: Ledger::new(room),
+        config,
+    });
+    let (guests, ended) = Guests::new(host.clone(), probe, cancel.clone());
+    guests.restore().await;
+
+    let mut tasks = JoinSet::new();
+    let (events_tx, events) = mpsc::channel(EVENTS);
+    let (view_tx, view_rx) = watch::channel(None);
+    tasks.spawn(guests.clone().reap(ended));
+    tasks.spawn(guests.clone().follow_backend());
+    tasks.spawn(plane::listen(plane, listener, guests.clone(), cancel.clone()));
+    tasks.spawn(keep_view(host.clone(), view_rx, cancel.clone()));
+    tasks.spawn(metadata::serve(host.clone(), guests.clone(), cancel.clone()));
+    tasks.spawn(renew(host.clone(), guests.clone(), identity_tx, material_tx, cancel.clone()));
+    tasks.spawn(link::run(guests.clone(), identity_rx, queues, events_tx, cancel.clone()));
+    tasks.spawn(dispatch(host, guests.clone(), events, key_tx, view_tx, cancel.clone()));
+    tracing::info!(host = %host_id, "the agent runs");
+    cancel.cancelled().await;
+    guests.leave().await;
+    let ending = async { while tasks.join_next().await.is_some() {} };
+    if tokio::time::timeout(Duration::from_secs(5), ending).await.is_err() {
+        tracing::warn!("some tasks did not end in time; they are dropped");
+    }
+    tracing::info!("the agent leaves; guests go on");
+    Ok(())
+}
+
+async fn open_folders(config: &Config) -> Result<(DirStore, supercloud_api::Room), AgentError> {
+    let config = config.clone();
+    tokio::task::spawn_blocking(move || {
+        for folder in [&config.data_dir, &config.run_dir, &config.guests_dir(), &config.store_dir] {
+            durable::make_folder(folder)?;
+        }
+        Ok((DirStore::open(&config.store_dir)?, config.room()))
+    })
+    .await?
+}
+
+/// Asks the hypervisor what it can, until it answers.
+async fn classes(backend: &dyn Backend, cancel: &CancellationToken) -> Option<Vec<supercloud_api::CompatClass>> {
+    loop {
+        let asked = tokio::select! {
+            () = cancel.cancelled() => return None,
+            asked = backend.capabilities() => asked,
+        };
+        match asked {
+            Ok(can) => {
+                let classes: Vec<String> = can.classes.iter().map(ToString::to_string).collect();
+                tracing::info!(back_end = can.back_end, version = can.version, ?classes, "the hypervisor is there");
+                if let Some(why) = can.no_live_migration {
+                    tracing::warn!(why, "guests cannot be moved live here");
+                }
+                return Some(can.classes);
+            }
+            Err(error) => {
+                tracing::warn!(error = crate::chain(&error), "the hypervisor does not answer yet");
+                tokio::select! {
+                    () = cancel.cancelled() => return None,
+                    () = tokio::time::sleep(RETRY_PAUSE) => {}
+                }
+            }
+        }
+    }
+}
+
+/// Takes what the link brings to where it belongs.
+async fn dispatch(
+    host: Arc<Host>,
+    guests: Arc<Guests>,
+    mut events: mpsc::Receiver<LinkEvent>,
+    ticket_key: watch::Sender<Option<String>>,
+    views: watch::Sender<Option<OverlayView>>,
+    cancel: CancellationToken,
+) {
+    loop {
+        let event = tokio::select! {
+            () = cancel.cancelled() => return,
+            event = events.recv() => event,
+        };
+        match event {
+            None => return,
+            Some(LinkEvent::Down) => tracing::info!("the controller is away; guests go on"),
+            Some(LinkEvent::Up(welcome)) => {
+                ticket_key.send_replace(Some(welcome.ticket_key));
+                guests.link_up(&welcome.owned);
+            }
+            Some(LinkEvent::Directive(directive)) => direct(&host, &guests, &views, directive),
+        }
+    }
+}
+
+fn direct(host: &Host, guests: &Guests, views: &watch::Sender<Option<OverlayView>>, directive: Directive) {
+    match directive {
+        Directive::Order { guest, order, assignment } => {
+            guests.tell(guest, GuestMessage::Order { order, assignment });
+        }
+        Directive::Discard { guest } => guests.tell(guest, GuestMessage::Discard),
+        Directive::Overlay { revision, view } => match serde_json::from_value::<OverlayView>(view) {
+            Ok(view) if view.revision != revision => {
+                tracing::warn!(revision, said = view.revision, "an overlay view contradicts its own revision");
+            }
+            Ok(view) => {
+                views.send_if_modified(|newest| {
+                    let is_newer = newest.as_ref().is_none_or(|had| had.revision < view.revision);
+                    if is_newer {
+                        *newest = Some(view);
+                    }
+                    is_newer
+                });
+            }
+            Err(error) => tracing::warn!(revision, %error, "an overlay view is not understood"),
+        },
+        Directive::DropFreeze { freeze, project, memory_root } => {
+            // Chunks may belong to other content, too: what is not named by anything any more is found by a sweep over
+            // all manifests, which the store does not have yet.
+            tracing::debug!(host = %host.id, %freeze, %project, memory_root, "a freeze is over; its chunks stay in the store");
+        }
+    }
+}
+
+/// Puts the newest view in force, again and again until it is; remembers it, so that a restarted agent can program its switch
+/// without a controller.
+async fn keep_view(host: Arc<Host>, mut views: watch::Receiver<Option<OverlayView>>, cancel: CancellationToken) {
+    let path = host.config.data_dir.join("view.json");
+    let remembered = {
+        let path = path.clone();
+        tokio::task::spawn_blocking(move || durable::read_json::<OverlayView>(&path)).await
+    };
+    let mut wanted = match remembered {
+        Ok(Ok(view)) => view,
+        Ok(Err(error)) => {
+            tracing::warn!(error = crate::chain(&error), "the last overlay view cannot be read");
+            None
+        }
+        Err(_) => None,
+    };
+    loop {
+        let newest = views.borrow_and_update().clone();
+        if newest.is_some() {
+            wanted = newest;
+        }
+        let mut is_in_force = true;
+        if let Some(view) = wanted.clone() {
+            let (kept, at) = (view.clone(), path.clone());
+            let written = tokio::task::spawn_blocking(move || durable::write_json(&at, &kept)).await;
+            if let Ok(Err(error)) = written {
+                tracing::warn!(error = crate::chain(&error), "the overlay view cannot be kept");
+            }
+            if let Err(error) = host.switch.apply(view).await {
+                tracing::warn!(error = crate::chain(&error), "the overlay view is not in force yet");
+                is_in_force = false;
+            }
+        }
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            changed = views.changed() => if changed.is_err() {
+                return;
+            },
+            () = tokio::time::sleep(VIEW_RETRY), if !is_in_force => {}
+        }
+    }
+}
+
+/// Asks for a fresh certificate when it is time.
+async fn renew(
+    host: Arc<Host>,
+    guests: Arc<Guests>,
+    identity: watch::Sender<Arc<Identity>>,
+    material: watch::Sender<Arc<Material>>,
+    cancel: CancellationToken,
+) {
+    loop {
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            () = tokio::time::sleep(RENEW_EVERY) => {}
+        }
+        let current = identity.borrow().clone();
+        match current.is_due(unix_ms(), guests.is_quiet()) {
+            Ok(false) => continue,
+            Ok(true) => {}
+            Err(error) => {
+                tracing::error!(error = crate::chain(&error), "the certificate cannot be read");
+                continue;
+            }
+        }
+        match fresh(&host, &current, &host.link).await {
+            Ok((new, ready)) => {
+                tracing::info!(fingerprint = ready.fingerprint, "the certificate was renewed");
+                material.send_replace(Arc::new(ready));
+                identity.send_replace(Arc::new(new));
+            }
+            Err(error) => tracing::warn!(error, "the certificate was not renewed; it is tried again"),
+        }
+    }
+}
+
+async fn fresh(host: &Host, current: &Identity, link: &LinkHandle) -> Result<(Identity, Material), String> {
+    let text = |error: &dyn std::error::Error| crate::chain(error);
+    let request = Request::make(host.id).map_err(|error| text(&error))?;
+    let query = Query::RenewCertificate { csr_pem: request.csr_pem.clone() };
+    let answer = link.query(query, RENEW_BUDGET).await.map_err(|error| text(&error))?;
+    let Answer::Certificate { certificate_pem } = answer else {
+        return Err("the controller answers something else".to_owned());
+    };
+    let new = request
+        .complete(host.id, certificate_pem, current.ca_pem.clone(), current.link_address.clone())
+        .map_err(|error| text(&error))?;
+    let ready = new.material().map_err(|error| text(&error))?;
+    let (kept, folder) = (new.clone(), host.config.data_dir.clone());
+    tokio::task::spawn_blocking(move || kept.save(&folder))
+        .await
+        .map_err(|error| text(&error))?
+        .map_err(|error| text(&error))?;
+    Ok((new, ready))
+}

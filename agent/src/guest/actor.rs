@@ -1,0 +1,556 @@
+//! The task that owns a guest: takes events in, lets the machine decide, keeps the record, has the effects carried out.
+
+use std::{collections::VecDeque, sync::Arc, time::Duration};
+
+use supercloud_api::{
+    Problem, Progress,
+    link::{Assignment, ChunkSource, GuestEventKind, Notice},
+};
+use supercloud_blanket::backend::{GuestEvent, PauseReason, StopReason};
+use supercloud_handover::{
+    DestinationEvent, DestinationState, LocalEffect, LocalEvent, Report, SourceEvent, SourceState, VolumeStamp,
+};
+use supercloud_ids::{GuestId, OperationId};
+use tokio::{
+    sync::{mpsc, watch},
+    time::{Instant, MissedTickBehavior, interval},
+};
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+
+use super::{
+    GuestMessage, GuestView,
+    record::{GuestRecord, Places},
+    report,
+    watcher::{self, Look, Watched},
+};
+use crate::{
+    chunks::ChunkSources,
+    host::Host,
+    jobs::{Fact, Job},
+    plane::{Incoming, admission::Role, meeting::Meeting, not_here},
+};
+
+/// The protocol's timer.
+const TICK: Duration = Duration::from_secs(1);
+/// How often the hypervisor is asked whether the guest is still there.
+const LOOK_EVERY: Duration = Duration::from_secs(10);
+/// How long a guest of which nothing is here is remembered.
+const IDLE_BUDGET: Duration = Duration::from_secs(15);
+/// How long a job that is not wanted any more may take to end.
+const JOB_END_BUDGET: Duration = Duration::from_secs(90);
+/// A console log larger than this is cut.
+const CONSOLE_LOG_BYTES: u64 = 16 << 20;
+/// Facts of jobs that may wait.
+const FACTS: usize = 64;
+
+/// A job under way.
+pub(super) struct Running {
+    pub operation: OperationId,
+    cancel: CancellationToken,
+    task: AbortOnDropHandle<()>,
+}
+
+impl Running {
+    pub fn is_over(&self) -> bool {
+        self.task.is_finished()
+    }
+
+    /// Ends it, and waits for that.
+    pub async fn end(self) {
+        self.cancel.cancel();
+        if tokio::time::timeout(JOB_END_BUDGET, self.task).await.is_err() {
+            tracing::warn!(operation = %self.operation, "a job did not end in time; it is dropped");
+        }
+    }
+}
+
+/// The jobs of a guest; at most one of each kind.
+#[derive(Default)]
+pub(super) struct Jobs {
+    /// Copying, freezing or shutting down: what a source does.
+    pub leave: Option<Running>,
+    /// Storing a freeze.
+    pub store: Option<Running>,
+    /// Receiving: what a destination does.
+    pub receive: Option<Running>,
+    /// Fetching what is missing.
+    pub fetch: Option<Running>,
+}
+
+impl Jobs {
+    /// Whether the guest's process may come, go or stand still by our own doing.
+    fn may_change_the_process(&self) -> bool {
+        [&self.leave, &self.store, &self.receive].into_iter().flatten().any(|job| !job.is_over())
+    }
+}
+
+/// The two agents of an operation.
+pub(super) struct Met {
+    pub operation: OperationId,
+    pub meeting: Meeting,
+    /// Who listens to it here, where no job does.
+    pub _listener: Option<AbortOnDropHandle<()>>,
+}
+
+pub(super) struct Actor {
+    pub host: Arc<Host>,
+    pub guest: GuestId,
+    pub places: Places,
+    pub record: GuestRecord,
+    /// What is on disk.
+    saved: Option<GuestRecord>,
+    is_restart: bool,
+    facts_tx: mpsc::Sender<Fact>,
+    facts: mpsc::Receiver<Fact>,
+    pub jobs: Jobs,
+    /// To the job that copies: the maps of the sealed volumes.
+    pub maps: Option<mpsc::Sender<Vec<VolumeStamp>>>,
+    pub met: Option<Met>,
+    pub ticket: watch::Sender<String>,
+    pub chunk_places: watch::Sender<Vec<ChunkSource>>,
+    /// What the chunk socket leads to, and its task.
+    pub sources: Option<(Arc<ChunkSources>, AbortOnDropHandle<()>)>,
+    /// Volumes' ways to their source.
+    pub dials: Vec<AbortOnDropHandle<()>>,
+    pub watched: Watched,
+    looks: mpsc::Receiver<Look>,
+    _watcher: AbortOnDropHandle<()>,
+    look: Look,
+    /// How far `progress_of` is.
+    pub progress: Progress,
+    progress_of: Option<OperationId>,
+    pub problem: Option<Problem>,
+    /// The state arrived then; the source had paused it so long before.
+    pub arrived: Option<(Instant, Duration)>,
+    /// A disk did not answer, and the guest stands still.
+    pub is_stalled: bool,
+    looked_at: Instant,
+    idle_since: Instant,
+    view: watch::Sender<GuestView>,
+}
+
+impl Actor {
+    pub fn new(host: Arc<Host>, guest: GuestId, record: Option<GuestRecord>, view: watch::Sender<GuestView>) -> Self {
+        let (facts_tx, facts) = mpsc::channel(FACTS);
+        let (looks_tx, looks) = mpsc::channel(1);
+        let watched = Watched::default();
+        let watcher = tokio::spawn(watcher::run(host.clone(), watched.clone(), looks_tx));
+        let places = host.places(guest);
+        let is_restart = record.is_some();
+        let saved = record.clone();
+        let record = record.unwrap_or_else(|| GuestRecord::new(guest, host.id));
+        let assignment = record.assignment.as_ref();
+        let ticket = watch::Sender::new(assignment.and_then(|a| a.ticket.clone()).unwrap_or_default());
+        let chunk_places = watch::Sender::new(assignment.map(|a| a.chunk_sources.clone()).unwrap_or_default());
+        Self {
+            host,
+            guest,
+            places,
+            record,
+            saved,
+            is_restart,
+            facts_tx,
+            facts,
+            jobs: Jobs::default(),
+            maps: None,
+            met: None,
+            ticket,
+            chunk_places,
+            sources: None,
+            dials: Vec::new(),
+            watched,
+            looks,
+            _watcher: AbortOnDropHandle::new(watcher),
+            look: Look::default(),
+            progress: Progress::default(),
+            progress_of: None,
+            problem: None,
+            arrived: None,
+            is_stalled: false,
+            looked_at: Instant::now(),
+            idle_since: Instant::now(),
+            view,
+        }
+    }
+
+    pub async fn run(mut self, mut mailbox: mpsc::Receiver<GuestMessage>, ended: mpsc::Sender<GuestId>) {
+        if self.is_restart {
+            self.publish();
+            let events = self.restore().await;
+            self.process(events).await;
+        }
+        let mut ticks = interval(TICK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            self.publish();
+            tokio::select! {
+                message = mailbox.recv() => match message {
+                    Some(GuestMessage::Discard) => {
+                        if self.discard().await {
+                            break;
+                        }
+                    }
+                    Some(message) => self.hear(message).await,
+                    None => return,
+                },
+                Some(fact) = self.facts.recv() => self.learn(fact).await,
+                Some(look) = self.looks.recv() => self.looked(look).await,
+                _ = ticks.tick() => {
+                    self.tick().await;
+                    if self.is_forgettable() && self.idle_since.elapsed() > IDLE_BUDGET && mailbox.is_empty() {
+                        break;
+                    }
+                }
+            }
+        }
+        self.forget_files().await;
+        self.host.ledger.release(self.guest);
+        // The host's own end needs no word of it.
+        let _ = ended.send(self.guest).await;
+    }
+
+    fn is_forgettable(&self) -> bool {
+        self.record.handover.is_idle() && self.record.current.is_none() && self.record.incoming.is_none()
+    }
+
+    async fn hear(&mut self, message: GuestMessage) {
+        self.idle_since = Instant::now();
+        match message {
+            GuestMessage::Order { order, assignment } => {
+                if let Some(assignment) = assignment {
+                    self.assigned(*assignment);
+                }
+                self.process([LocalEvent::from(order)]).await;
+            }
+            GuestMessage::LinkUp { owned } => {
+                if let Some(report) = report::reconcile(&self.record.handover, owned) {
+                    self.send(report);
+                }
+                self.process(self.ticks()).await;
+            }
+            GuestMessage::Event(event) => self.happened(event).await,
+            GuestMessage::Look => self.look_for_process().await,
+            GuestMessage::Incoming(incoming) => self.met_by(*incoming).await,
+            // Taken by the loop.
+            GuestMessage::Discard => {}
+        }
+    }
+
+    /// What came with an order counts from now on; fresh tickets reach what is under way.
+    fn assigned(&mut self, assignment: Assignment) {
+        let is_same = self.record.assignment.as_ref().is_some_and(|had| had.operation == assignment.operation);
+        let is_busy = report::operation(&self.record.handover).is_some();
+        if !is_same && is_busy {
+            // For an operation that the machine will refuse as long as another is under way.
+            tracing::debug!(guest = %self.guest, operation = %assignment.operation, "an assignment comes too early or late");
+            return;
+        }
+        if let Some(ticket) = &assignment.ticket {
+            self.ticket.send_if_modified(|had| std::mem::replace(had, ticket.clone()) != *ticket);
+        }
+        self.chunk_places.send_replace(assignment.chunk_sources.clone());
+        self.record.assignment = Some(assignment);
+    }
+
+    async fn learn(&mut self, fact: Fact) {
+        self.idle_since = Instant::now();
+        match fact {
+            Fact::Event(event) => self.process([event]).await,
+            Fact::Progress(told) => self.progressed(&told),
+            Fact::Problem(problem) => self.problem = Some(*problem),
+            // Kept before the event that follows it: it says that this is all there is of the guest.
+            Fact::Spooled(spooled) => {
+                self.record.spooled = Some(spooled);
+                self.save().await;
+            }
+            Fact::Frozen(frozen) => {
+                self.record.frozen = Some(*frozen);
+                self.save().await;
+            }
+            Fact::Arrived { at, paused_for } => self.arrived = Some((at, paused_for)),
+        }
+    }
+
+    pub fn progressed(&mut self, told: &Progress) {
+        let operation = report::operation(&self.record.handover);
+        if operation != self.progress_of {
+            self.progress = Progress::default();
+            self.progress_of = operation;
+        }
+        report::merge(&mut self.progress, told);
+        if let Some(operation) = operation {
+            self.host.link.tell(Notice::Progress { operation, progress: self.progress.clone() });
+        }
+    }
+
+    async fn looked(&mut self, look: Look) {
+        let mended = look.mended;
+        self.look = look;
+        if mended {
+            self.is_stalled = true;
+        }
+        if self.is_stalled {
+            self.resume_stalled().await;
+        }
+    }
+
+    fn ticks(&self) -> Vec<LocalEvent> {
+        vec![LocalEvent::Source(SourceEvent::Tick), LocalEvent::Destination(DestinationEvent::Tick)]
+    }
+
+    async fn tick(&mut self) {
+        if !self.record.handover.is_idle() || !self.is_forgettable() {
+            self.idle_since = Instant::now();
+        }
+        self.process(self.ticks()).await;
+        if self.looked_at.elapsed() > LOOK_EVERY {
+            self.looked_at = Instant::now();
+            self.look_for_process().await;
+            self.trim_console().await;
+        }
+    }
+
+    async fn trim_console(&self) {
+        let log = self.places.console_log();
+        let trimmed =
+            tokio::task::spawn_blocking(move || supercloud_libvirt::console::trim_log(&log, CONSOLE_LOG_BYTES)).await;
+        if let Ok(Err(error)) = trimmed {
+            tracing::warn!(guest = %self.guest, %error, "the console's log cannot be kept small");
+        }
+    }
+
+    pub fn tell_event(&self, event: GuestEventKind) {
+        let epoch = self.record.handover.destination().epoch().unwrap_or(self.record.handover.source().epoch());
+        self.host.link.tell_once(Notice::GuestEvent { guest: self.guest, epoch, event });
+    }
+
+    async fn happened(&mut self, event: GuestEvent) {
+        match event {
+            GuestEvent::Stopped(StopReason::PoweredOff) if self.is_mine_to_run() => {
+                // Not lost: the controller makes a stop of it, which seals the volumes in order.
+                self.record.is_off = true;
+                self.save().await;
+                self.tell_event(GuestEventKind::PoweredOff);
+            }
+            GuestEvent::Stopped(_) => self.look_for_process().await,
+            GuestEvent::Rebooted => self.tell_event(GuestEventKind::Rebooted),
+            GuestEvent::Paused(PauseReason::DiskError) | GuestEvent::DiskError { .. } => {
+                if !std::mem::replace(&mut self.is_stalled, true) {
+                    self.tell_event(GuestEventKind::DiskStalled);
+                }
+            }
+            GuestEvent::Resumed if self.is_stalled => {
+                self.is_stalled = false;
+                self.tell_event(GuestEventKind::DiskRecovered);
+            }
+            GuestEvent::Resumed | GuestEvent::Started | GuestEvent::Paused(_) => {}
+        }
+    }
+
+    /// Whether the guest runs here by right and nothing is done with its process.
+    pub fn is_mine_to_run(&self) -> bool {
+        if self.jobs.may_change_the_process() {
+            return false;
+        }
+        match self.record.handover.destination().state() {
+            DestinationState::Idle => matches!(self.record.handover.source().state(), SourceState::Running),
+            DestinationState::Running { .. } | DestinationState::Fetched { .. } => true,
+            _ => false,
+        }
+    }
+
+    /// Asks the hypervisor whether the guest is still there, when it should be.
+    async fn look_for_process(&mut self) {
+        let is_complete = matches!(self.record.handover.destination().state(), DestinationState::Complete { .. })
+            && self.has_received_process();
+        if self.record.is_off || !(self.is_mine_to_run() || is_complete && !self.jobs.may_change_the_process()) {
+            return;
+        }
+        match self.host.backend.status(self.guest).await {
+            Ok(None) => {
+                tracing::error!(guest = %self.guest, "the guest's process is gone");
+                self.tell_event(GuestEventKind::Crashed);
+                let event = match self.record.handover.destination().state() {
+                    DestinationState::Idle => LocalEvent::Source(SourceEvent::GuestGone),
+                    _ => LocalEvent::Destination(DestinationEvent::GuestGone),
+                };
+                self.process([event]).await;
+            }
+            Ok(Some(info)) if info.state == supercloud_blanket::backend::RunState::Crashed => {
+                // Its machine still stands there, of no use to anybody.
+                let stopped = self.host.backend.stop(self.guest, supercloud_blanket::backend::StopMode::Kill).await;
+                if let Err(error) = stopped {
+                    tracing::warn!(guest = %self.guest, error = crate::chain(&error), "a crashed guest cannot be removed");
+                }
+            }
+            Ok(Some(info)) => {
+                use supercloud_blanket::backend::RunState;
+                if info.state == RunState::Paused(PauseReason::DiskError) {
+                    self.is_stalled = true;
+                }
+            }
+            Err(error) => {
+                tracing::debug!(guest = %self.guest, error = crate::chain(&error), "the hypervisor does not tell");
+            }
+        }
+    }
+
+    /// Feeds events to the machine, one after the other, with all that follows from them.
+    pub async fn process(&mut self, events: impl IntoIterator<Item = LocalEvent>) {
+        let mut events: VecDeque<LocalEvent> = events.into_iter().collect();
+        while let Some(event) = events.pop_front() {
+            let before = self.record.handover.clone();
+            let effects = self.record.handover.step(event.clone());
+            if self.record.handover != before {
+                tracing::debug!(guest = %self.guest, ?event, source = ?self.record.handover.source().state(), destination = ?self.record.handover.destination().state(), "step");
+            }
+            if let Some(replaced) = self.record.turn() {
+                tracing::debug!(guest = %self.guest, epoch = %replaced.epoch, "an older copy is replaced");
+            }
+            if !self.save().await {
+                // What is not remembered must not be done: the next tick, or a repeated order, tries again.
+                self.record.handover = before;
+                continue;
+            }
+            self.carry_out_all(effects, &mut events).await;
+            self.settle().await;
+        }
+    }
+
+    async fn carry_out_all(&mut self, effects: Vec<LocalEffect>, events: &mut VecDeque<LocalEvent>) {
+        for effect in effects {
+            match self.carry_out(effect.clone()).await {
+                Ok(followed) => events.extend(followed),
+                Err(error) => {
+                    let error = crate::chain(&error);
+                    tracing::warn!(guest = %self.guest, ?effect, error, "could not be carried out; it is tried again");
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Lets go of what is not needed in the machine's new state.
+    async fn settle(&mut self) {
+        let handover = &self.record.handover;
+        if !handover.is_quiet() {
+            return;
+        }
+        self.arrived = None;
+        if self.jobs.fetch.as_ref().is_some_and(Running::is_over) {
+            self.jobs.fetch = None;
+        }
+        if self.met.take().is_some() {
+            self.dials.clear();
+            if let Some(copy) = &self.record.current {
+                for home in &copy.volumes {
+                    // A socket that nobody serves any more.
+                    let _ = tokio::fs::remove_file(home.peer_dial()).await;
+                }
+            }
+        }
+        if let Some(job) = self.jobs.leave.take() {
+            job.end().await;
+        }
+        self.maps = None;
+    }
+
+    pub fn send(&self, report: Report) {
+        let details = report::details(&report, &self.record, &self.progress, self.problem.as_ref());
+        self.host.link.tell(Notice::Report { guest: self.guest, report, details: Box::new(details) });
+    }
+
+    /// Keeps the record, if it differs from what is kept. Whether it is kept now.
+    pub async fn save(&mut self) -> bool {
+        if self.saved.as_ref() == Some(&self.record) || (self.saved.is_none() && self.is_forgettable()) {
+            return true;
+        }
+        let (record, places) = (self.record.clone(), self.places.clone());
+        let kept = tokio::task::spawn_blocking(move || record.save(&places).map(|()| record)).await;
+        match kept {
+            Ok(Ok(record)) => {
+                self.saved = Some(record);
+                true
+            }
+            Ok(Err(error)) => {
+                let error = crate::chain(&error);
+                tracing::error!(guest = %self.guest, error, "the guest's state cannot be kept; nothing is done");
+                self.record.alarm = Some(format!("the agent cannot keep the guest's state: {error}"));
+                false
+            }
+            Err(_) => false,
+        }
+    }
+
+    pub fn job(&self, operation: OperationId) -> Job {
+        Job {
+            host: self.host.clone(),
+            guest: self.guest,
+            operation,
+            places: self.places.clone(),
+            facts: self.facts_tx.clone(),
+            cancel: CancellationToken::new(),
+        }
+    }
+
+    /// Starts a job's task.
+    pub fn start(job: &Job, work: impl Future<Output = ()> + Send + 'static) -> Running {
+        Running {
+            operation: job.operation,
+            cancel: job.cancel.clone(),
+            task: AbortOnDropHandle::new(tokio::spawn(work)),
+        }
+    }
+
+    /// Another agent opened a connection with a ticket for this guest.
+    async fn met_by(&mut self, incoming: Incoming) {
+        let ticket = &incoming.ticket;
+        let handover = &self.record.handover;
+        let is_current = match incoming.role {
+            Role::Source => ticket.epoch == handover.source().epoch(),
+            Role::Destination => {
+                report::operation(handover) == Some(ticket.operation)
+                    && self.record.incoming.as_ref().is_some_and(|copy| copy.epoch == ticket.epoch.next())
+            }
+        };
+        if !is_current {
+            incoming.refuse(not_here("the ticket is for another epoch of the guest than this host's")).await;
+            return;
+        }
+        let is_met = self.met.as_ref().is_some_and(|met| met.operation == ticket.operation);
+        let is_serving = matches!(handover.source().state(), SourceState::Serving { .. });
+        if !is_met && incoming.role == Role::Source && is_serving {
+            let operation = ticket.operation;
+            self.meet_as_holder(operation);
+        }
+        match &self.met {
+            Some(met) if met.operation == incoming.ticket.operation => met.meeting.arrived(incoming),
+            _ => incoming.refuse(not_here("this host does not take part in the operation (yet)")).await,
+        }
+    }
+
+    fn publish(&self) {
+        let row = report::row(&self.record, self.is_stalled, self.look.alarm.as_deref(), self.look.missing_bytes);
+        let copy = self.record.incoming.as_ref().or(self.record.current.as_ref());
+        let runs_here = row.as_ref().is_some_and(|row| {
+            use supercloud_api::link::Holding::{Paused, Running};
+            matches!(row.holding, Running | Paused)
+        });
+        let spec = copy.filter(|_| runs_here).map(|copy| &copy.spec);
+        let view = GuestView {
+            epoch: row.as_ref().map_or_else(Default::default, |row| row.epoch),
+            ports: spec.map_or_else(Vec::new, |spec| spec.ports.iter().map(|port| port.port).collect()),
+            spec: None,
+            report: row,
+        };
+        self.view.send_if_modified(|had| {
+            let is_same_spec = had.spec.as_deref() == spec;
+            if is_same_spec && had.report == view.report && had.ports == view.ports && had.epoch == view.epoch {
+                return false;
+            }
+            let spec = if is_same_spec { had.spec.clone() } else { spec.cloned().map(Arc::new) };
+            *had = GuestView { spec, ..view };
+            true
+        });
+    }
+}

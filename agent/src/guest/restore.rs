@@ -1,0 +1,181 @@
+//! An agent that begins anew finds its guests again: from the record, the hypervisor and the volume processes, none of which
+//! stopped.
+
+use std::time::Duration;
+
+use supercloud_blanket::backend::{GuestInfo, RunState};
+use supercloud_handover::{
+    DestinationEvent, DestinationState, Found, LocalEvent, OperationKind, SourceEvent, SourceState,
+};
+use supercloud_ids::Epoch;
+
+use super::{actor::Actor, record::GuestRecord};
+use crate::plane::admission::Role;
+
+/// The pause after the hypervisor could not be asked.
+const RETRY_PAUSE: Duration = Duration::from_secs(2);
+
+/// What there is of the process that belongs to `epoch`.
+fn found(info: Option<&GuestInfo>, epoch: Option<Epoch>) -> Found {
+    match info.filter(|info| Some(info.epoch) == epoch).map(|info| info.state) {
+        None | Some(RunState::Crashed) => Found::Nothing,
+        Some(RunState::Paused(_)) => Found::Paused,
+        Some(RunState::Running | RunState::ShuttingDown) => Found::Running,
+    }
+}
+
+/// What a restarted agent says to the two machines: pure.
+fn restarted(record: &GuestRecord, info: Option<&GuestInfo>) -> Vec<LocalEvent> {
+    let mut events = Vec::new();
+    let (source, destination) = (record.handover.source(), record.handover.destination());
+    if !matches!(source.state(), SourceState::Idle) {
+        let mut seen = found(info, Some(source.epoch()));
+        if seen == Found::Nothing && (record.spooled.is_some() || record.is_off) {
+            // A guest in a file could go on; one that powered itself off is as it wants to be.
+            seen = Found::Paused;
+        }
+        events.push(LocalEvent::Source(SourceEvent::Restarted { found: seen }));
+    }
+    if !matches!(destination.state(), DestinationState::Idle) {
+        let mut seen = found(info, destination.epoch());
+        if let DestinationState::Complete { plan, .. } | DestinationState::Granted { plan, .. } = destination.state()
+            && matches!(plan.kind, OperationKind::Start { .. } | OperationKind::RestartFromVolume { .. })
+            && seen == Found::Nothing
+            && record.incoming.is_some()
+        {
+            // It boots from its volumes when it is granted: no process is missing.
+            seen = Found::Paused;
+        }
+        events.push(LocalEvent::Destination(DestinationEvent::Restarted { found: seen }));
+    }
+    events
+}
+
+impl Actor {
+    /// Looks at what is there, takes it up again, and gives the events that tell the machines.
+    pub(super) async fn restore(&mut self) -> Vec<LocalEvent> {
+        let info = self.find_process().await;
+        if let Err(error) = self.make_folders().await {
+            tracing::error!(guest = %self.guest, error = crate::chain(&error), "the guest's folders cannot be made");
+        }
+        self.restore_copies().await;
+        restarted(&self.record, info.as_ref())
+    }
+
+    /// Asks until the hypervisor answers; a process that belongs to neither machine is destroyed.
+    async fn find_process(&self) -> Option<GuestInfo> {
+        let (source, destination) = (self.record.handover.source(), self.record.handover.destination());
+        loop {
+            match self.host.backend.status(self.guest).await {
+                Ok(Some(info))
+                    if info.epoch != source.epoch() && Some(info.epoch) != destination.epoch()
+                        // What is being destroyed goes by its own effect.
+                        && !matches!(destination.state(), DestinationState::Destroying { .. }) =>
+                {
+                    tracing::warn!(guest = %self.guest, epoch = %info.epoch, "a process of no known epoch is destroyed");
+                    if let Err(error) = self.kill_at(info.epoch).await {
+                        tracing::warn!(guest = %self.guest, error = crate::chain(&error), "it is not destroyed yet");
+                        tokio::time::sleep(RETRY_PAUSE).await;
+                    }
+                }
+                Ok(info) => return info,
+                Err(error) => {
+                    tracing::warn!(guest = %self.guest, error = crate::chain(&error), "the hypervisor does not answer yet");
+                    tokio::time::sleep(RETRY_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    /// Volume processes, their sockets' other ends, and the room that is taken.
+    async fn restore_copies(&mut self) {
+        let handover = &self.record.handover;
+        let holds_source = !matches!(handover.source().state(), SourceState::Idle | SourceState::Releasing);
+        let is_serving = matches!(handover.source().state(), SourceState::Serving { .. });
+        let holds_incoming = !matches!(
+            handover.destination().state(),
+            DestinationState::Idle
+                | DestinationState::Preparing { .. }
+                | DestinationState::Receiving { .. }
+                | DestinationState::Destroying { .. }
+        );
+        let current = self.record.current.clone().filter(|_| holds_source);
+        let incoming = self.record.incoming.clone().filter(|_| holds_incoming);
+        let mut homes = Vec::new();
+        for copy in [&current, &incoming].into_iter().flatten() {
+            if let Err(error) = self.offer_chunks(copy) {
+                tracing::warn!(guest = %self.guest, error = crate::chain(&error), "no chunk socket");
+            }
+            let disk_bytes = copy.spec.volumes.iter().map(|volume| volume.size_bytes).sum();
+            if is_serving && incoming.is_none() {
+                self.host.ledger.note_volumes(self.guest, disk_bytes);
+            } else {
+                self.host.ledger.note(self.guest, copy.spec.shape, disk_bytes);
+            }
+            for home in copy.all_volumes() {
+                // The watcher goes on trying.
+                if let Err(error) = self.host.runner.ensure(home).await {
+                    tracing::error!(guest = %self.guest, error = crate::chain(&error), "a volume is not served");
+                }
+                if !homes.contains(home) {
+                    homes.push(home.clone());
+                }
+            }
+        }
+        *self.watched.lock().await = homes;
+        if let Some(copy) = &incoming {
+            if let Err(error) = self.dial_again(copy) {
+                tracing::warn!(guest = %self.guest, error = crate::chain(&error), "no way to the source's volumes yet");
+            }
+        } else if current.is_some() && !self.record.handover.is_quiet() {
+            self.meet_again(Role::Source);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use supercloud_blanket::backend::PauseReason;
+    use supercloud_handover::{LocalHandover, SourceHandover};
+    use supercloud_ids::{GuestId, HostId, OperationId};
+
+    use super::*;
+    use crate::guest::record::Spooled;
+
+    fn record() -> GuestRecord {
+        let (guest, host) = (GuestId::generate(), HostId::generate());
+        let mut record = GuestRecord::new(guest, host);
+        record.handover = LocalHandover::of(SourceHandover::running(guest, host, Epoch(4)), host);
+        record
+    }
+
+    fn info(record: &GuestRecord, epoch: u64, state: RunState) -> GuestInfo {
+        GuestInfo { guest: record.guest(), epoch: Epoch(epoch), state, pid: None }
+    }
+
+    fn seen(record: &GuestRecord, info: Option<&GuestInfo>) -> Found {
+        match restarted(record, info)[..] {
+            [LocalEvent::Source(SourceEvent::Restarted { found })] => found,
+            ref other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn only_the_process_of_the_machines_epoch_counts() {
+        let mut record = record();
+        let running = info(&record, 4, RunState::Running);
+        assert_eq!(seen(&record, Some(&running)), Found::Running);
+        let paused = info(&record, 4, RunState::Paused(PauseReason::Departed));
+        assert_eq!(seen(&record, Some(&paused)), Found::Paused);
+        for other in [Some(info(&record, 3, RunState::Running)), Some(info(&record, 4, RunState::Crashed)), None] {
+            assert_eq!(seen(&record, other.as_ref()), Found::Nothing);
+        }
+        record.spooled = Some(Spooled { operation: OperationId::generate(), format: "x".into(), bytes: 1 });
+        assert_eq!(seen(&record, None), Found::Paused);
+        record.spooled = None;
+        record.is_off = true;
+        assert_eq!(seen(&record, None), Found::Paused);
+        let idle = GuestRecord::new(record.guest(), HostId::generate());
+        assert!(restarted(&idle, None).is_empty());
+    }
+}
