@@ -9,7 +9,13 @@ mod config;
 mod engine;
 mod open;
 
-use std::{future::Future, net::SocketAddr, panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    net::SocketAddr,
+    panic::AssertUnwindSafe,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use futures::FutureExt as _;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -22,8 +28,8 @@ use crate::{
     ca::{Authority, CaError},
     keys::{KeyFileError, Keys},
     markets::MarketsError,
-    operations::progress::ProgressBoard,
     metrics::Metrics,
+    operations::progress::ProgressBoard,
     price_board::Markets,
     rest,
     state::{LiveHosts, State, StateError},
@@ -49,6 +55,8 @@ pub struct Parts {
     pub markets: Markets,
     /// How far operations are, newer than their records.
     pub progress: ProgressBoard,
+    /// What agents are told to dial; known once the link listens.
+    pub link_address: Arc<OnceLock<String>>,
     /// Cancelled when the controller ends.
     pub stop: CancellationToken,
     tasks: TaskTracker,
@@ -179,6 +187,7 @@ impl Controller {
             hosts: LiveHosts::default(),
             markets: Markets::default(),
             progress: ProgressBoard::default(),
+            link_address: Arc::default(),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
         };
@@ -205,10 +214,11 @@ impl Controller {
 
 /// Starts everything that runs. What carries operations out starts before REST, which accepts them.
 async fn start_parts(parts: &Parts) -> Result<SocketAddr, StartError> {
-    engine::start(parts).await?;
+    let engine = engine::start(parts).await?;
+    let _first = parts.link_address.set(engine.reach.link_address.clone());
     let metrics = Metrics::default();
     parts.spawn("operation watcher", metrics.clone().operation_watcher(parts.clone()));
-    parts.spawn("answer reaper", rest::answer_reaper(parts.clone()));
+    parts.spawn("expiry reaper", rest::expiry_reaper(parts.clone()));
     rest::serve(parts, rest::router(parts, &metrics))
 }
 

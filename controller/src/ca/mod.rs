@@ -15,8 +15,8 @@ use crate::keys::{self, KeyFileError};
 
 /// How long the CA's own certificate is valid.
 const CA_VALIDITY: Duration = Duration::from_secs(10 * 365 * 86_400);
-/// How long the controller's certificate is valid; a new one is made every day.
-const SERVER_VALIDITY: Duration = Duration::from_secs(30 * 86_400);
+/// How long the controller's certificate is valid. A new one is made at each start, and for REST every day.
+const SERVER_VALIDITY: Duration = Duration::from_secs(2 * 365 * 86_400);
 /// Clocks of peers may be this much behind ours.
 const CLOCK_SLACK: Duration = Duration::from_secs(3600);
 

@@ -17,7 +17,7 @@ use tokio::{sync::Semaphore, time::Instant};
 use super::{
     asker::{Asker, Params},
     idempotency::{self, Claim},
-    reply::{Failure, problem_response},
+    reply::{Failure, Reply, problem_response},
 };
 use crate::{
     app::Parts,
@@ -116,17 +116,21 @@ async fn pass(
         match idempotency::claim(&gate.parts, caller.token.id, &head.headers, &what).await? {
             Claim::None => {}
             Claim::New(claim) => asker.idempotency = Some(claim),
-            Claim::Answered(reply) => {
-                let mut response = reply.into_response();
-                response.headers_mut().insert("idempotent-replayed", HeaderValue::from_static("true"));
-                return Ok(response);
-            }
+            Claim::Answered(reply) => return Ok(replayed(reply)),
         }
     }
+    let claim = asker.idempotency.clone();
     head.extensions.insert(asker);
     let handler = AssertUnwindSafe(next.run(Request::from_parts(head, Body::from(bytes)))).catch_unwind();
     match tokio::time::timeout(HANDLER_BUDGET, handler).await {
-        Ok(Ok(response)) => Ok(response),
+        Ok(Ok(response)) => match claim.filter(|_| response.extensions().get::<Problem>().is_some()) {
+            // Refused perhaps because of what the very same request, sent twice at once, has done.
+            Some(claim) => match idempotency::kept_answer(&gate.parts, &claim).await? {
+                Some(reply) => Ok(replayed(reply)),
+                None => Ok(response),
+            },
+            None => Ok(response),
+        },
         Ok(Err(_panic)) => {
             tracing::error!(%request_id, path, "a handler panicked");
             Err(Failure::new(Code::Internal, "a fault in the controller; its log has this request's id"))
@@ -136,6 +140,12 @@ async fn pass(
             "it took too long; nothing is known of the outcome, try again with the same Idempotency-Key",
         )),
     }
+}
+
+fn replayed(reply: Reply) -> Response {
+    let mut response = reply.into_response();
+    response.headers_mut().insert("idempotent-replayed", HeaderValue::from_static("true"));
+    response
 }
 
 async fn authenticate(parts: &Parts, route: &'static Route, headers: &HeaderMap) -> Result<Option<Caller>, Failure> {

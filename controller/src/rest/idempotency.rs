@@ -1,8 +1,6 @@
 //! `Idempotency-Key`: the answer to a change is kept for 24 hours in the transaction of the change itself, so a request
 //! that is sent again after a broken connection, or a crash, gets the same answer and changes nothing twice.
 
-use std::time::Duration;
-
 use axum::http::{HeaderMap, StatusCode};
 use supercloud_api::{Code, ids::TokenId, unix_ms};
 use supercloud_store::{Compare, Condition, Op, Txn};
@@ -10,7 +8,6 @@ use supercloud_store::{Compare, Condition, Op, Txn};
 use super::reply::{Failure, Reply};
 use crate::{
     app::Parts,
-    chain,
     state::{AnswerRecord, IdempotencyClaim, StateError, keys},
 };
 
@@ -18,8 +15,6 @@ use crate::{
 const KEPT_MS: u64 = 24 * 3600 * 1000;
 /// The longest key.
 const MAX_KEY_BYTES: usize = 256;
-/// How often old answers are removed.
-const SWEEP_EVERY: Duration = Duration::from_secs(3600);
 
 /// What a request's key comes to.
 #[derive(Debug)]
@@ -94,20 +89,8 @@ pub(super) async fn kept_answer(parts: &Parts, claim: &IdempotencyClaim) -> Resu
     }
 }
 
-/// Removes old answers, for ever.
-pub async fn answer_reaper(parts: Parts) {
-    loop {
-        match sweep(&parts, unix_ms()).await {
-            Ok(0) => {}
-            Ok(removed) => tracing::debug!(removed, "old answers removed"),
-            Err(error) => tracing::warn!(error = %chain(&error), "old answers cannot be removed now"),
-        }
-        tokio::time::sleep(SWEEP_EVERY).await;
-    }
-}
-
 /// Removes the answers that are too old at a time.
-async fn sweep(parts: &Parts, now_ms: u64) -> Result<usize, StateError> {
+pub(super) async fn sweep(parts: &Parts, now_ms: u64) -> Result<usize, StateError> {
     let store = parts.state.store();
     let prefix = keys::folder("idempotency");
     let (mut after, mut removed) = (None, 0);

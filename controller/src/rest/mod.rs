@@ -15,10 +15,12 @@ mod guests;
 mod hosts;
 mod idempotency;
 mod images;
+mod join;
 mod networks;
 pub mod openapi;
 mod operations;
 mod projects;
+mod reaper;
 mod reply;
 mod serve;
 mod system;
@@ -37,7 +39,7 @@ use tokio::sync::Mutex;
 
 pub use asker::{Asker, Params, body, check_if_match};
 pub use gate::{MAX_JSON_BYTES, MAX_PIECE_BYTES};
-pub use idempotency::answer_reaper;
+pub use reaper::expiry_reaper;
 pub use reply::{Failure, Reply};
 pub use serve::serve;
 
@@ -76,6 +78,8 @@ pub fn router(parts: &Parts, metrics: &Metrics) -> Router {
         .route("/v1/clouds/{cloud}", get(clouds::read))
         .route("/v1/hosts", get(hosts::list))
         .route("/v1/hosts/{host}", get(hosts::read).patch(hosts::change).delete(hosts::remove))
+        .route("/v1/join-tokens", post(join::create_token))
+        .route("/v1/join", post(join::join))
         .route("/v1/projects", get(projects::list).post(projects::create))
         .route("/v1/projects/{project}", get(projects::read))
         .route("/v1/tokens", get(tokens::list).post(tokens::create))

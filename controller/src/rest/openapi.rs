@@ -13,7 +13,7 @@ use utoipa::{
     },
 };
 
-use super::{clouds, events, guest_create, guest_operations, guests, hosts, images, networks, operations};
+use super::{clouds, events, guest_create, guest_operations, guests, hosts, images, join, networks, operations};
 use super::{projects, system, tokens, volumes};
 use crate::auth::{Access, ROUTES, Route};
 
@@ -42,6 +42,8 @@ use crate::auth::{Access, ROUTES, Route};
         hosts::read,
         hosts::change,
         hosts::remove,
+        join::create_token,
+        join::join,
         projects::list,
         projects::create,
         projects::read,

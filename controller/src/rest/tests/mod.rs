@@ -4,6 +4,7 @@ mod events;
 mod guests;
 mod idempotency;
 mod images;
+mod joins;
 mod lasting;
 mod moves;
 mod problems;
@@ -31,6 +32,7 @@ use crate::{
 pub struct TestController {
     controller: Controller,
     folder: tempfile::TempDir,
+    http: reqwest::Client,
 }
 
 fn config(folder: &tempfile::TempDir) -> Config {
@@ -48,7 +50,10 @@ impl TestController {
 
     pub async fn start_in(folder: tempfile::TempDir) -> Self {
         let controller = Controller::start(config(&folder)).await.unwrap();
-        Self { controller, folder }
+        let ca_pem = std::fs::read_to_string(folder.path().join("ca.pem")).unwrap();
+        let ca = reqwest::Certificate::from_pem(ca_pem.as_bytes()).unwrap();
+        let http = reqwest::Client::builder().add_root_certificate(ca).no_proxy().build().unwrap();
+        Self { controller, folder, http }
     }
 
     /// Ends it and gives its folder, for another start.
@@ -90,10 +95,7 @@ impl TestController {
 
     /// A request that the typed client would not make.
     pub fn raw(&self, method: Method, path: &str, secret: Option<&str>) -> reqwest::RequestBuilder {
-        let ca_pem = std::fs::read_to_string(self.folder.path().join("ca.pem")).unwrap();
-        let ca = reqwest::Certificate::from_pem(ca_pem.as_bytes()).unwrap();
-        let http = reqwest::Client::builder().add_root_certificate(ca).no_proxy().build().unwrap();
-        let request = http.request(method, format!("https://{}{path}", self.address()));
+        let request = self.http.request(method, format!("https://{}{path}", self.address()));
         match secret {
             Some(secret) => request.bearer_auth(secret),
             None => request,
