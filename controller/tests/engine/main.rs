@@ -1,0 +1,10 @@
+//! The engine with real links and a real store: every kind of operation, cancelled and killed everywhere, against agents that
+//! run the real ownership protocol, and against agents that lie.
+//!
+//! One test by hand: `cargo test -p supercloud-controller --test engine -- moves::`; `SUPERCLOUD_SEED=n` repeats a run.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod moves;
+mod undo;

@@ -1,0 +1,620 @@
+//! An agent of the tests: a real link, the ownership protocol's own machines, and the [`Ground`] as its hypervisor, disks and
+//! data plane. Its memory goes when it is killed; its [`Disk`] stays.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use supercloud_api::{
+    CompatClass, Progress, Room,
+    frame::{Frame, read_frame, write_frame},
+    handover::{
+        DestinationEvent, DestinationOrder, DestinationState, Found, LocalEvent, LocalHandover, OrderBody, Owner,
+        OwnerQuery, Report, SourceEvent, SourceOrder, SourceState,
+    },
+    ids::{Epoch, GuestId, HostId, OperationId, VolumeId},
+    link::{
+        self, Assignment, Directive, FrozenContent, FrozenMemory, GuestEventKind, GuestReport, Hello, Holding, Notice,
+        ReportDetails, Welcome, kind,
+    },
+    ticket::Ticket,
+    tls::{self, Identity},
+    unix_ms,
+};
+use supercloud_sdn::view::OverlayView;
+use tokio::{
+    io::{ReadHalf, WriteHalf},
+    net::TcpStream,
+    sync::{mpsc, watch},
+    task::JoinHandle,
+};
+use tokio_rustls::client::TlsStream;
+
+use super::{
+    Random,
+    ground::{Ground, Mode},
+};
+
+/// How often an agent looks at its guests.
+const TICK: Duration = Duration::from_millis(25);
+/// Every so many ticks the machines are told that time passes.
+const MACHINE_TICKS: u64 = 4;
+const HEARTBEAT_TICKS: u64 = 8;
+/// Ticks that a copy takes.
+const COPY_TICKS: u32 = 3;
+
+/// Where an agent can be made to stand still.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stage {
+    Prepare,
+    Copy,
+    /// The source's last word to the destination.
+    HandOver,
+    Store,
+    Run,
+    Fetch,
+    Release,
+    Discard,
+}
+
+/// What goes wrong by itself, in thousandths.
+#[derive(Debug, Clone, Default)]
+pub struct Faults {
+    /// Of messages, each way.
+    pub lost: u64,
+    /// Of ticks: the link breaks.
+    pub cut: u64,
+    /// Of steps: the agent dies between persisting a step and carrying it out, and starts again.
+    pub crash: u64,
+    pub stalled: BTreeSet<Stage>,
+    /// It refuses to prepare anything.
+    pub is_full: bool,
+}
+
+/// What an agent keeps of a guest.
+#[derive(Debug, Clone)]
+pub struct Kept {
+    pub machine: LocalHandover,
+    pub volumes: Vec<VolumeId>,
+    pub assignment: Option<Assignment>,
+}
+
+/// What an agent keeps.
+#[derive(Debug, Default)]
+pub struct Disk {
+    pub guests: BTreeMap<GuestId, Kept>,
+    pub view: Option<OverlayView>,
+}
+
+/// A host: what outlives its agent's process.
+#[derive(Clone)]
+pub struct Seat {
+    pub host: HostId,
+    pub identity: Identity,
+    pub ca: rustls::pki_types::CertificateDer<'static>,
+    pub overlay_address: std::net::Ipv4Addr,
+    pub data_address: Option<SocketAddr>,
+    pub disk: Arc<Mutex<Disk>>,
+    pub faults: Arc<Mutex<Faults>>,
+    pub ground: Arc<Mutex<Ground>>,
+    pub controller: watch::Receiver<SocketAddr>,
+    pub seed: u64,
+}
+
+pub fn lock<T>(what: &Mutex<T>) -> MutexGuard<'_, T> {
+    what.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The class that every host of the tests runs.
+pub fn class() -> CompatClass {
+    CompatClass {
+        back_end: "fake".into(),
+        accelerator: "none".into(),
+        machine_version: "1".into(),
+        cpu_baseline: "any".into(),
+    }
+}
+
+impl Seat {
+    /// Starts the agent's process.
+    pub fn start(&self) -> JoinHandle<()> {
+        let agent = Agent {
+            seat: self.clone(),
+            random: Random::new(self.seed ^ unix_ms()),
+            link: None,
+            outbox: VecDeque::new(),
+            copying: BTreeMap::new(),
+            has_crashed: false,
+            ticks: 0,
+            ticket_key: String::new(),
+        };
+        tokio::spawn(agent.run())
+    }
+
+    pub async fn dial(&self, alpn: &[u8]) -> std::io::Result<TlsStream<TcpStream>> {
+        let address = *self.controller.borrow();
+        let config = tls::client_config(std::slice::from_ref(&self.ca), self.identity.clone(), alpn).unwrap();
+        let stream = TcpStream::connect(address).await?;
+        tokio_rustls::TlsConnector::from(Arc::new(config)).connect(tls::controller_server_name(), stream).await
+    }
+
+    pub fn hello(&self, guests: Vec<GuestReport>) -> Hello {
+        Hello {
+            host: self.host,
+            agent_version: "test".into(),
+            data_address: self.data_address,
+            overlay_address: Some(self.overlay_address),
+            capacity: Room { vcpus: 64, memory_bytes: 1 << 36, disk_bytes: 1 << 40 },
+            compat_classes: vec![class()],
+            probe: serde_json::json!({}),
+            guests,
+            volumes: Vec::new(),
+            view_revision: 0,
+        }
+    }
+}
+
+struct Link {
+    writer: WriteHalf<TlsStream<TcpStream>>,
+    directives: mpsc::Receiver<Directive>,
+    reader: JoinHandle<()>,
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.reader.abort();
+    }
+}
+
+async fn read(mut reader: ReadHalf<TlsStream<TcpStream>>, directives: mpsc::Sender<Directive>) {
+    while let Ok(frame) = read_frame(&mut reader).await {
+        if frame.kind == kind::DIRECTIVE {
+            let directive = frame.parse_json(kind::DIRECTIVE, link::VERSION).expect("a directive that can be read");
+            if directives.send(directive).await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+struct Agent {
+    seat: Seat,
+    random: Random,
+    link: Option<Link>,
+    outbox: VecDeque<Notice>,
+    copying: BTreeMap<GuestId, (OperationId, u32)>,
+    has_crashed: bool,
+    ticks: u64,
+    ticket_key: String,
+}
+
+impl Agent {
+    async fn run(mut self) {
+        self.restarted();
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let directive = tokio::select! {
+                directive = async { self.link.as_mut().unwrap().directives.recv().await }, if self.link.is_some() => Some(directive),
+                _ = ticks.tick() => None,
+            };
+            match directive {
+                Some(Some(directive)) => {
+                    if !self.is_lost() {
+                        self.obey(directive);
+                    }
+                }
+                Some(None) => self.link = None,
+                None => {
+                    let cut = lock(&self.seat.faults).cut;
+                    if self.random.is_hit(cut) {
+                        self.link = None;
+                    }
+                    if self.link.is_none() {
+                        self.link = tokio::time::timeout(Duration::from_secs(5), self.connect()).await.unwrap_or(None);
+                    }
+                    self.tick();
+                }
+            }
+            if std::mem::take(&mut self.has_crashed) {
+                self.link = None;
+                self.outbox.clear();
+                self.copying.clear();
+                self.restarted();
+            }
+            self.flush().await;
+        }
+    }
+
+    fn is_lost(&mut self) -> bool {
+        let lost = lock(&self.seat.faults).lost;
+        self.random.is_hit(lost)
+    }
+
+    async fn connect(&mut self) -> Option<Link> {
+        let mut stream = self.seat.dial(tls::ALPN_AGENT).await.ok()?;
+        let hello = self.seat.hello(self.reports());
+        write_frame(&mut stream, &Frame::json(kind::HELLO, link::VERSION, &hello).unwrap()).await.ok()?;
+        let welcome: Welcome = read_frame(&mut stream).await.ok()?.parse_json(kind::WELCOME, link::VERSION).unwrap();
+        self.ticket_key = welcome.ticket_key;
+        let (reader, writer) = tokio::io::split(stream);
+        let (directives, received) = mpsc::channel(64);
+        Some(Link { writer, directives: received, reader: tokio::spawn(read(reader, directives)) })
+    }
+
+    async fn flush(&mut self) {
+        while let Some(notice) = self.outbox.pop_front() {
+            if self.is_lost() {
+                continue;
+            }
+            let Some(link) = &mut self.link else { return self.outbox.clear() };
+            let frame = Frame::json(kind::NOTICE, link::VERSION, &notice).unwrap();
+            if write_frame(&mut link.writer, &frame).await.is_err() {
+                self.link = None;
+            }
+        }
+    }
+
+    fn reports(&self) -> Vec<GuestReport> {
+        let disk = lock(&self.seat.disk);
+        let mut ground = lock(&self.seat.ground);
+        let report = |(guest, kept): (&GuestId, &Kept)| {
+            let machine = &kept.machine;
+            let epoch = machine.destination().grant().map_or(machine.source().epoch(), |grant| grant.epoch);
+            let local = ground.local(self.seat.host, *guest);
+            let holding = match (machine.source().state(), local.by_epoch(epoch).map(|process| process.mode)) {
+                (_, Some(Mode::Running)) => Holding::Running,
+                (_, Some(_)) => Holding::Paused,
+                (SourceState::Running, None) if local.is_off => Holding::Down,
+                (_, None) if !local.processes.is_empty() => Holding::Incoming,
+                (_, None) => Holding::Volumes,
+            };
+            let (operation, alarm) = (machine.destination().operation(), None);
+            GuestReport { guest: *guest, epoch, holding, operation, alarm, missing_bytes: 0, volumes: Vec::new() }
+        };
+        disk.guests.iter().map(report).collect()
+    }
+
+    /// A new process finds what the one before has left.
+    fn restarted(&mut self) {
+        let host = self.seat.host;
+        let guests: Vec<GuestId> = lock(&self.seat.disk).guests.keys().copied().collect();
+        for guest in guests {
+            let Some(machine) = self.machine(guest) else { continue };
+            let (source, destination) = {
+                let mut ground = lock(&self.seat.ground);
+                let local = ground.local(host, guest);
+                let (epoch, operation) = (machine.source().epoch(), machine.destination().operation());
+                local.processes.retain(|p| p.epoch == Some(epoch) || Some(p.operation) == operation);
+                let found = |process: Option<&mut super::ground::Process>| match process.map(|p| p.mode) {
+                    None => Found::Nothing,
+                    Some(Mode::Running) => Found::Running,
+                    Some(_) => Found::Paused,
+                };
+                let source = match local.is_off {
+                    // How a guest ended is kept beside it: it was no accident.
+                    true => Found::Paused,
+                    false => found(local.by_epoch(epoch)),
+                };
+                (source, operation.map(|operation| found(local.by_operation(operation))))
+            };
+            self.step(guest, LocalEvent::Source(SourceEvent::Restarted { found: source }));
+            if let Some(found) = destination {
+                self.step(guest, LocalEvent::Destination(DestinationEvent::Restarted { found }));
+            }
+        }
+    }
+
+    pub(super) fn machine(&self, guest: GuestId) -> Option<LocalHandover> {
+        lock(&self.seat.disk).guests.get(&guest).map(|kept| kept.machine.clone())
+    }
+
+    fn violate(&self, what: String) {
+        lock(&self.seat.ground).violate(format!("{}: {what}", self.seat.host));
+    }
+
+    fn obey(&mut self, directive: Directive) {
+        let host = self.seat.host;
+        match directive {
+            Directive::Order { guest, order, assignment } => {
+                self.check_order(guest, &order, assignment.as_deref());
+                let mut disk = lock(&self.seat.disk);
+                let kept = disk.guests.entry(guest).or_insert_with(|| Kept {
+                    machine: LocalHandover::idle(guest, host),
+                    volumes: Vec::new(),
+                    assignment: None,
+                });
+                if let Some(assignment) = assignment {
+                    kept.volumes = assignment.spec.volumes.iter().map(|volume| volume.volume).collect();
+                    kept.assignment = Some(*assignment);
+                }
+                drop(disk);
+                self.step(guest, order.into());
+            }
+            Directive::Overlay { revision, view } => {
+                let view: OverlayView = serde_json::from_value(view).expect("a view that can be read");
+                if let Err(error) = view.check() {
+                    self.violate(format!("the view is refused: {error}"));
+                }
+                if view.revision != revision {
+                    self.violate("the view is of another revision than its directive".into());
+                }
+                let mut disk = lock(&self.seat.disk);
+                if disk.view.as_ref().is_none_or(|before| before.revision <= revision) {
+                    disk.view = Some(view);
+                }
+            }
+            Directive::Discard { guest } => {
+                if lock(&self.seat.faults).stalled.contains(&Stage::Discard) {
+                    return;
+                }
+                let mut ground = lock(&self.seat.ground);
+                if ground.local(host, guest).is_running() {
+                    ground.violate(format!("{guest} runs at {host} and is to be discarded"));
+                }
+                ground.locals.remove(&(host, guest));
+                drop(ground);
+                lock(&self.seat.disk).guests.remove(&guest);
+                self.outbox.push_back(Notice::Discarded { guest });
+            }
+            Directive::DropFreeze { freeze, .. } => {
+                if let Some(frozen) = lock(&self.seat.ground).frozen.get_mut(&freeze) {
+                    frozen.is_dropped = true;
+                }
+            }
+        }
+    }
+
+    /// What the agent needs must come with the order.
+    fn check_order(&self, guest: GuestId, order: &OrderBody, assignment: Option<&Assignment>) {
+        let operation = match order {
+            OrderBody::Source(SourceOrder::Begin(plan)) => plan.operation,
+            OrderBody::Destination(DestinationOrder::Prepare(plan)) => plan.operation,
+            _ => return,
+        };
+        let Some(assignment) = assignment.filter(|a| a.operation == operation && a.spec.guest == guest) else {
+            return self.violate(format!("an order of {operation} without its assignment"));
+        };
+        if assignment.chunk_sources.is_empty() || assignment.spec.volumes.is_empty() || assignment.spec.ports.is_empty()
+        {
+            self.violate(format!("the assignment of {operation} lacks something"));
+        }
+        let (Some(peer), Some(ticket)) = (&assignment.peer, &assignment.ticket) else { return };
+        let me = tls::fingerprint(&self.seat.identity.chain[0]);
+        let checked = Ticket::verify(ticket, &self.ticket_key, unix_ms())
+            .and_then(|ticket| ticket.check_peer(&me, &peer.certificate_sha256).map(|()| ticket));
+        match checked {
+            Ok(ticket) if ticket.operation == operation && ticket.guest == Some(guest) => {}
+            other => self.violate(format!("the ticket of {operation} is not acceptable: {other:?}")),
+        }
+    }
+
+    /// One event: step, persist, carry out; then what that brings.
+    pub(super) fn step(&mut self, guest: GuestId, event: LocalEvent) {
+        let crash = lock(&self.seat.faults).crash;
+        let mut events = VecDeque::from([event]);
+        while let Some(event) = events.pop_front() {
+            let effects = {
+                let mut disk = lock(&self.seat.disk);
+                let Some(kept) = disk.guests.get_mut(&guest) else { return };
+                kept.machine.step(event)
+            };
+            for effect in effects {
+                if self.has_crashed || self.random.is_hit(crash) {
+                    self.has_crashed = true;
+                    return;
+                }
+                match effect.report() {
+                    Some(report) => self.report(guest, report.clone()),
+                    None => {
+                        if !self.perform(guest, effect, &mut events) {
+                            break;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn report(&mut self, guest: GuestId, report: Report) {
+        let mut details = ReportDetails::default();
+        match &report {
+            Report::Prepared { .. } | Report::Running { .. } => details.compat_class = Some(class()),
+            Report::RequestSwitch(request) => {
+                if let Owner::Frozen(freeze) = request.to {
+                    details.frozen = lock(&self.seat.ground).frozen.get(&freeze).map(|frozen| FrozenContent {
+                        memory: FrozenMemory {
+                            freeze,
+                            root: root_of(frozen.boot),
+                            bytes: 1 << 20,
+                            format: "fake/1".into(),
+                        },
+                        volumes: frozen
+                            .volumes
+                            .iter()
+                            .map(|volume| supercloud_api::FrozenVolume {
+                                volume: *volume,
+                                root: root_of(frozen.version),
+                                stored_bytes: 4096,
+                            })
+                            .collect(),
+                    });
+                }
+            }
+            _ => {}
+        }
+        self.outbox.push_back(Notice::Report { guest, report, details: Box::new(details) });
+    }
+
+    fn tick(&mut self) {
+        self.ticks += 1;
+        lock(&self.seat.ground).write(self.seat.host);
+        let guests: Vec<GuestId> = lock(&self.seat.disk).guests.keys().copied().collect();
+        for guest in guests {
+            self.look_at_source(guest);
+            self.look_at_destination(guest);
+            if self.ticks.is_multiple_of(MACHINE_TICKS) {
+                self.step(guest, LocalEvent::Source(SourceEvent::Tick));
+                self.step(guest, LocalEvent::Destination(DestinationEvent::Tick));
+            }
+            self.forget(guest);
+        }
+        if self.ticks.is_multiple_of(HEARTBEAT_TICKS) {
+            let heartbeat = Notice::Heartbeat { used: Room::default(), guests: self.reports(), view_revision: 0 };
+            self.outbox.push_back(heartbeat);
+        }
+    }
+
+    fn forget(&mut self, guest: GuestId) {
+        let mut disk = lock(&self.seat.disk);
+        let mut ground = lock(&self.seat.ground);
+        let is_idle = disk.guests.get(&guest).is_some_and(|kept| kept.machine.is_idle());
+        if is_idle && ground.local(self.seat.host, guest).is_empty() {
+            disk.guests.remove(&guest);
+            ground.locals.remove(&(self.seat.host, guest));
+        }
+    }
+
+    fn look_at_source(&mut self, guest: GuestId) {
+        let Some(machine) = self.machine(guest) else { return };
+        let host = self.seat.host;
+        let is_away = |to| {
+            let ground = lock(&self.seat.ground);
+            ground.away.contains(&to) || ground.away.contains(&host) || ground.dead.contains(&to)
+        };
+        let event = match machine.source().state() {
+            SourceState::Copying { plan, broken: false } => match self.copying.get_mut(&guest) {
+                Some((operation, left)) if *operation == plan.operation => {
+                    let is_stalled = lock(&self.seat.faults).stalled.contains(&Stage::Copy);
+                    *left = left.saturating_sub(u32::from(!is_stalled));
+                    let progress = Progress { memory_total_bytes: 100, memory_sent_bytes: 50, ..Progress::default() };
+                    self.outbox.push_back(Notice::Progress { operation: plan.operation, progress });
+                    let is_done = *left == 0;
+                    self.copied(guest, plan, is_done, is_away)
+                }
+                _ => None,
+            },
+            SourceState::Sealing { plan } | SourceState::Sealed { plan, .. } => {
+                let operation = plan.operation;
+                let is_lost = plan.kind.destination().is_some_and(is_away);
+                is_lost.then_some(SourceEvent::PeerLost { operation })
+            }
+            SourceState::Running => {
+                let mut ground = lock(&self.seat.ground);
+                let is_off = ground.local(host, guest).is_off;
+                if is_off && self.ticks.is_multiple_of(HEARTBEAT_TICKS) {
+                    let (epoch, event) = (machine.source().epoch(), GuestEventKind::PoweredOff);
+                    self.outbox.push_back(Notice::GuestEvent { guest, epoch, event });
+                }
+                None
+            }
+            _ => None,
+        };
+        if let Some(event) = event {
+            self.step(guest, LocalEvent::Source(event));
+        }
+    }
+
+    /// What comes of a copy in this tick.
+    fn copied(
+        &self,
+        guest: GuestId,
+        plan: &supercloud_api::handover::SourcePlan,
+        is_done: bool,
+        is_away: impl Fn(HostId) -> bool,
+    ) -> Option<SourceEvent> {
+        use supercloud_api::handover::OperationKind as Kind;
+        let (operation, host) = (plan.operation, self.seat.host);
+        let failed = Some(SourceEvent::CopyFailed { operation });
+        let paused = Some(SourceEvent::GuestPaused { operation });
+        match plan.kind {
+            Kind::Migrate { to, .. } if is_away(to) => Some(SourceEvent::PeerLost { operation }),
+            _ if !is_done => None,
+            Kind::Migrate { to, .. } => {
+                match lock(&self.seat.ground).hand_over(guest, plan.epoch, host, to, operation) {
+                    true => paused,
+                    false => failed,
+                }
+            }
+            Kind::Stop => {
+                let mut ground = lock(&self.seat.ground);
+                let local = ground.local(host, guest);
+                local.processes.retain(|process| process.epoch != Some(plan.epoch));
+                local.is_off = false;
+                paused
+            }
+            _ => {
+                let mut ground = lock(&self.seat.ground);
+                match ground.local(host, guest).by_epoch(plan.epoch).filter(|process| process.mode == Mode::Running) {
+                    Some(process) => {
+                        process.mode = Mode::Paused;
+                        paused
+                    }
+                    None => failed,
+                }
+            }
+        }
+    }
+
+    fn look_at_destination(&mut self, guest: GuestId) {
+        let Some(machine) = self.machine(guest) else { return };
+        let DestinationState::Receiving { plan, state_received, volumes } = machine.destination().state() else {
+            return;
+        };
+        let (operation, host) = (plan.operation, self.seat.host);
+        let mut events = Vec::new();
+        {
+            let mut ground = lock(&self.seat.ground);
+            let source = match plan.from.owner {
+                Owner::Host(source) => Some(source),
+                _ => None,
+            };
+            let is_cut = source.is_some_and(|source| ground.away.contains(&source) || ground.away.contains(&host));
+            let mode = ground.local(host, guest).by_operation(operation).map(|process| process.mode);
+            match mode {
+                None => events.push(DestinationEvent::GuestGone),
+                Some(Mode::Incoming) if is_cut => events.push(DestinationEvent::ReceiveFailed { operation }),
+                Some(Mode::Incoming) => {}
+                Some(_) if !state_received => events.push(DestinationEvent::StateReceived { operation }),
+                Some(_) => {}
+            }
+        }
+        if volumes.is_none() && events.is_empty() {
+            self.find_maps(guest, plan);
+            let adopt = lock(&self.seat.ground).local(host, guest).adopt;
+            if let Some((version, _)) = adopt {
+                events.push(DestinationEvent::VolumeMapsReceived { operation, volumes: self.stamps(guest, version) });
+            }
+        }
+        for event in events {
+            self.step(guest, LocalEvent::Destination(event));
+        }
+    }
+
+    pub(super) fn stamps(&self, guest: GuestId, version: u64) -> Vec<supercloud_api::handover::VolumeStamp> {
+        let mut root = [0; 32];
+        root[..8].copy_from_slice(&version.to_be_bytes());
+        let stamp = |volume: &VolumeId| supercloud_api::handover::VolumeStamp { volume: *volume, root, version };
+        lock(&self.seat.disk)
+            .guests
+            .get(&guest)
+            .map(|kept| kept.volumes.iter().map(stamp).collect())
+            .unwrap_or_default()
+    }
+}
+
+/// A root that stands for a number.
+pub fn root_of(number: u64) -> String {
+    format!("{number:016x}{:048}", 0)
+}
+
+/// A source's question that a liar asks.
+pub fn query(operation: Option<OperationId>, epoch: Epoch) -> OwnerQuery {
+    OwnerQuery { operation, epoch, copy: supercloud_api::handover::LocalCopy::Intact, wants_back: true }
+}
+
+#[path = "effects.rs"]
+mod effects;
