@@ -112,6 +112,8 @@ pub fn router(parts: &Parts, metrics: &Metrics) -> Router {
         .route("/v1/prices", get(system::prices))
         .route("/v1/feed", post(system::set_feed_clock))
         .with_state(api)
+        // The gate reads every body under its own limits; axum's default of 2 MB would refuse upload pieces after it.
+        .layer(axum::extract::DefaultBodyLimit::disable())
         .layer(middleware::from_fn_with_state(gate, gate::gate))
 }
 
