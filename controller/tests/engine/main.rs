@@ -6,5 +6,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod crashes;
+mod losses;
 mod moves;
 mod undo;

@@ -283,6 +283,15 @@ impl World {
         self.start_agent(host);
     }
 
+    /// The host is gone for good, with all that it held; its agent was killed before.
+    pub fn bury(&self, host: usize) {
+        let mut ground = lock(&self.ground);
+        let id = self.id(host);
+        ground.dead.insert(id);
+        let mine: Vec<GuestId> = ground.locals.keys().filter(|(at, _)| *at == id).map(|(_, guest)| *guest).collect();
+        ground.bereft.extend(mine);
+    }
+
     pub fn faults(&self, host: usize, change: impl FnOnce(&mut Faults)) {
         change(&mut lock(&self.hosts[host].seat.faults));
     }
