@@ -200,7 +200,7 @@ fn method_not_allowed(path: &str) -> Response {
 fn finish(mut response: Response, request_id: RequestId) -> Response {
     let status = response.status();
     if let Some(problem) = response.extensions_mut().remove::<Problem>() {
-        response = write_problem(response, problem.for_request(request_id));
+        response = write_problem(&response, &problem.for_request(request_id));
     } else if status.is_client_error() || status.is_server_error() {
         // Made by the framework (an unreadable path and the like).
         let code = match status {
@@ -211,7 +211,7 @@ fn finish(mut response: Response, request_id: RequestId) -> Response {
         };
         let mut problem = Problem::new(code, status.canonical_reason().unwrap_or("the request is malformed"));
         problem.status = status.as_u16();
-        response = write_problem(response, problem.for_request(request_id));
+        response = write_problem(&response, &problem.for_request(request_id));
     }
     let headers = response.headers_mut();
     if let Ok(value) = HeaderValue::try_from(request_id.to_string()) {
@@ -222,9 +222,9 @@ fn finish(mut response: Response, request_id: RequestId) -> Response {
     response
 }
 
-fn write_problem(response: Response, problem: Problem) -> Response {
+fn write_problem(response: &Response, problem: &Problem) -> Response {
     let allow = response.headers().get(header::ALLOW).cloned();
-    let body = serde_json::to_vec(&problem).unwrap_or_default();
+    let body = serde_json::to_vec(problem).unwrap_or_default();
     let status = StatusCode::from_u16(problem.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let mut response = (status, [(header::CONTENT_TYPE, "application/problem+json")], body).into_response();
     let headers = response.headers_mut();

@@ -60,13 +60,14 @@ mod tests {
     #[tokio::test]
     async fn expired_tokens_go_a_day_later_and_others_stay() {
         let test = TestController::start().await;
+        let end = unix_ms();
         let (record, _) =
-            crate::auth::new_token("old".parse().unwrap(), None, None, supercloud_api::Role::Viewer, Some(5));
+            crate::auth::new_token("old".parse().unwrap(), None, None, supercloud_api::Role::Viewer, Some(end));
         let mut change = Change::new();
         record.store_in(&mut change);
         test.state().commit(&Context::system(), change).await.unwrap();
-        assert_eq!(sweep_tokens(test.parts(), 4 + SHOWN_MS).await.unwrap(), 0);
-        assert_eq!(sweep_tokens(test.parts(), 5 + SHOWN_MS).await.unwrap(), 1);
+        assert_eq!(sweep_tokens(test.parts(), end + SHOWN_MS - 1).await.unwrap(), 0);
+        assert_eq!(sweep_tokens(test.parts(), end + SHOWN_MS).await.unwrap(), 1);
         assert_eq!(test.admin_client().tokens().await.unwrap().len(), 1);
         test.stop().await;
     }

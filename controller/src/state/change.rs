@@ -163,6 +163,7 @@ impl Change {
     }
 
     /// Takes an index key for an id; refused when it is taken.
+    #[expect(clippy::needless_pass_by_value, reason = "ids are small and copied")]
     pub fn claim(&mut self, key: Key, id: impl ToString) -> &mut Self {
         self.compares.insert(key.clone(), 0);
         self.puts.insert(key, id.to_string().into_bytes());

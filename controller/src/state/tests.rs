@@ -182,3 +182,72 @@ async fn a_layout_of_another_version_is_refused() {
     let refused = State::open(store as Arc<dyn Store>).await.unwrap_err();
     assert!(matches!(refused, StateError::Format(found) if found == "2"));
 }
+
+/// A store whose answers get lost: every third transaction is of unknown outcome, half of those did happen.
+struct Forgetful {
+    store: Arc<SledStore>,
+    count: std::sync::atomic::AtomicU32,
+}
+
+impl Store for Forgetful {
+    fn txn(
+        &self,
+        txn: supercloud_store::Txn,
+    ) -> supercloud_store::BoxFuture<'_, Result<supercloud_store::TxnOutcome, supercloud_store::StoreError>> {
+        let count = self.count.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        Box::pin(async move {
+            if count % 3 != 0 {
+                return self.store.txn(txn).await;
+            }
+            if count % 2 == 0 {
+                self.store.txn(txn).await?;
+            }
+            Err(supercloud_store::StoreError::UnknownOutcome { source: None })
+        })
+    }
+    fn get(
+        &self,
+        key: Key,
+    ) -> supercloud_store::BoxFuture<'_, Result<Option<Versioned>, supercloud_store::StoreError>> {
+        self.store.get(key)
+    }
+    fn range(
+        &self,
+        prefix: Prefix,
+        after: Option<Key>,
+        limit: usize,
+    ) -> supercloud_store::BoxFuture<'_, Result<supercloud_store::Page, supercloud_store::StoreError>> {
+        self.store.range(prefix, after, limit)
+    }
+    fn watch(&self, prefix: Prefix, from_revision: u64) -> supercloud_store::WatchStream {
+        self.store.watch(prefix, from_revision)
+    }
+    fn compact(&self, revision: u64) -> supercloud_store::BoxFuture<'_, Result<(), supercloud_store::StoreError>> {
+        self.store.compact(revision)
+    }
+    fn health(
+        &self,
+    ) -> supercloud_store::BoxFuture<'_, Result<supercloud_store::Health, supercloud_store::StoreError>> {
+        self.store.health()
+    }
+}
+
+#[tokio::test]
+async fn lost_answers_make_nothing_happen_twice_or_not_at_all() {
+    let (_folder, store, _state) = state().await;
+    let forgetful = Forgetful { store, count: std::sync::atomic::AtomicU32::new(1) };
+    let state = State::open(Arc::new(forgetful) as Arc<dyn Store>).await.unwrap();
+    let mut tasks = tokio::task::JoinSet::new();
+    for n in 0..60 {
+        let state = state.clone();
+        tasks.spawn(async move { state.commit(&Context::system(), creation(&cloud(&format!("c{n}")))).await });
+    }
+    let mut seqs = Vec::new();
+    while let Some(done) = tasks.join_next().await {
+        seqs.push(done.unwrap().unwrap().events[0].seq);
+    }
+    seqs.sort_unstable();
+    assert_eq!(seqs, (1..=60).collect::<Vec<u64>>(), "each told its own event");
+    assert_eq!(state.list::<Cloud>().await.unwrap().len(), 60);
+    assert_eq!(verify_chain(&state).await.unwrap(), Ok(60));
+}

@@ -6,6 +6,9 @@ use supercloud_api::{Code, Role, TokenCreate};
 
 use super::{TestController, guest, problem, problem_of};
 
+/// What, verb, path, token, body, and then: status, code, words of the detail.
+type Case<'a> = (&'a str, Method, &'a str, Option<&'a str>, serde_json::Value, u16, Code, &'a str);
+
 #[tokio::test]
 async fn refusals_say_what_is_wrong_and_change_nothing() {
     let test = TestController::start().await;
@@ -13,8 +16,10 @@ async fn refusals_say_what_is_wrong_and_change_nothing() {
     let (_, stranger) = test.project("other").await;
     world.client.create_guest(&guest("web")).await.unwrap();
     let expired = {
+        // Not long ago: what has expired for a day is removed.
+        let now = supercloud_api::unix_ms();
         let (record, secret) =
-            crate::auth::new_token("old".parse().unwrap(), Some(world.project), None, Role::Admin, Some(1));
+            crate::auth::new_token("old".parse().unwrap(), Some(world.project), None, Role::Admin, Some(now - 1));
         let mut change = crate::state::Change::new();
         record.store_in(&mut change);
         test.state().commit(&crate::state::Context::system(), change).await.unwrap();
@@ -30,7 +35,7 @@ async fn refusals_say_what_is_wrong_and_change_nothing() {
         body
     };
     let big = "x".repeat(65 << 10);
-    let cases: Vec<(&str, Method, &str, Option<&str>, serde_json::Value, u16, Code, &str)> = vec![
+    let cases: Vec<Case> = vec![
         (
             "unknown image",
             Method::POST,
