@@ -156,6 +156,7 @@ impl Engine {
         for id in &guest.guest.ports {
             let port = self.state.need::<Port>(id).await?;
             change.release(keys::address(port.network, port.ipv4));
+            change.release(keys::mac(&port.mac));
             change.delete(&port);
         }
         if let Some(seed) = self.state.read::<GuestSeed>(&guest.guest.id).await? {
