@@ -229,7 +229,10 @@ pub const fn part_name(part: ImagePart) -> &'static str {
 /// What is wrong with the content is the user's to mend; what is wrong with the store is ours.
 fn import_problem(part: &str, error: &TransferError) -> Problem {
     let code = match error {
-        TransferError::Format { .. } | TransferError::Size { .. } | TransferError::Qcow2(_) => Code::BadContent,
+        TransferError::Format { .. }
+        | TransferError::Size { .. }
+        | TransferError::Qcow2(_)
+        | TransferError::Convert { .. } => Code::BadContent,
         _ => Code::Internal,
     };
     Problem::new(code, format!("{part}: {}", chain(error)))

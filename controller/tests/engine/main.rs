@@ -6,7 +6,10 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod chunks;
 mod crashes;
+mod hostile;
+mod images;
 mod losses;
 mod moves;
 mod undo;

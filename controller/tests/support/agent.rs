@@ -12,8 +12,8 @@ use supercloud_api::{
     CompatClass, Progress, Room,
     frame::{Frame, read_frame, write_frame},
     handover::{
-        DestinationEvent, DestinationOrder, DestinationState, Found, LocalEvent, LocalHandover, OrderBody, Owner,
-        OwnerQuery, Report, SourceEvent, SourceOrder, SourceState,
+        DestinationEvent, DestinationOrder, DestinationState, Found, LocalEvent, LocalHandover, OperationKind,
+        OrderBody, Owner, OwnerQuery, Report, SourceEvent, SourceOrder, SourceState,
     },
     ids::{Epoch, GuestId, HostId, OperationId, VolumeId},
     link::{
@@ -486,17 +486,21 @@ impl Agent {
             ground.away.contains(&to) || ground.away.contains(&host) || ground.dead.contains(&to)
         };
         let event = match machine.source().state() {
-            SourceState::Copying { plan, broken: false } => match self.copying.get_mut(&guest) {
-                Some((operation, left)) if *operation == plan.operation => {
-                    let is_stalled = lock(&self.seat.faults).stalled.contains(&Stage::Copy);
-                    *left = left.saturating_sub(u32::from(!is_stalled));
-                    let progress = Progress { memory_total_bytes: 100, memory_sent_bytes: 50, ..Progress::default() };
-                    self.outbox.push_back(Notice::Progress { operation: plan.operation, progress });
-                    let is_done = *left == 0;
-                    self.copied(guest, plan, is_done, is_away)
+            // What broke is given up, but a stop: that goes on.
+            SourceState::Copying { plan, broken } if !broken || plan.kind == OperationKind::Stop => {
+                match self.copying.get_mut(&guest) {
+                    Some((operation, left)) if *operation == plan.operation => {
+                        let is_stalled = lock(&self.seat.faults).stalled.contains(&Stage::Copy);
+                        *left = left.saturating_sub(u32::from(!is_stalled));
+                        let progress =
+                            Progress { memory_total_bytes: 100, memory_sent_bytes: 50, ..Progress::default() };
+                        self.outbox.push_back(Notice::Progress { operation: plan.operation, progress });
+                        let is_done = *left == 0;
+                        self.copied(guest, plan, is_done, is_away)
+                    }
+                    _ => None,
                 }
-                _ => None,
-            },
+            }
             SourceState::Sealing { plan } | SourceState::Sealed { plan, .. } => {
                 let operation = plan.operation;
                 let is_lost = plan.kind.destination().is_some_and(is_away);
@@ -526,20 +530,19 @@ impl Agent {
         is_done: bool,
         is_away: impl Fn(HostId) -> bool,
     ) -> Option<SourceEvent> {
-        use supercloud_api::handover::OperationKind as Kind;
         let (operation, host) = (plan.operation, self.seat.host);
         let failed = Some(SourceEvent::CopyFailed { operation });
         let paused = Some(SourceEvent::GuestPaused { operation });
         match plan.kind {
-            Kind::Migrate { to, .. } if is_away(to) => Some(SourceEvent::PeerLost { operation }),
+            OperationKind::Migrate { to, .. } if is_away(to) => Some(SourceEvent::PeerLost { operation }),
             _ if !is_done => None,
-            Kind::Migrate { to, .. } => {
+            OperationKind::Migrate { to, .. } => {
                 match lock(&self.seat.ground).hand_over(guest, plan.epoch, host, to, operation) {
                     true => paused,
                     false => failed,
                 }
             }
-            Kind::Stop => {
+            OperationKind::Stop => {
                 let mut ground = lock(&self.seat.ground);
                 let local = ground.local(host, guest);
                 local.processes.retain(|process| process.epoch != Some(plan.epoch));

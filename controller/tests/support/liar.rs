@@ -4,7 +4,7 @@ use supercloud_api::{
     frame::{Frame, read_frame, write_frame},
     handover::Report,
     ids::GuestId,
-    link::{self, Answer, Directive, Envelope, Notice, Outcome, Query, ReportDetails, Welcome, kind},
+    link::{self, Answer, Envelope, Notice, Outcome, Query, ReportDetails, Welcome, kind},
     tls,
 };
 use tokio::net::TcpStream;
@@ -49,16 +49,6 @@ impl Liar {
                 let answer: Envelope<Outcome<Answer>> = frame.parse_json(kind::ANSWER, link::VERSION).unwrap();
                 assert_eq!(answer.number, self.number);
                 return answer.body.into();
-            }
-        }
-    }
-
-    /// The next directive.
-    pub async fn directive(&mut self) -> Directive {
-        loop {
-            let frame = read_frame(&mut self.stream).await.unwrap();
-            if frame.kind == kind::DIRECTIVE {
-                return frame.parse_json(kind::DIRECTIVE, link::VERSION).unwrap();
             }
         }
     }

@@ -59,11 +59,10 @@ pub fn pace() -> Pace {
 /// A controller that runs.
 pub struct Running {
     pub state: State,
-    pub engine: Arc<Engine>,
     pub chunks: Arc<DirStore>,
     store: Arc<SledStore>,
     tasks: JoinSet<()>,
-    _cancel: CancellationToken,
+    cancel: CancellationToken,
 }
 
 /// A host and its agent's process.
@@ -170,7 +169,7 @@ impl World {
         let mut tasks = JoinSet::new();
         tasks.spawn(link::serve(listener, Arc::new(server), sessions, handler, chunk_server, cancel.clone()));
         tasks.spawn(Arc::clone(&engine).run(imports, cancel.clone()));
-        self.controller = Some(Running { state, engine, chunks, store, tasks, _cancel: cancel });
+        self.controller = Some(Running { state, chunks, store, tasks, cancel });
         self.address.send_replace(address);
     }
 
@@ -178,6 +177,15 @@ impl World {
     pub async fn kill_controller(&mut self) {
         let Some(mut controller) = self.controller.take() else { return };
         controller.tasks.shutdown().await;
+        controller.store.close().await;
+    }
+
+    /// Ends it as an operator does: everything is told to stop, and does.
+    pub async fn stop_controller(&mut self) {
+        let Some(mut controller) = self.controller.take() else { return };
+        controller.cancel.cancel();
+        let ended = async { while controller.tasks.join_next().await.is_some() {} };
+        tokio::time::timeout(PATIENCE, ended).await.expect("every task ends when it is told to");
         controller.store.close().await;
     }
 
@@ -435,6 +443,31 @@ impl World {
 
     pub async fn delete(&self, guest: GuestId) -> OperationId {
         self.submit(guest, OperationKind::GuestDelete, Work::GuestDelete, None).await
+    }
+
+    /// An image whose disk was uploaded, and its import.
+    pub async fn import(&self, disk: &[u8], format: Option<supercloud_api::DiskFormat>) -> (ImageId, OperationId) {
+        let (image, id, now_ms) = (ImageId::generate(), OperationId::generate(), unix_ms());
+        let folder = self.folder.path().join("uploads").join(image.to_string());
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join("disk"), disk).unwrap();
+        let record: Image = serde_json::from_value(json!({
+            "id": image, "project": self.project, "name": format!("i{now_ms}"), "state": "importing", "cmdline": null,
+            "uploaded": [{"part": "disk", "bytes": disk.len()}], "parts": [], "created_at_ms": now_ms,
+        }))
+        .unwrap();
+        let operation: Operation = serde_json::from_value(json!({
+            "id": id, "kind": "image_import", "project": self.project, "phase": "plan", "guest": null, "image": image,
+            "volume": null, "source": null, "destination": null, "progress": {}, "is_cancel_requested": false,
+            "error": null, "actor": "token:test", "request_id": RequestId::generate(), "reason": null,
+            "created_at_ms": now_ms, "updated_at_ms": now_ms, "ended_at_ms": null,
+            "phase_times": [{"phase": "plan", "at_ms": now_ms}],
+        }))
+        .unwrap();
+        let mut change = Change::new();
+        change.create(&record).create_operation(&OperationRecord { operation, work: Work::ImageImport { format } });
+        self.state().commit(&Context::system(), change).await.unwrap();
+        (image, id)
     }
 
     pub async fn cancel(&self, operation: OperationId) {
