@@ -1,7 +1,9 @@
 //! `supercloud-lab`: the one-machine lab by hand.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::fs;
+use std::io::Write as _;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -210,23 +212,25 @@ fn up(name: &str, spec: Option<&Path>) -> anyhow::Result<()> {
 }
 
 fn status(lab: &Lab) -> anyhow::Result<()> {
-    print!("{}", lab.describe());
+    let mut text = lab.describe();
     for site in lab.sites() {
         let daemons = site.daemons().unwrap_or_else(|_| BTreeMap::new());
         for (name, daemon) in daemons {
-            println!("  {:<22} {name:<24} {}", site.name, daemon.ended.unwrap_or_else(|| "running".to_owned()));
+            writeln!(text, "  {:<22} {name:<24} {}", site.name, daemon.ended.unwrap_or_else(|| "running".to_owned()))?;
         }
     }
     let (links, realtime) = lab.links()?;
     if !realtime {
-        println!("(the WAN emulator has no real-time priority: delays may jitter by milliseconds)");
+        writeln!(text, "(the WAN emulator has no real-time priority: delays may jitter by milliseconds)")?;
     }
-    println!(
+    writeln!(
+        text,
         "{:<36} {:>8} {:>7} {:>7}  {:<4} {:>12} {:>8} {:>8} {:>8}",
         "link", "rtt ms", "Mbit/s", "loss %", "", "bytes", "lost", "overflow", "cut"
-    );
+    )?;
     for link in links {
-        println!(
+        writeln!(
+            text,
             "{:<36} {:>8} {:>7} {:>7}  {:<4} {:>12} {:>8} {:>8} {:>8}",
             format!("{} -> {}", link.from, link.to),
             link.shape.rtt_ms,
@@ -237,9 +241,13 @@ fn status(lab: &Lab) -> anyhow::Result<()> {
             link.counters.lost_frames,
             link.counters.overflow_frames,
             link.counters.cut_frames,
-        );
+        )?;
     }
-    Ok(())
+    // A reader that has seen enough (`| head`) is no error.
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(()),
+    }
 }
 
 fn ppm(percent: f64) -> anyhow::Result<u32> {

@@ -154,7 +154,7 @@ impl Site {
         self.dir.join("init.sock")
     }
 
-    /// A path inside the site as it is reachable from outside (folders of [`FOLDERS`] only).
+    /// A path inside the site as it is reachable from outside (the folders that are laid over the machine's own).
     #[must_use]
     pub fn outside(&self, inside: &str) -> Option<PathBuf> {
         FOLDERS.iter().find_map(|(own, place)| {
@@ -413,9 +413,11 @@ impl Site {
                 "-vconsole:off",
             ];
             self.spawn(self.daemon("ovs-vswitchd", "log-openvswitch/ovs-vswitchd.out", &argv))?;
+            // Always the same: neighbours remember it over a restart.
+            let mac = mac_text(self.index.mac(self.number, Segment::Overlay));
             let bridge = format!(
                 "ovs-vsctl --timeout=20 --may-exist add-br br-phy -- set bridge br-phy datapath_type={kind} \
-                 fail_mode=standalone -- --may-exist add-port br-phy ul0"
+                 fail_mode=standalone other_config:hwaddr=\"{mac}\" -- --may-exist add-port br-phy ul0"
             );
             self.inside(what, &bridge)?;
             let has_bridge = || self.links().is_ok_and(|links| links.iter().any(|link| link == "br-phy"));

@@ -184,11 +184,15 @@ fn daemons_that_are_killed_come_back_and_leftovers_are_seen() {
     assert!(wait_for(LONG, || ping().ok()).is_some(), "the underlay works: {:?}", ping().err());
     assert_eq!(lab.leftovers(), Vec::<String>::new());
 
+    // What neighbours remember of the switch must hold after its restart.
+    let mac = || lab.exec("h1", &["cat", "/sys/class/net/br-phy/address"], LONG).unwrap();
+    let before = mac();
     for _ in 0..2 {
         assert_eq!(lab.kill_process("h1", Which::Vswitchd, libc::SIGKILL).unwrap(), 1);
         assert_eq!(lab.kill_process("h1", Which::Libvirtd, libc::SIGKILL).unwrap(), 1);
         lab.restart_vswitchd("h1").unwrap();
         lab.restart_libvirtd("h1").unwrap();
+        assert_eq!(mac(), before);
         assert!(wait_for(LONG, || ping().ok()).is_some(), "the underlay works again: {:?}", ping().err());
         assert_eq!(lab.leftovers(), Vec::<String>::new());
     }

@@ -548,4 +548,36 @@ mod tests {
         assert_eq!(fabric.set_link_up("a", "x", false), Err(FabricError::UnknownSite("x".into())));
         assert_eq!(fabric.set_link_up("a", "a", false), Err(FabricError::SameSite("a".into())));
     }
+
+    /// What guests and hosts send may be anything; it must neither break the WAN nor come out where it does not belong.
+    #[test]
+    fn any_frames_stay_in_their_segment_and_never_come_back() {
+        let mut random = Random(0x5eed);
+        println!("seed {:#x}", random.0);
+        let mut fabric = fabric(LinkShape { queue_bytes: 50_000, loss_ppm: 1000, ..LinkShape::new(1.0, 100) });
+        let macs: Vec<[u8; 6]> = (0..3).map(mac).chain([BROADCAST, [1, 0, 0x5e, 0, 0, 1], [0; 6]]).collect();
+        let mut arrived = 0;
+        for now in 0..200_000_u64 {
+            let mut pick = |below: u32| random.below_million() % below;
+            let port = pick(6) as usize;
+            let mut bytes = frame(macs[pick(6) as usize], macs[pick(6) as usize], &[u8::try_from(port).unwrap(); 50]);
+            bytes.truncate(if pick(10) == 0 { pick(64) as usize } else { 64 });
+            fabric.ingress(now * 1000, port, &bytes);
+            match pick(2000) {
+                0 => fabric.set_link_up("a", "b", pick(2) == 0).unwrap(),
+                1 => fabric.set_site_up("c", pick(2) == 0).unwrap(),
+                2 => fabric.heal_all(),
+                _ => {}
+            }
+            fabric.deliver_due(now * 1000, |to, frame| {
+                arrived += 1;
+                if let Some(from) = frame.get(14) {
+                    let from = usize::from(*from);
+                    assert!(from / 3 == to / 3 && from != to, "from port {from} to port {to}");
+                }
+            });
+        }
+        assert!(arrived > 10_000, "{arrived}");
+        assert!(fabric.learned.len() <= 12);
+    }
 }
