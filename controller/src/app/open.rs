@@ -24,7 +24,7 @@ impl OpenStore {
             #[cfg(feature = "etcd")]
             StoreConfig::Etcd(servers) => {
                 let options = supercloud_store_etcd::EtcdOptions::default();
-                Ok(Self::Etcd(Arc::new(supercloud_store_etcd::EtcdStore::connect(servers, options).await?)))
+                Ok(Self::Etcd(Arc::new(supercloud_store_etcd::EtcdStore::connect(servers, &options).await?)))
             }
             #[cfg(not(feature = "etcd"))]
             StoreConfig::Etcd(_) => Err(StartError::NoEtcd),

@@ -35,6 +35,8 @@ const BODY_BUDGET: Duration = Duration::from_secs(45);
 const HANDLER_BUDGET: Duration = Duration::from_secs(58);
 /// Requests that are worked on at once; more are sent away.
 const REQUESTS_AT_ONCE: usize = 1024;
+/// Requests with a body but without a token (agents that join) at once: strangers cannot hold more.
+const STRANGERS_AT_ONCE: usize = 32;
 /// Bodies of uploads that are held in memory at once.
 const UPLOADS_AT_ONCE: usize = 8;
 
@@ -48,6 +50,7 @@ pub struct Gate {
     /// Where requests are counted.
     pub metrics: Metrics,
     requests: Arc<Semaphore>,
+    strangers: Arc<Semaphore>,
     uploads: Arc<Semaphore>,
 }
 
@@ -59,6 +62,7 @@ impl Gate {
             parts,
             metrics,
             requests: Arc::new(Semaphore::new(REQUESTS_AT_ONCE)),
+            strangers: Arc::new(Semaphore::new(STRANGERS_AT_ONCE)),
             uploads: Arc::new(Semaphore::new(UPLOADS_AT_ONCE)),
         }
     }
@@ -101,6 +105,10 @@ async fn pass(
     let caller = authenticate(&gate.parts, route, &head.headers).await?;
     let Query(params) = Query::<Params>::try_from_uri(&head.uri)
         .map_err(|error| Failure::bad(format!("the query: {}", crate::chain(&error))))?;
+    let _stranger = match (&caller, route.method == Method::GET) {
+        (None, false) => Some(gate.strangers.try_acquire().map_err(|_| busy())?),
+        _ => None,
+    };
     // A piece of an upload is large: only so many are held at a time.
     let is_upload = route.method == Method::PUT;
     let _room = match is_upload {
