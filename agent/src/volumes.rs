@@ -280,9 +280,9 @@ impl VolumeRunner {
         }
         let at = home.clone();
         tokio::task::spawn_blocking(move || {
+            // Not the agent's own socket for it: that may be there already for the process that comes next.
             durable::remove_folder(&at.folder)?;
-            durable::remove_folder(&at.run)?;
-            durable::remove_file(&at.peer_dial())
+            durable::remove_folder(&at.run)
         })
         .await?
         .map_err(|source| VolumesError::Files { volume: home.volume, source })

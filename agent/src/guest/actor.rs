@@ -35,7 +35,7 @@ const TICK: Duration = Duration::from_secs(1);
 /// How often the hypervisor is asked whether the guest is still there.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
 /// How long a guest of which nothing is here is remembered.
-const IDLE_BUDGET: Duration = Duration::from_secs(15);
+const IDLE_BUDGET: Duration = Duration::from_secs(2);
 /// How long a job that is not wanted any more may take to end.
 const JOB_END_BUDGET: Duration = Duration::from_secs(90);
 /// A console log larger than this is cut.

@@ -275,6 +275,7 @@ impl Actor {
         let assignment = assignment.ok_or_else(|| internal("the order came without its assignment"))?;
         let options = assignment.migration.clone();
         let peer = assignment.peer.clone().ok_or_else(|| internal("the assignment names no destination"))?;
+        self.check_reach(&peer)?;
         let mut meeting = Meeting::begin(self.meeting_params(operation, Some(peer), Role::Source));
         let events = meeting.take_events().ok_or_else(|| internal("the meeting has no events"))?;
         let (maps, wanted_maps) = tokio::sync::mpsc::channel(1);
@@ -289,6 +290,15 @@ impl Actor {
         self.maps = Some(maps);
         self.jobs.leave = Some(Self::start(&job.clone(), depart::run(job, wants)));
         Ok(())
+    }
+
+    /// One of the two must be able to dial the other.
+    fn check_reach(&self, peer: &supercloud_api::link::Peer) -> Result<(), Problem> {
+        if peer.data_address.is_some() || self.host.plane.address.is_some() {
+            return Ok(());
+        }
+        let error = crate::plane::PlaneError::NoAddress(peer.name.to_string());
+        Err(Problem::new(Code::HostUnavailable, error.to_string()))
     }
 
     fn meeting_params(
@@ -510,6 +520,8 @@ impl Actor {
         self.watched.lock().await.clear();
         for home in copy.all_volumes() {
             self.host.runner.delete(home).await?;
+            // A socket that nobody serves any more.
+            let _ = tokio::fs::remove_file(home.peer_dial()).await;
         }
         let is_other = |other: &Option<CopyRecord>| other.as_ref().is_some_and(|other| other.epoch != copy.epoch);
         if !is_other(&self.record.incoming) && !is_other(&self.record.current) {
@@ -537,7 +549,11 @@ impl Actor {
         let described = self.class(&assignment.spec.compat_class).and_then(|class| {
             machine::describe(&plan, &assignment.spec, &class, &self.places, &self.host.boot_cache(), origin)
         });
-        let copy = match described {
+        let reach = match assignment.peer.as_ref().filter(|_| origin == VolumeOrigin::Peer) {
+            Some(peer) => self.check_reach(peer),
+            None => Ok(()),
+        };
+        let copy = match reach.and(described) {
             Ok(copy) => copy,
             Err(problem) => return Ok(self.cannot_prepare(operation, problem)),
         };

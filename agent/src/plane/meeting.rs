@@ -36,7 +36,7 @@ const STAND_BACK: Duration = Duration::from_secs(5);
 /// How long an opened channel may take, the peer's part included.
 const CHANNEL_BUDGET: Duration = Duration::from_secs(30);
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
-const LAST_PAUSE: Duration = Duration::from_secs(3);
+const LAST_PAUSE: Duration = Duration::from_secs(1);
 /// Frames that may wait to be written to a control connection.
 const CONTROL_QUEUE: usize = 32;
 /// Volume connections that are carried at once for one operation.
@@ -371,7 +371,7 @@ impl Task {
 
     fn lose(&mut self, why: &str) {
         if self.control.take().is_some() {
-            tracing::info!(operation = %self.params.operation, why, "the control connection is lost");
+            tracing::debug!(operation = %self.params.operation, why, "the control connection is lost");
             for (channel, list) in std::mem::take(&mut self.awaited) {
                 self.queued.extend(list.into_iter().map(|wanted| (channel.clone(), wanted)));
             }

@@ -1,0 +1,464 @@
+//! A controller for tests: real TLS links, the ownership protocol's own decisions over records in memory, tickets, and faults
+//! that a test injects.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyPair,
+};
+use supercloud_agent::identity::{Identity, Request};
+use supercloud_api::{
+    frame::{Frame, read_frame, write_frame},
+    handover::{
+        self, AbortReason, BeginRequest, DestinationOrder, OperationKind, Order, OrderBody, Owner, OwnerRecord, Phase,
+        Report, SourceOrder, WhenOpen,
+    },
+    ids::{CloudId, GuestId, HostId, OperationId, VolumeId},
+    link::{
+        self, Assignment, ChunkSource, Directive, FrozenContent, GuestSpec, Hello, MigrationOptions, Notice, Peer,
+        Welcome, kind,
+    },
+    ticket::{Party, Signer, Ticket},
+    tls, unix_ms,
+};
+use tokio::{net::TcpListener, sync::mpsc};
+use tokio_rustls::TlsAcceptor;
+
+/// What a test knows of a host.
+#[derive(Clone)]
+pub struct HostInfo {
+    pub id: HostId,
+    pub name: String,
+    pub data_address: Option<SocketAddr>,
+    pub certificate_sha256: String,
+    pub cloud: CloudId,
+}
+
+/// Something that happens when a report comes in, before it is taken.
+pub type Hook = Box<dyn FnMut(HostId, &Report) -> Verdict + Send>;
+
+/// What becomes of a report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is taken.
+    Take,
+    /// It is lost.
+    Drop,
+    /// The operation is aborted first.
+    AbortFirst,
+}
+
+struct State {
+    records: HashMap<GuestId, OwnerRecord>,
+    specs: HashMap<GuestId, GuestSpec>,
+    hosts: BTreeMap<HostId, HostInfo>,
+    links: HashMap<HostId, mpsc::UnboundedSender<Directive>>,
+    cut: HashSet<HostId>,
+    frozen: Option<(FrozenContent, HostId)>,
+    pub progress: HashMap<OperationId, supercloud_api::Progress>,
+    problems: Vec<supercloud_api::Problem>,
+    discarded: HashSet<GuestId>,
+    events: Vec<link::GuestEventKind>,
+    hook: Option<Hook>,
+}
+
+pub struct Controller {
+    state: Mutex<State>,
+    signer: Signer,
+    issuer: Issuer<'static, KeyPair>,
+    ca_pem: String,
+    pub address: SocketAddr,
+    certificate: tls::Identity,
+}
+
+impl Controller {
+    pub async fn begin() -> Arc<Self> {
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let key = KeyPair::generate().unwrap();
+        let ca_pem = params.self_signed(&key).unwrap().pem();
+        let issuer = Issuer::new(params, key);
+        let own = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(vec![tls::CONTROLLER_NAME.to_owned()]).unwrap();
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        let certificate = params.signed_by(&own, &issuer).unwrap().pem();
+        let certificate = tls::Identity {
+            chain: tls::certificates_of_pem(&certificate).unwrap(),
+            key: tls::key_of_pem(&own.serialize_pem()).unwrap(),
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let controller = Arc::new(Self {
+            state: Mutex::new(State {
+                records: HashMap::new(),
+                specs: HashMap::new(),
+                hosts: BTreeMap::new(),
+                links: HashMap::new(),
+                cut: HashSet::new(),
+                frozen: None,
+                progress: HashMap::new(),
+                problems: Vec::new(),
+                discarded: HashSet::new(),
+                events: Vec::new(),
+                hook: None,
+            }),
+            signer: Signer::from_pkcs8(&Signer::generate_pkcs8().unwrap()).unwrap(),
+            issuer,
+            ca_pem,
+            address: listener.local_addr().unwrap(),
+            certificate,
+        });
+        tokio::spawn(controller.clone().listen(listener));
+        tokio::spawn(controller.clone().repeat());
+        controller
+    }
+
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    /// Certifies a host.
+    pub fn join(&self, host: HostId) -> Identity {
+        let request = Request::make(host).unwrap();
+        let mut csr = CertificateSigningRequestParams::from_pem(&request.csr_pem).unwrap();
+        let mut params = CertificateParams::new(vec![tls::host_dns_name(host)]).unwrap();
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        csr.params = params;
+        let certificate = csr.signed_by(&self.issuer).unwrap().pem();
+        request.complete(host, certificate, self.ca_pem.clone(), self.address.to_string()).unwrap()
+    }
+
+    pub fn add_host(&self, info: HostInfo) {
+        self.state().hosts.insert(info.id, info);
+    }
+
+    pub fn add_guest(&self, spec: GuestSpec) {
+        let mut state = self.state();
+        state.records.insert(spec.guest, OwnerRecord::new(spec.guest));
+        state.specs.insert(spec.guest, spec);
+    }
+
+    /// Injects a fault; replaces the one before.
+    pub fn hook(&self, hook: impl FnMut(HostId, &Report) -> Verdict + Send + 'static) {
+        self.state().hook = Some(Box::new(hook));
+    }
+
+    pub fn unhook(&self) {
+        self.state().hook = None;
+    }
+
+    /// Cuts a host's link, and keeps it cut until `heal`.
+    pub fn cut(&self, host: HostId) {
+        let mut state = self.state();
+        state.cut.insert(host);
+        state.links.remove(&host);
+    }
+
+    pub fn heal(&self, host: HostId) {
+        self.state().cut.remove(&host);
+    }
+
+    pub fn record(&self, guest: GuestId) -> OwnerRecord {
+        self.state().records[&guest].clone()
+    }
+
+    pub fn problems(&self) -> Vec<supercloud_api::Problem> {
+        self.state().problems.clone()
+    }
+
+    pub fn progress(&self, operation: OperationId) -> Option<supercloud_api::Progress> {
+        self.state().progress.get(&operation).cloned()
+    }
+
+    pub fn frozen(&self) -> Option<FrozenContent> {
+        self.state().frozen.as_ref().map(|(content, _)| content.clone())
+    }
+
+    pub fn is_discarded(&self, guest: GuestId) -> bool {
+        self.state().discarded.contains(&guest)
+    }
+
+    pub fn has_event(&self, event: link::GuestEventKind) -> bool {
+        self.state().events.contains(&event)
+    }
+
+    /// Begins an operation.
+    pub fn operate(&self, guest: GuestId, kind: OperationKind) -> OperationId {
+        let operation = OperationId::generate();
+        let mut state = self.state();
+        let record = handover::begin(&state.records[&guest], &BeginRequest { operation, kind, group: false })
+            .unwrap_or_else(|refusal| panic!("{refusal}"));
+        let record = handover::leave_plan(&record, operation).unwrap_or(record);
+        state.records.insert(guest, record);
+        drop(state);
+        self.send_orders(guest);
+        operation
+    }
+
+    /// Asks for an operation to be aborted; whether it is.
+    pub fn abort(&self, guest: GuestId, operation: OperationId) -> bool {
+        let mut state = self.state();
+        let aborted = Self::abort_in(&mut state, guest, operation);
+        drop(state);
+        self.send_orders(guest);
+        aborted
+    }
+
+    fn abort_in(state: &mut State, guest: GuestId, operation: OperationId) -> bool {
+        match handover::request_abort(&state.records[&guest], operation, AbortReason::Cancelled) {
+            handover::AbortDecision::Aborted { record } => {
+                state.records.insert(guest, *record);
+                true
+            }
+            handover::AbortDecision::AlreadyAborted(_) => true,
+            _ => false,
+        }
+    }
+
+    /// Waits until an operation has ended; how.
+    pub async fn ended(&self, guest: GuestId, operation: OperationId) -> Phase {
+        let waited = async {
+            loop {
+                let record = self.record(guest);
+                if let Some(last) = record.last.filter(|last| last.operation == operation) {
+                    return last.phase;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        match tokio::time::timeout(Duration::from_secs(120), waited).await {
+            Ok(phase) => phase,
+            Err(_) => panic!("operation {operation} does not end: {:?}", self.record(guest)),
+        }
+    }
+
+    pub fn discard(&self, host: HostId, guest: GuestId) {
+        if let Some(link) = self.state().links.get(&host) {
+            let _ = link.send(Directive::Discard { guest });
+        }
+    }
+
+    async fn repeat(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            let guests: Vec<GuestId> = self.state().records.keys().copied().collect();
+            for guest in guests {
+                self.send_orders(guest);
+            }
+        }
+    }
+
+    fn send_orders(&self, guest: GuestId) {
+        let state = self.state();
+        for order in state.records[&guest].orders() {
+            self.send_order(&state, guest, order);
+        }
+    }
+
+    fn send_order(&self, state: &State, guest: GuestId, order: Order) {
+        let Some(link) = state.links.get(&order.to) else { return };
+        let operation = match &order.body {
+            OrderBody::Source(SourceOrder::Begin(plan)) => Some((plan.operation, plan.kind)),
+            OrderBody::Destination(DestinationOrder::Prepare(plan)) => Some((plan.operation, plan.kind)),
+            _ => None,
+        };
+        let assignment =
+            operation.map(|(operation, kind)| Box::new(self.assignment(state, guest, order.to, operation, kind)));
+        let _ = link.send(Directive::Order { guest, order: order.body, assignment });
+    }
+
+    fn assignment(
+        &self,
+        state: &State,
+        guest: GuestId,
+        to: HostId,
+        operation: OperationId,
+        kind: OperationKind,
+    ) -> Assignment {
+        let record = &state.records[&guest];
+        let spec = state.specs[&guest].clone();
+        let from = record.operation.as_ref().map_or(record.stamp(), |op| op.from);
+        let owner = match from.owner {
+            Owner::Host(host) => Some(host),
+            _ => record.holders.first().map(|holder| holder.host),
+        };
+        let other = match kind {
+            OperationKind::Migrate { to: destination, .. } if destination == to => owner,
+            OperationKind::Migrate { to: destination, .. } => Some(destination),
+            OperationKind::Start { .. } | OperationKind::RestartFromVolume { .. } => owner.filter(|owner| *owner != to),
+            _ => None,
+        };
+        let party = |host: HostId| Party {
+            host: Some(host),
+            certificate_sha256: state.hosts[&host].certificate_sha256.clone(),
+        };
+        let ticket = |guest: Option<GuestId>, source: HostId, destination: HostId, volumes: Vec<VolumeId>| {
+            self.signer.sign(&Ticket {
+                version: Ticket::VERSION,
+                operation,
+                project: spec.project,
+                guest,
+                epoch: from.epoch,
+                source: party(source),
+                destination: party(destination),
+                volumes,
+                expires_at_ms: unix_ms() + 60_000,
+            })
+        };
+        let volumes: Vec<VolumeId> = spec.volumes.iter().map(|volume| volume.volume).collect();
+        let is_destination = kind.destination() == Some(to);
+        let permission = other.map(|other| match is_destination {
+            true => ticket(Some(guest), other, to, volumes),
+            false => ticket(Some(guest), to, other, volumes),
+        });
+        let cloud = state.hosts[&to].cloud;
+        let chunk_sources = state
+            .hosts
+            .values()
+            .filter(|host| host.cloud != cloud)
+            .filter_map(|host| {
+                Some(ChunkSource {
+                    address: host.data_address?,
+                    certificate_sha256: host.certificate_sha256.clone(),
+                    ticket: ticket(None, host.id, to, Vec::new()),
+                })
+            })
+            .collect();
+        let mut frozen = None;
+        if let (OperationKind::Thaw { .. }, Some((content, _))) = (kind, &state.frozen) {
+            frozen = Some(content.memory.clone());
+        }
+        let peer = other.map(|other| {
+            let host = &state.hosts[&other];
+            Peer {
+                host: other,
+                name: host.name.parse().unwrap(),
+                data_address: host.data_address,
+                certificate_sha256: host.certificate_sha256.clone(),
+            }
+        });
+        Assignment {
+            operation,
+            spec,
+            peer,
+            ticket: permission,
+            chunk_sources,
+            migration: MigrationOptions { auto_converge: true, ..MigrationOptions::default() },
+            grace_ms: 0,
+            frozen,
+        }
+    }
+
+    async fn listen(self: Arc<Self>, listener: TcpListener) {
+        let ca = tls::certificates_of_pem(&self.ca_pem).unwrap();
+        let config = tls::server_config(&ca, self.certificate.clone(), &[tls::ALPN_AGENT]).unwrap();
+        let acceptor = TlsAcceptor::from(Arc::new(config));
+        loop {
+            let (tcp, _) = listener.accept().await.unwrap();
+            let (controller, acceptor) = (self.clone(), acceptor.clone());
+            tokio::spawn(async move {
+                let Ok(stream) = acceptor.accept(tcp).await else { return };
+                let leaf = stream.get_ref().1.peer_certificates().unwrap()[0].clone().into_owned();
+                let host = tls::host_of_certificate(&leaf).unwrap();
+                controller.serve(host, stream).await;
+            });
+        }
+    }
+
+    async fn serve(&self, host: HostId, mut stream: tokio_rustls::server::TlsStream<tokio::net::TcpStream>) {
+        if self.state().cut.contains(&host) {
+            return;
+        }
+        let Ok(frame) = read_frame(&mut stream).await else { return };
+        let hello: Hello = frame.parse_json(kind::HELLO, link::VERSION).unwrap();
+        assert_eq!(hello.host, host);
+        let welcome = {
+            let state = self.state();
+            let owned = state.records.values().filter(|record| record.owner == Owner::Host(host));
+            Welcome {
+                host_name: state.hosts[&host].name.parse().unwrap(),
+                cloud: state.hosts[&host].cloud,
+                ticket_key: self.signer.public_key_hex(),
+                heartbeat_ms: 500,
+                owned: owned.map(|record| (record.guest, record.epoch)).collect(),
+            }
+        };
+        let frame = Frame::json(kind::WELCOME, link::VERSION, &welcome).unwrap();
+        if write_frame(&mut stream, &frame).await.is_err() {
+            return;
+        }
+        let (orders, mut outgoing) = mpsc::unbounded_channel();
+        self.state().links.insert(host, orders);
+        let (mut reader, mut writer) = tokio::io::split(stream);
+        let read = async {
+            while let Ok(frame) = read_frame(&mut reader).await {
+                if frame.kind == kind::NOTICE {
+                    self.take(host, frame.parse_json(kind::NOTICE, link::VERSION).unwrap());
+                }
+            }
+        };
+        let write = async {
+            while let Some(directive) = outgoing.recv().await {
+                let frame = Frame::json(kind::DIRECTIVE, link::VERSION, &directive).unwrap();
+                if write_frame(&mut writer, &frame).await.is_err() {
+                    return;
+                }
+            }
+        };
+        // A cut link loses its sender, which ends the writing.
+        tokio::select! {
+            () = read => {}
+            () = write => {}
+        }
+    }
+
+    fn take(&self, host: HostId, notice: Notice) {
+        match notice {
+            Notice::Report { guest, report, details } => {
+                let mut hook = self.state().hook.take();
+                let verdict = hook.as_mut().map_or(Verdict::Take, |hook| hook(host, &report));
+                let mut state = self.state();
+                state.hook = state.hook.take().or(hook);
+                if verdict == Verdict::Drop {
+                    return;
+                }
+                if let (Verdict::AbortFirst, Some(op)) = (verdict, &state.records[&guest].operation) {
+                    let operation = op.id;
+                    Self::abort_in(&mut state, guest, operation);
+                }
+                if let Some(problem) = details.problem {
+                    state.problems.push(problem);
+                }
+                let accepted = handover::accept(&state.records[&guest], host, &report, WhenOpen::Abort);
+                if let Some(record) = accepted.record {
+                    record.check().unwrap();
+                    if let (Owner::Frozen(_), Some(content)) = (record.owner, details.frozen) {
+                        let spec = state.specs.get_mut(&guest).unwrap();
+                        for volume in &mut spec.volumes {
+                            let stored = content.volumes.iter().find(|stored| stored.volume == volume.volume).unwrap();
+                            volume.base_root = Some(stored.root.clone());
+                        }
+                        state.frozen = Some((content, host));
+                    }
+                    state.records.insert(guest, record);
+                }
+                for order in accepted.orders {
+                    self.send_order(&state, guest, order);
+                }
+            }
+            Notice::Progress { operation, progress } => {
+                self.state().progress.insert(operation, progress);
+            }
+            Notice::Discarded { guest } => {
+                self.state().discarded.insert(guest);
+            }
+            Notice::GuestEvent { event, .. } => self.state().events.push(event),
+            Notice::Heartbeat { .. } => {}
+        }
+    }
+}

@@ -1,0 +1,547 @@
+//! A hypervisor for tests: its guests are tasks that write increasing numbers to their real disks (NBD sockets of real volume
+//! processes) and remember what was acknowledged. It outlives the agent, as a real one does; migration streams go through the
+//! agents' real sockets. What only it can know is checked: never two running copies of one guest.
+
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use supercloud_api::CompatClass;
+use supercloud_blanket::{
+    Backend, BackendError, BackendResult, BoxFuture, Launch, LiveMigration,
+    backend::{
+        BackendEvent, Capabilities, Frozen, GuestEvent, GuestInfo, MemoryStats, PauseReason, RunState, StopMode,
+        StopReason,
+    },
+    migrate::{Cookie, CopyLimits, CopyOptions, Performed, Transfer, TransferPhase, TransferProgress, Verdict},
+};
+use supercloud_ids::{Epoch, GuestId};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{UnixListener, UnixStream},
+    sync::{broadcast, watch},
+    task::JoinHandle,
+};
+
+use crate::nbd::Nbd;
+
+/// Bytes between two numbers on the disk: every block of a volume gets some.
+const STRIDE: u64 = 16 << 10;
+const RECORD: usize = 512;
+const MEMORY_BYTES: usize = 4 << 20;
+const PIECES: usize = 40;
+
+/// What the tests know about all guests, on all hosts.
+#[derive(Default)]
+pub struct World {
+    running: Mutex<HashMap<GuestId, u32>>,
+    pub violations: Mutex<Vec<String>>,
+    /// Per guest: slot to the newest number that its disk acknowledged.
+    acknowledged: Mutex<HashMap<GuestId, HashMap<u64, u64>>>,
+    pub boots: AtomicU64,
+    /// How long a piece of memory takes to go.
+    pub piece_ms: AtomicU64,
+}
+
+impl World {
+    fn began(&self, guest: GuestId) {
+        let mut running = self.running.lock().unwrap();
+        let count = running.entry(guest).or_default();
+        *count += 1;
+        if *count > 1 {
+            self.violations.lock().unwrap().push(format!("{count} copies of {guest} run"));
+        }
+    }
+
+    fn stopped(&self, guest: GuestId) {
+        *self.running.lock().unwrap().entry(guest).or_default() -= 1;
+    }
+
+    pub fn running(&self, guest: GuestId) -> u32 {
+        self.running.lock().unwrap().get(&guest).copied().unwrap_or(0)
+    }
+}
+
+struct Guest {
+    launch: Launch,
+    epoch: Epoch,
+    state: RunState,
+    /// The guest's "memory": the next number that it writes.
+    next: Arc<AtomicU64>,
+    cpu: Option<Cpu>,
+}
+
+/// The running vCPU.
+struct Cpu {
+    stop: watch::Sender<bool>,
+    task: JoinHandle<bool>,
+}
+
+struct Inner {
+    name: String,
+    world: Arc<World>,
+    guests: tokio::sync::Mutex<HashMap<GuestId, Guest>>,
+    events: broadcast::Sender<BackendEvent>,
+    cancels: Mutex<HashMap<GuestId, Arc<AtomicBool>>>,
+    incoming: Mutex<HashMap<GuestId, JoinHandle<std::io::Result<u64>>>>,
+    agent: AtomicU64,
+}
+
+/// A host's hypervisor.
+#[derive(Clone)]
+pub struct Hypervisor(Arc<Inner>);
+
+pub fn class() -> CompatClass {
+    CompatClass {
+        back_end: "test".into(),
+        accelerator: "none".into(),
+        machine_version: "1".into(),
+        cpu_baseline: "any".into(),
+    }
+}
+
+fn failed(what: &'static str) -> impl Fn(std::io::Error) -> BackendError {
+    move |error| BackendError::Failed { what, detail: error.to_string() }
+}
+
+impl Hypervisor {
+    pub fn new(name: &str, world: &Arc<World>) -> Self {
+        Self(Arc::new(Inner {
+            name: name.to_owned(),
+            world: world.clone(),
+            guests: tokio::sync::Mutex::default(),
+            events: broadcast::Sender::new(64),
+            cancels: Mutex::default(),
+            incoming: Mutex::default(),
+            agent: AtomicU64::new(0),
+        }))
+    }
+
+    /// What libvirt does when its client dies: what was only prepared is gone.
+    pub async fn agent_died(&self) {
+        self.0.agent.fetch_add(1, Ordering::SeqCst);
+        for (_, task) in self.0.incoming.lock().unwrap().drain() {
+            task.abort();
+        }
+        self.0.guests.lock().await.retain(|_, guest| guest.state != RunState::Paused(PauseReason::Incoming));
+    }
+
+    pub async fn epoch_of(&self, guest: GuestId) -> Option<(Epoch, RunState)> {
+        self.0.guests.lock().await.get(&guest).map(|guest| (guest.epoch, guest.state))
+    }
+
+    /// The guest reads its whole disk and compares it with what was acknowledged; how many numbers were compared.
+    pub async fn check_disk(&self, id: GuestId) -> usize {
+        let (disk, cpu) = {
+            let mut guests = self.0.guests.lock().await;
+            let guest = guests.get_mut(&id).expect("the guest is here");
+            (guest.launch.host.disks["disk0"].socket.clone(), guest.cpu.take())
+        };
+        self.0.halt(id, cpu).await;
+        let wanted = self.0.world.acknowledged.lock().unwrap().get(&id).cloned().unwrap_or_default();
+        let mut nbd = Nbd::connect(&disk).await.expect("the disk is there");
+        for (slot, number) in &wanted {
+            let read = nbd.read(slot * STRIDE, RECORD).await.expect("the disk answers");
+            assert_eq!(read, record(*number), "slot {slot} of {id} does not hold {number}");
+        }
+        drop(nbd);
+        self.0.go(id).await;
+        wanted.len()
+    }
+
+    /// The guest switches itself off.
+    pub async fn power_off(&self, id: GuestId) {
+        let gone = self.0.guests.lock().await.remove(&id).expect("the guest is here");
+        self.0.halt(id, gone.cpu).await;
+        let what = GuestEvent::Stopped(StopReason::PoweredOff);
+        let _ = self.0.events.send(BackendEvent::Guest { guest: id, what });
+    }
+}
+
+fn record(number: u64) -> Vec<u8> {
+    number.to_le_bytes().into_iter().cycle().take(RECORD).collect()
+}
+
+impl Inner {
+    /// Lets the vCPU run.
+    async fn go(self: &Arc<Self>, id: GuestId) {
+        let mut guests = self.guests.lock().await;
+        let Some(guest) = guests.get_mut(&id) else { return };
+        let (stop, mut stopped) = watch::channel(false);
+        let disk = guest.launch.host.disks["disk0"].socket.clone();
+        let (next, inner) = (guest.next.clone(), self.clone());
+        guest.state = RunState::Running;
+        self.world.began(id);
+        let slots = 1 << 20 >> 14;
+        let task = tokio::spawn(async move {
+            let run = async {
+                let mut nbd = Nbd::connect(&disk).await?;
+                loop {
+                    let number = next.load(Ordering::SeqCst);
+                    let slot = number % slots;
+                    nbd.write(slot * STRIDE, &record(number)).await?;
+                    inner.world.acknowledged.lock().unwrap().entry(id).or_default().insert(slot, number);
+                    next.store(number + 1, Ordering::SeqCst);
+                    if *stopped.borrow_and_update() {
+                        return Ok::<_, std::io::Error>(());
+                    }
+                    tokio::select! {
+                        _ = stopped.changed() => return Ok(()),
+                        () = tokio::time::sleep(Duration::from_millis(5)) => {}
+                    }
+                }
+            };
+            match run.await {
+                Ok(()) => true,
+                Err(error) => {
+                    eprintln!("{}: the disk of {id} fails: {error}", inner.name);
+                    inner.world.stopped(id);
+                    if let Some(guest) = inner.guests.lock().await.get_mut(&id) {
+                        guest.state = RunState::Paused(PauseReason::DiskError);
+                    }
+                    let what = GuestEvent::Paused(PauseReason::DiskError);
+                    let _ = inner.events.send(BackendEvent::Guest { guest: id, what });
+                    false
+                }
+            }
+        });
+        guest.cpu = Some(Cpu { stop, task });
+    }
+
+    /// Stops the vCPU, after the write that is under way: as an emulator drains its disks.
+    async fn halt(&self, id: GuestId, cpu: Option<Cpu>) {
+        if let Some(cpu) = cpu {
+            cpu.stop.send_replace(true);
+            if cpu.task.await.unwrap() {
+                self.world.stopped(id);
+            }
+        }
+    }
+
+    async fn pause(&self, id: GuestId, reason: PauseReason) -> BackendResult<u64> {
+        let cpu = {
+            let mut guests = self.guests.lock().await;
+            let guest = guests.get_mut(&id).ok_or(BackendError::NoSuchGuest { guest: id })?;
+            guest.cpu.take()
+        };
+        self.halt(id, cpu).await;
+        let mut guests = self.guests.lock().await;
+        let guest = guests.get_mut(&id).ok_or(BackendError::NoSuchGuest { guest: id })?;
+        guest.state = RunState::Paused(reason);
+        Ok(guest.next.load(Ordering::SeqCst))
+    }
+
+    async fn put(self: &Arc<Self>, launch: Launch, state: RunState, next: u64) -> BackendResult<GuestInfo> {
+        launch.check()?;
+        for tap in launch.host.taps.values() {
+            assert!(tap.starts_with("sct"), "{tap}");
+        }
+        for disk in launch.host.disks.values() {
+            assert!(disk.socket.exists(), "{} is not there", disk.socket.display());
+        }
+        let (id, epoch) = (launch.guest, launch.epoch);
+        let mut guests = self.guests.lock().await;
+        if guests.contains_key(&id) {
+            return Err(BackendError::AlreadyThere { guest: id });
+        }
+        guests.insert(id, Guest { launch, epoch, state, next: Arc::new(AtomicU64::new(next)), cpu: None });
+        Ok(GuestInfo { guest: id, epoch, state, pid: None })
+    }
+}
+
+impl Backend for Hypervisor {
+    fn name(&self) -> &'static str {
+        "test"
+    }
+
+    fn capabilities(&self) -> BoxFuture<'_, BackendResult<Capabilities>> {
+        Box::pin(async {
+            Ok(Capabilities {
+                back_end: "test".into(),
+                version: "1".into(),
+                classes: vec![class()],
+                no_live_migration: None,
+            })
+        })
+    }
+
+    fn start(&self, launch: Launch) -> BoxFuture<'_, BackendResult<GuestInfo>> {
+        Box::pin(async move {
+            let info = self.0.put(launch, RunState::Paused(PauseReason::Other), 1).await?;
+            self.0.world.boots.fetch_add(1, Ordering::SeqCst);
+            self.0.go(info.guest).await;
+            Ok(info)
+        })
+    }
+
+    fn stop(&self, guest: GuestId, _mode: StopMode) -> BoxFuture<'_, BackendResult<()>> {
+        Box::pin(async move {
+            let gone = self.0.guests.lock().await.remove(&guest);
+            if let Some(gone) = gone {
+                self.0.halt(guest, gone.cpu).await;
+                let what = GuestEvent::Stopped(StopReason::Killed);
+                let _ = self.0.events.send(BackendEvent::Guest { guest, what });
+            }
+            Ok(())
+        })
+    }
+
+    fn pause(&self, guest: GuestId) -> BoxFuture<'_, BackendResult<()>> {
+        Box::pin(async move { self.0.pause(guest, PauseReason::Asked).await.map(drop) })
+    }
+
+    fn resume(&self, guest: GuestId, epoch: Epoch) -> BoxFuture<'_, BackendResult<()>> {
+        Box::pin(async move {
+            let state = {
+                let mut guests = self.0.guests.lock().await;
+                let found = guests.get_mut(&guest).ok_or(BackendError::NoSuchGuest { guest })?;
+                assert!(epoch >= found.epoch, "resumed at an older epoch");
+                found.epoch = epoch;
+                found.state
+            };
+            match state {
+                RunState::Running => Ok(()),
+                RunState::Paused(PauseReason::Incoming | PauseReason::Departed) => {
+                    Err(BackendError::WrongState { guest, wants: "resume", is: format!("{state:?}") })
+                }
+                _ => {
+                    self.0.go(guest).await;
+                    let _ = self.0.events.send(BackendEvent::Guest { guest, what: GuestEvent::Resumed });
+                    Ok(())
+                }
+            }
+        })
+    }
+
+    fn reset(&self, _guest: GuestId) -> BoxFuture<'_, BackendResult<()>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn status(&self, guest: GuestId) -> BoxFuture<'_, BackendResult<Option<GuestInfo>>> {
+        Box::pin(async move {
+            let guests = self.0.guests.lock().await;
+            let info = |found: &Guest| GuestInfo { guest, epoch: found.epoch, state: found.state, pid: None };
+            Ok(guests.get(&guest).map(info))
+        })
+    }
+
+    fn list(&self) -> BoxFuture<'_, BackendResult<Vec<GuestInfo>>> {
+        Box::pin(async move {
+            let guests = self.0.guests.lock().await;
+            let info = |(guest, found): (&GuestId, &Guest)| GuestInfo {
+                guest: *guest,
+                epoch: found.epoch,
+                state: found.state,
+                pid: None,
+            };
+            Ok(guests.iter().map(info).collect())
+        })
+    }
+
+    fn console(&self, guest: GuestId) -> BoxFuture<'_, BackendResult<PathBuf>> {
+        Box::pin(async move { Err(BackendError::NoSuchGuest { guest }) })
+    }
+
+    fn memory_stats(&self, _guest: GuestId) -> BoxFuture<'_, BackendResult<MemoryStats>> {
+        Box::pin(async { Ok(MemoryStats::default()) })
+    }
+
+    fn events(&self) -> broadcast::Receiver<BackendEvent> {
+        self.0.events.subscribe()
+    }
+
+    fn freeze(&self, guest: GuestId, file: PathBuf) -> BackendResult<Transfer<Frozen>> {
+        let inner = self.0.clone();
+        let (_tx, progress) = watch::channel(TransferProgress::default());
+        let done = Box::pin(async move {
+            let next = inner.pause(guest, PauseReason::Saving).await?;
+            let mut bytes = vec![7; 300_001];
+            bytes[..8].copy_from_slice(&next.to_le_bytes());
+            tokio::fs::write(&file, &bytes).await.map_err(failed("save"))?;
+            inner.guests.lock().await.remove(&guest);
+            let what = GuestEvent::Stopped(StopReason::Frozen);
+            let _ = inner.events.send(BackendEvent::Guest { guest, what });
+            Ok(Frozen { format: "test/1".into(), bytes: bytes.len() as u64 })
+        });
+        Ok(Transfer { progress, done })
+    }
+
+    fn thaw(&self, launch: Launch, file: PathBuf, format: String) -> BoxFuture<'_, BackendResult<GuestInfo>> {
+        Box::pin(async move {
+            assert_eq!(format, "test/1");
+            let bytes = tokio::fs::read(&file).await.map_err(failed("thaw"))?;
+            assert_eq!(bytes.len(), 300_001, "the file is as long as it was");
+            assert!(bytes[8..].iter().all(|byte| *byte == 7));
+            let next = u64::from_le_bytes(bytes[..8].try_into().unwrap());
+            self.0.put(launch, RunState::Paused(PauseReason::Arrived), next).await
+        })
+    }
+
+    fn live_migration(&self) -> BackendResult<&dyn LiveMigration> {
+        Ok(self)
+    }
+}
+
+impl LiveMigration for Hypervisor {
+    fn begin(&self, guest: GuestId) -> BoxFuture<'_, BackendResult<Cookie>> {
+        Box::pin(async move {
+            match self.0.guests.lock().await.get(&guest).map(|guest| guest.state) {
+                Some(RunState::Running) => Cookie::new(b"one".to_vec()),
+                Some(state) => Err(BackendError::WrongState { guest, wants: "move", is: format!("{state:?}") }),
+                None => Err(BackendError::NoSuchGuest { guest }),
+            }
+        })
+    }
+
+    fn perform(
+        &self,
+        guest: GuestId,
+        cookie: Cookie,
+        stream: PathBuf,
+        _options: CopyOptions,
+    ) -> BackendResult<Transfer<Performed>> {
+        assert_eq!(cookie.as_bytes(), b"two");
+        let cancelled = Arc::new(AtomicBool::new(false));
+        self.0.cancels.lock().unwrap().insert(guest, cancelled.clone());
+        let (tx, progress) = watch::channel(TransferProgress::default());
+        let (inner, agent) = (self.0.clone(), self.0.agent.load(Ordering::SeqCst));
+        // The hypervisor's own work: it goes on, or breaks, whoever waits for it.
+        let work = tokio::spawn(async move {
+            let what = "copy";
+            let mut socket = UnixStream::connect(&stream).await.map_err(failed(what))?;
+            let piece = vec![9; MEMORY_BYTES / PIECES];
+            for sent in 1..=PIECES {
+                if cancelled.load(Ordering::SeqCst) {
+                    return Err(BackendError::Cancelled { what });
+                }
+                socket.write_all(&piece).await.map_err(failed(what))?;
+                tx.send_modify(|told| {
+                    told.phase = TransferPhase::Copy;
+                    told.iteration = 1;
+                    told.memory_total_bytes = MEMORY_BYTES as u64;
+                    told.memory_processed_bytes = (sent * piece.len()) as u64;
+                    told.memory_remaining_bytes = (MEMORY_BYTES - sent * piece.len()) as u64;
+                });
+                tokio::time::sleep(Duration::from_millis(inner.world.piece_ms.load(Ordering::SeqCst))).await;
+            }
+            let paused_at = std::time::Instant::now();
+            let next = inner.pause(guest, PauseReason::Departed).await?;
+            let sent = async {
+                socket.write_all(&next.to_le_bytes()).await?;
+                socket.shutdown().await?;
+                // Back to the running state when the other end is not there to have taken it.
+                let mut end = [0];
+                socket.read(&mut end).await
+            };
+            match sent.await {
+                Ok(1) => {}
+                other => {
+                    inner.go(guest).await;
+                    return Err(BackendError::Failed { what, detail: format!("{other:?}") });
+                }
+            }
+            if inner.agent.load(Ordering::SeqCst) != agent {
+                eprintln!("{}: the copy of {guest} ended after its agent", inner.name);
+            }
+            let progress = *tx.borrow();
+            Ok(Performed { cookie: Cookie::new(b"three".to_vec())?, paused_for: paused_at.elapsed(), progress })
+        });
+        let done = Box::pin(async move {
+            work.await.unwrap_or_else(|error| Err(BackendError::Failed { what: "copy", detail: error.to_string() }))
+        });
+        Ok(Transfer { progress, done })
+    }
+
+    fn set_limits(&self, _guest: GuestId, _limits: CopyLimits) -> BoxFuture<'_, BackendResult<()>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn cancel(&self, guest: GuestId) -> BoxFuture<'_, BackendResult<()>> {
+        if let Some(cancelled) = self.0.cancels.lock().unwrap().get(&guest) {
+            cancelled.store(true, Ordering::SeqCst);
+        }
+        Box::pin(async { Ok(()) })
+    }
+
+    fn confirm(&self, guest: GuestId, verdict: Verdict) -> BoxFuture<'_, BackendResult<()>> {
+        Box::pin(async move {
+            let state = self.0.guests.lock().await.get(&guest).map(|guest| guest.state);
+            match (state, verdict) {
+                (None, _) | (Some(RunState::Running), Verdict::Keep) => Ok(()),
+                (Some(RunState::Paused(PauseReason::Departed | PauseReason::Asked)), Verdict::Keep) => {
+                    self.0.go(guest).await;
+                    Ok(())
+                }
+                (Some(RunState::Paused(PauseReason::Departed)), Verdict::Release) => {
+                    self.0.guests.lock().await.remove(&guest);
+                    Ok(())
+                }
+                (Some(state), _) => {
+                    Err(BackendError::WrongState { guest, wants: "end its move", is: format!("{state:?}") })
+                }
+            }
+        })
+    }
+
+    fn prepare(&self, launch: Launch, cookie: Cookie, listen: PathBuf) -> BoxFuture<'_, BackendResult<Cookie>> {
+        Box::pin(async move {
+            assert_eq!(cookie.as_bytes(), b"one");
+            let guest = launch.guest;
+            let listener = UnixListener::bind(&listen).map_err(failed("listen"))?;
+            self.0.put(launch, RunState::Paused(PauseReason::Incoming), 0).await?;
+            let task = tokio::spawn(async move {
+                let (mut stream, _) = listener.accept().await?;
+                let mut bytes = vec![0; MEMORY_BYTES / PIECES * PIECES + 8];
+                stream.read_exact(&mut bytes).await?;
+                stream.write_all(b".").await?;
+                Ok(u64::from_le_bytes(bytes[bytes.len() - 8..].try_into().unwrap()))
+            });
+            self.0.incoming.lock().unwrap().insert(guest, task);
+            Cookie::new(b"two".to_vec())
+        })
+    }
+
+    fn complete(&self, guest: GuestId, cookie: Cookie) -> BoxFuture<'_, BackendResult<GuestInfo>> {
+        Box::pin(async move {
+            assert_eq!(cookie.as_bytes(), b"three");
+            let task = self.0.incoming.lock().unwrap().remove(&guest);
+            let received = match task {
+                Some(task) => tokio::time::timeout(Duration::from_secs(20), task).await,
+                None => return Err(BackendError::NoSuchGuest { guest }),
+            };
+            let Ok(Ok(Ok(next))) = received else {
+                self.0.guests.lock().await.remove(&guest);
+                return Err(BackendError::Failed { what: "receive", detail: format!("{received:?}") });
+            };
+            let mut guests = self.0.guests.lock().await;
+            let found = guests.get_mut(&guest).ok_or(BackendError::NoSuchGuest { guest })?;
+            found.next.store(next, Ordering::SeqCst);
+            found.state = RunState::Paused(PauseReason::Arrived);
+            Ok(GuestInfo { guest, epoch: found.epoch, state: found.state, pid: None })
+        })
+    }
+
+    fn discard(&self, guest: GuestId) -> BoxFuture<'_, BackendResult<()>> {
+        Box::pin(async move {
+            if let Some(task) = self.0.incoming.lock().unwrap().remove(&guest) {
+                task.abort();
+            }
+            let mut guests = self.0.guests.lock().await;
+            match guests.get(&guest).map(|guest| guest.state) {
+                Some(RunState::Running) => {
+                    Err(BackendError::WrongState { guest, wants: "discard", is: "running".into() })
+                }
+                _ => {
+                    guests.remove(&guest);
+                    Ok(())
+                }
+            }
+        })
+    }
+}
