@@ -131,7 +131,8 @@ async fn goes_on(world: &World, guests: [GuestId; 3], moving: OperationId) {
     world.done(world.start(guests[1], 1).await).await;
     for guest in guests {
         assert_eq!(world.place(guest).await, Some(1));
-        assert_eq!(lock(&world.ground).boots[&guest], world.record(guest).await.guest.starts);
+        let starts = world.record(guest).await.guest.starts;
+        assert_eq!(lock(&world.ground).boots[&guest], starts);
     }
     world.settled().await;
 }

@@ -3,6 +3,8 @@
 //!
 //! One test by hand: `cargo test -p supercloud-controller --test engine -- moves::`; `SUPERCLOUD_SEED=n` repeats a run.
 
+#![expect(clippy::unwrap_used, reason = "what fails here fails the test")]
+
 #[path = "../support/mod.rs"]
 mod support;
 

@@ -9,16 +9,16 @@ use std::{
 };
 
 use supercloud_api::{
-    CompatClass, Progress, Room,
+    CompatClass, Room,
     frame::{Frame, read_frame, write_frame},
     handover::{
-        DestinationEvent, DestinationOrder, DestinationState, Found, LocalEvent, LocalHandover, OperationKind,
-        OrderBody, Owner, OwnerQuery, Report, SourceEvent, SourceOrder, SourceState,
+        DestinationEvent, DestinationOrder, Found, LocalEvent, LocalHandover, OrderBody, Owner, OwnerQuery, Report,
+        SourceEvent, SourceOrder, SourceState,
     },
     ids::{Epoch, GuestId, HostId, OperationId, VolumeId},
     link::{
-        self, Assignment, Directive, FrozenContent, FrozenMemory, GuestEventKind, GuestReport, Hello, Holding, Notice,
-        ReportDetails, Welcome, kind,
+        self, Assignment, Directive, FrozenContent, FrozenMemory, GuestReport, Hello, Holding, Notice, ReportDetails,
+        Welcome, kind,
     },
     ticket::Ticket,
     tls::{self, Identity},
@@ -180,6 +180,10 @@ async fn read(mut reader: ReadHalf<TlsStream<TcpStream>>, directives: mpsc::Send
     }
 }
 
+async fn heard(link: &mut Option<Link>) -> Option<Directive> {
+    link.as_mut()?.directives.recv().await
+}
+
 struct Agent {
     seat: Seat,
     random: Random,
@@ -198,7 +202,7 @@ impl Agent {
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let directive = tokio::select! {
-                directive = async { self.link.as_mut().unwrap().directives.recv().await }, if self.link.is_some() => Some(directive),
+                directive = heard(&mut self.link), if self.link.is_some() => Some(directive),
                 _ = ticks.tick() => None,
             };
             match directive {
@@ -312,7 +316,7 @@ impl Agent {
         lock(&self.seat.disk).guests.get(&guest).map(|kept| kept.machine.clone())
     }
 
-    fn violate(&self, what: String) {
+    fn violate(&self, what: &str) {
         lock(&self.seat.ground).violate(format!("{}: {what}", self.seat.host));
     }
 
@@ -337,10 +341,10 @@ impl Agent {
             Directive::Overlay { revision, view } => {
                 let view: OverlayView = serde_json::from_value(view).expect("a view that can be read");
                 if let Err(error) = view.check() {
-                    self.violate(format!("the view is refused: {error}"));
+                    self.violate(&format!("the view is refused: {error}"));
                 }
                 if view.revision != revision {
-                    self.violate("the view is of another revision than its directive".into());
+                    self.violate("the view is of another revision than its directive");
                 }
                 let mut disk = lock(&self.seat.disk);
                 if disk.view.as_ref().is_none_or(|before| before.revision <= revision) {
@@ -376,11 +380,11 @@ impl Agent {
             _ => return,
         };
         let Some(assignment) = assignment.filter(|a| a.operation == operation && a.spec.guest == guest) else {
-            return self.violate(format!("an order of {operation} without its assignment"));
+            return self.violate(&format!("an order of {operation} without its assignment"));
         };
         if assignment.chunk_sources.is_empty() || assignment.spec.volumes.is_empty() || assignment.spec.ports.is_empty()
         {
-            self.violate(format!("the assignment of {operation} lacks something"));
+            self.violate(&format!("the assignment of {operation} lacks something"));
         }
         let (Some(peer), Some(ticket)) = (&assignment.peer, &assignment.ticket) else { return };
         let me = tls::fingerprint(&self.seat.identity.chain[0]);
@@ -388,7 +392,7 @@ impl Agent {
             .and_then(|ticket| ticket.check_peer(&me, &peer.certificate_sha256).map(|()| ticket));
         match checked {
             Ok(ticket) if ticket.operation == operation && ticket.guest == Some(guest) => {}
-            other => self.violate(format!("the ticket of {operation} is not acceptable: {other:?}")),
+            other => self.violate(&format!("the ticket of {operation} is not acceptable: {other:?}")),
         }
     }
 
@@ -478,125 +482,6 @@ impl Agent {
         }
     }
 
-    fn look_at_source(&mut self, guest: GuestId) {
-        let Some(machine) = self.machine(guest) else { return };
-        let host = self.seat.host;
-        let is_away = |to| {
-            let ground = lock(&self.seat.ground);
-            ground.away.contains(&to) || ground.away.contains(&host) || ground.dead.contains(&to)
-        };
-        let event = match machine.source().state() {
-            // What broke is given up, but a stop: that goes on.
-            SourceState::Copying { plan, broken } if !broken || plan.kind == OperationKind::Stop => {
-                match self.copying.get_mut(&guest) {
-                    Some((operation, left)) if *operation == plan.operation => {
-                        let is_stalled = lock(&self.seat.faults).stalled.contains(&Stage::Copy);
-                        *left = left.saturating_sub(u32::from(!is_stalled));
-                        let progress =
-                            Progress { memory_total_bytes: 100, memory_sent_bytes: 50, ..Progress::default() };
-                        self.outbox.push_back(Notice::Progress { operation: plan.operation, progress });
-                        let is_done = *left == 0;
-                        self.copied(guest, plan, is_done, is_away)
-                    }
-                    _ => None,
-                }
-            }
-            SourceState::Sealing { plan } | SourceState::Sealed { plan, .. } => {
-                let operation = plan.operation;
-                let is_lost = plan.kind.destination().is_some_and(is_away);
-                is_lost.then_some(SourceEvent::PeerLost { operation })
-            }
-            SourceState::Running => {
-                let mut ground = lock(&self.seat.ground);
-                let is_off = ground.local(host, guest).is_off;
-                if is_off && self.ticks.is_multiple_of(HEARTBEAT_TICKS) {
-                    let (epoch, event) = (machine.source().epoch(), GuestEventKind::PoweredOff);
-                    self.outbox.push_back(Notice::GuestEvent { guest, epoch, event });
-                }
-                None
-            }
-            _ => None,
-        };
-        if let Some(event) = event {
-            self.step(guest, LocalEvent::Source(event));
-        }
-    }
-
-    /// What comes of a copy in this tick.
-    fn copied(
-        &self,
-        guest: GuestId,
-        plan: &supercloud_api::handover::SourcePlan,
-        is_done: bool,
-        is_away: impl Fn(HostId) -> bool,
-    ) -> Option<SourceEvent> {
-        let (operation, host) = (plan.operation, self.seat.host);
-        let failed = Some(SourceEvent::CopyFailed { operation });
-        let paused = Some(SourceEvent::GuestPaused { operation });
-        match plan.kind {
-            OperationKind::Migrate { to, .. } if is_away(to) => Some(SourceEvent::PeerLost { operation }),
-            _ if !is_done => None,
-            OperationKind::Migrate { to, .. } => {
-                match lock(&self.seat.ground).hand_over(guest, plan.epoch, host, to, operation) {
-                    true => paused,
-                    false => failed,
-                }
-            }
-            OperationKind::Stop => {
-                let mut ground = lock(&self.seat.ground);
-                let local = ground.local(host, guest);
-                local.processes.retain(|process| process.epoch != Some(plan.epoch));
-                local.is_off = false;
-                paused
-            }
-            _ => {
-                let mut ground = lock(&self.seat.ground);
-                match ground.local(host, guest).by_epoch(plan.epoch).filter(|process| process.mode == Mode::Running) {
-                    Some(process) => {
-                        process.mode = Mode::Paused;
-                        paused
-                    }
-                    None => failed,
-                }
-            }
-        }
-    }
-
-    fn look_at_destination(&mut self, guest: GuestId) {
-        let Some(machine) = self.machine(guest) else { return };
-        let DestinationState::Receiving { plan, state_received, volumes } = machine.destination().state() else {
-            return;
-        };
-        let (operation, host) = (plan.operation, self.seat.host);
-        let mut events = Vec::new();
-        {
-            let mut ground = lock(&self.seat.ground);
-            let source = match plan.from.owner {
-                Owner::Host(source) => Some(source),
-                _ => None,
-            };
-            let is_cut = source.is_some_and(|source| ground.away.contains(&source) || ground.away.contains(&host));
-            let mode = ground.local(host, guest).by_operation(operation).map(|process| process.mode);
-            match mode {
-                None => events.push(DestinationEvent::GuestGone),
-                Some(Mode::Incoming) if is_cut => events.push(DestinationEvent::ReceiveFailed { operation }),
-                Some(Mode::Incoming) => {}
-                Some(_) if !state_received => events.push(DestinationEvent::StateReceived { operation }),
-                Some(_) => {}
-            }
-        }
-        if volumes.is_none() && events.is_empty() {
-            self.find_maps(guest, plan);
-            let adopt = lock(&self.seat.ground).local(host, guest).adopt;
-            if let Some((version, _)) = adopt {
-                events.push(DestinationEvent::VolumeMapsReceived { operation, volumes: self.stamps(guest, version) });
-            }
-        }
-        for event in events {
-            self.step(guest, LocalEvent::Destination(event));
-        }
-    }
-
     pub(super) fn stamps(&self, guest: GuestId, version: u64) -> Vec<supercloud_api::handover::VolumeStamp> {
         let mut root = [0; 32];
         root[..8].copy_from_slice(&version.to_be_bytes());
@@ -621,3 +506,5 @@ pub fn query(operation: Option<OperationId>, epoch: Epoch) -> OwnerQuery {
 
 #[path = "effects.rs"]
 mod effects;
+#[path = "look.rs"]
+mod look;

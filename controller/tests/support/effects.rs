@@ -20,7 +20,7 @@ impl Agent {
     pub(super) fn perform(&mut self, guest: GuestId, effect: LocalEffect, events: &mut VecDeque<LocalEvent>) -> bool {
         match effect {
             LocalEffect::Source(effect) => {
-                let (event, is_done) = self.perform_source(guest, effect);
+                let (event, is_done) = self.perform_source(guest, &effect);
                 events.extend(event.map(LocalEvent::Source));
                 is_done
             }
@@ -36,11 +36,11 @@ impl Agent {
         lock(&self.seat.faults).stalled.contains(&stage)
     }
 
-    fn perform_source(&mut self, guest: GuestId, effect: SourceEffect) -> (Option<SourceEvent>, bool) {
+    fn perform_source(&mut self, guest: GuestId, effect: &SourceEffect) -> (Option<SourceEvent>, bool) {
         let host = self.seat.host;
         let ground = std::sync::Arc::clone(&self.seat.ground);
         let mut ground = lock(&ground);
-        match effect {
+        match *effect {
             SourceEffect::StartCopy(plan) => {
                 self.copying.insert(guest, (plan.operation, COPY_TICKS));
             }

@@ -1,0 +1,133 @@
+//! What an agent notices of its guests by itself.
+
+use supercloud_api::{
+    Progress,
+    handover::{
+        DestinationEvent, DestinationState, LocalEvent, OperationKind, Owner, SourceEvent, SourcePlan, SourceState,
+    },
+    ids::{GuestId, HostId},
+    link::{GuestEventKind, Notice},
+};
+
+use super::{super::ground::Mode, Agent, HEARTBEAT_TICKS, Stage, lock};
+
+impl Agent {
+    pub(super) fn look_at_source(&mut self, guest: GuestId) {
+        let Some(machine) = self.machine(guest) else { return };
+        let host = self.seat.host;
+        let is_away = |to| {
+            let ground = lock(&self.seat.ground);
+            ground.away.contains(&to) || ground.away.contains(&host) || ground.dead.contains(&to)
+        };
+        let event = match machine.source().state() {
+            // What broke is given up, but a stop: that goes on.
+            SourceState::Copying { plan, broken } if !broken || plan.kind == OperationKind::Stop => {
+                match self.copying.get_mut(&guest) {
+                    Some((operation, left)) if *operation == plan.operation => {
+                        let is_stalled = lock(&self.seat.faults).stalled.contains(&Stage::Copy);
+                        *left = left.saturating_sub(u32::from(!is_stalled));
+                        let progress =
+                            Progress { memory_total_bytes: 100, memory_sent_bytes: 50, ..Progress::default() };
+                        self.outbox.push_back(Notice::Progress { operation: plan.operation, progress });
+                        let is_done = *left == 0;
+                        self.copied(guest, plan, is_done, is_away)
+                    }
+                    _ => None,
+                }
+            }
+            SourceState::Sealing { plan } | SourceState::Sealed { plan, .. } => {
+                let operation = plan.operation;
+                let is_lost = plan.kind.destination().is_some_and(is_away);
+                is_lost.then_some(SourceEvent::PeerLost { operation })
+            }
+            SourceState::Running => {
+                let mut ground = lock(&self.seat.ground);
+                let is_off = ground.local(host, guest).is_off;
+                if is_off && self.ticks.is_multiple_of(HEARTBEAT_TICKS) {
+                    let (epoch, event) = (machine.source().epoch(), GuestEventKind::PoweredOff);
+                    self.outbox.push_back(Notice::GuestEvent { guest, epoch, event });
+                }
+                None
+            }
+            _ => None,
+        };
+        if let Some(event) = event {
+            self.step(guest, LocalEvent::Source(event));
+        }
+    }
+
+    /// What comes of a copy in this tick.
+    fn copied(
+        &self,
+        guest: GuestId,
+        plan: &SourcePlan,
+        is_done: bool,
+        is_away: impl Fn(HostId) -> bool,
+    ) -> Option<SourceEvent> {
+        let (operation, host) = (plan.operation, self.seat.host);
+        let failed = Some(SourceEvent::CopyFailed { operation });
+        let paused = Some(SourceEvent::GuestPaused { operation });
+        match plan.kind {
+            OperationKind::Migrate { to, .. } if is_away(to) => Some(SourceEvent::PeerLost { operation }),
+            _ if !is_done => None,
+            OperationKind::Migrate { to, .. } => {
+                match lock(&self.seat.ground).hand_over(guest, plan.epoch, host, to, operation) {
+                    true => paused,
+                    false => failed,
+                }
+            }
+            OperationKind::Stop => {
+                let mut ground = lock(&self.seat.ground);
+                let local = ground.local(host, guest);
+                local.processes.retain(|process| process.epoch != Some(plan.epoch));
+                local.is_off = false;
+                paused
+            }
+            _ => {
+                let mut ground = lock(&self.seat.ground);
+                match ground.local(host, guest).by_epoch(plan.epoch).filter(|process| process.mode == Mode::Running) {
+                    Some(process) => {
+                        process.mode = Mode::Paused;
+                        paused
+                    }
+                    None => failed,
+                }
+            }
+        }
+    }
+
+    pub(super) fn look_at_destination(&mut self, guest: GuestId) {
+        let Some(machine) = self.machine(guest) else { return };
+        let DestinationState::Receiving { plan, state_received, volumes } = machine.destination().state() else {
+            return;
+        };
+        let (operation, host) = (plan.operation, self.seat.host);
+        let mut events = Vec::new();
+        {
+            let mut ground = lock(&self.seat.ground);
+            let source = match plan.from.owner {
+                Owner::Host(source) => Some(source),
+                _ => None,
+            };
+            let is_cut = source.is_some_and(|source| ground.away.contains(&source) || ground.away.contains(&host));
+            let mode = ground.local(host, guest).by_operation(operation).map(|process| process.mode);
+            match mode {
+                None => events.push(DestinationEvent::GuestGone),
+                Some(Mode::Incoming) if is_cut => events.push(DestinationEvent::ReceiveFailed { operation }),
+                Some(Mode::Incoming) => {}
+                Some(_) if !state_received => events.push(DestinationEvent::StateReceived { operation }),
+                Some(_) => {}
+            }
+        }
+        if volumes.is_none() && events.is_empty() {
+            self.find_maps(guest, plan);
+            let adopt = lock(&self.seat.ground).local(host, guest).adopt;
+            if let Some((version, _)) = adopt {
+                events.push(DestinationEvent::VolumeMapsReceived { operation, volumes: self.stamps(guest, version) });
+            }
+        }
+        for event in events {
+            self.step(guest, LocalEvent::Destination(event));
+        }
+    }
+}
