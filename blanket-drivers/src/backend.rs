@@ -308,7 +308,10 @@ pub trait Backend: Send + Sync {
     fn events(&self) -> broadcast::Receiver<BackendEvent>;
 
     /// Freezes a guest into a new file, durably; afterwards its machine is gone and the file is the guest. To roll
-    /// back, thaw it here. A guest that could not be frozen runs on.
+    /// back, thaw it here. A guest that could not be frozen runs on. [`LiveMigration::cancel`] gives a freeze up, too.
+    ///
+    /// # Errors
+    /// At once when the path cannot be used; later errors come from `done`.
     fn freeze(&self, guest: GuestId, file: PathBuf) -> BackendResult<Transfer<Frozen>>;
 
     /// Brings a frozen guest back, with this host's arguments. It stands still ([`PauseReason::Arrived`]) until

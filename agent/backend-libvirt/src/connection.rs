@@ -98,7 +98,7 @@ impl Drop for Open {
 pub(crate) struct Connection {
     uri: String,
     open: Mutex<Option<Open>>,
-    calls: Semaphore,
+    calls: Arc<Semaphore>,
     /// Counts the connections opened.
     generation: AtomicU64,
     pub(crate) sink: Arc<EventSink>,
@@ -112,7 +112,7 @@ impl Connection {
         Arc::new(Self {
             uri,
             open: Mutex::new(None),
-            calls: Semaphore::new(CALLS_AT_ONCE),
+            calls: Arc::new(Semaphore::new(CALLS_AT_ONCE)),
             generation: AtomicU64::new(0),
             sink,
         })
@@ -165,8 +165,13 @@ impl Connection {
     {
         let overdue = || BackendError::Deadline { what, budget_ms: millis(budget) };
         let run = async {
-            let Ok(_turn) = self.calls.acquire().await else { return Err(overdue()) };
-            self.run(what, work).await
+            let Ok(turn) = Arc::clone(&self.calls).acquire_owned().await else { return Err(overdue()) };
+            self.run(what, move |at| {
+                // Kept by the thread, not by who waits: calls that hang must not pile up.
+                let _turn = turn;
+                work(at)
+            })
+            .await
         };
         tokio::time::timeout(budget, run).await.unwrap_or_else(|_| Err(overdue()))
     }

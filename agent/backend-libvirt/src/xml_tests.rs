@@ -89,6 +89,21 @@ fn a_disk_guest_under_kvm_with_a_virtio_console_and_without_extras() {
     is_golden("disk-kvm.xml", &rendered(&launch));
 }
 
+#[test]
+fn memory_is_odd_under_tcg_only() {
+    let mut launch = launch();
+    for mib in [64, 192, 256, 1024, 4096] {
+        launch.spec.memory_bytes = mib << 20;
+        let text = rendered(&launch);
+        let bytes: u64 =
+            text.split("supercloud.ram,size=").nth(1).unwrap().split('\'').next().unwrap().parse().unwrap();
+        assert!(!bytes.is_multiple_of(64 * 4096) && bytes.is_multiple_of(8192), "{bytes}");
+        assert!(text.contains(&format!("'size={}k'", bytes / 1024)));
+    }
+    launch.spec.class.accelerator = "kvm".to_owned();
+    assert!(!rendered(&launch).contains("qemu:"));
+}
+
 /// What the guest sees must not depend on the host: all that may differ is the host's own paths and names.
 #[test]
 fn two_hosts_render_the_same_machine() {

@@ -1,18 +1,21 @@
 //! Real guests between two libvirtd on one machine: every call of the back end, moves decided either way, and the death
 //! of each party between the phases. Needs root; says so and passes where it cannot run.
 
+#![expect(clippy::unwrap_used, reason = "a test")]
+
+#[path = "support/agent.rs"]
+mod agent;
 #[path = "support/bridge.rs"]
 mod bridge;
 #[path = "support/mod.rs"]
 mod support;
 
 use std::{
-    io::{BufRead, BufReader, Write},
     path::PathBuf,
-    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     time::{Duration, Instant},
 };
 
+use agent::{Agent, from_hex, to_hex};
 use bridge::Bridge;
 use supercloud_blanket::{
     Backend, BackendError,
@@ -40,6 +43,7 @@ struct World {
 /// Where a move of the tests stops.
 struct Halfway {
     performed: Performed,
+    paused_at: Instant,
     _bridge: Bridge,
 }
 
@@ -66,8 +70,9 @@ impl World {
         panic!("no tick at {}: {:?}", host.name, host.said().lines().rev().take(5).collect::<Vec<_>>());
     }
 
-    /// Everything up to the decision: both paused, all at the destination.
-    async fn up_to_the_decision(&self, from_a: bool) -> Outcome<Halfway> {
+    /// Everything up to the decision: both paused, all at the destination. `rounds`: copy so slowly that it takes at
+    /// least so many over the guest's memory.
+    async fn up_to_the_decision(&self, from_a: bool, rounds: u64) -> Outcome<Halfway> {
         let (source, out, destination, into) = self.sides(from_a);
         let (out, into_live) = (out.live_migration()?, into.live_migration()?);
         destination.forget_console();
@@ -76,30 +81,49 @@ impl World {
         let offer = out.begin(self.guest).await?;
         let answer = into_live.prepare(launch, offer, listen.clone()).await?;
         let bridge = Bridge::new(&source.dir.join("out.sock"), &listen);
-        let transfer = out.perform(self.guest, answer, bridge.near.clone(), CopyOptions::default())?;
-        let performed = transfer.done.await?;
+        let mut options = CopyOptions::default();
+        if rounds > 0 {
+            options.bandwidth_bytes_per_s = Some(48 << 20);
+            options.max_downtime_ms = Some(1);
+        }
+        let transfer = out.perform(self.guest, answer, bridge.near.clone(), options)?;
+        let mut progress = transfer.progress.clone();
+        let hurry = async {
+            // Ends early when the copy is over first.
+            if rounds > 0 && progress.wait_for(|now| now.iteration >= rounds).await.is_ok() {
+                let limits = CopyLimits { bandwidth_bytes_per_s: Some(1 << 30), max_downtime_ms: Some(5000) };
+                let _ = out.set_limits(self.guest, limits).await;
+            }
+        };
+        let (performed, ()) = tokio::join!(transfer.done, hurry);
+        let performed = performed?;
+        assert!(performed.progress.iteration >= rounds, "{performed:?}");
+        let paused_at = Instant::now() - performed.paused_for;
         assert_eq!(transfer.progress.borrow().phase, TransferPhase::Done);
         into_live.complete(self.guest, performed.cookie.clone()).await?;
-        Ok(Halfway { performed, _bridge: bridge })
+        Ok(Halfway { performed, paused_at, _bridge: bridge })
     }
 
     /// A whole move, granted.
     async fn move_guest(&mut self, from_a: bool) {
+        self.move_in_rounds(from_a, 0).await;
+    }
+
+    async fn move_in_rounds(&mut self, from_a: bool, rounds: u64) {
         let begin = Instant::now();
-        let halfway = self.up_to_the_decision(from_a).await.unwrap();
+        let halfway = self.up_to_the_decision(from_a, rounds).await.unwrap();
         let (source, out, destination, into) = self.sides(from_a);
         assert_eq!(self.state(out).await, Some(DEPARTED));
         assert_eq!(self.state(into).await, Some(ARRIVED));
         let at_pause = source.last_tick();
         into.resume(self.guest, self.epoch.next()).await.unwrap();
-        let resumed = begin.elapsed();
+        let (resumed, pause) = (begin.elapsed(), halfway.paused_at.elapsed());
         out.live_migration().unwrap().confirm(self.guest, Verdict::Release).await.unwrap();
         println!(
-            "  moved {} -> {}: copy and switch {resumed:?}, with the release {:?}; paused for {:?} when performed; {} KiB",
+            "  moved {} -> {}: runs there after {resumed:?}, stood still for {pause:?}; with the release {:?}; {} KiB",
             source.name,
             destination.name,
             begin.elapsed(),
-            halfway.performed.paused_for,
             halfway.performed.progress.memory_processed_bytes >> 10,
         );
         assert_eq!(self.state(out).await, None);
@@ -150,6 +174,7 @@ async fn guests_move_between_two_hosts_and_survive_the_death_of_every_party() {
 
     starts_and_is_found(&mut world).await;
     a_granted_move_goes_there_and_back(&mut world).await;
+    a_busy_guest_moves_in_rounds_and_loses_no_write(&mut world).await;
     a_refused_switch_leaves_the_source_running(&mut world).await;
     a_cancelled_copy_leaves_the_source_running(&mut world).await;
     what_is_wrong_is_refused(&mut world).await;
@@ -194,7 +219,7 @@ async fn starts_and_is_found(world: &mut World) {
     world.must_tick(&world.lab.a).await;
     assert_eq!(world.a.console(world.guest).await.unwrap(), world.lab.a.dir.join("console.sock"));
     let memory = world.a.memory_stats(world.guest).await.unwrap();
-    assert_eq!(memory.actual_bytes, Some(192 << 20));
+    assert_eq!(memory.actual_bytes, Some((192 << 20) - 8192));
     assert!(memory.resident_bytes.is_some_and(|bytes| bytes > 32 << 20), "{memory:?}");
 }
 
@@ -204,9 +229,36 @@ async fn a_granted_move_goes_there_and_back(world: &mut World) {
     world.move_guest(false).await;
 }
 
+/// What QEMU before 9.0 gets wrong under TCG, were it not for the memory's odd size (see `xml`): writes between two
+/// rounds are lost.
+async fn a_busy_guest_moves_in_rounds_and_loses_no_write(world: &mut World) {
+    println!("a busy guest, in rounds");
+    say(&world.a, world.guest, "stress").await;
+    for _ in 0..3 {
+        for (from_a, host) in [(true, "b"), (false, "a")] {
+            world.move_in_rounds(from_a, 5).await;
+            let there = if host == "a" { &world.lab.a } else { &world.lab.b };
+            wait_until(|| there.said().matches("@memory good").count() > 3).await;
+            assert!(!there.said().contains("BAD"), "{}", there.said());
+        }
+    }
+    say(&world.a, world.guest, "calm").await;
+    wait_until(|| world.lab.a.said().contains("@calm")).await;
+}
+
+async fn wait_until(is_so: impl Fn() -> bool) {
+    for _ in 0..600 {
+        if is_so() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    panic!("it does not come");
+}
+
 async fn a_refused_switch_leaves_the_source_running(world: &mut World) {
     println!("a refused switch");
-    let halfway = world.up_to_the_decision(true).await.unwrap();
+    let halfway = world.up_to_the_decision(true, 0).await.unwrap();
     let at_pause = world.lab.a.last_tick();
     tokio::time::sleep(Duration::from_millis(500)).await;
     assert_eq!(world.lab.a.last_tick(), at_pause, "the source ran before the decision");
@@ -337,7 +389,7 @@ async fn pauses_reboots_and_lost_disks_are_told(world: &mut World) {
     world.must_tick(&world.lab.a).await;
 
     println!("reboot by the guest, reset from outside");
-    say(world, "reboot").await;
+    say(&world.a, world.guest, "reboot").await;
     wait_for(&mut events, "rebooted", |event| is_guest_event(event, &GuestEvent::Rebooted)).await;
     world.lab.a.forget_console();
     world.must_tick(&world.lab.a).await;
@@ -346,10 +398,10 @@ async fn pauses_reboots_and_lost_disks_are_told(world: &mut World) {
     world.must_tick(&world.lab.a).await;
 }
 
-/// Says something to the guest at host a by its console.
-async fn say(world: &World, text: &str) {
+/// Says something to the guest by its console.
+async fn say(at: &LibvirtBackend, guest: GuestId, text: &str) {
     use tokio::io::AsyncWriteExt;
-    let console = world.a.console(world.guest).await.unwrap();
+    let console = at.console(guest).await.unwrap();
     let mut stream = tokio::net::UnixStream::connect(console).await.unwrap();
     stream.write_all(format!("{text}\n").as_bytes()).await.unwrap();
     stream.flush().await.unwrap();
@@ -403,7 +455,7 @@ async fn a_daemon_that_was_killed_is_found_again(world: &mut World) {
     assert!(world.lab.a.last_tick() > tick);
 
     println!("kill -9 of the source's libvirtd after the copy, refused");
-    let halfway = world.up_to_the_decision(true).await.unwrap();
+    let halfway = world.up_to_the_decision(true, 0).await.unwrap();
     world.lab.a.kill_libvirtd();
     world.lab.a.start_libvirtd();
     wait_for(&mut events, "resynchronise", |event| *event == BackendEvent::Resynchronise).await;
@@ -414,7 +466,7 @@ async fn a_daemon_that_was_killed_is_found_again(world: &mut World) {
     world.must_tick(&world.lab.a).await;
 
     println!("kill -9 of both libvirtd after the copy, granted");
-    let halfway = world.up_to_the_decision(true).await.unwrap();
+    let halfway = world.up_to_the_decision(true, 0).await.unwrap();
     let mut others = world.b.events();
     world.lab.a.kill_libvirtd();
     world.lab.b.kill_libvirtd();
@@ -434,7 +486,7 @@ async fn a_daemon_that_was_killed_is_found_again(world: &mut World) {
 async fn a_guest_that_powers_off_is_gone(world: &mut World) {
     println!("power off");
     let mut events = world.a.events();
-    say(world, "off").await;
+    say(&world.a, world.guest, "off").await;
     let off = GuestEvent::Stopped(StopReason::PoweredOff);
     wait_for(&mut events, "powered off", |event| is_guest_event(event, &off)).await;
     assert_eq!(world.state(&world.a).await, None);
@@ -452,64 +504,6 @@ async fn a_guest_that_powers_off_is_gone(world: &mut World) {
     let crashed = GuestEvent::Stopped(StopReason::Crashed);
     wait_for(&mut events, "crashed", |event| is_guest_event(event, &crashed)).await;
     assert_eq!(world.state(&world.a).await, None);
-}
-
-/// An agent of the tests: a process of its own, so that it can be killed. It takes one command a line.
-struct Agent {
-    child: Child,
-    to: ChildStdin,
-    from: BufReader<ChildStdout>,
-}
-
-impl Agent {
-    fn new(world: &World, is_source: bool) -> Self {
-        let me = if is_source { &world.lab.a } else { &world.lab.b };
-        let launch = world.lab.launch(&world.lab.b, world.guest, world.epoch.next());
-        let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "an_agent_process_of_its_own", "--nocapture"])
-            .env("LVT_AGENT", me.dir.join("run/libvirt-sock"))
-            .env("LVT_LAUNCH", launch_to_text(&launch))
-            .env("LVT_OUT", world.lab.a.dir.join("out.sock"))
-            .env("LVT_IN", world.lab.b.dir.join("in.sock"))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let to = child.stdin.take().unwrap();
-        let from = BufReader::new(child.stdout.take().unwrap());
-        Self { child, to, from }
-    }
-
-    fn tell(&mut self, line: &str) {
-        writeln!(self.to, "{line}").unwrap();
-    }
-
-    fn answer(&mut self) -> String {
-        let mut line = String::new();
-        loop {
-            line.clear();
-            assert!(self.from.read_line(&mut line).unwrap() > 0, "the agent is gone");
-            if let Some(answer) = line.trim().strip_prefix("@agent ") {
-                return answer.to_owned();
-            }
-        }
-    }
-
-    fn ask(&mut self, line: &str) -> String {
-        self.tell(line);
-        self.answer()
-    }
-}
-
-impl Drop for Agent {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn launch_to_text(launch: &supercloud_blanket::Launch) -> String {
-    serde_json::to_string(launch).unwrap()
 }
 
 /// Not a test: the other process of the one above.
@@ -549,15 +543,6 @@ async fn an_agent_process_of_its_own() {
     drop(bridge);
 }
 
-fn to_hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-fn from_hex(text: &str) -> Vec<u8> {
-    let text = text.trim_end_matches('.');
-    (0..text.len() / 2).map(|n| u8::from_str_radix(&text[2 * n..2 * n + 2], 16).unwrap()).collect()
-}
-
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum After {
     Begin,
@@ -590,7 +575,9 @@ async fn one_death(world: &mut World, after: After, source_dies: bool, destinati
     };
     println!("kill -9 of {who} after {after:?}{}", if is_granted { ", granted" } else { "" });
     world.lab.b.forget_console();
-    let (mut source, mut destination) = (Agent::new(world, true), Agent::new(world, false));
+    let launch = world.lab.launch(&world.lab.b, world.guest, world.epoch.next());
+    let mut source = Agent::new(&world.lab, &launch, true);
+    let mut destination = Agent::new(&world.lab, &launch, false);
     let mut cookie = source.ask("begin");
     if after >= After::Prepare {
         cookie = destination.ask(&format!("prepare {cookie}"));

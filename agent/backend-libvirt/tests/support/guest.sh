@@ -4,7 +4,7 @@
 # takes commands from the console.
 set -euo pipefail
 out=$1
-[ -e "$out/done-4" ] && exit 0
+[ -e "$out/done-5" ] && exit 0
 mkdir -p "$out"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -40,6 +40,22 @@ while read command; do
     case $command in
         off) $B poweroff -f ;;
         reboot) $B reboot -f ;;
+        # Writes memory all the time, twice each, and sees when one write of the two is lost.
+        stress) $B awk 'BEGIN {
+                    n = 30000
+                    for (i = 0; i < n; i++) { a[i] = 0; b[i] = 0 }
+                    for (;;) {
+                        for (k = 0; k < 5000; k++) {
+                            i = int(rand() * n)
+                            if (a[i] != b[i]) { print "@memory BAD " i, a[i], b[i]; exit }
+                            a[i]++
+                            b[i]++
+                        }
+                        print "@memory good", ++rounds
+                        fflush()
+                    }
+                }' & ;;
+        calm) $B killall awk; echo "@calm" ;;
     esac
 done < $tty &
 $B dd if=/dev/urandom of=/tmp/ballast bs=1M count=32 2>/dev/null
@@ -69,4 +85,4 @@ INIT
 chmod +x root/init
 (cd root && find . | busybox cpio -o -H newc 2>/dev/null) | gzip -1 > "$out/initrd.gz"
 cp kernel/boot/vmlinuz-* "$out/vmlinuz"
-touch "$out/done-4"
+touch "$out/done-5"
