@@ -12,7 +12,7 @@ use thiserror::Error;
 use crate::addressing::{LabIndex, MAX_INDEX, mac_text};
 use crate::command::{CommandError, Run, wait_for};
 use crate::host_init::ProcessSpec;
-use crate::leftovers::Snapshot;
+use crate::leftovers::{self, Snapshot};
 use crate::netns;
 use crate::process;
 use crate::site::{Site, SiteError, end_namespaces};
@@ -180,7 +180,7 @@ impl Lab {
         let made = lab.make();
         drop(lock);
         made?;
-        lab.start = Some(lab.snapshot());
+        lab.start = Some(Snapshot::settled(&lab));
         Ok(lab)
     }
 
@@ -501,16 +501,22 @@ impl Lab {
         Snapshot::take(self)
     }
 
-    /// What is there now and was not when the lab had started (or is missing), one line each.
+    /// What is there now and was not when the lab had started (or is missing), one line each. What ends by itself within some
+    /// seconds is not left.
     #[must_use]
     pub fn leftovers(&self) -> Vec<String> {
-        self.start.as_ref().map(|start| start.differences(&self.snapshot())).unwrap_or_default()
+        self.start.as_ref().map(|start| self.leftovers_since(start)).unwrap_or_default()
     }
 
-    /// What is there now and was not in `before`, one line each.
+    /// What is there now and was not in `before` (or is missing), one line each.
     #[must_use]
     pub fn leftovers_since(&self, before: &Snapshot) -> Vec<String> {
-        before.differences(&self.snapshot())
+        let mut left = Vec::new();
+        let clean = wait_for(leftovers::SETTLE_BUDGET, || {
+            left = before.differences(&self.snapshot());
+            left.is_empty().then(Vec::new)
+        });
+        clean.unwrap_or(left)
     }
 
     /// The addresses of all sites, for people.

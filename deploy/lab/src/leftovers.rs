@@ -6,9 +6,13 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::time::Duration;
 
+use crate::command::{pause, wait_for};
 use crate::lab::Lab;
 use crate::netns;
 use crate::site::Site;
+
+/// How long short-lived helpers may take to end.
+pub const SETTLE_BUDGET: Duration = Duration::from_secs(10);
 
 /// Deepest folder looked into for sockets.
 const DEPTH: usize = 8;
@@ -33,6 +37,20 @@ impl Snapshot {
         snapshot
     }
 
+    /// Looks until two looks in a row agree: daemons run short-lived helpers now and then.
+    #[must_use]
+    pub fn settled(lab: &Lab) -> Self {
+        let mut last = Self::take(lab);
+        // A lab that never rests is compared as it is.
+        let _ = wait_for(SETTLE_BUDGET, || {
+            pause(Duration::from_millis(100));
+            let next = Self::take(lab);
+            let before = std::mem::replace(&mut last, next);
+            (before == last).then_some(())
+        });
+        last
+    }
+
     fn add(&mut self, thing: String) {
         *self.things.entry(thing).or_default() += 1;
     }
@@ -42,6 +60,10 @@ impl Snapshot {
         for process in site.processes() {
             // A restarted daemon is the same thing with another pid; its role is its first argument that is a word.
             let arguments = process.arguments();
+            if arguments.is_empty() {
+                // Between two programs, or ending.
+                continue;
+            }
             let role = arguments
                 .get(1)
                 .filter(|arg| arg.chars().all(|c| c.is_ascii_lowercase() || c == '-') && !arg.starts_with('-'));
