@@ -4,7 +4,14 @@
 //! - Fetched: what the cloud lacks is asked of the assignment's chunk sources in order. Volume processes reach them by a
 //!   socket of the agent's (`chunk.sock`); the agent itself by [`ChunkSources::reader`]. Either keeps what it got.
 
-use std::{fmt, io, path::Path, sync::Arc};
+use std::{
+    fmt, io,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use bytes::Bytes;
 use supercloud_api::link::ChunkSource as Place;
@@ -68,6 +75,8 @@ impl Dial for PlaceDial {
 pub struct ChunkSources {
     project: ProjectId,
     clients: Vec<Arc<ChunkClient>>,
+    /// Sealed bytes that this host's volume processes got from other clouds through the chunk socket.
+    served_bytes: AtomicU64,
 }
 
 impl fmt::Debug for ChunkSources {
@@ -85,7 +94,7 @@ impl ChunkSources {
             let dial = PlaceDial { plane: plane.clone(), project, places: places.clone(), index };
             Arc::new(ChunkClient::new(Arc::new(dial), project))
         };
-        Self { project, clients: (0..count).map(client).collect() }
+        Self { project, clients: (0..count).map(client).collect(), served_bytes: AtomicU64::new(0) }
     }
 
     /// A reader for the agent itself: the cloud's store, then these; keeps what it got.
@@ -94,6 +103,12 @@ impl ChunkSources {
         let near: Arc<dyn ChunkSource> = Arc::new(StoreSource::new(self.project, Arc::new(store.clone())));
         let far = self.clients.iter().map(|client| Arc::clone(client) as Arc<dyn ChunkSource>);
         ChunkReader::new(keys, std::iter::once(near).chain(far).collect())
+    }
+
+    /// Sealed bytes that volume processes got from other clouds so far.
+    #[must_use]
+    pub fn served_bytes(&self) -> u64 {
+        self.served_bytes.load(Ordering::Relaxed)
     }
 
     async fn find(&self, name: ChunkName) -> Result<Bytes, StoreError> {
@@ -141,7 +156,10 @@ impl ObjectStore for Far {
             let sealed = self.0.find(name).await?;
             match sealed.len() {
                 len if len > cap => Err(StoreError::TooLarge { key, len: len as u64, cap }),
-                _ => Ok(sealed),
+                len => {
+                    self.0.served_bytes.fetch_add(len as u64, Ordering::Relaxed);
+                    Ok(sealed)
+                }
             }
         })
     }
