@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Read, Seek, SeekFrom, Write as _};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -155,6 +155,7 @@ impl Follower {
 pub struct Console {
     logs: Vec<Follower>,
     other: VecDeque<String>,
+    transcript: Option<File>,
 }
 
 impl Console {
@@ -162,22 +163,37 @@ impl Console {
     #[must_use]
     pub fn new(logs: impl IntoIterator<Item = (String, PathBuf)>) -> Self {
         let follow = |(host, path)| Follower { host, path, file: None, offset: 0, rest: Vec::new() };
-        Self { logs: logs.into_iter().map(follow).collect(), other: VecDeque::new() }
+        Self { logs: logs.into_iter().map(follow).collect(), other: VecDeque::new(), transcript: None }
+    }
+
+    /// Also writes every line down, with its host before it: an agent deletes a console with its guest's copy.
+    ///
+    /// # Errors
+    /// When the file cannot be made.
+    pub fn with_transcript(mut self, path: &Path) -> io::Result<Self> {
+        self.transcript = Some(File::create(path)?);
+        Ok(self)
     }
 
     /// What was said since the last call. Blocks for as long as reading some files takes.
     pub fn poll(&mut self) -> Vec<Heard> {
         let mut heard = Vec::new();
-        let other = &mut self.other;
+        let (other, transcript) = (&mut self.other, &mut self.transcript);
         for log in &mut self.logs {
             let host = log.host.clone();
             // A log that cannot be read now is read at the next look.
-            let _ = log.look(|line| match parse(line) {
-                Some(said) => heard.push(Heard { host: host.clone(), said }),
-                None if line.trim().is_empty() => {}
-                None => {
-                    other.truncate(OTHER_CAP - 1);
-                    other.push_front(format!("{host}: {line}"));
+            let _ = log.look(|line| {
+                if let Some(file) = transcript {
+                    // It is for people who look for a fault; without it everything works.
+                    let _ = writeln!(file, "{host}: {line}");
+                }
+                match parse(line) {
+                    Some(said) => heard.push(Heard { host: host.clone(), said }),
+                    None if line.trim().is_empty() => {}
+                    None => {
+                        other.truncate(OTHER_CAP - 1);
+                        other.push_front(format!("{host}: {line}"));
+                    }
                 }
             });
         }
@@ -198,8 +214,6 @@ impl Console {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-
     use super::*;
 
     const SERVER: &str = r#"@sc {"role":"server","boot_id":"b","t_ms":T,"acked":3,"verified":2,"verify_bad":0,"write_errors":0,"streams":1,"mem_checked":9,"mem_bad":0,"clock_back":0}"#;

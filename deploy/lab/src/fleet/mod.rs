@@ -302,10 +302,10 @@ impl Fleet {
         Ok(log_path(&self.lab.host(site)?, daemon))
     }
 
-    /// Follows a guest's console over all hosts.
+    /// Follows a guest's console over all hosts, and writes it down as `logs/<guest>.console` in the lab's folder.
     ///
     /// # Errors
-    /// Never in practice.
+    /// When that file cannot be made.
     pub fn console(&self, guest: GuestId) -> Result<Console> {
         let mut logs = Vec::new();
         for host in &self.lab.spec().hosts {
@@ -313,7 +313,8 @@ impl Fleet {
             let path = self.lab.host(&host.name)?.outside(&inside).unwrap_or_default();
             logs.push((host.name.clone(), path));
         }
-        Ok(Console::new(logs))
+        let path = self.lab.path(&format!("logs/{guest}.console"));
+        Console::new(logs).with_transcript(&path).map_err(|source| FleetError::Read { path, source })
     }
 
     /// Takes everything down and says what could not be.
