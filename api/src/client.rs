@@ -9,10 +9,10 @@ use serde::{Serialize, de::DeserializeOwned};
 use supercloud_ids::{OperationId, RequestId};
 
 use crate::{
-    Cloud, CloudCreate, Event, FeedClock, Freeze, Guest, GuestCreate, GuestFreeze, GuestMigrate, GuestPatch, GuestStart,
-    GuestStop, GuestThaw, Host, HostPatch, Image, ImageCreate, ImageImport, ImagePart, JoinRequest, JoinResponse,
-    JoinToken, JoinTokenCreate, Market, Network, NetworkCreate, Operation, Page, Port, PriceSeries, Problem, Project,
-    ProjectCreate, Token, TokenCreate, TokenSecret, Volume, WhoAmI,
+    Cloud, CloudCreate, Event, FeedClock, Freeze, Guest, GuestCreate, GuestFreeze, GuestMigrate, GuestPatch,
+    GuestStart, GuestStop, GuestThaw, Host, HostPatch, Image, ImageCreate, ImageImport, ImagePart, JoinRequest,
+    JoinResponse, JoinToken, JoinTokenCreate, Market, Network, NetworkCreate, Operation, Page, Port, PriceSeries,
+    Problem, Project, ProjectCreate, Token, TokenCreate, TokenSecret, Volume, WhoAmI,
 };
 
 /// How long one attempt of a request may take when it does not say otherwise.
