@@ -20,8 +20,8 @@
 //! measured, hundreds of lost writes in the first move of a busy guest that takes five rounds. The other path of that
 //! function, for memory whose size is no multiple of 64 pages, does it right. So under TCG a guest's memory is given
 //! [`TCG_MEMORY_LESS_BYTES`] less than its shape says (libvirt itself only knows whole MiB, hence the QEMU arguments);
-//! of every QEMU version, because both ends of a move must have the same. With it, 190 moves of five to eleven rounds each lost
-//! nothing. `two_hosts.rs` holds the test that fails without it.
+//! of every QEMU version, because both ends of a move must have the same. With it, 190 moves of five to eleven rounds
+//! each lost nothing. `two_hosts.rs` holds the test that fails without it.
 
 use std::{fmt::Write, path::Path};
 
