@@ -33,6 +33,11 @@ impl Engine {
             OrderBody::Source(SourceOrder::Begin(plan)) => plan.operation,
             OrderBody::Destination(DestinationOrder::Prepare(plan)) => plan.operation,
             OrderBody::Destination(DestinationOrder::Granted(grant)) => grant.operation,
+            // A source that is the one who can dial needs fresh tickets for as long as it serves.
+            OrderBody::Source(SourceOrder::Elsewhere { needed: true, .. }) => match &guest.owner.operation {
+                Some(op) if op.source() == Some(order.to) && op.kind.destination().is_some() => op.id,
+                _ => return Ok(None),
+            },
             _ => return Ok(None),
         };
         let Some(record) = self.state.read::<OperationRecord>(&operation).await? else { return Ok(None) };
@@ -94,7 +99,7 @@ impl Engine {
                 let source = guest.owner.operation.as_ref().and_then(|op| op.source()).or(record.operation.source);
                 if source == Some(me) { record.operation.destination } else { source }
             }
-            Work::GuestStart => volumes.iter().find_map(|volume| volume.needed_source.or(volume.host)),
+            Work::GuestStart => self.host_with_blocks(volumes, me).await?,
             _ => None,
         };
         let Some(other) = other.filter(|other| *other != me) else { return Ok(None) };
@@ -105,6 +110,18 @@ impl Engine {
             data_address: host.data_address,
             certificate_sha256: host.certificate_sha256,
         }))
+    }
+
+    /// The other host with the newest blocks of a guest's volumes. What a removed host had is not to be had.
+    async fn host_with_blocks(&self, volumes: &[Volume], me: HostId) -> Result<Option<HostId>, EngineError> {
+        let hosts: Vec<HostId> =
+            volumes.iter().flat_map(|volume| [volume.host, volume.needed_source]).flatten().collect();
+        for host in hosts {
+            if host != me && !self.state.need::<HostRecord>(&host).await?.is_removed {
+                return Ok(Some(host));
+            }
+        }
+        Ok(None)
     }
 
     /// The permission for both parties of an operation.

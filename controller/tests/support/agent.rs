@@ -387,6 +387,12 @@ impl Agent {
             self.violate(&format!("the assignment of {operation} lacks something"));
         }
         let (Some(peer), Some(ticket)) = (&assignment.peer, &assignment.ticket) else { return };
+        let is_dead = lock(&self.seat.ground).dead.contains(&peer.host);
+        if is_dead
+            && matches!(order, OrderBody::Destination(DestinationOrder::Prepare(plan)) if !plan.kind.has_source())
+        {
+            self.violate(&format!("{operation} is to have its blocks from a host that was removed"));
+        }
         let me = tls::fingerprint(&self.seat.identity.chain[0]);
         let checked = Ticket::verify(ticket, &self.ticket_key, unix_ms())
             .and_then(|ticket| ticket.check_peer(&me, &peer.certificate_sha256).map(|()| ticket));
