@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use supercloud_api::{
+    CompatClass,
     link::{Answer, Directive, Query},
     unix_ms,
 };
@@ -38,6 +39,8 @@ const RENEW_EVERY: Duration = Duration::from_secs(60);
 const RENEW_BUDGET: Duration = Duration::from_secs(30);
 /// The pause after the hypervisor could not be asked what it can.
 const RETRY_PAUSE: Duration = Duration::from_secs(2);
+/// How long a hypervisor that once answered may be silent before the agent goes on without it.
+const HYPERVISOR_PATIENCE: Duration = Duration::from_secs(15);
 /// The pause after a view could not be put in force.
 const VIEW_RETRY: Duration = Duration::from_secs(5);
 
@@ -101,7 +104,7 @@ pub async fn run(parts: Parts, cancel: CancellationToken) -> Result<(), AgentErr
         .await
         .map_err(|source| AgentError::Listen { address: config.data_listen, source })?;
     let (store, room) = open_folders(&config).await?;
-    let Some(classes) = classes(&*backend, &cancel).await else { return Ok(()) };
+    let Some(classes) = classes(&*backend, &config, &cancel).await else { return Ok(()) };
     let plane = DataPlane { host: host_id, address: config.data_address, material: material_rx, ticket_key };
     let host = Arc::new(Host {
         id: host_id,
@@ -151,8 +154,14 @@ async fn open_folders(config: &Config) -> Result<(DirStore, supercloud_api::Room
     .await?
 }
 
-/// Asks the hypervisor what it can, until it answers.
-async fn classes(backend: &dyn Backend, cancel: &CancellationToken) -> Option<Vec<supercloud_api::CompatClass>> {
+/// Asks the hypervisor what it can. When it does not answer for a while, what it said to an earlier agent counts: guests
+/// may well run, and the controller must hear of them.
+async fn classes(backend: &dyn Backend, config: &Config, cancel: &CancellationToken) -> Option<Vec<CompatClass>> {
+    let path = config.data_dir.join("classes.json");
+    let file = path.clone();
+    let remembered = tokio::task::spawn_blocking(move || durable::read_json::<Vec<CompatClass>>(&file)).await;
+    let mut remembered = remembered.ok().and_then(Result::ok).flatten();
+    let patience = tokio::time::Instant::now() + HYPERVISOR_PATIENCE;
     loop {
         let asked = tokio::select! {
             () = cancel.cancelled() => return None,
@@ -165,10 +174,20 @@ async fn classes(backend: &dyn Backend, cancel: &CancellationToken) -> Option<Ve
                 if let Some(why) = can.no_live_migration {
                     tracing::warn!(why, "guests cannot be moved live here");
                 }
+                let kept = can.classes.clone();
+                let written = tokio::task::spawn_blocking(move || durable::write_json(&path, &kept)).await;
+                if let Ok(Err(error)) = written {
+                    tracing::warn!(error = crate::chain(&error), "what the hypervisor can is not remembered");
+                }
                 return Some(can.classes);
             }
             Err(error) => {
                 tracing::warn!(error = crate::chain(&error), "the hypervisor does not answer yet");
+                if tokio::time::Instant::now() >= patience
+                    && let Some(classes) = remembered.take()
+                {
+                    return Some(classes);
+                }
                 tokio::select! {
                     () = cancel.cancelled() => return None,
                     () = tokio::time::sleep(RETRY_PAUSE) => {}

@@ -1,7 +1,7 @@
 //! All guests of a host: finds the task that owns a guest, or begins one; routes orders, events and connections to it.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     path::Path,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -38,6 +38,9 @@ pub struct Guests {
     cancel: CancellationToken,
     /// What the probe measured.
     probe: serde_json::Value,
+    /// Guests whose records cannot be read. Nothing is done with them and nothing is said of them: they may well run, and
+    /// whoever calls them lost makes a second copy of them.
+    unreadable: Mutex<HashSet<GuestId>>,
 }
 
 impl Guests {
@@ -50,7 +53,8 @@ impl Guests {
     ) -> (Arc<Self>, mpsc::Receiver<GuestId>) {
         let (ended, ended_rx) = mpsc::channel(64);
         let chunk_connections = TaskTracker::new();
-        (Arc::new(Self { host, tasks: Mutex::default(), ended, chunk_connections, cancel, probe }), ended_rx)
+        let (tasks, unreadable) = (Mutex::default(), Mutex::default());
+        (Arc::new(Self { host, tasks, ended, chunk_connections, cancel, probe, unreadable }), ended_rx)
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<GuestId, GuestHandle>> {
@@ -60,7 +64,9 @@ impl Guests {
     /// Finds the guests that an earlier agent had. One whose record cannot be read is left alone, and told of.
     pub async fn restore(&self) {
         let (folder, run) = (self.host.config.guests_dir(), self.host.config.run_dir.clone());
-        let found = tokio::task::spawn_blocking(move || read_records(&folder, &run)).await.unwrap_or_default();
+        let (found, unreadable) =
+            tokio::task::spawn_blocking(move || read_records(&folder, &run)).await.unwrap_or_default();
+        *self.unreadable.lock().unwrap_or_else(PoisonError::into_inner) = unreadable;
         let mut tasks = self.lock();
         for record in found {
             let guest = record.guest();
@@ -70,8 +76,16 @@ impl Guests {
         }
     }
 
+    fn is_unreadable(&self, guest: GuestId) -> bool {
+        self.unreadable.lock().unwrap_or_else(PoisonError::into_inner).contains(&guest)
+    }
+
     /// Tells a guest's task something; begins it if it is not there.
     pub fn tell(&self, guest: GuestId, message: GuestMessage) {
+        if self.is_unreadable(guest) {
+            tracing::error!(%guest, ?message, "the guest's record cannot be read: mend or remove it, and restart the agent");
+            return;
+        }
         let mut tasks = self.lock();
         let handle =
             tasks.entry(guest).or_insert_with(|| guest::begin(self.host.clone(), guest, None, self.ended.clone()));
@@ -169,24 +183,27 @@ impl Guests {
     }
 }
 
-/// The records below a folder. Blocking.
-fn read_records(folder: &Path, run: &Path) -> Vec<GuestRecord> {
-    let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
-    let ids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<GuestId>().ok());
-    ids.filter_map(|guest| match GuestRecord::load(&Places::new(folder, run, guest)) {
-        Ok(Some(record)) if record.guest() == guest => Some(record),
-        Ok(Some(_)) => {
-            tracing::error!(%guest, "the guest's record is another guest's; it is left alone");
-            None
+/// The records below a folder, and the guests whose records cannot be read. Blocking.
+fn read_records(folder: &Path, run: &Path) -> (Vec<GuestRecord>, HashSet<GuestId>) {
+    let (mut records, mut unreadable) = (Vec::new(), HashSet::new());
+    let Ok(entries) = std::fs::read_dir(folder) else { return (records, unreadable) };
+    for guest in entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<GuestId>().ok()) {
+        match GuestRecord::load(&Places::new(folder, run, guest)) {
+            Ok(Some(record)) if record.guest() == guest => records.push(record),
+            // A folder that was made for a guest that then did not come, or is being removed.
+            Ok(None) => {}
+            Ok(Some(record)) => {
+                tracing::error!(%guest, holds = %record.guest(), "the guest's record is another guest's; it is left alone");
+                unreadable.insert(guest);
+            }
+            Err(error) => {
+                let error = crate::chain(&error);
+                tracing::error!(%guest, error, "the guest's record cannot be read; it is left alone");
+                unreadable.insert(guest);
+            }
         }
-        // A folder that was made for a guest that then did not come, or is being removed.
-        Ok(None) => None,
-        Err(error) => {
-            tracing::error!(%guest, error = crate::chain(&error), "the guest's record cannot be read; it is left alone");
-            None
-        }
-    })
-    .collect()
+    }
+    (records, unreadable)
 }
 
 impl Router for Guests {
@@ -241,5 +258,31 @@ impl Facts for Guests {
             guests: self.rows(),
             view_revision: self.host.switch.revision(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use supercloud_ids::HostId;
+
+    use super::*;
+
+    #[test]
+    fn a_record_that_cannot_be_read_is_left_alone_and_known() {
+        let dir = tempfile::tempdir().unwrap();
+        let (good, bad, other, empty) =
+            (GuestId::generate(), GuestId::generate(), GuestId::generate(), GuestId::generate());
+        let places = |guest| Places::new(dir.path(), Path::new("/r"), guest);
+        let record = GuestRecord::new(good, HostId::generate());
+        record.save(&places(good)).unwrap();
+        record.save(&places(other)).unwrap();
+        for guest in [bad, empty] {
+            std::fs::create_dir_all(&places(guest).folder).unwrap();
+        }
+        std::fs::write(places(bad).record(), "{").unwrap();
+        std::fs::create_dir(dir.path().join("something")).unwrap();
+        let (records, unreadable) = read_records(dir.path(), Path::new("/r"));
+        assert_eq!(records.iter().map(GuestRecord::guest).collect::<Vec<_>>(), [good]);
+        assert_eq!(unreadable, HashSet::from([bad, other]));
     }
 }

@@ -6,6 +6,8 @@ use tokio::net::{TcpStream, UnixListener, UnixStream};
 
 /// A peer that acknowledges nothing for so long is gone.
 const SILENCE_BUDGET: Duration = Duration::from_secs(20);
+/// Bytes that may wait in the kernel without having been sent. What waits there when a guest is paused is part of its pause.
+const UNSENT_BYTES: libc::c_int = 256 << 10;
 
 fn set(stream: &TcpStream, level: libc::c_int, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
     let length = size_of::<libc::c_int>() as libc::socklen_t;
@@ -15,7 +17,8 @@ fn set(stream: &TcpStream, level: libc::c_int, option: libc::c_int, value: libc:
 }
 
 /// Sets a connection up so that a peer that went silent is noticed within about 20 s, whether bytes are under way
-/// (`TCP_USER_TIMEOUT`) or not (keepalive), and small messages leave at once.
+/// (`TCP_USER_TIMEOUT`) or not (keepalive), small messages leave at once, and little waits in the kernel beyond what is on
+/// the wire (`TCP_NOTSENT_LOWAT`).
 ///
 /// # Errors
 /// When the system refuses.
@@ -25,6 +28,7 @@ pub fn watch_over(stream: &TcpStream) -> io::Result<()> {
     set(stream, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, 5)?;
     set(stream, libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, 5)?;
     set(stream, libc::IPPROTO_TCP, libc::TCP_KEEPCNT, 3)?;
+    set(stream, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, UNSENT_BYTES)?;
     let budget = libc::c_int::try_from(SILENCE_BUDGET.as_millis()).unwrap_or(libc::c_int::MAX);
     set(stream, libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, budget)
 }

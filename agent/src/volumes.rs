@@ -327,10 +327,20 @@ fn spawn(program: &Path, home: &VolumeHome) -> io::Result<tokio::process::Child>
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log);
-    // SAFETY: between fork and exec only setsid is called, which is async-signal-safe (signal-safety(7)).
+    // SAFETY: between fork and exec only setsid and prctl are called: plain system calls, which touch no memory of this
+    // process and take no locks (signal-safety(7)).
     unsafe {
-        // A session of its own: no signal of the agent's terminal or process group reaches it.
-        command.pre_exec(|| if libc::setsid() < 0 { Err(io::Error::last_os_error()) } else { Ok(()) });
+        command.pre_exec(|| {
+            // A session of its own: no signal of the agent's terminal or process group reaches it.
+            if libc::setsid() < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            // Nothing that it starts, should it ever, gains rights (prctl(2)).
+            match libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) {
+                0 => Ok(()),
+                _ => Err(io::Error::last_os_error()),
+            }
+        });
     }
     let child = tokio::process::Command::from(command).kill_on_drop(false).spawn()?;
     if let Some(record) = child.id().and_then(ProcessRecord::of) {

@@ -223,8 +223,13 @@ impl Actor {
                 self.process([LocalEvent::from(order)]).await;
             }
             GuestMessage::LinkUp { owned } => {
-                if let Some(report) = report::reconcile(&self.record.handover, owned) {
-                    self.send(report);
+                match report::reconcile(&self.record.handover, owned) {
+                    // Whoever calls a guest lost that runs makes a second copy of it.
+                    Some(Report::GuestLost { .. }) if self.may_have_a_process().await => {
+                        tracing::error!(guest = %self.guest, "the guest is here, and what this agent knew of it is not");
+                    }
+                    Some(report) => self.send(report),
+                    None => {}
                 }
                 self.process(self.ticks()).await;
             }
@@ -357,6 +362,11 @@ impl Actor {
             DestinationState::Running { .. } | DestinationState::Fetched { .. } => true,
             _ => false,
         }
+    }
+
+    /// Whether the hypervisor has the guest, or does not say that it has not.
+    async fn may_have_a_process(&self) -> bool {
+        !matches!(self.host.backend.status(self.guest).await, Ok(None))
     }
 
     /// Asks the hypervisor whether the guest is still there, when it should be.
