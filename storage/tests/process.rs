@@ -381,3 +381,75 @@ async fn bad_orders_are_refused_and_change_nothing() {
     host.task.await.unwrap().unwrap();
     assert!(!host.config.data_folder.exists());
 }
+
+/// Not a test of its own: what [`a_killed_process_loses_nothing_acknowledged`] runs as another process.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn serve_as_another_process() {
+    let Some(path) = std::env::var_os("VOLUME_PROCESS_CONFIG") else { return };
+    let config = VolumeProcessConfig::from_file(path.as_ref()).unwrap();
+    run(config, CancellationToken::new()).await.unwrap();
+}
+
+/// Writes numbered sectors without ever flushing, over the real socket, and kills the process with SIGKILL in the
+/// middle. Every write that was acknowledged must be there when it is started again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_killed_process_loses_nothing_acknowledged() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let world = World::new();
+    let (root, raw) = world.image("a").await;
+    let mut config = world.config("a", StartRole::Active { epoch: Epoch(1) });
+    config.base = Some(root);
+    let path = world.path("config.json");
+    std::fs::write(&path, serde_json::to_vec(&config).unwrap()).unwrap();
+    let client = VolumeClient::new(config.control_socket());
+    let mut expected = std::fs::read(&raw).unwrap();
+    let mut rng = rand::rngs::SmallRng::seed_from_u64(11);
+    let mut number = 0u64;
+    for round in 0..4 {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "serve_as_another_process", "--nocapture"])
+            .env("VOLUME_PROCESS_CONFIG", &path)
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let status = client.wait_ready(Duration::from_secs(30)).await.unwrap();
+        assert_eq!(status.role, RoleStatus::Active { epoch: Epoch(1) }, "round {round}");
+        if has("nbdcopy") {
+            let back = world.path("back.raw");
+            let uri = format!("nbd+unix:///?socket={}", config.nbd_socket().display());
+            tool("nbdcopy", &[&uri, text(&back)]).await;
+            assert!(std::fs::read(&back).unwrap() == expected, "round {round}: acknowledged writes are gone");
+        }
+        // An NBD client of the barest kind: EXPORT_NAME, then one write after the other.
+        let mut nbd = tokio::net::UnixStream::connect(config.nbd_socket()).await.unwrap();
+        let mut hello = [0; 18];
+        nbd.read_exact(&mut hello).await.unwrap();
+        nbd.write_all(&[&3u32.to_be_bytes()[..], b"IHAVEOPT", &1u32.to_be_bytes(), &0u32.to_be_bytes()].concat())
+            .await
+            .unwrap();
+        let mut export = [0; 10];
+        nbd.read_exact(&mut export).await.unwrap();
+        assert_eq!(u64::from_be_bytes(export[..8].try_into().unwrap()), SIZE);
+        for _ in 0..rng.random_range(50..400) {
+            number += 1;
+            let at = rng.random_range(0..SIZE / 512) * 512;
+            let data: Vec<u8> = std::iter::repeat_n(number.to_be_bytes(), 64).flatten().collect();
+            let header = [
+                &0x2560_9513u32.to_be_bytes()[..],
+                &[0, 0, 0, 1],
+                &number.to_be_bytes(),
+                &at.to_be_bytes(),
+                &512u32.to_be_bytes(),
+                &data,
+            ];
+            nbd.write_all(&header.concat()).await.unwrap();
+            let mut reply = [0; 16];
+            nbd.read_exact(&mut reply).await.unwrap();
+            assert_eq!(reply[4..8], [0; 4]);
+            expected[at as usize..at as usize + 512].copy_from_slice(&data);
+        }
+        child.kill().await.unwrap();
+    }
+}

@@ -9,6 +9,8 @@
 mod handshake;
 mod proto;
 mod session;
+#[cfg(test)]
+mod tests;
 
 pub use self::{
     proto::{MAX_REQUEST_BYTES, NbdError},

@@ -108,8 +108,8 @@ pub(super) fn recover(disk: &Arc<dyn Disk>, identity: Identity, start: Role) -> 
         changes.push(Record::Renumber(version));
     }
     match replay.role {
-        // What a destination pulled ahead is worth keeping only when it surely is what its version says.
-        Role::Standby if is_power_cut => drop_entries(&mut replay.map, |_| true),
+        // Of an adoption that was not finished. What was pulled ahead is kept: where newer content lies under a durable
+        // older version, the source is past that version, and no map that it will announce names it.
         Role::Standby => drop_entries(&mut replay.map, |state| state == BlockState::Remote),
         Role::Adopted { .. } | Role::Active { .. } | Role::Sealed { .. } => {}
     }
