@@ -47,11 +47,7 @@ pub(super) async fn start(parts: &Parts) -> Result<Arc<Engine>, StartError> {
         live: parts.hosts.clone(),
         keys: Arc::clone(&parts.keys),
         authority: Arc::clone(&parts.authority),
-        reach: Reach {
-            link_address,
-            api_url: config.api_url(),
-            certificate_sha256: certificate_sha256.clone(),
-        },
+        reach: Reach { link_address, api_url: config.api_url(), certificate_sha256: certificate_sha256.clone() },
         progress: parts.progress.clone(),
         store: Arc::clone(&store),
         uploads: config.uploads_dir(),
