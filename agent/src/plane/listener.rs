@@ -1,6 +1,6 @@
 //! The listening side: TLS, the opening frame, admission, and then to whoever the connection is for.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashMap, net::IpAddr, sync::Arc, time::Duration};
 
 use supercloud_api::{
     data::{self, Open, kind},
@@ -9,7 +9,6 @@ use supercloud_api::{
 };
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::Semaphore,
     task::JoinSet,
     time::timeout,
 };
@@ -23,8 +22,10 @@ use super::{
 };
 use crate::socket;
 
-/// Connections that may be in their handshake at once; more wait in the system's queue.
-const MAX_HANDSHAKES: usize = 64;
+/// Connections that may be in their handshake at once.
+const MAX_HANDSHAKES: usize = 256;
+/// Of these, from one address: a stranger that keeps connections open keeps nobody else out.
+const MAX_HANDSHAKES_OF_ONE: usize = 16;
 
 /// Where admitted connections go.
 pub trait Router: Send + Sync {
@@ -34,36 +35,47 @@ pub trait Router: Send + Sync {
 
 /// Serves the data plane's listener until `cancel`.
 pub async fn listen(plane: DataPlane, listener: TcpListener, router: Arc<dyn Router>, cancel: CancellationToken) {
-    let slots = Arc::new(Semaphore::new(MAX_HANDSHAKES));
-    let mut handshakes = JoinSet::new();
+    let mut handshakes: JoinSet<IpAddr> = JoinSet::new();
+    let mut from_address: HashMap<IpAddr, usize> = HashMap::new();
     loop {
-        let slot = tokio::select! {
-            () = cancel.cancelled() => return,
-            slot = slots.clone().acquire_owned() => slot,
-        };
         let accepted = tokio::select! {
             () = cancel.cancelled() => return,
+            Some(ended) = handshakes.join_next() => {
+                if let Ok(from) = ended
+                    && let Some(count) = from_address.get_mut(&from)
+                {
+                    *count -= 1;
+                }
+                from_address.retain(|_, count| *count > 0);
+                continue;
+            }
             accepted = listener.accept() => accepted,
         };
-        while handshakes.try_join_next().is_some() {}
-        match accepted {
-            Ok((tcp, from)) => {
-                let (plane, router) = (plane.clone(), router.clone());
-                handshakes.spawn(async move {
-                    let _slot = slot;
-                    match timeout(OPEN_BUDGET, open(&plane, tcp)).await {
-                        Ok(Ok(incoming)) => router.route(incoming),
-                        Ok(Err(error)) => tracing::debug!(%from, %error, "a data connection did not open"),
-                        Err(_) => tracing::debug!(%from, "a data connection did not open in time"),
-                    }
-                });
-            }
+        let (tcp, from) = match accepted {
+            Ok((tcp, from)) => (tcp, from.ip()),
             Err(error) => {
                 // Out of descriptors, most likely: it gets better by itself.
                 tracing::warn!(%error, "cannot take a data connection");
                 tokio::time::sleep(Duration::from_millis(200)).await;
+                continue;
             }
+        };
+        let count = from_address.entry(from).or_default();
+        if *count >= MAX_HANDSHAKES_OF_ONE || handshakes.len() >= MAX_HANDSHAKES {
+            tracing::debug!(%from, "too many connections are being opened; one is closed");
+            from_address.retain(|_, count| *count > 0);
+            continue;
         }
+        *count += 1;
+        let (plane, router) = (plane.clone(), router.clone());
+        handshakes.spawn(async move {
+            match timeout(OPEN_BUDGET, open(&plane, tcp)).await {
+                Ok(Ok(incoming)) => router.route(incoming),
+                Ok(Err(error)) => tracing::debug!(%from, %error, "a data connection did not open"),
+                Err(_) => tracing::debug!(%from, "a data connection did not open in time"),
+            }
+            from
+        });
     }
 }
 

@@ -12,8 +12,10 @@ use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, ExtendedKeyUsagePurpose, IsCa, Issuer,
     KeyPair,
 };
+use rustls::pki_types::CertificateDer;
 use supercloud_agent::identity::{Identity, Request};
 use supercloud_api::{
+    Code, Problem,
     frame::{Frame, read_frame, write_frame},
     handover::{
         self, AbortReason, BeginRequest, DestinationOrder, OperationKind, Order, OrderBody, Owner, OwnerRecord, Phase,
@@ -21,8 +23,8 @@ use supercloud_api::{
     },
     ids::{CloudId, GuestId, HostId, OperationId, VolumeId},
     link::{
-        self, Assignment, ChunkSource, Directive, FrozenContent, GuestSpec, Hello, MigrationOptions, Notice, Peer,
-        Welcome, kind,
+        self, Answer, Assignment, ChunkSource, Directive, Envelope, FrozenContent, GuestSpec, Hello, MigrationOptions,
+        Notice, Outcome, Peer, Query, Welcome, kind,
     },
     ticket::{Party, Signer, Ticket},
     tls, unix_ms,
@@ -66,6 +68,8 @@ struct State {
     discarded: HashSet<GuestId>,
     events: Vec<link::GuestEventKind>,
     hook: Option<Hook>,
+    /// Queries that are still to be left unanswered, with a broken link.
+    queries_to_lose: u32,
 }
 
 pub struct Controller {
@@ -106,6 +110,7 @@ impl Controller {
                 discarded: HashSet::new(),
                 events: Vec::new(),
                 hook: None,
+                queries_to_lose: 0,
             }),
             signer: Signer::from_pkcs8(&Signer::generate_pkcs8().unwrap()).unwrap(),
             issuer,
@@ -125,12 +130,16 @@ impl Controller {
     /// Certifies a host.
     pub fn join(&self, host: HostId) -> Identity {
         let request = Request::make(host).unwrap();
-        let mut csr = CertificateSigningRequestParams::from_pem(&request.csr_pem).unwrap();
+        let certificate = self.certify(host, &request.csr_pem);
+        request.complete(host, certificate, self.ca_pem.clone(), self.address.to_string()).unwrap()
+    }
+
+    fn certify(&self, host: HostId, csr_pem: &str) -> String {
+        let mut csr = CertificateSigningRequestParams::from_pem(csr_pem).unwrap();
         let mut params = CertificateParams::new(vec![tls::host_dns_name(host)]).unwrap();
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         csr.params = params;
-        let certificate = csr.signed_by(&self.issuer).unwrap().pem();
-        request.complete(host, certificate, self.ca_pem.clone(), self.address.to_string()).unwrap()
+        csr.signed_by(&self.issuer).unwrap().pem()
     }
 
     pub fn add_host(&self, info: HostInfo) {
@@ -150,6 +159,21 @@ impl Controller {
 
     pub fn unhook(&self) {
         self.state().hook = None;
+    }
+
+    /// The next queries break the link they come by.
+    pub fn lose_queries(&self, count: u32) {
+        self.state().queries_to_lose = count;
+    }
+
+    /// A ticket, signed as it is.
+    pub fn sign(&self, ticket: &Ticket) -> String {
+        self.signer.sign(ticket)
+    }
+
+    /// The CA alone.
+    pub fn ca(&self) -> Vec<CertificateDer<'static>> {
+        tls::certificates_of_pem(&self.ca_pem).unwrap()
     }
 
     /// Cuts a host's link, and keeps it cut until `heal`.
@@ -394,17 +418,32 @@ impl Controller {
         }
         let (orders, mut outgoing) = mpsc::unbounded_channel();
         self.state().links.insert(host, orders);
+        let (answers, mut answered) = mpsc::unbounded_channel();
         let (mut reader, mut writer) = tokio::io::split(stream);
         let read = async {
             while let Ok(frame) = read_frame(&mut reader).await {
-                if frame.kind == kind::NOTICE {
-                    self.take(host, frame.parse_json(kind::NOTICE, link::VERSION).unwrap());
+                match frame.kind {
+                    kind::NOTICE => self.take(host, frame.parse_json(kind::NOTICE, link::VERSION).unwrap()),
+                    kind::QUERY => {
+                        let query: Envelope<Query> = frame.parse_json(kind::QUERY, link::VERSION).unwrap();
+                        match self.answer(host, query) {
+                            Some(answer) => answers.send(answer).unwrap(),
+                            None => return,
+                        }
+                    }
+                    other => panic!("a frame of kind {other}"),
                 }
             }
         };
         let write = async {
-            while let Some(directive) = outgoing.recv().await {
-                let frame = Frame::json(kind::DIRECTIVE, link::VERSION, &directive).unwrap();
+            loop {
+                let frame = tokio::select! {
+                    directive = outgoing.recv() => match directive {
+                        Some(directive) => Frame::json(kind::DIRECTIVE, link::VERSION, &directive).unwrap(),
+                        None => return,
+                    },
+                    Some(answer) = answered.recv() => Frame::json(kind::ANSWER, link::VERSION, &answer).unwrap(),
+                };
                 if write_frame(&mut writer, &frame).await.is_err() {
                     return;
                 }
@@ -415,6 +454,21 @@ impl Controller {
             () = read => {}
             () = write => {}
         }
+    }
+
+    fn answer(&self, host: HostId, query: Envelope<Query>) -> Option<Envelope<Outcome<Answer>>> {
+        let mut state = self.state();
+        if state.queries_to_lose > 0 {
+            state.queries_to_lose -= 1;
+            return None;
+        }
+        let body = match query.body {
+            Query::RenewCertificate { csr_pem } => {
+                Outcome::Ok(Answer::Certificate { certificate_pem: self.certify(host, &csr_pem) })
+            }
+            Query::GuestToken { .. } => Outcome::Err(Problem::new(Code::Forbidden, "not here")),
+        };
+        Some(Envelope { number: query.number, body })
     }
 
     fn take(&self, host: HostId, notice: Notice) {

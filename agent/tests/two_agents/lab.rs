@@ -102,6 +102,14 @@ impl TestHost {
         self.hypervisor.agent_died().await;
     }
 
+    pub fn data_address(&self) -> SocketAddr {
+        self.config.data_listen
+    }
+
+    pub fn fingerprint(&self) -> String {
+        self.identity.material().unwrap().fingerprint
+    }
+
     pub fn start_agent(&self) {
         self.start();
     }

@@ -9,3 +9,4 @@ mod hypervisor;
 mod lab;
 mod moves;
 mod nbd;
+mod wire;
