@@ -196,10 +196,10 @@ impl Store for Forgetful {
     ) -> supercloud_store::BoxFuture<'_, Result<supercloud_store::TxnOutcome, supercloud_store::StoreError>> {
         let count = self.count.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
         Box::pin(async move {
-            if count % 3 != 0 {
+            if !count.is_multiple_of(3) {
                 return self.store.txn(txn).await;
             }
-            if count % 2 == 0 {
+            if count.is_multiple_of(2) {
                 self.store.txn(txn).await?;
             }
             Err(supercloud_store::StoreError::UnknownOutcome { source: None })

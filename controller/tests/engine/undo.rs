@@ -38,6 +38,7 @@ async fn a_move_is_cancelled_in_every_phase_before_the_switch_and_in_none_after(
         world.stall(stage, true);
         let id = world.migrate(guest, to).await;
         world.phase(id, phase).await;
+        world.switched(guest, from, to).await;
         world.cancel(id).await;
         world.restart_controller().await;
         world.stall(stage, false);
@@ -62,6 +63,16 @@ async fn starts_freezes_and_thaws_are_cancelled_and_a_stop_is_not() {
     world.settled().await;
     let record = world.record(guest).await;
     assert_eq!((record.guest.state, record.guest.compat_class.clone()), (GuestState::Created, None));
+    // The class in which it was only to be started is not its own.
+    world.stall(Stage::HandOver, true);
+    let id = world.start(guest, 0).await;
+    world.phase(id, Phase::Copy).await;
+    assert!(world.record(guest).await.guest.compat_class.is_some());
+    world.cancel(id).await;
+    world.undone(id, Code::WrongState).await;
+    world.stall(Stage::HandOver, false);
+    world.settled().await;
+    assert_eq!(world.record(guest).await.guest.compat_class, None);
     world.done(world.start(guest, 0).await).await;
 
     world.stall(Stage::Store, true);

@@ -161,6 +161,18 @@ impl World {
         }
     }
 
+    /// What the switch transaction holds, while the source is still needed.
+    pub async fn switched(&self, guest: GuestId, from: usize, to: usize) {
+        let (from, to) = (self.id(from), self.id(to));
+        let record = self.record(guest).await;
+        assert_eq!((record.owner.owner, record.guest.host), (Owner::Host(to), Some(to)));
+        let epoch = record.owner.epoch;
+        let port = self.state().need::<Port>(&record.guest.ports[0]).await.unwrap();
+        assert_eq!((port.host, port.prepared_at, port.moved_from, port.epoch), (Some(to), None, Some(from), epoch));
+        let volume = self.state().need::<Volume>(&record.guest.volumes[0]).await.unwrap();
+        assert_eq!((volume.host, volume.needed_source, volume.epoch), (Some(to), Some(from), epoch));
+    }
+
     /// Whether every connected host's view of the overlay is what the records give.
     async fn is_overlay_told(&self) -> bool {
         let hosts: Vec<_> = self.state().list::<HostRecord>().await.unwrap();

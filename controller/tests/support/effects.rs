@@ -211,7 +211,7 @@ impl Agent {
     pub(super) fn find_maps(&self, guest: GuestId, plan: &DestinationPlan) {
         let host = self.seat.host;
         let mut ground = lock(&self.seat.ground);
-        if ground.local(host, guest).adopt.is_some() {
+        if ground.local(host, guest).adopt.is_some() || self.is_stalled(Stage::HandOver) {
             return;
         }
         let adopt = match plan.kind {
