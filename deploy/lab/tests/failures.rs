@@ -11,8 +11,6 @@
 //! | `SEED=…` | repeats the random ones; every run prints its seed |
 //! | `SUPERCLOUD_LAB_KEEP=1` | leaves the lab up at the end |
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 mod support;
 
 use std::time::{Instant, SystemTime, UNIX_EPOCH};

@@ -14,21 +14,15 @@ use std::time::Duration;
 use serde_json::Value;
 use supercloud_lab::command::wait_for;
 use supercloud_lab::demo::report::Report;
+use supercloud_lab::fleet::programs;
+use supercloud_lab::lab::chain;
 use supercloud_lab::state;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_supercloud-lab");
 
-/// The programs that run in the lab, built into the folder in which the lab looks for them.
 fn build_programs() {
     static BUILT: Once = Once::new();
-    BUILT.call_once(|| {
-        let target = Path::new(PROGRAM).parent().unwrap().parent().unwrap();
-        let packages = ["supercloud-controller", "supercloud-agent", "supercloud-spotd", "supercloud"];
-        let mut build = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        build.arg("build").args(packages.iter().flat_map(|package| ["-p", package]));
-        build.arg("--manifest-path").arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../Cargo.toml"));
-        assert!(build.env("CARGO_TARGET_DIR", target).status().unwrap().success());
-    });
+    BUILT.call_once(|| programs::build().unwrap_or_else(|error| panic!("{}", chain(&error))));
 }
 
 /// Whether a lab can be made here at all.

@@ -9,6 +9,7 @@ use supercloud_api::Problem;
 use supercloud_api::client::ClientError;
 use thiserror::Error;
 
+use crate::command::CommandError;
 use crate::image::ImageError;
 use crate::lab::LabError;
 use crate::state::StateError;
@@ -77,6 +78,13 @@ pub enum FleetError {
     /// The guest image.
     #[error("making the guest image")]
     Image(#[from] ImageError),
+    /// The programs could not be built.
+    #[error("building the programs of a lab")]
+    Build {
+        /// Cargo's failure.
+        #[source]
+        source: Box<CommandError>,
+    },
     /// A settings file could not be written as TOML.
     #[error("writing settings")]
     Settings(#[from] toml::ser::Error),

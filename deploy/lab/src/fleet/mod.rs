@@ -18,6 +18,7 @@
 pub mod config;
 pub mod console;
 pub mod error;
+pub mod programs;
 mod work;
 
 use std::path::{Path, PathBuf};

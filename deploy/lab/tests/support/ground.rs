@@ -49,8 +49,11 @@ pub fn is_possible() -> bool {
     is_possible
 }
 
-/// Builds the programs that run in the lab into the folder in which the lab looks for them.
+/// Builds the programs that run in the lab into the folder in which the lab looks for them, unless it was told of another.
 fn build_programs() -> Result<()> {
+    if std::env::var_os("SUPERCLOUD_BIN_DIR").is_some() {
+        return Ok(());
+    }
     let program = Path::new(env!("CARGO_BIN_EXE_supercloud-lab"));
     let target = program.parent().and_then(Path::parent).context("the program lies nowhere")?;
     let mut build = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
