@@ -267,7 +267,7 @@ pub fn progress(told: &TransferProgress) -> Progress {
         }
         TransferPhase::Copy => format!("copying memory, round {}", told.iteration.max(1)),
         TransferPhase::Drain => "paused; the last pages are going".to_owned(),
-        TransferPhase::Done => "everything has gone; waiting for the switch".to_owned(),
+        TransferPhase::Done => "all of its memory has gone over".to_owned(),
     };
     Progress {
         memory_total_bytes: told.memory_total_bytes,

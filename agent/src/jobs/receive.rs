@@ -163,7 +163,7 @@ async fn thaw(
     job.show(Progress {
         memory_total_bytes: total,
         memory_sent_bytes: total,
-        message: "thawed; waiting for the switch".to_owned(),
+        message: "its state is back in memory".to_owned(),
         ..Progress::default()
     });
     Ok(stamps)

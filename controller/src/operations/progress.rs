@@ -43,6 +43,16 @@ pub fn merge(known: &mut Progress, told: &Progress) {
     }
 }
 
+/// What is left of the moment when an operation has ended: nothing.
+pub fn settle(progress: &mut Progress) {
+    progress.memory_remaining_bytes = 0;
+    progress.dirty_bytes_per_s = 0;
+    progress.bandwidth_bytes_per_s = 0;
+    progress.eta_min_ms = None;
+    progress.eta_max_ms = None;
+    progress.message.clear();
+}
+
 impl ProgressBoard {
     /// Takes what a side tells.
     pub fn tell(&self, operation: OperationId, told: &Progress) {
@@ -100,5 +110,8 @@ mod tests {
         assert_eq!(seen.memory_remaining_bytes, 40);
         assert_eq!(board.take_unwritten(), vec![operation]);
         assert!(board.take_unwritten().is_empty());
+        seen.message = "copying".to_owned();
+        settle(&mut seen);
+        assert_eq!((seen.memory_sent_bytes, seen.memory_remaining_bytes, seen.message.as_str()), (60, 0, ""));
     }
 }

@@ -126,6 +126,9 @@ impl Engine {
             if let Some(progress) = &details.progress {
                 super::progress::merge(&mut operation.progress, progress);
             }
+            if operation.phase.is_terminal() {
+                super::progress::settle(&mut operation.progress);
+            }
             if operation != before.operation {
                 let mut record = OperationRecord { operation, work: before.work.clone() };
                 change.update_operation(before, &mut record);
