@@ -15,6 +15,8 @@ pub enum Access {
     ReadOwn,
     /// Every role.
     Read,
+    /// Every role: signing in and out of the dashboard.
+    Session,
     /// Every role, if the token is good for all projects.
     ReadAll,
     /// Who moves guests: policy, operator, admin; also a guest-scoped token for its own guest.
@@ -38,11 +40,17 @@ impl Access {
             return match self {
                 Self::Open | Self::ReadOwn => true,
                 Self::MoveOwn => token.role >= Role::Policy,
-                Self::Read | Self::ReadAll | Self::Move | Self::Change | Self::Administer | Self::System => false,
+                Self::Read
+                | Self::Session
+                | Self::ReadAll
+                | Self::Move
+                | Self::Change
+                | Self::Administer
+                | Self::System => false,
             };
         }
         match self {
-            Self::Open | Self::ReadOwn | Self::Read => true,
+            Self::Open | Self::ReadOwn | Self::Read | Self::Session => true,
             Self::ReadAll => is_global,
             Self::MoveOwn | Self::Move => token.role >= Role::Policy,
             Self::Change => token.role >= Role::Operator,
@@ -74,6 +82,8 @@ pub const ROUTES: &[Route] = &[
     route(Method::GET, "/metrics", Access::ReadAll),
     route(Method::GET, "/v1/openapi.json", Access::Open),
     route(Method::GET, "/v1/whoami", Access::ReadOwn),
+    route(Method::POST, "/v1/session", Access::Session),
+    route(Method::DELETE, "/v1/session", Access::Session),
     route(Method::GET, "/v1/clouds", Access::ReadOwn),
     route(Method::POST, "/v1/clouds", Access::System),
     route(Method::GET, "/v1/clouds/{cloud}", Access::ReadOwn),
@@ -245,6 +255,7 @@ mod tests {
             (Access::Open, Some(Viewer), Some(Viewer), true),
             (Access::ReadOwn, Some(Viewer), Some(Viewer), true),
             (Access::Read, Some(Viewer), Some(Viewer), false),
+            (Access::Session, Some(Viewer), Some(Viewer), false),
             (Access::ReadAll, Some(Viewer), None, false),
             (Access::MoveOwn, Some(Policy), Some(Policy), true),
             (Access::Move, Some(Policy), Some(Policy), false),

@@ -4,10 +4,12 @@
 //! looked up by that hash: how long a look-up takes tells nothing of a secret.
 
 mod access;
+mod session;
 mod token;
 
 pub use access::{Access, Caller, Denied, ROUTES, Reach, Route, find_route};
+pub use session::{CSRF_HEADER, SESSION_MS, Session};
 pub use token::{
-    ADMIN_TOKEN_FILE, BootstrapError, DEFAULT_PROJECT, bootstrap, new_project, new_token, secret_sha256,
+    ADMIN_TOKEN_FILE, BootstrapError, DEFAULT_PROJECT, bootstrap, new_project, new_token, secret_sha256, token_of_id,
     token_of_secret,
 };

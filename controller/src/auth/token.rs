@@ -89,6 +89,14 @@ pub async fn token_of_secret(state: &State, secret: &str, now_ms: u64) -> Result
     }
     let Some(id) = state.read_index(places::token_secret(&secret_sha256(secret))).await? else { return Ok(None) };
     let Ok(id) = id.parse::<TokenId>() else { return Ok(None) };
+    token_of_id(state, id, now_ms).await
+}
+
+/// The token of an id, if it has not expired.
+///
+/// # Errors
+/// When the store does not answer.
+pub async fn token_of_id(state: &State, id: TokenId, now_ms: u64) -> Result<Option<Token>, StateError> {
     let token = state.read::<TokenRecord>(&id).await?.map(|found| found.value.token);
     Ok(token.filter(|token| token.expires_at_ms.is_none_or(|at| now_ms < at)))
 }

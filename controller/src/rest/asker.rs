@@ -43,6 +43,8 @@ pub struct Params {
     pub wait: Option<String>,
     /// Events after this number.
     pub after: Option<u64>,
+    /// The newest so many events, and what follows.
+    pub last: Option<u64>,
     /// Where an uploaded piece goes.
     pub offset: Option<u64>,
     /// The market.

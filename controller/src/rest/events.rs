@@ -67,14 +67,23 @@ impl Sight {
     }
 }
 
-/// Events after a number, in order. An admin of everything who names no project gets the whole chain, without gaps.
+/// The number after which a listing or a stream begins.
+async fn start(api: &Api, asker: &Asker) -> Result<u64, Failure> {
+    match (asker.params.last, asker.params.after) {
+        (Some(_), Some(_)) => Err(Failure::bad("say either after or last")),
+        (Some(last), None) => Ok(api.parts.state.head().await?.seq.saturating_sub(last)),
+        (None, after) => Ok(after.unwrap_or(0)),
+    }
+}
+
+/// Events after a number, in order (`?last=N`: the newest N of all, of which those are told that the token sees). An admin of everything who names no project gets the whole chain, without gaps.
 #[utoipa::path(get, path = "/v1/events", tag = "events", responses((status = 200, body = Page<Event>)))]
 pub async fn list(State(api): State<Api>, asker: Asker) -> Result<Reply, Failure> {
     let sight = Sight::of(&api, &asker).await?;
     let limit = asker.params.limit()?;
     let mut after = match asker.params.page::<u64>()? {
         Some(page) => page,
-        None => asker.params.after.unwrap_or(0),
+        None => start(&api, &asker).await?,
     };
     let mut items: Vec<Event> = Vec::new();
     loop {
@@ -96,7 +105,7 @@ pub async fn list(State(api): State<Api>, asker: Asker) -> Result<Reply, Failure
     }
 }
 
-/// Events as they happen, after `Last-Event-ID` (or `?after=`; else from the first): lines `id`, `event`, `data` (an Event as JSON).
+/// Events as they happen, after `Last-Event-ID` (or `?after=`, or `?last=N` for the newest N and what follows; else from the first): lines `id`, `event`, `data` (an Event as JSON).
 #[utoipa::path(get, path = "/v1/events/stream", tag = "events", responses((status = 200, content_type = "text/event-stream", body = String)))]
 pub async fn stream(State(api): State<Api>, asker: Asker, headers: HeaderMap) -> Result<Response, Failure> {
     let sight = Sight::of(&api, &asker).await?;
@@ -105,7 +114,7 @@ pub async fn stream(State(api): State<Api>, asker: Asker, headers: HeaderMap) ->
             let parsed = value.to_str().ok().and_then(|text| text.trim().parse::<u64>().ok());
             parsed.ok_or_else(|| Failure::bad("Last-Event-ID must be the number of an event"))?
         }
-        None => asker.params.after.unwrap_or(0),
+        None => start(&api, &asker).await?,
     };
     let place = Arc::clone(&api.streams.0)
         .try_acquire_owned()

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     app::Parts,
-    auth::{Access, Caller, ROUTES, Route, find_route, token_of_secret},
+    auth::{Access, CSRF_HEADER, Caller, ROUTES, Route, Session, find_route, token_of_id, token_of_secret},
     metrics::Metrics,
 };
 
@@ -161,13 +161,31 @@ async fn authenticate(parts: &Parts, route: &'static Route, headers: &HeaderMap)
         return Ok(None);
     }
     let no = |detail: &str| Failure::new(Code::Unauthenticated, detail);
-    let value = headers.get(header::AUTHORIZATION).ok_or_else(|| no("send 'Authorization: Bearer <token>'"))?;
-    let text = value.to_str().map_err(|_| no("the Authorization header is malformed"))?;
-    let (scheme, secret) = text.split_once(' ').ok_or_else(|| no("the Authorization header is malformed"))?;
-    if !scheme.eq_ignore_ascii_case("bearer") {
-        return Err(no("only bearer tokens are taken"));
-    }
-    let token = token_of_secret(&parts.state, secret.trim(), unix_ms()).await?;
+    let token = match headers.get(header::AUTHORIZATION) {
+        Some(value) => {
+            let text = value.to_str().map_err(|_| no("the Authorization header is malformed"))?;
+            let (scheme, secret) = text.split_once(' ').ok_or_else(|| no("the Authorization header is malformed"))?;
+            if !scheme.eq_ignore_ascii_case("bearer") {
+                return Err(no("only bearer tokens are taken"));
+            }
+            token_of_secret(&parts.state, secret.trim(), unix_ms()).await?
+        }
+        None => {
+            let session = Session::of(&parts.keys.root, headers, !parts.config.plain_http, unix_ms())
+                .ok_or_else(|| no("send 'Authorization: Bearer <token>'"))?;
+            if route.method != Method::GET && !headers.contains_key(CSRF_HEADER) {
+                return Err(Failure::new(
+                    Code::Forbidden,
+                    format!("a change by cookie needs the header {CSRF_HEADER}"),
+                ));
+            }
+            let from = headers.get("sec-fetch-site").map(|value| value.to_str().unwrap_or_default());
+            if from.is_some_and(|from| !matches!(from, "same-origin" | "none")) {
+                return Err(Failure::new(Code::Forbidden, "a cookie is good for the controller's own pages only"));
+            }
+            token_of_id(&parts.state, session.token, unix_ms()).await?
+        }
+    };
     let caller = Caller { token: token.ok_or_else(|| no("this token is not known, or has expired"))? };
     caller.check(route).map_err(|denied| Failure::new(Code::Forbidden, denied.to_string()))?;
     Ok(Some(caller))

@@ -23,6 +23,7 @@ mod projects;
 mod reaper;
 mod reply;
 mod serve;
+mod session;
 mod system;
 mod tokens;
 mod uploads;
@@ -74,6 +75,7 @@ pub fn router(parts: &Parts, metrics: &Metrics) -> Router {
         .route("/metrics", get(system::metrics))
         .route("/v1/openapi.json", get(system::openapi_document))
         .route("/v1/whoami", get(tokens::whoami))
+        .route("/v1/session", post(session::create).delete(session::remove))
         .route("/v1/clouds", get(clouds::list).post(clouds::create))
         .route("/v1/clouds/{cloud}", get(clouds::read))
         .route("/v1/hosts", get(hosts::list))
@@ -115,6 +117,7 @@ pub fn router(parts: &Parts, metrics: &Metrics) -> Router {
         // The gate reads every body under its own limits; axum's default of 2 MB would refuse upload pieces after it.
         .layer(axum::extract::DefaultBodyLimit::disable())
         .layer(middleware::from_fn_with_state(gate, gate::gate))
+        .merge(crate::dashboard::router())
 }
 
 #[cfg(test)]

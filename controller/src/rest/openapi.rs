@@ -14,7 +14,7 @@ use utoipa::{
 };
 
 use super::{clouds, events, guest_create, guest_operations, guests, hosts, images, join, networks, operations};
-use super::{projects, system, tokens, volumes};
+use super::{projects, session, system, tokens, volumes};
 use crate::auth::{Access, ROUTES, Route};
 
 #[derive(utoipa::OpenApi)]
@@ -32,6 +32,8 @@ use crate::auth::{Access, ROUTES, Route};
         system::metrics,
         system::openapi_document,
         tokens::whoami,
+        session::create,
+        session::remove,
         tokens::list,
         tokens::create,
         tokens::remove,
@@ -140,6 +142,7 @@ fn parameters(route: &Route, lists: bool) -> Vec<Parameter> {
         }
         "/v1/events" | "/v1/events/stream" => {
             all.push(parameter("after", Query, false, Type::Integer, "Only events after this number."));
+            all.push(parameter("last", Query, false, Type::Integer, "The newest so many events, and what follows."));
         }
         "/v1/images/{image}/parts/{part}" => {
             all.push(parameter("offset", Query, true, Type::Integer, "Where the piece goes: how much is kept so far."));
@@ -171,9 +174,33 @@ fn complete(operation: &mut Operation, route: &Route) {
         Content::new(Some(RefOr::Ref(Ref::from_schema_name("Problem")))),
     );
     operation.responses.responses.insert("default".to_owned(), RefOr::T(problem));
+    operation.operation_id = Some(operation_id(route));
     if route.access != Access::Open {
         let none: [&str; 0] = [];
         operation.security = Some(vec![SecurityRequirement::new("token", none)]);
+    }
+}
+
+/// A name for generated clients, unique: what the path names, then what is done (`guests_migrate`, `guests_list`).
+fn operation_id(route: &Route) -> String {
+    let parts: Vec<&str> = route.path.split('/').filter(|part| !part.is_empty() && *part != "v1").collect();
+    let nouns: Vec<String> =
+        parts.iter().filter(|part| !part.starts_with('{')).map(|part| part.replace(['-', '.'], "_")).collect();
+    let is_one = parts.last().is_some_and(|part| part.starts_with('{'));
+    let verb = match (route.method.as_str(), is_one) {
+        ("GET", false) => "list",
+        ("GET", true) => "read",
+        ("POST", _) => "create",
+        ("PUT", _) => "put",
+        ("PATCH", _) => "change",
+        _ => "remove",
+    };
+    // A path whose last word says itself what is done or read.
+    let is_verb = !is_one && parts.len() > 1 && parts[parts.len() - 2].starts_with('{');
+    let is_thing = parts.len() == 1 && !parts[0].ends_with('s');
+    match is_verb || (is_thing && route.method == axum::http::Method::GET) {
+        true => nouns.join("_"),
+        false => format!("{}_{verb}", nouns.join("_")),
     }
 }
 
@@ -246,6 +273,8 @@ mod tests {
         }
         let mut listed: Vec<(String, String)> =
             ROUTES.iter().map(|route| (route.method.to_string(), route.path.to_owned())).collect();
+        let ids: std::collections::BTreeSet<String> = ROUTES.iter().map(operation_id).collect();
+        assert_eq!(ids.len(), ROUTES.len(), "operation ids are unique: {ids:?}");
         described.sort();
         listed.sort();
         assert_eq!(described, listed);

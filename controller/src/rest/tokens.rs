@@ -23,12 +23,16 @@ const MAX_SECONDS: u64 = 10 * 365 * 86_400;
 /// Who the token is.
 #[utoipa::path(get, path = "/v1/whoami", tag = "tokens", responses((status = 200, body = WhoAmI)))]
 pub async fn whoami(State(api): State<Api>, asker: Asker) -> Result<Reply, Failure> {
+    Reply::ok(&who(&api, &asker).await?)
+}
+
+pub(super) async fn who(api: &Api, asker: &Asker) -> Result<WhoAmI, Failure> {
     let token = asker.caller()?.token.clone();
     let project_name = match token.project {
         Some(project) => api.parts.state.read::<ProjectRecord>(&project).await?.map(|record| record.value.project.name),
         None => None,
     };
-    Reply::ok(&WhoAmI { token, project_name })
+    Ok(WhoAmI { token, project_name })
 }
 
 /// Tokens without their secrets.

@@ -9,6 +9,7 @@ mod lasting;
 mod moves;
 mod problems;
 mod roles;
+mod session;
 
 use std::net::SocketAddr;
 

@@ -1,0 +1,68 @@
+// Requests to the controller: the session is in a cookie, changes carry the header that foreign pages cannot send.
+import type { Problem } from "./types";
+
+export class Refused extends Error {
+  constructor(readonly problem: Problem) {
+    super(problem.detail);
+  }
+}
+
+/** The controller cannot be reached, or answered with something that is not its own. */
+export class Away extends Error {}
+
+const CSRF = { "x-supercloud-csrf": "1" };
+
+async function send(method: string, path: string, body: unknown, headers: Record<string, string>): Promise<Response> {
+  let response: Response;
+  try {
+    response = await fetch(path, {
+      method,
+      credentials: "same-origin",
+      headers: { ...headers, ...(body === undefined ? {} : { "content-type": "application/json" }) },
+      body: body === undefined ? undefined : JSON.stringify(body),
+      signal: AbortSignal.timeout(60_000),
+    });
+  } catch (error) {
+    throw new Away(`the controller does not answer (${String(error)})`);
+  }
+  if (response.ok) return response;
+  let problem: Problem;
+  try {
+    problem = (await response.json()) as Problem;
+  } catch {
+    throw new Away(`the controller answered ${response.status} without saying why`);
+  }
+  throw new Refused(problem);
+}
+
+export async function get<T>(path: string): Promise<T> {
+  return (await send("GET", path, undefined, {})).json() as Promise<T>;
+}
+
+/** All pages of a listing. */
+export async function list<T>(path: string): Promise<T[]> {
+  const items: T[] = [];
+  let page = "";
+  do {
+    const mark = path.includes("?") ? "&" : "?";
+    const part = await get<{ items: T[]; next_page?: string | null }>(`${path}${mark}limit=1000${page}`);
+    items.push(...part.items);
+    page = part.next_page ? `&page=${encodeURIComponent(part.next_page)}` : "";
+  } while (page);
+  return items;
+}
+
+/** A change; sent again with the same key it is done once. */
+export async function change<T>(method: "POST" | "PATCH" | "DELETE", path: string, body?: unknown): Promise<T | undefined> {
+  const headers = { ...CSRF, "idempotency-key": crypto.randomUUID() };
+  const response = await send(method, path, body, headers);
+  return response.status === 204 ? undefined : ((await response.json()) as T);
+}
+
+export async function signIn<T>(token: string): Promise<T> {
+  return (await send("POST", "/v1/session", undefined, { authorization: `Bearer ${token}` })).json() as Promise<T>;
+}
+
+export async function signOut(): Promise<void> {
+  await send("DELETE", "/v1/session", undefined, CSRF);
+}

@@ -1,0 +1,66 @@
+// The event stream. `EventSource` hands out named events by name only and retries on its own terms, so it is read with `fetch`:
+// the same format, resumed with `Last-Event-ID`.
+import type { Event } from "./types";
+
+/** Takes pieces of a `text/event-stream` and gives the events that are whole. */
+export class StreamParser {
+  private rest = "";
+
+  push(piece: string): Event[] {
+    this.rest += piece;
+    const blocks = this.rest.split("\n\n");
+    this.rest = blocks.pop() ?? "";
+    const events: Event[] = [];
+    for (const block of blocks) {
+      const data = block
+        .split("\n")
+        .filter((line) => line.startsWith("data:"))
+        .map((line) => line.slice(5).trimStart())
+        .join("\n");
+      if (data) events.push(JSON.parse(data) as Event);
+    }
+    return events;
+  }
+}
+
+export interface Listener {
+  onEvents(events: Event[]): void;
+  onOpen(): void;
+  onBroken(status: number | undefined): void;
+}
+
+/** Follows the stream until `signal`; backlog is how many past events come first. */
+export async function follow(backlog: number, listener: Listener, signal: AbortSignal): Promise<void> {
+  let last: number | undefined;
+  let wait = 500;
+  while (!signal.aborted) {
+    let status: number | undefined;
+    try {
+      const path = last === undefined ? `/v1/events/stream?last=${backlog}` : "/v1/events/stream";
+      const headers: Record<string, string> = last === undefined ? {} : { "last-event-id": String(last) };
+      const response = await fetch(path, { headers, signal, credentials: "same-origin" });
+      status = response.status;
+      if (response.ok && response.body) {
+        listener.onOpen();
+        wait = 500;
+        const parser = new StreamParser();
+        const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+        for (;;) {
+          const { done, value } = await reader.read();
+          if (done) break;
+          const events = parser.push(value);
+          if (events.length > 0) {
+            last = events[events.length - 1]!.seq;
+            listener.onEvents(events);
+          }
+        }
+      }
+    } catch {
+      // Told below.
+    }
+    if (signal.aborted) return;
+    listener.onBroken(status);
+    await new Promise((resolve) => setTimeout(resolve, wait));
+    wait = Math.min(wait * 2, 10_000);
+  }
+}

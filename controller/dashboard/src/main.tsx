@@ -1,0 +1,94 @@
+import "uplot/dist/uPlot.min.css";
+import "./style.css";
+import { render } from "preact";
+import { Refused, get, signOut } from "./api/http";
+import type { WhoAmI } from "./api/types";
+import { Events } from "./pages/events";
+import { GuestPage, Guests } from "./pages/guests";
+import { HostPage, Hosts } from "./pages/hosts";
+import { Markets } from "./pages/markets";
+import { Images, Networks, Tokens } from "./pages/more";
+import { OperationPage, Operations } from "./pages/operations";
+import { Overview, Wall } from "./pages/overview";
+import { SignIn } from "./pages/sign_in";
+import { route } from "./router";
+import { begin, brokenSince, end, link, now, who } from "./store/store";
+import { duration } from "./ui/format";
+import { Search } from "./ui/search";
+import { apply, theme, turn } from "./ui/theme";
+
+const PAGES: [string, string][] = [
+  ["", "Overview"], ["guests", "Guests"], ["hosts", "Hosts"], ["operations", "Operations"], ["markets", "Markets"],
+  ["images", "Images"], ["networks", "Networks"], ["events", "Audit"], ["tokens", "Tokens"],
+];
+
+function Page() {
+  const [page = "", id] = route.value;
+  switch (page) {
+    case "guests": return id ? <GuestPage id={id} /> : <Guests />;
+    case "hosts": return id ? <HostPage id={id} /> : <Hosts />;
+    case "operations": return id ? <OperationPage id={id} /> : <Operations />;
+    case "markets": return <Markets />;
+    case "images": return <Images />;
+    case "networks": return <Networks />;
+    case "events": return <Events />;
+    case "tokens": return <Tokens />;
+    default: return <Overview />;
+  }
+}
+
+function Broken() {
+  if (link.value !== "broken") return null;
+  const since = brokenSince.value ?? now.value;
+  return <p class="banner" role="alert">The controller does not answer (for {duration(Math.max(0, Date.now() - since))}). Guests run on without it; what is shown is as it was. Trying again by itself.</p>;
+}
+
+async function leave(): Promise<void> {
+  end();
+  try {
+    await signOut();
+  } finally {
+    who.value = null;
+  }
+}
+
+function App() {
+  if (who.value === undefined) return <main class="sign-in" aria-busy="true">…</main>;
+  if (who.value === null) return <SignIn />;
+  const [page = ""] = route.value;
+  if (page === "wall") return <main class="wall"><Broken /><Wall /></main>;
+  const shown = PAGES.filter(([path]) => path !== "tokens" || who.value?.token.role === "admin");
+  return (
+    <>
+      <header class="top">
+        <a class="brand" href="#/"><img src="./favicon.svg" alt="" /> Supercloud</a>
+        <nav aria-label="pages">
+          {shown.map(([path, title]) => <a key={path} href={`#/${path}`} aria-current={path === page ? "page" : undefined}>{title}</a>)}
+        </nav>
+        <span class="grow" />
+        <Search />
+        <button class="plain" onClick={turn} aria-label={`colours: ${theme.value}`} title={`colours: ${theme.value}`}>◐</button>
+        <span class="soft who" title={`role ${who.value.token.role}`}>{who.value.token.name}{who.value.project_name ? ` @ ${who.value.project_name}` : ""}</span>
+        <button class="plain" onClick={() => void leave()}>Sign out</button>
+      </header>
+      <Broken />
+      <main><Page /></main>
+    </>
+  );
+}
+
+async function start(): Promise<void> {
+  apply();
+  render(<App />, document.getElementById("app")!);
+  try {
+    who.value = await get<WhoAmI>("/v1/whoami");
+  } catch (error) {
+    // Without a session, or with a controller that is not there: the sign-in says which.
+    who.value = null;
+    if (!(error instanceof Refused)) console.warn(error);
+    return;
+  }
+  await begin();
+}
+
+void start();

@@ -1,0 +1,127 @@
+import { useState } from "preact/hooks";
+import { change, Refused } from "../api/http";
+import type { Event, Guest } from "../api/types";
+import { may } from "../store/derive";
+import { events, guests, images, networks, now, operations, ports, volumes, who } from "../store/store";
+import { GuestActions } from "../ui/actions";
+import { ago, bytes, duration, moment } from "../ui/format";
+import { Empty, Facts, Grid, HostLink, Moving, Panel, State, hostName, shapeText } from "../ui/parts";
+import { EventLine } from "./events";
+
+export function Guests() {
+  const [filter, setFilter] = useState("");
+  const low = filter.toLowerCase();
+  const found = [...guests.value.values()].filter((guest) =>
+    [guest.name, guest.state, guest.host_name, guest.cloud_name, guest.ipv4].some((text) => text?.toLowerCase().includes(low)),
+  );
+  return (
+    <Panel title={`Guests (${guests.value.size})`} wide aside={<input type="search" placeholder="filter" aria-label="filter guests" value={filter} onInput={(event) => setFilter(event.currentTarget.value)} />}>
+      <Grid name="guests" tall items={found} empty={filter ? "No guest matches." : <>No guest yet: <code>supercloud guest create NAME --image I --network N</code></>} columns={[
+        { title: "name", key: (guest) => guest.name, show: (guest) => <a href={`#/guests/${guest.id}`}>{guest.name}</a> },
+        { title: "state", key: (guest) => guest.state, show: (guest) => <State of={guest.alarm ? "lost" : guest.state} /> },
+        { title: "cloud", key: (guest) => guest.cloud_name ?? "", show: (guest) => guest.cloud_name ?? "–" },
+        { title: "host", key: (guest) => guest.host_name ?? "", show: (guest) => <HostLink id={guest.host} />, wide: true },
+        { title: "address", key: (guest) => guest.ipv4 ?? "", show: (guest) => guest.ipv4 ?? "–" },
+        { title: "shape", key: (guest) => guest.shape.memory_bytes, show: shapeText, wide: true },
+        { title: "follows prices", key: (guest) => Number(guest.follow_prices), show: (guest) => (guest.follow_prices ? "yes" : "no"), wide: true },
+      ]} />
+    </Panel>
+  );
+}
+
+/** The places that a guest lived at, by the switches that the events tell of. */
+function Lives(props: { guest: Guest; events: Event[] }) {
+  const { guest } = props;
+  const switches = props.events.filter((event) => event.kind === "guest.switched");
+  if (switches.length === 0) return <Empty>No start or move among the events that this page has.</Empty>;
+  const begun = switches[0]!.at_ms;
+  const span = Math.max(1, now.value - begun);
+  const tones = new Map<string, number>();
+  const stays = switches.map((event, at) => {
+    const host = event.host ?? "";
+    if (!tones.has(host)) tones.set(host, tones.size % 6);
+    const until = switches[at + 1]?.at_ms ?? now.value;
+    return { host, from: event.at_ms, until, tone: tones.get(host)! };
+  });
+  return (
+    <>
+      <svg class="lives" viewBox="0 0 1000 24" preserveAspectRatio="none" role="img" aria-label={`places of ${guest.name}`}>
+        {stays.map((stay) => (
+          <rect key={stay.from} class={`s${stay.tone + 1}`} x={((stay.from - begun) / span) * 1000} width={Math.max(1, ((stay.until - stay.from) / span) * 1000)} height="24">
+            <title>{`${hostName(stay.host)}: ${duration(stay.until - stay.from)}`}</title>
+          </rect>
+        ))}
+      </svg>
+      <ol class="stays">
+        {[...stays].reverse().slice(0, 20).map((stay) => (
+          <li key={stay.from}><i class={`s${stay.tone + 1}`} /> <HostLink id={stay.host} /> <span class="soft">from {moment(stay.from)}, {duration(stay.until - stay.from)}</span></li>
+        ))}
+      </ol>
+    </>
+  );
+}
+
+function Follow(props: { guest: Guest }) {
+  const [problem, setProblem] = useState("");
+  if (!may(who.value, "change")) return <>{props.guest.follow_prices ? "yes" : "no"}</>;
+  const turn = async () => {
+    try {
+      await change("PATCH", `/v1/guests/${props.guest.id}`, { follow_prices: !props.guest.follow_prices });
+      setProblem("");
+    } catch (error) {
+      setProblem(error instanceof Refused ? error.problem.detail : String(error));
+    }
+  };
+  return (
+    <label class="inline"><input type="checkbox" checked={props.guest.follow_prices} onChange={() => void turn()} /> policies may move it {problem && <span class="bad" role="alert">{problem}</span>}</label>
+  );
+}
+
+export function GuestPage(props: { id: string }) {
+  const guest = guests.value.get(props.id) ?? [...guests.value.values()].find((one) => one.name === props.id);
+  if (!guest) return <Panel title="No such guest" wide><Empty>There is no guest {props.id}, or this token does not see it.</Empty></Panel>;
+  const own = events.value.filter((event) => event.guest === guest.id);
+  const operation = guest.operation ? operations.value.get(guest.operation) : undefined;
+  const attached = guest.ports.map((id) => ports.value.get(id)).filter((port) => port !== undefined);
+  const past = [...operations.value.values()].filter((one) => one.guest === guest.id).sort((a, b) => b.created_at_ms - a.created_at_ms);
+  return (
+    <div class="tiles">
+      <Panel title={guest.name} wide aside={<span class="line"><State of={guest.state} /><GuestActions guest={guest} /></span>}>
+        {guest.alarm && <p class="bad" role="alert">{guest.alarm}</p>}
+        {operation && <Moving operation={operation} />}
+        <Facts rows={[
+          ["where", guest.host ? <><HostLink id={guest.host} /> in {guest.cloud_name}</> : "nowhere"],
+          ["shape", shapeText(guest)],
+          ["address", guest.ipv4 ?? "–"],
+          ["epoch", String(guest.epoch)],
+          ["cold starts", guest.starts],
+          ["image", images.value.get(guest.image)?.name ?? guest.image],
+          ["compat class", guest.compat_class ? `${guest.compat_class.back_end}/${guest.compat_class.accelerator}/${guest.compat_class.machine_version}` : "fixed at its first start"],
+          ["follows prices", <Follow guest={guest} />],
+          ["made", moment(guest.created_at_ms)],
+        ]} />
+      </Panel>
+      <Panel title="Where it lived" wide><Lives guest={guest} events={own} /></Panel>
+      <Panel title="Network">
+        {attached.length === 0 ? <Empty>no port</Empty> : attached.map((port) => (
+          <Facts key={port.id} rows={[
+            ["network", <a href="#/networks">{networks.value.get(port.network)?.name ?? port.network}</a>],
+            ["address", port.ipv4],
+            ["MAC", port.mac],
+            ["at", <HostLink id={port.host} />],
+          ]} />
+        ))}
+      </Panel>
+      <Panel title="Disks">
+        {guest.volumes.map((id) => volumes.value.get(id)).filter((volume) => volume !== undefined).map((volume) => (
+          <Facts key={volume.id} rows={[["volume", volume.name], ["size", bytes(volume.size_bytes)], ["blocks follow", volume.propagation.replaceAll("_", " ")]]} />
+        ))}
+      </Panel>
+      <Panel title="What was done with it" wide>
+        {past.slice(0, 10).map((one) => <Moving key={one.id} operation={one} />)}
+        {own.slice(-30).reverse().map((event) => <EventLine key={event.seq} event={event} />)}
+        {own.length === 0 && past.length === 0 && <Empty>nothing yet ({ago(guest.created_at_ms, now.value)} made)</Empty>}
+      </Panel>
+    </div>
+  );
+}

@@ -1,0 +1,112 @@
+// The first screen: is anything wrong, what moves, where everything is, what it would cost, how good the moves were, who did what.
+import { alarms, places, record } from "../store/derive";
+import { clouds, events, guests, hosts, markets, now, operations, underWay } from "../store/store";
+import { Cancel } from "../ui/actions";
+import { ago, duration, price } from "../ui/format";
+import { Map_ } from "../ui/map";
+import { Empty, Moving, Panel } from "../ui/parts";
+import { EventLine } from "./events";
+import { PriceChart } from "./markets";
+
+export function Alarms() {
+  const found = alarms(guests.value.values(), hosts.value.values(), operations.value.values(), now.value);
+  return (
+    <Panel title={found.length === 0 ? "Nothing is wrong" : `${found.length} to look at`}>
+      {found.length === 0 ? (
+        <p class="calm">All {guests.value.size} guests are where they should be.</p>
+      ) : (
+        <ul class="alarms">
+          {found.slice(0, 30).map((alarm, at) => (
+            <li key={at} class={alarm.level}><a href={alarm.link}>{alarm.what}</a> {alarm.text}</li>
+          ))}
+        </ul>
+      )}
+    </Panel>
+  );
+}
+
+export function Now() {
+  const moving = underWay.value;
+  return (
+    <Panel title={moving.length === 0 ? "Nothing moves" : `${moving.length} under way`} wide>
+      {moving.length === 0 && <Empty>Moves, freezes and imports are shown here while they last.</Empty>}
+      {moving.slice(0, 20).map((operation) => <Moving key={operation.id} operation={operation}><Cancel operation={operation} /></Moving>)}
+      {moving.length > 20 && <p><a href="#/operations">and {moving.length - 20} more</a></p>}
+    </Panel>
+  );
+}
+
+export function Where() {
+  const found = places(clouds.value.values(), hosts.value.values(), guests.value.values());
+  return (
+    <Panel title="Where everything is" wide>
+      {found.length === 0 ? <Empty>No cloud yet: <code>supercloud cloud create NAME</code></Empty> : <Map_ places={found} operations={underWay.value} />}
+    </Panel>
+  );
+}
+
+function Good() {
+  const MONTH = 30 * 86_400_000;
+  const kept = record(operations.value.values(), now.value - MONTH);
+  const text = (ms: number | null) => (ms === null ? "–" : duration(ms));
+  return (
+    <Panel title="How good the moves were (30 days)">
+      <div class="figures">
+        <div><b>{kept.moves}</b><span>moves</span></div>
+        <div><b>{text(kept.downtimeP50)}</b><span>pause, median</span></div>
+        <div><b>{text(kept.downtimeP99)}</b><span>pause, p99</span></div>
+        <div><b>{kept.rolledBack}</b><span>rolled back</span></div>
+        <div class={kept.failed > 0 ? "bad" : ""}><b>{kept.failed}</b><span>failed</span></div>
+      </div>
+    </Panel>
+  );
+}
+
+function Next() {
+  const cheapest = [...markets.value].sort((a, b) => a.price_nanousd_per_hour - b.price_nanousd_per_hour);
+  if (cheapest.length === 0) return null;
+  return (
+    <Panel title="Prices" aside={<a href="#/markets">all markets</a>} wide>
+      <p>
+        Cheapest now: <b>{cheapest[0]!.name}</b> at {price(cheapest[0]!.price_nanousd_per_hour)}
+        {cheapest[1] && <>; next <b>{cheapest[1].name}</b> at {price(cheapest[1].price_nanousd_per_hour)}</>}
+      </p>
+      <PriceChart />
+    </Panel>
+  );
+}
+
+function Who() {
+  const newest = events.value.slice(-12).reverse();
+  return (
+    <Panel title="Who did what" aside={<a href="#/events">audit trail</a>} wide>
+      {newest.length === 0 ? <Empty>Nothing has happened yet.</Empty> : newest.map((event) => <EventLine key={event.seq} event={event} />)}
+    </Panel>
+  );
+}
+
+export function Overview() {
+  return (
+    <div class="tiles">
+      <Alarms />
+      <Good />
+      <Now />
+      <Where />
+      <Next />
+      <Who />
+    </div>
+  );
+}
+
+/** For a screen on a wall: nothing to press, nothing to scroll. */
+export function Wall() {
+  return (
+    <div class="tiles wall">
+      <Alarms />
+      <Good />
+      <Now />
+      <Where />
+      <p class="small">as of {ago(now.value, Date.now())}</p>
+    </div>
+  );
+}

@@ -1,0 +1,270 @@
+// What the controller told, by kind and id. One place; pages read it, only this file writes it.
+import { batch, computed, signal, type Signal } from "@preact/signals";
+import { Away, Refused, get, list } from "../api/http";
+import { follow } from "../api/stream";
+import type {
+  Cloud, Event, Freeze, Guest, Host, Image, Market, Network, Operation, Port, PriceSeries, Project, Token, Volume, WhoAmI,
+} from "../api/types";
+import { isEnded } from "./derive";
+
+export type Link = "starting" | "live" | "broken";
+
+export const who: Signal<WhoAmI | null | undefined> = signal(undefined);
+export const link: Signal<Link> = signal("starting");
+/** When the stream broke, for the page's banner. */
+export const brokenSince: Signal<number | null> = signal(null);
+export const now = signal(Date.now());
+
+interface Entity { id: string }
+export type Table<T> = Signal<ReadonlyMap<string, T>>;
+const table = <T,>(): Table<T> => signal<ReadonlyMap<string, T>>(new Map());
+
+export const clouds = table<Cloud>();
+export const hosts = table<Host>();
+export const guests = table<Guest>();
+export const operations = table<Operation>();
+export const networks = table<Network>();
+export const ports = table<Port>();
+export const images = table<Image>();
+export const volumes = table<Volume>();
+export const freezes = table<Freeze>();
+export const projects = table<Project>();
+export const tokens = table<Token>();
+export const markets: Signal<Market[]> = signal([]);
+export const prices: Signal<ReadonlyMap<string, PriceSeries>> = signal(new Map());
+/** Newest last. */
+export const events: Signal<Event[]> = signal([]);
+const EVENTS_KEPT = 2000;
+
+export const underWay = computed(() => [...operations.value.values()].filter((operation) => !isEnded(operation.phase)));
+export const isBusy = computed(() => underWay.value.length > 0);
+
+/** Samples of operations that this page has watched: their rounds, for the operation's page. */
+export interface Sample { at: number; remaining: number; dirty: number; bandwidth: number; sent: number; round: number }
+export const samples: Signal<ReadonlyMap<string, Sample[]>> = signal(new Map());
+
+function put<T extends Entity>(into: Table<T>, items: T[]): void {
+  if (items.length === 0) return;
+  const next = new Map(into.peek());
+  for (const item of items) next.set(item.id, item);
+  into.value = next;
+}
+
+function replace<T extends Entity>(into: Table<T>, items: T[]): void {
+  into.value = new Map(items.map((item) => [item.id, item]));
+}
+
+function drop<T>(from: Table<T>, id: string): void {
+  if (!from.peek().has(id)) return;
+  const next = new Map(from.peek());
+  next.delete(id);
+  from.value = next;
+}
+
+async function one<T extends Entity>(into: Table<T>, path: string, id: string): Promise<void> {
+  try {
+    put(into, [await get<T>(`${path}/${id}`)]);
+  } catch (error) {
+    if (error instanceof Refused && error.problem.status === 404) drop(into, id);
+    else throw error;
+  }
+}
+
+async function all<T extends Entity>(into: Table<T>, path: string): Promise<void> {
+  try {
+    replace(into, await list<T>(path));
+  } catch (error) {
+    // What this token may not see is not shown.
+    if (error instanceof Refused && error.problem.status === 403) replace(into, []);
+    else throw error;
+  }
+}
+
+async function loadPrices(): Promise<void> {
+  const found = await list<Market>("/v1/markets");
+  const series = await Promise.all(
+    found.map((market) => get<PriceSeries>(`/v1/prices?market=${encodeURIComponent(market.name)}`)),
+  );
+  batch(() => {
+    markets.value = found;
+    prices.value = new Map(series.map((one) => [one.market, one]));
+  });
+}
+
+const loaders: Record<string, () => Promise<void>> = {
+  clouds: () => all(clouds, "/v1/clouds"),
+  hosts: () => all(hosts, "/v1/hosts"),
+  guests: () => all(guests, "/v1/guests"),
+  operations: () => all(operations, "/v1/operations"),
+  networks: () => all(networks, "/v1/networks"),
+  ports: () => all(ports, "/v1/ports"),
+  images: () => all(images, "/v1/images"),
+  volumes: () => all(volumes, "/v1/volumes"),
+  freezes: () => all(freezes, "/v1/freezes"),
+  projects: () => all(projects, "/v1/projects"),
+  tokens: () => all(tokens, "/v1/tokens"),
+};
+
+/** Asks anew for whole kinds. */
+export async function refresh(...kinds: string[]): Promise<void> {
+  await Promise.all(kinds.map((kind) => loaders[kind]?.()));
+}
+
+async function loadAll(): Promise<void> {
+  const kinds = Object.keys(loaders).filter((kind) => kind !== "tokens" || who.peek()?.token.role === "admin");
+  await Promise.all([refresh(...kinds), loadPrices()]);
+}
+
+// What events say has changed is asked for once per short while, however many events say it.
+const dirty = new Set<string>();
+let timer: ReturnType<typeof setTimeout> | undefined;
+
+/** The records that an event makes old: `kind` or `kind/id`. */
+export function touched(event: Event): string[] {
+  const found: string[] = [];
+  if (event.guest) found.push(`guests/${event.guest}`);
+  if (event.host) found.push(`hosts/${event.host}`);
+  if (event.operation) found.push(`operations/${event.operation}`);
+  const family = event.kind.split(".")[0];
+  if (event.kind === "guest.created" || event.kind === "guest.deleted" || event.kind === "guest.switched") {
+    found.push("ports", "volumes", "hosts");
+  }
+  if (family === "cloud") found.push("clouds");
+  if (family === "network") found.push("networks");
+  if (family === "image") found.push("images");
+  if (family === "project") found.push("projects");
+  if (family === "token") found.push("tokens");
+  if (family === "host") found.push("hosts");
+  if (family === "operation") found.push("freezes", "images", "volumes");
+  return found;
+}
+
+const tables: Record<string, Table<Entity>> = {
+  guests: guests as unknown as Table<Entity>,
+  hosts: hosts as unknown as Table<Entity>,
+  operations: operations as unknown as Table<Entity>,
+};
+
+async function flush(): Promise<void> {
+  timer = undefined;
+  const asked = [...dirty];
+  dirty.clear();
+  const kinds = new Set(asked.filter((mark) => !mark.includes("/")));
+  if (kinds.has("tokens") && who.peek()?.token.role !== "admin") kinds.delete("tokens");
+  const singles = asked.filter((mark) => mark.includes("/") && !kinds.has(mark.split("/")[0]!));
+  const work: Promise<void>[] = [refresh(...kinds)];
+  if (singles.length > 50) work.push(refresh("guests", "hosts", "operations"));
+  else {
+    for (const mark of singles) {
+      const [kind, id] = mark.split("/") as [string, string];
+      work.push(one(tables[kind]!, `/v1/${kind}`, id));
+    }
+  }
+  try {
+    await Promise.all(work);
+  } catch (error) {
+    if (error instanceof Refused && error.problem.status === 401) who.value = null;
+    else if (error instanceof Away) for (const mark of asked) dirty.add(mark);
+    else console.warn(error);
+  }
+}
+
+function mark(event: Event): void {
+  for (const what of touched(event)) dirty.add(what);
+  timer ??= setTimeout(() => void flush(), 150);
+}
+
+let stopAll: AbortController | undefined;
+
+/** Begins to follow the controller as who is signed in; ends what was followed before. */
+export async function begin(): Promise<void> {
+  stopAll?.abort();
+  const stop = new AbortController();
+  stopAll = stop;
+  batch(() => {
+    events.value = [];
+    samples.value = new Map();
+  });
+  let isLoaded = false;
+  const listener = {
+    onOpen() {
+      batch(() => {
+        link.value = "live";
+        brokenSince.value = null;
+      });
+      // What happened while the stream was away is told by it; what is not an event is asked for anew.
+      if (isLoaded) void loadAll().catch(() => undefined);
+    },
+    onEvents(fresh: Event[]) {
+      events.value = [...events.peek(), ...fresh].slice(-EVENTS_KEPT);
+      if (isLoaded) for (const event of fresh) mark(event);
+    },
+    onBroken(status: number | undefined) {
+      batch(() => {
+        if (status === 401) who.value = null;
+        link.value = "broken";
+        brokenSince.value ??= Date.now();
+      });
+    },
+  };
+  const following = follow(500, listener, stop.signal);
+  void following;
+  await loadAll();
+  isLoaded = true;
+  if (dirty.size > 0) timer ??= setTimeout(() => void flush(), 0);
+  every(stop.signal, 1000, async () => {
+    now.value = Date.now();
+    if (isBusy.peek()) await poll();
+  });
+  every(stop.signal, 5000, async () => {
+    if (link.peek() === "live") await Promise.all([loadPrices(), refresh("hosts")]);
+  });
+}
+
+/** Progress is finer than events: operations under way are asked for once a second. */
+async function poll(): Promise<void> {
+  const found = await Promise.all(
+    underWay.peek().slice(0, 20).map((operation) => get<Operation>(`/v1/operations/${operation.id}`)),
+  );
+  const next = new Map(samples.peek());
+  for (const operation of found) {
+    const progress = operation.progress;
+    const sample = {
+      at: Date.now(),
+      remaining: progress.memory_remaining_bytes ?? 0,
+      dirty: progress.dirty_bytes_per_s ?? 0,
+      bandwidth: progress.bandwidth_bytes_per_s ?? 0,
+      sent: progress.memory_sent_bytes ?? 0,
+      round: progress.round ?? 0,
+    };
+    next.set(operation.id, [...(next.get(operation.id) ?? []), sample].slice(-600));
+  }
+  batch(() => {
+    put(operations, found);
+    samples.value = next;
+  });
+}
+
+function every(signal: AbortSignal, ms: number, work: () => Promise<void>): void {
+  let isRunning = false;
+  const handle = setInterval(() => {
+    if (isRunning) return;
+    isRunning = true;
+    work()
+      .catch(() => undefined)
+      .finally(() => {
+        isRunning = false;
+      });
+  }, ms);
+  signal.addEventListener("abort", () => clearInterval(handle));
+}
+
+export function end(): void {
+  stopAll?.abort();
+  link.value = "starting";
+}
+
+/** A change that this page made is shown at once. */
+export function learn(operation: Operation): void {
+  put(operations, [operation]);
+}

@@ -1,0 +1,143 @@
+// Actions on a guest: each is asked for as a dry run first, whose checks are shown before anything is done.
+import { useEffect, useRef, useState } from "preact/hooks";
+import { Refused, change } from "../api/http";
+import type { Guest, Operation } from "../api/types";
+import { go } from "../router";
+import { may } from "../store/derive";
+import { clouds, hosts, learn, who } from "../store/store";
+import { bytes, duration } from "./format";
+
+type Verb = "migrate" | "freeze" | "thaw" | "start" | "stop";
+
+interface Choice { verb: Verb; title: string; places: boolean; says: string; rehearsed: boolean }
+
+const CHOICES: Record<Verb, Choice> = {
+  migrate: { verb: "migrate", title: "Migrate", places: true, rehearsed: true, says: "It goes on running while it moves; its peers see a pause of less than a second or so." },
+  freeze: { verb: "freeze", title: "Freeze", places: false, rehearsed: true, says: "Its memory and disks go into the image store; it stands still until it is thawed, anywhere." },
+  thaw: { verb: "thaw", title: "Thaw", places: true, rehearsed: true, says: "It goes on where it was frozen, at the place you choose." },
+  start: { verb: "start", title: "Start", places: true, rehearsed: true, says: "It boots from its volumes." },
+  stop: { verb: "stop", title: "Stop", places: false, rehearsed: true, says: "It is asked to shut down; after 30 s its plug is pulled." },
+};
+
+function offered(guest: Guest): Verb[] {
+  if (guest.operation) return [];
+  switch (guest.state) {
+    case "running": return ["migrate", "freeze", "stop"];
+    case "frozen": return ["thaw"];
+    default: return ["start"];
+  }
+}
+
+function allowed(verb: Verb): boolean {
+  return may(who.value, verb === "start" || verb === "stop" ? "change" : "move");
+}
+
+export function GuestActions(props: { guest: Guest }) {
+  const [verb, setVerb] = useState<Verb>();
+  const verbs = offered(props.guest).filter(allowed);
+  return (
+    <>
+      {verbs.map((one) => <button key={one} onClick={() => setVerb(one)}>{CHOICES[one].title}…</button>)}
+      {verb && <Ask guest={props.guest} choice={CHOICES[verb]} close={() => setVerb(undefined)} />}
+    </>
+  );
+}
+
+function body(choice: Choice, place: string, reason: string): Record<string, unknown> {
+  const why = reason.trim() && (choice.verb === "migrate" || choice.verb === "freeze") ? { reason: reason.trim() } : {};
+  if (choice.verb === "migrate") return { to: place, ...why };
+  if (choice.verb === "thaw") return place ? { to: place } : {};
+  if (choice.verb === "start") return place ? { place } : {};
+  return why;
+}
+
+function Ask(props: { guest: Guest; choice: Choice; close: () => void }) {
+  const { guest, choice } = props;
+  const dialog = useRef<HTMLDialogElement>(null);
+  const [place, setPlace] = useState("");
+  const [reason, setReason] = useState("");
+  const [trial, setTrial] = useState<Operation>();
+  const [problem, setProblem] = useState("");
+  const [isWorking, setWorking] = useState(false);
+  useEffect(() => dialog.current?.showModal(), []);
+  const needsPlace = choice.verb === "migrate";
+  const path = `/v1/guests/${guest.id}/${choice.verb}`;
+  const attempt = async (work: () => Promise<void>) => {
+    setWorking(true);
+    setProblem("");
+    try {
+      await work();
+    } catch (error) {
+      setProblem(error instanceof Refused ? error.problem.detail : String(error));
+    }
+    setWorking(false);
+  };
+  const rehearse = () => attempt(async () => setTrial(await change<Operation>("POST", `${path}?dry_run=true`, body(choice, place, reason))));
+  const carryOut = () => attempt(async () => {
+    const operation = await change<Operation>("POST", path, body(choice, place, reason));
+    if (operation) {
+      learn(operation);
+      props.close();
+      go(`/operations/${operation.id}`);
+    }
+  });
+  const plan = trial?.plan;
+  const isFit = trial !== undefined && (plan?.checks ?? []).every((check) => check.is_ok);
+  return (
+    <dialog ref={dialog} onClose={props.close} aria-labelledby="ask-title">
+      <form method="dialog" onSubmit={(event) => { event.preventDefault(); void (isFit ? carryOut() : rehearse()); }}>
+        <h2 id="ask-title">{choice.title} {guest.name}</h2>
+        <p>{choice.says}</p>
+        {choice.places && (
+          <label>Where to
+            <select value={place} required={needsPlace} onChange={(event) => { setPlace(event.currentTarget.value); setTrial(undefined); }}>
+              <option value="">{needsPlace ? "choose a cloud or a host" : "anywhere with room"}</option>
+              <optgroup label="Clouds">
+                {[...clouds.value.values()].map((cloud) => <option key={cloud.id} value={cloud.id}>{cloud.name}{cloud.id === guest.cloud ? " (where it is)" : ""}</option>)}
+              </optgroup>
+              <optgroup label="Hosts">
+                {[...hosts.value.values()].filter((host) => host.state === "up").map((host) => <option key={host.id} value={host.id}>{host.name} in {host.cloud_name}{host.id === guest.host ? " (where it is)" : ""}</option>)}
+              </optgroup>
+            </select>
+          </label>
+        )}
+        {(choice.verb === "migrate" || choice.verb === "freeze") && (
+          <label>Why (for the audit trail)
+            <input value={reason} maxLength={200} onInput={(event) => setReason(event.currentTarget.value)} />
+          </label>
+        )}
+        {trial && (
+          <div class="checks" role="status">
+            {(plan?.checks ?? []).map((check) => <p key={check.name} class={check.is_ok ? "good" : "bad"}>{check.is_ok ? "✓" : "✗"} {check.name.replaceAll("_", " ")}: {check.detail}</p>)}
+            {plan?.destination_name && <p>It would go to <b>{plan.destination_name}</b>{plan.predicted_bytes ? `, about ${bytes(plan.predicted_bytes)}` : ""}{plan.predicted_ms ? ` in ${duration(plan.predicted_ms)}` : ""}.</p>}
+            {!plan && <p class="good">✓ it can be done now</p>}
+          </div>
+        )}
+        {problem && <p class="bad" role="alert">{problem}</p>}
+        <div class="line">
+          <button type="button" onClick={props.close}>Close</button>
+          <span class="grow" />
+          {!isFit && <button class="main" disabled={isWorking || (needsPlace && !place)}>Check first</button>}
+          {isFit && <button class="main" disabled={isWorking}>{choice.title} now</button>}
+        </div>
+      </form>
+    </dialog>
+  );
+}
+
+export function Cancel(props: { operation: Operation }) {
+  const { operation } = props;
+  const [problem, setProblem] = useState("");
+  const early = ["plan", "prepare", "copy"].includes(operation.phase);
+  if (!early || !may(who.value, "move")) return null;
+  if (operation.is_cancel_requested) return <small>cancelling…</small>;
+  const cancel = async () => {
+    try {
+      const told = await change<Operation>("POST", `/v1/operations/${operation.id}/cancel`);
+      if (told) learn(told);
+    } catch (error) {
+      setProblem(error instanceof Refused ? error.problem.detail : String(error));
+    }
+  };
+  return <>{problem && <small class="bad" role="alert">{problem}</small>}<button onClick={() => void cancel()}>Cancel</button></>;
+}

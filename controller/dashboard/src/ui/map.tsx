@@ -1,0 +1,64 @@
+// Where everything is: clouds, in them hosts, in them guests; arcs for what moves.
+import { useLayoutEffect, useRef, useState } from "preact/hooks";
+import type { Operation } from "../api/types";
+import { isEnded, type Place } from "../store/derive";
+import { room } from "./parts";
+
+interface Arc { id: string; from: [number, number]; to: [number, number] }
+
+export function Map_(props: { places: Place[]; operations: Operation[] }) {
+  const box = useRef<HTMLDivElement>(null);
+  const [arcs, setArcs] = useState<Arc[]>([]);
+  const moves = props.operations.filter((operation) => !isEnded(operation.phase) && operation.source && operation.destination && operation.source !== operation.destination);
+  const mark = moves.map((operation) => operation.id).join() + props.places.map((place) => place.hosts.length).join();
+  useLayoutEffect(() => {
+    const draw = () => {
+      const frame = box.current?.getBoundingClientRect();
+      if (!frame) return;
+      const centre = (id: string): [number, number] | undefined => {
+        const found = box.current?.querySelector(`[data-host="${CSS.escape(id)}"]`)?.getBoundingClientRect();
+        return found && [found.left - frame.left + found.width / 2, found.top - frame.top + 14];
+      };
+      setArcs(moves.flatMap((operation) => {
+        const [from, to] = [centre(operation.source!), centre(operation.destination!)];
+        return from && to ? [{ id: operation.id, from, to }] : [];
+      }));
+    };
+    draw();
+    const observer = new ResizeObserver(draw);
+    if (box.current) observer.observe(box.current);
+    return () => observer.disconnect();
+  }, [mark]);
+  return (
+    <div class="map" ref={box}>
+      {props.places.map((place) => (
+        <div class="cloud" key={place.cloud.id}>
+          <h3>{place.cloud.name}</h3>
+          {place.hosts.length === 0 && <p class="empty">no host</p>}
+          {place.hosts.map(({ host, guests }) => (
+            <a class={`host ${host.state}`} key={host.id} data-host={host.id} href={`#/hosts/${host.name}`}
+              aria-label={`host ${host.name}, ${host.state}, ${guests.length} guests`}>
+              <span class="line"><b>{host.name}</b><span class="grow" />{host.state !== "up" && <em>{host.state}</em>}</span>
+              <span class="rooms" aria-hidden="true">
+                {room(host).map(([name, part]) => (
+                  <svg key={name} viewBox="0 0 100 4" preserveAspectRatio="none"><title>{`${name} ${Math.round(part * 100)} %`}</title><rect width={part * 100} height="4" /></svg>
+                ))}
+              </span>
+              <span class="guests">
+                {guests.slice(0, 60).map((guest) => (
+                  <i key={guest.id} class={guest.alarm ? "bad" : guest.operation ? "busy" : ""} title={guest.name}>{guests.length <= 12 ? guest.name : ""}</i>
+                ))}
+                {guests.length > 60 && <small>+{guests.length - 60}</small>}
+              </span>
+            </a>
+          ))}
+        </div>
+      ))}
+      <svg class="arcs" aria-hidden="true">
+        {arcs.map(({ id, from, to }) => (
+          <path key={id} d={`M${from[0]} ${from[1]} Q${(from[0] + to[0]) / 2} ${Math.min(from[1], to[1]) - 40} ${to[0]} ${to[1]}`} />
+        ))}
+      </svg>
+    </div>
+  );
+}
