@@ -69,7 +69,7 @@ export function Networks() {
 export function Tokens() {
   const [name, setName] = useState("");
   const [role, setRole] = useState("viewer");
-  const [project, setProject] = useState("");
+  const [project, setProject] = useState(who.value?.token.project ?? "*");
   const [made, setMade] = useState<TokenSecret>();
   const [problem, setProblem] = useState("");
   const attempt = async (work: () => Promise<void>) => {
@@ -81,7 +81,7 @@ export function Tokens() {
     }
   };
   const create = () => attempt(async () => {
-    setMade(await change<TokenSecret>("POST", "/v1/tokens", { name, role, project: project || (who.value?.token.project ?? "*") }));
+    setMade(await change<TokenSecret>("POST", "/v1/tokens", { name, role, project }));
     setName("");
   });
   const remove = (token: Token) => attempt(async () => {

@@ -13,7 +13,7 @@ export function Alarms() {
   return (
     <Panel title={found.length === 0 ? "Nothing is wrong" : `${found.length} to look at`}>
       {found.length === 0 ? (
-        <p class="calm">All {guests.value.size} guests are where they should be.</p>
+        <p class="calm">{guests.value.size === 0 ? "No guest yet." : guests.value.size === 1 ? "The one guest is where it should be." : `All ${guests.value.size} guests are where they should be.`}</p>
       ) : (
         <ul class="alarms">
           {found.slice(0, 30).map((alarm, at) => (

@@ -1,0 +1,87 @@
+import { describe, expect, it } from "vitest";
+import { StreamParser } from "../api/stream";
+import type { Event, Guest, Host, Operation, Phase } from "../api/types";
+import { bytes, duration, eta, feedTime } from "../ui/format";
+import { alarms, fraction, may, percentile, record } from "./derive";
+
+const progress = {
+  memory_total_bytes: 100, memory_sent_bytes: 0, memory_remaining_bytes: 100, round: 1, dirty_bytes_per_s: 0, bandwidth_bytes_per_s: 0,
+  disk_bytes_before_resume: 0, disk_bytes_after_resume: 0, disk_missing_bytes: 0, eta_min_ms: null, eta_max_ms: null, downtime_ms: null, message: "",
+};
+const operation = (phase: Phase, more: Partial<Operation> = {}): Operation =>
+  ({ id: "op", kind: "guest_migrate", phase, progress: { ...progress }, created_at_ms: 0, updated_at_ms: 0, ended_at_ms: 1000, is_cancel_requested: false, ...more }) as Operation;
+
+describe("the bar", () => {
+  it("never goes back while a move goes on", () => {
+    let seen = 0;
+    const steps: Operation[] = [operation("plan"), operation("prepare")];
+    for (let round = 1; round < 6; round += 1) {
+      for (const remaining of [100, 60, 10]) steps.push(operation("copy", { progress: { ...progress, round, memory_remaining_bytes: remaining } }));
+    }
+    for (const phase of ["switch", "resume", "finish", "done"] as Phase[]) steps.push(operation(phase));
+    for (const step of steps) {
+      const part = fraction(step);
+      expect(part).toBeGreaterThanOrEqual(seen);
+      expect(part).toBeLessThanOrEqual(1);
+      seen = part;
+    }
+    expect(seen).toBe(1);
+  });
+});
+
+describe("alarms", () => {
+  const host = { id: "h", name: "one", state: "up" } as Host;
+  const guest = { id: "g", name: "web", state: "running", alarm: null } as Guest;
+  it("are silent when all is well and for what was cancelled by somebody", () => {
+    expect(alarms([guest], [host], [operation("done"), operation("rolled_back", { is_cancel_requested: true })], 2000)).toEqual([]);
+  });
+  it("name what is wrong, worst first, and forget failures after a day", () => {
+    const found = alarms([{ ...guest, alarm: "its disk stalls" }], [{ ...host, state: "unreachable" }], [operation("rolled_back"), operation("failed")], 2000);
+    expect(found.map((one) => one.level)).toEqual(["bad", "bad", "bad", "warn"]);
+    expect(alarms([guest], [host], [operation("failed")], 90_000_000)).toEqual([]);
+  });
+});
+
+describe("the record of moves", () => {
+  it("counts what ended in time and takes percentiles by nearest rank", () => {
+    const done = [100, 300, 200].map((downtime_ms) => operation("done", { progress: { ...progress, downtime_ms } }));
+    const kept = record([...done, operation("failed"), operation("rolled_back"), operation("copy"), operation("done", { ended_at_ms: 1 })], 500);
+    expect(kept).toMatchObject({ moves: 3, failed: 1, rolledBack: 1, downtimeP50: 200, downtimeP99: 300 });
+    expect(percentile([], 0.5)).toBeNull();
+  });
+});
+
+describe("roles", () => {
+  const token = (role: string, project: string | null = null, guest: string | null = null) => ({ token: { role, project, guest } }) as never;
+  it("see buttons for what they may do", () => {
+    expect(may(token("viewer"), "move")).toBe(false);
+    expect(may(token("policy"), "move")).toBe(true);
+    expect(may(token("policy"), "change")).toBe(false);
+    expect(may(token("admin", "p"), "system")).toBe(false);
+    expect(may(token("admin"), "system")).toBe(true);
+    expect(may(token("operator", "p", "g"), "move")).toBe(false);
+    expect(may(null, "move")).toBe(false);
+  });
+});
+
+describe("the stream", () => {
+  it("is the same however it is cut", () => {
+    const told = [1, 2, 3].map((seq) => ({ seq, kind: "guest.switched", data: { text: "zwölf\\n" } }) as unknown as Event);
+    const text = ": open\n\n" + told.map((event) => `id: ${event.seq}\nevent: ${event.kind}\ndata: ${JSON.stringify(event)}\n\n`).join(": alive\n\n");
+    for (let size = 1; size < text.length; size += 7) {
+      const parser = new StreamParser();
+      const seen: Event[] = [];
+      for (let at = 0; at < text.length; at += size) seen.push(...parser.push(text.slice(at, at + size)));
+      expect(seen).toEqual(told);
+    }
+  });
+});
+
+describe("numbers for people", () => {
+  it("are short and true", () => {
+    expect([bytes(0), bytes(1536), bytes(5 * 1024 ** 3), bytes(117.4 * 1024 ** 2)]).toEqual(["0 B", "1.5 KiB", "5.0 GiB", "117 MiB"]);
+    expect([duration(680), duration(7234), duration(61_000), duration(7_200_000)]).toEqual(["680 ms", "7.2 s", "1 min 1 s", "2 h 0 min"]);
+    expect([eta(null, null), eta(2000, null), eta(2000, 4000)]).toEqual(["", "at least 2.0 s", "2.0 s – 4.0 s"]);
+    expect(feedTime(46_020_960)).toBe("day 1, 12:47");
+  });
+});
