@@ -369,8 +369,8 @@ calls! {
     host(host: &str) -> Host = get(format!("/v1/hosts/{host}"));
     /// Changes a host.
     patch_host(host: &str, body: &HostPatch) -> Host = patch(format!("/v1/hosts/{host}"), body);
-    /// Removes a host: its certificate is denied at once.
-    remove_host(host: &str) -> Host = delete(format!("/v1/hosts/{host}"));
+    /// Removes a host: its certificate is denied at once. `force` gives up what only it has.
+    remove_host(host: &str, force: bool) -> Host = delete(format!("/v1/hosts/{host}?force={force}"));
     /// A one-time token for an agent to join with.
     create_join_token(body: &JoinTokenCreate) -> JoinToken = post("/v1/join-tokens", body);
     /// Joins: called by an agent.

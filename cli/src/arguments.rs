@@ -133,10 +133,13 @@ pub enum HostVerb {
         /// Name or id.
         name: String,
     },
-    /// Removes a host: its certificate is denied at once.
+    /// Removes a host: its certificate is denied at once. Refused while others need what only this host has.
     Remove {
         /// Name or id.
         name: String,
+        /// Give up disk blocks, freezes and volumes that only this host has.
+        #[arg(long)]
+        force: bool,
     },
 }
 

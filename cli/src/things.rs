@@ -87,7 +87,7 @@ async fn hosts(client: &Client, output: Output, verb: HostVerb) -> anyhow::Resul
         HostVerb::Uncordon { name } => {
             show::print_one(output, &client.patch_host(&name, &HostPatch { cordoned: Some(false) }).await?)
         }
-        HostVerb::Remove { name } => show::print_one(output, &client.remove_host(&name).await?),
+        HostVerb::Remove { name, force } => show::print_one(output, &client.remove_host(&name, force).await?),
     }
 }
 

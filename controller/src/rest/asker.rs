@@ -36,6 +36,9 @@ pub struct Params {
     pub limit: Option<usize>,
     /// Where the page starts.
     pub page: Option<String>,
+    /// Give up what is lost by it.
+    #[serde(default)]
+    pub force: bool,
     /// Only tell what would happen.
     #[serde(default)]
     pub dry_run: bool,

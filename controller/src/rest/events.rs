@@ -14,7 +14,10 @@ use supercloud_api::{Code, Event, Page, Role, ids::ProjectId, unix_ms};
 use supercloud_store::{Change, WatchItem};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
-use super::{Api, Asker, Failure, Reply};
+use super::{
+    Api, Asker, Failure, Reply,
+    shares::{Share, Shares},
+};
 use crate::{
     app::Parts,
     auth::{Caller, Reach},
@@ -24,6 +27,8 @@ use crate::{
 
 /// Streams at once.
 const STREAMS_AT_ONCE: usize = 256;
+/// Of these, those of one token.
+const STREAMS_OF_ONE: usize = 32;
 /// Pieces that wait for a slow reader before it is let go.
 const QUEUE: usize = 64;
 /// A comment this often keeps the stream alive through middle boxes; the token is looked at again then.
@@ -34,11 +39,14 @@ const PAGE: usize = 500;
 
 /// The places for streams. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Streams(Arc<Semaphore>);
+pub struct Streams {
+    places: Arc<Semaphore>,
+    shares: Shares,
+}
 
 impl Default for Streams {
     fn default() -> Self {
-        Self(Arc::new(Semaphore::new(STREAMS_AT_ONCE)))
+        Self { places: Arc::new(Semaphore::new(STREAMS_AT_ONCE)), shares: Shares::default() }
     }
 }
 
@@ -116,13 +124,13 @@ pub async fn stream(State(api): State<Api>, asker: Asker, headers: HeaderMap) ->
         }
         None => start(&api, &asker).await?,
     };
-    let place = Arc::clone(&api.streams.0)
-        .try_acquire_owned()
-        .map_err(|_| Failure::new(Code::TooManyRequests, "too many event streams are open"))?;
+    let too_many = || Failure::new(Code::TooManyRequests, "too many event streams are open");
+    let share = api.streams.shares.take(&asker.caller()?.token, STREAMS_OF_ONE).ok_or_else(too_many)?;
+    let place = Arc::clone(&api.streams.places).try_acquire_owned().map_err(|_| too_many())?;
     let (sender, receiver) = mpsc::channel::<Bytes>(QUEUE);
     let caller = asker.caller()?.clone();
     let feed = Feed { parts: api.parts.clone(), sight, caller, sender, last };
-    api.parts.spawn("event stream", feed.run(place));
+    api.parts.spawn("event stream", feed.run((place, share)));
     let pieces = tokio_stream::wrappers::ReceiverStream::new(receiver).map(Ok::<Bytes, Infallible>);
     let headers = [
         (header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream")),
@@ -142,7 +150,7 @@ struct Feed {
 }
 
 impl Feed {
-    async fn run(mut self, _place: OwnedSemaphorePermit) {
+    async fn run(mut self, _place: (OwnedSemaphorePermit, Share)) {
         // Says at once that the stream is open.
         if !self.send(Bytes::from_static(b": open\n\n")).await {
             return;

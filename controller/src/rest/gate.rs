@@ -18,6 +18,7 @@ use super::{
     asker::{Asker, Params},
     idempotency::{self, Claim},
     reply::{Failure, Reply, problem_response},
+    shares::Shares,
 };
 use crate::{
     app::Parts,
@@ -35,6 +36,8 @@ const BODY_BUDGET: Duration = Duration::from_secs(45);
 const HANDLER_BUDGET: Duration = Duration::from_secs(58);
 /// Requests that are worked on at once; more are sent away.
 const REQUESTS_AT_ONCE: usize = 1024;
+/// Of these, those of one token: long polls and slow bodies of one keep nobody else out.
+const REQUESTS_OF_ONE: usize = 128;
 /// Requests with a body but without a token (agents that join) at once: strangers cannot hold more.
 const STRANGERS_AT_ONCE: usize = 32;
 /// Bodies of uploads that are held in memory at once.
@@ -50,6 +53,7 @@ pub struct Gate {
     /// Where requests are counted.
     pub metrics: Metrics,
     requests: Arc<Semaphore>,
+    shares: Shares,
     strangers: Arc<Semaphore>,
     uploads: Arc<Semaphore>,
 }
@@ -62,6 +66,7 @@ impl Gate {
             parts,
             metrics,
             requests: Arc::new(Semaphore::new(REQUESTS_AT_ONCE)),
+            shares: Shares::default(),
             strangers: Arc::new(Semaphore::new(STRANGERS_AT_ONCE)),
             uploads: Arc::new(Semaphore::new(UPLOADS_AT_ONCE)),
         }
@@ -103,6 +108,15 @@ async fn pass(
     let Some(route) = route else { return Ok(method_not_allowed(path)) };
     let (mut head, body) = request.into_parts();
     let caller = authenticate(&gate.parts, route, &head.headers).await?;
+    let _share = match &caller {
+        Some(caller) => Some(gate.shares.take(&caller.token, REQUESTS_OF_ONE).ok_or_else(|| {
+            Failure::new(
+                Code::TooManyRequests,
+                "too many requests of this token are open at once; try again in a second",
+            )
+        })?),
+        None => None,
+    };
     let Query(params) = Query::<Params>::try_from_uri(&head.uri)
         .map_err(|error| Failure::bad(format!("the query: {}", crate::chain(&error))))?;
     let _stranger = match (&caller, route.method == Method::GET) {

@@ -5,12 +5,12 @@ use axum::{
     extract::{Path, State},
     http::HeaderMap,
 };
-use supercloud_api::{Code, Host, HostPatch, Page, Ref, handover::Owner};
+use supercloud_api::{Code, Freeze, Host, HostPatch, Page, Ref, Volume, handover::Owner};
 
 use super::{Api, Asker, Failure, Reply, body, check_if_match};
 use crate::{
     auth::Reach,
-    state::{Change, EventDraft, GuestRecord, HostRecord, retry_conflicts},
+    state::{Change, EventDraft, GuestRecord, HostRecord, Stored, retry_conflicts},
 };
 
 /// What members of one project need not know of the machines below.
@@ -71,8 +71,34 @@ pub async fn change(
     .await
 }
 
+/// What only this host has, as sentences: blocks and volumes of guests that it does not run, and the last way into its cloud's store.
+async fn only_here(api: &Api, host: &Host, guests: &[Stored<GuestRecord>]) -> Result<Vec<String>, Failure> {
+    let mut found = Vec::new();
+    for record in guests.iter().filter(|record| record.owner.owner != Owner::Host(host.id)) {
+        if record.owner.holders.iter().any(|holder| holder.host == host.id && holder.needed && !holder.lost) {
+            found.push(format!("disk blocks of guest {}", record.guest.name));
+        }
+    }
+    let others = api.parts.state.list::<HostRecord>().await?;
+    if others.iter().any(|other| other.host.cloud == host.cloud && other.host.id != host.id && !other.is_removed) {
+        return Ok(found);
+    }
+    for freeze in api.parts.state.list::<Freeze>().await?.iter().filter(|freeze| !freeze.is_consumed) {
+        if freeze.cloud == host.cloud {
+            found.push(format!("the way to freeze {} of guest {}", freeze.id, freeze.guest));
+        }
+    }
+    for volume in api.parts.state.list::<Volume>().await? {
+        if volume.base_cloud == Some(host.cloud) && volume.host.is_none_or(|at| at != host.id) {
+            found.push(format!("the way to what volume {} was thawed from", volume.name));
+        }
+    }
+    Ok(found)
+}
+
 /// Removes a host: its certificate is denied at once, and what it ran alone is declared lost. Refused while its agent is connected
-/// and it owns guests: then nothing proves that they do not run on.
+/// and it owns guests: then nothing proves that they do not run on. Refused, unless `?force=true`, while other guests need what only
+/// this host has.
 #[utoipa::path(delete, path = "/v1/hosts/{host}", tag = "hosts", responses((status = 200, body = Host)))]
 pub async fn remove(State(api): State<Api>, asker: Asker, Path(host): Path<String>) -> Result<Reply, Failure> {
     let reference = Ref::from(host);
@@ -94,12 +120,28 @@ pub async fn remove(State(api): State<Api>, asker: Asker, Path(host): Path<Strin
                 ),
             ));
         }
+        let needed = only_here(&api, &found.host, &guests).await?;
+        if !needed.is_empty() && !asker.params.force {
+            const SHOWN: usize = 5;
+            let more = needed.len().saturating_sub(SHOWN);
+            let mut list = needed.into_iter().take(SHOWN).collect::<Vec<_>>().join(", ");
+            if more > 0 {
+                list.push_str(&format!(" and {more} more"));
+            }
+            return Err(Failure::new(
+                Code::WrongState,
+                format!(
+                    "only this host has: {list}. Wait until moves have finished, start or thaw those guests elsewhere, or give all \
+                     this up with ?force=true"
+                ),
+            ));
+        }
         let now = HostRecord { is_removed: true, ..found.value.clone() };
         let mut change = Change::new();
         change.update(&found, &now).guard(guard, guarded).event(
             EventDraft::new("host.removed")
                 .host(id)
-                .data(serde_json::json!({ "name": found.host.name, "guests_owned": owned })),
+                .data(serde_json::json!({ "name": found.host.name, "guests_owned": owned, "given_up": needed })),
         );
         // Its name is free for the machine that comes after it.
         if let Some(key) = crate::state::Named::name_key(&found.value) {

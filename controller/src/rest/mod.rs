@@ -24,6 +24,7 @@ mod reaper;
 mod reply;
 mod serve;
 mod session;
+mod shares;
 mod system;
 mod tokens;
 mod uploads;
@@ -113,6 +114,8 @@ pub fn router(parts: &Parts, metrics: &Metrics) -> Router {
         .route("/v1/markets", get(system::markets))
         .route("/v1/prices", get(system::prices))
         .route("/v1/feed", post(system::set_feed_clock))
+        // Named, so that a merge keeps it behind the gate, which knows what to say.
+        .fallback(async || axum::http::StatusCode::NOT_FOUND)
         .with_state(api)
         // The gate reads every body under its own limits; axum's default of 2 MB would refuse upload pieces after it.
         .layer(axum::extract::DefaultBodyLimit::disable())

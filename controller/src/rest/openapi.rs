@@ -127,6 +127,9 @@ fn parameters(route: &Route, lists: bool) -> Vec<Parameter> {
     {
         all.push(parameter("dry_run", Query, false, Type::Boolean, "Only tell what would happen."));
     }
+    if route.path == "/v1/hosts/{host}" && route.method == axum::http::Method::DELETE {
+        all.push(parameter("force", Query, false, Type::Boolean, "Give up what only this host has."));
+    }
     if route.method == axum::http::Method::PATCH {
         all.push(parameter("If-Match", Header, false, Type::String, "The `ETag` that was read."));
     }

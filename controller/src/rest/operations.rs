@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use axum::extract::{Path, State};
-use supercloud_api::{Code, Operation, Page, ids::OperationId};
+use supercloud_api::{Code, Operation, OperationKind, Page, Role, ids::OperationId};
 
 use super::{Api, Asker, Failure, Reply};
+use crate::auth::Caller;
 use crate::state::{Change, EventDraft, OperationRecord, Seen, Stored, retry_conflicts};
 
 /// The operation as it is now: newer than its record, which is written less often.
@@ -66,11 +67,27 @@ async fn wait_for_end(api: &Api, id: OperationId, wait: Duration) -> Option<Stor
     }
 }
 
+/// A guest may cancel what it asked for itself, not what an operator does with it: else it could not be evacuated. Who may not
+/// begin a piece of work may not cancel it either.
+fn may_cancel(caller: &Caller, operation: &Operation) -> Result<(), Failure> {
+    if caller.token.guest.is_some() && operation.actor != caller.actor() {
+        return Err(Failure::new(Code::Forbidden, "a guest cancels only what it asked for itself"));
+    }
+    let moves =
+        matches!(operation.kind, OperationKind::GuestMigrate | OperationKind::GuestFreeze | OperationKind::GuestThaw);
+    let least = if moves { Role::Policy } else { Role::Operator };
+    if caller.token.role < least {
+        return Err(Failure::new(Code::Forbidden, format!("cancelling this takes the role {least:?}")));
+    }
+    Ok(())
+}
+
 /// Asks for an operation to be cancelled. It may come too late: watch the operation.
 #[utoipa::path(post, path = "/v1/operations/{operation}/cancel", tag = "operations", responses((status = 202, body = Operation), (status = 200, description = "Dry run", body = Operation)))]
 pub async fn cancel(State(api): State<Api>, asker: Asker, Path(id): Path<String>) -> Result<Reply, Failure> {
     retry_conflicts(|| async {
         let found = find(&api, &asker, &id).await?;
+        may_cancel(asker.caller()?, &found.operation)?;
         if found.operation.phase.is_terminal() {
             return Err(Failure::new(Code::WrongState, "the operation has ended"));
         }

@@ -327,7 +327,8 @@ export interface paths {
         post?: never;
         /**
          * Removes a host: its certificate is denied at once, and what it ran alone is declared lost. Refused while its agent is connected
-         *     and it owns guests: then nothing proves that they do not run on.
+         *     and it owns guests: then nothing proves that they do not run on. Refused, unless `?force=true`, while other guests need what only
+         *     this host has.
          */
         delete: operations["hosts_remove"];
         options?: never;
@@ -3078,6 +3079,8 @@ export interface operations {
             query?: {
                 /** @description The project at hand, for tokens that are good for all. */
                 project?: string;
+                /** @description Give up what only this host has. */
+                force?: boolean;
             };
             header?: {
                 /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */

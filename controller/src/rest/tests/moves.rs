@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use supercloud_api::{
     Code, GuestFreeze, GuestMigrate, GuestStart, GuestStop, GuestThaw, HostPatch, Phase,
-    handover::{Owner, OwnerRecord},
+    handover::{Holder, Owner, OwnerRecord},
     ids::{Epoch, FreezeId},
 };
 
@@ -163,12 +163,52 @@ async fn a_host_goes_only_when_nothing_can_run_on_there() {
     let id = world.client.guest("web").await.unwrap().id;
     test.run_on(id, &world.hosts[0]).await;
     let admin = test.admin_client();
-    assert_eq!(problem(admin.remove_host("east-1").await).code, Code::WrongState);
+    assert_eq!(problem(admin.remove_host("east-1", false).await).code, Code::WrongState);
     test.parts().hosts.gone(world.hosts[0].id);
-    let removed = admin.remove_host("east-1").await.unwrap();
+    let removed = admin.remove_host("east-1", false).await.unwrap();
     assert_eq!(removed.state, supercloud_api::HostState::Removed);
     assert_eq!(problem(admin.host("east-1").await).code, Code::NotFound, "the name is free again");
     assert_eq!(admin.host(&removed.id.to_string()).await.unwrap().id, removed.id);
+    test.stop().await;
+}
+
+#[tokio::test]
+async fn a_host_with_what_others_need_goes_only_when_it_is_given_up() {
+    let test = TestController::start().await;
+    let world = test.world().await;
+    world.client.create_guest(&guest("web")).await.unwrap();
+    let id = world.client.guest("web").await.unwrap().id;
+    test.run_on(id, &world.hosts[1]).await;
+    let (old, admin) = (world.hosts[0].id, test.admin_client());
+    let holders = |needed, lost| vec![Holder { host: old, epoch: Epoch(1), needed, lost }];
+    let hold = async |needed, lost| {
+        test.edit::<GuestRecord>(&id, |record| record.owner.holders = holders(needed, lost)).await;
+    };
+    hold(true, false).await;
+    // Connected or not: its blocks are needed.
+    for _ in 0..2 {
+        let refused = problem(admin.remove_host("east-1", false).await);
+        assert_eq!(refused.code, Code::WrongState);
+        assert!(refused.detail.contains("disk blocks of guest web"), "{}", refused.detail);
+        test.parts().hosts.gone(old);
+    }
+    let force = test.raw(reqwest::Method::DELETE, "/v1/hosts/east-1?force=true", Some(&test.admin_secret()));
+    assert_eq!(force.send().await.unwrap().status(), reqwest::StatusCode::OK);
+    test.stop().await;
+}
+
+#[tokio::test]
+async fn a_guest_cancels_its_own_wishes_only() {
+    let test = TestController::start().await;
+    let world = test.world().await;
+    world.client.create_guest(&guest("web")).await.unwrap();
+    let web = world.client.guest("web").await.unwrap();
+    test.run_on(web.id, &world.hosts[0]).await;
+    let drain = world.client.migrate_guest("web", &to("west")).await.unwrap();
+    let own = test.client(&test.guest_token(world.project, web.id).await);
+    assert_eq!(problem(own.cancel_operation(drain.id).await).code, Code::Forbidden);
+    test.edit::<OperationRecord>(&drain.id, |record| record.operation.actor = format!("guest:{}", web.id)).await;
+    assert!(own.cancel_operation(drain.id).await.unwrap().is_cancel_requested);
     test.stop().await;
 }
 
