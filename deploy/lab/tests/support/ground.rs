@@ -3,14 +3,13 @@
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use supercloud_api::{Guest, ids::GuestId};
 use supercloud_lab::demo::verdict::Testimony;
 use supercloud_lab::demo::witness::Witness;
-use supercloud_lab::fleet::{Fleet, FleetSpec, GuestSpec};
+use supercloud_lab::fleet::{Fleet, FleetSpec, GuestSpec, programs};
 use supercloud_lab::leftovers::Snapshot;
 use supercloud_lab::{CONTROLLER, Lab, LabSpec, LinkShape, LinkSpec};
 
@@ -49,17 +48,11 @@ pub fn is_possible() -> bool {
     is_possible
 }
 
-/// Builds the programs that run in the lab into the folder in which the lab looks for them, unless it was told of another.
+/// Builds the programs that run in the lab, unless it was told of another folder with them.
 fn build_programs() -> Result<()> {
-    if std::env::var_os("SUPERCLOUD_BIN_DIR").is_some() {
-        return Ok(());
+    if std::env::var_os("SUPERCLOUD_BIN_DIR").is_none() {
+        programs::build()?;
     }
-    let program = Path::new(env!("CARGO_BIN_EXE_supercloud-lab"));
-    let target = program.parent().and_then(Path::parent).context("the program lies nowhere")?;
-    let mut build = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    build.args(["build", "--quiet", "-p", "supercloud-controller", "-p", "supercloud-agent", "--manifest-path"]);
-    build.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../Cargo.toml")).env("CARGO_TARGET_DIR", target);
-    anyhow::ensure!(build.status()?.success(), "the programs cannot be built");
     Ok(())
 }
 
