@@ -19,7 +19,7 @@ use supercloud_api::{Code, Problem, Progress, link::FrozenContent};
 use supercloud_blanket::BackendError;
 use supercloud_handover::LocalEvent;
 use supercloud_ids::{GuestId, OperationId};
-use supercloud_storage::{process::ClientError, source::ReadError, transfer::TransferError};
+use supercloud_storage::{manifest::ManifestError, process::ClientError, source::ReadError, transfer::TransferError};
 use tokio::{sync::mpsc, time::Instant};
 use tokio_util::sync::CancellationToken;
 
@@ -112,10 +112,30 @@ impl JobError {
             Self::Refused(problem) | Self::Peer(problem) => return problem.clone(),
             Self::Backend(BackendError::Unsupported { .. }) => Code::Unsupported,
             Self::Backend(BackendError::Spec(_)) => Code::BadRequest,
-            Self::Plane(_) | Self::Lost | Self::Deadline(_) | Self::Chunk(_) => Code::HostUnavailable,
+            Self::Chunk(source) => unread(source),
+            Self::Content { source, .. } => of_content(source),
+            Self::Plane(_) | Self::Lost | Self::Deadline(_) => Code::HostUnavailable,
             _ => Code::Internal,
         };
         Problem::new(code, crate::chain(self))
+    }
+}
+
+/// Damage is told apart from a source that is away: trying again does not mend it.
+fn unread(error: &ReadError) -> Code {
+    match error {
+        ReadError::Damaged(_) => Code::BadContent,
+        ReadError::Unavailable { .. } | ReadError::NoSource { .. } => Code::HostUnavailable,
+    }
+}
+
+fn of_content(error: &TransferError) -> Code {
+    match error {
+        TransferError::Read { source, .. } | TransferError::Manifest(ManifestError::Read { source, .. }) => {
+            unread(source)
+        }
+        TransferError::Manifest(ManifestError::Format { .. }) => Code::BadContent,
+        _ => Code::Internal,
     }
 }
 
@@ -197,4 +217,22 @@ pub async fn in_time<T>(
 pub fn file_error(what: &'static str, path: &std::path::Path) -> impl FnOnce(std::io::Error) -> JobError {
     let path = path.display().to_string();
     move |source| JobError::File { what, path, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use supercloud_storage::{chunk::ChunkError, key::ChunkName};
+
+    use super::*;
+
+    #[test]
+    fn damaged_content_is_told_apart_from_a_store_that_is_away() {
+        let name = ChunkName([7; 32]);
+        let code = |source| {
+            let source = Box::new(TransferError::Read { block: 3, source });
+            JobError::Content { what: "the disk", source }.problem().code
+        };
+        assert_eq!(code(ReadError::Damaged(ChunkError::Tag { name })), Code::BadContent);
+        assert_eq!(code(ReadError::NoSource { name }), Code::HostUnavailable);
+    }
 }
