@@ -106,7 +106,7 @@ impl Snapshot {
                 let path = path.strip_prefix(root).unwrap_or(&path).display().to_string();
                 // Control sockets of the switch's daemons carry their pid, which changes with a restart.
                 if !path.starts_with("run/openvswitch/") || !path.ends_with(".ctl") {
-                    self.add(format!("{site}: socket {path}"));
+                    self.add(format!("{site}: socket {}", without_run_number(&path)));
                 }
             }
         }
@@ -128,9 +128,26 @@ impl Snapshot {
     }
 }
 
+/// A path without the number that libvirtd gives a guest anew each time it comes to the host: `…/domain-7-<guest>/…`.
+fn without_run_number(path: &str) -> String {
+    let shorten = |part: &str| match part.strip_prefix("domain-").and_then(|rest| rest.split_once('-')) {
+        Some((number, guest)) if number.parse::<u32>().is_ok() => format!("domain-{guest}"),
+        _ => part.to_owned(),
+    };
+    path.split('/').map(shorten).collect::<Vec<_>>().join("/")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_guest_that_came_back_is_the_same_guest() {
+        let at = |number: u32| format!("lib-libvirt/qemu/domain-{number}-gst-01/monitor.sock");
+        assert_eq!(without_run_number(&at(2)), without_run_number(&at(17)));
+        assert_ne!(without_run_number(&at(2)), without_run_number(&at(2).replace("gst-01", "gst-02")));
+        assert_eq!(without_run_number("run/domain-x-1/domain"), "run/domain-x-1/domain");
+    }
 
     #[test]
     fn differences_count_both_ways() {
