@@ -1,10 +1,16 @@
-//! Pure decisions: which host a guest is placed on, and when a price is worth a move.
+//! Pure decisions: which host a guest is placed on, when a price is worth a move, and whether a guest can leave in time;
+//! and the simulator that replays them on recorded markets.
 //!
 //! Nothing here knows a clock, a file or a network: prices, rooms and times come in as data, and the same code runs in
 //! the daemon and in a simulator. Money is integer nano-dollars.
 
 #![forbid(unsafe_code)]
 
+pub mod calendar;
+pub mod evacuable;
+pub mod market;
 pub mod money;
 pub mod placement;
+pub mod policy;
 pub mod price;
+pub mod sim;

@@ -10,9 +10,9 @@ use crate::money::NanoUsd;
 
 /// What the policy is told about a market.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Quote {
-    /// The market's name.
-    pub market: String,
+pub struct Quote<M = String> {
+    /// The market: its name, or whatever the caller knows it by.
+    pub market: M,
     /// The price per hour now.
     pub price: NanoUsd,
     /// Since when this price holds.
@@ -59,9 +59,9 @@ impl CheapestWithHysteresis {
 
 /// What the policy knows of one guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Position {
+pub struct Position<M = String> {
     /// The market in which it is.
-    pub market: String,
+    pub market: M,
     /// When it was last moved by this policy.
     pub last_move_ms: Option<u64>,
     /// What a move costs: egress, double pay.
@@ -70,13 +70,13 @@ pub struct Position {
 
 /// What to do with a guest, and why.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Decision {
+pub enum Decision<M = String> {
     /// Nothing.
     Stay(Reason),
     /// Move it.
     Move {
         /// To this market.
-        to: String,
+        to: M,
         /// What is saved per hour.
         saving_per_hour: NanoUsd,
     },
@@ -109,14 +109,14 @@ impl CheapestWithHysteresis {
     /// What to do with a guest at `now_ms` of the feed's clock. Ties go to the market whose name sorts first, so that
     /// the same data give the same decision.
     #[must_use]
-    pub fn decide(&self, now_ms: u64, position: &Position, quotes: &[Quote]) -> Decision {
+    pub fn decide<M: Ord + Clone>(&self, now_ms: u64, position: &Position<M>, quotes: &[Quote<M>]) -> Decision<M> {
         let Some(here) = quotes.iter().find(|quote| quote.market == position.market) else {
             return Decision::Stay(Reason::NoQuote);
         };
         let best = quotes
             .iter()
             .filter(|quote| quote.is_open && quote.market != here.market)
-            .min_by_key(|quote| (quote.price, quote.market.as_str()));
+            .min_by(|a, b| (a.price, &a.market).cmp(&(b.price, &b.market)));
         let Some(best) = best.filter(|best| best.price < here.price) else {
             return Decision::Stay(Reason::Cheapest);
         };

@@ -1,0 +1,217 @@
+//! Evacuable: can this guest leave its host within a notice, with nothing that is needed left behind?
+//!
+//! The deadline is the moment at which the source may vanish: memory and volume blocks are elsewhere by then. Whether
+//! the guest already runs elsewhere is another question, and is answered as downtime.
+//!
+//! The time of a live move is predicted by the usual model of iterative pre-copy: each round sends what the round before
+//! dirtied, never more than the working set, until the rest fits the downtime that is allowed or shrinks no more.
+
+use serde::{Deserialize, Serialize};
+
+/// What of a guest has to be moved.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Load {
+    /// Memory, in bytes.
+    pub memory_bytes: u64,
+    /// Memory written per second, in bytes.
+    pub dirty_bytes_per_s: u64,
+    /// The memory that it keeps writing: what is dirty at once is never more.
+    pub working_set_bytes: u64,
+    /// Volume blocks that are nowhere else yet, in bytes.
+    pub volume_dirty_bytes: u64,
+}
+
+/// How it can leave.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Path {
+    /// What the link carries, in bytes per second. Zero: no link.
+    pub link_bytes_per_s: u64,
+    /// From asking for a host until it takes guests, in milliseconds.
+    pub host_ready_ms: u64,
+    /// The downtime at which pre-copy switches, in milliseconds.
+    pub max_downtime_ms: u64,
+    /// What a switch costs whatever its size, in milliseconds.
+    pub switch_ms: u64,
+    /// Time between two background checkpoints, where there are any, in milliseconds.
+    pub checkpoint_ms: u64,
+}
+
+/// A predicted live move.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LiveMove {
+    /// From the first byte to the switch, downtime included, in milliseconds.
+    pub copy_ms: u64,
+    /// The guest stands still for this long, in milliseconds.
+    pub downtime_ms: u64,
+    /// Bytes sent.
+    pub bytes: u64,
+}
+
+/// The most rounds of pre-copy.
+const MAX_ROUNDS: u32 = 30;
+const MS: u128 = 1000;
+
+fn sending_ms(bytes: u64, path: &Path) -> u64 {
+    let ms = (u128::from(bytes) * MS).div_ceil(u128::from(path.link_bytes_per_s.max(1)));
+    u64::try_from(ms).unwrap_or(u64::MAX)
+}
+
+/// Predicts a live move; `None` without a link.
+#[must_use]
+pub fn predict(load: &Load, path: &Path) -> Option<LiveMove> {
+    if path.link_bytes_per_s == 0 {
+        return None;
+    }
+    let mut rest = load.memory_bytes.saturating_add(load.volume_dirty_bytes);
+    let (mut copy_ms, mut bytes) = (0u64, 0u64);
+    for _ in 0..MAX_ROUNDS {
+        let round_ms = sending_ms(rest, path);
+        if round_ms <= path.max_downtime_ms {
+            break;
+        }
+        let dirtied = u128::from(load.dirty_bytes_per_s) * u128::from(round_ms) / MS;
+        let next = u64::try_from(dirtied).unwrap_or(u64::MAX).min(load.working_set_bytes.min(load.memory_bytes));
+        if next >= rest {
+            break;
+        }
+        copy_ms = copy_ms.saturating_add(round_ms);
+        bytes = bytes.saturating_add(rest);
+        rest = next;
+    }
+    let downtime_ms = sending_ms(rest, path).saturating_add(path.switch_ms);
+    Some(LiveMove { copy_ms: copy_ms.saturating_add(downtime_ms), downtime_ms, bytes: bytes.saturating_add(rest) })
+}
+
+/// How a guest leaves when a notice comes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// Live, in time.
+    Live {
+        /// From the notice until the source may vanish, in milliseconds.
+        leave_ms: u64,
+        /// The guest stands still for this long, in milliseconds.
+        downtime_ms: u64,
+    },
+    /// Frozen into the image store over a background checkpoint, and thawed elsewhere: nothing is lost.
+    Frozen {
+        /// From the notice's last usable moment backwards: what the freeze takes, in milliseconds.
+        leave_ms: u64,
+        /// From the freeze until it runs again, in milliseconds.
+        downtime_ms: u64,
+    },
+    /// It cannot leave in time: an alarm.
+    Stranded {
+        /// What the quickest exit would take, in milliseconds.
+        leave_ms: u64,
+    },
+}
+
+impl Exit {
+    /// The predicted time to leave, in milliseconds.
+    #[must_use]
+    pub fn leave_ms(&self) -> u64 {
+        match *self {
+            Exit::Live { leave_ms, .. } | Exit::Frozen { leave_ms, .. } | Exit::Stranded { leave_ms } => leave_ms,
+        }
+    }
+
+    /// Nothing is lost.
+    #[must_use]
+    pub fn is_safe(&self) -> bool {
+        !matches!(self, Exit::Stranded { .. })
+    }
+}
+
+/// How a guest leaves within `notice_ms`: live if that is quick enough; else frozen, if background checkpoints are kept.
+#[must_use]
+pub fn exit(load: &Load, path: &Path, notice_ms: u64, has_checkpoints: bool) -> Exit {
+    let Some(live) = predict(load, path) else { return Exit::Stranded { leave_ms: u64::MAX } };
+    let live_ms = path.host_ready_ms.saturating_add(live.copy_ms);
+    if live_ms <= notice_ms {
+        return Exit::Live { leave_ms: live_ms, downtime_ms: live.downtime_ms };
+    }
+    if has_checkpoints {
+        // What was written since the last checkpoint began; blocks are published by the same rhythm.
+        let written = u128::from(load.dirty_bytes_per_s) * u128::from(path.checkpoint_ms) / MS;
+        let residual = u64::try_from(written).unwrap_or(u64::MAX).min(load.working_set_bytes.min(load.memory_bytes));
+        let freeze_ms =
+            sending_ms(residual.saturating_add(load.volume_dirty_bytes), path).saturating_add(path.switch_ms);
+        if freeze_ms <= notice_ms {
+            // It runs until the freeze must begin; it runs again when a host is ready and has its working set.
+            let frozen_at = notice_ms - freeze_ms;
+            let thaw_ms = sending_ms(load.working_set_bytes.min(load.memory_bytes), path);
+            let runs_at = path.host_ready_ms.max(notice_ms).saturating_add(thaw_ms).saturating_add(path.switch_ms);
+            return Exit::Frozen { leave_ms: freeze_ms, downtime_ms: runs_at - frozen_at };
+        }
+        return Exit::Stranded { leave_ms: freeze_ms.min(live_ms) };
+    }
+    Exit::Stranded { leave_ms: live_ms }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    fn path() -> Path {
+        Path {
+            link_bytes_per_s: GIB,
+            host_ready_ms: 60_000,
+            max_downtime_ms: 300,
+            switch_ms: 100,
+            checkpoint_ms: 30_000,
+        }
+    }
+
+    fn load(gib: u64, dirty: u64) -> Load {
+        Load {
+            memory_bytes: gib * GIB,
+            dirty_bytes_per_s: dirty,
+            working_set_bytes: gib * GIB / 4,
+            volume_dirty_bytes: 0,
+        }
+    }
+
+    #[test]
+    fn a_quiet_guest_leaves_in_the_time_of_one_copy() {
+        let live = predict(&load(8, 0), &path()).unwrap();
+        assert_eq!(live, LiveMove { copy_ms: 8100, downtime_ms: 100, bytes: 8 * GIB });
+    }
+
+    #[test]
+    fn a_guest_that_writes_faster_than_the_link_stops_with_its_working_set() {
+        let live = predict(&load(8, 2 * GIB), &path()).unwrap();
+        assert_eq!(live, LiveMove { copy_ms: 8000 + 2000 + 100, downtime_ms: 2100, bytes: 10 * GIB });
+    }
+
+    #[test]
+    fn a_short_notice_is_met_by_background_checkpoints_only() {
+        let small = load(8, GIB / 16);
+        assert!(matches!(exit(&small, &path(), 120_000, false), Exit::Live { leave_ms: 60_000..=70_000, .. }));
+        assert!(matches!(exit(&small, &path(), 30_000, false), Exit::Stranded { .. }), "no host is ready in 30 s");
+        let Exit::Frozen { leave_ms, downtime_ms } = exit(&small, &path(), 30_000, true) else { panic!("not frozen") };
+        assert_eq!(leave_ms, 1975, "30 s of writes");
+        assert_eq!(downtime_ms, 60_000 + 2000 + 100 - (30_000 - 1975));
+        assert!(!exit(&small, &path(), 1000, true).is_safe());
+        assert_eq!(exit(&small, &Path { link_bytes_per_s: 0, ..path() }, 1 << 40, true).leave_ms(), u64::MAX);
+    }
+
+    proptest! {
+        /// More notice never makes it worse, and an exit that is called safe fits the notice.
+        #[test]
+        fn safety_is_monotone_in_the_notice(
+            memory in 0u64..1 << 40, dirty in any::<u64>(), set in any::<u64>(), volume in 0u64..1 << 40,
+            link in any::<u64>(), notice in 0u64..1 << 30, more in 0u64..1 << 30, has_checkpoints: bool,
+        ) {
+            let load = Load { memory_bytes: memory, dirty_bytes_per_s: dirty, working_set_bytes: set, volume_dirty_bytes: volume };
+            let path = Path { link_bytes_per_s: link, ..path() };
+            let short = exit(&load, &path, notice, has_checkpoints);
+            prop_assert_eq!(short.is_safe(), short.leave_ms() <= notice);
+            prop_assert!(!short.is_safe() || exit(&load, &path, notice + more, has_checkpoints).is_safe());
+            prop_assert!(!exit(&load, &path, notice, false).is_safe() || short.is_safe());
+        }
+    }
+}
