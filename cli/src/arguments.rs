@@ -81,6 +81,8 @@ pub enum Noun {
     /// What can be rented, and for how much.
     #[command(subcommand)]
     Market(MarketVerb),
+    /// Replays policies on recorded markets, beside baselines and the offline optimum; needs no controller.
+    Simulate(crate::simulate::Simulate),
     /// Who this token is.
     Whoami,
     /// Prints a completion script: `source <(supercloud completion bash)`.

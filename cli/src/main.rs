@@ -6,6 +6,7 @@ mod arguments;
 mod guests;
 mod settings;
 mod show;
+mod simulate;
 mod things;
 
 use std::process::ExitCode;
@@ -34,6 +35,16 @@ impl std::error::Error for OperationFailed {}
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    // Nothing but computing: no runtime, no controller.
+    if let Noun::Simulate(simulate) = &arguments.noun {
+        return match simulate::run(simulate, arguments.output) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("error: {error:#}");
+                ExitCode::from(1)
+            }
+        };
+    }
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {

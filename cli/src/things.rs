@@ -40,7 +40,7 @@ pub async fn run(client: &Client, output: Output, noun: Noun) -> anyhow::Result<
         Noun::Event(verb) => events(client, output, verb).await,
         Noun::Market(verb) => markets(client, output, verb).await,
         Noun::Whoami => show::print_one(output, &client.whoami().await?),
-        Noun::Guest(_) | Noun::Completion { .. } => unreachable!("run by main"),
+        Noun::Guest(_) | Noun::Simulate(_) | Noun::Completion { .. } => unreachable!("run by main"),
     }
 }
 

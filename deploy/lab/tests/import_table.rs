@@ -23,7 +23,7 @@ const TABLE: &[(&str, &[&str])] = &[
         "supercloud-controller",
         &["ids", "api", "handover", "scheduler", "feed", "sdn", "storage", "store", "store-etcd"],
     ),
-    ("supercloud", &["ids", "api", "scheduler"]),
+    ("supercloud", &["ids", "api", "scheduler", "feed"]),
     ("supercloud-guest", &[]),
 ];
 

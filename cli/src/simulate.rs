@@ -1,0 +1,409 @@
+//! `supercloud simulate`: policies on recorded markets, beside baselines and the offline optimum.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{IsTerminal as _, Read as _, Write as _},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, bail};
+use clap::{Args, ValueEnum};
+use serde_json::{Value, json};
+use supercloud_cli::table::Table;
+use supercloud_feed::{MAX_FEED_BYTES, recorded};
+use supercloud_scheduler::{
+    market::{Regime, Trace},
+    money::NanoUsd,
+    policy::{Cheapest, Greedy, Guest, OnDemand, Policy, Restart, Single, SmartSpot},
+    price::CheapestWithHysteresis,
+    sim::{self, Grid, LineKind, Outcome, Settings, fleet::Fleet, optimum},
+};
+
+use crate::arguments::Output;
+
+/// Milliseconds in a day.
+const DAY_MS: u64 = 86_400_000;
+
+/// What to replay.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    supercloud simulate --trace sample\n  \
+    supercloud simulate --trace prices-2015-us-east-1.csv.gz --policy smart-spot\n  \
+    supercloud simulate --trace prices-2021-us-east-1.csv.gz --capacity capacity.csv --resource intel_64 --notice 30\n  \
+    supercloud simulate --trace prices.csv --policy mine.toml --policy smart-spot --part second -o json\n\n\
+    A policy file: kind = \"smart-spot\" or \"cheapest\", name = \"mine\", and that policy's settings, for example\n  \
+    kind = \"smart-spot\"\n  name = \"patient\"\n  horizon_ms = 86400000\n\n\
+    Prices: CSV timestamp_utc,zone,instance_type,usd_per_hour (also .gz). `--trace sample` is generated, not recorded.")]
+pub struct Simulate {
+    /// Recorded spot prices; `sample`: a generated one.
+    #[arg(long)]
+    trace: PathBuf,
+    /// Instance types and their on-demand prices; without it the ones that ship.
+    #[arg(long)]
+    catalogue: Option<PathBuf>,
+    /// A policy's name (smart-spot, cheapest) or a TOML file; may be given more than once.
+    #[arg(long)]
+    policy: Vec<String>,
+    /// The guests (TOML); without it 56 of 1 to 64 GiB.
+    #[arg(long)]
+    fleet: Option<PathBuf>,
+    /// Recorded probes of capacity, from which interruptions of the capacity regime are learned and drawn.
+    #[arg(long)]
+    capacity: Option<PathBuf>,
+    /// Only this resource's probes.
+    #[arg(long, requires = "capacity")]
+    resource: Option<String>,
+    /// How markets work; without it what the prices show.
+    #[arg(long, value_enum)]
+    regime: Option<RegimeName>,
+    /// How long before it takes a host the provider says so, in seconds.
+    #[arg(long, default_value_t = 120, value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    notice: u64,
+    /// The length of a tick, in seconds; it must divide an hour.
+    #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(60..=3600))]
+    tick: u64,
+    /// Bids, in thousandths of the on-demand price (auction regime). One bids high, so as not to be thrown out, and
+    /// leaves before such a price is paid for long; ten times on-demand was the most that EC2 took.
+    #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    bid_permille: u32,
+    /// What draws the interruptions and the sample.
+    #[arg(long, default_value_t = 12)]
+    seed: u64,
+    /// Which part of the time: tune on the first half, report on the second.
+    #[arg(long, value_enum, default_value_t = Part::All)]
+    part: Part,
+    /// Leave out the optimum, which takes longest.
+    #[arg(long)]
+    no_optimum: bool,
+    /// Writes the ledger of the first policy to this file (CSV).
+    #[arg(long)]
+    ledger: Option<PathBuf>,
+}
+
+/// How markets work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum RegimeName {
+    /// Bids, started hours.
+    Auction,
+    /// Capacity, seconds.
+    Capacity,
+}
+
+/// Part of a trace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// All of it.
+    All,
+    /// The first half.
+    First,
+    /// The second half.
+    Second,
+}
+
+/// Everything that a report needs.
+struct Report {
+    policies: Vec<Outcome>,
+    baselines: Vec<Outcome>,
+    optimum: Option<NanoUsd>,
+    floor: NanoUsd,
+    is_measured: bool,
+    about: Value,
+}
+
+/// Replays and reports.
+pub fn run(arguments: &Simulate, output: Output) -> anyhow::Result<()> {
+    let policies = if arguments.policy.is_empty() {
+        vec![policy("smart-spot")?, policy("cheapest")?]
+    } else {
+        arguments.policy.iter().map(|name| policy(name)).collect::<anyhow::Result<_>>()?
+    };
+    let fleet = fleet(arguments.fleet.as_deref())?;
+    let grid = grid(arguments)?;
+    let settings = Settings {
+        notice_ms: arguments.notice * 1000,
+        restart_ms: fleet.restart_s * 1000,
+        host_reserve_bytes: fleet.host_reserve_mib << 20,
+    };
+    let report = replay(arguments, &grid, &fleet.guests(), &settings, &policies);
+    if let (Some(path), Some(outcome)) = (&arguments.ledger, report.policies.first()) {
+        write_ledger(path, &grid, outcome).with_context(|| format!("writing {}", path.display()))?;
+    }
+    match output {
+        Output::Json => println!("{}", serde_json::to_string_pretty(&report.json())?),
+        Output::Table => print!("{}", report.table()),
+    }
+    Ok(())
+}
+
+fn read(path: &Path) -> anyhow::Result<String> {
+    let context = || format!("reading {}", path.display());
+    let mut bytes = Vec::new();
+    File::open(path)
+        .with_context(context)?
+        .take(MAX_FEED_BYTES as u64 + 1)
+        .read_to_end(&mut bytes)
+        .with_context(context)?;
+    recorded::text_of(&bytes).with_context(context)
+}
+
+fn policy(name: &str) -> anyhow::Result<(String, Box<dyn Policy>)> {
+    match name {
+        "smart-spot" => return Ok((name.into(), Box::new(SmartSpot::default()))),
+        "cheapest" => return Ok((name.into(), Box::new(Cheapest(CheapestWithHysteresis::default())))),
+        _ if !name.ends_with(".toml") => {
+            bail!("there is no policy '{name}'; there are smart-spot, cheapest, or a file that ends with .toml")
+        }
+        _ => {}
+    }
+    let context = || format!("in {name}");
+    let mut table: toml::Table = read(Path::new(name))?.parse().with_context(context)?;
+    let mut text = |key: &str| match table.remove(key) {
+        Some(toml::Value::String(text)) => Ok(Some(text)),
+        Some(_) => Err(anyhow::anyhow!("{key} must be a text")),
+        None => Ok(None),
+    };
+    let kind = text("kind").with_context(context)?;
+    let title = text("name").with_context(context)?;
+    let table = toml::Value::Table(table);
+    let policy: Box<dyn Policy> = match kind.as_deref() {
+        Some("smart-spot") => {
+            let policy: SmartSpot = table.try_into().with_context(context)?;
+            policy.check().map_err(anyhow::Error::msg).with_context(context)?;
+            Box::new(policy)
+        }
+        Some("cheapest") => {
+            let policy: CheapestWithHysteresis = table.try_into().with_context(context)?;
+            policy.check().map_err(anyhow::Error::msg).with_context(context)?;
+            Box::new(Cheapest(policy))
+        }
+        _ => bail!("in {name}: kind must be \"smart-spot\" or \"cheapest\""),
+    };
+    Ok((title.unwrap_or_else(|| name.trim_end_matches(".toml").to_owned()), policy))
+}
+
+fn fleet(path: Option<&Path>) -> anyhow::Result<Fleet> {
+    let Some(path) = path else { return Ok(Fleet::default()) };
+    let fleet: Fleet = toml::from_str(&read(path)?).with_context(|| format!("in {}", path.display()))?;
+    if let Err(what) = fleet.check() {
+        bail!("in {}: {what}", path.display());
+    }
+    Ok(fleet)
+}
+
+fn grid(arguments: &Simulate) -> anyhow::Result<Grid> {
+    let types = match &arguments.catalogue {
+        Some(path) => recorded::catalogue(&read(path)?).with_context(|| format!("in {}", path.display()))?,
+        None => recorded::catalogue(recorded::CATALOGUE).context("in the catalogue that ships")?,
+    };
+    let regime = arguments.regime.map(|name| match name {
+        RegimeName::Auction => Regime::Auction,
+        RegimeName::Capacity => Regime::Capacity,
+    });
+    let trace: Trace = if arguments.trace == Path::new("sample") {
+        recorded::sample(&types, arguments.seed)
+    } else {
+        let path = &arguments.trace;
+        recorded::prices(&read(path)?, &types, regime).with_context(|| format!("in {}", path.display()))?
+    };
+    let runs = match &arguments.capacity {
+        Some(path) => Some(
+            recorded::capacity(&read(path)?, arguments.resource.as_deref())
+                .with_context(|| format!("in {}", path.display()))?,
+        ),
+        None => None,
+    };
+    // A recording holds changes only: on its first day many prices are not known yet.
+    let (first, last) = trace.span().context("the trace holds no prices")?;
+    let first = first + DAY_MS.min((last - first) / 2);
+    let middle = first + (last - first) / 2;
+    let span = match arguments.part {
+        Part::All => (first, last),
+        Part::First => (first, middle),
+        Part::Second => (middle, last),
+    };
+    let capacity = runs.as_ref().map(|runs| (runs, arguments.seed));
+    Ok(Grid::new(&trace, span, arguments.tick * 1000, arguments.bid_permille, capacity)?)
+}
+
+fn replay(
+    arguments: &Simulate,
+    grid: &Grid,
+    guests: &[Guest],
+    settings: &Settings,
+    policies: &[(String, Box<dyn Policy>)],
+) -> Report {
+    let is_shown = std::io::stderr().is_terminal();
+    let tell = |name: &str, permille: u32| {
+        if is_shown {
+            eprint!("\r{name}: {} %\x1b[K", permille / 10);
+        }
+    };
+    let play = |name: &str, policy: &dyn Policy| {
+        let mut outcome = sim::run(grid, guests, settings, policy, |permille| tell(name, permille));
+        outcome.policy = name.to_owned();
+        outcome
+    };
+    let baselines: [&dyn Policy; 4] = [&OnDemand, &Single, &Restart, &Greedy];
+    let report = Report {
+        policies: policies.iter().map(|(name, policy)| play(name, policy.as_ref())).collect(),
+        baselines: baselines.into_iter().map(|policy| play(policy.name(), policy)).collect(),
+        optimum: (!arguments.no_optimum)
+            .then(|| optimum::optimum(grid, guests, settings, |permille| tell("optimum", permille))),
+        floor: optimum::floor(grid, guests, settings),
+        is_measured: grid.has_interruptions,
+        about: json!({
+            "trace": arguments.trace.display().to_string(),
+            "is_generated": arguments.trace == Path::new("sample"),
+            "regime": grid.regime,
+            "start_ms": grid.start_ms,
+            "hours": grid.length_ms() / 3_600_000,
+            "spot_markets": grid.markets.iter().filter(|market| !market.is_on_demand()).count(),
+            "guests": guests.len(),
+            "notice_s": arguments.notice,
+            "tick_s": arguments.tick,
+            "seed": arguments.seed,
+            "interruptions": match (grid.regime, &arguments.capacity) {
+                (Regime::Auction, _) => json!("recorded prices above the bid"),
+                (Regime::Capacity, Some(path)) => json!(format!("drawn from {}", path.display())),
+                (Regime::Capacity, None) => json!("not modelled"),
+            },
+        }),
+    };
+    if is_shown {
+        eprint!("\r\x1b[K");
+    }
+    report
+}
+
+fn usd(amount: NanoUsd) -> f64 {
+    amount.0 as f64 / 1e9
+}
+
+impl Report {
+    fn on_demand(&self) -> Option<&Outcome> {
+        self.baselines.iter().find(|outcome| outcome.policy == "on-demand")
+    }
+
+    fn outcome(&self, outcome: &Outcome) -> Value {
+        let on_demand: BTreeMap<_, _> =
+            self.on_demand().map(|outcome| outcome.ledger.months().into_iter().collect()).unwrap_or_default();
+        let months = outcome.ledger.months().into_iter().map(|(month, paid)| {
+            json!({
+                "month": format!("{}-{:02}", month.0, month.1),
+                "cost_usd": usd(paid),
+                "on_demand_usd": on_demand.get(&month).copied().map(usd),
+            })
+        });
+        json!({
+            "cost_usd": usd(outcome.cost()),
+            "cost_nanousd": outcome.cost().0,
+            "availability": self.is_measured.then(|| outcome.availability()),
+            "interruptions": outcome.interruptions,
+            "moves": outcome.moves,
+            "missed_deadlines": outcome.missed,
+            "unplaceable_guests": outcome.unplaceable,
+            "changes_by_reason": outcome.reasons.iter().map(|(why, count)| (why.to_string(), *count)).collect::<BTreeMap<_, _>>(),
+            "months": months.collect::<Vec<_>>(),
+        })
+    }
+
+    fn json(&self) -> Value {
+        let all = |outcomes: &[Outcome]| -> BTreeMap<String, Value> {
+            outcomes.iter().map(|outcome| (outcome.policy.clone(), self.outcome(outcome))).collect()
+        };
+        let mut baselines = all(&self.baselines);
+        if let Some(on_demand) = baselines.remove("on-demand") {
+            baselines.insert("on_demand".into(), on_demand);
+        }
+        json!({
+            "about": self.about,
+            "policies": all(&self.policies),
+            "baselines": baselines,
+            "optimum": self.optimum.map(|cost| json!({ "cost_usd": usd(cost), "cost_nanousd": cost.0 })),
+            "floor": { "cost_usd": usd(self.floor) },
+        })
+    }
+
+    fn table(&self) -> String {
+        let text = |key: &str| self.about[key].as_str().map_or_else(|| self.about[key].to_string(), str::to_owned);
+        let mut out = format!(
+            "{} ({} regime), {} spot markets, {} guests, {} hours; notice {} s, tick {} s, seed {}\nInterruptions: {}\n\n",
+            text("trace"),
+            text("regime"),
+            text("spot_markets"),
+            text("guests"),
+            text("hours"),
+            text("notice_s"),
+            text("tick_s"),
+            text("seed"),
+            text("interruptions"),
+        );
+        let on_demand = self.on_demand().map_or(NanoUsd(0), Outcome::cost);
+        let share = |of: NanoUsd, whole: Option<NanoUsd>| match whole {
+            Some(whole) if whole > NanoUsd(0) => format!("{:.3}", of.0 as f64 / whole.0 as f64),
+            _ => "-".into(),
+        };
+        let mut table = Table::new([
+            "POLICY",
+            "COST_USD",
+            "VS_ON_DEMAND",
+            "VS_OPTIMUM",
+            "AVAILABILITY_%",
+            "TAKEN",
+            "MISSED",
+            "MOVES",
+            "MONTHS_ABOVE_ON_DEMAND",
+        ]);
+        for outcome in self.policies.iter().chain(&self.baselines) {
+            let limits: BTreeMap<_, _> =
+                self.on_demand().map(|outcome| outcome.ledger.months().into_iter().collect()).unwrap_or_default();
+            let months = outcome.ledger.months();
+            let above =
+                months.iter().filter(|(month, paid)| limits.get(month).is_some_and(|limit| paid > limit)).count();
+            table.row([
+                outcome.policy.clone(),
+                format!("{:.2}", usd(outcome.cost())),
+                share(outcome.cost(), Some(on_demand)),
+                share(outcome.cost(), self.optimum),
+                if self.is_measured { format!("{:.4}", outcome.availability() * 100.0) } else { "not measured".into() },
+                outcome.interruptions.to_string(),
+                outcome.missed.to_string(),
+                outcome.moves.to_string(),
+                format!("{above} of {}", months.len()),
+            ]);
+        }
+        let bounds = self.optimum.map(|cost| ("offline optimum", cost)).into_iter().chain([("floor", self.floor)]);
+        for (name, cost) in bounds {
+            let mut row = std::array::from_fn::<String, 9, _>(|_| "-".into());
+            row[0] = name.into();
+            row[1] = format!("{:.2}", usd(cost));
+            row[2] = share(cost, Some(on_demand));
+            row[3] = share(cost, self.optimum);
+            table.row(row);
+        }
+        out.push_str(&table.render());
+        let unplaceable = self.policies.first().map_or(0, |outcome| outcome.unplaceable);
+        if unplaceable > 0 {
+            out.push_str(&format!(
+                "\n{unplaceable} guests are larger than every type of the trace and were left out.\n"
+            ));
+        }
+        out
+    }
+}
+
+/// One line per payment; the sum of `paid_nanousd` is the policy's cost.
+fn write_ledger(path: &Path, grid: &Grid, outcome: &Outcome) -> std::io::Result<()> {
+    let mut file = std::io::BufWriter::new(File::create(path)?);
+    writeln!(file, "unix_ms,guest,market,kind,for_ms,paid_nanousd")?;
+    for line in &outcome.ledger.lines {
+        let kind = match line.kind {
+            LineKind::Rent => "rent",
+            LineKind::Egress => "egress",
+        };
+        let market = &grid.markets[line.market as usize].name;
+        writeln!(file, "{},{},{market},{kind},{},{}", line.at_ms, line.guest, line.for_ms, line.paid.0)?;
+    }
+    file.flush()
+}
