@@ -69,8 +69,9 @@ pub fn share(operation: &Operation) -> f64 {
         Phase::Switch => 0.75,
         Phase::Resume => 0.8,
         Phase::Finish => {
-            let all = progress.disk_missing_bytes + progress.disk_bytes_after_resume;
-            let done = if all == 0 { 0.0 } else { progress.disk_bytes_after_resume as f64 / all as f64 };
+            let come = progress.disk_bytes_after_resume.unwrap_or(0);
+            let all = progress.disk_missing_bytes.saturating_add(come);
+            let done = if all == 0 { 0.0 } else { come as f64 / all as f64 };
             0.85 + 0.14 * done
         }
         Phase::Done | Phase::RolledBack | Phase::Failed => 1.0,
@@ -98,12 +99,9 @@ pub fn line(operation: &Operation, share: f64) -> String {
             eta(operation),
         ));
     }
-    if progress.disk_bytes_before_resume + progress.disk_bytes_after_resume > 0 {
-        text.push_str(&format!(
-            ", disk {}+{}",
-            bytes(progress.disk_bytes_before_resume),
-            bytes(progress.disk_bytes_after_resume)
-        ));
+    let disk = [progress.disk_bytes_before_resume, progress.disk_bytes_after_resume].map(Option::unwrap_or_default);
+    if disk != [0, 0] {
+        text.push_str(&format!(", disk {}+{}", bytes(disk[0]), bytes(disk[1])));
     }
     if let Some(downtime) = progress.downtime_ms.filter(|_| operation.phase >= Phase::Resume) {
         text.push_str(&format!(", paused {}", duration(downtime)));

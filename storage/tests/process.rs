@@ -198,7 +198,7 @@ async fn real_nbd_clients_agree_with_the_image() {
     let store: Arc<dyn ObjectStore> = Arc::new(DirStore::open(&world.path("a/store")).unwrap());
     let reader = ChunkReader::of_store(world.keys(), store);
     let exported = world.path("exported.raw");
-    export_raw(&reader, published, &exported, &CancellationToken::new(), |_| {}).await.unwrap();
+    export_raw(&reader, published.root, &exported, &CancellationToken::new(), |_| {}).await.unwrap();
     assert!(std::fs::read(&other).unwrap() == std::fs::read(&exported).unwrap(), "the published content differs");
 }
 

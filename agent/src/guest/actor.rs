@@ -466,14 +466,7 @@ impl Actor {
     }
 
     pub fn send(&self, report: Report) {
-        let mut progress = self.progress.clone();
-        if let (Report::Running { .. } | Report::NothingMissing { .. }, Some((sources, _))) = (&report, &self.sources)
-            && self.met.is_none()
-        {
-            // Nobody handed blocks over: what came of the disk came as chunks, which are read when they are needed.
-            progress.disk_bytes_before_resume = progress.disk_bytes_before_resume.max(sources.served_bytes());
-        }
-        let details = report::details(&report, &self.record, &progress, self.problem.as_ref());
+        let details = report::details(&report, &self.record, &self.progress, self.problem.as_ref());
         self.host.link.tell(Notice::Report { guest: self.guest, report, details: Box::new(details) });
     }
 

@@ -176,10 +176,10 @@ mod tests {
             ..Progress::default()
         };
         merge(&mut known, &memory);
-        merge(&mut known, &Progress { disk_bytes_before_resume: 9, ..Progress::default() });
+        merge(&mut known, &Progress { disk_bytes_before_resume: Some(9), ..Progress::default() });
         merge(&mut known, &Progress { memory_sent_bytes: 10, round: 1, ..memory.clone() });
         assert_eq!((known.memory_sent_bytes, known.round, known.memory_remaining_bytes), (60, 2, 40));
-        assert_eq!((known.disk_bytes_before_resume, known.message.as_str()), (9, "a"));
+        assert_eq!((known.disk_bytes_before_resume, known.message.as_str()), (Some(9), "a"));
     }
 
     #[test]

@@ -11,7 +11,6 @@ use supercloud_handover::{LocalEvent, SourceEvent};
 use supercloud_ids::FreezeId;
 use supercloud_storage::{
     backend::ObjectStore,
-    process::control::PublishStatus,
     transfer::{DiskFormat, ImportOptions, import_image},
 };
 use tokio::time::{Instant, MissedTickBehavior, interval};
@@ -87,8 +86,7 @@ async fn store_all(
     let mut volumes = Vec::new();
     for home in &copy.volumes {
         let client = home.client();
-        let failed = |source| JobError::Volume { what: "go into the store", source };
-        let root = client
+        let published = client
             .publish(|done, total| {
                 job.show(Progress {
                     message: format!("storing the disk: block {done} of {total}"),
@@ -96,12 +94,9 @@ async fn store_all(
                 });
             })
             .await
-            .map_err(failed)?;
-        let stored_bytes = match client.status().await.map_err(failed)?.publish {
-            PublishStatus::Done { stored_bytes, .. } => stored_bytes,
-            _ => 0,
-        };
-        volumes.push(FrozenVolume { volume: home.volume, root: root.to_string(), stored_bytes });
+            .map_err(|source| JobError::Volume { what: "go into the store", source })?;
+        let (root, stored_bytes) = (published.root.to_string(), published.stored_bytes);
+        volumes.push(FrozenVolume { volume: home.volume, root, stored_bytes });
     }
     let path = job.places.memory();
     let options = ImportOptions {

@@ -312,7 +312,7 @@ async fn show_blocks(job: &Job, copy: &CopyRecord, message: &str) -> Result<u64,
         bytes += status.pulled_bytes_before;
     }
     let message = message.to_owned();
-    job.show(Progress { disk_bytes_before_resume: bytes, message, ..Progress::default() });
+    job.show(Progress { disk_bytes_before_resume: Some(bytes), message, ..Progress::default() });
     Ok(bytes)
 }
 

@@ -21,7 +21,13 @@ async fn a_guest_starts_moves_there_and_back_and_stops() {
         lab.check(guest).await;
         let progress = lab.controller.progress(operation).unwrap();
         assert!(progress.downtime_ms.is_some(), "{progress:?}");
-        assert!(progress.disk_bytes_before_resume + progress.disk_bytes_after_resume > 0, "{progress:?}");
+        assert!(
+            progress
+                .disk_bytes_before_resume
+                .zip(progress.disk_bytes_after_resume)
+                .is_some_and(|(before, after)| before + after > 0),
+            "{progress:?}"
+        );
     }
     assert_eq!(lab.world.boots.load(Ordering::SeqCst), 1);
     lab.done(guest, OperationKind::Stop).await;
@@ -125,6 +131,21 @@ async fn a_killed_volume_process_is_started_anew_and_the_guest_goes_on() {
     lab.eventually("the guest runs again", async || lab.world.running(guest) == 1).await;
     lab.check(guest).await;
     assert!(lab.controller.has_event(GuestEventKind::DiskStalled));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_whose_disk_does_not_answer_for_a_moment_moves_all_the_same() {
+    let lab = Lab::begin(&[true, true]).await;
+    let guest = lab.add_guest();
+    lab.start(guest, 0).await;
+    lab.check(guest).await;
+    for pid in lab.hosts[0].volume_pids() {
+        assert!(std::process::Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap().success());
+    }
+    lab.eventually("the disk stalls", async || lab.world.running(guest) == 0).await;
+    lab.done(guest, lab.migrate(1)).await;
+    lab.check(guest).await;
+    assert_eq!(lab.world.boots.load(Ordering::SeqCst), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -74,10 +74,10 @@ pub struct Progress {
     pub dirty_bytes_per_s: u64,
     /// How fast memory travels.
     pub bandwidth_bytes_per_s: u64,
-    /// Volume bytes that travelled before the guest ran at the destination.
-    pub disk_bytes_before_resume: u64,
-    /// Volume bytes that travelled afterwards.
-    pub disk_bytes_after_resume: u64,
+    /// Volume bytes that travelled before the guest ran at the destination; absent until somebody has counted them.
+    pub disk_bytes_before_resume: Option<u64>,
+    /// Volume bytes that travelled afterwards; absent until somebody has counted them.
+    pub disk_bytes_after_resume: Option<u64>,
     /// Volume bytes that the destination still lacks.
     pub disk_missing_bytes: u64,
     /// The least time to the switch that is thought possible; absent when not known.

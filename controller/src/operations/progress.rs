@@ -35,7 +35,7 @@ pub fn merge(known: &mut Progress, told: &Progress) {
         known.eta_min_ms = told.eta_min_ms;
         known.eta_max_ms = told.eta_max_ms;
     }
-    if told.disk_missing_bytes > 0 || told.disk_bytes_after_resume > 0 {
+    if told.disk_missing_bytes > 0 || told.disk_bytes_after_resume.is_some() {
         known.disk_missing_bytes = told.disk_missing_bytes;
     }
     if !told.message.is_empty() {
@@ -102,12 +102,13 @@ mod tests {
             ..Progress::default()
         };
         board.tell(operation, &source);
-        board.tell(operation, &Progress { disk_bytes_before_resume: 7, ..Progress::default() });
+        board.tell(operation, &Progress { disk_bytes_before_resume: Some(7), ..Progress::default() });
         board.tell(operation, &Progress { memory_sent_bytes: 50, round: 1, ..source.clone() });
         let mut seen = Progress::default();
         board.apply(operation, &mut seen);
-        assert_eq!((seen.memory_sent_bytes, seen.round, seen.disk_bytes_before_resume), (60, 2, 7));
+        assert_eq!((seen.memory_sent_bytes, seen.round, seen.disk_bytes_before_resume), (60, 2, Some(7)));
         assert_eq!(seen.memory_remaining_bytes, 40);
+        assert_eq!(seen.disk_bytes_after_resume, None, "nobody has told of it");
         assert_eq!(board.take_unwritten(), vec![operation]);
         assert!(board.take_unwritten().is_empty());
         seen.message = "copying".to_owned();

@@ -13,6 +13,15 @@ use crate::{
     wire::{Frame, WireError, read_frame, write_frame},
 };
 
+/// A volume's content as it was brought into the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PublishedContent {
+    /// The identity of the content.
+    pub root: ContentRoot,
+    /// Bytes that had to be stored (the rest was there).
+    pub stored_bytes: u64,
+}
+
 /// Why a request to a volume process failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
@@ -204,13 +213,13 @@ impl VolumeClient {
 
     /// Publishes and waits for the end, telling `(done, total)` blocks on the way. Dropping the future leaves the
     /// publish running.
-    pub async fn publish(&self, mut progress: impl FnMut(u64, u64) + Send) -> Result<ContentRoot, ClientError> {
+    pub async fn publish(&self, mut progress: impl FnMut(u64, u64) + Send) -> Result<PublishedContent, ClientError> {
         self.start_publish().await?;
         loop {
             match self.status().await?.publish {
-                PublishStatus::Done { root, total_blocks, .. } => {
+                PublishStatus::Done { root, total_blocks, stored_bytes } => {
                     progress(total_blocks, total_blocks);
-                    return Ok(root);
+                    return Ok(PublishedContent { root, stored_bytes });
                 }
                 PublishStatus::Failed { message } => return Err(ClientError::Publish { message }),
                 PublishStatus::Running { done_blocks, total_blocks } => progress(done_blocks, total_blocks),

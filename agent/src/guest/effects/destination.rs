@@ -262,7 +262,14 @@ impl Actor {
         }
         let limit = self.record.assignment.as_ref().and_then(|assignment| assignment.migration.bandwidth_bps);
         let job = self.job(copy.operation);
-        let work = fetch::run(job.clone(), epoch, copy.volumes, limit.map(|bps| (bps / 8).max(1)));
+        let origin = match (&self.met, &self.sources) {
+            (Some(_), _) => fetch::Origin::Peer,
+            (None, Some((sources, _))) => {
+                fetch::Origin::Chunks { sources: sources.clone(), before: sources.served_bytes() }
+            }
+            (None, None) => fetch::Origin::Uncounted,
+        };
+        let work = fetch::run(job.clone(), epoch, copy.volumes, origin, limit.map(|bps| (bps / 8).max(1)));
         self.jobs.fetch = Some(Self::start(&job, work));
         Ok(())
     }

@@ -1896,16 +1896,16 @@ export interface components {
             dirty_bytes_per_s: number;
             /**
              * Format: int64
-             * @description Volume bytes that travelled afterwards.
-             * @default 0
+             * @description Volume bytes that travelled afterwards; absent until somebody has counted them.
+             * @default null
              */
-            disk_bytes_after_resume: number;
+            disk_bytes_after_resume: number | null;
             /**
              * Format: int64
-             * @description Volume bytes that travelled before the guest ran at the destination.
-             * @default 0
+             * @description Volume bytes that travelled before the guest ran at the destination; absent until somebody has counted them.
+             * @default null
              */
-            disk_bytes_before_resume: number;
+            disk_bytes_before_resume: number | null;
             /**
              * Format: int64
              * @description Volume bytes that the destination still lacks.

@@ -47,7 +47,7 @@ export function OperationPage(props: { id: string }) {
           ["took", duration((operation.ended_at_ms ?? now.value) - begun)],
           ["pause", (progress.downtime_ms ?? null) === null ? "–" : duration(progress.downtime_ms!)],
           ["memory sent", progress.memory_total_bytes > 0 ? `${bytes(progress.memory_sent_bytes)} of ${bytes(progress.memory_total_bytes)}, round ${progress.round}` : "–"],
-          ["disk before / after it ran", `${bytes(progress.disk_bytes_before_resume)} / ${bytes(progress.disk_bytes_after_resume)}`],
+          ["disk before / after it ran", [progress.disk_bytes_before_resume, progress.disk_bytes_after_resume].map((one) => (one ?? null) === null ? "–" : bytes(one!)).join(" / ")],
           ["disk still missing", bytes(progress.disk_missing_bytes)],
         ]} />
       </Panel>

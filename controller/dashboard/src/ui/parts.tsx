@@ -71,7 +71,7 @@ export function Moving(props: { operation: Operation; children?: ComponentChildr
   if (progress.memory_sent_bytes > 0) facts.push(`${bytes(progress.memory_sent_bytes)} sent`);
   if (progress.bandwidth_bytes_per_s > 0) facts.push(rate(progress.bandwidth_bytes_per_s));
   if (progress.dirty_bytes_per_s > 0) facts.push(`writes ${rate(progress.dirty_bytes_per_s)}`);
-  const disk = progress.disk_bytes_before_resume + progress.disk_bytes_after_resume;
+  const disk = (progress.disk_bytes_before_resume ?? 0) + (progress.disk_bytes_after_resume ?? 0);
   if (disk > 0) facts.push(`disk ${bytes(disk)}`);
   const left = eta(progress.eta_min_ms, progress.eta_max_ms);
   if (left && !isEnded(operation.phase)) facts.push(`${left} left`);

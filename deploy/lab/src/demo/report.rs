@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use supercloud_api::{Freeze, Operation};
+use supercloud_api::{Freeze, FrozenVolume, Operation, Volume};
 use supercloud_cli::table::{Table, bytes, duration};
 
 use super::verdict::{Checked, Outcome, Verdict};
@@ -40,7 +40,7 @@ pub struct Move {
     pub memory_bytes: Option<u64>,
     /// Volume bytes that travelled before the guest ran again; of a freeze: what was stored.
     pub disk_bytes_before: Option<u64>,
-    /// Volume bytes that travelled afterwards.
+    /// Volume bytes that travelled afterwards; of a freeze: 0 once no host has anything of the volumes any more.
     pub disk_bytes_after: Option<u64>,
 }
 
@@ -50,8 +50,9 @@ impl Move {
     pub fn of(kind: Kind, from: &str, to: &str, operation: &Operation) -> Self {
         let progress = &operation.progress;
         // A guest that writes ten times per second cannot have moved without a byte of memory and of disk. A thawed one
-        // can: its disk is read chunk by chunk when it is needed, which is counted until the operation ends.
-        let has_disk = kind == Kind::Thaw || progress.disk_bytes_before_resume + progress.disk_bytes_after_resume > 0;
+        // can: its disk is read chunk by chunk when it is needed.
+        let disk = progress.disk_bytes_before_resume.zip(progress.disk_bytes_after_resume);
+        let disk = disk.filter(|(before, after)| kind == Kind::Thaw || before + after > 0);
         Self {
             kind,
             from: from.to_owned(),
@@ -59,19 +60,25 @@ impl Move {
             total_ms: operation.ended_at_ms.map(|end| end.saturating_sub(operation.created_at_ms)),
             downtime_ms: None,
             memory_bytes: Some(progress.memory_sent_bytes).filter(|bytes| *bytes > 0),
-            disk_bytes_before: has_disk.then_some(progress.disk_bytes_before_resume),
-            disk_bytes_after: has_disk.then_some(progress.disk_bytes_after_resume),
+            disk_bytes_before: disk.map(|(before, _)| before),
+            disk_bytes_after: disk.map(|(_, after)| after),
         }
     }
 
-    /// A freeze out of its operation and what it left in the store.
+    /// A freeze out of its operation, what it left in the store, and the records of the guest's volumes after it.
     #[must_use]
-    pub fn of_freeze(cloud: &str, operation: &Operation, freeze: &Freeze) -> Self {
+    pub fn of_freeze(cloud: &str, operation: &Operation, freeze: &Freeze, volumes: &[Volume]) -> Self {
         let stored = freeze.volumes.iter().map(|volume| volume.stored_bytes).sum();
+        // Nothing can travel any more when no host has, or still owes, anything of the disk.
+        let at_rest = |frozen: &FrozenVolume| {
+            let record = volumes.iter().find(|volume| volume.id == frozen.volume);
+            record.is_some_and(|volume| volume.host.is_none() && volume.needed_source.is_none())
+        };
+        let is_at_rest = !freeze.volumes.is_empty() && freeze.volumes.iter().all(at_rest);
         Self {
             memory_bytes: Some(freeze.memory_bytes).filter(|bytes| *bytes > 0),
             disk_bytes_before: (!freeze.volumes.is_empty()).then_some(stored),
-            disk_bytes_after: Some(0),
+            disk_bytes_after: is_at_rest.then_some(0),
             ..Self::of(Kind::Freeze, cloud, cloud, operation)
         }
     }
@@ -132,9 +139,12 @@ impl Report {
         let number = |number: Option<u64>| number.map_or_else(|| "an unknown number".to_owned(), |n| n.to_string());
         let checked = [
             format!("{} arrivals of data on one stream", number(ticks)),
-            format!("{} of the stream checked", checked_bytes.map_or_else(|| "an unknown part".to_owned(), bytes)),
-            format!("{} writes read back from the disk", number(writes)),
-            "boot ids, uptimes and the controller's count compared".to_owned(),
+            format!(
+                "{} of the stream, and memory of both guests",
+                checked_bytes.map_or_else(|| "an unknown part".to_owned(), bytes)
+            ),
+            format!("{} writes read back from the disk; failed ones count", number(writes)),
+            "boot ids, uptimes, clocks and the controller's count compared".to_owned(),
         ];
         let line = |((name, found), checked): ((&str, Option<u64>), String)| {
             let found = found.map_or_else(|| "not measured".to_owned(), |found| found.to_string());
@@ -157,6 +167,10 @@ impl Report {
 #[cfg(test)]
 mod tests {
     use serde_json::json;
+    use supercloud_api::{
+        OperationKind, Progress,
+        ids::{OperationId, RequestId},
+    };
 
     use super::*;
 
@@ -191,6 +205,29 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         report.write(file.path()).unwrap();
         assert_eq!(serde_json::from_slice::<Report>(&std::fs::read(file.path()).unwrap()).unwrap(), report);
+    }
+
+    fn operation(kind: OperationKind, disk: Option<(u64, u64)>) -> Operation {
+        let (disk_bytes_before_resume, disk_bytes_after_resume) = disk.unzip();
+        let progress =
+            Progress { memory_sent_bytes: 5, disk_bytes_before_resume, disk_bytes_after_resume, ..Progress::default() };
+        let mut text = json!({
+            "id": OperationId::generate(), "kind": kind, "project": null, "phase": "done", "actor": "a",
+            "request_id": RequestId::generate(), "created_at_ms": 10, "updated_at_ms": 30, "ended_at_ms": 30,
+            "is_cancel_requested": false,
+        });
+        text["progress"] = serde_json::to_value(progress).unwrap();
+        serde_json::from_value(text).unwrap()
+    }
+
+    #[test]
+    fn what_nobody_has_counted_is_absent_and_not_zero() {
+        let of = |kind, disk| {
+            let row = Move::of(kind, "a", "b", &operation(OperationKind::GuestMigrate, disk));
+            row.disk_bytes_before.zip(row.disk_bytes_after)
+        };
+        assert_eq!((of(Kind::Thaw, None), of(Kind::Thaw, Some((0, 0)))), (None, Some((0, 0))));
+        assert_eq!((of(Kind::Live, Some((0, 0))), of(Kind::Live, Some((3, 0)))), (None, Some((3, 0))));
     }
 
     #[test]

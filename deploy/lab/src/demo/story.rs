@@ -14,7 +14,7 @@ use super::Options;
 use super::prices::{Follower, next_turn};
 use super::report::{Kind, Move, Report};
 use super::tell::{LiveBar, Teller};
-use super::verdict::{Evidence, Testimony, judge};
+use super::verdict::{Evidence, Testimony, has_risen, judge};
 use super::witness::Witness;
 use crate::fleet::{FEED, FeedStart, Fleet, FleetSpec, GuestSpec, PROJECT};
 use crate::spec::LabSpec;
@@ -180,7 +180,8 @@ impl Story {
         let (operation, freeze) = fleet.freeze(SERVER, |operation| bar.show(operation)).await?;
         drop(bar);
         let downtime_ms = witness.silence(window).await;
-        self.add(Move { downtime_ms, ..Move::of_freeze(&from, &operation, &freeze) });
+        let volumes = fleet.client().volumes().await.context("asking for volumes")?;
+        self.add(Move { downtime_ms, ..Move::of_freeze(&from, &operation, &freeze, &volumes) });
 
         let to = "gcp-west";
         let mut bar = LiveBar::default();
@@ -259,7 +260,12 @@ impl Story {
             let is_checked = |checked: u64, bad: u64| checked + bad >= acked;
             let after = testimony.server.get(server_lines..).unwrap_or_default();
             let client_is_heard = testimony.client.len() > client_lines + 1;
-            client_is_heard && after.iter().any(|seen| is_checked(seen.stats.verified, seen.stats.verify_bad))
+            let is_memory_checked =
+                has_risen(&testimony.server, server_lines, |stats| (&stats.boot_id, stats.mem_checked))
+                    && has_risen(&testimony.client, client_lines, |stats| (&stats.boot_id, stats.mem_checked));
+            client_is_heard
+                && is_memory_checked
+                && after.iter().any(|seen| is_checked(seen.stats.verified, seen.stats.verify_bad))
         };
         let text = format!("web reads its {acked} acknowledged writes back from its disk");
         tell.step(&text, witness.until(CHECK_BUDGET, is_read_back)).await;
@@ -276,7 +282,7 @@ impl Story {
         if let (Some(server), Some(client)) = (testimony.server.last(), testimony.client.last()) {
             let (server, client) = (&server.stats, &client.stats);
             tell.remark(&format!(
-                "also: {} pages of web's memory rewritten and checked, {} HTTP requests answered, clocks gone back {} times",
+                "also: {} pages of web's memory rewritten and checked, {} HTTP requests answered, {} clocks gone back",
                 server.mem_checked,
                 client.http_ok,
                 server.clock_back + client.clock_back

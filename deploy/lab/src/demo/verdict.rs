@@ -11,12 +11,13 @@ use crate::fleet::{ClientStats, ServerStats};
 pub struct Verdict {
     /// Connections that broke: streams that ended, streams opened anew, requests that failed.
     pub tcp_resets: Option<u64>,
-    /// Bytes of the stream that were wrong, and bytes of memory pages in either guest that were.
+    /// Bytes of the stream that were wrong, and bytes of memory pages in either guest that were; absent as well when either guest
+    /// has not checked memory after the last move.
     pub bytes_corrupted: Option<u64>,
-    /// Acknowledged writes that the disk did not hold when it was read back.
+    /// Acknowledged writes that the disk did not hold when it was read back, and writes or flushes that failed.
     pub writes_lost: Option<u64>,
     /// Boots after the first, of either guest, as the guests and as the controller count them; also times at which a guest's
-    /// uptime went back.
+    /// uptime, or any of its clocks as it sees them itself, went back.
     pub guest_restarts: Option<u64>,
 }
 
@@ -127,20 +128,34 @@ pub fn judge(evidence: &Evidence) -> (Verdict, Checked) {
     let bad_pages = client_sum(|stats| stats.mem_bad) + server_sum(|stats| stats.mem_bad);
     let corrupted = client_sum(|stats| stats.bad) + bad_pages * PAGE_BYTES;
     let found_bad = server.iter().map(|seen| seen.stats.verify_bad).max().unwrap_or(0);
-    let lost = found_bad.max(acknowledgements_taken_back(&server_boots));
+    let lost = found_bad.max(acknowledgements_taken_back(&server_boots)) + server_sum(|stats| stats.write_errors);
     let reboots = client_boots.len().saturating_sub(1) + server_boots.len().saturating_sub(1);
     let restarts = (reboots as u64).max(evidence.starts.0.saturating_sub(1) + evidence.starts.1.saturating_sub(1))
         + times_back(server, |stats| (&stats.boot_id, stats.t_ms))
-        + times_back(client, |stats| (&stats.boot_id, stats.t_ms));
+        + times_back(client, |stats| (&stats.boot_id, stats.t_ms))
+        + server_sum(|stats| stats.clock_back)
+        + client_sum(|stats| stats.clock_back);
+    let is_memory_checked =
+        has_risen(server, evidence.server_lines_before, |stats| (&stats.boot_id, stats.mem_checked))
+            && has_risen(client, evidence.client_lines_before, |stats| (&stats.boot_id, stats.mem_checked));
 
     let verdict = Verdict {
         tcp_resets: ticks.map(|_| broken),
-        bytes_corrupted: bytes.filter(|_| is_server_heard).map(|_| corrupted),
+        // Corrupt is corrupt, whether or not all was checked to the end.
+        bytes_corrupted: bytes.filter(|_| is_memory_checked || corrupted > 0).map(|_| corrupted),
         // Lost is lost, whether or not a later check came to its end.
         writes_lost: if writes.is_some() || lost > 0 { Some(lost) } else { None },
         guest_restarts: (is_client_heard && is_server_heard).then_some(restarts),
     };
     (verdict, Checked { bytes, writes, ticks })
+}
+
+/// Whether a counter that begins anew with each boot went on after the first `before` lines.
+pub(super) fn has_risen<T>(lines: &[Seen<T>], before: usize, counter: fn(&T) -> (&str, u64)) -> bool {
+    let (before, after) = lines.split_at(before.min(lines.len()));
+    let reached =
+        |boot| before.iter().map(|seen| counter(&seen.stats)).filter(|(of, _)| *of == boot).map(|at| at.1).max();
+    after.iter().map(|seen| counter(&seen.stats)).any(|(boot, count)| count > reached(boot).unwrap_or(0))
 }
 
 /// The number up to which a check after the last move found everything that had been acknowledged until then.

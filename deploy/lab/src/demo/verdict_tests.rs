@@ -8,7 +8,7 @@ fn server(t_ms: u64, acked: u64, verified: u64) -> Seen<ServerStats> {
         verified,
         verify_bad: 0,
         write_errors: 0,
-        mem_checked: 10,
+        mem_checked: t_ms / 50,
         mem_bad: 0,
         clock_back: 0,
         sabotaged: 0,
@@ -29,7 +29,7 @@ fn client(t_ms: u64, bytes: u64) -> Seen<ClientStats> {
         gap_ms: 20,
         http_ok: 3,
         http_failed: 0,
-        mem_checked: 10,
+        mem_checked: t_ms / 50,
         mem_bad: 0,
         clock_back: 0,
     };
@@ -69,6 +69,9 @@ fn each_fault_is_seen() {
     assert_eq!(outcome(|t| t.client[0].stats.bad = 7).bytes_corrupted, Some(7));
     assert_eq!(outcome(|t| t.server[2].stats.mem_bad = 2).bytes_corrupted, Some(8192));
     assert_eq!(outcome(|t| t.server[1].stats.verify_bad = 4).writes_lost, Some(4));
+    assert_eq!(outcome(|t| t.server[2].stats.write_errors = 2).writes_lost, Some(2));
+    assert_eq!(outcome(|t| t.server[2].stats.clock_back = 1).guest_restarts, Some(1));
+    assert_eq!(outcome(|t| t.client[1].stats.clock_back = 1).guest_restarts, Some(1));
     assert_eq!(outcome(|t| t.server[2].stats.acked = 8).writes_lost, Some(2), "goes on from an older disk");
     let restarted = outcome(|t| t.server[2].stats.boot_id = "s2".into());
     assert_eq!(restarted.guest_restarts, Some(1));
@@ -109,6 +112,17 @@ fn what_was_not_measured_after_the_last_move_is_absent() {
     assert_eq!(outcome(|t| t.server.clear()).writes_lost, None);
     let never = outcome(|t| t.client.iter_mut().for_each(|seen| seen.stats.bytes = 0));
     assert_eq!(never.bytes_corrupted, None, "nothing came, so nothing was checked");
+    for unchecked in [
+        outcome(|t| t.server.iter_mut().for_each(|seen| seen.stats.mem_checked = 0)),
+        outcome(|t| t.client.iter_mut().for_each(|seen| seen.stats.mem_checked = 0)),
+        // Not once after the last move.
+        outcome(|t| t.server[2].stats.mem_checked = t.server[1].stats.mem_checked),
+    ] {
+        assert_eq!((unchecked.bytes_corrupted, unchecked.outcome()), (None, Outcome::Unmeasured));
+    }
+    let corrupt =
+        outcome(|t| t.server.iter_mut().for_each(|seen| (seen.stats.mem_checked, seen.stats.mem_bad) = (0, 1)));
+    assert_eq!(corrupt.bytes_corrupted, Some(4096));
     assert_eq!(
         judge(&Evidence {
             testimony: &Testimony::default(),
