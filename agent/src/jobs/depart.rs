@@ -8,6 +8,10 @@ use supercloud_api::{
     link::{MigrationOptions, VolumeRoot},
 };
 use supercloud_blanket::migrate::{Cookie, CopyOptions, TransferPhase, TransferProgress};
+use supercloud_blanket::{
+    BackendError,
+    backend::{PauseReason, RunState},
+};
 use supercloud_handover::{LocalEvent, SourceEvent, VolumeStamp};
 use supercloud_ids::Epoch;
 use tokio::{
@@ -37,6 +41,9 @@ const MEET_BUDGET: Duration = Duration::from_secs(60);
 const PREPARED_BUDGET: Duration = Duration::from_secs(3600);
 /// A copy that moves nothing for so long is given up.
 const STILL_BUDGET: Duration = Duration::from_secs(60);
+/// How long a disk that does not answer may hold up the beginning of a move, and the time between two attempts.
+const STALL_BUDGET: Duration = Duration::from_secs(30);
+const STALL_PAUSE: Duration = Duration::from_millis(500);
 /// How long a paused source waits for the answer to its maps before it asks for its guest back.
 const ANSWER_BUDGET: Duration = Duration::from_secs(30);
 /// The budget of a copy without a deadline.
@@ -125,6 +132,30 @@ pub fn roots(stamps: &[VolumeStamp]) -> Vec<VolumeRoot> {
     stamps.iter().map(root).collect()
 }
 
+/// Begins the move. A guest whose disk has not answered for a moment is resumed first: its volume's process is being started anew,
+/// and while a job is at the guest nobody else resumes it.
+async fn begin(job: &Job, epoch: Epoch) -> Result<Cookie, JobError> {
+    let backend = &job.host.backend;
+    let live = backend.live_migration()?;
+    let end = Instant::now() + STALL_BUDGET;
+    loop {
+        let error = match live.begin(job.guest).await {
+            Ok(cookie) => return Ok(cookie),
+            Err(error) => error,
+        };
+        let state = backend.status(job.guest).await?.map(|info| info.state);
+        let stalls = matches!(error, BackendError::WrongState { .. })
+            && matches!(state, Some(RunState::Running | RunState::Paused(PauseReason::DiskError)));
+        if !stalls || Instant::now() >= end {
+            return Err(error.into());
+        }
+        if let Err(error) = backend.resume(job.guest, epoch).await {
+            tracing::debug!(guest = %job.guest, error = crate::chain(&error), "the disk does not answer yet");
+        }
+        tokio::time::sleep(STALL_PAUSE).await;
+    }
+}
+
 /// Copies until the guest is paused here and everything is there; the moment at which its last vCPU stopped.
 async fn depart(
     job: &Job,
@@ -146,7 +177,7 @@ async fn depart(
         }
     };
     job.unless_cancelled(in_time("the destination", MEET_BUDGET, connected)).await?;
-    let cookie = job.unless_cancelled(async { Ok(live.begin(guest).await?) }).await?;
+    let cookie = job.unless_cancelled(begin(job, epoch)).await?;
     peer.handle.say(HandoverMessage::Begin { operation, guest, epoch, cookie: encode(&cookie) }).await;
     let cookie = job.unless_cancelled(in_time("the destination's readiness", PREPARED_BUDGET, prepared(peer))).await?;
     // So that sealing has little left to hash while the guest is paused. Only for speed.
