@@ -128,6 +128,10 @@ impl Host {
 fn has(tool: &str) -> bool {
     let found = std::env::var_os("PATH").is_some_and(|p| std::env::split_paths(&p).any(|d| d.join(tool).exists()));
     if !found {
+        assert!(
+            std::env::var_os("SUPERCLOUD_REQUIRE").is_none(),
+            "SUPERCLOUD_REQUIRE is set, but {tool} is not installed"
+        );
         println!("skipped: {tool} is not installed");
     }
     found

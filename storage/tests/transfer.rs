@@ -85,6 +85,10 @@ fn make_raw(path: &Path, len: u64) {
 fn has_qemu_img() -> bool {
     let has = Command::new("qemu-img").arg("--version").output().is_ok();
     if !has {
+        assert!(
+            std::env::var_os("SUPERCLOUD_REQUIRE").is_none(),
+            "SUPERCLOUD_REQUIRE is set, but qemu-img is not installed"
+        );
         println!("skipped: qemu-img is not installed");
     }
     has

@@ -29,6 +29,10 @@ impl Etcd {
     async fn start() -> Option<Self> {
         let version = Command::new("etcd").arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
         if let Err(e) = version {
+            assert!(
+                std::env::var_os("SUPERCLOUD_REQUIRE").is_none(),
+                "SUPERCLOUD_REQUIRE is set, but etcd cannot be run ({e})"
+            );
             println!("skipped: etcd cannot be run ({e}); Debian's package is etcd-server");
             return None;
         }

@@ -32,6 +32,7 @@ pub mod leftovers;
 pub mod libvirt_conf;
 pub mod netns;
 pub mod process;
+pub mod require;
 pub mod site;
 pub mod spec;
 pub mod state;

@@ -59,7 +59,7 @@ fn serve_seed(listener: TcpListener) {
 fn a_whole_debian_boots_from_its_disk_and_is_configured() {
     // SAFETY: plain system call.
     if unsafe { libc::geteuid() } != 0 {
-        println!("SKIPPED: mmdebstrap and network namespaces need root");
+        supercloud_lab::require::skip("mmdebstrap and network namespaces need root");
         return;
     }
     let image = image::distro::ensure().unwrap_or_else(|error| panic!("{}", supercloud_lab::lab::chain(&error)));

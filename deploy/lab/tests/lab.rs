@@ -11,8 +11,8 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use supercloud_lab::command::{pause, wait_for};
-use supercloud_lab::process;
 use supercloud_lab::{CONTROLLER, Lab, LabError, LabSpec, LinkShape, ProcessSpec, Which, netns, state};
+use supercloud_lab::{process, require};
 
 const LONG: Duration = Duration::from_secs(30);
 
@@ -21,7 +21,7 @@ fn start(spec: LabSpec) -> Option<Lab> {
     match Lab::start(spec) {
         Ok(lab) => Some(lab),
         Err(error @ (LabError::NotRoot | LabError::Tools { .. })) => {
-            println!("SKIPPED: {error}");
+            require::skip(&error.to_string());
             None
         }
         Err(error) => panic!("{}", supercloud_lab::lab::chain(&error)),

@@ -77,7 +77,7 @@ fn number(object: &Value, key: &str) -> u64 {
 
 fn image() -> Option<LeanImage> {
     if Command::new("qemu-system-x86_64").arg("--version").stdout(Stdio::null()).status().is_err() {
-        println!("SKIPPED: qemu-system-x86_64 is not installed");
+        supercloud_lab::require::skip("qemu-system-x86_64 is not installed");
         return None;
     }
     Some(lean::ensure().unwrap_or_else(|error| panic!("{}", supercloud_lab::lab::chain(&error))))

@@ -43,7 +43,7 @@ pub fn is_possible() -> bool {
     let has = |tool: &str| ["/usr/sbin", "/usr/bin"].iter().any(|dir| Path::new(dir).join(tool).exists());
     let is_possible = is_root && tools.into_iter().all(has);
     if !is_possible {
-        println!("SKIPPED: needs root and {}", tools.join(", "));
+        supercloud_lab::require::skip(&format!("needs root and {}", tools.join(", ")));
     }
     is_possible
 }
