@@ -1,21 +1,25 @@
 //! Chunks of this cloud and of others.
 //!
 //! - Served: `Channel::Chunks` from the cloud's directory store, to whoever shows a ticket for the project.
-//! - Fetched: what the cloud lacks is asked of the assignment's chunk sources in order. Volume processes reach them by a
-//!   socket of the agent's (`chunk.sock`); the agent itself by [`ChunkSources::reader`]. Either keeps what it got.
+//! - Fetched: what the cloud lacks is asked of the guest's chunk sources in order. Volume processes reach them by a
+//!   socket of the agent's (`chunk.sock`); the agent itself by [`ChunkSources::reader`]. Either keeps what it got. When no
+//!   source gives a chunk, the controller is asked where it can be had now ([`ChunkPlaces`]).
 
 use std::{
+    collections::HashMap,
     fmt, io,
+    net::SocketAddr,
     path::Path,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
-use supercloud_api::link::ChunkSource as Place;
-use supercloud_ids::ProjectId;
+use supercloud_api::link::{Answer, ChunkSource as Place, Query};
+use supercloud_ids::{GuestId, ProjectId};
 use supercloud_storage::{
     backend::{DirStore, ObjectEntry, ObjectKey, ObjectStore, PutOutcome, StoreError, StoreFuture},
     key::{ChunkName, DataKeys},
@@ -25,10 +29,11 @@ use supercloud_storage::{
     },
     source::{ChunkReader, ChunkSource, StoreSource},
 };
-use tokio::{net::UnixListener, sync::watch, task::JoinSet};
+use tokio::{net::UnixListener, task::JoinSet};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
+    link::LinkHandle,
     plane::{DataPlane, DataStream},
     socket,
 };
@@ -45,25 +50,98 @@ pub async fn serve(store: DirStore, project: ProjectId, stream: DataStream, canc
     }
 }
 
-/// Dials one chunk source over the data plane.
+/// How long the controller may take to name the sources anew.
+const RENEW_BUDGET: Duration = Duration::from_secs(10);
+/// Not more often than this is it asked for one guest, however many blocks are missed.
+const RENEW_EVERY: Duration = Duration::from_secs(10);
+/// Sources of one guest that are listened to.
+const SOURCES_AT_MOST: usize = 8;
+
+/// Where a guest's chunks can be had: as told with an assignment, then as the controller says when asked again, for tickets
+/// and certificates age while a guest runs on for months. Cheap to clone.
+#[derive(Clone)]
+pub struct ChunkPlaces(Arc<Places>);
+
+struct Places {
+    guest: GuestId,
+    link: LinkHandle,
+    list: Mutex<Vec<Place>>,
+    /// When it was asked for last; held while it is being asked for.
+    asked: tokio::sync::Mutex<Option<Renewal>>,
+}
+
+struct Renewal {
+    at: Instant,
+    has_answer: bool,
+}
+
+impl ChunkPlaces {
+    /// None as yet.
+    #[must_use]
+    pub fn new(link: LinkHandle, guest: GuestId) -> Self {
+        Self(Arc::new(Places { guest, link, list: Mutex::default(), asked: tokio::sync::Mutex::default() }))
+    }
+
+    /// These count from now on.
+    pub fn set(&self, mut places: Vec<Place>) {
+        places.truncate(SOURCES_AT_MOST);
+        *self.0.list.lock().unwrap_or_else(PoisonError::into_inner) = places;
+    }
+
+    fn get(&self) -> Vec<Place> {
+        self.0.list.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Asks the controller where the chunks are now, for somebody who found nothing after `since`. Whether there is a newer
+    /// answer than that.
+    async fn renew(&self, since: Instant) -> bool {
+        let mut asked = self.0.asked.lock().await;
+        if let Some(last) = &*asked {
+            if last.has_answer && last.at >= since {
+                return true;
+            }
+            if last.at.elapsed() < RENEW_EVERY {
+                return false;
+            }
+        }
+        let answer = self.0.link.query(Query::ChunkSources { guest: self.0.guest }, RENEW_BUDGET).await;
+        let has_answer = match answer {
+            Ok(Answer::ChunkSources { sources }) => {
+                self.set(sources);
+                true
+            }
+            Ok(other) => {
+                tracing::warn!(guest = %self.0.guest, ?other, "the controller answers something else");
+                false
+            }
+            Err(error) => {
+                tracing::debug!(guest = %self.0.guest, error = crate::chain(&error), "no newer chunk sources");
+                false
+            }
+        };
+        *asked = Some(Renewal { at: Instant::now(), has_answer });
+        has_answer
+    }
+}
+
+/// Dials one chunk source over the data plane, with the ticket and the certificate that count now.
 struct PlaceDial {
     plane: DataPlane,
     project: ProjectId,
-    /// The list as it is now, and which of it: tickets are renewed.
-    places: watch::Receiver<Vec<Place>>,
-    index: usize,
+    places: ChunkPlaces,
+    address: SocketAddr,
 }
 
 impl fmt::Debug for PlaceDial {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "PlaceDial({} of {})", self.index, self.project)
+        write!(f, "PlaceDial({} of {})", self.address, self.project)
     }
 }
 
 impl Dial for PlaceDial {
     fn dial(&self) -> DialFuture<'_> {
         Box::pin(async move {
-            let place = self.places.borrow().get(self.index).cloned();
+            let place = self.places.get().into_iter().find(|place| place.address == self.address);
             let place = place.ok_or_else(|| io::Error::other("there is no such chunk source any more"))?;
             let stream = self.plane.dial_chunks(&place, self.project).await.map_err(io::Error::other)?;
             Ok(Box::new(stream) as Box<dyn Stream>)
@@ -71,38 +149,38 @@ impl Dial for PlaceDial {
     }
 }
 
-/// The chunk sources of one guest's assignment, in order.
+/// The chunk sources of one guest, in order.
 pub struct ChunkSources {
+    plane: DataPlane,
     project: ProjectId,
-    clients: Vec<Arc<ChunkClient>>,
+    places: ChunkPlaces,
+    /// One for each place in the list, made when it is first asked.
+    clients: Mutex<HashMap<SocketAddr, Arc<ChunkClient>>>,
     /// Sealed bytes that this host's volume processes got from other clouds through the chunk socket.
     served_bytes: AtomicU64,
 }
 
 impl fmt::Debug for ChunkSources {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "ChunkSources({} for {})", self.clients.len(), self.project)
+        write!(f, "ChunkSources(of {} for {})", self.places.0.guest, self.project)
     }
 }
 
 impl ChunkSources {
-    /// For a project; `places` may change (renewed tickets), the first list's length is what counts.
+    /// For a project; `places` may change.
     #[must_use]
-    pub fn new(plane: &DataPlane, project: ProjectId, places: &watch::Receiver<Vec<Place>>) -> Self {
-        let count = places.borrow().len();
-        let client = |index| {
-            let dial = PlaceDial { plane: plane.clone(), project, places: places.clone(), index };
-            Arc::new(ChunkClient::new(Arc::new(dial), project))
-        };
-        Self { project, clients: (0..count).map(client).collect(), served_bytes: AtomicU64::new(0) }
+    pub fn new(plane: DataPlane, project: ProjectId, places: ChunkPlaces) -> Self {
+        Self { plane, project, places, clients: Mutex::default(), served_bytes: AtomicU64::new(0) }
     }
 
     /// A reader for the agent itself: the cloud's store, then these; keeps what it got.
     #[must_use]
-    pub fn reader(&self, keys: Arc<DataKeys>, store: &DirStore) -> ChunkReader {
+    pub fn reader(self: &Arc<Self>, keys: Arc<DataKeys>, store: &DirStore) -> ChunkReader {
         let near: Arc<dyn ChunkSource> = Arc::new(StoreSource::new(self.project, Arc::new(store.clone())));
-        let far = self.clients.iter().map(|client| Arc::clone(client) as Arc<dyn ChunkSource>);
-        ChunkReader::new(keys, std::iter::once(near).chain(far).collect())
+        // One by one, so that a damaged copy at one place is passed over; then all of them, as the controller names them now.
+        let nth = |index| Arc::new(Nth { sources: Arc::clone(self), index }) as Arc<dyn ChunkSource>;
+        let all = Arc::clone(self) as Arc<dyn ChunkSource>;
+        ChunkReader::new(keys, std::iter::once(near).chain((0..SOURCES_AT_MOST).map(nth)).chain([all]).collect())
     }
 
     /// Sealed bytes that volume processes got from other clouds so far.
@@ -111,9 +189,29 @@ impl ChunkSources {
         self.served_bytes.load(Ordering::Relaxed)
     }
 
-    async fn find(&self, name: ChunkName) -> Result<Bytes, StoreError> {
+    /// The clients of the places that count now, in order.
+    fn clients(&self) -> Vec<Arc<ChunkClient>> {
+        let places = self.places.get();
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        clients.retain(|address, _| places.iter().any(|place| place.address == *address));
+        let client = |place: &Place| {
+            let dial = || PlaceDial {
+                plane: self.plane.clone(),
+                project: self.project,
+                places: self.places.clone(),
+                address: place.address,
+            };
+            let made = clients
+                .entry(place.address)
+                .or_insert_with(|| Arc::new(ChunkClient::new(Arc::new(dial()), self.project)));
+            Arc::clone(made)
+        };
+        places.iter().map(client).collect()
+    }
+
+    async fn ask_all(&self, name: ChunkName) -> Result<Bytes, StoreError> {
         let mut failure = StoreError::NotFound { key: ObjectKey::chunk(self.project, &name) };
-        for client in &self.clients {
+        for client in self.clients() {
             match client.sealed(name).await {
                 Ok(sealed) => return Ok(sealed),
                 // That one cannot be reached tells more than that another has nothing.
@@ -124,6 +222,39 @@ impl ChunkSources {
             }
         }
         Err(failure)
+    }
+
+    async fn find(&self, name: ChunkName) -> Result<Bytes, StoreError> {
+        let began = Instant::now();
+        match self.ask_all(name).await {
+            Ok(sealed) => Ok(sealed),
+            Err(_) if self.places.renew(began).await => self.ask_all(name).await,
+            Err(failure) => Err(failure),
+        }
+    }
+}
+
+impl ChunkSource for ChunkSources {
+    fn sealed(&self, name: ChunkName) -> StoreFuture<'_, Bytes> {
+        Box::pin(self.find(name))
+    }
+}
+
+/// One place of the list.
+#[derive(Debug)]
+struct Nth {
+    sources: Arc<ChunkSources>,
+    index: usize,
+}
+
+impl ChunkSource for Nth {
+    fn sealed(&self, name: ChunkName) -> StoreFuture<'_, Bytes> {
+        Box::pin(async move {
+            match self.sources.clients().get(self.index) {
+                Some(client) => client.sealed(name).await,
+                None => Err(StoreError::NotFound { key: ObjectKey::chunk(self.sources.project, &name) }),
+            }
+        })
     }
 }
 

@@ -187,6 +187,10 @@ pub struct GuestReport {
     pub alarm: Option<String>,
     /// Blocks (in bytes) that its volumes still lack here.
     pub missing_bytes: u64,
+    /// What the store of this host's cloud still lacks of the contents on which the volumes stand, in bytes; absent: not
+    /// known (yet). At 0 the guest needs nothing from the cloud from which it came.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base_missing_bytes: Option<u64>,
     /// Root and version of each volume's newest durable map.
     pub volumes: Vec<VolumeRoot>,
 }
@@ -398,6 +402,11 @@ pub enum Query {
         /// Its epoch.
         epoch: Epoch,
     },
+    /// Where the chunks of a guest of this host can be had now: what came with its last assignment has aged.
+    ChunkSources {
+        /// The guest.
+        guest: GuestId,
+    },
     /// A fresh certificate for a new key.
     RenewCertificate {
         /// PKCS#10, PEM.
@@ -417,6 +426,11 @@ pub enum Answer {
         api_url: String,
         /// The CA that its certificate hangs on, PEM.
         ca_pem: String,
+    },
+    /// To [`Query::ChunkSources`].
+    ChunkSources {
+        /// In the order in which they are to be asked, with fresh tickets.
+        sources: Vec<ChunkSource>,
     },
     /// To [`Query::RenewCertificate`].
     Certificate {

@@ -27,8 +27,9 @@ pub struct Party {
 pub struct Ticket {
     /// Version of this structure.
     pub version: u16,
-    /// The operation.
-    pub operation: OperationId,
+    /// The operation; absent for the chunks that a guest needs between operations.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub operation: Option<OperationId>,
     /// The project.
     pub project: ProjectId,
     /// The guest; absent for chunks alone.
@@ -153,7 +154,7 @@ mod tests {
         let party = |c: &str| Party { host: Some(HostId::generate()), certificate_sha256: c.into() };
         Ticket {
             version: Ticket::VERSION,
-            operation: OperationId::generate(),
+            operation: Some(OperationId::generate()),
             project: ProjectId::generate(),
             guest: Some(GuestId::generate()),
             epoch: Epoch(4),

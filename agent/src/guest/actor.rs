@@ -4,7 +4,7 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use supercloud_api::{
     Problem, Progress,
-    link::{Assignment, ChunkSource, GuestEventKind, Notice},
+    link::{Assignment, GuestEventKind, Notice},
 };
 use supercloud_blanket::backend::{GuestEvent, PauseReason, StopReason};
 use supercloud_handover::{
@@ -24,9 +24,9 @@ use super::{
     watcher::{self, Look, Watched},
 };
 use crate::{
-    chunks::ChunkSources,
+    chunks::{ChunkPlaces, ChunkSources},
     host::Host,
-    jobs::{Fact, Job},
+    jobs::{Fact, Job, base::BaseFetch},
     plane::{Incoming, admission::Role, meeting::Meeting, not_here},
 };
 
@@ -107,9 +107,11 @@ pub(super) struct Actor {
     pub maps: Option<mpsc::Sender<Vec<VolumeStamp>>>,
     pub met: Option<Met>,
     pub ticket: watch::Sender<String>,
-    pub chunk_places: watch::Sender<Vec<ChunkSource>>,
+    pub chunk_places: ChunkPlaces,
     /// What the chunk socket leads to, and its task.
     pub sources: Option<(Arc<ChunkSources>, AbortOnDropHandle<()>)>,
+    /// Brings here what the volumes stand on, while the guest runs.
+    base: Option<BaseFetch>,
     /// Volumes' ways to their source.
     pub dials: Vec<AbortOnDropHandle<()>>,
     pub watched: Watched,
@@ -141,7 +143,8 @@ impl Actor {
         let record = record.unwrap_or_else(|| GuestRecord::new(guest, host.id));
         let assignment = record.assignment.as_ref();
         let ticket = watch::Sender::new(assignment.and_then(|a| a.ticket.clone()).unwrap_or_default());
-        let chunk_places = watch::Sender::new(assignment.map(|a| a.chunk_sources.clone()).unwrap_or_default());
+        let chunk_places = ChunkPlaces::new(host.link.clone(), guest);
+        chunk_places.set(assignment.map(|a| a.chunk_sources.clone()).unwrap_or_default());
         Self {
             host,
             guest,
@@ -157,6 +160,7 @@ impl Actor {
             ticket,
             chunk_places,
             sources: None,
+            base: None,
             dials: Vec::new(),
             watched,
             looks,
@@ -253,7 +257,7 @@ impl Actor {
         if let Some(ticket) = &assignment.ticket {
             self.ticket.send_if_modified(|had| std::mem::replace(had, ticket.clone()) != *ticket);
         }
-        self.chunk_places.send_replace(assignment.chunk_sources.clone());
+        self.chunk_places.set(assignment.chunk_sources.clone());
         self.record.assignment = Some(assignment);
     }
 
@@ -308,10 +312,27 @@ impl Actor {
             self.idle_since = Instant::now();
         }
         self.process(self.ticks()).await;
+        self.bring_base();
         if self.looked_at.elapsed() > LOOK_EVERY {
             self.looked_at = Instant::now();
             self.look_for_process().await;
             self.trim_console().await;
+        }
+    }
+
+    /// Has what the guest's volumes stand on brought into this cloud's store, while nothing else is done with the guest: a
+    /// guest that runs must need neither the controller nor the cloud from which it came.
+    fn bring_base(&mut self) {
+        if !self.is_mine_to_run() {
+            // A job wants the line for itself; what was brought so far is kept.
+            self.base = None;
+            return;
+        }
+        let copy = self.record.incoming.as_ref().or(self.record.current.as_ref());
+        if let (Some(copy), Some((sources, _))) = (copy, &self.sources)
+            && !self.base.as_ref().is_some_and(|base| base.is_for(copy))
+        {
+            self.base = Some(BaseFetch::begin(self.guest, copy, sources, &self.host));
         }
     }
 
@@ -515,11 +536,15 @@ impl Actor {
     /// Another agent opened a connection with a ticket for this guest.
     async fn met_by(&mut self, incoming: Incoming) {
         let ticket = &incoming.ticket;
+        let Some(operation) = ticket.operation else {
+            incoming.refuse(not_here("the ticket names no operation")).await;
+            return;
+        };
         let handover = &self.record.handover;
         let is_current = match incoming.role {
             Role::Source => ticket.epoch == handover.source().epoch(),
             Role::Destination => {
-                report::operation(handover) == Some(ticket.operation)
+                report::operation(handover) == Some(operation)
                     && self.record.incoming.as_ref().is_some_and(|copy| copy.epoch == ticket.epoch.next())
             }
         };
@@ -527,20 +552,21 @@ impl Actor {
             incoming.refuse(not_here("the ticket is for another epoch of the guest than this host's")).await;
             return;
         }
-        let is_met = self.met.as_ref().is_some_and(|met| met.operation == ticket.operation);
+        let is_met = self.met.as_ref().is_some_and(|met| met.operation == operation);
         let is_serving = matches!(handover.source().state(), SourceState::Serving { .. });
         if !is_met && incoming.role == Role::Source && is_serving {
-            let operation = ticket.operation;
             self.meet_as_holder(operation);
         }
         match &self.met {
-            Some(met) if met.operation == incoming.ticket.operation => met.meeting.arrived(incoming),
+            Some(met) if met.operation == operation => met.meeting.arrived(incoming),
             _ => incoming.refuse(not_here("this host does not take part in the operation (yet)")).await,
         }
     }
 
     fn publish(&self) {
-        let row = report::row(&self.record, self.is_stalled, self.look.alarm.as_deref(), self.look.missing_bytes);
+        let base_missing = self.base.as_ref().and_then(BaseFetch::missing_bytes);
+        let alarm = self.look.alarm.as_deref();
+        let row = report::row(&self.record, self.is_stalled, alarm, self.look.missing_bytes, base_missing);
         let copy = self.record.incoming.as_ref().or(self.record.current.as_ref());
         let runs_here = row.as_ref().is_some_and(|row| {
             use supercloud_api::link::Holding::{Paused, Running};

@@ -44,7 +44,13 @@ pub fn operation(handover: &LocalHandover) -> Option<OperationId> {
 
 /// The guest's row in a hello or heartbeat.
 #[must_use]
-pub fn row(record: &GuestRecord, is_stalled: bool, alarm: Option<&str>, missing_bytes: u64) -> Option<GuestReport> {
+pub fn row(
+    record: &GuestRecord,
+    is_stalled: bool,
+    alarm: Option<&str>,
+    missing_bytes: u64,
+    base_missing_bytes: Option<u64>,
+) -> Option<GuestReport> {
     let handover = &record.handover;
     let holding = match holding(handover, is_stalled)? {
         // By level, not by edge: the word of the event itself may have been lost.
@@ -70,6 +76,7 @@ pub fn row(record: &GuestRecord, is_stalled: bool, alarm: Option<&str>, missing_
         operation: operation(handover),
         alarm: record.alarm.as_deref().or(alarm).map(str::to_owned),
         missing_bytes,
+        base_missing_bytes,
         volumes,
     })
 }

@@ -7,6 +7,7 @@
 //! | [`freeze`] | `StartCopy` and `StoreFreeze` of a freeze | `GuestPaused`, `FreezeStored`, or `CopyFailed` |
 //! | [`fetch`] | `StartFetch` | `NothingMissing` |
 
+pub mod base;
 pub mod depart;
 pub mod fetch;
 pub mod freeze;

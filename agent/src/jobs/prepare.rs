@@ -37,7 +37,7 @@ const BOOT_FILES: usize = 32;
 
 /// The project's keys and a reader over the cloud's store and the assignment's sources.
 #[must_use]
-pub fn reader(job: &Job, copy: &CopyRecord, sources: &ChunkSources) -> ChunkReader {
+pub fn reader(job: &Job, copy: &CopyRecord, sources: &Arc<ChunkSources>) -> ChunkReader {
     sources.reader(keys(copy), &job.host.store)
 }
 
@@ -55,7 +55,7 @@ pub async fn prepare(
     job: &Job,
     plan: &DestinationPlan,
     copy: &CopyRecord,
-    sources: &ChunkSources,
+    sources: &Arc<ChunkSources>,
 ) -> Result<(), JobError> {
     let host = &job.host;
     let disk_bytes = copy.spec.volumes.iter().map(|volume| volume.size_bytes).sum();

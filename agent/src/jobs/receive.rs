@@ -122,7 +122,7 @@ async fn thaw(
     job: &Job,
     plan: &DestinationPlan,
     copy: &CopyRecord,
-    sources: &ChunkSources,
+    sources: &std::sync::Arc<ChunkSources>,
     frozen: &FrozenMemory,
 ) -> Result<Vec<VolumeStamp>, JobError> {
     prepare::check_disk(job, frozen.bytes).await?;

@@ -54,11 +54,10 @@ pub fn admit(
     } else {
         return Err(forbidden("the ticket names other parties than those of this connection"));
     };
+    let is_for_a_guest = ticket.guest.is_some() && ticket.operation.is_some();
     match &open.channel {
-        Channel::Control | Channel::Memory if ticket.guest.is_none() => {
-            Err(forbidden("the ticket is for chunks alone"))
-        }
-        Channel::Volume { volume } if ticket.guest.is_none() || !ticket.volumes.contains(volume) => {
+        Channel::Control | Channel::Memory if !is_for_a_guest => Err(forbidden("the ticket is for chunks alone")),
+        Channel::Volume { volume } if !is_for_a_guest || !ticket.volumes.contains(volume) => {
             Err(forbidden("the ticket does not name this volume"))
         }
         Channel::Chunks { project } if *project != ticket.project => {
@@ -89,7 +88,7 @@ mod tests {
         let (source, destination) = (live("aa"), live("bb"));
         let ticket = Ticket {
             version: Ticket::VERSION,
-            operation: OperationId::generate(),
+            operation: Some(OperationId::generate()),
             project: ProjectId::generate(),
             guest: Some(GuestId::generate()),
             epoch: Epoch(3),
@@ -144,10 +143,13 @@ mod tests {
         assert!(f.ask(Channel::Chunks { project }, &f.destination, &f.source, 0).is_err());
         let foreign = Channel::Chunks { project: ProjectId::generate() };
         assert!(f.ask(foreign, &f.source, &f.destination, 0).is_err());
-        f.ticket.guest = None;
-        for channel in [Channel::Control, Channel::Memory, Channel::Volume { volume: f.ticket.volumes[0] }] {
-            assert!(f.ask(channel, &f.source, &f.destination, 0).is_err());
+        let whole = f.ticket.clone();
+        for ticket in [Ticket { guest: None, ..whole.clone() }, Ticket { operation: None, ..whole }] {
+            f.ticket = ticket;
+            for channel in [Channel::Control, Channel::Memory, Channel::Volume { volume: f.ticket.volumes[0] }] {
+                assert!(f.ask(channel, &f.source, &f.destination, 0).is_err());
+            }
+            assert!(f.ask(Channel::Chunks { project }, &f.source, &f.destination, 0).is_ok());
         }
-        assert!(f.ask(Channel::Chunks { project }, &f.source, &f.destination, 0).is_ok());
     }
 }

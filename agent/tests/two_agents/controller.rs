@@ -70,6 +70,12 @@ struct State {
     hook: Option<Hook>,
     /// Queries that are still to be left unanswered, with a broken link.
     queries_to_lose: u32,
+    /// Assignments bring chunk sources whose tickets are too old.
+    tickets_have_aged: bool,
+    /// What each host said last of a guest.
+    reports: HashMap<(HostId, GuestId), link::GuestReport>,
+    /// How often sources were asked for since.
+    asked_for_sources: u32,
 }
 
 pub struct Controller {
@@ -79,6 +85,10 @@ pub struct Controller {
     ca_pem: String,
     pub address: SocketAddr,
     certificate: tls::Identity,
+}
+
+fn party(state: &State, host: HostId) -> Party {
+    Party { host: Some(host), certificate_sha256: state.hosts[&host].certificate_sha256.clone() }
 }
 
 impl Controller {
@@ -111,6 +121,9 @@ impl Controller {
                 events: Vec::new(),
                 hook: None,
                 queries_to_lose: 0,
+                tickets_have_aged: false,
+                reports: HashMap::new(),
+                asked_for_sources: 0,
             }),
             signer: Signer::from_pkcs8(&Signer::generate_pkcs8().unwrap()).unwrap(),
             issuer,
@@ -209,6 +222,21 @@ impl Controller {
 
     pub fn has_event(&self, event: link::GuestEventKind) -> bool {
         self.state().events.contains(&event)
+    }
+
+    /// From now on assignments bring chunk tickets that are too old.
+    pub fn let_tickets_age(&self) {
+        self.state().tickets_have_aged = true;
+    }
+
+    /// What a host said last of a guest.
+    pub fn report(&self, host: HostId, guest: GuestId) -> Option<link::GuestReport> {
+        self.state().reports.get(&(host, guest)).cloned()
+    }
+
+    /// How often agents have asked for chunk sources.
+    pub fn asked_for_sources(&self) -> u32 {
+        self.state().asked_for_sources
     }
 
     /// Begins an operation.
@@ -317,19 +345,15 @@ impl Controller {
             OperationKind::Start { .. } | OperationKind::RestartFromVolume { .. } => owner.filter(|owner| *owner != to),
             _ => None,
         };
-        let party = |host: HostId| Party {
-            host: Some(host),
-            certificate_sha256: state.hosts[&host].certificate_sha256.clone(),
-        };
-        let ticket = |guest: Option<GuestId>, source: HostId, destination: HostId, volumes: Vec<VolumeId>| {
+        let ticket = |source: HostId, destination: HostId, volumes: Vec<VolumeId>| {
             self.signer.sign(&Ticket {
                 version: Ticket::VERSION,
-                operation,
+                operation: Some(operation),
                 project: spec.project,
-                guest,
+                guest: Some(guest),
                 epoch: from.epoch,
-                source: party(source),
-                destination: party(destination),
+                source: party(state, source),
+                destination: party(state, destination),
                 volumes,
                 expires_at_ms: unix_ms() + 60_000,
             })
@@ -337,22 +361,10 @@ impl Controller {
         let volumes: Vec<VolumeId> = spec.volumes.iter().map(|volume| volume.volume).collect();
         let is_destination = kind.destination() == Some(to);
         let permission = other.map(|other| match is_destination {
-            true => ticket(Some(guest), other, to, volumes),
-            false => ticket(Some(guest), to, other, volumes),
+            true => ticket(other, to, volumes),
+            false => ticket(to, other, volumes),
         });
-        let cloud = state.hosts[&to].cloud;
-        let chunk_sources = state
-            .hosts
-            .values()
-            .filter(|host| host.cloud != cloud)
-            .filter_map(|host| {
-                Some(ChunkSource {
-                    address: host.data_address?,
-                    certificate_sha256: host.certificate_sha256.clone(),
-                    ticket: ticket(None, host.id, to, Vec::new()),
-                })
-            })
-            .collect();
+        let chunk_sources = self.chunk_sources(state, guest, to, state.tickets_have_aged);
         let mut frozen = None;
         if let (OperationKind::Thaw { .. }, Some((content, _))) = (kind, &state.frozen) {
             frozen = Some(content.memory.clone());
@@ -376,6 +388,30 @@ impl Controller {
             grace_ms: 0,
             frozen,
         }
+    }
+
+    /// The agents of other clouds, with tickets; `aged`: that were good once.
+    fn chunk_sources(&self, state: &State, guest: GuestId, to: HostId, aged: bool) -> Vec<ChunkSource> {
+        let cloud = state.hosts[&to].cloud;
+        let source = |host: &HostInfo| {
+            let ticket = Ticket {
+                version: Ticket::VERSION,
+                operation: None,
+                project: state.specs[&guest].project,
+                guest: None,
+                epoch: state.records[&guest].epoch,
+                source: party(state, host.id),
+                destination: party(state, to),
+                volumes: Vec::new(),
+                expires_at_ms: if aged { unix_ms() - 1 } else { unix_ms() + 60_000 },
+            };
+            Some(ChunkSource {
+                address: host.data_address?,
+                certificate_sha256: host.certificate_sha256.clone(),
+                ticket: self.signer.sign(&ticket),
+            })
+        };
+        state.hosts.values().filter(|host| host.cloud != cloud).filter_map(source).collect()
     }
 
     async fn listen(self: Arc<Self>, listener: TcpListener) {
@@ -466,6 +502,10 @@ impl Controller {
             Query::RenewCertificate { csr_pem } => {
                 Outcome::Ok(Answer::Certificate { certificate_pem: self.certify(host, &csr_pem) })
             }
+            Query::ChunkSources { guest } => {
+                state.asked_for_sources += 1;
+                Outcome::Ok(Answer::ChunkSources { sources: self.chunk_sources(&state, guest, host, false) })
+            }
             Query::GuestToken { .. } => Outcome::Err(Problem::new(Code::Forbidden, "not here")),
         };
         Some(Envelope { number: query.number, body })
@@ -512,7 +552,12 @@ impl Controller {
                 self.state().discarded.insert(guest);
             }
             Notice::GuestEvent { event, .. } => self.state().events.push(event),
-            Notice::Heartbeat { .. } => {}
+            Notice::Heartbeat { guests, .. } => {
+                let mut state = self.state();
+                for report in guests {
+                    state.reports.insert((host, report.guest), report);
+                }
+            }
         }
     }
 }

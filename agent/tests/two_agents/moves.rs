@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 
 use supercloud_api::{
     handover::{OperationKind, Owner, Phase},
-    ids::FreezeId,
+    ids::{Epoch, FreezeId},
     link::GuestEventKind,
 };
 
@@ -97,6 +97,45 @@ async fn a_freeze_thaws_in_another_cloud() {
     lab.check(guest).await;
     assert_eq!(lab.world.boots.load(Ordering::SeqCst), 1, "it was not booted again");
     lab.done(guest, lab.migrate(0)).await;
+    lab.check(guest).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn chunks_are_had_with_fresh_tickets_when_those_of_the_assignment_have_aged() {
+    let lab = Lab::begin(&[true, true]).await;
+    let guest = lab.add_guest();
+    lab.start(guest, 0).await;
+    let freeze = FreezeId::generate();
+    lab.done(guest, OperationKind::Freeze { freeze }).await;
+    lab.controller.let_tickets_age();
+    assert_eq!(lab.controller.asked_for_sources(), 0);
+    lab.done(guest, OperationKind::Thaw { freeze, to: lab.hosts[1].id }).await;
+    lab.check(guest).await;
+    assert!(lab.controller.asked_for_sources() > 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_thawed_guest_needs_the_cloud_that_it_left_no_more() {
+    let lab = Lab::begin(&[true, true]).await;
+    let guest = lab.add_guest();
+    lab.start(guest, 0).await;
+    lab.eventually("it has written", async || lab.hosts[0].hypervisor.check_disk(guest).await > 3).await;
+    let freeze = FreezeId::generate();
+    lab.done(guest, OperationKind::Freeze { freeze }).await;
+    lab.done(guest, OperationKind::Thaw { freeze, to: lab.hosts[1].id }).await;
+    lab.eventually("what its disk stands on has come", async || {
+        let report = lab.controller.report(lab.hosts[1].id, guest);
+        report.is_some_and(|report| report.epoch == Epoch(2) && report.base_missing_bytes == Some(0))
+    })
+    .await;
+    lab.eventually("nothing is left of it there", async || lab.hosts[0].leftovers().is_empty()).await;
+    // No other source any more, and no memory of what was read.
+    lab.hosts[0].leave().await;
+    for pid in lab.hosts[1].volume_pids() {
+        assert!(std::process::Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap().success());
+    }
+    lab.eventually("the disk stalls", async || lab.world.running(guest) == 0).await;
+    lab.eventually("the guest runs again", async || lab.world.running(guest) == 1).await;
     lab.check(guest).await;
 }
 

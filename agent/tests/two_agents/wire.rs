@@ -84,7 +84,7 @@ async fn strangers_and_nonsense_do_not_disturb_the_data_plane() {
     let party = |host, certificate: &str| Party { host: Some(host), certificate_sha256: certificate.to_owned() };
     let ticket = Ticket {
         version: Ticket::VERSION,
-        operation: OperationId::generate(),
+        operation: Some(OperationId::generate()),
         project: ProjectId::generate(),
         guest: Some(guest),
         epoch: Epoch(1),

@@ -3,22 +3,25 @@
 use std::net::SocketAddr;
 
 use supercloud_api::{
-    Freeze, Host, Image, ImagePart, Network, Port, Volume,
+    Code, Freeze, Host, Image, ImagePart, Network, Port, Problem, Volume,
     handover::{DestinationOrder, Order, OrderBody, SourceOrder},
-    ids::{CloudId, HostId, OperationId},
+    ids::{CloudId, GuestId, HostId, OperationId},
     link::{
-        Assignment, BootSpec, ChunkSource, FrozenMemory, GuestSpec, MigrationOptions, Peer, PortSpec, Secret,
+        Answer, Assignment, BootSpec, ChunkSource, FrozenMemory, GuestSpec, MigrationOptions, Peer, PortSpec, Secret,
         VolumeSpec,
     },
     ticket::{Party, Ticket},
     unix_ms,
 };
 
-use super::{Engine, EngineError};
+use super::{Engine, EngineError, handler::internal};
 use crate::state::{GuestRecord, GuestSeed, HostRecord, OperationRecord, Work};
 
-/// How long a ticket is good; repeated orders bring fresh ones.
-const TICKET_MS: u64 = 15 * 60_000;
+/// How long a ticket of an operation is good. It is worth nothing once the operation is over or the epoch another, and a
+/// destination that still fetches must be able to dial its source anew however long the controller is away.
+const TICKET_MS: u64 = 24 * 3_600_000;
+/// How long a ticket for chunks is good; a host that needs more asks ([`Engine::fresh_chunk_sources`]).
+const CHUNK_TICKET_MS: u64 = 15 * 60_000;
 /// The most agents that are named as sources of chunks.
 const CHUNK_SOURCES_AT_MOST: usize = 4;
 
@@ -44,13 +47,9 @@ impl Engine {
         let volumes = self.volumes(guest).await?;
         let me = self.need_host(order.to).await?;
         let peer = self.peer_of(guest, &record.value, &volumes, order.to).await?;
-        let frozen = match &record.work {
-            Work::GuestThaw { freeze } => self.state.read::<Freeze>(freeze).await?.map(|freeze| freeze.value),
-            _ => None,
-        };
-        let mut clouds: Vec<CloudId> = volumes.iter().filter_map(|volume| volume.base_cloud).collect();
-        clouds.extend(frozen.as_ref().map(|freeze| freeze.cloud));
-        let chunk_sources = self.chunk_sources(guest, operation, &me, &clouds).await?;
+        let frozen = self.frozen(&record.work).await?;
+        let clouds = clouds_with_chunks(&volumes, frozen.as_ref());
+        let chunk_sources = self.chunk_sources(guest, Some(operation), &me, &clouds).await?;
         let ticket = peer.as_ref().map(|peer| self.ticket(guest, operation, &record.value, &volumes, &me, peer));
         let (migration, grace_ms) = match &record.work {
             Work::GuestMigrate { options } => (options.clone(), 0),
@@ -74,6 +73,46 @@ impl Engine {
         }))
     }
 
+    /// Where a host that has to do with a guest gets its chunks from, with fresh tickets.
+    ///
+    /// # Errors
+    /// When the host has nothing to do with the guest.
+    pub(super) async fn fresh_chunk_sources(&self, host: HostId, guest: GuestId) -> Result<Answer, Problem> {
+        let read = async {
+            let Some(record) = self.state.read::<GuestRecord>(&guest).await? else { return Ok(None) };
+            let owner = &record.owner;
+            let operation = owner.operation.as_ref();
+            let takes_part = owner.is_owned_by(host, owner.epoch)
+                || owner.holders.iter().any(|holder| holder.host == host)
+                || operation.is_some_and(|op| op.source() == Some(host) || op.kind.destination() == Some(host));
+            let me = self.need_host_record(host).await?;
+            if !takes_part || me.is_removed {
+                return Ok(None);
+            }
+            let frozen = match operation {
+                Some(op) => match self.state.read::<OperationRecord>(&op.id).await? {
+                    Some(record) => self.frozen(&record.work).await?,
+                    None => None,
+                },
+                None => None,
+            };
+            let clouds = clouds_with_chunks(&self.volumes(&record).await?, frozen.as_ref());
+            let id = operation.map(|op| op.id);
+            Ok::<_, EngineError>(Some(self.chunk_sources(&record, id, &me.host, &clouds).await?))
+        };
+        match read.await {
+            Ok(Some(sources)) => Ok(Answer::ChunkSources { sources }),
+            Ok(None) => Err(Problem::new(Code::Forbidden, "this host has nothing to do with the guest")),
+            Err(error) => Err(internal(&error)),
+        }
+    }
+
+    /// What a thaw brings back.
+    async fn frozen(&self, work: &Work) -> Result<Option<Freeze>, EngineError> {
+        let Work::GuestThaw { freeze } = work else { return Ok(None) };
+        Ok(self.state.read::<Freeze>(freeze).await?.map(|freeze| freeze.value))
+    }
+
     async fn volumes(&self, guest: &GuestRecord) -> Result<Vec<Volume>, EngineError> {
         let mut volumes = Vec::new();
         for id in &guest.guest.volumes {
@@ -83,7 +122,11 @@ impl Engine {
     }
 
     async fn need_host(&self, id: HostId) -> Result<Host, EngineError> {
-        Ok(self.state.need::<HostRecord>(&id).await?.value.host)
+        Ok(self.need_host_record(id).await?.host)
+    }
+
+    async fn need_host_record(&self, id: HostId) -> Result<HostRecord, EngineError> {
+        Ok(self.state.need::<HostRecord>(&id).await?.value)
     }
 
     /// The other agent: of a migration, or the host that has the volumes of a guest that starts elsewhere.
@@ -141,7 +184,7 @@ impl Engine {
         let epoch = guest.owner.operation.as_ref().map_or(guest.owner.epoch, |op| op.from.epoch);
         self.keys.tickets.0.sign(&Ticket {
             version: Ticket::VERSION,
-            operation,
+            operation: Some(operation),
             project: guest.guest.project,
             guest: Some(guest.guest.id),
             epoch,
@@ -156,7 +199,7 @@ impl Engine {
     async fn chunk_sources(
         &self,
         guest: &GuestRecord,
-        operation: OperationId,
+        operation: Option<OperationId>,
         me: &Host,
         clouds: &[CloudId],
     ) -> Result<Vec<ChunkSource>, EngineError> {
@@ -170,7 +213,7 @@ impl Engine {
                 source,
                 destination: Party { host: Some(me.id), certificate_sha256: me.certificate_sha256.clone() },
                 volumes: Vec::new(),
-                expires_at_ms: unix_ms() + TICKET_MS,
+                expires_at_ms: unix_ms() + CHUNK_TICKET_MS,
             })
         };
         let mut sources = Vec::new();
@@ -242,6 +285,11 @@ impl Engine {
             user_data: seed.and_then(|seed| seed.user_data),
         })
     }
+}
+
+/// The clouds whose stores hold what a guest's volumes and memory are made of.
+fn clouds_with_chunks(volumes: &[Volume], frozen: Option<&Freeze>) -> Vec<CloudId> {
+    volumes.iter().filter_map(|volume| volume.base_cloud).chain(frozen.map(|freeze| freeze.cloud)).collect()
 }
 
 /// How a guest of this image boots: by its kernel if it has one, else from its disk.

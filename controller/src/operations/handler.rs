@@ -1,8 +1,10 @@
 //! The engine's end of the agent links: hellos, notices, queries.
 
+use std::sync::PoisonError;
+
 use futures::future::BoxFuture;
 use supercloud_api::{
-    Code, Host, Problem, Role, Room,
+    Code, Host, Problem, Role, Room, Volume,
     handover::{self},
     ids::{Epoch, GuestId, HostId, RequestId},
     link::{Answer, GuestEventKind, Hello, Holding, Notice, Query, Welcome},
@@ -24,7 +26,7 @@ const GUEST_TOKEN_MS: u64 = 3_600_000;
 /// Things of one kind in a hello or heartbeat; more is a fault of the agent.
 const REPORTS_AT_MOST: usize = 10_000;
 
-fn internal(error: &EngineError) -> Problem {
+pub(super) fn internal(error: &EngineError) -> Problem {
     Problem::new(Code::StoreUnavailable, chain(error))
 }
 
@@ -102,6 +104,7 @@ impl LinkHandler for Engine {
         Box::pin(async move {
             match query {
                 Query::GuestToken { guest, epoch } => self.guest_token(host, guest, epoch).await,
+                Query::ChunkSources { guest } => self.fresh_chunk_sources(host, guest).await,
                 Query::RenewCertificate { csr_pem } => {
                     let certificate_pem = self
                         .authority
@@ -194,6 +197,9 @@ impl Engine {
                 self.stop_after_power_off(host, report.guest, report.epoch).await?;
                 continue;
             }
+            if report.base_missing_bytes == Some(0) {
+                self.base_is_here(host, &before, report.epoch).await?;
+            }
             let alarm = report.alarm.map(|text| text.chars().take(300).collect::<String>());
             if before.owner.alarm().is_some() || before.guest.alarm == alarm {
                 continue;
@@ -216,6 +222,40 @@ impl Engine {
                 Err(error) => return Err(error.into()),
             }
         }
+        Ok(())
+    }
+
+    /// The cloud of the guest's host has all that its volumes stand on: it needs no other cloud for it any more.
+    async fn base_is_here(&self, host: HostId, guest: &GuestRecord, epoch: Epoch) -> Result<(), EngineError> {
+        let id = guest.guest.id;
+        // Told with every heartbeat; looked at once for each epoch, because the base changes with the epoch only.
+        if self.settled_bases.lock().unwrap_or_else(PoisonError::into_inner).get(&id) == Some(&epoch) {
+            return Ok(());
+        }
+        let cloud = self.state.need::<HostRecord>(&host).await?.host.cloud;
+        retry_conflicts(|| async {
+            let Some(now) = self.state.read::<GuestRecord>(&id).await? else { return Ok(()) };
+            if !now.owner.is_owned_by(host, epoch) {
+                return Ok(());
+            }
+            let mut change = Change::new();
+            change.unchanged(&now);
+            let mut is_changed = false;
+            for volume in &now.guest.volumes {
+                let before = self.state.need::<Volume>(volume).await?;
+                if before.base_cloud.is_some_and(|from| from != cloud) {
+                    change.update(&before, &Volume { base_cloud: Some(cloud), ..before.value.clone() });
+                    is_changed = true;
+                }
+            }
+            if is_changed {
+                change.event(EventDraft::new("guest.base_here").project(now.guest.project).guest(id).host(host));
+                self.state.commit(&Context::actor(format!("host:{host}"), RequestId::generate()), change).await?;
+            }
+            Ok::<_, EngineError>(())
+        })
+        .await?;
+        self.settled_bases.lock().unwrap_or_else(PoisonError::into_inner).insert(id, epoch);
         Ok(())
     }
 

@@ -20,7 +20,7 @@ pub mod progress;
 mod report;
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -28,7 +28,7 @@ use std::{
 
 use supercloud_api::{
     CompatClass,
-    ids::{GuestId, HostId, OperationId},
+    ids::{Epoch, GuestId, HostId, OperationId},
 };
 use supercloud_storage::backend::DirStore;
 use tokio::sync::{Notify, mpsc};
@@ -125,6 +125,8 @@ pub struct Engine {
     imports: mpsc::Sender<OperationId>,
     /// Imports that wait or run: none is queued twice.
     queued: Mutex<HashSet<OperationId>>,
+    /// Guests whose cloud is known to have all that their volumes stand on, at which epoch: only to save looking again.
+    settled_bases: Mutex<HashMap<GuestId, Epoch>>,
     pub(crate) pace: Pace,
 }
 
@@ -181,6 +183,7 @@ impl Engine {
             overlay,
             imports,
             queued,
+            settled_bases: Mutex::default(),
             pace,
         };
         (Arc::new(engine), queue)

@@ -75,7 +75,7 @@ async fn chunks_are_given_for_the_right_ticket_only() {
     let controller = tls::fingerprint(&stream.get_ref().1.peer_certificates().unwrap()[0]);
     let good = Ticket {
         version: Ticket::VERSION,
-        operation: OperationId::generate(),
+        operation: Some(OperationId::generate()),
         project: mine,
         guest: None,
         epoch: Epoch(1),

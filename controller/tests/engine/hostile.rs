@@ -95,7 +95,16 @@ fn lies(guest: GuestId, operation: OperationId, liar: HostId, owner: HostId) -> 
         for holding in [Holding::Running, Holding::Down] {
             let alarm = Some("a lie".to_owned());
             let (operation, volumes) = (Some(operation), Vec::new());
-            let report = GuestReport { guest, epoch, holding, operation, alarm, missing_bytes: 1, volumes };
+            let report = GuestReport {
+                guest,
+                epoch,
+                holding,
+                operation,
+                alarm,
+                missing_bytes: 1,
+                base_missing_bytes: None,
+                volumes,
+            };
             notices.push(Notice::Heartbeat { used: Room::default(), guests: vec![report], view_revision: u64::MAX });
         }
     }

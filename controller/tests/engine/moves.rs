@@ -1,7 +1,7 @@
 //! What goes well: starts, moves, freezes, stops.
 
 use supercloud_api::{Code, Freeze, GuestState, OperationKind, Volume, handover::Owner, ids::FreezeId};
-use supercloud_controller::state::Work;
+use supercloud_controller::state::{HostRecord, Work};
 
 use crate::support::{
     agent::{Stage, lock},
@@ -54,6 +54,15 @@ async fn a_freeze_thaws_once_anywhere_and_a_stale_one_is_refused() {
     assert!(world.state().need::<Freeze>(&first).await.unwrap().is_consumed);
     assert_eq!((world.record(guest).await.guest.starts, lock(&world.ground).boots[&guest]), (1, 1));
     world.until("the memory state dropped", async |world| lock(&world.ground).frozen[&first].is_dropped).await;
+    // The agent says when its cloud has all of the base: the cloud where the guest was frozen is not needed any more.
+    let cloud = world.state().need::<HostRecord>(&world.id(1)).await.unwrap().host.cloud;
+    assert_ne!(cloud, freeze.cloud);
+    let volume = record.guest.volumes[0];
+    world
+        .until("the base came", async |world| {
+            world.state().need::<Volume>(&volume).await.unwrap().base_cloud == Some(cloud)
+        })
+        .await;
 
     // While it runs, and when it is frozen anew: the old freeze is not its state any more.
     let stale = Work::GuestThaw { freeze: first };

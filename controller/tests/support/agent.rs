@@ -277,7 +277,17 @@ impl Agent {
                 (_, None) => Holding::Volumes,
             };
             let (operation, alarm) = (machine.destination().operation(), None);
-            GuestReport { guest: *guest, epoch, holding, operation, alarm, missing_bytes: 0, volumes: Vec::new() }
+            let base_missing_bytes = (holding == Holding::Running).then_some(0);
+            GuestReport {
+                guest: *guest,
+                epoch,
+                holding,
+                operation,
+                alarm,
+                missing_bytes: 0,
+                base_missing_bytes,
+                volumes: Vec::new(),
+            }
         };
         disk.guests.iter().map(report).collect()
     }
@@ -397,7 +407,7 @@ impl Agent {
         let checked = Ticket::verify(ticket, &self.ticket_key, unix_ms())
             .and_then(|ticket| ticket.check_peer(&me, &peer.certificate_sha256).map(|()| ticket));
         match checked {
-            Ok(ticket) if ticket.operation == operation && ticket.guest == Some(guest) => {}
+            Ok(ticket) if ticket.operation == Some(operation) && ticket.guest == Some(guest) => {}
             other => self.violate(&format!("the ticket of {operation} is not acceptable: {other:?}")),
         }
     }

@@ -131,8 +131,8 @@ impl Actor {
 
     /// Serves other clouds' chunks to this guest's volume processes.
     pub(in crate::guest) fn offer_chunks(&mut self, copy: &CopyRecord) -> Result<Arc<ChunkSources>, EffectError> {
-        let places = self.chunk_places.subscribe();
-        let sources = Arc::new(ChunkSources::new(&self.host.plane, copy.spec.project, &places));
+        let places = self.chunk_places.clone();
+        let sources = Arc::new(ChunkSources::new(self.host.plane.clone(), copy.spec.project, places));
         // The old socket's task first: it would remove nothing, but must not answer any more.
         self.sources = None;
         let task = chunks::offer(sources.clone(), &self.places.chunk_socket()).map_err(EffectError::Socket)?;
