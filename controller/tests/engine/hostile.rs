@@ -162,6 +162,7 @@ async fn words_about_the_guests_of_others_have_no_effect() {
     }
     for guest in guests {
         for epoch in [0, 1, 2].map(Epoch) {
+            assert!(liar.ask(Query::ChunkSources { guest }).await.is_err());
             let refused = liar.ask(Query::GuestToken { guest, epoch }).await.unwrap_err();
             assert_eq!(refused.code, Code::Forbidden);
         }
@@ -275,6 +276,10 @@ async fn a_certificate_is_renewed_for_its_own_host_only() {
     let tokens = world.state().list::<TokenRecord>().await.unwrap();
     assert_eq!(tokens.iter().filter(|token| token.token.guest == Some(guest)).count(), 1);
     assert!(host.ask(Query::GuestToken { guest, epoch: Epoch(2) }).await.is_err());
+    let Ok(Answer::ChunkSources { sources }) = host.ask(Query::ChunkSources { guest }).await else {
+        panic!("the owner is told where the chunks are");
+    };
+    assert!(!sources.is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]
