@@ -42,7 +42,7 @@ pub struct Simulate {
     /// Instance types and their on-demand prices; without it the ones that ship.
     #[arg(long)]
     catalogue: Option<PathBuf>,
-    /// A policy's name (smart-spot, cheapest) or a TOML file; may be given more than once.
+    /// A policy's name (smart-spot, smart-spot-spares, cheapest) or a TOML file; may be given more than once.
     #[arg(long)]
     policy: Vec<String>,
     /// The guests (TOML); without it 56 of 1 to 64 GiB.
@@ -150,9 +150,12 @@ fn read(path: &Path) -> anyhow::Result<String> {
 fn policy(name: &str) -> anyhow::Result<(String, Box<dyn Policy>)> {
     match name {
         "smart-spot" => return Ok((name.into(), Box::new(SmartSpot::default()))),
+        "smart-spot-spares" => return Ok((name.into(), Box::new(SmartSpot::with_spares()))),
         "cheapest" => return Ok((name.into(), Box::new(Cheapest(CheapestWithHysteresis::default())))),
         _ if !name.ends_with(".toml") => {
-            bail!("there is no policy '{name}'; there are smart-spot, cheapest, or a file that ends with .toml")
+            bail!(
+                "there is no policy '{name}'; there are smart-spot, smart-spot-spares, cheapest, or a file that ends with .toml"
+            )
         }
         _ => {}
     }
@@ -400,6 +403,7 @@ fn write_ledger(path: &Path, grid: &Grid, outcome: &Outcome) -> std::io::Result<
     for line in &outcome.ledger.lines {
         let kind = match line.kind {
             LineKind::Rent => "rent",
+            LineKind::Spare => "spare",
             LineKind::Egress => "egress",
         };
         let market = &grid.markets[line.market as usize].name;

@@ -128,26 +128,19 @@ fn on_todays_markets_with_recorded_capacity_no_guest_is_lost() {
     let Some(folder) = traces() else { return };
     let (trace, capacity) = (folder.join("prices-2021-us-east-1.csv.gz"), folder.join("capacity.csv"));
     let (trace, capacity) = (trace.to_str().unwrap(), capacity.to_str().unwrap());
-    for notice in ["120", "30"] {
-        let report = json(&[
-            "--trace",
-            trace,
-            "--capacity",
-            capacity,
-            "--resource",
-            "intel_64",
-            "--part",
-            "second",
-            "--notice",
-            notice,
-            "--policy",
-            "smart-spot",
-            "--no-optimum",
-        ]);
-        let smart = &report["policies"]["smart-spot"];
+    for (notice, policy, dearest, least) in [
+        ("120", "smart-spot", 1.15, 0.999_99),
+        ("30", "smart-spot", 1.15, 0.999_6),
+        ("30", "smart-spot-spares", 1.75, 0.999_85),
+    ] {
+        let part = ["--part", "second", "--notice", notice, "--policy", policy];
+        let report = json(&[&["--trace", trace, "--capacity", capacity][..], &part].concat());
+        let (smart, cost) = (&report["policies"][policy], |value: &Value| value["cost_usd"].as_f64().unwrap());
         assert!(smart["interruptions"].as_u64().unwrap() > 1000 && smart["missed_deadlines"] == 0, "{notice} s");
-        assert!(smart["cost_usd"].as_f64() < report["baselines"]["on_demand"]["cost_usd"].as_f64());
-        let restarted = &report["baselines"]["spot-restart"];
-        assert!(smart["availability"].as_f64() > restarted["availability"].as_f64());
+        assert!(cost(smart) <= dearest * cost(&report["optimum"]), "{notice} s {policy}: {}", smart["cost_usd"]);
+        assert!(smart["availability"].as_f64().unwrap() >= least, "{notice} s {policy}: {}", smart["availability"]);
+        for month in smart["months"].as_array().unwrap() {
+            assert!(month["cost_usd"].as_f64() < month["on_demand_usd"].as_f64(), "{month}");
+        }
     }
 }

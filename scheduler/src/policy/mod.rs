@@ -87,6 +87,8 @@ pub struct View<'a> {
     pub is_leaving: bool,
     /// How long before it takes a host a provider says so, in milliseconds.
     pub notice_ms: u64,
+    /// A host that fits it is kept ready: it need not wait for one when a notice comes.
+    pub has_spare: bool,
     /// The markets that fit the guest, cheapest first.
     pub quotes: &'a [Quote<MarketId>],
     /// What is known of each market, by its number.
@@ -161,6 +163,20 @@ pub trait Policy: Send + Sync {
     fn is_live(&self) -> bool {
         true
     }
+    /// For how many guests one host is kept ready and empty, in case a provider takes theirs; 0: none is kept.
+    fn guests_per_spare(&self, _notice_ms: u64, _host_ready_ms: u64) -> u32 {
+        0
+    }
+}
+
+/// The guests whose sizes the spare hosts of a fleet have: each spare is as large as the largest of the guests that it
+/// stands for, and a larger one does for a smaller guest too. `guests` are (index, memory) of those that can be placed.
+#[must_use]
+pub fn spare_sizes(guests: &[(usize, u64)], guests_per_spare: u32) -> Vec<usize> {
+    let mut by_size = guests.to_vec();
+    by_size.sort_by_key(|(index, memory)| (std::cmp::Reverse(*memory), *index));
+    let step = usize::try_from(guests_per_spare).unwrap_or(usize::MAX);
+    if step == 0 { Vec::new() } else { by_size.iter().step_by(step).map(|(index, _)| *index).collect() }
 }
 
 impl View<'_> {
@@ -219,8 +235,16 @@ impl View<'_> {
     /// How the guest leaves when its host is taken.
     #[must_use]
     pub fn exit(&self, has_checkpoints: bool) -> Exit {
-        evacuable::exit(&self.guest.load, &self.guest.path, self.notice_ms, has_checkpoints)
+        exit(self.guest, self.notice_ms, self.has_spare, has_checkpoints)
     }
+}
+
+/// How a guest leaves when its host is taken; at once when a host is kept ready for it.
+#[must_use]
+pub fn exit(guest: &Guest, notice_ms: u64, has_spare: bool, has_checkpoints: bool) -> Exit {
+    let host_ready_ms = if has_spare { 0 } else { guest.path.host_ready_ms };
+    let path = Path { host_ready_ms, ..guest.path.clone() };
+    evacuable::exit(&guest.load, &path, notice_ms, has_checkpoints)
 }
 
 /// What the bytes of one live move cost when they leave the zone.

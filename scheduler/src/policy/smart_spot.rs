@@ -9,6 +9,8 @@
 //! interruption in `prior_hours`, updated by what was seen) times the cost of one. A move must pay for itself within
 //! `horizon_ms`. No more than `max_pool_permille` of the fleet goes into one pool, because a pool is taken as a whole.
 //!
+//! Where a notice is shorter than a new host takes to be ready, hosts can be kept **spare** ([`SmartSpot::with_spares`]).
+//!
 //! In both the guest is kept **evacuable**: when it cannot leave live within the notice, background checkpoints are asked
 //! for; when even these do not help, it is put on on-demand.
 
@@ -46,6 +48,8 @@ pub struct SmartSpot {
     pub patience_ms: u64,
     /// The largest share of the fleet in one pool, in thousandths; 1000: no limit.
     pub max_pool_permille: u32,
+    /// Where a notice is shorter than a new host takes to be ready: for how many guests one host is kept ready. 0: none.
+    pub guests_per_spare: u32,
 }
 
 const GIGA: u128 = 1_000_000_000;
@@ -56,18 +60,25 @@ impl Default for SmartSpot {
         Self {
             near_bid_permille: 900,
             min_saving_permille: 60,
-            horizon_ms: 6 * HOUR_MS,
+            horizon_ms: 24 * HOUR_MS,
             cool_down_ms: HOUR_MS,
             settle_ms: 0,
-            prior_hours: 168,
+            prior_hours: 24,
             downtime_nanousd_per_s: 1_000_000,
-            patience_ms: HOUR_MS,
+            patience_ms: HOUR_MS / 6,
             max_pool_permille: 1000,
+            guests_per_spare: 0,
         }
     }
 }
 
 impl SmartSpot {
+    /// For short notices: guests spread thinly over pools, with a host kept ready for every four. Dearer, and more available.
+    #[must_use]
+    pub fn with_spares() -> Self {
+        Self { max_pool_permille: 60, guests_per_spare: 4, ..Self::default() }
+    }
+
     /// What is wrong with the settings, if anything.
     ///
     /// # Errors
@@ -145,11 +156,21 @@ impl SmartSpot {
         best.map(|(quote, full, _)| (quote, full))
     }
 
+    /// What the way out costs at most when a host is taken: the bytes to another zone, or on-demand in the same zone until
+    /// the capacity has been back for long enough, whichever is less.
+    fn way_out(&self, view: &View<'_>, rent: NanoUsd) -> NanoUsd {
+        let bytes = super::egress(view.guest);
+        let on_demand = view.cheapest(|_, facts| facts.is_on_demand);
+        let detour = on_demand.map(|quote| NanoUsd(quote.price.0.saturating_sub(rent.0)));
+        detour.map_or(bytes, |more| bytes.min(more.per_hour_for(self.patience_ms.saturating_add(HOUR_MS))))
+    }
+
     fn is_near_bid(&self, quote: &Quote<u32>, facts: &Facts) -> bool {
         u128::from(quote.price.0) * 1000 >= u128::from(facts.bid.0) * u128::from(self.near_bid_permille)
     }
 
-    fn act(&self, view: &View<'_>, exit: Exit) -> (Action, Why) {
+    fn act(&self, view: &View<'_>, has_checkpoints: bool) -> (Action, Why) {
+        let exit = view.exit(has_checkpoints);
         let downtime_ms = match exit {
             Exit::Live { downtime_ms, .. } | Exit::Frozen { downtime_ms, .. } => downtime_ms,
             Exit::Stranded { .. } => 0,
@@ -161,9 +182,9 @@ impl SmartSpot {
         let downtime = worth(downtime_ms);
         // What one interruption costs: its downtime, the bytes of the way out, and two hosts for as long as it takes.
         let rent = view.quotes.first().map_or(NanoUsd(0), |quote| quote.price);
-        let way = if view.regime == Regime::Capacity { super::egress(view.guest) } else { NanoUsd(0) };
+        let way = if view.regime == Regime::Capacity { self.way_out(view, rent) } else { NanoUsd(0) };
         let cost = downtime + way + rent.per_hour_for(view.move_ms());
-        let may_spot = exit.is_safe();
+        let may_spot = View { has_spare: false, ..*view }.exit(has_checkpoints).is_safe();
         let go = |found: Option<(&Quote<u32>, NanoUsd)>, why: Why| match found {
             Some((quote, _)) => (Action::Go(quote.market), why),
             None => (Action::Stay, Why::NoMarket),
@@ -219,8 +240,14 @@ impl Policy for SmartSpot {
     }
 
     fn decide(&self, view: &View<'_>) -> Plan {
-        let has_checkpoints = !matches!(view.exit(false), Exit::Live { .. });
-        let (action, reason) = self.act(view, view.exit(has_checkpoints));
+        // Others may take the spare host at the same moment: what must be safe is safe without it.
+        let alone = View { has_spare: false, ..*view };
+        let has_checkpoints = !matches!(alone.exit(false), Exit::Live { .. });
+        let (action, reason) = self.act(view, has_checkpoints);
         Plan { action, has_checkpoints, reason }
+    }
+
+    fn guests_per_spare(&self, notice_ms: u64, host_ready_ms: u64) -> u32 {
+        if notice_ms < host_ready_ms { self.guests_per_spare } else { 0 }
     }
 }

@@ -61,6 +61,7 @@ impl World {
             first: Some(at),
             is_leaving: false,
             notice_ms: 120_000,
+            has_spare: false,
             quotes: &self.quotes,
             facts: &self.facts,
         }
@@ -181,6 +182,14 @@ fn settings_out_of_range_are_named() {
     assert!(wrong(SmartSpot { near_bid_permille: 1001, ..SmartSpot::default() }).starts_with("near_bid_permille"));
     assert!(wrong(SmartSpot { horizon_ms: 0, ..SmartSpot::default() }).starts_with("horizon_ms"));
     assert!(wrong(SmartSpot { prior_hours: 0, ..SmartSpot::default() }).starts_with("prior_hours"));
+}
+
+#[test]
+fn spares_are_as_large_as_the_largest_that_they_stand_for() {
+    let guests: Vec<(usize, u64)> = [4, 64, 1, 16, 2].into_iter().enumerate().collect();
+    assert_eq!(spare_sizes(&guests, 2), [1, 0, 2], "64 for 64 and 16; 4 for 4 and 2; 1 for itself");
+    assert_eq!(spare_sizes(&guests, 9), [1]);
+    assert!(spare_sizes(&guests, 0).is_empty() && spare_sizes(&[], 3).is_empty());
 }
 
 mod properties {

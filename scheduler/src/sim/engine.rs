@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, collections::HashMap};
 
-use super::{Grid, Ledger, Line, LineKind, ledger::Lease};
+use super::{Grid, Ledger, Line, LineKind, ledger::Lease, spares::Spare};
 use crate::{
     evacuable::{self, Exit},
     market::{End, HOUR_MS},
@@ -71,20 +71,35 @@ struct State<'a> {
 }
 
 /// Guests that fit the same markets see the same quotes.
-struct Class {
-    fits: Vec<bool>,
-    quotes: Vec<Quote<MarketId>>,
+pub(super) struct Class {
+    pub fits: Vec<bool>,
+    pub quotes: Vec<Quote<MarketId>>,
 }
 
-struct Replay<'a> {
-    grid: &'a Grid,
-    settings: &'a Settings,
-    policy: &'a dyn Policy,
-    facts: Vec<Facts>,
+pub(super) struct Replay<'a> {
+    pub grid: &'a Grid,
+    pub settings: &'a Settings,
+    pub policy: &'a dyn Policy,
+    pub facts: Vec<Facts>,
+    pub crowd: Vec<u32>,
+    pub spares: Vec<Spare>,
     since_ms: Vec<u64>,
-    crowd: Vec<u32>,
     fleet: u32,
     out: Outcome,
+}
+
+/// Where a lease is at a time, as a policy sees it.
+pub(super) fn lease_place(
+    grid: &Grid,
+    lease: Lease,
+    zone: Option<u32>,
+    last_move_ms: Option<u64>,
+    now_ms: u64,
+) -> Place {
+    let into_hour = (now_ms - lease.from_ms) % HOUR_MS;
+    let hour_start = ((now_ms - into_hour) / grid.tick_ms) as usize;
+    let hour_price = grid.markets[lease.market as usize].price(hour_start);
+    Place { market: lease.market, zone, hour_price, hour_left_ms: HOUR_MS - into_hour, last_move_ms }
 }
 
 /// Replays `policy` for a fleet. `progress` is told of every day that is done, in thousandths of the whole.
@@ -109,10 +124,13 @@ pub fn run(
         facts: facts.collect(),
         since_ms: vec![0; grid.markets.len()],
         crowd: vec![0; grid.markets.len()],
+        spares: Vec::new(),
         fleet: u32::try_from(guests.len()).unwrap_or(u32::MAX).max(1),
         out: Outcome { policy: policy.name().to_owned(), ..Outcome::default() },
     };
     let (mut classes, mut states) = replay.prepare(guests);
+    let placed: Vec<_> = states.iter().enumerate().map(|(i, state)| (i as u32, state.class, state.guest)).collect();
+    replay.plan_spares(&placed);
     for tick in 0..grid.ticks {
         if replay.watch(tick) {
             replay.quote(tick, &mut classes);
@@ -120,6 +138,7 @@ pub fn run(
         for (index, state) in states.iter_mut().enumerate() {
             replay.step(tick, index as u32, state, &classes);
         }
+        replay.tend_spares(tick, &classes);
         let per_day = (24 * HOUR_MS / grid.tick_ms) as usize;
         if tick.is_multiple_of(per_day) {
             progress((tick as u64 * 1000 / grid.ticks as u64) as u32);
@@ -127,9 +146,10 @@ pub fn run(
     }
     for (index, state) in states.iter_mut().enumerate() {
         if let Some(lease) = state.lease.take() {
-            replay.close(index as u32, lease, grid.length_ms(), End::Returned);
+            replay.close(LineKind::Rent, index as u32, lease, grid.length_ms(), End::Returned);
         }
     }
+    replay.close_spares();
     replay.out
 }
 
@@ -209,16 +229,8 @@ impl<'a> Replay<'a> {
         let now_ms = tick as u64 * self.grid.tick_ms;
         self.out.guest_ms += self.grid.tick_ms;
         let is_taken = state.lease.is_some_and(|lease| self.grid.markets[lease.market as usize].is_taken(tick));
-        let place = state.lease.map(|lease| {
-            let into_hour = (now_ms - lease.from_ms) % HOUR_MS;
-            Place {
-                market: lease.market,
-                zone: state.zone,
-                hour_price: self.price_at(lease.market, now_ms - into_hour),
-                hour_left_ms: HOUR_MS - into_hour,
-                last_move_ms: state.last_move_ms,
-            }
-        });
+        let place = state.lease.map(|lease| lease_place(self.grid, lease, state.zone, state.last_move_ms, now_ms));
+        let spare = self.spare_for(tick, &classes[state.class]);
         let view = View {
             now_ms,
             look_ms: self.grid.tick_ms,
@@ -228,16 +240,14 @@ impl<'a> Replay<'a> {
             first: state.first,
             is_leaving: is_taken,
             notice_ms: self.settings.notice_ms,
+            has_spare: spare.is_some(),
             quotes: &classes[state.class].quotes,
             facts: &self.facts,
         };
         let plan = self.policy.decide(&view);
-        // A plan is checked like any input: only an open market that fits, and not the one that it is in.
+        let here = place.map(|place| place.market);
         let to = match plan.action {
-            Action::Go(to) if classes[state.class].fits.get(to as usize) == Some(&true) => {
-                let is_good = self.grid.markets[to as usize].is_open(tick) && place.is_none_or(|at| at.market != to);
-                is_good.then_some(to)
-            }
+            Action::Go(to) if self.grid.may_enter(to, tick, &classes[state.class].fits, here) => Some(to),
             _ => None,
         };
         let egress = to.map_or(NanoUsd(0), |to| view.egress(to));
@@ -245,12 +255,7 @@ impl<'a> Replay<'a> {
         match (state.lease, is_taken) {
             (Some(lease), true) => {
                 let exit = if self.policy.is_live() {
-                    evacuable::exit(
-                        &state.guest.load,
-                        &state.guest.path,
-                        self.settings.notice_ms,
-                        state.has_checkpoints,
-                    )
+                    policy::exit(state.guest, self.settings.notice_ms, spare.is_some(), state.has_checkpoints)
                 } else {
                     Exit::Stranded { leave_ms: u64::MAX }
                 };
@@ -261,12 +266,18 @@ impl<'a> Replay<'a> {
                     Exit::Live { downtime_ms, .. } | Exit::Frozen { downtime_ms, .. } => downtime_ms,
                     Exit::Stranded { .. } => self.restart_ms(state),
                 };
-                match to {
-                    Some(to) => {
+                let way = |egress| if exit.is_safe() { egress } else { NanoUsd(0) };
+                match (spare.and_then(|spare| self.take_spare(spare)), to) {
+                    (Some((lease, zone)), _) => {
                         self.out.downtime_ms += downtime_ms;
-                        self.enter(index, state, to, now_ms, if exit.is_safe() { egress } else { NanoUsd(0) });
+                        let bytes = way_to(state, zone);
+                        self.occupy(index, state, lease, zone, now_ms, way(bytes));
                     }
-                    None => self.out.downtime_ms += self.grid.tick_ms,
+                    (None, Some(to)) => {
+                        self.out.downtime_ms += downtime_ms;
+                        self.enter(index, state, to, now_ms, way(egress));
+                    }
+                    (None, None) => self.out.downtime_ms += self.grid.tick_ms,
                 }
             }
             (Some(lease), false) => {
@@ -304,43 +315,46 @@ impl<'a> Replay<'a> {
         state.guest.path.host_ready_ms + self.settings.restart_ms
     }
 
-    fn price_at(&self, market: MarketId, at_ms: u64) -> NanoUsd {
-        self.grid.markets[market as usize].price((at_ms / self.grid.tick_ms) as usize)
-    }
-
     fn enter(&mut self, index: u32, state: &mut State<'_>, to: MarketId, now_ms: u64, egress: NanoUsd) {
         let market = &self.grid.markets[to as usize];
-        state.lease = Some(Lease { market: to, is_on_demand: market.is_on_demand(), from_ms: now_ms });
+        let lease = Lease { market: to, is_on_demand: market.is_on_demand(), from_ms: now_ms };
+        self.occupy(index, state, lease, market.zone, now_ms, egress);
+    }
+
+    fn occupy(
+        &mut self,
+        index: u32,
+        state: &mut State<'_>,
+        lease: Lease,
+        zone: Option<u32>,
+        now_ms: u64,
+        egress: NanoUsd,
+    ) {
+        state.lease = Some(lease);
         // On-demand is in every zone: the guest stays in its own.
-        state.zone = market.zone.or(state.zone);
+        state.zone = zone.or(state.zone);
         // The first start is no move.
         if state.first.is_some() {
             state.last_move_ms = Some(now_ms);
         }
-        state.first.get_or_insert(to);
-        self.count(to, 1);
+        state.first.get_or_insert(lease.market);
+        self.count(lease.market, 1);
         if egress > NanoUsd(0) {
             let at_ms = self.grid.start_ms + now_ms;
-            self.out.ledger.lines.push(Line {
-                guest: index,
-                market: to,
-                at_ms,
-                for_ms: 0,
-                kind: LineKind::Egress,
-                paid: egress,
-            });
+            let (market, kind) = (lease.market, LineKind::Egress);
+            self.out.ledger.lines.push(Line { guest: index, market, at_ms, for_ms: 0, kind, paid: egress });
         }
     }
 
     fn leave(&mut self, index: u32, state: &mut State<'_>, lease: Lease, at_ms: u64, end: End) {
         state.lease = None;
         self.count(lease.market, -1);
-        self.close(index, lease, at_ms, end);
+        self.close(LineKind::Rent, index, lease, at_ms, end);
     }
 
-    fn close(&mut self, index: u32, lease: Lease, at_ms: u64, end: End) {
+    pub(super) fn close(&mut self, kind: LineKind, index: u32, lease: Lease, at_ms: u64, end: End) {
         let (grid, market) = (self.grid, &self.grid.markets[lease.market as usize]);
-        self.out.ledger.book_lease((index, grid.start_ms, grid.regime), lease, (at_ms, end), |at_ms| {
+        self.out.ledger.book_lease((kind, index, grid.start_ms, grid.regime), lease, (at_ms, end), |at_ms| {
             market.price((at_ms / grid.tick_ms) as usize)
         });
     }
@@ -350,6 +364,14 @@ impl<'a> Replay<'a> {
         self.crowd[market] = self.crowd[market].saturating_add_signed(by);
         let permille = u64::from(self.crowd[market]) * 1000 / u64::from(self.fleet);
         self.facts[market].crowd_permille = permille as u32;
+    }
+}
+
+/// What the bytes of the way to a host in `zone` cost.
+fn way_to(state: &State<'_>, zone: Option<u32>) -> NanoUsd {
+    match (state.zone, zone) {
+        (Some(from), Some(to)) if from != to => policy::egress(state.guest),
+        _ => NanoUsd(0),
     }
 }
 

@@ -180,6 +180,11 @@ impl Grid {
         self.ticks as u64 * self.tick_ms
     }
 
+    /// A plan is checked like any input: only an open market that fits, and not the one that the guest is in.
+    pub(super) fn may_enter(&self, to: u32, tick: usize, fits: &[bool], here: Option<u32>) -> bool {
+        fits.get(to as usize) == Some(&true) && self.markets[to as usize].is_open(tick) && here != Some(to)
+    }
+
     /// The markets whose instances hold a guest of this size: all spot ones, and the cheapest on-demand one.
     #[must_use]
     pub fn fitting(&self, vcpus: u32, memory_bytes: u64) -> Vec<u32> {

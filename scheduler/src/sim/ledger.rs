@@ -12,6 +12,8 @@ use crate::{
 pub enum LineKind {
     /// An instance-hour, or the part of it that was used.
     Rent,
+    /// The same of a host that is kept ready and empty.
+    Spare,
     /// Bytes that left a zone.
     Egress,
 }
@@ -50,10 +52,11 @@ pub(super) struct Lease {
 }
 
 impl Ledger {
-    /// Books a lease that ends at `to_ms` (since the replay's start): a line per instance-hour, at the price of its start.
+    /// Books a lease that ends at `to_ms` (since the replay's start) as `kind`: a line per instance-hour, at the price of its
+    /// start.
     pub(super) fn book_lease(
         &mut self,
-        (guest, start_ms, regime): (u32, u64, Regime),
+        (kind, guest, start_ms, regime): (LineKind, u32, u64, Regime),
         lease: Lease,
         (to_ms, end): (u64, End),
         price_at: impl Fn(u64) -> NanoUsd,
@@ -69,14 +72,7 @@ impl Ledger {
                 at_ms == lease.from_ms,
                 is_last.then_some(end),
             );
-            self.lines.push(Line {
-                guest,
-                market: lease.market,
-                at_ms: start_ms + at_ms,
-                for_ms: used_ms,
-                kind: LineKind::Rent,
-                paid,
-            });
+            self.lines.push(Line { guest, market: lease.market, at_ms: start_ms + at_ms, for_ms: used_ms, kind, paid });
             at_ms += HOUR_MS;
         }
     }

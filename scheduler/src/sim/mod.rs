@@ -4,7 +4,8 @@
 //! Time goes in ticks (five minutes unless told; they divide an hour). A market's price in a tick is the recorded price at
 //! its start. Auction regime: a spot host is taken at the end of a tick in which the recorded price passed the bid at any
 //! moment. Capacity regime: it is taken at the start of a tick in which the drawn capacity is away ([`hazard`]). Taking
-//! comes with a notice. Each guest has a host of its own, the whole of which is paid; packing is not part of this.
+//! comes with a notice. Each guest has a host of its own, the whole of which is paid; packing is not part of this. A policy may
+//! keep spare hosts ready.
 //! Both hosts are paid while a guest moves. Money: one ledger line per instance-hour or move, rounded once.
 
 mod engine;
@@ -13,6 +14,7 @@ mod grid;
 pub mod hazard;
 mod ledger;
 pub mod optimum;
+mod spares;
 #[cfg(test)]
 mod tests;
 

@@ -59,6 +59,7 @@ fn grid(trace: &Trace, capacity: Option<(&CapacityRuns, u64)>) -> Grid {
 fn all_policies() -> Vec<Box<dyn Policy>> {
     vec![
         Box::new(SmartSpot::default()),
+        Box::new(SmartSpot { guests_per_spare: 2, ..SmartSpot::with_spares() }),
         Box::new(Cheapest::default()),
         Box::new(Greedy),
         Box::new(Restart),
@@ -105,6 +106,36 @@ fn capacity_takes_all_guests_of_a_pool_at_once() {
     let grid = grid(&trace(2, Regime::Capacity, 25), Some((&runs, 5)));
     let outcome = run(&grid, &guests(7, 4), &settings(), &Restart, |_| {});
     assert!(outcome.interruptions > 0 && outcome.interruptions.is_multiple_of(7), "{}", outcome.interruptions);
+}
+
+#[test]
+fn a_spare_host_spares_the_wait_and_is_paid_for() {
+    let point = |minutes: u64, milli: u64| PricePoint { at_ms: minutes * 60_000, price: NanoUsd(milli * 1_000_000) };
+    let one = |zone: &str, points| SpotSeries { zone: zone.into(), instance: instance("t", 4, 40), points };
+    // Zone a ends at 02:30; the spare host stands apart, in zone b.
+    let series = vec![one("a", vec![point(0, 10), point(140, 50)]), one("b", vec![point(0, 20)])];
+    let trace = Trace { regime: Regime::Auction, series };
+    let grid = Grid::new(&trace, (0, 4 * HOUR_MS), TICK_MS, 1000, None).unwrap();
+    let play = |guests_per_spare, notice_ms| {
+        let policy = SmartSpot { guests_per_spare, ..SmartSpot::default() };
+        run(&grid, &guests(1, 4), &Settings { notice_ms, ..settings() }, &policy, |_| {})
+    };
+    let (alone, ready) = (play(0, 30_000), play(1, 30_000));
+    assert_eq!((alone.interruptions, alone.missed, ready.interruptions, ready.missed), (1, 0, 1, 0));
+    // Without a host in time the guest stands still until one is ready (60 s) and has its working set.
+    assert!((30_000..40_000).contains(&alone.downtime_ms), "{}", alone.downtime_ms);
+    assert!(ready.downtime_ms < 2000, "{}", ready.downtime_ms);
+    let rents = |outcome: &Outcome, kind| {
+        let lines = outcome.ledger.lines.iter().filter(|line| line.kind == kind);
+        lines.map(|line| (line.market, line.at_ms / 60_000, line.paid.0 / 1_000_000)).collect::<Vec<_>>()
+    };
+    // The guest takes over the lease in b, paid from its beginning; a new spare comes at the next tick, on-demand
+    // because nothing else stands apart.
+    let paid = rents(&ready, LineKind::Rent);
+    assert_eq!(paid, [(0, 0, 10), (0, 60, 10), (0, 120, 0), (1, 0, 20), (1, 60, 20), (1, 120, 20), (1, 180, 20)]);
+    assert_eq!(rents(&ready, LineKind::Spare), [(2, 150, 40), (2, 210, 40)]);
+    assert_eq!(rents(&alone, LineKind::Spare), []);
+    assert_eq!(rents(&play(1, 120_000), LineKind::Spare), [], "two minutes are enough for a new host");
 }
 
 #[test]
@@ -162,7 +193,8 @@ proptest! {
     /// The report's money is the sum of the ledger; no guest-hour is paid twice beyond moves; the optimum is never above what
     /// a policy that keeps every guest running paid where nothing is given away, and the floor is never above the optimum.
     #[test]
-    fn money_adds_up_and_bounds_hold(seed in 0u64..100_000, count in 1usize..4, gib in prop::sample::select(vec![2u64, 4, 10]), is_hazard: bool) {
+    fn money_adds_up_and_bounds_hold(seed in 0u64..100_000, count in 1usize..4, gib in prop::sample::select(vec![2u64, 4, 10]), is_hazard: bool, notice_ms in prop::sample::select(vec![30_000u64, 120_000])) {
+        let settings = || Settings { notice_ms, ..settings() };
         let runs = CapacityRuns { series: vec![Runs { up_ms: vec![2 * HOUR_MS, 9 * HOUR_MS], down_ms: vec![HOUR_MS] }] };
         let trace = trace(seed, Regime::Capacity, 25);
         let grid = grid(&trace, is_hazard.then_some((&runs, seed)));
@@ -175,6 +207,8 @@ proptest! {
             prop_assert_eq!(months, outcome.cost());
             prop_assert!(outcome.missed <= outcome.interruptions);
             prop_assert!(outcome.downtime_ms <= outcome.guest_ms);
+            let spares = outcome.ledger.lines.iter().filter(|line| line.kind == LineKind::Spare).count();
+            prop_assert!(spares == 0 || policy.guests_per_spare(notice_ms, 60_000) > 0);
             if policy.name() != "single-market" {
                 prop_assert!(best <= outcome.cost(), "{}: {} < {best}", policy.name(), outcome.cost());
             }
