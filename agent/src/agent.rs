@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     config::Config,
     durable::{self, DurableError},
+    farewell,
     guest::GuestMessage,
     guests::Guests,
     host::{Host, Ledger},
@@ -65,6 +66,15 @@ pub enum AgentError {
         #[source]
         source: std::io::Error,
     },
+    /// An operator has removed this host.
+    #[error(
+        "this host was removed from its controller: its guests have been ended, their files are kept below {folder}. To make \
+         it a host again, give it an empty data_dir and a new join token"
+    )]
+    Removed {
+        /// The agent's folder.
+        folder: String,
+    },
     /// A worker died.
     #[error("a worker died")]
     Worker(#[from] tokio::task::JoinError),
@@ -87,7 +97,7 @@ pub struct Parts {
 /// Runs an agent until `cancel`; guests, volume processes and flows go on after it.
 ///
 /// # Errors
-/// When it cannot start.
+/// When it cannot start, or an operator has removed the host: then nothing goes on.
 pub async fn run(parts: Parts, cancel: CancellationToken) -> Result<(), AgentError> {
     let Parts { config, identity, backend, switch, probe } = parts;
     let mut identity = identity;
@@ -118,6 +128,13 @@ pub async fn run(parts: Parts, cancel: CancellationToken) -> Result<(), AgentErr
         ledger: Ledger::new(room),
         config,
     });
+    let removed = || AgentError::Removed { folder: host.config.data_dir.display().to_string() };
+    if farewell::is_told(&host).await? {
+        farewell::end_guests(&host, &cancel).await;
+        return Err(removed());
+    }
+    // Ends by itself when the host is removed.
+    let (asked_to_leave, cancel) = (cancel.clone(), cancel.child_token());
     let (guests, ended) = Guests::new(host.clone(), probe, cancel.clone());
     guests.restore().await;
 
@@ -131,13 +148,17 @@ pub async fn run(parts: Parts, cancel: CancellationToken) -> Result<(), AgentErr
     tasks.spawn(metadata::serve(host.clone(), guests.clone(), cancel.clone()));
     tasks.spawn(renew(host.clone(), guests.clone(), identity_tx, material_tx, cancel.clone()));
     tasks.spawn(link::run(guests.clone(), identity_rx, queues, events_tx, cancel.clone()));
-    tasks.spawn(dispatch(host, guests.clone(), events, key_tx, view_tx, cancel.clone()));
+    tasks.spawn(dispatch(host.clone(), guests.clone(), events, key_tx, view_tx, cancel.clone()));
     tracing::info!(host = %host_id, "the agent runs");
     cancel.cancelled().await;
     guests.leave().await;
     let ending = async { while tasks.join_next().await.is_some() {} };
     if tokio::time::timeout(Duration::from_secs(5), ending).await.is_err() {
         tracing::warn!("some tasks did not end in time; they are dropped");
+    }
+    if farewell::is_told(&host).await? {
+        farewell::end_guests(&host, &asked_to_leave).await;
+        return Err(removed());
     }
     tracing::info!("the agent leaves; guests go on");
     Ok(())
@@ -217,6 +238,19 @@ async fn dispatch(
             Some(LinkEvent::Up(welcome)) => {
                 ticket_key.send_replace(Some(welcome.ticket_key));
                 guests.link_up(&welcome.owned);
+            }
+            Some(LinkEvent::Removed(problem)) => {
+                tracing::error!(%problem, "the controller has removed this host; its guests are ended");
+                // The word is kept first: whoever dies in between goes on with it.
+                while let Err(error) = farewell::keep(&host).await {
+                    tracing::error!(error = crate::chain(&error), "that this host was removed cannot be kept yet");
+                    tokio::select! {
+                        () = cancel.cancelled() => return,
+                        () = tokio::time::sleep(RETRY_PAUSE) => {}
+                    }
+                }
+                cancel.cancel();
+                return;
             }
             Some(LinkEvent::Directive(directive)) => direct(&host, &guests, &views, directive),
         }

@@ -184,7 +184,7 @@ impl Guests {
 }
 
 /// The records below a folder, and the guests whose records cannot be read. Blocking.
-fn read_records(folder: &Path, run: &Path) -> (Vec<GuestRecord>, HashSet<GuestId>) {
+pub(crate) fn read_records(folder: &Path, run: &Path) -> (Vec<GuestRecord>, HashSet<GuestId>) {
     let (mut records, mut unreadable) = (Vec::new(), HashSet::new());
     let Ok(entries) = std::fs::read_dir(folder) else { return (records, unreadable) };
     for guest in entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<GuestId>().ok()) {

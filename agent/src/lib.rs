@@ -25,6 +25,7 @@ pub mod agent;
 pub mod chunks;
 pub mod config;
 pub mod durable;
+pub mod farewell;
 pub mod guest;
 pub mod guests;
 pub mod host;

@@ -5,7 +5,7 @@ use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use supercloud_agent::{
-    agent::{self, Parts},
+    agent::{self, AgentError, Parts},
     config::Config,
     durable,
     identity::Identity,
@@ -22,6 +22,9 @@ use tokio_util::sync::CancellationToken;
 const PROBE_BUDGET: Duration = Duration::from_secs(5);
 /// The pause after the switch could not be opened.
 const SWITCH_RETRY: Duration = Duration::from_secs(2);
+
+/// The exit status of an agent whose host was removed: starting it again is of no use.
+const REMOVED: u8 = 77;
 
 /// Runs guests on this host, for its controller.
 ///
@@ -67,7 +70,10 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
-            ExitCode::FAILURE
+            match error.downcast_ref() {
+                Some(AgentError::Removed { .. }) => ExitCode::from(REMOVED),
+                _ => ExitCode::FAILURE,
+            }
         }
     }
 }

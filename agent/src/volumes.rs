@@ -261,6 +261,21 @@ impl VolumeRunner {
         Err(VolumesError::Ended { volume, status, said })
     }
 
+    /// Ends the process; what it has written stays.
+    ///
+    /// # Errors
+    /// When its record cannot be read.
+    pub async fn stop(&self, home: &VolumeHome) -> Result<(), VolumesError> {
+        if let Err(error) = home.client().with_budget(ANSWER_BUDGET).shutdown(false, false).await {
+            tracing::debug!(volume = %home.volume, %error, "a volume process was not there to be told to leave");
+        }
+        let home = home.clone();
+        if let Some(record) = tokio::task::spawn_blocking(move || home.record()).await? {
+            end(record).await;
+        }
+        Ok(())
+    }
+
     /// Ends the process and deletes everything of the volume on this host. The caller knows that it may.
     ///
     /// # Errors

@@ -11,6 +11,7 @@
 //! | 4 | answer | controller | [`Envelope`]`<`[`Outcome`]`<`[`Answer`]`>>` |
 //! | 5 | notice | agent | [`Notice`]; no answer |
 //! | 6 | directive | controller | [`Directive`]; no answer |
+//! | 7 | farewell | controller | [`Farewell`], instead of a welcome |
 //!
 //! Everything that changes a guest's owner goes by [`supercloud_handover`]: the agent's machines say
 //! [`Report`](supercloud_handover::Report)s ([`Notice::Report`]), the controller's record gives
@@ -44,6 +45,17 @@ pub mod kind {
     pub const ANSWER: u16 = 4;
     pub const NOTICE: u16 = 5;
     pub const DIRECTIVE: u16 = 6;
+    pub const FAREWELL: u16 = 7;
+}
+
+/// Instead of a welcome, to a host that an operator has removed and that comes back: its guests were given up and may run
+/// elsewhere. The agent destroys its guests' processes, keeps all files, and does not dial again.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Farewell {
+    /// The host: who is not named is not meant.
+    pub host: HostId,
+    /// What people are told.
+    pub problem: Problem,
 }
 
 /// A numbered message: a response repeats the number of its request.

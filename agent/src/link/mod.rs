@@ -38,6 +38,8 @@ pub enum LinkEvent {
     Down,
     /// It says something.
     Directive(Directive),
+    /// An operator has removed this host; nobody dials any more.
+    Removed(Problem),
 }
 
 /// Why a query has no answer.

@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use rand::Rng as _;
 use supercloud_api::{
     frame::{Frame, FrameError, read_frame, write_frame},
-    link::{self as wire, Answer, Directive, Envelope, Hello, Outcome, Query, Welcome, kind},
+    link::{self as wire, Answer, Directive, Envelope, Farewell, Hello, Outcome, Query, Welcome, kind},
     tls,
 };
 use tokio::{
@@ -49,6 +49,8 @@ enum SessionError {
     Frame(#[from] FrameError),
     #[error("the agent's own queues are gone")]
     Gone,
+    #[error("the controller has removed this host")]
+    Removed(Box<Farewell>),
 }
 
 /// Keeps the link until `cancel`: dials, serves, dials again with growing pauses.
@@ -78,6 +80,10 @@ pub async fn run(
         match result {
             Ok(()) => continue,
             Err(SessionError::Gone) => break,
+            Err(SessionError::Removed(farewell)) => {
+                let _ = events.send(LinkEvent::Removed(farewell.problem)).await;
+                break;
+            }
             Err(error) => tracing::warn!(error = %crate::chain(&error), "no link to the controller"),
         }
         if began.elapsed() > OPEN_BUDGET * 2 {
@@ -198,7 +204,14 @@ async fn open(
     let mut stream =
         TlsConnector::from(material.link).connect(tls::controller_server_name(), tcp).await.map_err(dial)?;
     write_frame(&mut stream, &Frame::json(kind::HELLO, wire::VERSION, hello)?).await?;
-    let welcome = read_frame(&mut stream).await?.parse_json(kind::WELCOME, wire::VERSION)?;
+    let frame = read_frame(&mut stream).await?;
+    if frame.kind == kind::FAREWELL {
+        let farewell: Farewell = frame.parse_json(kind::FAREWELL, wire::VERSION)?;
+        if farewell.host == identity.host {
+            return Err(SessionError::Removed(Box::new(farewell)));
+        }
+    }
+    let welcome = frame.parse_json(kind::WELCOME, wire::VERSION)?;
     Ok((stream, welcome))
 }
 

@@ -62,6 +62,7 @@ struct State {
     hosts: BTreeMap<HostId, HostInfo>,
     links: HashMap<HostId, mpsc::UnboundedSender<Directive>>,
     cut: HashSet<HostId>,
+    removed: HashSet<HostId>,
     frozen: Option<(FrozenContent, HostId)>,
     pub progress: HashMap<OperationId, supercloud_api::Progress>,
     problems: Vec<supercloud_api::Problem>,
@@ -114,6 +115,7 @@ impl Controller {
                 hosts: BTreeMap::new(),
                 links: HashMap::new(),
                 cut: HashSet::new(),
+                removed: HashSet::new(),
                 frozen: None,
                 progress: HashMap::new(),
                 problems: Vec::new(),
@@ -193,6 +195,13 @@ impl Controller {
     pub fn cut(&self, host: HostId) {
         let mut state = self.state();
         state.cut.insert(host);
+        state.links.remove(&host);
+    }
+
+    /// An operator removes a host.
+    pub fn remove(&self, host: HostId) {
+        let mut state = self.state();
+        state.removed.insert(host);
         state.links.remove(&host);
     }
 
@@ -437,6 +446,11 @@ impl Controller {
         let Ok(frame) = read_frame(&mut stream).await else { return };
         let hello: Hello = frame.parse_json(kind::HELLO, link::VERSION).unwrap();
         assert_eq!(hello.host, host);
+        if self.state().removed.contains(&host) {
+            let farewell = link::Farewell { host, problem: Problem::new(Code::Forbidden, "removed") };
+            let _ = write_frame(&mut stream, &Frame::json(kind::FAREWELL, link::VERSION, &farewell).unwrap()).await;
+            return;
+        }
         let welcome = {
             let state = self.state();
             let owned = state.records.values().filter(|record| record.owner == Owner::Host(host));

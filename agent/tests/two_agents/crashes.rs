@@ -200,3 +200,28 @@ async fn volume_processes_die_during_a_move() {
         moved_or_rolled_back(&lab, guest, operation).await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_removed_host_that_comes_back_ends_its_guests_and_keeps_their_files() {
+    let lab = Lab::begin(&[true, true]).await;
+    let (guest, other) = (lab.add_guest(), lab.add_guest());
+    lab.start(guest, 0).await;
+    lab.start(other, 1).await;
+    lab.controller.cut(lab.hosts[0].id);
+    tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+    assert_eq!(lab.world.running(guest), 1, "a controller that is away stops nothing");
+    lab.controller.remove(lab.hosts[0].id);
+    lab.controller.heal(lab.hosts[0].id);
+    let host = &lab.hosts[0];
+    lab.eventually("the agent ends", async || host.has_ended()).await;
+    assert_eq!(lab.world.running(guest), 0);
+    assert_eq!(host.hypervisor.epoch_of(guest).await, None);
+    assert!(host.volume_pids().is_empty() && host.switch.attached.lock().unwrap().is_empty());
+    assert!(!host.leftovers().is_empty(), "what it wrote is kept");
+    // Neither does the next agent run anything, nor does it dial.
+    lab.controller.cut(host.id);
+    host.start_agent();
+    lab.eventually("the next agent ends at once", async || host.has_ended()).await;
+    assert_eq!((lab.world.running(guest), lab.world.running(other)), (0, 1));
+    lab.violations();
+}

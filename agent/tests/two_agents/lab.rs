@@ -10,7 +10,7 @@ use std::{
 };
 
 use supercloud_agent::{
-    agent::{self, Parts},
+    agent::{self, AgentError, Parts},
     config::Config,
     identity::Identity,
     ports::{PortError, Switch},
@@ -58,7 +58,9 @@ impl Switch for FakeSwitch {
     }
 
     fn attached(&self) -> BoxFuture<'_, Result<BTreeMap<PortId, (String, u32)>, PortError>> {
-        Box::pin(async { Ok(BTreeMap::new()) })
+        let attached = self.attached.lock().unwrap();
+        let ports = attached.keys().map(|port| (*port, (supercloud_sdn::tap::tap_name(*port), 1))).collect();
+        Box::pin(async move { Ok(ports) })
     }
 
     fn revision(&self) -> u64 {
@@ -88,7 +90,10 @@ impl TestHost {
         };
         *self.cancel.lock().unwrap() = cancel.clone();
         *self.agent.lock().unwrap() = Some(tokio::spawn(async move {
-            agent::run(parts, cancel).await.expect("the agent starts");
+            match agent::run(parts, cancel).await {
+                Ok(()) | Err(AgentError::Removed { .. }) => {}
+                Err(error) => panic!("the agent does not start: {error}"),
+            }
         }));
     }
 
@@ -112,6 +117,11 @@ impl TestHost {
 
     pub fn start_agent(&self) {
         self.start();
+    }
+
+    /// Whether the agent has ended by itself.
+    pub fn has_ended(&self) -> bool {
+        self.agent.lock().unwrap().as_ref().is_none_or(JoinHandle::is_finished)
     }
 
     /// In order, as by SIGTERM.

@@ -192,7 +192,7 @@ async fn a_question_is_answered_although_the_link_breaks_under_it() {
         match event {
             LinkEvent::Up(_) => ups += 1,
             LinkEvent::Down => downs += 1,
-            LinkEvent::Directive(_) => {}
+            LinkEvent::Directive(_) | LinkEvent::Removed(_) => {}
         }
     }
     assert_eq!((ups, downs), (3, 2), "the link broke twice");

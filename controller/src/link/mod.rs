@@ -39,12 +39,32 @@ const OPENINGS_AT_ONCE: usize = 64;
 /// Directives that may wait for a slow agent.
 const OUTBOUND_AT_MOST: usize = 1024;
 
+/// Why a host's hello is not answered by a welcome.
+#[derive(Debug)]
+pub enum Unwelcome {
+    /// It may try again; it is told nothing.
+    Refused(Problem),
+    /// An operator has removed it: it is told so, in order that its copies of guests end.
+    Removed(Problem),
+}
+
+impl From<Problem> for Unwelcome {
+    fn from(problem: Problem) -> Self {
+        Self::Refused(problem)
+    }
+}
+
 /// What the link needs of the rest of the controller.
 pub trait LinkHandler: Send + Sync + 'static {
     /// Whether a host that shows a certificate of our CA still belongs to us: certificates outlive a removal.
     fn is_member(&self, host: HostId) -> BoxFuture<'_, bool>;
     /// A host has dialled in and its certificate names it. An error ends the connection.
-    fn hello(&self, host: HostId, certificate_sha256: String, hello: Hello) -> BoxFuture<'_, Result<Welcome, Problem>>;
+    fn hello(
+        &self,
+        host: HostId,
+        certificate_sha256: String,
+        hello: Hello,
+    ) -> BoxFuture<'_, Result<Welcome, Unwelcome>>;
     /// The session is open: what must be told again may be sent now.
     fn opened(&self, host: HostId) -> BoxFuture<'_, ()>;
     /// The agent tells something.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use supercloud_api::{
     frame::{Frame, FrameError, read_frame, write_frame},
     ids::HostId,
-    link::{self, Answer, Directive, Envelope, Hello, Notice, Outcome, Query, kind},
+    link::{self, Answer, Directive, Envelope, Farewell, Hello, Notice, Outcome, Query, kind},
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -14,7 +14,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
-use super::{OPENING_BUDGET, Shared};
+use super::{OPENING_BUDGET, Shared, Unwelcome};
 
 /// A link that brought nothing for this long is dead; agents send heartbeats far more often.
 const SILENCE_BUDGET: Duration = Duration::from_secs(30);
@@ -83,8 +83,19 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Send>(
     };
     let welcome = match welcomed {
         Ok(welcome) => welcome,
-        Err(problem) => {
+        Err(Unwelcome::Refused(problem)) => {
             warn!(%host, "not welcome: {problem}");
+            return None;
+        }
+        Err(Unwelcome::Removed(problem)) => {
+            error!(%host, "a host that was removed is back: {problem}");
+            let sent = async {
+                let frame = Frame::json(kind::FAREWELL, link::VERSION, &Farewell { host, problem })?;
+                write_frame(&mut writer, &frame).await
+            };
+            if let Ok(Err(_)) | Err(_) = tokio::time::timeout(WRITE_BUDGET, sent).await {
+                debug!(%host, "it did not hear that it was removed; it is told again");
+            }
             return None;
         }
     };

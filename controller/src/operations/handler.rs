@@ -7,7 +7,7 @@ use supercloud_api::{
     Code, Host, Problem, Role, Room, Volume,
     handover::{self},
     ids::{Epoch, GuestId, HostId, RequestId},
-    link::{Answer, GuestEventKind, Hello, Holding, Notice, Query, Welcome},
+    link::{Answer, GuestEventKind, GuestReport, Hello, Holding, Notice, Query, Welcome},
     unix_ms,
 };
 use tracing::{info, warn};
@@ -15,7 +15,7 @@ use tracing::{info, warn};
 use super::{Engine, EngineError, is_plausible_class};
 use crate::{
     auth, chain,
-    link::LinkHandler,
+    link::{LinkHandler, Unwelcome},
     state::{Change, Context, EventDraft, GuestRecord, HostRecord, LiveHost, OperationRecord, Work, retry_conflicts},
 };
 
@@ -46,10 +46,15 @@ impl LinkHandler for Engine {
         })
     }
 
-    fn hello(&self, host: HostId, certificate_sha256: String, hello: Hello) -> BoxFuture<'_, Result<Welcome, Problem>> {
+    fn hello(
+        &self,
+        host: HostId,
+        certificate_sha256: String,
+        hello: Hello,
+    ) -> BoxFuture<'_, Result<Welcome, Unwelcome>> {
         Box::pin(async move {
             if hello.guests.len() > REPORTS_AT_MOST || hello.volumes.len() > REPORTS_AT_MOST {
-                return Err(Problem::new(Code::TooLarge, "the hello lists too much"));
+                return Err(Problem::new(Code::TooLarge, "the hello lists too much").into());
             }
             let record = self.welcome(host, &certificate_sha256, &hello).await?;
             self.live.seen(host, LiveHost { last_seen_ms: unix_ms(), used: record.used });
@@ -136,7 +141,7 @@ impl LinkHandler for Engine {
 
 impl Engine {
     /// Checks a hello and keeps what it says.
-    async fn welcome(&self, host: HostId, certificate_sha256: &str, hello: &Hello) -> Result<Host, Problem> {
+    async fn welcome(&self, host: HostId, certificate_sha256: &str, hello: &Hello) -> Result<Host, Unwelcome> {
         let written = retry_conflicts(|| async {
             let Some(before) = self.state.read::<HostRecord>(&host).await? else { return Ok(None) };
             if before.is_removed {
@@ -163,7 +168,36 @@ impl Engine {
         })
         .await
         .map_err(|error| internal(&error))?;
-        written.ok_or_else(|| Problem::new(Code::Forbidden, "this host is not known, or was removed"))
+        match written {
+            Some(host) => Ok(host),
+            None => Err(self.unwelcome(host, hello).await),
+        }
+    }
+
+    /// Why a host is not welcome; that a removed one is back with guests is an alarm.
+    async fn unwelcome(&self, host: HostId, hello: &Hello) -> Unwelcome {
+        let before = match self.state.read::<HostRecord>(&host).await {
+            Ok(Some(before)) if before.is_removed => before,
+            // A host of which nothing is known may be known again when the right store is back: nothing of it must end.
+            Ok(_) => return Problem::new(Code::Forbidden, "this host is not known").into(),
+            Err(error) => return internal(&error.into()).into(),
+        };
+        let name = &before.host.name;
+        let holds = |guest: &&GuestReport| matches!(guest.holding, Holding::Running | Holding::Paused);
+        let running: Vec<GuestId> = hello.guests.iter().filter(holds).map(|guest| guest.guest).take(100).collect();
+        let mut change = Change::new();
+        change.event(
+            EventDraft::new("host.removed_is_back")
+                .host(host)
+                .data(serde_json::json!({ "name": name, "guests": running })),
+        );
+        if let Err(error) =
+            self.state.commit(&Context::actor(format!("host:{host}"), RequestId::generate()), change).await
+        {
+            warn!(%host, "that it is back could not be written: {}", chain(&error));
+        }
+        let detail = format!("host {name} was removed by an operator; its guests were given up and may run elsewhere");
+        Unwelcome::Removed(Problem::new(Code::Forbidden, detail))
     }
 
     /// Progress counts only from a host that takes part.

@@ -100,6 +100,9 @@ async fn a_host_that_was_removed_is_never_heard_again_and_its_guests_start_elsew
     world.settled().await;
     // Its certificate still holds, and is worth nothing: no link, no chunks.
     assert!(Liar::dial(&world.hosts[0].seat).await.is_none());
+    let farewell = Liar::farewell(&world.hosts[0].seat).await.expect("it is told that it was removed");
+    assert_eq!(farewell.host, world.id(0));
+    assert!(Liar::farewell(&world.hosts[1].seat).await.is_none());
     for (guest, to) in [(guest, 1), (stopped, 2)] {
         world.done(world.start(guest, to).await).await;
         assert_eq!(world.record(guest).await.owner.owner, Owner::Host(world.id(to)));

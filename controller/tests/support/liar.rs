@@ -24,10 +24,25 @@ impl Liar {
     }
 
     pub async fn dial_as(seat: &Seat, hello: link::Hello) -> Option<Self> {
-        let mut stream = seat.dial(tls::ALPN_AGENT).await.ok()?;
-        write_frame(&mut stream, &Frame::json(kind::HELLO, link::VERSION, &hello).unwrap()).await.ok()?;
-        let _welcome: Welcome = read_frame(&mut stream).await.ok()?.parse_json(kind::WELCOME, link::VERSION).unwrap();
+        let (stream, answer) = Self::greet(seat, &hello).await?;
+        if answer.kind == kind::FAREWELL {
+            return None;
+        }
+        let _welcome: Welcome = answer.parse_json(kind::WELCOME, link::VERSION).unwrap();
         Some(Self { stream, number: 0 })
+    }
+
+    async fn greet(seat: &Seat, hello: &link::Hello) -> Option<(TlsStream<TcpStream>, Frame)> {
+        let mut stream = seat.dial(tls::ALPN_AGENT).await.ok()?;
+        write_frame(&mut stream, &Frame::json(kind::HELLO, link::VERSION, hello).unwrap()).await.ok()?;
+        let answer = read_frame(&mut stream).await.ok()?;
+        Some((stream, answer))
+    }
+
+    /// What a host is told that was removed.
+    pub async fn farewell(seat: &Seat) -> Option<link::Farewell> {
+        let (_stream, answer) = Self::greet(seat, &seat.hello(Vec::new())).await?;
+        answer.parse_json(kind::FAREWELL, link::VERSION).ok()
     }
 
     pub async fn notice(&mut self, notice: &Notice) {
