@@ -3,9 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
+use clap::ValueEnum;
 use serde::Deserialize;
 use supercloud_api::Tenure;
-use supercloud_scheduler::{money::NanoUsd, price::CheapestWithHysteresis};
+use supercloud_scheduler::{market::Regime, money::NanoUsd, policy::SmartSpot, price::CheapestWithHysteresis};
 
 /// The whole file.
 #[derive(Debug, Clone, Deserialize)]
@@ -26,9 +27,80 @@ pub struct Config {
     /// What a move costs, in nano-dollars per GiB of the guest's memory (egress).
     #[serde(default = "egress")]
     pub move_nanousd_per_gib: u64,
-    /// The policy.
+    /// Which policy decides.
+    #[serde(default)]
+    pub policy_name: PolicyName,
+    /// The settings of `cheapest`.
     #[serde(default)]
     pub policy: CheapestWithHysteresis,
+    /// The settings of `smart-spot`.
+    #[serde(default)]
+    pub smart_spot: SmartSpot,
+    /// What `smart-spot` and `greedy` assume where the API does not say it.
+    #[serde(default)]
+    pub assume: Assumptions,
+}
+
+/// The policies that the daemon runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum PolicyName {
+    /// The cheapest market, with hysteresis.
+    #[default]
+    Cheapest,
+    /// Price and expected cost of interruptions; moves that pay for themselves.
+    SmartSpot,
+    /// Whatever is cheapest at this moment.
+    Greedy,
+}
+
+/// What is not to be read from the API.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Assumptions {
+    /// How the markets work.
+    pub regime: Regime,
+    /// The highest price that is paid, in thousandths of on-demand (auction regime).
+    pub bid_permille: u32,
+    /// How long before it takes a host a provider says so.
+    pub notice_ms: u64,
+    /// What a guest writes per second, in MiB.
+    pub dirty_mib_per_s: u64,
+    /// The share of its memory that a guest keeps writing, in thousandths.
+    pub working_set_permille: u32,
+    /// What a host's link carries, in Mbit/s.
+    pub link_mbit_per_s: u64,
+}
+
+impl Default for Assumptions {
+    fn default() -> Self {
+        Self {
+            regime: Regime::Capacity,
+            bid_permille: 10_000,
+            notice_ms: 120_000,
+            dirty_mib_per_s: 10,
+            working_set_permille: 250,
+            link_mbit_per_s: 1000,
+        }
+    }
+}
+
+impl Assumptions {
+    /// What is wrong, if anything: a sentence that names the field and its range.
+    fn check(&self) -> Result<(), String> {
+        for (field, value, least, most) in [
+            ("bid_permille", u64::from(self.bid_permille), 1, 100_000),
+            ("notice_ms", self.notice_ms, 0, 86_400_000),
+            ("dirty_mib_per_s", self.dirty_mib_per_s, 0, 1 << 20),
+            ("working_set_permille", u64::from(self.working_set_permille), 0, 1000),
+            ("link_mbit_per_s", self.link_mbit_per_s, 1, 1 << 20),
+        ] {
+            if !(least..=most).contains(&value) {
+                return Err(format!("{field} is {value}; it must be {least} to {most}"));
+            }
+        }
+        Ok(())
+    }
 }
 
 fn spot() -> Tenure {
@@ -52,6 +124,12 @@ impl Config {
         if let Err(what) = config.policy.check() {
             bail!("in {}: [policy] {what}", path.display());
         }
+        if let Err(what) = config.smart_spot.check() {
+            bail!("in {}: [smart_spot] {what}", path.display());
+        }
+        if let Err(what) = config.assume.check() {
+            bail!("in {}: [assume] {what}", path.display());
+        }
         if !(100..=3_600_000).contains(&config.poll_ms) {
             bail!("in {}: poll_ms is {}; it must be 100 to 3600000", path.display(), config.poll_ms);
         }
@@ -62,5 +140,39 @@ impl Config {
     pub fn move_cost(&self, memory_bytes: u64) -> NanoUsd {
         let cost = u128::from(self.move_nanousd_per_gib) * u128::from(memory_bytes) / (1 << 30);
         NanoUsd(u64::try_from(cost).unwrap_or(u64::MAX))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<Config, String> {
+        let config: Config = toml::from_str(text).map_err(|error| error.to_string())?;
+        config.policy.check()?;
+        config.smart_spot.check()?;
+        config.assume.check()?;
+        Ok(config)
+    }
+
+    #[test]
+    fn the_example_is_read_and_says_the_defaults() {
+        let example = read(include_str!("../../../deploy/examples/spotd.toml")).unwrap();
+        assert_eq!((example.policy_name, example.assume), (PolicyName::Cheapest, Assumptions::default()));
+        assert_eq!((example.policy, example.smart_spot), Default::default());
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let least = "url = 'https://c'\ntoken_file = 't'\n";
+        for (text, expected) in [
+            ("policy_name = 'clever'", "clever"),
+            ("[assume]\nlink_mbit_per_s = 0", "link_mbit_per_s is 0; it must be 1 to"),
+            ("[assume]\nnotice = 3", "notice"),
+            ("[smart_spot]\nhorizon_ms = 0", "horizon_ms is 0"),
+        ] {
+            let said = read(&format!("{least}{text}")).unwrap_err();
+            assert!(said.contains(expected), "{said}");
+        }
     }
 }

@@ -11,7 +11,10 @@ use supercloud_scheduler::{
     price::{Decision, Position, Quote},
 };
 
-use crate::config::Config;
+use crate::{
+    config::{Config, PolicyName},
+    view::World,
+};
 
 /// What every reason of this policy starts with.
 const REASON: &str = "price policy";
@@ -53,6 +56,7 @@ pub fn decide(
 ) -> Vec<Verdict> {
     let of_tenure: Vec<&Market> = markets.iter().filter(|market| market.tenure == config.tenure).collect();
     let now_ms = markets.iter().map(|market| market.feed_now_ms).max().unwrap_or(0);
+    let world = World::new(config, &of_tenure, guests, now_ms);
     guests
         .iter()
         .filter(|guest| guest.follow_prices && guest.state == GuestState::Running)
@@ -66,6 +70,21 @@ pub fn decide(
             let Some(here) = of_tenure.iter().find(|market| market.cloud_name == *cloud) else {
                 return stay(format!("cloud {cloud} has no {:?} market", config.tenure));
             };
+            let wanted = |market: &Market, why: String| {
+                Verdict::Move(Wanted {
+                    guest: guest.id,
+                    name: guest.name.to_string(),
+                    to: market.cloud_name.to_string(),
+                    reason: format!("{REASON}: {why} at feed_ms={now_ms}"),
+                })
+            };
+            if config.policy_name != PolicyName::Cheapest {
+                let is_open = |market: &Market| is_open(market, guest, hosts);
+                return match world.decide(guest, here, last_move(guest.id, operations), is_open) {
+                    (Some(market), why) => wanted(market, format!("{} to {}: {why}", here.name, market.name)),
+                    (None, why) => stay(why),
+                };
+            }
             let position = Position {
                 market: here.name.clone(),
                 last_move_ms: last_move(guest.id, operations),
@@ -77,15 +96,7 @@ pub fn decide(
                     let Some(market) = of_tenure.iter().find(|market| market.name == to) else {
                         return stay("the market is gone".into());
                     };
-                    Verdict::Move(Wanted {
-                        guest: guest.id,
-                        name: guest.name.to_string(),
-                        to: market.cloud_name.to_string(),
-                        reason: format!(
-                            "{REASON}: {} is {saving_per_hour}/h cheaper than {} at feed_ms={now_ms}",
-                            market.name, here.name
-                        ),
-                    })
+                    wanted(market, format!("{} is {saving_per_hour}/h cheaper than {}", market.name, here.name))
                 }
             }
         })
@@ -99,9 +110,13 @@ fn quotes(markets: &[&Market], guest: &Guest, hosts: &[Host]) -> Vec<Quote> {
             market: market.name.clone(),
             price: NanoUsd(market.price_nanousd_per_hour),
             since_ms: market.feed_time_ms,
-            is_open: hosts.iter().any(|host| host.cloud == market.cloud && has_room(host, guest)),
+            is_open: is_open(market, guest, hosts),
         })
         .collect()
+}
+
+fn is_open(market: &Market, guest: &Guest, hosts: &[Host]) -> bool {
+    hosts.iter().any(|host| host.cloud == market.cloud && has_room(host, guest))
 }
 
 fn has_room(host: &Host, guest: &Guest) -> bool {
@@ -210,6 +225,61 @@ mod tests {
         assert!(stays("price policy: x at feed_ms=7000000"), "within the cool-down");
         assert!(!stays("price policy: x at feed_ms=1000"), "long ago");
         assert!(!stays("by hand feed_ms=7000000"), "not a move of this policy");
+    }
+
+    #[test]
+    fn every_policy_goes_to_the_cheaper_cloud_and_remembers_its_moves() {
+        let world = world([90_000_000, 30_000_000]);
+        for name in [PolicyName::SmartSpot, PolicyName::Greedy] {
+            let config = Config { policy_name: name, ..config() };
+            let decide = |operations: &[Operation]| {
+                decide(&config, &world.markets, std::slice::from_ref(&world.guest), &world.hosts, operations).remove(0)
+            };
+            let Verdict::Move(wanted) = decide(&[]) else { panic!("{name:?} stays") };
+            assert_eq!(wanted.to, world.clouds[1].1);
+            assert!(
+                wanted.reason.starts_with(REASON) && wanted.reason.ends_with("feed_ms=7200000"),
+                "{}",
+                wanted.reason
+            );
+            let again = decide(&[past_move(world.guest.id, "price policy: x at feed_ms=7000000")]);
+            assert_eq!(matches!(again, Verdict::Stay { .. }), name == PolicyName::SmartSpot, "{again:?}");
+        }
+    }
+
+    #[test]
+    fn smart_spot_stays_where_a_move_does_not_pay_or_no_host_has_room() {
+        let smart = Config { policy_name: PolicyName::SmartSpot, ..config() };
+        let mut world = world([90_000_000, 89_000_000]);
+        let verdict = |world: &World, config: &Config| {
+            decide(config, &world.markets, std::slice::from_ref(&world.guest), &world.hosts, &[]).remove(0)
+        };
+        let Verdict::Stay { why, .. } = verdict(&world, &smart) else { panic!("it moves") };
+        assert_eq!(why, "no market is cheaper by enough");
+        world.markets[1].price_nanousd_per_hour = 30_000_000;
+        assert!(matches!(verdict(&world, &smart), Verdict::Move(_)));
+        // Bytes so dear that a day of savings does not pay for them.
+        let dear = Config { move_nanousd_per_gib: 1 << 40, ..smart.clone() };
+        assert!(matches!(verdict(&world, &dear), Verdict::Stay { .. }));
+        world.hosts[1].used = world.hosts[1].capacity;
+        assert!(matches!(verdict(&world, &smart), Verdict::Stay { .. }));
+    }
+
+    #[test]
+    fn a_price_near_the_bid_is_left_in_an_auction() {
+        let text = "url = 'https://c'\ntoken_file = 't'\npolicy_name = 'smart-spot'\n[assume]\nregime = 'auction'\n\
+                    bid_permille = 1000";
+        let config: Config = toml::from_str(text).unwrap();
+        let mut world = world([99_000_000, 80_000_000]);
+        world.markets[0].on_demand_nanousd_per_hour = Some(100_000_000);
+        world.markets[1].on_demand_nanousd_per_hour = Some(100_000_000);
+        let verdict = |world: &World| {
+            decide(&config, &world.markets, std::slice::from_ref(&world.guest), &world.hosts, &[]).remove(0)
+        };
+        let Verdict::Move(wanted) = verdict(&world) else { panic!("it stays") };
+        assert!(wanted.reason.contains("the price nears the bid"), "{}", wanted.reason);
+        world.markets[1].price_nanousd_per_hour = 98_000_000;
+        assert!(matches!(verdict(&world), Verdict::Stay { .. }), "no better there");
     }
 
     #[test]

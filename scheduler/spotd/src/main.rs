@@ -4,6 +4,7 @@
 
 mod config;
 mod follow;
+mod view;
 
 use std::{collections::HashMap, path::PathBuf, time::Duration};
 
@@ -15,9 +16,12 @@ use supercloud_api::{
 };
 use tracing::{info, warn};
 
-use crate::{config::Config, follow::Verdict};
+use crate::{
+    config::{Config, PolicyName},
+    follow::Verdict,
+};
 
-/// Follows spot prices: moves guests that may follow prices into the cheapest market, with hysteresis.
+/// Follows spot prices: moves guests that may follow prices to where a policy wants them.
 #[derive(Debug, Parser)]
 #[command(
     version,
@@ -27,6 +31,9 @@ struct Arguments {
     /// The settings (TOML).
     #[arg(long, env = "SUPERCLOUD_SPOTD_CONFIG")]
     config: PathBuf,
+    /// Which policy decides, instead of the settings' `policy_name` (`cheapest` without it).
+    #[arg(long, value_enum)]
+    policy: Option<PolicyName>,
     /// Look once and leave.
     #[arg(long)]
     once: bool,
@@ -42,9 +49,15 @@ async fn main() -> anyhow::Result<()> {
         .with_env_filter(tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()))
         .with_writer(std::io::stderr)
         .init();
-    let config = Config::read(&arguments.config)?;
+    let mut config = Config::read(&arguments.config)?;
+    config.policy_name = arguments.policy.unwrap_or(config.policy_name);
     let client = client(&config)?;
-    info!(url = config.url, tenure = follow::tenure_name(config.tenure), "following prices");
+    info!(
+        url = config.url,
+        tenure = follow::tenure_name(config.tenure),
+        policy = ?config.policy_name,
+        "following prices"
+    );
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     let mut said = HashMap::new();
     loop {
