@@ -1,4 +1,4 @@
-//! Failures with real guests: something dies, or is cut, at a moment of a move; exactly one copy of the guest goes on, with
+//! Failures with real guests: something dies, or is cut, at a moment of a move, a freeze, a thaw, a start or a stop; exactly one copy of the guest goes on, with
 //! its connections and its writes, the operation ends truly, nothing is left behind, and a second attempt succeeds.
 //!
 //! One lab serves all cases, because it takes as long to make as some of them. Needs root and the packages of ./deploy/setup;
@@ -6,22 +6,25 @@
 //!
 //! | environment | |
 //! |---|---|
-//! | `SUPERCLOUD_CASES=copy/wan,…` | these cases instead of the chosen ones ([`support::case`] has the names; `none` is none) |
+//! | `SUPERCLOUD_CASES=copy/wan,…` | these cases instead of the chosen ones ([`support::case`] and [`support::life`] have the names; `none` is none) |
 //! | `SUPERCLOUD_SOAK=1` | every failure at every moment, then `SUPERCLOUD_SOAK_ROUNDS` (100) at random times |
 //! | `SEED=…` | repeats the random ones; every run prints its seed |
 //! | `SUPERCLOUD_LAB_KEEP=1` | leaves the lab up at the end |
 
 mod support;
 
+use std::fmt;
+use std::str::FromStr;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result};
 
 use support::case::{Case, Dice};
 use support::ground::{Ground, SEATS, is_possible};
+use support::life::LifeCase;
 
 /// The cases of the ordinary pass: each victim once, each moment at least once.
-const CHOSEN: [&str; 9] = [
+const CHOSEN: [&str; 13] = [
     "prepare/destination-agent",
     "copy/wan",
     "copy/destination-qemu",
@@ -31,15 +34,43 @@ const CHOSEN: [&str; 9] = [
     "after-switch/destination-agent",
     "after-switch/source-volume",
     "finish/destination-volume",
+    "freeze-store/controller",
+    "thaw/destination-agent",
+    "start/destination-agent",
+    "stop/source-agent",
 ];
 
-fn asked_for() -> Result<Vec<Case>> {
-    let parse = |text: &str| text.parse::<Case>().map_err(anyhow::Error::msg);
+/// A failure of a move, or of what is none.
+#[derive(Debug, Clone, Copy)]
+enum Asked {
+    Move(Case),
+    Life(LifeCase),
+}
+
+impl FromStr for Asked {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let life = text.parse().map(Self::Life);
+        life.or_else(|_| text.parse().map(Self::Move)).map_err(anyhow::Error::msg)
+    }
+}
+
+impl fmt::Display for Asked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Move(case) => case.fmt(f),
+            Self::Life(case) => case.fmt(f),
+        }
+    }
+}
+
+fn asked_for() -> Result<Vec<Asked>> {
     match std::env::var("SUPERCLOUD_CASES") {
         Ok(none) if none == "none" => Ok(Vec::new()),
-        Ok(list) => list.split(',').map(parse).collect(),
-        Err(_) if is_soak() => Ok(Case::all().collect()),
-        Err(_) => CHOSEN.into_iter().map(parse).collect(),
+        Ok(list) => list.split(',').map(str::parse).collect(),
+        Err(_) if is_soak() => Ok(Case::all().map(Asked::Move).chain(LifeCase::all().map(Asked::Life)).collect()),
+        Err(_) => CHOSEN.into_iter().map(str::parse).collect(),
     }
 }
 
@@ -51,10 +82,17 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
 }
 
-async fn one(ground: &mut Ground, case: Case) -> Result<()> {
+async fn one(ground: &mut Ground, case: Asked) -> Result<()> {
     let began = Instant::now();
-    let told = ground.run_case(case).await?;
-    ground.try_again().await?;
+    let told = match case {
+        Asked::Move(case) => {
+            let told = ground.run_case(case).await?;
+            ground.try_again().await?;
+            told
+        }
+        // Has its second attempt within.
+        Asked::Life(case) => ground.run_life_case(case).await?,
+    };
     let acked = ground.check_all().await?;
     ground.say(&format!(
         "{case}: struck in {:?}, ended {:?} after {} ms; {} writes on the disk, {} s in all",
@@ -94,7 +132,7 @@ async fn pass(ground: &mut Ground) -> Result<()> {
         ground.say(&format!("random failures; SEED={seed} repeats them"));
         let mut dice = Dice(seed);
         for round in 0..number("SUPERCLOUD_SOAK_ROUNDS").unwrap_or(100) {
-            let case = dice.case(usual_ms);
+            let case = Asked::Move(dice.case(usual_ms));
             one(ground, case).await.with_context(|| format!("round {round} of SEED={seed}: {case}"))?;
         }
     }

@@ -2,7 +2,7 @@
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
-use supercloud_api::GuestState;
+use supercloud_api::{GuestState, ids::GuestId};
 use supercloud_lab::demo::verdict::Testimony;
 
 use super::case::Seat;
@@ -17,10 +17,10 @@ impl Ground {
         Ok(Seat { host: host.to_string(), epoch: guest.epoch.0 })
     }
 
-    /// The hypervisor processes of the server on all hosts, with what QEMU itself says of its vCPUs.
-    fn copies(&self) -> Vec<(String, String)> {
+    /// The hypervisor processes of a guest on all hosts, with what QEMU itself says of its vCPUs.
+    fn copies(&self, guest: GuestId) -> Vec<(String, String)> {
         let mut copies = Vec::new();
-        let id = self.server.to_string();
+        let id = guest.to_string();
         for host in &self.lab().spec().hosts {
             for process in self.fleet.hypervisors(&host.name) {
                 if process.command_line().contains(&id) {
@@ -39,12 +39,12 @@ impl Ground {
         copies
     }
 
-    /// Exactly one copy of the server is there, its vCPUs run, and it is where the API says.
-    async fn check_one_copy(&self, seat: &Seat) -> Result<()> {
-        let wanted = vec![(seat.host.clone(), "running".to_owned())];
+    /// Exactly these copies of a guest are there: host, and what their vCPUs do.
+    pub async fn check_copies(&self, guest: GuestId, wanted: &[(&str, &str)]) -> Result<()> {
+        let wanted: Vec<_> = wanted.iter().map(|(host, state)| ((*host).to_owned(), (*state).to_owned())).collect();
         let mut last = Vec::new();
         let found = until(SETTLE_BUDGET, async || {
-            last = now(|| self.copies());
+            last = now(|| self.copies(guest));
             (last == wanted).then_some(())
         });
         found.await.with_context(|| format!("copies of the guest: {last:?}, wanted: {wanted:?}"))
@@ -163,7 +163,7 @@ impl Ground {
     /// Everything that must be true of the server while nothing goes on.
     pub async fn check_all(&self) -> Result<u64> {
         let seat = self.seat().await?;
-        self.check_one_copy(&seat).await?;
+        self.check_copies(self.server, &[(&seat.host, "running")]).await?;
         self.check_records().await?;
         self.check_stream().await?;
         self.check_stints()?;

@@ -54,7 +54,7 @@ impl Ground {
     }
 
     /// Waits until the operation fulfils something; the operation as it was then.
-    async fn operation_until(&self, id: OperationId, done: impl Fn(&Operation) -> bool) -> Result<Operation> {
+    pub async fn operation_until(&self, id: OperationId, done: impl Fn(&Operation) -> bool) -> Result<Operation> {
         let end = Instant::now() + MOVE_BUDGET;
         let mut last = None;
         while Instant::now() < end {
@@ -123,7 +123,7 @@ impl Ground {
     }
 
     /// Kills what is to die; an error when nothing was there to be killed.
-    async fn strike(&self, victim: Victim, source: &str, destination: &str) -> Result<()> {
+    pub async fn strike(&self, victim: Victim, source: &str, destination: &str) -> Result<()> {
         let (host, which) = match victim {
             Victim::SourceAgent => (source, Which::Agent),
             Victim::DestinationAgent => (destination, Which::Agent),
@@ -145,7 +145,7 @@ impl Ground {
     }
 
     /// Starts again what a supervisor starts again, and heals what was cut.
-    async fn mend(&self, victim: Victim, source: &str, destination: &str, is_held: bool) -> Result<()> {
+    pub async fn mend(&self, victim: Victim, source: &str, destination: &str, is_held: bool) -> Result<()> {
         tokio::time::sleep(if victim == Victim::Wan { CUT } else { AWAY }).await;
         let lab = self.lab();
         now(|| match victim {
