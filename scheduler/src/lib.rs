@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod calendar;
+pub mod cluster;
 pub mod evacuable;
 pub mod market;
 pub mod money;

@@ -3,6 +3,8 @@
 
 use serde::Serialize;
 
+use crate::cluster::Domain;
+
 /// A host as placement sees it. `H` is the caller's id.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Candidate<H> {
@@ -80,6 +82,39 @@ pub enum Refusal {
         /// Needed, in MiB.
         need_mib: u64,
     },
+    /// Its domain is not among those allowed.
+    #[error("stands in a {0} that is not allowed")]
+    NotAllowed(Domain),
+    /// Its domain is ruled out.
+    #[error("stands in a {0} that is ruled out")]
+    Denied(Domain),
+    /// It is kept for another project.
+    #[error("is kept for another project")]
+    Project,
+    /// Too far from the clients; `ms` is unknown when nobody measured it.
+    #[error("is {} from the place, {most_ms} ms are allowed", ms.map_or_else(|| "an unknown time".to_owned(), |ms| format!("{ms} ms")))]
+    Latency {
+        /// The round trip.
+        ms: Option<u32>,
+        /// The longest that is allowed.
+        most_ms: u32,
+    },
+    /// Enough members of a group that keeps apart are there.
+    #[error("stands in a {domain} in which {here} of the group's {most} are already")]
+    Crowded {
+        /// Which kind of domain.
+        domain: Domain,
+        /// Members there.
+        here: u32,
+        /// The most.
+        most: u32,
+    },
+    /// The group that stays together is elsewhere.
+    #[error("stands in another {0} than the rest of the group")]
+    Elsewhere(Domain),
+    /// The project's quota would be passed, wherever it goes.
+    #[error("the project's quota is used up")]
+    Quota,
     /// Too little disk.
     #[error("has {free_mib} MiB of disk free, {need_mib} are needed")]
     Disk {
