@@ -32,6 +32,8 @@ use crate::{
 
 /// The protocol's timer.
 const TICK: Duration = Duration::from_secs(1);
+/// How often a host that only has blocks of a guest asks who owns it: there may be thousands of them.
+const ASK_EVERY: Duration = Duration::from_secs(15);
 /// How often the hypervisor is asked whether the guest is still there.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
 /// How long a guest of which nothing is here is remembered.
@@ -127,6 +129,7 @@ pub(super) struct Actor {
     /// A disk did not answer, and the guest stands still.
     pub is_stalled: bool,
     looked_at: Instant,
+    asked_at: Instant,
     idle_since: Instant,
     view: watch::Sender<GuestView>,
 }
@@ -172,6 +175,7 @@ impl Actor {
             arrived: None,
             is_stalled: false,
             looked_at: Instant::now(),
+            asked_at: Instant::now(),
             idle_since: Instant::now(),
             view,
         }
@@ -311,7 +315,14 @@ impl Actor {
         if !self.record.handover.is_idle() || !self.is_forgettable() {
             self.idle_since = Instant::now();
         }
-        self.process(self.ticks()).await;
+        let is_serving = matches!(self.record.handover.source().state(), SourceState::Serving { .. });
+        if is_serving && self.asked_at.elapsed() < ASK_EVERY {
+            // Nothing but the question who owns the guest now; the controller tells by itself when that changes.
+            self.process([LocalEvent::Destination(DestinationEvent::Tick)]).await;
+        } else {
+            self.asked_at = Instant::now();
+            self.process(self.ticks()).await;
+        }
         self.bring_base();
         if self.looked_at.elapsed() > LOOK_EVERY {
             self.looked_at = Instant::now();

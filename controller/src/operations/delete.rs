@@ -7,11 +7,13 @@ use supercloud_api::{
     handover::Owner,
     ids::{GuestId, HostId, OperationId},
     link::Directive,
+    unix_ms,
 };
 
 use super::{Engine, EngineError, effects};
 use crate::state::{
-    Change, Context, EventDraft, GuestRecord, GuestSeed, HostRecord, OperationRecord, Stored, keys, retry_conflicts,
+    Change, Context, DeletedGuest, EventDraft, GuestRecord, GuestSeed, HostRecord, OperationRecord, Stored, keys,
+    retry_conflicts,
 };
 
 /// Records of freezes that are removed in one transaction.
@@ -163,6 +165,7 @@ impl Engine {
             change.delete(&seed);
         }
         change.delete_named(guest);
+        change.create(&DeletedGuest { guest: guest.guest.id, deleted_at_ms: unix_ms() });
         change.event(
             EventDraft::new("guest.deleted")
                 .project(guest.guest.project)

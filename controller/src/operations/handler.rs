@@ -361,29 +361,8 @@ impl Engine {
         Ok(Answer::GuestToken { secret, api_url: self.reach.api_url.clone(), ca_pem: self.authority.pem().to_owned() })
     }
 
-    /// What follows when an operator has removed a host (the proof that it is gone is the operator's). Idempotent.
-    ///
-    /// # Errors
-    /// When the state does not answer; what was done for some guests stays done.
-    pub(super) async fn host_lost(&self, host: HostId) -> Result<(), EngineError> {
-        self.sessions.drop_host(host);
-        let guests = self.state.list::<GuestRecord>().await?;
-        for guest in guests {
-            let concerns = guest.owner.is_owned_by(host, guest.owner.epoch)
-                || guest.owner.holders.iter().any(|holder| holder.host == host)
-                || guest
-                    .owner
-                    .operation
-                    .as_ref()
-                    .is_some_and(|op| op.source() == Some(host) || op.kind.destination() == Some(host));
-            if concerns {
-                self.note_lost(guest.guest.id, host).await?;
-            }
-        }
-        Ok(())
-    }
-
-    async fn note_lost(&self, guest: GuestId, host: HostId) -> Result<(), EngineError> {
+    /// What follows for a guest when an operator has removed a host (the proof that it is gone is the operator's). Idempotent.
+    pub(super) async fn note_lost(&self, guest: GuestId, host: HostId) -> Result<(), EngineError> {
         self.decide(guest, |record| {
             let loss = handover::note_host_lost(record, host);
             loss.record.map(|record| (record, loss.alarms))

@@ -28,6 +28,7 @@ use std::{
 
 use supercloud_api::{
     CompatClass,
+    handover::{Owner, OwnerRecord},
     ids::{Epoch, GuestId, HostId, OperationId},
 };
 use supercloud_storage::backend::DirStore;
@@ -127,7 +128,22 @@ pub struct Engine {
     queued: Mutex<HashSet<OperationId>>,
     /// Guests whose cloud is known to have all that their volumes stand on, at which epoch: only to save looking again.
     settled_bases: Mutex<HashMap<GuestId, Epoch>>,
+    /// Guests of which hosts have told and this store knows nothing; people were told.
+    unknown_guests: Mutex<HashSet<(HostId, GuestId)>>,
     pub(crate) pace: Pace,
+}
+
+/// The hosts that have to do with a guest.
+fn hosts_of(owner: &OwnerRecord) -> Vec<HostId> {
+    let mut hosts: Vec<HostId> = owner.holders.iter().map(|holder| holder.host).collect();
+    if let Owner::Host(host) = owner.owner {
+        hosts.push(host);
+    }
+    if let Some(operation) = &owner.operation {
+        hosts.extend(operation.source());
+        hosts.extend(operation.kind.destination());
+    }
+    hosts
 }
 
 /// What the engine is made of.
@@ -184,6 +200,7 @@ impl Engine {
             imports,
             queued,
             settled_bases: Mutex::default(),
+            unknown_guests: Mutex::default(),
             pace,
         };
         (Arc::new(engine), queue)
@@ -266,16 +283,24 @@ impl Engine {
                 warn!(operation = %id, "cannot go on now: {}", chain(&error));
             }
         }
+        let mut removed = self.state.list::<HostRecord>().await?;
+        removed.retain(|host| host.is_removed);
+        let removed: HashSet<HostId> = removed.iter().map(|host| host.host.id).collect();
+        for host in &removed {
+            self.sessions.drop_host(*host);
+        }
         for guest in self.state.list::<GuestRecord>().await? {
             if guest.owner.operation.is_some() || !guest.owner.holders.is_empty() {
                 self.send_orders(&guest.value, None).await;
             }
-        }
-        for host in self.state.list::<HostRecord>().await? {
-            if host.is_removed
-                && let Err(error) = self.host_lost(host.host.id).await
-            {
-                warn!(host = %host.host.id, "not everything that follows from its removal is done: {}", chain(&error));
+            if removed.is_empty() {
+                continue;
+            }
+            let lost = hosts_of(&guest.owner).into_iter().filter(|host| removed.contains(host));
+            for host in lost.collect::<HashSet<_>>() {
+                if let Err(error) = self.note_lost(guest.guest.id, host).await {
+                    warn!(%host, "not everything that follows from its removal is done: {}", chain(&error));
+                }
             }
         }
         Ok(())

@@ -1,13 +1,13 @@
 //! Beginning operations and taking agents' reports: read, decide by the protocol, write in one transaction, then speak.
 
-use std::time::Duration;
+use std::{sync::PoisonError, time::Duration};
 
 use supercloud_api::{
     Code, Freeze, Host, OperationKind, Phase, Port, Problem, Volume,
     handover::{
         self, AbortReason, Accepted, Alarm, BeginRequest, GroupNeed, Order, OwnerRecord, Report, VolumeStamp, WhenOpen,
     },
-    ids::{GuestId, HostId, OperationId},
+    ids::{GuestId, HostId, OperationId, RequestId},
     link::{Directive, ReportDetails},
     unix_ms,
 };
@@ -19,7 +19,7 @@ use super::{
     effects::{self, Attached, Told},
 };
 use crate::state::{
-    Change, Context, EventDraft, GuestRecord, HostRecord, OperationRecord, Stored, Work, retry_conflicts,
+    Change, Context, DeletedGuest, EventDraft, GuestRecord, HostRecord, OperationRecord, Stored, Work, retry_conflicts,
 };
 
 /// Everything of a guest as it was read.
@@ -381,7 +381,7 @@ impl Engine {
                     self.drop_freezes(std::slice::from_ref(freeze)).await?;
                 }
             }
-            None => self.unknown_guest(host, guest, report),
+            None => self.unknown_guest(host, guest, report).await?,
         }
         Ok(())
     }
@@ -406,13 +406,30 @@ impl Engine {
         Ok(())
     }
 
-    /// A host tells of a guest that is not (any more): whatever it holds has no owner.
-    fn unknown_guest(&self, host: HostId, guest: GuestId, report: &Report) {
+    /// A host tells of a guest that is not (any more). Of a deleted one whatever it holds has no owner. One that was never
+    /// heard of may be a guest younger than the backup from which this store came: people must look.
+    async fn unknown_guest(&self, host: HostId, guest: GuestId, report: &Report) -> Result<(), EngineError> {
         debug!(%host, %guest, ?report, "a report about a guest that is not known");
-        self.sessions.send(host, Directive::Discard { guest });
+        if self.state.read::<DeletedGuest>(&guest).await?.is_some() {
+            self.sessions.send(host, Directive::Discard { guest });
+            return Ok(());
+        }
+        let is_news = {
+            let mut unknown = self.unknown_guests.lock().unwrap_or_else(PoisonError::into_inner);
+            unknown.len() < UNKNOWN_AT_MOST && unknown.insert((host, guest))
+        };
+        if is_news {
+            warn!(%host, %guest, "a host has a guest that this store does not know; nothing is done with it");
+            let mut change = Change::new();
+            change.event(EventDraft::new("guest.unknown").guest(guest).host(host));
+            self.state.commit(&Context::actor(format!("host:{host}"), RequestId::generate()), change).await?;
+        }
+        Ok(())
     }
 }
 
+/// Unknown guests that are remembered as told of; a host that invents more is not worth more events.
+const UNKNOWN_AT_MOST: usize = 10_000;
 /// The longest text that an agent may put into a record, in characters.
 const TEXT_AT_MOST: usize = 1000;
 

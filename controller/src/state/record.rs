@@ -47,6 +47,7 @@ records! {
     Port, PortId, "ports", |r| r.id;
     GuestRecord, GuestId, "guests", |r| r.guest.id;
     GuestSeed, GuestId, "guest-seeds", |r| r.guest;
+    DeletedGuest, GuestId, "deleted-guests", |r| r.guest;
     Freeze, FreezeId, "freezes", |r| r.id;
     OperationRecord, OperationId, "operations", |r| r.operation.id;
     JoinRecord, String, "join", |r| r.secret_sha256.clone();
@@ -99,6 +100,16 @@ pub struct TokenRecord {
     pub token: Token,
     /// SHA-256 of the secret, hexadecimal.
     pub secret_sha256: String,
+}
+
+/// That a guest was deleted: a host on which something of it is left may destroy that. Of a guest that is merely not known
+/// (the store may be an older one, brought back) nothing is ever destroyed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeletedGuest {
+    /// The guest; ids are never used again.
+    pub guest: GuestId,
+    /// When, in milliseconds since 1970.
+    pub deleted_at_ms: u64,
 }
 
 /// A guest with its ownership.

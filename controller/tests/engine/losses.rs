@@ -3,12 +3,13 @@
 use supercloud_api::{
     Code, Freeze, FrozenVolume, GuestState, Phase, Volume,
     handover::{Owner, Report},
-    ids::{CloudId, FreezeId},
+    ids::{CloudId, Epoch, FreezeId, GuestId},
+    link::{Directive, Query},
 };
 use supercloud_controller::state::{Change, Context};
 
 use crate::support::{
-    agent::{Stage, lock},
+    agent::{Stage, lock, query},
     liar::Liar,
     seed,
     world::World,
@@ -186,4 +187,27 @@ async fn the_source_of_a_move_is_removed_and_what_the_destination_holds_decides(
             }
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_host_has_of_a_guest_is_destroyed_only_when_the_guest_was_deleted() {
+    let mut world = World::new(seed("unknown", 40), 2).await;
+    let deleted = world.guest().await;
+    world.done(world.start(deleted, 1).await).await;
+    world.done(world.stop(deleted).await).await;
+    world.settled().await;
+    world.done(world.delete(deleted).await).await;
+    world.kill_agent(0).await;
+    let mut host = Liar::dial(&world.hosts[0].seat).await.unwrap();
+    // As of a guest that is younger than the backup from which the store came.
+    let younger = GuestId::generate();
+    for guest in [younger, deleted] {
+        host.report(guest, Report::AskOwner(query(None, Epoch(1)))).await;
+        assert!(host.ask(Query::ChunkSources { guest }).await.is_err());
+    }
+    let discarded = |guest| {
+        let is_it = |directive: &&Directive| matches!(directive, Directive::Discard { guest: at } if *at == guest);
+        host.heard.iter().filter(is_it).count()
+    };
+    assert_eq!((discarded(younger), discarded(deleted)), (0, 1));
 }

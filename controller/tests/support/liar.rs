@@ -15,6 +15,8 @@ use super::agent::Seat;
 pub struct Liar {
     pub stream: TlsStream<TcpStream>,
     number: u64,
+    /// Directives that came before answers.
+    pub heard: Vec<link::Directive>,
 }
 
 impl Liar {
@@ -29,7 +31,7 @@ impl Liar {
             return None;
         }
         let _welcome: Welcome = answer.parse_json(kind::WELCOME, link::VERSION).unwrap();
-        Some(Self { stream, number: 0 })
+        Some(Self { stream, number: 0, heard: Vec::new() })
     }
 
     async fn greet(seat: &Seat, hello: &link::Hello) -> Option<(TlsStream<TcpStream>, Frame)> {
@@ -65,6 +67,7 @@ impl Liar {
                 assert_eq!(answer.number, self.number);
                 return answer.body.into();
             }
+            self.heard.push(frame.parse_json(kind::DIRECTIVE, link::VERSION).unwrap());
         }
     }
 
