@@ -18,6 +18,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    accounts::AccountError,
     config::Config,
     durable::{self, DurableError},
     farewell,
@@ -51,6 +52,9 @@ pub enum AgentError {
     /// The identity.
     #[error("the identity is not usable")]
     Identity(#[from] IdentityError),
+    /// A user that this host's processes need.
+    #[error("a user is missing")]
+    Account(#[from] AccountError),
     /// A folder.
     #[error("the agent's folders cannot be made")]
     Folders(#[from] DurableError),
@@ -113,12 +117,15 @@ pub async fn run(parts: Parts, cancel: CancellationToken) -> Result<(), AgentErr
     let listener = TcpListener::bind(config.data_listen)
         .await
         .map_err(|source| AgentError::Listen { address: config.data_listen, source })?;
+    let asked = config.clone();
+    let qemu = tokio::task::spawn_blocking(move || asked.qemu_account()).await??;
     let (store, room) = open_folders(&config).await?;
     let Some(classes) = classes(&*backend, &config, &cancel).await else { return Ok(()) };
     let plane = DataPlane { host: host_id, address: config.data_address, material: material_rx, ticket_key };
     let host = Arc::new(Host {
         id: host_id,
         runner: VolumeRunner { program: config.volume_program() },
+        qemu,
         backend,
         classes,
         switch,
@@ -167,9 +174,10 @@ pub async fn run(parts: Parts, cancel: CancellationToken) -> Result<(), AgentErr
 async fn open_folders(config: &Config) -> Result<(DirStore, supercloud_api::Room), AgentError> {
     let config = config.clone();
     tokio::task::spawn_blocking(move || {
-        for folder in [&config.data_dir, &config.run_dir, &config.guests_dir(), &config.store_dir] {
-            durable::make_folder(folder)?;
+        for folder in [&config.data_dir, &config.run_dir, &config.guests_dir()] {
+            durable::make_passage(folder)?;
         }
+        durable::make_folder(&config.store_dir)?;
         Ok((DirStore::open(&config.store_dir)?, config.room()))
     })
     .await?

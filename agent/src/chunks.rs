@@ -33,6 +33,7 @@ use tokio::{net::UnixListener, task::JoinSet};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
+    accounts::Account,
     link::LinkHandle,
     plane::{DataPlane, DataStream},
     socket,
@@ -318,7 +319,7 @@ impl ObjectStore for Far {
 /// # Errors
 /// When the socket cannot be made.
 pub fn offer(sources: Arc<ChunkSources>, path: &Path) -> io::Result<AbortOnDropHandle<()>> {
-    let listener = socket::listen(path)?;
+    let listener = socket::listen(path, Account::ROOT)?;
     Ok(AbortOnDropHandle::new(tokio::spawn(accept(listener, sources))))
 }
 
@@ -337,7 +338,7 @@ async fn accept(listener: UnixListener, sources: Arc<ChunkSources>) {
             }
         };
         while connections.try_join_next().is_some() {}
-        if !socket::is_peer_allowed(&stream, &[]) || connections.len() >= CONNECTIONS {
+        if !socket::is_peer_allowed(&stream, Account::ROOT) || connections.len() >= CONNECTIONS {
             continue;
         }
         let (far, projects) = (far.clone(), projects.clone());

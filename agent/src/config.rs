@@ -25,6 +25,8 @@ use supercloud_sdn::{
 
 use supercloud_ids::HostId;
 
+use crate::accounts::{Account, AccountError};
+
 /// The longest `run_dir`, in bytes: what the sockets' names below it need is left of a unix socket's 107.
 const MAX_RUN_DIR_BYTES: usize = 60;
 
@@ -101,6 +103,10 @@ pub struct Config {
     /// Where libvirtd writes its guests' pid files, to tell their processes.
     #[serde(default)]
     pub libvirt_pid_dir: Option<PathBuf>,
+    /// The user as which libvirtd runs QEMU (`user` in its qemu.conf): disks, kernels and streams are made reachable for it
+    /// alone.
+    #[serde(default = "qemu_user")]
+    pub qemu_user: String,
     /// The program that serves a volume; beside this one when absent.
     #[serde(default)]
     pub volume_program: Option<PathBuf>,
@@ -205,6 +211,10 @@ fn libvirt_uri() -> String {
     "qemu:///system".into()
 }
 
+fn qemu_user() -> String {
+    "libvirt-qemu".into()
+}
+
 fn ovs_run_dir() -> PathBuf {
     "/run/openvswitch".into()
 }
@@ -267,6 +277,15 @@ impl Config {
             }
         }
         Ok(())
+    }
+
+    /// The user as which QEMU runs. Blocking.
+    ///
+    /// # Errors
+    /// When this machine has none of that name.
+    pub fn qemu_account(&self) -> Result<Account, AccountError> {
+        let remedy = "install libvirt-daemon-system, or say the `user` of libvirt's qemu.conf";
+        Account::named("qemu_user", &self.qemu_user, remedy)
     }
 
     /// The switch driver's configuration; none without an overlay address.

@@ -9,6 +9,8 @@ use std::{
 
 use serde::{Serialize, de::DeserializeOwned};
 
+use crate::accounts::Account;
+
 /// The largest file that [`read_json`] takes, in bytes.
 const MAX_BYTES: u64 = 8 << 20;
 
@@ -50,6 +52,56 @@ pub fn make_folder(path: &Path) -> Result<(), DurableError> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed("make folder", path))
 }
 
+/// Makes a folder through which every user may pass, but which only its owner may list or change (mode 0711): what lies in
+/// it decides for itself who may touch it. Those above it are left as they are. Blocking.
+///
+/// # Errors
+/// When the system refuses.
+pub fn make_passage(path: &Path) -> Result<(), DurableError> {
+    make_folder(path)?;
+    set_mode(path, 0o711)
+}
+
+/// Makes a folder that belongs to another user and is closed to all but that one and root. Blocking.
+///
+/// # Errors
+/// When the system refuses.
+pub fn make_folder_of(path: &Path, owner: Account) -> Result<(), DurableError> {
+    make_folder(path)?;
+    give(path, owner)
+}
+
+/// Makes a user the owner of a file, folder or socket. Root needs no rights: then nothing changes. A link is not followed,
+/// but those in `path` are: the folders above must be ours. Blocking.
+///
+/// # Errors
+/// When the system refuses.
+pub fn give(path: &Path, owner: Account) -> Result<(), DurableError> {
+    if owner.is_root() {
+        return Ok(());
+    }
+    std::os::unix::fs::lchown(path, Some(owner.uid), Some(owner.gid)).map_err(failed("give away", path))
+}
+
+/// Lets the group of a user read a file (mode 0640) or pass through a folder (0710); the file stays ours, so that it cannot
+/// be changed through it. Blocking.
+///
+/// # Errors
+/// When the system refuses.
+pub fn lend(path: &Path, reader: Account) -> Result<(), DurableError> {
+    if reader.is_root() {
+        return Ok(());
+    }
+    std::os::unix::fs::lchown(path, None, Some(reader.gid)).map_err(failed("lend", path))?;
+    let is_folder = fs::symlink_metadata(path).map_err(failed("look at", path))?.is_dir();
+    set_mode(path, if is_folder { 0o710 } else { 0o640 })
+}
+
+fn set_mode(path: &Path, mode: u32) -> Result<(), DurableError> {
+    use std::os::unix::fs::PermissionsExt as _;
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(failed("set the rights of", path))
+}
+
 /// Writes a file of mode 0600, atomically and durably. Blocking.
 ///
 /// # Errors
@@ -67,6 +119,15 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<(), DurableError> {
     file.write_all(bytes).and_then(|()| file.sync_all()).map_err(failed("write", &temp))?;
     fs::rename(&temp, path).map_err(failed("rename to", path))?;
     File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed("sync", folder))
+}
+
+/// Makes an empty file of mode 0600; one that is there stays as it is. Blocking.
+///
+/// # Errors
+/// When the system refuses.
+pub fn touch(path: &Path) -> Result<(), DurableError> {
+    let opened = File::options().append(true).create(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(path);
+    opened.map(drop).map_err(failed("make", path))
 }
 
 /// [`write`]s a value as JSON. Blocking.

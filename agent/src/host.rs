@@ -12,7 +12,8 @@ use supercloud_ids::{GuestId, HostId};
 use supercloud_storage::backend::DirStore;
 
 use crate::{
-    config::Config, guest::record::Places, link::LinkHandle, plane::DataPlane, ports::Switch, volumes::VolumeRunner,
+    accounts::Account, config::Config, guest::record::Places, link::LinkHandle, plane::DataPlane, ports::Switch,
+    volumes::VolumeRunner,
 };
 
 /// The services of a host.
@@ -21,6 +22,8 @@ pub struct Host {
     pub id: HostId,
     /// The configuration.
     pub config: Config,
+    /// As whom the hypervisor's processes run.
+    pub qemu: Account,
     /// The hypervisor.
     pub backend: Arc<dyn Backend>,
     /// What it can run, the preferred class first.

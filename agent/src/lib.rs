@@ -21,6 +21,7 @@
 //! | the switch | guests, unconnected | the switch's driver programs it again |
 //! | the controller, the link | everything | the link dials again |
 
+pub mod accounts;
 pub mod agent;
 pub mod chunks;
 pub mod config;

@@ -4,6 +4,8 @@ use std::{io, os::fd::AsRawFd as _, path::Path, time::Duration};
 
 use tokio::net::{TcpStream, UnixListener, UnixStream};
 
+use crate::{accounts::Account, durable};
+
 /// A peer that acknowledges nothing for so long is gone.
 const SILENCE_BUDGET: Duration = Duration::from_secs(20);
 /// Bytes that may wait in the kernel without having been sent. What waits there when a guest is paused is part of its pause.
@@ -33,12 +35,13 @@ pub fn watch_over(stream: &TcpStream) -> io::Result<()> {
     set(stream, libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, budget)
 }
 
-/// Listens on a unix socket of mode 0600; what lay there before is removed. Its folder must be closed to others: between
-/// bind and chmod the mode is what the umask gives.
+/// Listens on a unix socket of mode 0600 that belongs to `client`, so that it can connect; what lay there before is removed.
+/// Its folder must not be writable for others, and who connects must be asked for [`is_peer_allowed`]: between bind and
+/// chmod the mode is what the umask gives.
 ///
 /// # Errors
 /// When the system refuses, or the path is too long.
-pub fn listen(path: &Path) -> io::Result<UnixListener> {
+pub fn listen(path: &Path, client: Account) -> io::Result<UnixListener> {
     use std::os::unix::fs::PermissionsExt as _;
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -46,15 +49,23 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
     }
     let listener = UnixListener::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    durable::give(path, client).map_err(io::Error::other)?;
     Ok(listener)
 }
 
-/// Whether the process at the other end runs as root, as this process's user, or as one of `uids`.
+/// Whether the process at the other end runs as root, as this process's user, or as `client`.
 #[must_use]
-pub fn is_peer_allowed(stream: &UnixStream, uids: &[u32]) -> bool {
+pub fn is_peer_allowed(stream: &UnixStream, client: Account) -> bool {
     // SAFETY: geteuid takes no arguments and cannot fail.
     let own = unsafe { libc::geteuid() };
-    stream.peer_cred().is_ok_and(|cred| cred.uid() == 0 || cred.uid() == own || uids.contains(&cred.uid()))
+    stream.peer_cred().is_ok_and(|cred| [0, own, client.uid].contains(&cred.uid()))
+}
+
+/// Whether the process at the other end listened as `server`, or as root where that is its user. A folder that belongs to
+/// another user may hold a link to anybody's socket under the name that was dialled.
+#[must_use]
+pub fn is_server(stream: &UnixStream, server: Account) -> bool {
+    stream.peer_cred().is_ok_and(|cred| cred.uid() == server.uid)
 }
 
 #[cfg(test)]
@@ -68,12 +79,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         for _ in 0..2 {
-            let listener = listen(&path).unwrap();
+            let listener = listen(&path, Account::ROOT).unwrap();
             assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
             let (client, server) = tokio::join!(UnixStream::connect(&path), listener.accept());
-            assert!(is_peer_allowed(&server.unwrap().0, &[]));
-            drop(client.unwrap());
+            assert!(is_peer_allowed(&server.unwrap().0, Account::ROOT));
+            let (client, stranger) = (client.unwrap(), Account { uid: u32::MAX - 1, gid: 0 });
+            assert!(!is_server(&client, stranger));
+            // SAFETY: geteuid takes no arguments and cannot fail.
+            assert!(is_server(&client, Account { uid: unsafe { libc::geteuid() }, gid: 0 }));
         }
-        assert!(listen(&dir.path().join("x".repeat(200))).is_err());
+        assert!(listen(&dir.path().join("x".repeat(200)), Account::ROOT).is_err());
     }
 }

@@ -12,6 +12,7 @@ use tokio::{
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
+    accounts::Account,
     plane::{bridge, meeting::MeetingHandle},
     socket,
     volumes::VolumeHome,
@@ -25,7 +26,7 @@ const CONNECTIONS: usize = 4;
 /// # Errors
 /// When the socket cannot be made.
 pub fn offer(home: &VolumeHome, meeting: MeetingHandle) -> io::Result<AbortOnDropHandle<()>> {
-    let listener = socket::listen(&home.peer_dial())?;
+    let listener = socket::listen(&home.peer_dial(), Account::ROOT)?;
     Ok(AbortOnDropHandle::new(tokio::spawn(accept(listener, home.volume, meeting))))
 }
 
@@ -41,7 +42,7 @@ async fn accept(listener: UnixListener, volume: VolumeId, meeting: MeetingHandle
             }
         };
         while connections.try_join_next().is_some() {}
-        if socket::is_peer_allowed(&stream, &[]) && connections.len() < CONNECTIONS {
+        if socket::is_peer_allowed(&stream, Account::ROOT) && connections.len() < CONNECTIONS {
             connections.spawn(carry(stream, volume, meeting.clone()));
         }
     }

@@ -5,7 +5,8 @@
 //!   <data>/guests/<guest id>/console.log        what the console says
 //!   <data>/guests/<guest id>/memory             memory state on its way into or out of the store
 //!   <data>/guests/<guest id>/volumes/<volume>/  configuration, key, log, data/
-//!   <run>/<guest>/                              sockets: <volume>/{nbd,control,peer}.sock, chunk.sock, in.sock, out.sock, …
+//!   <run>/<guest>/                              sockets: <volume>/{nbd,control,peer}.sock, chunk.sock, out.sock, …
+//!   <run>/<guest>/in/stream.sock                the hypervisor takes an incoming stream
 //! ```
 
 use std::path::{Path, PathBuf};
@@ -17,6 +18,7 @@ use supercloud_handover::{LocalHandover, VolumeStamp};
 use supercloud_ids::{Epoch, GuestId, HostId, OperationId};
 
 use crate::{
+    accounts::Account,
     durable::{self, DurableError},
     volumes::VolumeHome,
 };
@@ -38,6 +40,19 @@ impl Places {
     #[must_use]
     pub fn new(guests_dir: &Path, run_dir: &Path, guest: GuestId) -> Self {
         Self { folder: guests_dir.join(guest.to_string()), run: run_dir.join(guest.short()) }
+    }
+
+    /// Makes the folders, and what the hypervisor writes in them; `qemu` is its user. Blocking.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn make(&self, qemu: Account) -> Result<(), DurableError> {
+        durable::make_passage(&self.folder)?;
+        durable::make_passage(&self.run)?;
+        durable::make_folder_of(&self.incoming(), qemu)?;
+        // Made here, because its folder is not the hypervisor's to write in.
+        durable::touch(&self.console_log())?;
+        durable::give(&self.console_log(), qemu)
     }
 
     /// The record.
@@ -64,10 +79,16 @@ impl Places {
         self.folder.join("memory")
     }
 
+    /// The folder in which the hypervisor makes the socket below: its own.
+    #[must_use]
+    pub fn incoming(&self) -> PathBuf {
+        self.run.join("in")
+    }
+
     /// Where the hypervisor takes an incoming stream.
     #[must_use]
     pub fn incoming_stream(&self) -> PathBuf {
-        self.run.join("in.sock")
+        self.incoming().join("stream.sock")
     }
 
     /// Where the hypervisor sends an outgoing stream.
@@ -216,7 +237,7 @@ impl GuestRecord {
     /// # Errors
     /// When the system refuses: then the former one is there.
     pub fn save(&self, places: &Places) -> Result<(), DurableError> {
-        durable::make_folder(&places.folder)?;
+        durable::make_passage(&places.folder)?;
         durable::write_json(&places.record(), self)
     }
 }

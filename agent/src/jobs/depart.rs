@@ -26,6 +26,7 @@ use super::{
     receive::{Peer, decode, encode},
 };
 use crate::{
+    accounts::Account,
     plane::{
         bridge,
         meeting::{MeetingEvent, MeetingHandle},
@@ -188,8 +189,9 @@ async fn depart(
         }
     }
     let stream = job.places.outgoing_stream();
-    let listener = socket::listen(&stream).map_err(file_error("listen at", &stream))?;
-    let bridge = AbortOnDropHandle::new(tokio::spawn(carry_one(listener, peer.handle.clone(), stream.clone())));
+    let qemu = job.host.qemu;
+    let listener = socket::listen(&stream, qemu).map_err(file_error("listen at", &stream))?;
+    let bridge = AbortOnDropHandle::new(tokio::spawn(carry_one(listener, qemu, peer.handle.clone(), stream.clone())));
     let deadline = options.deadline_ms.map(Duration::from_millis);
     let budget = deadline.map_or(COPY_BUDGET, |deadline| deadline.saturating_sub(began.elapsed()));
     let copy = CopyOptions {
@@ -265,12 +267,15 @@ async fn prepared(peer: &mut Peer) -> Result<Cookie, JobError> {
 }
 
 /// Takes the hypervisor's one connection and carries it to the other agent.
-async fn carry_one(listener: UnixListener, meeting: MeetingHandle, path: PathBuf) {
+async fn carry_one(listener: UnixListener, qemu: Account, meeting: MeetingHandle, path: PathBuf) {
     let carried = async {
-        let (local, _) = listener.accept().await?;
-        if !socket::is_peer_allowed(&local, &[]) {
-            return Err(std::io::Error::from(std::io::ErrorKind::PermissionDenied));
-        }
+        let local = loop {
+            let (local, _) = listener.accept().await?;
+            if socket::is_peer_allowed(&local, qemu) {
+                break local;
+            }
+            tracing::warn!("refused a user at the memory stream's socket");
+        };
         let remote = meeting.open(Channel::Memory).await.map_err(std::io::Error::other)?;
         bridge::carry(local, remote).await
     };

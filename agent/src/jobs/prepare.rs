@@ -134,7 +134,7 @@ async fn configure(
         chunk_dial: Some(job.places.chunk_socket()),
         // QEMU comes again when the process was started anew.
         nbd: NbdMode::Replace,
-        nbd_uids: Vec::new(),
+        nbd_uids: vec![job.host.qemu.uid],
         cache_bytes: CACHE_BYTES,
     };
     let key = ProjectKey::from_bytes(copy.spec.project_key.0);
@@ -187,14 +187,18 @@ async fn fetch_boot_file(job: &Job, reader: &ChunkReader, root: &str) -> Result<
     if tokio::fs::try_exists(&path).await.unwrap_or(false) {
         return Ok(());
     }
-    let folder = cache.clone();
-    tokio::task::spawn_blocking(move || prune(&folder))
+    let (folder, qemu) = (cache.clone(), job.host.qemu);
+    tokio::task::spawn_blocking(move || prune(&folder).and_then(|()| durable::lend(&folder, qemu)))
         .await?
         .map_err(|source| file_error("prepare", &cache)(std::io::Error::other(source)))?;
     let temp = path.with_extension(job.operation.short());
     // Left by a crash of this very operation.
     let _ = tokio::fs::remove_file(&temp).await;
     export(job, reader, parse_root(root)?, &temp, "the kernel or initial RAM disk").await?;
+    let given = temp.clone();
+    tokio::task::spawn_blocking(move || durable::lend(&given, qemu))
+        .await?
+        .map_err(|source| file_error("lend", &temp)(std::io::Error::other(source)))?;
     tokio::fs::rename(&temp, &path).await.map_err(file_error("rename to", &path))
 }
 

@@ -26,12 +26,14 @@ use tokio::{
 
 use super::{Fact, Job, JobError, PROGRESS_EVERY, file_error, in_time, prepare};
 use crate::{
+    accounts::Account,
     chunks::ChunkSources,
     guest::record::{CopyRecord, VolumeOrigin},
     plane::{
         DataStream, bridge,
         meeting::{MeetingEvent, MeetingHandle},
     },
+    socket,
 };
 
 const ENCODING: base64::engine::GeneralPurpose = base64::engine::general_purpose::STANDARD;
@@ -336,8 +338,7 @@ async fn performed(
         tokio::select! {
             event = next_event(peer) => match event? {
                 MeetingEvent::Memory(stream) => {
-                    let listen = listen.to_owned();
-                    streams.spawn(carry(*stream, listen));
+                    streams.spawn(carry(*stream, listen.to_owned(), job.host.qemu));
                 }
                 MeetingEvent::Message(HandoverMessage::Performed { cookie, volumes, paused_for_ms }) => {
                     let paused_for = Duration::from_millis(paused_for_ms);
@@ -362,8 +363,11 @@ async fn performed(
     }
 }
 
-async fn carry(stream: DataStream, listen: std::path::PathBuf) -> std::io::Result<(u64, u64)> {
+async fn carry(stream: DataStream, listen: std::path::PathBuf, qemu: Account) -> std::io::Result<(u64, u64)> {
     let local = bridge::connect(&listen, Duration::from_secs(10)).await?;
+    if !socket::is_server(&local, qemu) {
+        return Err(std::io::Error::new(std::io::ErrorKind::PermissionDenied, "another user listens for the stream"));
+    }
     bridge::carry(stream, local).await
 }
 

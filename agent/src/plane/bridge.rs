@@ -73,7 +73,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         assert!(connect(&path, Duration::from_millis(50)).await.is_err());
-        let listener = crate::socket::listen(&path).unwrap();
+        let listener = crate::socket::listen(&path, crate::accounts::Account::ROOT).unwrap();
         connect(&path, Duration::from_secs(5)).await.unwrap();
         drop(listener);
     }

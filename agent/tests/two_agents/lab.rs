@@ -228,6 +228,7 @@ impl Lab {
                 "data_dir": at.join("data"),
                 "run_dir": at.join("run"),
                 "store_dir": at.join("store"),
+                "qemu_user": own_user(),
                 "data_listen": data_listen,
                 "data_address": data_address,
                 "volume_program": env!("CARGO_BIN_EXE_supercloud-volume"),
@@ -338,4 +339,10 @@ impl Lab {
         let violations = self.world.violations.lock().unwrap();
         assert!(violations.is_empty(), "{violations:?}");
     }
+}
+
+/// The user as which the tests run: their hypervisor is this very process.
+fn own_user() -> String {
+    let said = std::process::Command::new("id").arg("-un").output().unwrap();
+    String::from_utf8(said.stdout).unwrap().trim().to_owned()
 }

@@ -1,7 +1,7 @@
 //! The configuration of a lab host's libvirtd.
 //!
-//! No TCP listener (design: agents carry the streams), no cgroups, no mount namespaces of its own and no ownership changes: it runs in
-//! namespaces of the lab and its guests' disks are sockets of other processes. The host's UUID is set because without DMI libvirt
+//! No TCP listener (design: agents carry the streams), no cgroups and no mount namespaces of its own: it runs in namespaces
+//! of the lab. QEMU runs as an unprivileged user with its seccomp filter, as it does on a host of Debian's. The host's UUID is set because without DMI libvirt
 //! takes a random one, and because it refuses a migration between two hosts of one UUID.
 
 use crate::addressing::LabIndex;
@@ -47,10 +47,12 @@ pub fn files(index: LabIndex, site: u8) -> Vec<(&'static str, String)> {
          log_outputs = \"2:file:/var/log/libvirt/libvirtd.log\"\n\
          max_clients = 200\n"
     );
-    let qemu = "user = \"root\"\n\
-                group = \"root\"\n\
-                dynamic_ownership = 0\n\
-                remember_owner = 0\n\
+    // Users, ownership and sandbox as Debian's package sets them up.
+    let qemu = "user = \"libvirt-qemu\"\n\
+                group = \"libvirt-qemu\"\n\
+                dynamic_ownership = 1\n\
+                remember_owner = 1\n\
+                seccomp_sandbox = 1\n\
                 security_driver = \"none\"\n\
                 cgroup_controllers = []\n\
                 namespaces = []\n\

@@ -121,11 +121,8 @@ impl Actor {
     }
 
     pub(in crate::guest) async fn make_folders(&self) -> Result<(), EffectError> {
-        let (run, folder) = (self.places.run.clone(), self.places.folder.clone());
-        let made = tokio::task::spawn_blocking(move || {
-            crate::durable::make_folder(&folder)?;
-            crate::durable::make_folder(&run)
-        });
+        let (places, qemu) = (self.places.clone(), self.host.qemu);
+        let made = tokio::task::spawn_blocking(move || places.make(qemu));
         Ok(made.await??)
     }
 
