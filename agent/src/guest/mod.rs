@@ -23,7 +23,7 @@ pub mod report;
 mod restore;
 mod watcher;
 
-use std::sync::Arc;
+use std::{fmt, sync::Arc};
 
 use supercloud_api::link::{Assignment, GuestReport, GuestSpec};
 use supercloud_blanket::backend::GuestEvent;
@@ -39,7 +39,6 @@ use crate::{host::Host, plane::Incoming};
 const MAILBOX: usize = 128;
 
 /// What a guest's task is told.
-#[derive(Debug)]
 pub enum GuestMessage {
     /// The controller orders.
     Order {
@@ -61,6 +60,23 @@ pub enum GuestMessage {
     Incoming(Box<Incoming>),
     /// The guest was deleted.
     Discard,
+}
+
+/// What goes into logs: an assignment has the guest's user-data and tickets in it.
+impl fmt::Debug for GuestMessage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Order { order, assignment } => {
+                let operation = assignment.as_ref().map(|assignment| assignment.operation);
+                f.debug_struct("Order").field("order", order).field("assigned_for", &operation).finish_non_exhaustive()
+            }
+            Self::LinkUp { owned } => f.debug_struct("LinkUp").field("owned", owned).finish(),
+            Self::Event(event) => f.debug_tuple("Event").field(event).finish(),
+            Self::Look => f.write_str("Look"),
+            Self::Incoming(_) => f.write_str("Incoming"),
+            Self::Discard => f.write_str("Discard"),
+        }
+    }
 }
 
 /// A guest as the rest of the agent sees it.
