@@ -107,7 +107,7 @@ pub async fn read_frame<R: AsyncRead + Unpin>(reader: &mut R) -> Result<Frame, W
     Ok(Frame { kind, version, payload: payload.freeze() })
 }
 
-/// Writes one frame and flushes nothing. Not cancel-safe.
+/// Writes one frame and flushes it: what lies below may be TLS, which keeps what its socket does not take at once. Not cancel-safe.
 pub async fn write_frame<W: AsyncWrite + Unpin>(writer: &mut W, frame: &Frame) -> Result<(), WireError> {
     if frame.payload.len() > MAX_FRAME_BYTES || frame.kind == 0 {
         return Err(WireError::TooLarge { kind: frame.kind, len: frame.payload.len() as u64 });
@@ -126,6 +126,7 @@ pub async fn write_frame<W: AsyncWrite + Unpin>(writer: &mut W, frame: &Frame) -
         let mut both = Buf::chain(header.as_slice(), frame.payload.as_ref());
         writer.write_all_buf(&mut both).await?;
     }
+    writer.flush().await?;
     Ok(())
 }
 
@@ -192,6 +193,18 @@ mod tests {
     use rand::{Rng as _, SeedableRng as _};
 
     use super::*;
+
+    #[tokio::test]
+    async fn a_frame_leaves_at_once_through_a_writer_that_holds_back() {
+        for len in [10, MAX_FRAME_BYTES] {
+            let (ours, mut theirs) = tokio::io::duplex(MAX_FRAME_BYTES + HEADER_BYTES);
+            let mut ours = tokio::io::BufWriter::with_capacity(2 * MAX_FRAME_BYTES, ours);
+            let frame = Frame::v1(7, vec![9; len].into());
+            write_frame(&mut ours, &frame).await.unwrap();
+            let read = tokio::time::timeout(std::time::Duration::from_secs(20), read_frame(&mut theirs)).await;
+            assert_eq!(read.expect("it never left").unwrap(), frame);
+        }
+    }
 
     #[tokio::test]
     async fn frames_come_back() {
