@@ -18,7 +18,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    accounts::AccountError,
+    accounts::{Account, AccountError},
     config::Config,
     durable::{self, DurableError},
     farewell,
@@ -118,13 +118,14 @@ pub async fn run(parts: Parts, cancel: CancellationToken) -> Result<(), AgentErr
         .await
         .map_err(|source| AgentError::Listen { address: config.data_listen, source })?;
     let asked = config.clone();
-    let qemu = tokio::task::spawn_blocking(move || asked.qemu_account()).await??;
-    let (store, room) = open_folders(&config).await?;
+    let accounts = move || Ok::<_, AccountError>((asked.qemu_account()?, asked.volume_account()?));
+    let (qemu, user) = tokio::task::spawn_blocking(accounts).await??;
+    let (store, room) = open_folders(&config, user).await?;
     let Some(classes) = classes(&*backend, &config, &cancel).await else { return Ok(()) };
     let plane = DataPlane { host: host_id, address: config.data_address, material: material_rx, ticket_key };
     let host = Arc::new(Host {
         id: host_id,
-        runner: VolumeRunner { program: config.volume_program() },
+        runner: VolumeRunner { program: config.volume_program(), user, qemu },
         qemu,
         backend,
         classes,
@@ -171,13 +172,17 @@ pub async fn run(parts: Parts, cancel: CancellationToken) -> Result<(), AgentErr
     Ok(())
 }
 
-async fn open_folders(config: &Config) -> Result<(DirStore, supercloud_api::Room), AgentError> {
+async fn open_folders(config: &Config, volume: Account) -> Result<(DirStore, supercloud_api::Room), AgentError> {
     let config = config.clone();
     tokio::task::spawn_blocking(move || {
         for folder in [&config.data_dir, &config.run_dir, &config.guests_dir()] {
             durable::make_passage(folder)?;
         }
+        if let Some(above) = config.store_dir.parent().filter(|above| !above.is_dir()) {
+            durable::make_passage(above)?;
+        }
         durable::make_folder(&config.store_dir)?;
+        durable::share_store(&config.store_dir, volume)?;
         Ok((DirStore::open(&config.store_dir)?, config.room()))
     })
     .await?

@@ -314,16 +314,16 @@ impl ObjectStore for Far {
     }
 }
 
-/// Serves the sources on a unix socket for this host's volume processes; ends when dropped.
+/// Serves the sources on a unix socket for this host's volume processes, which run as `user`; ends when dropped.
 ///
 /// # Errors
 /// When the socket cannot be made.
-pub fn offer(sources: Arc<ChunkSources>, path: &Path) -> io::Result<AbortOnDropHandle<()>> {
-    let listener = socket::listen(path, Account::ROOT)?;
-    Ok(AbortOnDropHandle::new(tokio::spawn(accept(listener, sources))))
+pub fn offer(sources: Arc<ChunkSources>, path: &Path, user: Account) -> io::Result<AbortOnDropHandle<()>> {
+    let listener = socket::listen(path, user)?;
+    Ok(AbortOnDropHandle::new(tokio::spawn(accept(listener, sources, user))))
 }
 
-async fn accept(listener: UnixListener, sources: Arc<ChunkSources>) {
+async fn accept(listener: UnixListener, sources: Arc<ChunkSources>, user: Account) {
     let projects = ServedProjects::default();
     projects.add(sources.project);
     let far: Arc<dyn ObjectStore> = Arc::new(Far(sources));
@@ -338,7 +338,7 @@ async fn accept(listener: UnixListener, sources: Arc<ChunkSources>) {
             }
         };
         while connections.try_join_next().is_some() {}
-        if !socket::is_peer_allowed(&stream, Account::ROOT) || connections.len() >= CONNECTIONS {
+        if !socket::is_peer_allowed(&stream, user) || connections.len() >= CONNECTIONS {
             continue;
         }
         let (far, projects) = (far.clone(), projects.clone());

@@ -107,6 +107,9 @@ pub struct Config {
     /// alone.
     #[serde(default = "qemu_user")]
     pub qemu_user: String,
+    /// The user that volume processes become; it needs no rights on this host, and no other use.
+    #[serde(default = "volume_user")]
+    pub volume_user: String,
     /// The program that serves a volume; beside this one when absent.
     #[serde(default)]
     pub volume_program: Option<PathBuf>,
@@ -215,6 +218,10 @@ fn qemu_user() -> String {
     "libvirt-qemu".into()
 }
 
+fn volume_user() -> String {
+    "supercloud-volume".into()
+}
+
 fn ovs_run_dir() -> PathBuf {
     "/run/openvswitch".into()
 }
@@ -286,6 +293,16 @@ impl Config {
     pub fn qemu_account(&self) -> Result<Account, AccountError> {
         let remedy = "install libvirt-daemon-system, or say the `user` of libvirt's qemu.conf";
         Account::named("qemu_user", &self.qemu_user, remedy)
+    }
+
+    /// The user that volume processes become. Blocking.
+    ///
+    /// # Errors
+    /// When this machine has none of that name.
+    pub fn volume_account(&self) -> Result<Account, AccountError> {
+        let remedy =
+            "make it (systemd-sysusers with deploy/sysusers/supercloud.conf, or adduser --system --group NAME)";
+        Account::named("volume_user", &self.volume_user, remedy)
     }
 
     /// The switch driver's configuration; none without an overlay address.

@@ -14,6 +14,9 @@ use crate::accounts::Account;
 /// The largest file that [`read_json`] takes, in bytes.
 const MAX_BYTES: u64 = 8 << 20;
 
+/// The rights of a folder of a shared chunk store: set-group-ID, and writable for its group.
+const SHARED_MODE: u32 = 0o2770;
+
 /// Why a small file could not be kept or read.
 #[derive(Debug, thiserror::Error)]
 pub enum DurableError {
@@ -53,12 +56,13 @@ pub fn make_folder(path: &Path) -> Result<(), DurableError> {
 }
 
 /// Makes a folder through which every user may pass, but which only its owner may list or change (mode 0711): what lies in
-/// it decides for itself who may touch it. Those above it are left as they are. Blocking.
+/// it decides for itself who may touch it. Those above it are made so, too, where they are missing, and left as they are
+/// where they are not. Blocking.
 ///
 /// # Errors
 /// When the system refuses.
 pub fn make_passage(path: &Path) -> Result<(), DurableError> {
-    make_folder(path)?;
+    fs::DirBuilder::new().recursive(true).mode(0o711).create(path).map_err(failed("make folder", path))?;
     set_mode(path, 0o711)
 }
 
@@ -81,6 +85,69 @@ pub fn give(path: &Path, owner: Account) -> Result<(), DurableError> {
         return Ok(());
     }
     std::os::unix::fs::lchown(path, Some(owner.uid), Some(owner.gid)).map_err(failed("give away", path))
+}
+
+/// [`give`]s a folder and all in it. Links are given, not followed. Blocking.
+///
+/// # Errors
+/// When the system refuses.
+pub fn give_all(path: &Path, owner: Account) -> Result<(), DurableError> {
+    use std::os::unix::fs::MetadataExt as _;
+    let meta = fs::symlink_metadata(path).map_err(failed("look at", path))?;
+    if (meta.uid(), meta.gid()) != (owner.uid, owner.gid) {
+        // Itself last: a folder that is given is given as a whole, also when this is interrupted.
+        if meta.is_dir() {
+            for entry in fs::read_dir(path).map_err(failed("list", path))? {
+                give_all(&entry.map_err(failed("list", path))?.path(), owner)?;
+            }
+        }
+        give(path, owner)?;
+    }
+    Ok(())
+}
+
+/// Makes a folder belong to one user and to the group of another, with these rights. Nothing changes where a right one is
+/// there already. Blocking.
+///
+/// # Errors
+/// When the system refuses.
+pub fn share(path: &Path, mode: u32, owner: Account, with: Account) -> Result<(), DurableError> {
+    std::os::unix::fs::lchown(path, Some(owner.uid), Some(with.gid)).map_err(failed("share", path))?;
+    // After the owner: that change takes bits away.
+    set_mode(path, mode)
+}
+
+/// Shares a chunk store with the group of a user: folders hand the group on, files can be read by it. What earlier agents
+/// put there for themselves is included; once. Blocking.
+///
+/// # Errors
+/// When the system refuses.
+pub fn share_store(root: &Path, with: Account) -> Result<(), DurableError> {
+    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+    if with.is_root() {
+        return Ok(());
+    }
+    let meta = fs::metadata(root).map_err(failed("look at", root))?;
+    if meta.gid() == with.gid && meta.permissions().mode() & 0o7777 == SHARED_MODE {
+        return Ok(());
+    }
+    tracing::info!(store = %root.display(), "the chunk store is shared with the volume processes");
+    share_tree(root, with)
+}
+
+/// Folder by folder, each after what is in it: an interrupted call is repeated as a whole.
+fn share_tree(path: &Path, with: Account) -> Result<(), DurableError> {
+    let meta = fs::symlink_metadata(path).map_err(failed("look at", path))?;
+    if !meta.is_dir() && !meta.is_file() {
+        return Ok(());
+    }
+    if meta.is_dir() {
+        for entry in fs::read_dir(path).map_err(failed("list", path))? {
+            share_tree(&entry.map_err(failed("list", path))?.path(), with)?;
+        }
+    }
+    std::os::unix::fs::lchown(path, None, Some(with.gid)).map_err(failed("share", path))?;
+    set_mode(path, if meta.is_dir() { SHARED_MODE } else { 0o640 })
 }
 
 /// Lets the group of a user read a file (mode 0640) or pass through a folder (0710); the file stays ours, so that it cannot
@@ -119,15 +186,6 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<(), DurableError> {
     file.write_all(bytes).and_then(|()| file.sync_all()).map_err(failed("write", &temp))?;
     fs::rename(&temp, path).map_err(failed("rename to", path))?;
     File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed("sync", folder))
-}
-
-/// Makes an empty file of mode 0600; one that is there stays as it is. Blocking.
-///
-/// # Errors
-/// When the system refuses.
-pub fn touch(path: &Path) -> Result<(), DurableError> {
-    let opened = File::options().append(true).create(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(path);
-    opened.map(drop).map_err(failed("make", path))
 }
 
 /// [`write`]s a value as JSON. Blocking.

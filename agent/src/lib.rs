@@ -25,6 +25,7 @@ pub mod accounts;
 pub mod agent;
 pub mod chunks;
 pub mod config;
+pub mod confinement;
 pub mod durable;
 pub mod farewell;
 pub mod guest;

@@ -146,7 +146,7 @@ async fn unless<T>(cancel: &CancellationToken, work: impl Future<Output = T>) ->
 async fn identity(config: &Config) -> anyhow::Result<Identity> {
     let folder = config.data_dir.clone();
     let kept = tokio::task::spawn_blocking(move || {
-        durable::make_folder(&folder)?;
+        durable::make_passage(&folder)?;
         Identity::load(&folder).map_err(anyhow::Error::from)
     })
     .await

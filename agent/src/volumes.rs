@@ -13,7 +13,10 @@ use serde::{Deserialize, Serialize};
 use supercloud_ids::VolumeId;
 use supercloud_storage::process::{ClientError, ConfigError, VolumeClient, VolumeProcessConfig, control::VolumeStatus};
 
-use crate::durable::{self, DurableError};
+use crate::{
+    accounts::Account,
+    durable::{self, DurableError},
+};
 
 /// How long a started process may take until it answers: it may have to fetch its base's manifest.
 const START_BUDGET: Duration = Duration::from_secs(45);
@@ -192,6 +195,10 @@ impl VolumeHome {
 pub struct VolumeRunner {
     /// The program, `supercloud-volume`.
     pub program: PathBuf,
+    /// As whom it serves.
+    pub user: Account,
+    /// Who besides root may use the disk.
+    pub qemu: Account,
 }
 
 impl VolumeRunner {
@@ -203,10 +210,13 @@ impl VolumeRunner {
     pub async fn configure(
         &self,
         home: &VolumeHome,
-        config: VolumeProcessConfig,
+        mut config: VolumeProcessConfig,
         key_hex: String,
     ) -> Result<(), VolumesError> {
         let volume = home.volume;
+        config.nbd_uids = vec![self.qemu.uid];
+        // SAFETY: geteuid takes no arguments and cannot fail.
+        config.agent_uid = Some(unsafe { libc::geteuid() });
         config.validate().map_err(|source| VolumesError::Config { volume, source })?;
         let home = home.clone();
         tokio::task::spawn_blocking(move || {
@@ -245,8 +255,13 @@ impl VolumeRunner {
     async fn start(&self, home: &VolumeHome) -> Result<VolumeStatus, VolumesError> {
         let volume = home.volume;
         let failed = |source| VolumesError::Spawn { volume, program: self.program.display().to_string(), source };
-        let (program, at) = (self.program.clone(), home.clone());
-        let mut child = tokio::task::spawn_blocking(move || spawn(&program, &at)).await?.map_err(failed)?;
+        let (runner, at) = (self.clone(), home.clone());
+        let mut child = tokio::task::spawn_blocking(move || {
+            runner.make_folders(&at).map_err(io::Error::other)?;
+            runner.spawn(&at)
+        })
+        .await?
+        .map_err(failed)?;
         let client = home.client();
         let ended = tokio::select! {
             ready = client.wait_ready(START_BUDGET) => {
@@ -276,6 +291,25 @@ impl VolumeRunner {
         Ok(())
     }
 
+    /// Makes what the process cannot make for itself as the user that it becomes, and gives it what an earlier process
+    /// made as root. Blocking.
+    fn make_folders(&self, home: &VolumeHome) -> Result<(), DurableError> {
+        if let Some(volumes) = home.folder.parent() {
+            durable::make_passage(volumes)?;
+        }
+        durable::make_folder(&home.folder)?;
+        if self.user.is_root() {
+            return Ok(());
+        }
+        // It syncs the folder above its data; configuration and key in it stay closed to it.
+        durable::share(&home.folder, 0o750, Account::ROOT, self.user)?;
+        durable::make_folder(&home.data())?;
+        durable::give_all(&home.data(), self.user)?;
+        durable::make_folder(&home.run)?;
+        // Its sockets get the hypervisor's group, since it cannot give them away.
+        durable::share(&home.run, 0o2710, self.user, self.qemu)
+    }
+
     /// Ends the process and deletes everything of the volume on this host. The caller knows that it may.
     ///
     /// # Errors
@@ -302,6 +336,54 @@ impl VolumeRunner {
         .await?
         .map_err(|source| VolumesError::Files { volume: home.volume, source })
     }
+
+    /// Starts the process. Blocking.
+    fn spawn(&self, home: &VolumeHome) -> io::Result<tokio::process::Child> {
+        let log_path = home.log_file();
+        let is_long = std::fs::metadata(&log_path).is_ok_and(|meta| meta.len() > MAX_LOG_BYTES);
+        let log = {
+            use std::os::unix::fs::OpenOptionsExt as _;
+            let mut options = std::fs::File::options();
+            options.create(true).mode(0o600);
+            if is_long {
+                options.write(true).truncate(true)
+            } else {
+                options.append(true)
+            };
+            options.open(&log_path)?
+        };
+        let mut command = std::process::Command::new(&self.program);
+        command
+            .arg("--config")
+            .arg(home.config_file())
+            .args(["--uid", &self.user.uid.to_string(), "--gid", &self.user.gid.to_string()])
+            .current_dir("/")
+            .env_clear()
+            .envs(std::env::var_os("RUST_LOG").map(|value| ("RUST_LOG", value)))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        // SAFETY: between fork and exec only setsid and prctl are called: plain system calls, which touch no memory of this
+        // process and take no locks (signal-safety(7)).
+        unsafe {
+            command.pre_exec(|| {
+                // A session of its own: no signal of the agent's terminal or process group reaches it.
+                if libc::setsid() < 0 {
+                    return Err(io::Error::last_os_error());
+                }
+                // Nothing that it starts, should it ever, gains rights (prctl(2)).
+                match libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) {
+                    0 => Ok(()),
+                    _ => Err(io::Error::last_os_error()),
+                }
+            });
+        }
+        let child = tokio::process::Command::from(command).kill_on_drop(false).spawn()?;
+        if let Some(record) = child.id().and_then(ProcessRecord::of) {
+            durable::write_json(&home.process_file(), &record).map_err(io::Error::other)?;
+        }
+        Ok(child)
+    }
 }
 
 /// Ends a process: asks, waits, kills.
@@ -316,52 +398,6 @@ async fn end(record: ProcessRecord) {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
-}
-
-fn spawn(program: &Path, home: &VolumeHome) -> io::Result<tokio::process::Child> {
-    let log_path = home.log_file();
-    let is_long = std::fs::metadata(&log_path).is_ok_and(|meta| meta.len() > MAX_LOG_BYTES);
-    let log = {
-        use std::os::unix::fs::OpenOptionsExt as _;
-        let mut options = std::fs::File::options();
-        options.create(true).mode(0o600);
-        if is_long {
-            options.write(true).truncate(true)
-        } else {
-            options.append(true)
-        };
-        options.open(&log_path)?
-    };
-    let mut command = std::process::Command::new(program);
-    command
-        .arg("--config")
-        .arg(home.config_file())
-        .current_dir("/")
-        .env_clear()
-        .envs(std::env::var_os("RUST_LOG").map(|value| ("RUST_LOG", value)))
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log);
-    // SAFETY: between fork and exec only setsid and prctl are called: plain system calls, which touch no memory of this
-    // process and take no locks (signal-safety(7)).
-    unsafe {
-        command.pre_exec(|| {
-            // A session of its own: no signal of the agent's terminal or process group reaches it.
-            if libc::setsid() < 0 {
-                return Err(io::Error::last_os_error());
-            }
-            // Nothing that it starts, should it ever, gains rights (prctl(2)).
-            match libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) {
-                0 => Ok(()),
-                _ => Err(io::Error::last_os_error()),
-            }
-        });
-    }
-    let child = tokio::process::Command::from(command).kill_on_drop(false).spawn()?;
-    if let Some(record) = child.id().and_then(ProcessRecord::of) {
-        durable::write_json(&home.process_file(), &record).map_err(io::Error::other)?;
-    }
-    Ok(child)
 }
 
 fn last_words(log: &Path) -> String {
@@ -390,9 +426,10 @@ mod tests {
         let program = dir.path().join("p");
         std::fs::write(&program, "#!/bin/sh\necho this is why >&2\nexit 3\n").unwrap();
         std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
-        let error = VolumeRunner { program }.ensure(&home).await.unwrap_err();
+        let runner = |program| VolumeRunner { program, user: Account::ROOT, qemu: Account::ROOT };
+        let error = runner(program).ensure(&home).await.unwrap_err();
         assert!(error.to_string().contains("this is why"), "{error}");
-        VolumeRunner { program: "/nonexistent".into() }.delete(&home).await.unwrap();
+        runner("/nonexistent".into()).delete(&home).await.unwrap();
         assert!(!home.folder.exists());
     }
 }

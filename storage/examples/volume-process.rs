@@ -11,6 +11,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     tracing_subscriber::fmt().with_writer(std::io::stderr).init();
     let path = std::env::args().nth(1).ok_or("usage: volume-process CONFIG.json")?;
     let config = VolumeProcessConfig::from_file(path.as_ref())?;
+    let key = config.key.read()?;
     let shutdown = CancellationToken::new();
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let stop = shutdown.clone();
@@ -24,7 +25,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         std::future::pending::<()>().await;
     };
     tokio::select! {
-        result = run(config, shutdown) => Ok(result?),
+        result = run(config, key, shutdown) => Ok(result?),
         () = signals => Ok(()),
     }
 }

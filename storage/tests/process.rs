@@ -75,6 +75,7 @@ impl World {
             chunk_dial: None,
             nbd: NbdMode::Exclusive,
             nbd_uids: vec![],
+            agent_uid: None,
             cache_bytes: 16 << 20,
         }
     }
@@ -106,7 +107,7 @@ impl World {
 impl Host {
     async fn start(config: VolumeProcessConfig) -> Self {
         let shutdown = CancellationToken::new();
-        let task = tokio::spawn(run(config.clone(), shutdown.clone()));
+        let task = tokio::spawn(run(config.clone(), config.key.read().unwrap(), shutdown.clone()));
         let client = VolumeClient::new(config.control_socket());
         if let Err(error) = client.wait_ready(Duration::from_secs(20)).await {
             panic!("not ready: {error:?}; {:?}", task.await);
@@ -365,7 +366,7 @@ async fn bad_orders_are_refused_and_change_nothing() {
     use supercloud_storage::wire::{Frame, read_frame, write_frame};
     let world = World::new();
     let host = Host::start(world.config("a", StartRole::Active { epoch: Epoch(5) })).await;
-    let second = run(host.config.clone(), CancellationToken::new()).await;
+    let second = run(host.config.clone(), host.config.key.read().unwrap(), CancellationToken::new()).await;
     assert!(matches!(second, Err(ProcessError::Setup { .. })), "two processes serve one volume");
     for (request, code) in [
         (host.client.activate(Epoch(4)).await, RefusalCode::Epoch),
@@ -393,7 +394,8 @@ async fn bad_orders_are_refused_and_change_nothing() {
 async fn serve_as_another_process() {
     let Some(path) = std::env::var_os("VOLUME_PROCESS_CONFIG") else { return };
     let config = VolumeProcessConfig::from_file(path.as_ref()).unwrap();
-    run(config, CancellationToken::new()).await.unwrap();
+    let key = config.key.read().unwrap();
+    run(config, key, CancellationToken::new()).await.unwrap();
 }
 
 /// Writes numbered sectors without ever flushing, over the real socket, and kills the process with SIGKILL in the

@@ -4,6 +4,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Context as _;
 use clap::Parser;
+use supercloud_agent::{accounts::Account, confinement};
 use supercloud_storage::process::{self, VolumeProcessConfig};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -17,6 +18,12 @@ struct Arguments {
     /// The configuration, JSON.
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
+    /// The user to become once configuration and key are read, when started as root
+    #[arg(long, requires = "gid")]
+    uid: Option<u32>,
+    /// Its group
+    #[arg(long, requires = "uid")]
+    gid: Option<u32>,
 }
 
 fn main() -> ExitCode {
@@ -35,6 +42,10 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let config = VolumeProcessConfig::from_file(&arguments.config)?;
+    let key = config.key.read()?;
+    let user = arguments.uid.zip(arguments.gid).map(|(uid, gid)| Account { uid, gid });
+    // Before the first thread, and before anything that others send is looked at.
+    confinement::confine(user)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -45,7 +56,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         let mut term = signal(SignalKind::terminate()).context("SIGTERM cannot be taken")?;
         // A terminal's Ctrl-C is not for a process that serves a running guest's disk.
         let _ignored = signal(SignalKind::interrupt()).context("SIGINT cannot be taken")?;
-        let serving = process::run(config, shutdown.clone());
+        let serving = process::run(config, key, shutdown.clone());
         tokio::pin!(serving);
         tokio::select! {
             ended = &mut serving => return Ok(ended?),

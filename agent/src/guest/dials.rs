@@ -21,16 +21,16 @@ use crate::{
 /// Connections of one volume process at once: one in use, and the same one again when it hangs.
 const CONNECTIONS: usize = 4;
 
-/// Offers a volume's way to its source; ends when dropped.
+/// Offers a volume's way to its source to its process, which runs as `user`; ends when dropped.
 ///
 /// # Errors
 /// When the socket cannot be made.
-pub fn offer(home: &VolumeHome, meeting: MeetingHandle) -> io::Result<AbortOnDropHandle<()>> {
-    let listener = socket::listen(&home.peer_dial(), Account::ROOT)?;
-    Ok(AbortOnDropHandle::new(tokio::spawn(accept(listener, home.volume, meeting))))
+pub fn offer(home: &VolumeHome, meeting: MeetingHandle, user: Account) -> io::Result<AbortOnDropHandle<()>> {
+    let listener = socket::listen(&home.peer_dial(), user)?;
+    Ok(AbortOnDropHandle::new(tokio::spawn(accept(listener, home.volume, meeting, user))))
 }
 
-async fn accept(listener: UnixListener, volume: VolumeId, meeting: MeetingHandle) {
+async fn accept(listener: UnixListener, volume: VolumeId, meeting: MeetingHandle, user: Account) {
     let mut connections = JoinSet::new();
     loop {
         let stream = match listener.accept().await {
@@ -42,7 +42,7 @@ async fn accept(listener: UnixListener, volume: VolumeId, meeting: MeetingHandle
             }
         };
         while connections.try_join_next().is_some() {}
-        if socket::is_peer_allowed(&stream, Account::ROOT) && connections.len() < CONNECTIONS {
+        if socket::is_peer_allowed(&stream, user) && connections.len() < CONNECTIONS {
             connections.spawn(carry(stream, volume, meeting.clone()));
         }
     }

@@ -42,17 +42,15 @@ impl Places {
         Self { folder: guests_dir.join(guest.to_string()), run: run_dir.join(guest.short()) }
     }
 
-    /// Makes the folders, and what the hypervisor writes in them; `qemu` is its user. Blocking.
+    /// Makes the folders; `qemu` is the hypervisor's user. Blocking.
     ///
     /// # Errors
     /// When the system refuses.
     pub fn make(&self, qemu: Account) -> Result<(), DurableError> {
         durable::make_passage(&self.folder)?;
         durable::make_passage(&self.run)?;
-        durable::make_folder_of(&self.incoming(), qemu)?;
-        // Made here, because its folder is not the hypervisor's to write in.
-        durable::touch(&self.console_log())?;
-        durable::give(&self.console_log(), qemu)
+        // The rest is opened for it: by libvirtd (console, saved memory) or by us.
+        durable::make_folder_of(&self.incoming(), qemu)
     }
 
     /// The record.

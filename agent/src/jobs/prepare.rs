@@ -134,7 +134,9 @@ async fn configure(
         chunk_dial: Some(job.places.chunk_socket()),
         // QEMU comes again when the process was started anew.
         nbd: NbdMode::Replace,
-        nbd_uids: vec![job.host.qemu.uid],
+        // Who may connect, the runner knows.
+        nbd_uids: Vec::new(),
+        agent_uid: None,
         cache_bytes: CACHE_BYTES,
     };
     let key = ProjectKey::from_bytes(copy.spec.project_key.0);

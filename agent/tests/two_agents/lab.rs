@@ -207,6 +207,8 @@ impl Lab {
         let _ = tracing_subscriber::fmt().with_env_filter(filter).with_test_writer().try_init();
         supercloud_api::tls::install_provider();
         let folder = tempfile::Builder::new().prefix("agt-").tempdir_in("/tmp").unwrap();
+        // Volume processes of another user pass through.
+        std::fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o711)).unwrap();
         let (world, controller) = (Arc::new(World::default()), Controller::begin().await);
         world.piece_ms.store(5, Ordering::SeqCst);
         let mut hosts = Vec::new();
@@ -229,6 +231,7 @@ impl Lab {
                 "run_dir": at.join("run"),
                 "store_dir": at.join("store"),
                 "qemu_user": own_user(),
+                "volume_user": volume_user(),
                 "data_listen": data_listen,
                 "data_address": data_address,
                 "volume_program": env!("CARGO_BIN_EXE_supercloud-volume"),
@@ -345,4 +348,9 @@ impl Lab {
 fn own_user() -> String {
     let said = std::process::Command::new("id").arg("-un").output().unwrap();
     String::from_utf8(said.stdout).unwrap().trim().to_owned()
+}
+
+/// Volume processes become another user where they can: one that is on every machine.
+fn volume_user() -> String {
+    Some(own_user()).filter(|user| user != "root").unwrap_or_else(|| "nobody".to_owned())
 }

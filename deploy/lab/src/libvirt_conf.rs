@@ -9,10 +9,22 @@ use crate::addressing::LabIndex;
 /// Account files of a site: (below the site's folder, where, lines added when their name is not there).
 ///
 /// libvirtd ends at its start when the account `libvirt-qemu` does not exist, even if its configuration names another; the
-/// package that makes it (libvirt-daemon-system) wants polkit and systemd, so a site gets it in files of its own.
+/// package that makes it (libvirt-daemon-system) wants polkit and systemd, so a site gets it in files of its own. So it does
+/// with the volume processes' user, which systemd-sysusers makes on a real host.
 pub const ACCOUNTS: [(&str, &str, &[&str]); 2] = [
-    ("passwd", "/etc/passwd", &["libvirt-qemu:x:64055:64055:Libvirt Qemu:/var/lib/libvirt:/usr/sbin/nologin"]),
-    ("group", "/etc/group", &["libvirt-qemu:x:64055:", "kvm:x:64056:", "libvirt:x:64057:"]),
+    (
+        "passwd",
+        "/etc/passwd",
+        &[
+            "libvirt-qemu:x:64055:64055:Libvirt Qemu:/var/lib/libvirt:/usr/sbin/nologin",
+            "supercloud-volume:x:64058:64058:Supercloud volume processes:/nonexistent:/usr/sbin/nologin",
+        ],
+    ),
+    (
+        "group",
+        "/etc/group",
+        &["libvirt-qemu:x:64055:", "kvm:x:64056:", "libvirt:x:64057:", "supercloud-volume:x:64058:"],
+    ),
 ];
 
 /// The text of an account file with the lines added whose name is not there yet.

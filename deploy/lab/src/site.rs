@@ -76,7 +76,10 @@ const FOLDERS: [(&str, &str); 11] = [
 ];
 
 /// Those of the places above that only our own programs use, so that no package owns them.
-pub const OWN_MOUNT_POINTS: [&str; 3] = ["/etc/supercloud", "/var/lib/supercloud", "/var/log/supercloud"];
+pub const OWN_MOUNT_POINTS: [&str; 4] = ["/etc/supercloud", "/var/lib/supercloud", "/var/log/supercloud", STORE_DIR];
+
+/// The chunk store of a host's cloud, inside the host: one folder for all hosts of the cloud.
+pub const STORE_DIR: &str = "/var/lib/supercloud-store";
 
 /// Folders that `/run` has from the start.
 const RUN_FOLDERS: [&str; 4] = ["libvirt", "openvswitch", "supercloud", "lock"];
@@ -100,6 +103,8 @@ pub struct Site {
     pub namespace: String,
     /// Its folder outside.
     pub dir: PathBuf,
+    /// The folder of its cloud's chunk store, outside.
+    store: Option<PathBuf>,
     datapath: Datapath,
     has_switch: bool,
     has_libvirt: bool,
@@ -116,6 +121,11 @@ impl Site {
             index,
             namespace: index.site_namespace(name),
             dir: state.site(name),
+            store: spec
+                .hosts
+                .iter()
+                .find(|host| host.name == name)
+                .map(|host| state.join(&format!("clouds/{}/store", host.cloud))),
             datapath: spec.datapath,
             has_switch: is_host && spec.switch,
             has_libvirt: is_host && spec.libvirt,
@@ -220,6 +230,10 @@ impl Site {
             state::make_dir_for_all(&self.dir.join(own))?;
             state::make_dir_for_all(Path::new(place))?;
         }
+        if let Some(store) = &self.store {
+            state::make_dir(store)?;
+            state::make_dir_for_all(Path::new(STORE_DIR))?;
+        }
         for folder in RUN_FOLDERS {
             state::make_dir_for_all(&run.join(folder))?;
         }
@@ -281,6 +295,7 @@ impl Site {
     fn start_init(&self, program: &Path) -> Result<(), SiteError> {
         let mut binds: Vec<(PathBuf, PathBuf)> =
             FOLDERS.iter().map(|(own, place)| (self.dir.join(own), PathBuf::from(place))).collect();
+        binds.extend(self.store.iter().map(|store| (store.clone(), PathBuf::from(STORE_DIR))));
         binds.push((self.dir.join("hosts"), PathBuf::from("/etc/hosts")));
         let accounts = crate::libvirt_conf::ACCOUNTS;
         binds.extend(accounts.iter().map(|(own, place, _)| (self.dir.join(own), PathBuf::from(place))));

@@ -2,12 +2,18 @@
 //!
 //! A put writes a temporary file, syncs it, gives it its name and syncs the folder: at a power cut an object is there
 //! as a whole or not at all. A batch pays for two `syncfs` instead of two syncs per object.
+//!
+//! A store belongs to one user (mode 0700) unless its folder hands its group on (set-group-ID and writable for the group,
+//! mode 2770): then all of that group put and get. Files are never writable for more than who made them.
 
 use std::{
     collections::BTreeSet,
     fs::{self, File},
     io::{self, Read as _, Write as _},
-    os::{fd::AsRawFd as _, unix::fs::OpenOptionsExt as _},
+    os::{
+        fd::AsRawFd as _,
+        unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
+    },
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -21,6 +27,8 @@ use super::{ObjectEntry, ObjectKey, ObjectStore, PutOutcome, StoreError, StoreFu
 
 /// Temporary files live here, below the store's folder; no object key can name it.
 const TEMP_FOLDER: &str = ".temp";
+/// The mode of a folder that a group shares: set-group-ID, writable for it.
+const SHARED: u32 = libc::S_ISGID | 0o020;
 /// From this many objects on, a batch uses `syncfs`.
 const SYNCFS_FROM: usize = 8;
 
@@ -33,6 +41,8 @@ pub struct DirStore {
 #[derive(Debug)]
 struct Inner {
     root: PathBuf,
+    /// Whether a group shares it.
+    is_shared: bool,
     next_temp: AtomicU64,
 }
 
@@ -45,9 +55,16 @@ impl DirStore {
     /// Opens a store, making its folder (mode 0700) when it is not there, and removes what an interrupted put left.
     /// Blocking.
     pub fn open(root: &Path) -> Result<Self, StoreError> {
-        use std::os::unix::fs::DirBuilderExt as _;
         let temp = root.join(TEMP_FOLDER);
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(&temp).map_err(failed("cannot make folder", &temp))?;
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(root).map_err(failed("cannot make folder", root))?;
+        let mode = fs::metadata(root).map_err(failed("cannot stat", root))?.permissions().mode();
+        let is_shared = mode & SHARED == SHARED;
+        if !temp.is_dir() {
+            // Never there with the wrong rights.
+            let new = root.join(format!("{TEMP_FOLDER}-{:016x}", rand::random::<u64>()));
+            make_folder(&new, is_shared)?;
+            name_folder(&new, &temp)?;
+        }
         // Another process may be using the store: only what is old was left behind.
         let is_old = |entry: &fs::DirEntry| {
             let age = entry.metadata().and_then(|m| m.modified()).map(|at| at.elapsed().unwrap_or_default());
@@ -55,9 +72,11 @@ impl DirStore {
         };
         for entry in fs::read_dir(&temp).map_err(failed("cannot read folder", &temp))?.flatten().filter(is_old) {
             // Best effort: what cannot be removed only takes space.
-            let _ = fs::remove_file(entry.path());
+            let _ = fs::remove_file(entry.path()).or_else(|_| fs::remove_dir(entry.path()));
         }
-        Ok(Self { inner: Arc::new(Inner { root: root.to_owned(), next_temp: AtomicU64::new(rand::random()) }) })
+        Ok(Self {
+            inner: Arc::new(Inner { root: root.to_owned(), is_shared, next_temp: AtomicU64::new(rand::random()) }),
+        })
     }
 
     /// The store's folder.
@@ -90,7 +109,7 @@ impl Inner {
         let mut file = File::options()
             .write(true)
             .create_new(true)
-            .mode(0o600)
+            .mode(if self.is_shared { 0o640 } else { 0o600 })
             .open(&path)
             .map_err(failed("cannot make file", &path))?;
         if let Err(error) = file.write_all(bytes) {
@@ -104,7 +123,15 @@ impl Inner {
     fn ensure_folder(&self, object: &Path) -> Result<PathBuf, StoreError> {
         let folder = object.parent().unwrap_or(&self.root).to_owned();
         if !folder.is_dir() {
-            fs::create_dir_all(&folder).map_err(failed("cannot make folder", &folder))?;
+            let missing: Vec<&Path> =
+                folder.ancestors().take_while(|at| at.starts_with(&self.root) && !at.is_dir()).collect();
+            for at in missing.into_iter().rev() {
+                // Never there with the wrong rights: another process may use it at once.
+                let number = self.next_temp.fetch_add(1, Ordering::Relaxed);
+                let new = self.root.join(TEMP_FOLDER).join(format!("{}-{number:016x}", std::process::id()));
+                make_folder(&new, self.is_shared)?;
+                name_folder(&new, at)?;
+            }
             let mut at = folder.as_path();
             while let Some(parent) = at.parent().filter(|parent| parent.starts_with(&self.root)) {
                 sync_folder(parent)?;
@@ -262,6 +289,25 @@ impl Inner {
     }
 }
 
+/// Makes a folder with the rights that the store gives.
+fn make_folder(path: &Path, is_shared: bool) -> Result<(), StoreError> {
+    fs::DirBuilder::new().mode(0o700).create(path).map_err(failed("cannot make folder", path))?;
+    if is_shared {
+        // Whatever the umask is; the group came from the folder above.
+        let mode = fs::Permissions::from_mode(SHARED | 0o770);
+        fs::set_permissions(path, mode).map_err(failed("cannot set the rights of", path))?;
+    }
+    Ok(())
+}
+
+/// Gives a new folder its name, unless another process was faster.
+fn name_folder(new: &Path, path: &Path) -> Result<(), StoreError> {
+    match fs::rename(new, path) {
+        Err(_) if path.is_dir() => fs::remove_dir(new).map_err(failed("cannot remove", new)),
+        named => named.map_err(failed("cannot name", path)),
+    }
+}
+
 struct Selection<'a> {
     prefix: &'a str,
     after: &'a str,
@@ -336,6 +382,25 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = DirStore::open(dir.path()).unwrap();
         (dir, store, ProjectId::generate())
+    }
+
+    #[tokio::test]
+    async fn a_group_shares_a_store_whose_folder_hands_it_on_and_nobody_else_does() {
+        for (mode, file, folder) in [(0o2770, 0o640, 0o2770), (0o700, 0o600, 0o700)] {
+            let dir = tempfile::tempdir().unwrap();
+            fs::set_permissions(dir.path(), fs::Permissions::from_mode(mode)).unwrap();
+            let store = DirStore::open(dir.path()).unwrap();
+            let key = ObjectKey::other(ProjectId::generate(), "a/b").unwrap();
+            store.put(key.clone(), Bytes::from_static(b"x")).await.unwrap();
+            let path = dir.path().join(key.as_str());
+            let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+            assert_eq!(mode(&path), file);
+            for at in path.ancestors().skip(1).take_while(|at| *at != dir.path()) {
+                assert_eq!(mode(at), folder, "{}", at.display());
+            }
+            assert_eq!(mode(&dir.path().join(TEMP_FOLDER)), folder);
+            assert_eq!(fs::read_dir(dir.path().join(TEMP_FOLDER)).unwrap().count(), 0);
+        }
     }
 
     #[tokio::test]

@@ -138,6 +138,10 @@ pub struct VolumeProcessConfig {
     /// User ids that may connect to the NBD socket besides root and the process's own (QEMU's).
     #[serde(default)]
     pub nbd_uids: Vec<u32>,
+    /// The agent's user: the only one besides root (and QEMU, at the NBD socket) that may connect. The process's own when
+    /// absent; a process that runs as another user than the agent shares that user with other volumes' processes.
+    #[serde(default)]
+    pub agent_uid: Option<u32>,
     /// Memory for decrypted base blocks, in bytes.
     #[serde(default = "default_cache_bytes")]
     pub cache_bytes: u64,
@@ -212,6 +216,7 @@ mod tests {
             chunk_dial: None,
             nbd: NbdMode::Exclusive,
             nbd_uids: vec![],
+            agent_uid: None,
             cache_bytes: 1 << 20,
         }
     }

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     backend::{DirStore, ObjectStore, StoreError},
-    key::DataKeys,
+    key::{DataKeys, ProjectKey},
     manifest::ManifestError,
     nbd::serve_nbd,
     peer::{Hello, PeerClient, UnixDial, chunks::ChunkClient, serve_peer},
@@ -129,12 +129,19 @@ impl NbdSlot {
 }
 
 /// Serves a volume until `shutdown` is cancelled (the binary does so on SIGTERM) or the agent orders it. Then
-/// everything acknowledged is made durable, and the sockets are removed.
-pub async fn run(config: VolumeProcessConfig, shutdown: CancellationToken) -> Result<(), ProcessError> {
+/// everything acknowledged is made durable, and the sockets are removed. `key` is what [`KeySource::read`] gave: a process
+/// that gave up its rights cannot read it any more.
+///
+/// [`KeySource::read`]: super::KeySource::read
+pub async fn run(
+    config: VolumeProcessConfig,
+    key: ProjectKey,
+    shutdown: CancellationToken,
+) -> Result<(), ProcessError> {
     config.validate()?;
     let setup = {
         let config = config.clone();
-        tokio::task::spawn_blocking(move || prepare(&config)).await??
+        tokio::task::spawn_blocking(move || prepare(&config, &key)).await??
     };
     let store: Arc<dyn ObjectStore> = Arc::new(setup.store);
     let keys = Arc::new(setup.keys);
@@ -166,7 +173,7 @@ pub async fn run(config: VolumeProcessConfig, shutdown: CancellationToken) -> Re
 
     let listen = |path: std::path::PathBuf, others: &[u32]| {
         let failed = |source| ProcessError::Setup { what: "listen at", path: path.display().to_string(), source };
-        Socket::listen(&path, others).map_err(failed)
+        Socket::listen(&path, config.agent_uid, others).map_err(failed)
     };
     let nbd = listen(config.nbd_socket(), &config.nbd_uids)?;
     let peer = listen(config.peer_socket(), &[])?;
@@ -209,12 +216,12 @@ struct Setup {
     keys: DataKeys,
 }
 
-fn prepare(config: &VolumeProcessConfig) -> Result<Setup, ProcessError> {
+fn prepare(config: &VolumeProcessConfig, key: &ProjectKey) -> Result<Setup, ProcessError> {
     let failed = |what, path: &std::path::Path| {
         let path = path.display().to_string();
         move |source| ProcessError::Setup { what, path, source }
     };
-    let keys = DataKeys::derive(config.project, &config.key.read()?);
+    let keys = DataKeys::derive(config.project, key);
     let folder = &config.data_folder;
     let disk = FolderDisk::open(folder).map_err(failed("open the volume's folder", folder))?;
     let store = DirStore::open(&config.store_folder)?;

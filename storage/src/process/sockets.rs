@@ -8,8 +8,12 @@ use std::{
 
 use tokio::net::{UnixListener, UnixStream};
 
-/// Makes the folder of the sockets. `is_shared` lets other users pass through it to a socket that they own.
+/// Makes the folder of the sockets. `is_shared` lets other users pass through it to a socket that they own. A folder that
+/// hands its group on to what is made in it (set-group-ID) was prepared by who started this process, and stays as it is.
 pub(super) fn ensure_folder(folder: &Path, is_shared: bool) -> io::Result<()> {
+    if fs::metadata(folder).is_ok_and(|meta| meta.permissions().mode() & libc::S_ISGID != 0) {
+        return Ok(());
+    }
     fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
     fs::set_permissions(folder, fs::Permissions::from_mode(if is_shared { 0o711 } else { 0o700 }))
 }
@@ -23,9 +27,10 @@ pub(super) struct Socket {
 }
 
 impl Socket {
-    /// Listens at `path`, in the place of what an earlier process left there. Root, this process's user and `others`
-    /// may connect; the first of `others` owns the socket, so that it can.
-    pub(super) fn listen(path: &Path, others: &[u32]) -> io::Result<Self> {
+    /// Listens at `path`, in the place of what an earlier process left there. Root, `agent` (this process's user when absent)
+    /// and `others` may connect. The first of `others` owns the socket, so that it can; a process that cannot give it away
+    /// leaves it to the group that the folder hands on.
+    pub(super) fn listen(path: &Path, agent: Option<u32>, others: &[u32]) -> io::Result<Self> {
         match fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
@@ -38,9 +43,13 @@ impl Socket {
             fs::metadata(path)?.uid()
         };
         if let Some(owner) = others.first().filter(|owner| **owner != own) {
-            std::os::unix::fs::chown(path, Some(*owner), None)?;
+            if own == 0 {
+                std::os::unix::fs::chown(path, Some(*owner), None)?;
+            } else {
+                fs::set_permissions(path, fs::Permissions::from_mode(0o660))?;
+            }
         }
-        let users = [0, own].into_iter().chain(others.iter().copied()).collect();
+        let users = [0, agent.unwrap_or(own)].into_iter().chain(others.iter().copied()).collect();
         Ok(Self { listener, path: path.to_owned(), users })
     }
 

@@ -132,7 +132,8 @@ impl Actor {
         let sources = Arc::new(ChunkSources::new(self.host.plane.clone(), copy.spec.project, places));
         // The old socket's task first: it would remove nothing, but must not answer any more.
         self.sources = None;
-        let task = chunks::offer(sources.clone(), &self.places.chunk_socket()).map_err(EffectError::Socket)?;
+        let task = chunks::offer(sources.clone(), &self.places.chunk_socket(), self.host.runner.user)
+            .map_err(EffectError::Socket)?;
         self.sources = Some((sources.clone(), task));
         Ok(sources)
     }
@@ -158,7 +159,7 @@ impl Actor {
     ) -> Result<(), EffectError> {
         self.dials.clear();
         for home in &copy.volumes {
-            self.dials.push(dials::offer(home, handle.clone()).map_err(EffectError::Socket)?);
+            self.dials.push(dials::offer(home, handle.clone(), self.host.runner.user).map_err(EffectError::Socket)?);
         }
         Ok(())
     }

@@ -1,13 +1,12 @@
 //! The settings files of the daemons in a lab: the one place that knows where a lab keeps what.
 
 use std::net::Ipv4Addr;
-use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use supercloud_scheduler::price::CheapestWithHysteresis;
 
 use crate::addressing::LabIndex;
-use crate::site::Site;
+use crate::site::{STORE_DIR, Site};
 
 /// The controller's folder, inside its site.
 pub const CONTROLLER_DIR: &str = "/var/lib/supercloud/controller";
@@ -72,7 +71,7 @@ pub fn controller(index: LabIndex, feed: FeedStart, log: &str) -> Result<String,
 struct AgentFile {
     data_dir: &'static str,
     run_dir: &'static str,
-    store_dir: PathBuf,
+    store_dir: &'static str,
     controller_url: String,
     join_token_file: String,
     data_listen: String,
@@ -95,17 +94,17 @@ struct OvsFile {
     blocked: Vec<String>,
 }
 
-/// An agent's settings. `store_dir` is the folder that all hosts of its cloud share.
+/// An agent's settings.
 ///
 /// # Errors
 /// Never in practice.
-pub fn agent(site: &Site, store_dir: &Path) -> Result<String, toml::ser::Error> {
+pub fn agent(site: &Site) -> Result<String, toml::ser::Error> {
     let index = site.index;
     let lab = index.get();
     toml::to_string(&AgentFile {
         data_dir: AGENT_DIR,
         run_dir: "/run/supercloud",
-        store_dir: store_dir.to_owned(),
+        store_dir: STORE_DIR,
         controller_url: api_url(index),
         join_token_file: format!("{SETTINGS_DIR}/join-token"),
         data_listen: format!("0.0.0.0:{DATA_PORT}"),
@@ -170,8 +169,8 @@ mod tests {
         assert_eq!(table["link_address"].as_str(), Some("198.18.7.254:8444"));
 
         let spec = LabSpec::three_clouds("x");
-        let site = Site::new(&spec, index, &StateDir::new(Path::new("/nowhere"), "x"), "home").unwrap();
-        let table: toml::Table = agent(&site, Path::new("/store")).unwrap().parse().unwrap();
+        let site = Site::new(&spec, index, &StateDir::new(std::path::Path::new("/nowhere"), "x"), "home").unwrap();
+        let table: toml::Table = agent(&site).unwrap().parse().unwrap();
         assert_eq!(table["overlay_address"].as_str(), Some("198.19.7.3"));
         assert_eq!(table["ovs"]["blocked"].as_array().map(Vec::len), Some(2));
 

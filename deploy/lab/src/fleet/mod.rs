@@ -171,11 +171,9 @@ impl Fleet {
                 JoinTokenCreate { host_name: name(&host.name)?, cloud: host.cloud.as_str().into(), expires_in_s: 900 };
             let token =
                 self.admin.create_join_token(&body).await.map_err(|source| self.call("making a join token", source))?;
-            let store = self.lab.path(&format!("clouds/{}/store", host.cloud));
-            state::make_dir(&store)?;
             let settings = Settings(&site);
             settings.write("join-token", &format!("{}\n", token.token))?;
-            settings.write("agent.toml", &config::agent(&site, &store)?)?;
+            settings.write("agent.toml", &config::agent(&site)?)?;
             spawn(&self.lab, &host.name, daemon("agent", "supercloud-agent", "agent.toml", &site, &self.log)).await?;
         }
         for host in &hosts {
