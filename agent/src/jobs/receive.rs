@@ -210,10 +210,13 @@ async fn arrive(
         let started = client.pre_copy(bandwidth_bytes_per_s).await;
         started.map_err(|source| JobError::Volume { what: "copy ahead", source })?;
     }
-    copy_ahead(job, copy, &ahead, peer).await?;
     let listen = job.places.incoming_stream();
     let _ = tokio::fs::remove_file(&listen).await;
-    let cookie = live.prepare(copy.launch.clone(), cookie, listen.clone()).await?;
+    // Blocks come while the hypervisor starts. Its start is awaited whatever becomes of them: half started, it would be left.
+    let (copied, cookie) =
+        tokio::join!(copy_ahead(job, copy, &ahead, peer), live.prepare(copy.launch.clone(), cookie, listen.clone()));
+    copied?;
+    let cookie = cookie?;
     peer.handle.say(HandoverMessage::Prepared { cookie: ENCODING.encode(cookie.as_bytes()) }).await;
     let mut streams = JoinSet::new();
     let performed = performed(job, copy, peer, &listen, &mut streams).await?;
