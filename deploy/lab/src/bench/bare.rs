@@ -157,7 +157,7 @@ impl Bare {
         // Only the destination knows the figures of a move that is over.
         let text = self.virsh(to, &["domjobinfo", NAME, "--completed", "--rawstats"], SHORT).await?;
         let number = |key: &str| {
-            let line = text.lines().find_map(|line| line.trim().strip_prefix(key)?.strip_prefix('='));
+            let line = text.lines().find_map(|line| line.trim().strip_prefix(key)?.strip_prefix(':'));
             line.and_then(|value| value.trim().parse::<f64>().ok())
         };
         let (Some(downtime_ms), Some(memory_bytes)) = (number("downtime"), number("memory_processed")) else {

@@ -4,6 +4,7 @@
 //! the same writes to its disk: one is ours, one is libvirt's alone ([`super::bare`]). They are moved in turn, there and back.
 
 use anyhow::Context as _;
+use supercloud_api::{Operation, Phase};
 
 use super::Row;
 use super::bare::Bare;
@@ -22,6 +23,34 @@ struct Samples {
     total_ms: Sample,
     downtime_ms: Sample,
     memory_bytes: Sample,
+}
+
+/// How long our moves stayed in each phase.
+#[derive(Debug, Default)]
+struct Phases(Vec<(Phase, Sample)>);
+
+impl Phases {
+    fn push(&mut self, done: &Operation) {
+        for pair in done.phase_times.windows(2) {
+            let lasted = pair[1].at_ms.saturating_sub(pair[0].at_ms) as f64;
+            match self.0.iter_mut().find(|(phase, _)| *phase == pair[0].phase) {
+                Some((_, sample)) => sample.push(lasted),
+                None => {
+                    let mut sample = Sample::default();
+                    sample.push(lasted);
+                    self.0.push((pair[0].phase, sample));
+                }
+            }
+        }
+    }
+
+    /// One line: each phase with its median.
+    fn line(&self) -> String {
+        let of = |(phase, sample): &(Phase, Sample)| {
+            format!("{} {:.0}", format!("{phase:?}").to_lowercase(), sample.median().unwrap_or(0.0))
+        };
+        self.0.iter().map(of).collect::<Vec<_>>().join(", ")
+    }
 }
 
 /// Measures each side `runs` times.
@@ -54,10 +83,12 @@ async fn measure(fleet: &Fleet, runs: u32, tell: Teller) -> anyhow::Result<Vec<R
     let version = bare.version().await?;
 
     let (mut ours, mut peer) = (Samples::default(), Samples::default());
+    let mut phases = Phases::default();
     let both = async {
         for run in 0..runs {
             let to = if run.is_multiple_of(2) { "h2" } else { "h1" };
             let done = fleet.migrate(GUEST, to, |_| {}).await?;
+            phases.push(&done);
             let total = done.ended_at_ms.unwrap_or(done.updated_at_ms).saturating_sub(done.created_at_ms);
             ours.total_ms.push(total as f64);
             let downtime = done.progress.downtime_ms.context("our move does not say its downtime")?;
@@ -73,6 +104,7 @@ async fn measure(fleet: &Fleet, runs: u32, tell: Teller) -> anyhow::Result<Vec<R
     };
     tell.step(&format!("{runs} moves of each, in turn"), both).await?;
     bare.stop().await?;
+    tell.say(&format!("     our moves by phase, median ms: {}", phases.line()));
     let peer_name = format!("{version}; shared disk, plain TCP");
     let rows = [
         ("total_ms", &ours.total_ms, &peer.total_ms),

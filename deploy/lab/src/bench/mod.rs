@@ -15,8 +15,15 @@ use self::stats::{Ratio, Sample};
 use crate::demo::tell::Teller;
 use crate::interrupt::{Ended, guarded};
 
+const EXAMPLES: &str = "Examples:
+  ./deploy/bench                                          all of them
+  ./deploy/bench --list                                   which ones there are
+  ./deploy/bench namespace-migration --json rows.json     one, its rows also as JSON
+  ./deploy/bench namespace-migration --runs 25            more runs, a narrower interval";
+
 /// Options of the benchmarks.
 #[derive(Debug, Clone, Args)]
+#[command(after_help = EXAMPLES)]
 pub struct Options {
     /// Which ones; all when none is named
     #[arg(value_enum)]
@@ -24,6 +31,9 @@ pub struct Options {
     /// Also write the rows as JSON
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+    /// Only say which ones there are
+    #[arg(long)]
+    pub list: bool,
     /// How often each side is measured
     #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u32).range(7..=1000))]
     pub runs: u32,
@@ -108,6 +118,14 @@ pub fn table(rows: &[Row]) -> String {
     table.render()
 }
 
+/// Each benchmark and what it measures, a line each.
+fn list() -> String {
+    let named = Benchmark::value_variants().iter().filter_map(ValueEnum::to_possible_value);
+    named
+        .map(|one| format!("{}: {}\n", one.get_name(), one.get_help().map(ToString::to_string).unwrap_or_default()))
+        .collect()
+}
+
 fn write_json(rows: &[Row], path: &Path) -> std::io::Result<()> {
     let mut text = serde_json::to_string_pretty(&Rows { rows })?;
     text.push('\n');
@@ -119,6 +137,10 @@ fn write_json(rows: &[Row], path: &Path) -> std::io::Result<()> {
 /// # Errors
 /// When one cannot be run to its end; the lab is taken down all the same.
 pub fn run(name: &str, options: &Options) -> anyhow::Result<ExitCode> {
+    if options.list {
+        print!("{}", list());
+        return Ok(ExitCode::SUCCESS);
+    }
     let all = Benchmark::value_variants();
     let names = if options.names.is_empty() { all } else { &options.names };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
@@ -145,7 +167,43 @@ pub fn run(name: &str, options: &Options) -> anyhow::Result<ExitCode> {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Door {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    #[test]
+    fn a_name_that_nobody_knows_is_refused_with_those_that_there_are() {
+        let error = Door::try_parse_from(["bench", "no-such"]).unwrap_err().to_string();
+        assert!(error.contains("no-such") && error.contains("namespace-migration"), "{error}");
+        let few = Door::try_parse_from(["bench", "--runs", "6"]).unwrap_err().to_string();
+        assert!(few.contains("7..=1000"), "{few}");
+        let door = Door::try_parse_from(["bench", "namespace-migration", "--json", "f"]).unwrap();
+        assert_eq!((door.options.names, door.options.runs), (vec![Benchmark::NamespaceMigration], 9));
+        assert!(list().starts_with("namespace-migration: A live move"), "{}", list());
+    }
+
+    #[test]
+    fn the_file_holds_the_rows() {
+        let peer: Sample = [10.0, 11.0, 9.0, 10.5, 9.5, 10.2, 9.8].into_iter().collect();
+        let ours: Sample = [20.0, 22.0, 18.0, 21.0, 19.0, 20.4, 19.6].into_iter().collect();
+        let row = Row::no_slower("x/total_ms", &ours, &peer, "other 1.0").unwrap();
+        let path = std::env::temp_dir().join(format!("bench-rows-{}.json", std::process::id()));
+        write_json(&[row], &path).unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let json: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let rows = json["rows"].as_array().unwrap();
+        let mut keys: Vec<&str> = rows[0].as_object().unwrap().keys().map(String::as_str).collect();
+        keys.sort_unstable();
+        assert_eq!((rows.len(), keys), (1, vec!["holds", "metric", "ours", "peer", "ratio", "target"]));
+        assert_eq!((rows[0]["holds"].as_bool(), rows[0]["ratio"].as_f64()), (Some(false), Some(0.5)));
+    }
 
     #[test]
     fn rows_are_as_promised() {

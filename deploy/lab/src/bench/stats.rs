@@ -73,6 +73,12 @@ impl Sample {
     }
 }
 
+impl FromIterator<f64> for Sample {
+    fn from_iter<I: IntoIterator<Item = f64>>(values: I) -> Self {
+        Self(values.into_iter().collect())
+    }
+}
+
 impl Ratio {
     /// Whether "no slower" holds: unless the whole interval lies below 0.97.
     #[must_use]
@@ -123,6 +129,17 @@ mod tests {
         assert_eq!(sample(&[4.0, 1.0, 2.0, 3.0]).median(), Some(2.5));
         assert_eq!(sample(&[4.0, 1.0]).spread(), Some((1.0, 4.0)));
         assert_eq!((sample(&[]).median(), sample(&[]).spread()), (None, None));
+    }
+
+    #[test]
+    fn the_interval_is_that_of_the_data_and_the_rule_looks_at_its_upper_end() {
+        let steady = sample(&[10.0; 7]);
+        let ratio = steady.less_than(&sample(&[5.0; 7])).unwrap();
+        assert_eq!((ratio.value, ratio.low, ratio.high), (0.5, 0.5, 0.5), "no spread, no width");
+        let wide = sample(&[8.0, 9.0, 10.0, 10.0, 10.0, 11.0, 12.0]).less_than(&steady).unwrap();
+        assert!(wide.low < wide.value && wide.value < wide.high, "{wide:?}");
+        let holds = |high| Ratio { value: 0.9, low: 0.8, high }.is_no_slower();
+        assert!(holds(0.97) && !holds(0.969));
     }
 
     #[test]
