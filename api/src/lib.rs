@@ -16,6 +16,7 @@
 
 pub mod data;
 pub mod frame;
+pub mod guest_call;
 pub mod link;
 pub mod name;
 pub mod page;

@@ -31,7 +31,10 @@ use supercloud_ids::{
     CloudId, Epoch, FreezeId, GuestId, HostId, ImageId, NetworkId, OperationId, PortId, ProjectId, VolumeId,
 };
 
-use crate::{CompatClass, FrozenVolume, Name, Problem, Progress, Propagation, Room, Shape};
+use crate::{
+    CompatClass, FrozenVolume, Name, Operation, Problem, Progress, Propagation, Room, Shape,
+    guest_call::{GuestCall, GuestStanding},
+};
 
 /// The version of every payload of this link.
 pub const VERSION: u16 = 1;
@@ -414,6 +417,15 @@ pub enum Query {
         /// Its epoch.
         epoch: Epoch,
     },
+    /// The guest asked its metadata service for something about itself.
+    GuestCall {
+        /// The guest, known by its switch port.
+        guest: GuestId,
+        /// Its epoch.
+        epoch: Epoch,
+        /// What.
+        call: GuestCall,
+    },
     /// Where the chunks of a guest of this host can be had now: what came with its last assignment has aged.
     ChunkSources {
         /// The guest.
@@ -438,6 +450,19 @@ pub enum Answer {
         api_url: String,
         /// The CA that its certificate hangs on, PEM.
         ca_pem: String,
+        /// How long it is good, in milliseconds from now; 0: not said. It replaces the guest's token before it.
+        #[serde(default)]
+        life_ms: u64,
+    },
+    /// To [`GuestCall::Look`].
+    GuestStanding {
+        /// How it stands.
+        standing: Box<GuestStanding>,
+    },
+    /// To [`GuestCall::Migrate`] and [`GuestCall::Operation`].
+    GuestOperation {
+        /// The operation: as it was accepted, or as it is.
+        operation: Box<Operation>,
     },
     /// To [`Query::ChunkSources`].
     ChunkSources {
@@ -544,6 +569,19 @@ mod tests {
         let query = Query::GuestToken { guest: GuestId::generate(), epoch: Epoch(3) };
         let text = serde_json::to_string(&Envelope { number: 9, body: query.clone() }).unwrap();
         assert_eq!(serde_json::from_str::<Envelope<Query>>(&text).unwrap().body, query);
+        let query = Query::GuestCall {
+            guest: GuestId::generate(),
+            epoch: Epoch(3),
+            call: GuestCall::Migrate {
+                wanted: Box::new(serde_json::from_str(r#"{"to":"east"}"#).unwrap()),
+                idempotency_key: "k".into(),
+            },
+        };
+        let text = serde_json::to_string(&query).unwrap();
+        assert_eq!(serde_json::from_str::<Query>(&text).unwrap(), query);
+        // A controller of the version before tells no life.
+        let old = r#"{"answer":"guest_token","secret":"s","api_url":"u","ca_pem":"c"}"#;
+        assert!(matches!(serde_json::from_str(old).unwrap(), Answer::GuestToken { life_ms: 0, .. }));
         let outcome: Outcome<Answer> = Outcome::Ok(Answer::Certificate { certificate_pem: "x".into() });
         let text = serde_json::to_string(&outcome).unwrap();
         assert_eq!(serde_json::from_str::<Outcome<Answer>>(&text).unwrap(), outcome);

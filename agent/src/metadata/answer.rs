@@ -1,6 +1,7 @@
 //! What a request means: pure.
 
-use supercloud_ids::GuestId;
+use supercloud_api::{Code, GuestMigrate, Problem, guest_call::GuestCall};
+use supercloud_ids::{GuestId, RequestId};
 
 use super::{
     http::{Request, Response},
@@ -13,19 +14,35 @@ const TOKEN: &str = "x-aws-ec2-metadata-token";
 /// The header in which its life is asked for.
 const TTL: &str = "x-aws-ec2-metadata-token-ttl-seconds";
 
+/// Where our own part begins.
+const OURS: &str = "/supercloud/";
+/// The longest idempotency key, in bytes.
+const MAX_KEY_BYTES: usize = 256;
+
 /// What is to be answered.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq)]
 pub enum Reply {
     /// This.
     Now(Response),
     /// What the controller gives for a token of the API.
     AskToken,
+    /// What the controller says to this.
+    Ask(GuestCall),
+}
+
+/// A refusal in the form that the path's readers know: bare as EC2's, or a problem.
+pub fn refusal(path: &str, code: Code, detail: &str) -> Response {
+    match path.starts_with(OURS) {
+        true => Response::problem(&Problem::new(code, detail)),
+        false => Response::error(code.status()),
+    }
 }
 
 /// Decides about a request of `guest`.
 pub fn respond(request: &Request, guest: GuestId, view: &GuestView, sessions: &Sessions, now_ms: u64) -> Reply {
     if ["x-forwarded-for", "forwarded", "via"].iter().any(|name| request.header(name).is_some()) {
-        return Reply::Now(Response::error(403));
+        let detail = "a request that came through a proxy is not answered";
+        return Reply::Now(refusal(&request.path, Code::Forbidden, detail));
     }
     let path = request.path.trim_end_matches('/');
     match (request.method.as_str(), path) {
@@ -38,16 +55,68 @@ pub fn respond(request: &Request, guest: GuestId, view: &GuestView, sessions: &S
                 _ => Response::error(400),
             });
         }
-        ("GET", _) => {}
-        _ => return Reply::Now(Response::error(405)),
+        ("GET", _) | ("POST", MIGRATE) => {}
+        _ => return Reply::Now(not_allowed(path)),
     }
     if !request.header(TOKEN).is_some_and(|token| sessions.is_good(token, guest, now_ms)) {
-        return Reply::Now(Response::error(401));
+        let detail = "send the session token that PUT /latest/api/token gives, in X-aws-ec2-metadata-token";
+        return Reply::Now(refusal(path, Code::Unauthenticated, detail));
     }
-    if path == "/supercloud/v1/token" {
-        return Reply::AskToken;
+    match (path, path.strip_prefix("/supercloud/v1/operations/")) {
+        (MIGRATE, _) if request.method != "POST" => return Reply::Now(not_allowed(path)),
+        (MIGRATE, _) => {
+            return match migrate(request) {
+                Ok(call) => Reply::Ask(call),
+                Err(problem) => Reply::Now(Response::problem(&problem)),
+            };
+        }
+        ("/supercloud/v1/token", _) => return Reply::AskToken,
+        ("/supercloud/v1/guest", _) => return Reply::Ask(GuestCall::Look),
+        (_, Some(id)) => {
+            return match id.parse() {
+                Ok(operation) => Reply::Ask(GuestCall::Operation { operation }),
+                Err(_) => Reply::Now(refusal(path, Code::NotFound, "there is no such operation of this guest")),
+            };
+        }
+        _ => {}
+    }
+    if path.starts_with(OURS) {
+        return Reply::Now(refusal(path, Code::NotFound, "there is no such path"));
     }
     Reply::Now(content(path, guest, view).unwrap_or_else(|| Response::error(404)))
+}
+
+/// The path of a move.
+const MIGRATE: &str = "/supercloud/v1/guest/migrate";
+
+fn not_allowed(path: &str) -> Response {
+    let allow = if path == MIGRATE { "POST" } else { "GET" };
+    if !path.starts_with(OURS) {
+        return Response::error(405);
+    }
+    let mut problem = Problem::new(Code::BadRequest, format!("this path takes: {allow}"));
+    problem.status = 405;
+    Response::problem(&problem).with("Allow", allow)
+}
+
+/// Reads the wish for a move, strictly.
+fn migrate(request: &Request) -> Result<GuestCall, Problem> {
+    let bad = |detail: String| Problem::new(Code::BadRequest, detail);
+    let is_json = request.header("content-type").is_none_or(|kind| {
+        kind.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json"))
+    });
+    if !is_json {
+        return Err(bad("the body must be application/json".to_owned()));
+    }
+    let wanted: GuestMigrate =
+        serde_json::from_slice(&request.body).map_err(|error| bad(format!("the body: {error}")))?;
+    let idempotency_key = match request.header("idempotency-key") {
+        Some(key) if (1..=MAX_KEY_BYTES).contains(&key.len()) => key.to_owned(),
+        Some(_) => return Err(bad(format!("Idempotency-Key must have 1 to {MAX_KEY_BYTES} bytes"))),
+        // The link may carry the call twice.
+        None => RequestId::generate().to_string(),
+    };
+    Ok(GuestCall::Migrate { wanted: Box::new(wanted), idempotency_key })
 }
 
 fn content(path: &str, guest: GuestId, view: &GuestView) -> Option<Response> {
@@ -93,9 +162,6 @@ fn content(path: &str, guest: GuestId, view: &GuestView) -> Option<Response> {
             None => "meta-data",
         })),
         "/latest/user-data" => spec.user_data.clone().map(Response::text),
-        "/supercloud/v1/guest" => {
-            Some(Response::json(&serde_json::json!({ "id": guest, "name": name, "epoch": view.epoch })))
-        }
         _ => None,
     }
 }
@@ -115,6 +181,7 @@ mod tests {
             path: path.into(),
             headers: headers.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect(),
             wants_close: false,
+            body: Vec::new(),
         }
     }
 
@@ -127,7 +194,7 @@ mod tests {
     fn now(reply: Reply) -> Response {
         match reply {
             Reply::Now(response) => response,
-            Reply::AskToken => panic!("a token is asked for"),
+            other => panic!("{other:?}"),
         }
     }
 
@@ -163,6 +230,63 @@ mod tests {
             let reply = respond(&request(method, "/latest/api/token", &[]), guest, &view, &sessions, 0);
             assert_eq!(now(reply).status, 405);
         }
+    }
+
+    #[test]
+    fn a_guest_asks_for_its_own_move_and_nothing_else() {
+        let (guest, sessions) = (GuestId::generate(), Sessions::new());
+        let view = view(guest);
+        let token = sessions.make(guest, 60, 0);
+        let ask = |method: &str, path: &str, headers: &[(&str, &str)], body: &str| {
+            let headers: Vec<(&str, &str)> = headers.iter().copied().chain([(TOKEN, token.as_str())]).collect();
+            let request = Request { body: body.into(), ..request(method, path, &headers) };
+            respond(&request, guest, &view, &sessions, 0)
+        };
+        let Reply::Ask(GuestCall::Migrate { wanted, idempotency_key }) =
+            ask("POST", MIGRATE, &[("idempotency-key", "k1")], r#"{"to":"gcp-west"}"#)
+        else {
+            panic!("a move is asked for");
+        };
+        assert_eq!((wanted.to.as_str(), idempotency_key.as_str()), ("gcp-west", "k1"));
+        let keyless = || match ask("POST", MIGRATE, &[], r#"{"to":"x"}"#) {
+            Reply::Ask(GuestCall::Migrate { idempotency_key, .. }) => idempotency_key,
+            other => panic!("{other:?}"),
+        };
+        assert_ne!(keyless(), keyless(), "two wishes are two");
+        let long = "k".repeat(MAX_KEY_BYTES + 1);
+        for (headers, body) in [
+            (vec![], ""),
+            (vec![], "{}"),
+            (vec![], r#"{"to":"x","guest":"other"}"#),
+            (vec![], "[[[[[[[["),
+            (vec![("idempotency-key", "")], r#"{"to":"x"}"#),
+            (vec![("idempotency-key", long.as_str())], r#"{"to":"x"}"#),
+            (vec![("content-type", "text/plain")], r#"{"to":"x"}"#),
+        ] {
+            let response = now(ask("POST", MIGRATE, &headers, body));
+            let problem: Problem = serde_json::from_slice(&response.body).unwrap();
+            assert_eq!((response.status, problem.code), (400, Code::BadRequest), "{body}");
+        }
+        let operation = supercloud_ids::OperationId::generate();
+        let path = format!("/supercloud/v1/operations/{operation}");
+        assert_eq!(ask("GET", &path, &[], ""), Reply::Ask(GuestCall::Operation { operation }));
+        assert_eq!(ask("GET", "/supercloud/v1/guest", &[], ""), Reply::Ask(GuestCall::Look));
+        for (method, path, status) in [
+            ("GET", MIGRATE, 405),
+            ("POST", "/supercloud/v1/guest", 405),
+            ("POST", "/supercloud/v1/operations/x/cancel", 405),
+            ("GET", "/supercloud/v1/operations/x", 404),
+            ("GET", "/supercloud/v1/hosts", 404),
+        ] {
+            let response = now(ask(method, path, &[], r#"{"to":"x"}"#));
+            let problem: Problem = serde_json::from_slice(&response.body).unwrap();
+            assert_eq!((response.status, problem.status), (status, status), "{method} {path}");
+        }
+        // Without the session token nothing, and what it says tells how to get one.
+        let request = Request { body: br#"{"to":"x"}"#.to_vec(), ..request("POST", MIGRATE, &[]) };
+        let response = now(respond(&request, guest, &view, &sessions, 0));
+        let problem: Problem = serde_json::from_slice(&response.body).unwrap();
+        assert_eq!((response.status, problem.code), (401, Code::Unauthenticated));
     }
 
     #[test]

@@ -1,12 +1,15 @@
-//! As much of HTTP/1.1 (RFC 9112) as a metadata service needs: requests without a body, answers with a length. Everything is
-//! bounded; what is not understood is refused, never guessed.
+//! As much of HTTP/1.1 (RFC 9112) as a metadata service needs: requests with a short body (`POST`) or none, answers with a length.
+//! Everything is bounded; what is not understood is refused, never guessed.
 
+use supercloud_api::Problem;
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 
 /// The longest request, in bytes.
 const MAX_REQUEST_BYTES: usize = 8 << 10;
 /// The longest path, in bytes.
 const MAX_PATH_BYTES: usize = 1 << 10;
+/// The longest body, in bytes.
+const MAX_BODY_BYTES: usize = 4 << 10;
 /// The most headers.
 const MAX_HEADERS: usize = 64;
 
@@ -32,6 +35,8 @@ pub struct Request {
     pub headers: Vec<(String, String)>,
     /// The connection ends after the answer.
     pub wants_close: bool,
+    /// What came with it; only `POST` may bring something.
+    pub body: Vec<u8>,
 }
 
 impl Request {
@@ -40,8 +45,8 @@ impl Request {
         self.headers.iter().find(|(had, _)| had == name).map(|(_, value)| value.as_str())
     }
 
-    /// Reads a request's head (without the empty line at its end).
-    pub fn parse(head: &[u8]) -> Result<Self, HttpError> {
+    /// Reads a request's head (without the empty line at its end); gives the length of its body too.
+    pub fn parse(head: &[u8]) -> Result<(Self, usize), HttpError> {
         let bad = HttpError::Refused(400);
         let text = std::str::from_utf8(head).map_err(|_| HttpError::Refused(400))?;
         let mut lines = text.split("\r\n");
@@ -78,27 +83,38 @@ impl Request {
             }
             headers.push((name.to_ascii_lowercase(), value.trim().to_owned()));
         }
-        let mut request = Self { method: method.to_owned(), path: path.to_owned(), headers, wants_close: is_old };
-        let has_body = request.header("content-length").is_some_and(|length| length != "0")
-            || request.header("transfer-encoding").is_some();
-        if has_body {
-            // Nothing here takes one, and where it ends would have to be believed.
-            return Err(HttpError::Refused(413));
-        }
+        let (method, path) = (method.to_owned(), path.to_owned());
+        let mut request = Self { method, path, headers, wants_close: is_old, body: Vec::new() };
+        let length = request.body_length()?;
         if let Some(connection) = request.header("connection") {
             request.wants_close |= connection.to_ascii_lowercase().contains("close");
         }
-        Ok(request)
+        Ok((request, length))
+    }
+
+    /// How long the body is. Two lengths, or a coding that says its own, are refused: where the next request begins must be sure.
+    fn body_length(&self) -> Result<usize, HttpError> {
+        if self.header("transfer-encoding").is_some() {
+            return Err(HttpError::Refused(411));
+        }
+        let mut lengths = self.headers.iter().filter(|(name, _)| name == "content-length");
+        let Some((_, text)) = lengths.next() else { return Ok(0) };
+        let is_number = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+        if lengths.next().is_some() || !is_number {
+            return Err(HttpError::Refused(400));
+        }
+        let most = if self.method == "POST" { MAX_BODY_BYTES } else { 0 };
+        text.parse().ok().filter(|length| *length <= most).ok_or(HttpError::Refused(413))
     }
 }
 
 /// Reads the next request; `None` when the client has left. `buffer` holds what came beyond it.
 pub async fn read<R: AsyncRead + Unpin>(reader: &mut R, buffer: &mut Vec<u8>) -> Result<Option<Request>, HttpError> {
-    loop {
+    let (mut request, length) = loop {
         if let Some(end) = buffer.windows(4).position(|window| window == b"\r\n\r\n") {
             let rest = buffer.split_off(end + 4);
             let head = std::mem::replace(buffer, rest);
-            return Request::parse(&head[..end]).map(Some);
+            break Request::parse(&head[..end])?;
         }
         if buffer.len() >= MAX_REQUEST_BYTES {
             return Err(HttpError::Refused(431));
@@ -109,7 +125,18 @@ pub async fn read<R: AsyncRead + Unpin>(reader: &mut R, buffer: &mut Vec<u8>) ->
             0 => return Ok(None),
             count => buffer.extend_from_slice(&piece[..count]),
         }
+    };
+    while buffer.len() < length {
+        let mut piece = [0; 2048];
+        let space = (length - buffer.len()).min(piece.len());
+        match reader.read(&mut piece[..space]).await? {
+            0 => return Err(HttpError::Refused(400)),
+            count => buffer.extend_from_slice(&piece[..count]),
+        }
     }
+    let rest = buffer.split_off(length);
+    request.body = std::mem::replace(buffer, rest);
+    Ok(Some(request))
 }
 
 /// An answer.
@@ -120,14 +147,14 @@ pub struct Response {
     kind: &'static str,
     /// The body.
     pub body: Vec<u8>,
-    /// A header of its own.
-    extra: Option<(&'static str, String)>,
+    /// Headers of its own.
+    extra: Vec<(&'static str, String)>,
 }
 
 impl Response {
     /// Plain text.
     pub fn text(body: impl Into<Vec<u8>>) -> Self {
-        Self { status: 200, kind: "text/plain; charset=utf-8", body: body.into(), extra: None }
+        Self { status: 200, kind: "text/plain; charset=utf-8", body: body.into(), extra: Vec::new() }
     }
 
     /// JSON.
@@ -135,9 +162,26 @@ impl Response {
         Self { kind: "application/json", ..Self::text(body.to_string()) }
     }
 
+    /// The same as the answer to what was begun, which can be followed there.
+    pub fn accepted(self, location: String) -> Self {
+        Self { status: 202, ..self }.with("Location", location)
+    }
+
     /// The same with a header more.
-    pub fn with(self, name: &'static str, value: impl Into<String>) -> Self {
-        Self { extra: Some((name, value.into())), ..self }
+    pub fn with(mut self, name: &'static str, value: impl Into<String>) -> Self {
+        self.extra.push((name, value.into()));
+        self
+    }
+
+    /// A problem (RFC 9457), with the time after which to try again where that may help.
+    pub fn problem(problem: &Problem) -> Self {
+        let body = serde_json::to_vec(problem).unwrap_or_default();
+        let status = if (400..600).contains(&problem.status) { problem.status } else { 500 };
+        let response = Self { status, kind: "application/problem+json", body, extra: Vec::new() };
+        match status {
+            429 | 503 => response.with("Retry-After", "1"),
+            _ => response,
+        }
     }
 
     /// An answer that is its status alone.
@@ -148,7 +192,7 @@ impl Response {
     /// What goes over the wire.
     pub fn bytes(&self, is_last: bool) -> Vec<u8> {
         let connection = if is_last { "close" } else { "keep-alive" };
-        let extra = self.extra.as_ref().map(|(name, value)| format!("{name}: {value}\r\n")).unwrap_or_default();
+        let extra: String = self.extra.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
         let mut out = format!(
             "HTTP/1.1 {} {}\r\nContent-Type: {}\r\nContent-Length: {}\r\nConnection: {connection}\r\nServer: \
              supercloud\r\n{extra}\r\n",
@@ -166,14 +210,21 @@ impl Response {
 const fn reason(status: u16) -> &'static str {
     match status {
         200 => "OK",
+        202 => "Accepted",
         400 => "Bad Request",
         401 => "Unauthorized",
         403 => "Forbidden",
         404 => "Not Found",
         405 => "Method Not Allowed",
+        409 => "Conflict",
+        411 => "Length Required",
+        412 => "Precondition Failed",
         413 => "Content Too Large",
         414 => "URI Too Long",
+        422 => "Unprocessable Content",
+        429 => "Too Many Requests",
         431 => "Request Header Fields Too Large",
+        500 => "Internal Server Error",
         502 => "Bad Gateway",
         503 => "Service Unavailable",
         505 => "HTTP Version Not Supported",
@@ -200,6 +251,11 @@ mod tests {
         assert_eq!(first.header("x-a"), Some("b"));
         let second = read(&mut reader, &mut buffer).await.unwrap().unwrap();
         assert!(second.wants_close && second.path == "/b");
+        let text = "POST /c HTTP/1.1\r\nContent-Length: 3\r\n\r\nabcGET /d HTTP/1.1\r\n\r\n";
+        let (mut reader, mut buffer) = (text.as_bytes(), Vec::new());
+        assert_eq!(read(&mut reader, &mut buffer).await.unwrap().unwrap().body, b"abc");
+        let next = read(&mut reader, &mut buffer).await.unwrap().unwrap();
+        assert_eq!((next.path.as_str(), next.body.len()), ("/d", 0));
         assert!(read(&mut reader, &mut buffer).await.unwrap().is_none());
     }
 
@@ -214,7 +270,12 @@ mod tests {
             ("GET http://other/ HTTP/1.1\r\n\r\n".to_owned(), 400),
             ("GET / HTTP/1.1\r\nbad header\r\n\r\n".to_owned(), 400),
             ("GET / HTTP/1.1\r\nContent-Length: 5\r\n\r\n".to_owned(), 413),
-            ("GET / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n".to_owned(), 413),
+            ("GET / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n".to_owned(), 411),
+            ("POST / HTTP/1.1\r\nContent-Length: 4097\r\n\r\n".to_owned(), 413),
+            ("POST / HTTP/1.1\r\nContent-Length: 99999999999999999999\r\n\r\n".to_owned(), 413),
+            ("POST / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab".to_owned(), 400),
+            ("POST / HTTP/1.1\r\nContent-Length: +1\r\n\r\na".to_owned(), 400),
+            ("POST / HTTP/1.1\r\nContent-Length: 5\r\n\r\nabc".to_owned(), 400),
             (format!("GET /{} HTTP/1.1\r\n\r\n", &long[..MAX_PATH_BYTES]), 414),
             (format!("GET / HTTP/1.1\r\nx: {long}\r\n\r\n"), 431),
             (format!("GET / HTTP/1.1\r\n{many}\r\n"), 431),
@@ -231,9 +292,12 @@ mod tests {
         let seed = 0x5eed_a901;
         println!("seed {seed:#x}");
         let mut rng = rand::rngs::SmallRng::seed_from_u64(seed);
-        let good = b"PUT /latest/api/token HTTP/1.1\r\nX-aws-ec2-metadata-token-ttl-seconds: 60\r\n\r\n";
-        for _ in 0..5_000 {
-            let mut bytes = good.to_vec();
+        let good: [&[u8]; 2] = [
+            b"PUT /latest/api/token HTTP/1.1\r\nX-aws-ec2-metadata-token-ttl-seconds: 60\r\n\r\n",
+            b"POST /supercloud/v1/guest/migrate HTTP/1.1\r\nContent-Length: 13\r\n\r\n{\"to\":\"east\"}GET / HTTP/1.1\r\n\r\n",
+        ];
+        for round in 0..10_000 {
+            let mut bytes = good[round % 2].to_vec();
             for _ in 0..rng.random_range(1..6) {
                 let at = rng.random_range(0..bytes.len());
                 bytes[at] = rng.random();
@@ -241,7 +305,7 @@ mod tests {
             bytes.truncate(rng.random_range(0..=bytes.len()));
             let (mut reader, mut buffer) = (bytes.as_slice(), Vec::new());
             while let Ok(Some(request)) = read(&mut reader, &mut buffer).await {
-                assert!(request.path.starts_with('/'));
+                assert!(request.path.starts_with('/') && request.body.len() <= MAX_BODY_BYTES);
             }
         }
     }

@@ -520,7 +520,9 @@ impl Controller {
                 state.asked_for_sources += 1;
                 Outcome::Ok(Answer::ChunkSources { sources: self.chunk_sources(&state, guest, host, false) })
             }
-            Query::GuestToken { .. } => Outcome::Err(Problem::new(Code::Forbidden, "not here")),
+            Query::GuestToken { .. } | Query::GuestCall { .. } => {
+                Outcome::Err(Problem::new(Code::Forbidden, "not here"))
+            }
         };
         Some(Envelope { number: query.number, body })
     }

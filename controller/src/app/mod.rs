@@ -219,7 +219,9 @@ async fn start_parts(parts: &Parts) -> Result<SocketAddr, StartError> {
     let metrics = Metrics::default();
     parts.spawn("operation watcher", metrics.clone().operation_watcher(parts.clone()));
     parts.spawn("expiry reaper", rest::expiry_reaper(parts.clone()));
-    rest::serve(parts, rest::router(parts, &metrics))
+    let api = rest::Api::new(parts, &metrics);
+    engine.open_guest_door(Arc::new(rest::GuestCalls::new(api.clone())));
+    rest::serve(parts, rest::router(api))
 }
 
 async fn end_tasks(parts: &Parts) {

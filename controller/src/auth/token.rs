@@ -4,7 +4,7 @@ use std::path::Path;
 
 use base64::Engine as _;
 use supercloud_api::{
-    Name, Project, Quota, Role, Token,
+    Guest, Name, Project, Quota, Role, Token,
     ids::{GuestId, ProjectId, TokenId},
     unix_ms,
 };
@@ -42,6 +42,21 @@ pub fn new_token(
     (record(&secret, name, project, guest, role, expires_at_ms), secret)
 }
 
+/// The id of a guest's own token: the guest's, so that there is one at a time, and a new secret replaces the one before.
+#[must_use]
+pub const fn guest_token_id(guest: GuestId) -> TokenId {
+    TokenId::from_uuid(guest.uuid())
+}
+
+/// A guest's own token with a fresh secret. Nothing is stored: [`TokenRecord::store_in`], [`TokenRecord::replace_in`].
+#[must_use]
+pub fn new_guest_token(guest: &Guest, expires_at_ms: u64) -> (TokenRecord, String) {
+    let (name, project) = (guest.name.clone(), Some(guest.project));
+    let (mut record, secret) = new_token(name, project, Some(guest.id), Role::Operator, Some(expires_at_ms));
+    record.token.id = guest_token_id(guest.id);
+    (record, secret)
+}
+
 fn record(
     secret: &str,
     name: Name,
@@ -64,6 +79,21 @@ impl TokenRecord {
                 .guest(token.guest)
                 .data(serde_json::json!({ "token": token.id, "name": token.name, "role": token.role })),
         );
+    }
+
+    /// Adds a token's new secret to a change: the one before stops working.
+    pub fn replace_in(&self, before: &Stored<Self>, change: &mut Change) {
+        let token = &self.token;
+        change
+            .update(before, self)
+            .release(places::token_secret(&before.secret_sha256))
+            .claim(places::token_secret(&self.secret_sha256), token.id)
+            .event(
+                EventDraft::new("token.renewed")
+                    .project(token.project)
+                    .guest(token.guest)
+                    .data(serde_json::json!({ "token": token.id, "name": token.name })),
+            );
     }
 
     /// Adds the removal of a token to a change.

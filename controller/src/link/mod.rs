@@ -1,7 +1,7 @@
 //! The agents' end of the world: one TLS listener for agent links and for chunks, told apart by ALPN.
 //!
-//! Each agent link is one session with two tasks' worth of work in one task group: a reader that hands every notice and query to
-//! the [`LinkHandler`] in order, and a writer that owns the sending half. Nothing a peer sends can exhaust the controller:
+//! Each agent link is one session with two tasks' worth of work in one task group: a reader that hands every notice to the
+//! [`LinkHandler`] in order and every query beside it (a bounded number at once), and a writer that owns the sending half. Nothing a peer sends can exhaust the controller:
 //! frames are at most 1 MiB, handshakes and hellos have deadlines, outbound queues are bounded (a peer that does not
 //! drain its queue is dropped and comes back), and a newer connection of a host replaces the older one.
 

@@ -1,20 +1,22 @@
 //! One agent's session.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use supercloud_api::{
+    Code, Problem,
     frame::{Frame, FrameError, read_frame, write_frame},
     ids::HostId,
     link::{self, Answer, Directive, Envelope, Farewell, Hello, Notice, Outcome, Query, kind},
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    sync::{SemaphorePermit, mpsc, watch},
+    sync::{Semaphore, SemaphorePermit, mpsc, watch},
+    task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
-use super::{OPENING_BUDGET, Shared, Unwelcome};
+use super::{LinkHandler, OPENING_BUDGET, Shared, Unwelcome};
 
 /// A link that brought nothing for this long is dead; agents send heartbeats far more often.
 const SILENCE_BUDGET: Duration = Duration::from_secs(30);
@@ -22,6 +24,10 @@ const SILENCE_BUDGET: Duration = Duration::from_secs(30);
 const WRITE_BUDGET: Duration = Duration::from_secs(20);
 /// Answers that may wait to be written.
 const ANSWERS_AT_MOST: usize = 64;
+/// Queries of a host that are worked on at once; more are sent away.
+const QUERIES_AT_ONCE: usize = 16;
+/// As many for what its guests ask: they cannot take the host's own places.
+const GUEST_QUERIES_AT_ONCE: usize = 8;
 
 /// The ends that others write to.
 pub(super) struct Outbound {
@@ -112,7 +118,7 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Send>(
     let (answers, answers_out) = mpsc::channel(ANSWERS_AT_MOST);
     let reading = async {
         shared.handler.opened(host).await;
-        read(shared, host, &mut reader, answers).await
+        read(&shared.handler, host, &mut reader, answers).await
     };
     let why = tokio::select! {
         why = reading => why,
@@ -124,11 +130,12 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Send>(
 }
 
 async fn read<R: AsyncRead + Unpin>(
-    shared: &Shared,
+    handler: &Arc<dyn LinkHandler>,
     host: HostId,
     reader: &mut R,
     answers: mpsc::Sender<Envelope<Outcome<Answer>>>,
 ) -> Ended {
+    let mut queries = Queries::new(Arc::clone(handler), host, answers);
     loop {
         let frame = match tokio::time::timeout(SILENCE_BUDGET, read_frame(reader)).await {
             Ok(Ok(frame)) => frame,
@@ -137,20 +144,74 @@ async fn read<R: AsyncRead + Unpin>(
         };
         match frame.kind {
             kind::NOTICE => match frame.parse_json::<Notice>(kind::NOTICE, link::VERSION) {
-                Ok(notice) => shared.handler.notice(host, notice).await,
+                Ok(notice) => handler.notice(host, notice).await,
                 Err(error) => return error.into(),
             },
-            kind::QUERY => match frame.parse_json::<Envelope<Query>>(kind::QUERY, link::VERSION) {
-                Ok(Envelope { number, body }) => {
-                    let body = shared.handler.query(host, body).await.into();
-                    if answers.send(Envelope { number, body }).await.is_err() {
-                        return Ended::NotReading;
+            kind::QUERY => match frame.parse_json::<Envelope<serde_json::Value>>(kind::QUERY, link::VERSION) {
+                Ok(envelope) => {
+                    if let Err(ended) = queries.take(envelope) {
+                        return ended;
                     }
                 }
                 Err(error) => return error.into(),
             },
             other => return Ended::Kind(other),
         }
+    }
+}
+
+/// A host's queries, each answered in a task of its own: a notice (a guest that is paused and waits for its switch) never queues behind
+/// one. All end with the session.
+struct Queries {
+    host: HostId,
+    handler: Arc<dyn LinkHandler>,
+    answers: mpsc::Sender<Envelope<Outcome<Answer>>>,
+    own: Arc<Semaphore>,
+    of_guests: Arc<Semaphore>,
+    tasks: JoinSet<()>,
+}
+
+impl Queries {
+    fn new(handler: Arc<dyn LinkHandler>, host: HostId, answers: mpsc::Sender<Envelope<Outcome<Answer>>>) -> Self {
+        Self {
+            host,
+            handler,
+            answers,
+            own: Arc::new(Semaphore::new(QUERIES_AT_ONCE)),
+            of_guests: Arc::new(Semaphore::new(GUEST_QUERIES_AT_ONCE)),
+            tasks: JoinSet::new(),
+        }
+    }
+
+    /// Begins to answer, or says at once why not.
+    fn take(&mut self, envelope: Envelope<serde_json::Value>) -> Result<(), Ended> {
+        while self.tasks.try_join_next().is_some() {}
+        let Envelope { number, body } = envelope;
+        // A newer agent's query is no reason to end its session.
+        let Ok(query) = serde_json::from_value::<Query>(body) else {
+            return self.refuse(number, Problem::new(Code::Unsupported, "this controller does not know such a query"));
+        };
+        let places = match query {
+            Query::GuestToken { .. } | Query::GuestCall { .. } => &self.of_guests,
+            Query::ChunkSources { .. } | Query::RenewCertificate { .. } => &self.own,
+        };
+        let Ok(place) = Arc::clone(places).try_acquire_owned() else {
+            let detail = "too many queries of this host are being answered; try again in a second";
+            return self.refuse(number, Problem::new(Code::TooManyRequests, detail));
+        };
+        let (host, handler, answers) = (self.host, Arc::clone(&self.handler), self.answers.clone());
+        self.tasks.spawn(async move {
+            let body = handler.query(host, query).await.into();
+            // The writer has ended: so has the session.
+            let _ = answers.send(Envelope { number, body }).await;
+            drop(place);
+        });
+        Ok(())
+    }
+
+    fn refuse(&self, number: u64, problem: Problem) -> Result<(), Ended> {
+        let body = Outcome::Err(problem);
+        self.answers.try_send(Envelope { number, body }).map_err(|_| Ended::NotReading)
     }
 }
 
@@ -187,5 +248,88 @@ async fn write<W: AsyncWrite + Unpin>(
             Ok(Err(error)) => return error.into(),
             Err(_) => return Ended::NotReading,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use futures::future::BoxFuture;
+    use supercloud_api::{
+        ids::{Epoch, GuestId},
+        link::Welcome,
+    };
+
+    use super::*;
+
+    /// Never answers a guest's query, answers a host's own at once, counts notices.
+    #[derive(Default)]
+    struct Slow(AtomicUsize);
+
+    impl LinkHandler for Slow {
+        fn is_member(&self, _: HostId) -> BoxFuture<'_, bool> {
+            Box::pin(async { true })
+        }
+        fn hello(&self, _: HostId, _: String, _: Hello) -> BoxFuture<'_, Result<Welcome, Unwelcome>> {
+            Box::pin(async { Err(Unwelcome::from(Problem::new(Code::Forbidden, "not asked here"))) })
+        }
+        fn opened(&self, _: HostId) -> BoxFuture<'_, ()> {
+            Box::pin(async {})
+        }
+        fn notice(&self, _: HostId, _: Notice) -> BoxFuture<'_, ()> {
+            Box::pin(async {
+                self.0.fetch_add(1, Ordering::Relaxed);
+            })
+        }
+        fn query(&self, _: HostId, query: Query) -> BoxFuture<'_, Result<Answer, Problem>> {
+            Box::pin(async move {
+                match query {
+                    Query::GuestToken { .. } => std::future::pending().await,
+                    _ => Ok(Answer::Certificate { certificate_pem: "x".into() }),
+                }
+            })
+        }
+        fn closed(&self, _: HostId) -> BoxFuture<'_, ()> {
+            Box::pin(async {})
+        }
+    }
+
+    #[tokio::test]
+    async fn notices_and_the_hosts_own_queries_do_not_wait_for_those_of_its_guests() {
+        let slow = Arc::new(Slow::default());
+        let handler: Arc<dyn LinkHandler> = slow.clone();
+        let (mut agent, mut controller) = tokio::io::duplex(1 << 20);
+        let (answers, mut answered) = mpsc::channel(ANSWERS_AT_MOST);
+        let query = |number: u64, body: serde_json::Value| {
+            Frame::json(kind::QUERY, link::VERSION, &Envelope { number, body }).unwrap()
+        };
+        let token = Query::GuestToken { guest: GuestId::generate(), epoch: Epoch(1) };
+        let token = serde_json::to_value(token).unwrap();
+        let flood = u64::try_from(GUEST_QUERIES_AT_ONCE).unwrap() + 1;
+        for number in 1..=flood {
+            write_frame(&mut agent, &query(number, token.clone())).await.unwrap();
+        }
+        let notice = Notice::Discarded { guest: GuestId::generate() };
+        write_frame(&mut agent, &Frame::json(kind::NOTICE, link::VERSION, &notice).unwrap()).await.unwrap();
+        let own = serde_json::to_value(Query::RenewCertificate { csr_pem: String::new() }).unwrap();
+        write_frame(&mut agent, &query(100, own)).await.unwrap();
+        write_frame(&mut agent, &query(101, serde_json::json!({"query": "of_a_later_version"}))).await.unwrap();
+        let listening = async {
+            let mut codes = std::collections::BTreeMap::new();
+            while codes.len() < 3 {
+                let Envelope { number, body } = answered.recv().await.unwrap();
+                codes.insert(number, Result::from(body).err().map(|problem: Problem| problem.code));
+            }
+            codes
+        };
+        let codes = tokio::select! {
+            ended = read(&handler, HostId::generate(), &mut controller, answers) => panic!("{ended}"),
+            codes = listening => codes,
+        };
+        assert_eq!(slow.0.load(Ordering::Relaxed), 1, "the notice was heard");
+        let expected =
+            [(flood, Some(Code::TooManyRequests)), (100, None), (101, Some(Code::Unsupported))].into_iter().collect();
+        assert_eq!(codes, expected);
     }
 }

@@ -11,9 +11,12 @@ use supercloud_api::{
 };
 
 use super::{Engine, EngineError, effects};
-use crate::state::{
-    Change, Context, DeletedGuest, EventDraft, GuestRecord, GuestSeed, HostRecord, OperationRecord, Stored, keys,
-    retry_conflicts,
+use crate::{
+    auth,
+    state::{
+        Change, Context, DeletedGuest, EventDraft, GuestRecord, GuestSeed, HostRecord, OperationRecord, Stored,
+        TokenRecord, keys, retry_conflicts,
+    },
 };
 
 /// Records of freezes that are removed in one transaction.
@@ -163,6 +166,9 @@ impl Engine {
         }
         if let Some(seed) = self.state.read::<GuestSeed>(&guest.guest.id).await? {
             change.delete(&seed);
+        }
+        if let Some(token) = self.state.read::<TokenRecord>(&auth::guest_token_id(guest.guest.id)).await? {
+            TokenRecord::remove_in(&token, &mut change);
         }
         change.delete_named(guest);
         change.create(&DeletedGuest { guest: guest.guest.id, deleted_at_ms: unix_ms() });

@@ -4,7 +4,7 @@ use std::sync::PoisonError;
 
 use futures::future::BoxFuture;
 use supercloud_api::{
-    Code, Host, Problem, Role, Room, Volume,
+    Code, Host, Problem, Room, Volume,
     handover::{self},
     ids::{Epoch, GuestId, HostId, RequestId},
     link::{Answer, GuestEventKind, GuestReport, Hello, Holding, Notice, Query, Welcome},
@@ -14,15 +14,13 @@ use tracing::{info, warn};
 
 use super::{Engine, EngineError, is_plausible_class};
 use crate::{
-    auth, chain,
+    chain,
     link::{LinkHandler, Unwelcome},
     state::{Change, Context, EventDraft, GuestRecord, HostRecord, LiveHost, OperationRecord, Work, retry_conflicts},
 };
 
 /// How often agents send heartbeats.
 const HEARTBEAT_MS: u64 = 2_000;
-/// How long a guest's own token holds; it asks for another when it needs one.
-const GUEST_TOKEN_MS: u64 = 3_600_000;
 /// Things of one kind in a hello or heartbeat; more is a fault of the agent.
 const REPORTS_AT_MOST: usize = 10_000;
 
@@ -109,6 +107,7 @@ impl LinkHandler for Engine {
         Box::pin(async move {
             match query {
                 Query::GuestToken { guest, epoch } => self.guest_token(host, guest, epoch).await,
+                Query::GuestCall { guest, epoch, call } => self.guest_call(host, guest, epoch, call).await,
                 Query::ChunkSources { guest } => self.fresh_chunk_sources(host, guest).await,
                 Query::RenewCertificate { csr_pem } => {
                     let certificate_pem = self
@@ -341,24 +340,6 @@ impl Engine {
             Ok::<_, EngineError>(())
         })
         .await
-    }
-
-    /// A token with which a guest may move, freeze and look at itself, and nothing else.
-    async fn guest_token(&self, host: HostId, guest: GuestId, epoch: Epoch) -> Result<Answer, Problem> {
-        let read = async { Ok::<_, EngineError>(self.state.read::<GuestRecord>(&guest).await?) };
-        let record = read.await.map_err(|error| internal(&error))?;
-        let Some(record) = record.filter(|record| record.owner.is_owned_by(host, epoch)) else {
-            return Err(Problem::new(Code::Forbidden, "this host does not own the guest at this epoch"));
-        };
-        let name = record.guest.name.clone();
-        let expires_at_ms = Some(unix_ms() + GUEST_TOKEN_MS);
-        let (token, secret) =
-            auth::new_token(name, Some(record.guest.project), Some(guest), Role::Operator, expires_at_ms);
-        let mut change = Change::new();
-        token.store_in(&mut change);
-        let context = Context::actor(format!("guest:{guest}"), RequestId::generate());
-        self.state.commit(&context, change).await.map_err(|error| internal(&error.into()))?;
-        Ok(Answer::GuestToken { secret, api_url: self.reach.api_url.clone(), ca_pem: self.authority.pem().to_owned() })
     }
 
     /// What follows for a guest when an operator has removed a host (the proof that it is gone is the operator's). Idempotent.

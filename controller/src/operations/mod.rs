@@ -14,6 +14,7 @@ mod assignment;
 mod delete;
 pub mod effects;
 mod follow_up;
+mod guest_door;
 mod handler;
 mod import;
 pub mod progress;
@@ -22,7 +23,7 @@ mod report;
 use std::{
     collections::{HashMap, HashSet},
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Duration,
 };
 
@@ -43,6 +44,7 @@ use crate::{
     link::Sessions,
     state::{AsConflict, GuestRecord, HostRecord, LiveHosts, OperationRecord, Seen, State, StateError, Work},
 };
+pub use guest_door::{GuestDoor, not_owned};
 use progress::ProgressBoard;
 
 /// How often the engine does what it repeats, and how long things may take.
@@ -131,6 +133,8 @@ pub struct Engine {
     /// Guests of which hosts have told and this store knows nothing; people were told.
     unknown_guests: Mutex<HashSet<(HostId, GuestId)>>,
     pub(crate) pace: Pace,
+    /// What carries out what guests ask.
+    guest_door: OnceLock<Arc<dyn GuestDoor>>,
 }
 
 /// The hosts that have to do with a guest.
@@ -202,6 +206,7 @@ impl Engine {
             settled_bases: Mutex::default(),
             unknown_guests: Mutex::default(),
             pace,
+            guest_door: OnceLock::new(),
         };
         (Arc::new(engine), queue)
     }

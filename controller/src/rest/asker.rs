@@ -9,13 +9,14 @@ use axum::{
 use serde::{Deserialize, de::DeserializeOwned};
 use supercloud_api::{
     Code, Ref,
-    ids::{GuestId, ProjectId, RequestId},
+    ids::{Epoch, GuestId, HostId, ProjectId, RequestId},
 };
 
 use super::reply::{Failure, Reply, etag};
 use crate::{
     app::Parts,
     auth::{Caller, DEFAULT_PROJECT, Reach},
+    operations::not_owned,
     state::{Answer, Change, Context, IdempotencyClaim, Named, ProjectRecord, StateError, Stored},
 };
 
@@ -103,6 +104,8 @@ pub struct Asker {
     pub params: Params,
     /// Where its answer is kept.
     pub idempotency: Option<IdempotencyClaim>,
+    /// The host that asks for its guest, and the epoch at which it must own it.
+    pub by: Option<(HostId, Epoch)>,
 }
 
 impl<S: Send + Sync> FromRequestParts<S> for Asker {
@@ -215,7 +218,12 @@ impl Asker {
         let Reach::Guest(project, own) = caller.reach() else { return self.find(parts, reference).await };
         let found = parts.state.find::<crate::state::GuestRecord>(Some(project), reference).await?;
         let visible = found.filter(|found| found.guest.id == own && caller.sees_guest(found.guest.project, own));
-        visible.ok_or_else(|| Failure::not_found("guest", reference.as_str()))
+        let visible = visible.ok_or_else(|| Failure::not_found("guest", reference.as_str()))?;
+        match self.by {
+            // Checked at what the change compares: a host that lost the guest meanwhile does nothing with it.
+            Some((host, epoch)) if !visible.owner.is_owned_by(host, epoch) => Err(Failure::from(not_owned())),
+            _ => Ok(visible),
+        }
     }
 
     /// Whether an operation can be seen.

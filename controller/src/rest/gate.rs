@@ -130,7 +130,7 @@ async fn pass(
         false => None,
     };
     let bytes = read_body(&head.method, is_upload, body).await?;
-    let mut asker = Asker { caller, request_id, params, idempotency: None };
+    let mut asker = Asker { caller, request_id, params, idempotency: None, by: None };
     if let (Some(caller), true) = (&asker.caller, matches!(route.method, Method::POST | Method::PATCH | Method::DELETE))
     {
         let uri = head.uri.path_and_query().map_or("", |uri| uri.as_str());

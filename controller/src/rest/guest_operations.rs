@@ -196,13 +196,21 @@ pub async fn migrate(
     headers: HeaderMap,
     bytes: Bytes,
 ) -> Result<Reply, Failure> {
-    let wanted: GuestMigrate = body(&headers, &bytes)?;
-    let options = migration_options(&wanted)?;
-    let reference = Ref::from(guest);
+    begin_migration(&api, &asker, &Ref::from(guest), &body(&headers, &bytes)?).await
+}
+
+/// As [`migrate`].
+pub(super) async fn begin_migration(
+    api: &Api,
+    asker: &Asker,
+    reference: &Ref,
+    wanted: &GuestMigrate,
+) -> Result<Reply, Failure> {
+    let options = migration_options(wanted)?;
     let _turn = api.placing.lock().await;
     retry_conflicts(|| async {
         let picture = Picture::take(&api.parts).await?;
-        let found = asker.find_guest(&api.parts, &reference).await?;
+        let found = asker.find_guest(&api.parts, reference).await?;
         guest_plan::admit(Request::Migrate, &found)?;
         let place = guest_plan::resolve_place(&api.parts, Some(&wanted.to)).await?;
         let source = found.guest.host.and_then(|host| picture.host(host));
@@ -223,9 +231,9 @@ pub async fn migrate(
                     work: Work::GuestMigrate { options: options.clone() },
                     route,
                 };
-                submit(&api, &asker, &found, Some(&picture), wanted).await
+                submit(api, asker, &found, Some(&picture), wanted).await
             }
-            Err(problem) => refuse(&asker, &found, OperationKind::GuestMigrate, problem),
+            Err(problem) => refuse(asker, &found, OperationKind::GuestMigrate, problem),
         }
     })
     .await

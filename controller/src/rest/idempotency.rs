@@ -33,7 +33,11 @@ pub enum Claim {
 /// When the key is malformed or was used for another request.
 pub async fn claim(parts: &Parts, token: TokenId, headers: &HeaderMap, what: &[&[u8]]) -> Result<Claim, Failure> {
     let Some(value) = headers.get("idempotency-key") else { return Ok(Claim::None) };
-    let bytes = value.as_bytes();
+    claim_key(parts, token, value.as_bytes(), what).await
+}
+
+/// As [`claim`], with the key.
+pub(super) async fn claim_key(parts: &Parts, token: TokenId, bytes: &[u8], what: &[&[u8]]) -> Result<Claim, Failure> {
     if bytes.is_empty() || bytes.len() > MAX_KEY_BYTES {
         return Err(Failure::bad(format!("Idempotency-Key must have 1 to {MAX_KEY_BYTES} bytes")));
     }

@@ -8,6 +8,7 @@ mod asker;
 mod clouds;
 mod events;
 mod gate;
+mod guest_calls;
 mod guest_create;
 mod guest_operations;
 mod guest_plan;
@@ -41,6 +42,7 @@ use tokio::sync::Mutex;
 
 pub use asker::{Asker, Params, body, check_if_match};
 pub use gate::{MAX_JSON_BYTES, MAX_PIECE_BYTES};
+pub use guest_calls::GuestCalls;
 pub use reaper::expiry_reaper;
 pub use reply::{Failure, Reply};
 pub use serve::serve;
@@ -60,16 +62,23 @@ pub struct Api {
     placing: Arc<Mutex<()>>,
 }
 
+impl Api {
+    /// With nothing under way.
+    #[must_use]
+    pub fn new(parts: &Parts, metrics: &Metrics) -> Self {
+        Self {
+            parts: parts.clone(),
+            metrics: metrics.clone(),
+            uploads: uploads::Uploads::new(parts.config.uploads_dir()),
+            streams: events::Streams::default(),
+            placing: Arc::default(),
+        }
+    }
+}
+
 /// All routes behind the gate.
-pub fn router(parts: &Parts, metrics: &Metrics) -> Router {
-    let api = Api {
-        parts: parts.clone(),
-        metrics: metrics.clone(),
-        uploads: uploads::Uploads::new(parts.config.uploads_dir()),
-        streams: events::Streams::default(),
-        placing: Arc::default(),
-    };
-    let gate = gate::Gate::new(parts.clone(), metrics.clone());
+pub fn router(api: Api) -> Router {
+    let gate = gate::Gate::new(api.parts.clone(), api.metrics.clone());
     Router::new()
         .route("/healthz", get(system::healthz))
         .route("/readyz", get(system::readyz))

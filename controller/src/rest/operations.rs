@@ -10,7 +10,7 @@ use crate::auth::Caller;
 use crate::state::{Change, EventDraft, OperationRecord, Seen, Stored, retry_conflicts};
 
 /// The operation as it is now: newer than its record, which is written less often.
-fn shown(api: &Api, record: &OperationRecord) -> Operation {
+pub(super) fn shown(api: &Api, record: &OperationRecord) -> Operation {
     let mut operation = record.operation.clone();
     if !operation.phase.is_terminal() {
         api.parts.progress.apply(operation.id, &mut operation.progress);
@@ -18,7 +18,7 @@ fn shown(api: &Api, record: &OperationRecord) -> Operation {
     operation
 }
 
-async fn find(api: &Api, asker: &Asker, id: &str) -> Result<Stored<OperationRecord>, Failure> {
+pub(super) async fn find(api: &Api, asker: &Asker, id: &str) -> Result<Stored<OperationRecord>, Failure> {
     let missing = || Failure::not_found("operation", id);
     let parsed: OperationId = id.parse().map_err(|_| missing())?;
     let found = api.parts.state.read::<OperationRecord>(&parsed).await?;

@@ -14,7 +14,10 @@ use supercloud_api::{
     },
     tls,
 };
-use supercloud_controller::state::{GuestRecord, OperationRecord, Record, TokenRecord};
+use supercloud_controller::{
+    auth::token_of_secret,
+    state::{GuestRecord, OperationRecord, Record, TokenRecord},
+};
 use tokio::io::AsyncWriteExt as _;
 
 use crate::support::{
@@ -273,8 +276,16 @@ async fn a_certificate_is_renewed_for_its_own_host_only() {
         panic!("a token was expected");
     };
     assert!(secret.len() > 32);
+    // One at a time: a newer one ends the one before.
+    let Ok(Answer::GuestToken { secret: newer, .. }) = host.ask(Query::GuestToken { guest, epoch: Epoch(1) }).await
+    else {
+        panic!("a token was expected");
+    };
     let tokens = world.state().list::<TokenRecord>().await.unwrap();
     assert_eq!(tokens.iter().filter(|token| token.token.guest == Some(guest)).count(), 1);
+    let now = supercloud_api::unix_ms();
+    assert!(token_of_secret(world.state(), &secret, now).await.unwrap().is_none());
+    assert_eq!(token_of_secret(world.state(), &newer, now).await.unwrap().unwrap().guest, Some(guest));
     assert!(host.ask(Query::GuestToken { guest, epoch: Epoch(2) }).await.is_err());
     let Ok(Answer::ChunkSources { sources }) = host.ask(Query::ChunkSources { guest }).await else {
         panic!("the owner is told where the chunks are");
