@@ -191,7 +191,7 @@ fn fetch_for_ever(peer: SocketAddr, state: &State) {
     loop {
         // Before the server is up there is nothing to fail.
         let is_counted = state.connects.load(Ordering::Relaxed) > 0;
-        let counter = match http::request(peer, "GET", "/writes", &[], SILENCE_CAP) {
+        let counter = match http::request(peer, "GET", "/writes", &[], "", SILENCE_CAP) {
             Ok((200, _)) => &state.http_ok,
             _ => &state.http_failed,
         };

@@ -63,17 +63,20 @@ pub fn request(
     method: &str,
     path: &str,
     headers: &[(&str, &str)],
+    body: &str,
     patience: Duration,
 ) -> io::Result<(u16, String)> {
     let mut stream = TcpStream::connect_timeout(&to, patience)?;
     stream.set_read_timeout(Some(patience))?;
     stream.set_write_timeout(Some(patience))?;
+    let (host, length) = (to.ip(), body.len());
     let mut text =
-        format!("{method} {path} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\nContent-Length: 0\r\n", to.ip());
+        format!("{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Length: {length}\r\n");
     for (key, value) in headers {
         text.push_str(&format!("{key}: {value}\r\n"));
     }
     text.push_str("\r\n");
+    text.push_str(body);
     stream.write_all(text.as_bytes())?;
     let mut answer = Vec::new();
     stream.take(ANSWER_CAP).read_to_end(&mut answer)?;
@@ -103,7 +106,7 @@ mod tests {
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         serve(port, |path| (path == "/x").then(|| "{}".to_owned())).unwrap();
         let to = SocketAddr::from(([127, 0, 0, 1], port));
-        let ask = |method, path| request(to, method, path, &[("X-A", "b")], PATIENCE).unwrap();
+        let ask = |method, path| request(to, method, path, &[("X-A", "b")], "", PATIENCE).unwrap();
         assert_eq!(ask("GET", "/x"), (200, "{}".to_owned()));
         assert_eq!(ask("GET", "/y").0, 404);
         assert_eq!(ask("PUT", "/x").0, 400);

@@ -11,7 +11,7 @@ use crate::dhcp::{self, Lease};
 use crate::net::Interface;
 use crate::report::{self, Report};
 use crate::role::{self, Role};
-use crate::{client, http, server, sys};
+use crate::{client, http, server, sys, traveller};
 
 const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 /// Of a disk that may be a seed, so much is searched for a role.
@@ -60,6 +60,7 @@ fn boot() -> io::Result<()> {
     match await_role(&command_line) {
         Role::Server(options) => server::run(&options),
         Role::Client(options) => client::run(&options),
+        Role::Traveller(options) => traveller::run(&options),
     };
     Ok(())
 }
@@ -158,12 +159,12 @@ fn user_data() -> Option<String> {
     let service = SocketAddr::from((METADATA, 80));
     let patience = Duration::from_secs(3);
     let ttl = ("X-aws-ec2-metadata-token-ttl-seconds", "300");
-    let (status, token) = http::request(service, "PUT", "/latest/api/token", &[ttl], patience).ok()?;
+    let (status, token) = http::request(service, "PUT", "/latest/api/token", &[ttl], "", patience).ok()?;
     if status != 200 {
         return None;
     }
     let header = ("X-aws-ec2-metadata-token", token.trim());
-    let (status, text) = http::request(service, "GET", "/latest/user-data", &[header], patience).ok()?;
+    let (status, text) = http::request(service, "GET", "/latest/user-data", &[header], "", patience).ok()?;
     (status == 200).then_some(text)
 }
 

@@ -5,6 +5,7 @@
 //! supercloud-guest init             pid 1 on the disk (as /sbin/init): devices, address by DHCP, then the role
 //! supercloud-guest server           HTTP on :80, the checked stream on :7000, numbered writes to /data/log
 //! supercloud-guest client PEER      holds one stream to the server and checks every byte
+//! supercloud-guest traveller to=PLACE  asks for its own move there and back, and sees where it is
 //! ```
 //!
 //! Server and client print one JSON line per half second to the console, prefixed `@sc `, because that is the one way
@@ -17,6 +18,7 @@ mod http;
 mod init;
 mod initramfs;
 mod journal;
+mod json;
 mod memory;
 mod net;
 mod pattern;
@@ -25,13 +27,15 @@ mod role;
 mod sabotage;
 mod server;
 mod sys;
+mod traveller;
 
 use std::process::ExitCode;
 
 use role::Role;
 
 const USAGE: &str =
-    "usage: supercloud-guest initramfs | init | server [mem=MIB] [dirty=MIB_PER_S] | client peer=ADDRESS";
+    "usage: supercloud-guest initramfs | init | server [mem=MIB] [dirty=MIB_PER_S] | client peer=ADDRESS | traveller \
+     to=PLACE";
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args();
@@ -46,11 +50,12 @@ fn main() -> ExitCode {
     match verb {
         "initramfs" => initramfs::run(),
         "init" => init::run(),
-        "server" | "client" => {
+        "server" | "client" | "traveller" => {
             let text = format!("role={}", words.join(" "));
             match role::parse(&text) {
                 Some(Role::Server(options)) => server::run(&options),
                 Some(Role::Client(options)) => client::run(&options),
+                Some(Role::Traveller(options)) => traveller::run(&options),
                 None => {
                     eprintln!("{USAGE}");
                     ExitCode::from(2)

@@ -2,8 +2,8 @@
 //!
 //! | field | of | meaning |
 //! |---|---|---|
-//! | `role`, `boot_id`, `t_ms` | both | who, which boot of it, milliseconds since that boot |
-//! | `clock_back` | both | how often any clock went back |
+//! | `role`, `boot_id`, `t_ms` | all | who, which boot of it, milliseconds since that boot |
+//! | `clock_back` | all | how often any clock went back |
 //! | `mem_checked`, `mem_bad` | both | pages of memory checked, found wrong |
 //! | `acked` | server | last number whose write was flushed |
 //! | `verified`, `verify_bad` | server | records 1..=n read back from the disk, records found wrong |
@@ -16,6 +16,9 @@
 //! | `ticks` | client | arrivals of data |
 //! | `gap_ms` | client | longest time without data that ended, or still lasts, in this half second |
 //! | `http_ok`, `http_failed` | client | status pages fetched, failed |
+//! | `home`, `there`, `back` | traveller | the clouds in which it was: at the start, after its first move, after its second |
+//! | `operation_there`, `operation_back`, `repeated` | traveller | the operations, and the answer to the first wish said again |
+//! | `retries`, `failed` | traveller | requests made again; why it travels no more |
 
 use std::fmt::{Display, Write as _};
 use std::io::Write as _;
@@ -27,7 +30,7 @@ pub struct Report {
 }
 
 impl Report {
-    /// Begins with what both roles say.
+    /// Begins with what all roles say.
     pub fn new(role: &str) -> Self {
         let report = Self { text: String::from("{") };
         report.word("role", role).word("boot_id", &boot_id()).number("t_ms", crate::clock::boot_ms())

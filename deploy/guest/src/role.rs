@@ -1,4 +1,4 @@
-//! What a guest is told to do: one line `role=server` or `role=client peer=ADDRESS`, with options: `mem=MIB` and `dirty=MIB_PER_S`
+//! What a guest is told to do: one line `role=server`, `role=client peer=ADDRESS` or `role=traveller to=PLACE`, with options: `mem=MIB` and `dirty=MIB_PER_S`
 //! (memory rewritten and checked all the time), for the server `sabotage=tcp|bytes|writes|restart` and `after=SECONDS`.
 //!
 //! The line comes from the kernel's command line (words `sc.role=...`, `sc.peer=...`), from the file /etc/role, or from the user
@@ -29,13 +29,22 @@ pub struct ClientOptions {
     pub memory: ServerOptions,
 }
 
-/// One of the two.
+/// What the traveller does.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TravellerOptions {
+    /// The host or cloud to which it asks to be moved, before it asks to be moved back.
+    pub to: String,
+}
+
+/// One of them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Role {
     /// Serves, writes, ticks.
     Server(ServerOptions),
     /// Holds a stream to the server.
     Client(ClientOptions),
+    /// Asks for its own moves.
+    Traveller(TravellerOptions),
 }
 
 /// When a fault is due if it is not said.
@@ -68,7 +77,7 @@ pub fn from_kernel_command_line(text: &str) -> Option<Role> {
 
 fn parse_line(line: &str) -> Option<Role> {
     let line = line.trim().trim_start_matches('#').trim_start();
-    let (mut kind, mut peer) = (None, None);
+    let (mut kind, mut peer, mut to) = (None, None, None);
     let mut memory = ServerOptions { memory_mib: 8, dirty_mib_per_s: 1, sabotage: None };
     let mut after_s = DEFAULT_AFTER_S;
     for word in line.split_whitespace() {
@@ -76,6 +85,7 @@ fn parse_line(line: &str) -> Option<Role> {
         match key {
             "role" => kind = Some(value),
             "peer" => peer = value.parse().ok(),
+            "to" => to = Some(value).filter(|value| is_name(value)),
             "mem" => memory.memory_mib = value.parse().ok().filter(|mib| *mib <= MEMORY_CAP_MIB)?,
             "dirty" => memory.dirty_mib_per_s = value.parse().ok()?,
             "sabotage" => memory.sabotage = Some(Plan { kind: Kind::parse(value)?, after_s }),
@@ -89,8 +99,14 @@ fn parse_line(line: &str) -> Option<Role> {
     match kind? {
         "server" => Some(Role::Server(memory)),
         "client" => Some(Role::Client(ClientOptions { peer: peer?, memory })),
+        "traveller" => Some(Role::Traveller(TravellerOptions { to: to?.to_owned() })),
         _ => None,
     }
+}
+
+/// Whether it can stand in JSON as it is.
+fn is_name(text: &str) -> bool {
+    !text.is_empty() && text.len() <= 64 && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
 }
 
 #[cfg(test)]
@@ -115,7 +131,11 @@ mod tests {
         let client = Role::Client(ClientOptions { peer: Ipv4Addr::new(10, 0, 0, 2), memory });
         assert_eq!(parse("role=client peer=10.0.0.2 mem=64 dirty=20"), Some(client.clone()));
         assert_eq!(from_kernel_command_line("sc.role=client sc.peer=10.0.0.2 sc.mem=64 x=y sc.dirty=20"), Some(client));
+        let traveller = Role::Traveller(TravellerOptions { to: "gcp-west".into() });
+        assert_eq!(from_kernel_command_line("sc.role=traveller sc.to=gcp-west"), Some(traveller));
         for wrong in [
+            "role=traveller",
+            "role=traveller to=a\"b",
             "",
             "role=",
             "role=client",

@@ -26,6 +26,8 @@ impl Shared {
             match said {
                 Said::Server(stats) => self.testimony.server.push(Seen { host, stats }),
                 Said::Client(stats) => self.testimony.client.push(Seen { host, stats }),
+                // None travels by itself here.
+                Said::Traveller(_) => {}
             }
         }
     }

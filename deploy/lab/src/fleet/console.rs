@@ -78,6 +78,33 @@ pub struct ClientStats {
     pub clock_back: u64,
 }
 
+/// What the traveller in a guest says; a word is empty until it is known.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct TravellerStats {
+    /// Which boot of it.
+    pub boot_id: String,
+    /// Milliseconds since that boot.
+    pub t_ms: u64,
+    /// The cloud in which it began.
+    pub home: String,
+    /// The cloud after its first move.
+    pub there: String,
+    /// The cloud after its second.
+    pub back: String,
+    /// The operation of the first move.
+    pub operation_there: String,
+    /// That of the second.
+    pub operation_back: String,
+    /// The operation that it was told when it said its first wish again, after the move.
+    pub repeated: String,
+    /// Requests made again.
+    pub retries: u64,
+    /// How often a clock went back.
+    pub clock_back: u64,
+    /// Why it travels no more.
+    pub failed: String,
+}
+
 /// One line.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(tag = "role", rename_all = "lowercase")]
@@ -86,6 +113,8 @@ pub enum Said {
     Server(ServerStats),
     /// By the client.
     Client(ClientStats),
+    /// By the traveller.
+    Traveller(TravellerStats),
 }
 
 /// A line and where it was said.
@@ -227,6 +256,7 @@ mod tests {
         let time = |heard: &Heard| match &heard.said {
             Said::Server(stats) => stats.t_ms,
             Said::Client(stats) => stats.t_ms,
+            Said::Traveller(stats) => stats.t_ms,
         };
         heard.iter().map(time).collect()
     }
@@ -237,6 +267,8 @@ mod tests {
         assert!(stats.connected && stats.gap_ms == 23 && stats.bytes == 1000);
         let Some(Said::Server(stats)) = parse(&server(5)) else { panic!("no server") };
         assert_eq!((stats.acked, stats.sabotaged), (3, 0));
+        let traveller = r#"@sc {"role":"traveller","boot_id":"t","t_ms":9,"home":"a","there":"b","back":"","operation_there":"op-1","operation_back":"","repeated":"","retries":2,"clock_back":0,"failed":""}"#;
+        assert!(matches!(parse(traveller), Some(Said::Traveller(stats)) if stats.there == "b" && stats.retries == 2));
         assert_eq!(parse("@sc {\"role\":\"init\",\"waiting\":\"no DHCP answer\"}"), None);
         assert_eq!(parse("[    0.1] Linux version"), None);
     }

@@ -32,7 +32,7 @@ use supercloud_api::{
 use supercloud_scheduler::price::CheapestWithHysteresis;
 
 pub use config::FeedStart;
-pub use console::{ClientStats, Console, Heard, Said, ServerStats};
+pub use console::{ClientStats, Console, Heard, Said, ServerStats, TravellerStats};
 pub use error::{FleetError, LogTail, LogTails};
 pub use work::GuestSpec;
 
