@@ -50,7 +50,10 @@ mod tests {
     fn a_word_is_read_from_the_outermost_object_only() {
         let text = r#"{"a":{"id":"inner"},"b":["id","x"],"c":"id","n":1,"id" : "outer","e":"x\"y","z":null}"#;
         assert_eq!(word(text, "id"), Some("outer"));
-        assert_eq!((word(text, "c"), word(text, "n"), word(text, "e"), word(text, "z")), (Some("id"), None, None, None));
+        assert_eq!(
+            (word(text, "c"), word(text, "n"), word(text, "e"), word(text, "z")),
+            (Some("id"), None, None, None)
+        );
         for bad in ["", "{", "}", "{\"id", "{\"id\":", "{\"id\":\"", "[\"id\":\"x\"", "\"\\"] {
             assert_eq!(word(bad, "id"), None, "{bad}");
         }

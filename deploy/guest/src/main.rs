@@ -33,8 +33,7 @@ use std::process::ExitCode;
 
 use role::Role;
 
-const USAGE: &str =
-    "usage: supercloud-guest initramfs | init | server [mem=MIB] [dirty=MIB_PER_S] | client peer=ADDRESS | traveller \
+const USAGE: &str = "usage: supercloud-guest initramfs | init | server [mem=MIB] [dirty=MIB_PER_S] | client peer=ADDRESS | traveller \
      to=PLACE";
 
 fn main() -> ExitCode {
