@@ -25,6 +25,7 @@ const TABLE: &[(&str, &[&str])] = &[
     ),
     ("supercloud", &["ids", "api", "scheduler", "feed"]),
     ("supercloud-guest", &[]),
+    ("supercloud-fuzz", &["api", "storage", "sdn", "feed"]),
 ];
 
 /// Pure crates: no runtime, files or clock among their dependencies.
