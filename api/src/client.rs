@@ -11,8 +11,8 @@ use supercloud_ids::{OperationId, RequestId};
 use crate::{
     Cloud, CloudCreate, Event, FeedClock, Freeze, Guest, GuestCreate, GuestFreeze, GuestMigrate, GuestPatch,
     GuestStart, GuestStop, GuestThaw, Host, HostPatch, Image, ImageCreate, ImageImport, ImagePart, JoinRequest,
-    JoinResponse, JoinToken, JoinTokenCreate, Market, Network, NetworkCreate, Operation, Page, Port, PriceSeries,
-    Problem, Project, ProjectCreate, Token, TokenCreate, TokenSecret, Volume, WhoAmI,
+    JoinResponse, JoinToken, JoinTokenCreate, Market, Network, NetworkCreate, Operation, Page, Placement, Port,
+    PriceSeries, Problem, Project, ProjectCreate, Token, TokenCreate, TokenSecret, Volume, WhoAmI,
 };
 
 /// How long one attempt of a request may take when it does not say otherwise.
@@ -413,6 +413,10 @@ calls! {
     guests() -> Vec<Guest> = list("/v1/guests");
     /// One guest.
     guest(guest: &str) -> Guest = get(format!("/v1/guests/{guest}"));
+    /// Where a guest would go now, with what every host says to it.
+    explain_placement(guest: &str) -> Placement = get(format!("/v1/guests/{guest}/placement?explain=true"));
+    /// The same, for a host or a cloud.
+    explain_placement_at(guest: &str, place: &str) -> Placement = get(format!("/v1/guests/{guest}/placement?explain=true&place={place}"));
     /// Makes a guest and starts it.
     create_guest(body: &GuestCreate) -> Operation = post("/v1/guests", body);
     /// Changes a guest.

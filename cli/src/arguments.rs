@@ -288,6 +288,14 @@ pub enum GuestVerb {
         /// Name or id.
         name: String,
     },
+    /// Where a guest would go now, and what every host says to it.
+    Placement {
+        /// Name or id.
+        name: String,
+        /// Only this host or cloud.
+        #[arg(long)]
+        place: Option<String>,
+    },
     /// Makes a guest and starts it.
     Create(GuestCreateArguments),
     /// Starts a stopped guest.

@@ -2,8 +2,8 @@
 
 use anyhow::Context as _;
 use supercloud_api::{
-    GuestCreate, GuestFreeze, GuestMigrate, GuestPatch, GuestStart, GuestStop, GuestThaw, Operation, Propagation,
-    Shape, client::Client,
+    GuestCreate, GuestFreeze, GuestMigrate, GuestPatch, GuestStart, GuestStop, GuestThaw, Operation, Placement,
+    Propagation, Shape, client::Client,
 };
 use supercloud_cli::table::{Table, bytes, duration};
 
@@ -17,6 +17,13 @@ pub async fn run(client: &Client, output: Output, verb: GuestVerb) -> anyhow::Re
     match verb {
         GuestVerb::List => list(client, output).await,
         GuestVerb::Show { name } => show::print_one(output, &client.guest(&name).await?),
+        GuestVerb::Placement { name, place } => {
+            let found = match place {
+                Some(place) => client.explain_placement_at(&name, &place).await?,
+                None => client.explain_placement(&name).await?,
+            };
+            print_placement(output, &found)
+        }
         GuestVerb::Create(arguments) => create(client, output, arguments).await,
         GuestVerb::Start { name, place, watch } => {
             let operation = client.start_guest(&name, &GuestStart { place: place.map(Into::into) }).await?;
@@ -114,6 +121,27 @@ async fn create(client: &Client, output: Output, arguments: GuestCreateArguments
     };
     let operation = client.create_guest(&body).await?;
     show::follow(client, output, operation, arguments.watch).await
+}
+
+fn print_placement(output: Output, found: &Placement) -> anyhow::Result<()> {
+    if output != Output::Table {
+        return show::print_one(output, found);
+    }
+    let mut table = Table::new(["HOST", "CLOUD", "TAKES_IT", "RANK", "FREE_MEMORY", "FOUND"]);
+    for host in &found.hosts {
+        table.row([
+            host.host_name.to_string(),
+            host.cloud_name.to_string(),
+            if host.is_ok { "yes" } else { "NO" }.into(),
+            host.score.map_or_else(|| "-".into(), |score| score.rank.to_string()),
+            host.score.map_or_else(|| "-".into(), |score| bytes(score.free_memory_bytes)),
+            host.detail.clone(),
+        ]);
+    }
+    print!("{}", table.render());
+    let name = found.destination_name.as_ref().map_or_else(|| "nowhere".into(), ToString::to_string);
+    println!("would go to {name}; best is: {}", found.objective);
+    Ok(())
 }
 
 fn print_plan(output: Output, operation: &Operation) -> anyhow::Result<()> {

@@ -1,11 +1,15 @@
 //! Where a guest goes: the scheduler's placement over the hosts as the records and the links show them. Pure.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use supercloud_api::{
     Cloud, Code, CompatClass, Host, HostState, PlanCheck, Problem, Room, Shape, handover::Owner, ids::HostId,
 };
-use supercloud_scheduler::placement::{Candidate, Demand, Placement, Refusal, place};
+use supercloud_scheduler::{
+    cluster::{self, Cluster, Demand, Domain, HostSpec, Objective, Score},
+    money::NanoUsd,
+    placement::Refusal,
+};
 
 use crate::state::GuestRecord;
 
@@ -83,39 +87,84 @@ pub fn choose<'a>(
     {
         return Err(Problem::new(Code::WrongState, format!("the guest is already on host {}", host.name)));
     }
-    let demand = Demand {
-        vcpus: need.shape.vcpus,
-        memory_bytes: need.shape.memory_bytes,
-        disk_bytes: need.disk_bytes,
-        class: need.class.as_ref().map(ToString::to_string),
-        host: if let Place::Host(host) = at { Some(host.id) } else { None },
-        cloud: if let Place::Cloud(cloud) = at { Some(cloud.id.to_string()) } else { None },
-        avoid: need.not_at.into_iter().collect(),
-    };
-    let candidates: Vec<Candidate<HostId>> = hosts
-        .iter()
-        .filter(|host| host.state != HostState::Removed)
-        .map(|host| candidate(host, reserved.get(&host.id).copied().unwrap_or_default()))
-        .collect();
-    let placement = place(&demand, &candidates);
-    match placement.host.and_then(|id| hosts.iter().find(|host| host.id == id)) {
-        Some(host) => Ok((host, checks(host, need))),
-        None => Err(refusal(&placement, at, need, hosts)),
+    let verdicts = explain(need, at, hosts, reserved);
+    match verdicts.first() {
+        Some((host, Ok(_))) => Ok((host, checks(host, need))),
+        _ => Err(refusal(&verdicts, at, need, hosts)),
     }
 }
 
-fn candidate(host: &Host, reserved: Room) -> Candidate<HostId> {
+/// Each host that is not removed with the first filter that it fails or its score: those that take the guest first, best
+/// first. The first one is what [`choose`] chooses.
+pub fn explain<'a>(
+    need: &Need,
+    at: &Place,
+    hosts: &'a [Host],
+    reserved: &HashMap<HostId, Room>,
+) -> Vec<(&'a Host, Result<Score, Refusal>)> {
+    let mut hosts: Vec<&Host> = hosts.iter().filter(|host| host.state != HostState::Removed).collect();
+    // Numbers follow names, and so do ties.
+    hosts.sort_by(|a, b| a.name.cmp(&b.name));
+    let classes: BTreeSet<String> =
+        hosts.iter().flat_map(|host| &host.compat_classes).chain(&need.class).map(ToString::to_string).collect();
+    let classes: Vec<String> = classes.into_iter().collect();
+    let class_number = |class: &CompatClass| classes.binary_search(&class.to_string()).map_or(u32::MAX, |at| at as u32);
+    let clouds: Vec<String> = hosts.iter().map(|host| host.cloud.to_string()).collect();
+    let cloud_number = |cloud: String| clouds.iter().position(|one| *one == cloud).map_or(u32::MAX, |at| at as u32);
+    let mut cluster = Cluster::default();
+    let numbers: Vec<u32> = (hosts.iter())
+        .map(|host| {
+            let cloud = cloud_number(host.cloud.to_string());
+            cluster.add_host(HostSpec {
+                name: host.name.to_string(),
+                capacity: free(host, reserved.get(&host.id).copied().unwrap_or_default()),
+                domains: [0, 0, cloud, 0, 0],
+                classes: host.compat_classes.iter().map(class_number).collect(),
+                price: NanoUsd(0),
+                project: None,
+                is_up: matches!(host.state, HostState::Up | HostState::Cordoned),
+                is_cordoned: host.state == HostState::Cordoned,
+            })
+        })
+        .collect();
+    let number_of = |id: HostId| hosts.iter().position(|host| host.id == id).map_or(u32::MAX, |at| numbers[at]);
+    let demand = Demand {
+        room: cluster::Room {
+            vcpus: need.shape.vcpus,
+            memory_bytes: need.shape.memory_bytes,
+            disk_bytes: need.disk_bytes,
+        },
+        class: need.class.as_ref().map(class_number),
+        host: if let Place::Host(host) = at { Some(number_of(host.id)) } else { None },
+        allow: match at {
+            Place::Cloud(cloud) => vec![(Domain::Zone, vec![cloud_number(cloud.id.to_string())])],
+            Place::Anywhere | Place::Host(_) => Vec::new(),
+        },
+        avoid: need.not_at.map(number_of).into_iter().collect(),
+        ..Demand::default()
+    };
+    let at_number = |number: u32| numbers.iter().position(|one| *one == number).map(|at| hosts[at]);
+    let verdicts = cluster.explain(&demand, &Objective::default()).into_iter();
+    let named = verdicts.filter_map(|one| {
+        let host = at_number(one.host)?;
+        let named = |refusal| match (refusal, &need.class) {
+            (Refusal::Class(_), Some(class)) => Refusal::Class(class.to_string()),
+            (other, _) => other,
+        };
+        // Elsewhere than asked for comes before everything else that could be said of a host.
+        let is_elsewhere = matches!(at, Place::Cloud(cloud) if cloud.id != host.cloud);
+        Some((host, if is_elsewhere { Err(Refusal::NotAskedFor) } else { one.verdict.map_err(named) }))
+    });
+    named.collect()
+}
+
+/// What a host has left: the larger of what it says and what the records say counts as used.
+fn free(host: &Host, reserved: Room) -> cluster::Room {
     let (capacity, used) = (host.capacity, host.used);
-    Candidate {
-        host: host.id,
-        name: host.name.to_string(),
-        cloud: host.cloud.to_string(),
-        is_up: matches!(host.state, HostState::Up | HostState::Cordoned),
-        is_cordoned: host.state == HostState::Cordoned,
-        free_vcpus: capacity.vcpus.saturating_sub(used.vcpus.max(reserved.vcpus)),
-        free_memory_bytes: capacity.memory_bytes.saturating_sub(used.memory_bytes.max(reserved.memory_bytes)),
-        free_disk_bytes: capacity.disk_bytes.saturating_sub(used.disk_bytes.max(reserved.disk_bytes)),
-        classes: host.compat_classes.iter().map(ToString::to_string).collect(),
+    cluster::Room {
+        vcpus: capacity.vcpus.saturating_sub(used.vcpus.max(reserved.vcpus)),
+        memory_bytes: capacity.memory_bytes.saturating_sub(used.memory_bytes.max(reserved.memory_bytes)),
+        disk_bytes: capacity.disk_bytes.saturating_sub(used.disk_bytes.max(reserved.disk_bytes)),
     }
 }
 
@@ -135,19 +184,19 @@ fn checks(host: &Host, need: &Need) -> Vec<PlanCheck> {
     vec![check("compat_class", class), check("capacity", room)]
 }
 
-fn refusal(placement: &Placement<HostId>, at: &Place, need: &Need, hosts: &[Host]) -> Problem {
-    let asked: Vec<&(String, Refusal)> =
-        placement.refused.iter().filter(|(_, why)| *why != Refusal::NotAskedFor).collect();
+fn refusal(verdicts: &[(&Host, Result<Score, Refusal>)], at: &Place, need: &Need, hosts: &[Host]) -> Problem {
+    let refused = verdicts.iter().filter_map(|(host, verdict)| Some((*host, verdict.as_ref().err()?)));
+    let asked: Vec<(&Host, &Refusal)> = refused.filter(|(_, why)| **why != Refusal::NotAskedFor).collect();
     if asked.is_empty() {
         return Problem::new(Code::NoCapacity, format!("there is no host at {}", at.name()));
     }
     if let Some(now) = need.not_at
-        && asked.iter().all(|(_, why)| *why == Refusal::Excluded)
+        && asked.iter().all(|(_, why)| **why == Refusal::Excluded)
     {
         let name = hosts.iter().find(|host| host.id == now).map_or_else(String::new, |host| host.name.to_string());
         return Problem::new(Code::WrongState, format!("the guest is already at {} (on host {name})", at.name()));
     }
-    let code = |all: fn(&Refusal) -> bool| asked.iter().all(|(_, why)| *why == Refusal::Excluded || all(why));
+    let code = |all: fn(&Refusal) -> bool| asked.iter().all(|(_, why)| **why == Refusal::Excluded || all(why));
     let code = if code(|why| matches!(why, Refusal::Class(_))) {
         Code::Incompatible
     } else if code(|why| *why == Refusal::Down) {
@@ -157,15 +206,13 @@ fn refusal(placement: &Placement<HostId>, at: &Place, need: &Need, hosts: &[Host
     };
     let each: Vec<String> = asked
         .iter()
-        .filter(|(_, why)| *why != Refusal::Excluded)
-        .map(|(name, why)| match why {
+        .filter(|(_, why)| **why != Refusal::Excluded)
+        .map(|(host, why)| match why {
             Refusal::Class(wanted) => {
-                let offers = hosts.iter().find(|host| host.name.as_str() == name).map_or_else(String::new, |host| {
-                    host.compat_classes.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
-                });
-                format!("{name} does not offer the compat class {wanted} (it offers: {offers})")
+                let offers = host.compat_classes.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+                format!("{} does not offer the compat class {wanted} (it offers: {offers})", host.name)
             }
-            why => format!("{name} {why}"),
+            why => format!("{} {why}", host.name),
         })
         .collect();
     Problem::new(code, format!("no host takes the guest: {}", each.join("; ")))

@@ -8,6 +8,7 @@ mod market;
 mod network;
 mod operation;
 mod place;
+mod placement;
 
 pub use access::*;
 pub use event::*;
@@ -17,3 +18,4 @@ pub use market::*;
 pub use network::*;
 pub use operation::*;
 pub use place::*;
+pub use placement::*;

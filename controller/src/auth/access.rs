@@ -119,6 +119,8 @@ pub const ROUTES: &[Route] = &[
     route(Method::GET, "/v1/guests/{guest}", Access::ReadOwn),
     route(Method::PATCH, "/v1/guests/{guest}", Access::Change),
     route(Method::DELETE, "/v1/guests/{guest}", Access::Change),
+    // Hosts are named in it: as readable as these are.
+    route(Method::GET, "/v1/guests/{guest}/placement", Access::Read),
     route(Method::POST, "/v1/guests/{guest}/start", Access::Change),
     route(Method::POST, "/v1/guests/{guest}/stop", Access::Change),
     route(Method::POST, "/v1/guests/{guest}/migrate", Access::MoveOwn),

@@ -53,6 +53,10 @@ pub struct Params {
     pub offset: Option<u64>,
     /// The market.
     pub market: Option<String>,
+    /// A host or a cloud.
+    pub place: Option<String>,
+    /// Also say why.
+    pub explain: Option<String>,
 }
 
 impl Params {
@@ -75,6 +79,18 @@ impl Params {
     pub fn page<T: std::str::FromStr>(&self) -> Result<Option<T>, Failure> {
         let parse = |text: &String| text.parse().map_err(|_| Failure::bad("page is not one that a listing gave"));
         self.page.as_ref().map(parse).transpose()
+    }
+
+    /// Whether to say why: `explain`, `explain=true`.
+    ///
+    /// # Errors
+    /// When it is neither true nor false.
+    pub fn explain(&self) -> Result<bool, Failure> {
+        match self.explain.as_deref() {
+            None | Some("false") => Ok(false),
+            Some("" | "true") => Ok(true),
+            Some(_) => Err(Failure::bad("explain must be true or false")),
+        }
     }
 
     /// How long to wait, at most 50 s: `30s`, `500ms`, `30`.

@@ -10,6 +10,7 @@ use supercloud_api::{
     ids::{GuestId, HostId, OperationId, ProjectId},
     unix_ms,
 };
+use supercloud_scheduler::{cluster::Score, placement::Refusal};
 use supercloud_store::{Key, Prefix};
 
 use super::{Asker, Failure};
@@ -83,6 +84,13 @@ impl Picture {
         let disk = |record: &GuestRecord| self.disk_of(record.guest.id);
         let reserved = placement::reserved(self.guests.iter().map(|record| &record.value), disk);
         placement::choose(need, at, &self.hosts, &reserved)
+    }
+
+    /// What every host says to a guest, best first.
+    pub fn explain(&self, need: &Need, at: &Place) -> Vec<(&Host, Result<Score, Refusal>)> {
+        let disk = |record: &GuestRecord| self.disk_of(record.guest.id);
+        let reserved = placement::reserved(self.guests.iter().map(|record| &record.value), disk);
+        placement::explain(need, at, &self.hosts, &reserved)
     }
 
     /// What a project uses: guests of any state, vCPUs and memory of those that run or are about to.

@@ -11,6 +11,7 @@ mod gate;
 mod guest_calls;
 mod guest_create;
 mod guest_operations;
+mod guest_placement;
 mod guest_plan;
 mod guests;
 mod hosts;
@@ -110,6 +111,7 @@ pub fn router(api: Api) -> Router {
         .route("/v1/ports/{port}", get(networks::read_port))
         .route("/v1/guests", get(guests::list).post(guest_create::create))
         .route("/v1/guests/{guest}", patch(guests::change).get(guests::read).delete(guest_operations::remove))
+        .route("/v1/guests/{guest}/placement", get(guest_placement::read))
         .route("/v1/guests/{guest}/start", post(guest_operations::start))
         .route("/v1/guests/{guest}/stop", post(guest_operations::stop))
         .route("/v1/guests/{guest}/migrate", post(guest_operations::migrate))

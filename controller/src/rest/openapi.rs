@@ -13,7 +13,9 @@ use utoipa::{
     },
 };
 
-use super::{clouds, events, guest_create, guest_operations, guests, hosts, images, join, networks, operations};
+use super::{
+    clouds, events, guest_create, guest_operations, guest_placement, guests, hosts, images, join, networks, operations,
+};
 use super::{projects, session, system, tokens, volumes};
 use crate::auth::{Access, ROUTES, Route};
 
@@ -69,6 +71,7 @@ use crate::auth::{Access, ROUTES, Route};
         guests::read,
         guests::change,
         guest_create::create,
+        guest_placement::read,
         guest_operations::start,
         guest_operations::stop,
         guest_operations::migrate,
@@ -142,6 +145,10 @@ fn parameters(route: &Route, lists: bool) -> Vec<Parameter> {
                 Type::String,
                 "How long to wait for its end: `30s`, at most 50 s.",
             ));
+        }
+        "/v1/guests/{guest}/placement" => {
+            all.push(parameter("explain", Query, false, Type::Boolean, "Also say what every host says to it."));
+            all.push(parameter("place", Query, false, Type::String, "Only this host or cloud."));
         }
         "/v1/events" | "/v1/events/stream" => {
             all.push(parameter("after", Query, false, Type::Integer, "Only events after this number."));

@@ -130,6 +130,9 @@ impl Cluster {
         if demand.host.is_some_and(|wanted| wanted != number) {
             return Some(Refusal::NotAskedFor);
         }
+        if demand.avoid.contains(&number) {
+            return Some(Refusal::Excluded);
+        }
         if !host.spec.is_up {
             return Some(Refusal::Down);
         }

@@ -23,6 +23,41 @@ fn to(place: &str) -> GuestMigrate {
 }
 
 #[tokio::test]
+async fn a_placement_says_where_a_guest_would_go_and_why_not_elsewhere() {
+    let test = TestController::start().await;
+    let world = test.world().await;
+    world.client.create_guest(&guest("web")).await.unwrap();
+    let id = world.client.guest("web").await.unwrap().id;
+    test.run_on(id, &world.hosts[0]).await;
+    let found = world.client.explain_placement("web").await.unwrap();
+    assert_eq!((found.host, found.destination), (Some(world.hosts[0].id), Some(world.hosts[1].id)));
+    // What is explained is what a move does.
+    let plan = world.client.plan_migration("web", &to("west")).await.unwrap().plan.unwrap();
+    assert_eq!(found.destination, plan.destination);
+    let told: Vec<_> = found.hosts.iter().map(|host| (host.host, host.is_ok, host.refusal.as_deref())).collect();
+    assert_eq!(told, [(world.hosts[1].id, true, None), (world.hosts[0].id, false, Some("excluded"))]);
+    let score = found.hosts[0].score.unwrap();
+    let (capacity, used) = (world.hosts[1].capacity, world.hosts[1].used);
+    assert_eq!((score.rank, score.free_memory_bytes), (1, capacity.memory_bytes - used.memory_bytes));
+    let cordon = HostPatch { cordoned: Some(true) };
+    test.admin_client().patch_host(world.hosts[1].name.as_str(), &cordon).await.unwrap();
+    let found = world.client.explain_placement("web").await.unwrap();
+    assert_eq!(found.destination, None);
+    assert!(found.hosts.iter().any(|host| host.refusal.as_deref() == Some("cordoned") && host.score.is_none()));
+    let there = world.client.explain_placement_at("web", "east").await.unwrap();
+    assert!(there.hosts.iter().any(|host| host.refusal.as_deref() == Some("not_asked_for")), "{there:?}");
+    let short: supercloud_api::Placement = world.client.get("/v1/guests/web/placement").await.unwrap();
+    assert!(short.hosts.is_empty());
+    let bare: supercloud_api::Placement = world.client.get("/v1/guests/web/placement?explain").await.unwrap();
+    assert_eq!(bare.hosts.len(), 2);
+    for (path, code) in [("web/placement?explain=3", Code::BadRequest), ("web/placement?place=mars", Code::NotFound)] {
+        let asked = world.client.get::<supercloud_api::Placement>(&format!("/v1/guests/{path}")).await;
+        assert_eq!(problem(asked).code, code, "{path}");
+    }
+    test.stop().await;
+}
+
+#[tokio::test]
 async fn a_move_is_checked_planned_and_begun() {
     let test = TestController::start().await;
     let world = test.world().await;
