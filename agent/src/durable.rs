@@ -185,7 +185,15 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<(), DurableError> {
         .map_err(failed("make", &temp))?;
     file.write_all(bytes).and_then(|()| file.sync_all()).map_err(failed("write", &temp))?;
     fs::rename(&temp, path).map_err(failed("rename to", path))?;
-    File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed("sync", folder))
+    sync_folder(folder)
+}
+
+/// Makes durable what came into a folder or left it. Blocking.
+///
+/// # Errors
+/// When the system refuses.
+pub fn sync_folder(path: &Path) -> Result<(), DurableError> {
+    File::open(path).and_then(|folder| folder.sync_all()).map_err(failed("sync", path))
 }
 
 /// [`write`]s a value as JSON. Blocking.

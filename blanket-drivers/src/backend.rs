@@ -314,6 +314,11 @@ pub trait Backend: Send + Sync {
     /// At once when the path cannot be used; later errors come from `done`.
     fn freeze(&self, guest: GuestId, file: PathBuf) -> BackendResult<Transfer<Frozen>>;
 
+    /// The frozen guest in `file`, if [`Backend::freeze`] came to its end there, whoever waited for it; durable when this
+    /// returns. `None` when there is no file, or one that is not whole: a freeze that goes on, or was broken off. A
+    /// guest that is not at this host is in its file, or it is lost.
+    fn frozen_in(&self, file: PathBuf) -> BoxFuture<'_, BackendResult<Option<Frozen>>>;
+
     /// Brings a frozen guest back, with this host's arguments. It stands still ([`PauseReason::Arrived`]) until
     /// [`Backend::resume`], so that the caller can ask for the switch first. The file stays.
     fn thaw(&self, launch: Launch, file: PathBuf, format: String) -> BoxFuture<'_, BackendResult<GuestInfo>>;

@@ -39,6 +39,9 @@ const FREEZE_BUDGET: Duration = Duration::from_secs(3600);
 /// The format of [`Backend::freeze`]'s files: libvirt's save image, the guest paused in it.
 const FROZEN_FORMAT: &str = "libvirt-qemu-save/1";
 
+/// What a save image begins with when it is whole; before, it is `LibvirtQemudPart`.
+const WHOLE_IMAGE: &[u8; 16] = b"LibvirtQemudSave";
+
 /// QEMU guests through this host's libvirtd.
 pub struct LibvirtBackend {
     pub(crate) connection: Arc<Connection>,
@@ -356,6 +359,21 @@ fn sync_file(file: &Path) -> std::io::Result<u64> {
     Ok(opened.metadata()?.len())
 }
 
+/// The size of a save image that is whole, made durable; `None` when there is none. libvirt writes another magic at its
+/// head while it goes on, and this one last, when the memory is in the file and synced (`src/qemu/qemu_saveimage.c`).
+fn whole_image(file: &Path) -> std::io::Result<Option<u64>> {
+    let mut magic = [0; WHOLE_IMAGE.len()];
+    let read = std::fs::File::open(file).and_then(|mut file| std::io::Read::read_exact(&mut file, &mut magic));
+    match read {
+        Ok(()) if magic == *WHOLE_IMAGE => sync_file(file).map(Some),
+        Ok(()) => Ok(None),
+        Err(error) if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::UnexpectedEof) => {
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
 /// A pid file is a line with a number.
 fn read_pid(dir: &Path, guest: GuestId) -> Option<u32> {
     std::fs::read_to_string(dir.join(format!("{guest}.pid"))).ok()?.trim().parse().ok()
@@ -468,6 +486,18 @@ impl Backend for LibvirtBackend {
         Ok(self.freeze_guest(guest, file))
     }
 
+    fn frozen_in(&self, file: PathBuf) -> BoxFuture<'_, BackendResult<Option<Frozen>>> {
+        Box::pin(async move {
+            let what = "look for a frozen guest in";
+            let looked = tokio::task::spawn_blocking(move || whole_image(&file).map_err(|source| (file, source)));
+            match looked.await {
+                Ok(Ok(bytes)) => Ok(bytes.map(|bytes| Frozen { format: FROZEN_FORMAT.to_owned(), bytes })),
+                Ok(Err((path, source))) => Err(BackendError::File { what, path, source }),
+                Err(broken) => Err(BackendError::Failed { what, detail: broken.to_string() }),
+            }
+        })
+    }
+
     fn thaw(&self, launch: Launch, file: PathBuf, format: String) -> BoxFuture<'_, BackendResult<GuestInfo>> {
         Box::pin(self.thaw_guest(launch, file, format))
     }
@@ -486,6 +516,20 @@ impl Backend for LibvirtBackend {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_save_image_that_is_whole_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("memory");
+        assert_eq!(whole_image(&file).unwrap(), None);
+        for part in [&b""[..], b"LibvirtQemudSav", b"LibvirtQemudPart and more"] {
+            std::fs::write(&file, part).unwrap();
+            assert_eq!(whole_image(&file).unwrap(), None, "{part:?}");
+        }
+        std::fs::write(&file, b"LibvirtQemudSave and more").unwrap();
+        assert_eq!(whole_image(&file).unwrap(), Some(25));
+        assert!(whole_image(dir.path()).is_err());
+    }
 
     #[test]
     fn the_console_socket_is_found_in_libvirts_own_xml() {

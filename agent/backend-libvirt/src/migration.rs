@@ -155,6 +155,8 @@ fn next_step(seen: Seen, verdict: Verdict) -> Step {
         (RunState::Paused(reason), Verdict::Release) if reason != Departed => Step::Refuse,
         _ if seen.has_job && seen.is_held => Step::Confirm,
         (RunState::Running, Verdict::Keep) if seen.has_job => Step::Abort,
+        // A save that an earlier agent began. It stands still meanwhile, and whoever keeps it wants it to run.
+        (RunState::Paused(PauseReason::Saving), Verdict::Keep) if seen.has_job => Step::Abort,
         _ if seen.has_job => Step::Wait,
         (RunState::Paused(_) | RunState::Crashed, Verdict::Release) => Step::Destroy,
         (RunState::Running | RunState::ShuttingDown | RunState::Crashed, Verdict::Keep) => Step::Done,

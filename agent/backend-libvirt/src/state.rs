@@ -27,16 +27,15 @@ fn pause_reason(reason: u32, role: Role) -> PauseReason {
         (Role::Incoming, sys::VIR_DOMAIN_PAUSED_MIGRATION | sys::VIR_DOMAIN_PAUSED_STARTING_UP) => {
             PauseReason::Incoming
         }
+        // Only a save of ours pauses for this reason; its guest has run here, whatever its mark still says.
+        (_, sys::VIR_DOMAIN_PAUSED_SAVE) => PauseReason::Saving,
         (Role::Incoming | Role::Arrived, _) => PauseReason::Arrived,
         (Role::Owner, sys::VIR_DOMAIN_PAUSED_USER) => PauseReason::Asked,
         (Role::Owner, sys::VIR_DOMAIN_PAUSED_MIGRATION) => PauseReason::Departed,
         (Role::Owner, sys::VIR_DOMAIN_PAUSED_IOERROR) => PauseReason::DiskError,
         (
             Role::Owner,
-            sys::VIR_DOMAIN_PAUSED_SAVE
-            | sys::VIR_DOMAIN_PAUSED_DUMP
-            | sys::VIR_DOMAIN_PAUSED_SNAPSHOT
-            | sys::VIR_DOMAIN_PAUSED_FROM_SNAPSHOT,
+            sys::VIR_DOMAIN_PAUSED_DUMP | sys::VIR_DOMAIN_PAUSED_SNAPSHOT | sys::VIR_DOMAIN_PAUSED_FROM_SNAPSHOT,
         ) => PauseReason::Saving,
         (Role::Owner, _) => PauseReason::Other,
     }
@@ -121,6 +120,10 @@ mod tests {
         assert_eq!(paused(migration, Role::Incoming), Some(RunState::Paused(PauseReason::Incoming)));
         for role in [Role::Arrived, Role::Incoming] {
             assert_eq!(paused(sys::VIR_DOMAIN_PAUSED_USER, role), Some(RunState::Paused(PauseReason::Arrived)));
+        }
+        for role in [Role::Owner, Role::Arrived] {
+            let saving = Some(RunState::Paused(PauseReason::Saving));
+            assert_eq!(paused(sys::VIR_DOMAIN_PAUSED_SAVE, role), saving);
         }
         assert_eq!(paused(sys::VIR_DOMAIN_PAUSED_USER, Role::Owner), Some(RunState::Paused(PauseReason::Asked)));
         for role in [Role::Owner, Role::Incoming, Role::Arrived] {

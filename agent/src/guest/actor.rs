@@ -8,7 +8,8 @@ use supercloud_api::{
 };
 use supercloud_blanket::backend::{GuestEvent, PauseReason, StopReason};
 use supercloud_handover::{
-    DestinationEvent, DestinationState, LocalEffect, LocalEvent, Report, SourceEvent, SourceState, VolumeStamp,
+    DestinationEvent, DestinationState, LocalEffect, LocalEvent, OperationKind, Report, SourceEvent, SourceState,
+    VolumeStamp,
 };
 use supercloud_ids::{GuestId, OperationId};
 use tokio::{
@@ -26,7 +27,7 @@ use super::{
 use crate::{
     chunks::{ChunkPlaces, ChunkSources},
     host::Host,
-    jobs::{Fact, Job, base::BaseFetch},
+    jobs::{Fact, Job, Outcome, base::BaseFetch},
     plane::{Incoming, admission::Role, meeting::Meeting, not_here},
 };
 
@@ -49,7 +50,7 @@ const FACTS: usize = 64;
 pub(super) struct Running {
     pub operation: OperationId,
     cancel: CancellationToken,
-    task: AbortOnDropHandle<()>,
+    task: AbortOnDropHandle<Outcome>,
 }
 
 impl Running {
@@ -57,11 +58,15 @@ impl Running {
         self.task.is_finished()
     }
 
-    /// Ends it, and waits for that.
-    pub async fn end(self) {
+    /// Ends it, and waits for that; what it did to the guest's process.
+    pub async fn end(self) -> Outcome {
         self.cancel.cancel();
-        if tokio::time::timeout(JOB_END_BUDGET, self.task).await.is_err() {
-            tracing::warn!(operation = %self.operation, "a job did not end in time; it is dropped");
+        match tokio::time::timeout(JOB_END_BUDGET, self.task).await {
+            Ok(ended) => ended.unwrap_or_default(),
+            Err(_) => {
+                tracing::warn!(operation = %self.operation, "a job did not end in time; it is dropped");
+                Outcome::Nothing
+            }
         }
     }
 }
@@ -271,11 +276,8 @@ impl Actor {
             Fact::Event(event) => self.process([event]).await,
             Fact::Progress(told) => self.progressed(&told),
             Fact::Problem(problem) => self.problem = Some(*problem),
-            // Kept before the event that follows it: it says that this is all there is of the guest.
-            Fact::Spooled(spooled) => {
-                self.record.spooled = Some(spooled);
-                self.save().await;
-            }
+            // Kept before the event that follows it: it may say that a file is all there is of the guest.
+            Fact::Outcome(operation, outcome) => self.conclude(operation, outcome).await,
             Fact::Frozen(frozen) => {
                 self.record.frozen = Some(*frozen);
                 self.save().await;
@@ -363,12 +365,7 @@ impl Actor {
 
     async fn happened(&mut self, event: GuestEvent) {
         match event {
-            GuestEvent::Stopped(StopReason::PoweredOff) if self.is_mine_to_run() => {
-                // Not lost: the controller makes a stop of it, which seals the volumes in order.
-                self.record.is_off = true;
-                self.save().await;
-                self.tell_event(GuestEventKind::PoweredOff);
-            }
+            GuestEvent::Stopped(StopReason::PoweredOff) if self.may_power_off() => self.note_power_off().await,
             GuestEvent::Stopped(_) => self.look_for_process().await,
             GuestEvent::Rebooted => self.tell_event(GuestEventKind::Rebooted),
             GuestEvent::Paused(PauseReason::DiskError) | GuestEvent::DiskError { .. } => {
@@ -381,6 +378,27 @@ impl Actor {
                 self.tell_event(GuestEventKind::DiskRecovered);
             }
             GuestEvent::Resumed | GuestEvent::Started | GuestEvent::Paused(_) => {}
+        }
+    }
+
+    /// Not lost: the controller makes a stop of it, which seals the volumes in order.
+    pub async fn note_power_off(&mut self) {
+        self.record.is_off = true;
+        self.save().await;
+        self.tell_event(GuestEventKind::PoweredOff);
+    }
+
+    /// Whether the guest runs here by right, whatever is done with its process meanwhile: a guest may switch itself off
+    /// while it is copied. (One that is being stopped does so because it was told to.)
+    fn may_power_off(&self) -> bool {
+        match self.record.handover.destination().state() {
+            DestinationState::Idle => match self.record.handover.source().state() {
+                SourceState::Running | SourceState::Resuming { .. } => true,
+                SourceState::Copying { plan, .. } => plan.kind != OperationKind::Stop,
+                _ => false,
+            },
+            DestinationState::Running { .. } | DestinationState::Fetched { .. } => true,
+            _ => false,
         }
     }
 
@@ -536,11 +554,11 @@ impl Actor {
     }
 
     /// Starts a job's task.
-    pub fn start(job: &Job, work: impl Future<Output = ()> + Send + 'static) -> Running {
+    pub fn start<O: Into<Outcome>>(job: &Job, work: impl Future<Output = O> + Send + 'static) -> Running {
         Running {
             operation: job.operation,
             cancel: job.cancel.clone(),
-            task: AbortOnDropHandle::new(tokio::spawn(work)),
+            task: AbortOnDropHandle::new(tokio::spawn(async move { work.await.into() })),
         }
     }
 

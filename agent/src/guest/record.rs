@@ -177,6 +177,10 @@ pub struct GuestRecord {
     pub incoming: Option<CopyRecord>,
     /// The guest is in a file.
     pub spooled: Option<Spooled>,
+    /// The hypervisor was told to bring the guest into [`Places::memory`] by this operation. Kept before it is told: it
+    /// goes on when this agent dies, and then the file may be all there is of the guest.
+    #[serde(default)]
+    pub spooling: Option<OperationId>,
     /// A freeze is in the store.
     pub frozen: Option<FrozenContent>,
     /// The guest powered itself off; the controller makes a stop of it, in order.
@@ -197,6 +201,7 @@ impl GuestRecord {
             current: None,
             incoming: None,
             spooled: None,
+            spooling: None,
             frozen: None,
             is_off: false,
             alarm: None,

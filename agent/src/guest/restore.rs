@@ -54,7 +54,16 @@ fn restarted(record: &GuestRecord, info: Option<&GuestInfo>) -> Vec<LocalEvent> 
 impl Actor {
     /// Looks at what is there, takes it up again, and gives the events that tell the machines.
     pub(super) async fn restore(&mut self) -> Vec<LocalEvent> {
-        let info = self.find_process().await;
+        let info = loop {
+            let info = self.find_process().await;
+            match self.restore_spool(info.as_ref()).await {
+                Ok(()) => break info,
+                Err(error) => {
+                    tracing::warn!(guest = %self.guest, error = crate::chain(&error), "whether it is in a file is not known yet");
+                    tokio::time::sleep(RETRY_PAUSE).await;
+                }
+            }
+        };
         if let Err(error) = self.make_folders().await {
             tracing::error!(guest = %self.guest, error = crate::chain(&error), "the guest's folders cannot be made");
         }

@@ -257,7 +257,8 @@ async fn depart(
     }
 }
 
-async fn cancel(job: &Job) {
+/// Asks the hypervisor to give up the copy or save of the guest that is under way.
+pub async fn cancel(job: &Job) {
     let Ok(live) = job.host.backend.live_migration() else { return };
     if let Err(error) = live.cancel(job.guest).await {
         tracing::warn!(guest = %job.guest, %error, "the copy could not be cancelled");

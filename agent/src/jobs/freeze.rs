@@ -7,6 +7,7 @@ use supercloud_api::{
     FrozenVolume, Progress,
     link::{FrozenContent, FrozenMemory},
 };
+use supercloud_blanket::{BackendError, backend::RunState};
 use supercloud_handover::{LocalEvent, SourceEvent};
 use supercloud_ids::FreezeId;
 use supercloud_storage::{
@@ -15,22 +16,37 @@ use supercloud_storage::{
 };
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
-use super::{Fact, Job, JobError, PROGRESS_EVERY, depart, prepare};
+use super::{Fact, Job, JobError, Outcome, PROGRESS_EVERY, depart, prepare};
 use crate::guest::record::{CopyRecord, Spooled};
 
 /// What a saved memory may take beyond the guest's memory: device state, the hypervisor's own header.
 const EXTRA_BYTES: u64 = 64 << 20;
 
-/// Suspends the guest into a file; tells `GuestPaused` or `CopyFailed`.
-pub async fn suspend(job: Job, copy: CopyRecord) {
+/// Suspends the guest into a file; tells `GuestPaused` or `CopyFailed`, and what became of the guest.
+pub async fn suspend(job: Job, copy: CopyRecord) -> Outcome {
     let operation = job.operation;
-    match save(&job, &copy).await {
-        Ok(spooled) => {
-            job.tell(Fact::Spooled(spooled)).await;
-            job.tell(Fact::Event(LocalEvent::Source(SourceEvent::GuestPaused { operation }))).await;
-        }
+    let saved = save(&job, &copy).await;
+    let outcome = match &saved {
+        Ok(spooled) => Outcome::Saved(spooled.clone()),
+        Err(error) => not_saved(&job, error).await,
+    };
+    job.tell(Fact::Outcome(operation, outcome.clone())).await;
+    match saved {
+        Ok(_) => job.tell(Fact::Event(LocalEvent::Source(SourceEvent::GuestPaused { operation }))).await,
         Err(JobError::Cancelled) => {}
         Err(error) => fail(&job, &error).await,
+    }
+    outcome
+}
+
+/// After a save that failed: the guest is where it was, or nobody knows yet.
+async fn not_saved(job: &Job, error: &JobError) -> Outcome {
+    if matches!(error, JobError::Refused(_)) {
+        return Outcome::NotSaved;
+    }
+    match job.host.backend.status(job.guest).await {
+        Ok(Some(info)) if info.state == RunState::Running => Outcome::NotSaved,
+        _ => Outcome::Nothing,
     }
 }
 
@@ -43,22 +59,31 @@ async fn fail(job: &Job, error: &JobError) {
 
 async fn save(job: &Job, copy: &CopyRecord) -> Result<Spooled, JobError> {
     prepare::check_disk(job, copy.spec.shape.memory_bytes.saturating_add(EXTRA_BYTES)).await?;
-    let path = job.places.memory();
-    // Left by an operation that did not succeed; a guest that is in a file is not frozen again.
-    let _ = tokio::fs::remove_file(&path).await;
-    let mut transfer = job.host.backend.freeze(job.guest, path)?;
+    if job.cancel.is_cancelled() {
+        return Err(JobError::Cancelled);
+    }
+    let mut transfer = job.host.backend.freeze(job.guest, job.places.memory())?;
     let mut ticks = interval(PROGRESS_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    // Not given up in the middle: what the hypervisor has begun ends one way or the other, and both are told.
+    let mut is_cancelled = false;
+    // Its end is always awaited: a save that is cancelled too late has the guest in the file all the same.
     let frozen = loop {
         tokio::select! {
-            frozen = &mut transfer.done => break frozen?,
+            frozen = &mut transfer.done => break frozen,
+            () = job.cancel.cancelled(), if !is_cancelled => {
+                is_cancelled = true;
+                depart::cancel(job).await;
+            }
             _ = ticks.tick() => {
                 let mut progress = depart::progress(&transfer.progress.borrow());
                 progress.message = "saving the guest's memory".to_owned();
                 job.show(progress);
             }
         }
+    };
+    let frozen = match frozen {
+        Err(BackendError::Cancelled { .. }) => return Err(JobError::Cancelled),
+        frozen => frozen?,
     };
     Ok(Spooled { operation: job.operation, format: frozen.format, bytes: frozen.bytes })
 }

@@ -149,8 +149,8 @@ pub enum Fact {
     Progress(Box<Progress>),
     /// What went wrong, for people.
     Problem(Box<Problem>),
-    /// The guest is in a file now.
-    Spooled(Spooled),
+    /// What became of the guest's process by the job of this operation; the job returns it as well.
+    Outcome(OperationId, Outcome),
     /// A freeze is in the store now.
     Frozen(Box<FrozenContent>),
     /// The guest's state arrived; the source had paused it this long before `at`.
@@ -160,6 +160,27 @@ pub enum Fact {
         /// How long it had been paused.
         paused_for: Duration,
     },
+}
+
+/// What a job did to the guest's process: what its task returns. A fact alone would not do: who ends a job must know it
+/// before anything else is done with the guest.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Outcome {
+    /// Nothing that changes what there is of the guest; or it is not known, and must be looked for.
+    #[default]
+    Nothing,
+    /// The guest is in a file now.
+    Saved(Spooled),
+    /// The guest is not in a file, and will not be: it is where it was.
+    NotSaved,
+    /// The guest is shut down.
+    ShutDown,
+}
+
+impl From<()> for Outcome {
+    fn from((): ()) -> Self {
+        Self::Nothing
+    }
 }
 
 /// What every job has.
@@ -180,9 +201,14 @@ pub struct Job {
 }
 
 impl Job {
-    /// Tells a fact; a guest's task that is gone needs none.
+    /// Tells a fact; a guest's task that is gone needs none, and one that ends this job does not listen before the job
+    /// has returned.
     pub async fn tell(&self, fact: Fact) {
-        let _ = self.facts.send(fact).await;
+        tokio::select! {
+            biased;
+            _ = self.facts.send(fact) => {}
+            () = self.cancel.cancelled() => {}
+        }
     }
 
     /// Tells progress; dropped when the task is busy.

@@ -7,7 +7,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -36,6 +36,7 @@ const STRIDE: u64 = 16 << 10;
 const RECORD: usize = 512;
 const MEMORY_BYTES: usize = 4 << 20;
 const PIECES: usize = 40;
+const SAVED_BYTES: usize = 300_001;
 
 /// What the tests know about all guests, on all hosts.
 #[derive(Default)]
@@ -47,6 +48,12 @@ pub struct World {
     pub boots: AtomicU64,
     /// How long a piece of memory takes to go.
     pub piece_ms: AtomicU64,
+    /// How long a save takes, beyond the writing.
+    pub save_ms: AtomicU64,
+    /// Saves end well although somebody cancels them.
+    pub saves_go_on: AtomicBool,
+    /// So many resumes fail.
+    pub failing_resumes: AtomicU32,
 }
 
 impl World {
@@ -75,6 +82,8 @@ struct Guest {
     /// The guest's "memory": the next number that it writes.
     next: Arc<AtomicU64>,
     cpu: Option<Cpu>,
+    /// It came out of this file and has not run since.
+    file: Option<PathBuf>,
 }
 
 /// The running vCPU.
@@ -153,6 +162,12 @@ impl Hypervisor {
         drop(nbd);
         self.0.go(id).await;
         wanted.len()
+    }
+
+    /// The guest's process dies, and with it what was done with it.
+    pub async fn crash(&self, id: GuestId) {
+        let gone = self.0.guests.lock().await.remove(&id).expect("the guest is here");
+        self.0.halt(id, gone.cpu).await;
     }
 
     /// The guest switches itself off.
@@ -237,6 +252,15 @@ impl Inner {
         Ok(guest.next.load(Ordering::SeqCst))
     }
 
+    /// A guest is about to run that came out of this file: no restart of the agent may bring it out again.
+    fn check_that_it_is_dead(&self, file: &std::path::Path) {
+        let record = std::fs::read(file.with_file_name("guest.json")).unwrap();
+        let record: serde_json::Value = serde_json::from_slice(&record).unwrap();
+        if file.exists() && (!record["spooled"].is_null() || !record["spooling"].is_null()) {
+            self.world.violations.lock().unwrap().push(format!("{} could be thawed again", file.display()));
+        }
+    }
+
     async fn put(self: &Arc<Self>, launch: Launch, state: RunState, next: u64) -> BackendResult<GuestInfo> {
         launch.check()?;
         for tap in launch.host.taps.values() {
@@ -250,7 +274,7 @@ impl Inner {
         if guests.contains_key(&id) {
             return Err(BackendError::AlreadyThere { guest: id });
         }
-        guests.insert(id, Guest { launch, epoch, state, next: Arc::new(AtomicU64::new(next)), cpu: None });
+        guests.insert(id, Guest { launch, epoch, state, next: Arc::new(AtomicU64::new(next)), cpu: None, file: None });
         Ok(GuestInfo { guest: id, epoch, state, pid: None })
     }
 }
@@ -298,13 +322,20 @@ impl Backend for Hypervisor {
 
     fn resume(&self, guest: GuestId, epoch: Epoch) -> BoxFuture<'_, BackendResult<()>> {
         Box::pin(async move {
-            let state = {
+            let fails = |left: u32| left.checked_sub(1);
+            if self.0.world.failing_resumes.fetch_update(Ordering::SeqCst, Ordering::SeqCst, fails).is_ok() {
+                return Err(BackendError::Failed { what: "resume", detail: "told to".into() });
+            }
+            let (state, file) = {
                 let mut guests = self.0.guests.lock().await;
                 let found = guests.get_mut(&guest).ok_or(BackendError::NoSuchGuest { guest })?;
                 assert!(epoch >= found.epoch, "resumed at an older epoch");
                 found.epoch = epoch;
-                found.state
+                (found.state, found.file.take())
             };
+            if let Some(file) = file {
+                self.0.check_that_it_is_dead(&file);
+            }
             match state {
                 RunState::Running => Ok(()),
                 RunState::Paused(PauseReason::Incoming | PauseReason::Departed) => {
@@ -358,28 +389,56 @@ impl Backend for Hypervisor {
 
     fn freeze(&self, guest: GuestId, file: PathBuf) -> BackendResult<Transfer<Frozen>> {
         let inner = self.0.clone();
+        let cancelled = Arc::new(AtomicBool::new(false));
+        self.0.cancels.lock().unwrap().insert(guest, cancelled.clone());
         let (_tx, progress) = watch::channel(TransferProgress::default());
-        let done = Box::pin(async move {
+        // The hypervisor's own work: it goes on when nobody waits for it.
+        let work = tokio::spawn(async move {
             let next = inner.pause(guest, PauseReason::Saving).await?;
-            let mut bytes = vec![7; 300_001];
+            let mut bytes = vec![7; SAVED_BYTES];
             bytes[..8].copy_from_slice(&next.to_le_bytes());
+            tokio::fs::write(&file, &bytes[..1000]).await.map_err(failed("save"))?;
+            let began = std::time::Instant::now();
+            while began.elapsed() < Duration::from_millis(inner.world.save_ms.load(Ordering::SeqCst)) {
+                if cancelled.load(Ordering::SeqCst) && !inner.world.saves_go_on.load(Ordering::SeqCst) {
+                    let _ = tokio::fs::remove_file(&file).await;
+                    inner.go(guest).await;
+                    return Err(BackendError::Cancelled { what: "save" });
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
             tokio::fs::write(&file, &bytes).await.map_err(failed("save"))?;
             inner.guests.lock().await.remove(&guest);
             let what = GuestEvent::Stopped(StopReason::Frozen);
             let _ = inner.events.send(BackendEvent::Guest { guest, what });
             Ok(Frozen { format: "test/1".into(), bytes: bytes.len() as u64 })
         });
+        let done = Box::pin(async move {
+            work.await.unwrap_or_else(|error| Err(BackendError::Failed { what: "save", detail: error.to_string() }))
+        });
         Ok(Transfer { progress, done })
+    }
+
+    fn frozen_in(&self, file: PathBuf) -> BoxFuture<'_, BackendResult<Option<Frozen>>> {
+        Box::pin(async move {
+            let length = tokio::fs::metadata(&file).await.map_or(0, |found| found.len());
+            let is_whole = length == SAVED_BYTES as u64;
+            Ok(is_whole.then(|| Frozen { format: "test/1".into(), bytes: length }))
+        })
     }
 
     fn thaw(&self, launch: Launch, file: PathBuf, format: String) -> BoxFuture<'_, BackendResult<GuestInfo>> {
         Box::pin(async move {
             assert_eq!(format, "test/1");
             let bytes = tokio::fs::read(&file).await.map_err(failed("thaw"))?;
-            assert_eq!(bytes.len(), 300_001, "the file is as long as it was");
+            assert_eq!(bytes.len(), SAVED_BYTES, "the file is as long as it was");
             assert!(bytes[8..].iter().all(|byte| *byte == 7));
             let next = u64::from_le_bytes(bytes[..8].try_into().unwrap());
-            self.0.put(launch, RunState::Paused(PauseReason::Arrived), next).await
+            let info = self.0.put(launch, RunState::Paused(PauseReason::Arrived), next).await?;
+            if let Some(thawed) = self.0.guests.lock().await.get_mut(&info.guest) {
+                thawed.file = Some(file);
+            }
+            Ok(info)
         })
     }
 
@@ -471,7 +530,15 @@ impl LiveMigration for Hypervisor {
 
     fn confirm(&self, guest: GuestId, verdict: Verdict) -> BoxFuture<'_, BackendResult<()>> {
         Box::pin(async move {
-            let state = self.0.guests.lock().await.get(&guest).map(|guest| guest.state);
+            let mut state = self.0.guests.lock().await.get(&guest).map(|guest| guest.state);
+            while state == Some(RunState::Paused(PauseReason::Saving)) && verdict == Verdict::Keep {
+                self.cancel(guest).await?;
+                tokio::time::sleep(Duration::from_millis(10)).await;
+                state = self.0.guests.lock().await.get(&guest).map(|guest| guest.state);
+                if state.is_none() {
+                    return Err(BackendError::NoSuchGuest { guest });
+                }
+            }
             match (state, verdict) {
                 (None, _) | (Some(RunState::Running), Verdict::Keep) => Ok(()),
                 (Some(RunState::Paused(PauseReason::Departed | PauseReason::Asked)), Verdict::Keep) => {

@@ -133,6 +133,11 @@ impl TestHost {
         }
     }
 
+    /// Where a guest's memory is while it is frozen or thawed.
+    pub fn memory_file(&self, guest: GuestId) -> std::path::PathBuf {
+        self.config.guests_dir().join(guest.to_string()).join("memory")
+    }
+
     /// Folders of guests that are left.
     pub fn leftovers(&self) -> Vec<String> {
         let mut found = Vec::new();

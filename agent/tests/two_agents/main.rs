@@ -5,6 +5,7 @@
 
 mod controller;
 mod crashes;
+mod freezes;
 mod hypervisor;
 mod lab;
 mod moves;

@@ -3,6 +3,7 @@
 mod destination;
 mod discard;
 mod source;
+mod spool;
 
 use supercloud_api::ids::Epoch;
 use supercloud_handover::{
@@ -12,7 +13,7 @@ use supercloud_handover::{
 use super::{actor::Actor, record::CopyRecord};
 use crate::{
     durable::DurableError,
-    jobs::{JobError, prepare},
+    jobs::{JobError, Outcome, prepare},
     plane::admission::Role,
     ports::PortError,
     volumes::VolumesError,
@@ -72,11 +73,16 @@ impl Actor {
                 self.send(report);
                 DONE
             }
-            SourceEffect::StartCopy(plan) => Ok(self.start_copy(&plan)),
+            SourceEffect::StartCopy(plan) => Ok(self.start_copy(&plan).await),
             SourceEffect::StopCopy { .. } => {
                 self.maps = None;
                 if let Some(job) = self.jobs.leave.take() {
-                    job.end().await;
+                    let operation = job.operation;
+                    match job.end().await {
+                        // It obeyed an order that is withdrawn; what is off is as a guest that switched itself off.
+                        Outcome::ShutDown => self.note_power_off().await,
+                        outcome => self.conclude(operation, outcome).await,
+                    }
                 }
                 if let Some(job) = self.jobs.store.take() {
                     job.end().await;

@@ -21,7 +21,7 @@ use crate::{
         actor::{Actor, Met, Running},
         record::{CopyRecord, VolumeOrigin},
     },
-    jobs::{self, JobError, depart, freeze, receive},
+    jobs::{self, JobError, Outcome, depart, freeze, receive},
     plane::{
         PlaneError,
         admission::Role,
@@ -42,13 +42,13 @@ impl Actor {
         job.is_some_and(|job| job.operation == operation && !job.is_over())
     }
 
-    pub(in crate::guest) fn start_copy(&mut self, plan: &SourcePlan) -> Vec<LocalEvent> {
+    pub(in crate::guest) async fn start_copy(&mut self, plan: &SourcePlan) -> Vec<LocalEvent> {
         let operation = plan.operation;
         if Self::is_at_it(self.jobs.leave.as_ref(), operation) {
             return Vec::new();
         }
         self.problem = None;
-        match self.try_start_copy(plan) {
+        match self.try_start_copy(plan).await {
             Ok(()) => Vec::new(),
             Err(problem) => {
                 tracing::warn!(guest = %self.guest, %operation, %problem, "the copy cannot begin");
@@ -58,7 +58,7 @@ impl Actor {
         }
     }
 
-    pub(in crate::guest) fn try_start_copy(&mut self, plan: &SourcePlan) -> Result<(), Problem> {
+    pub(in crate::guest) async fn try_start_copy(&mut self, plan: &SourcePlan) -> Result<(), Problem> {
         let operation = plan.operation;
         let internal = |detail: &str| Problem::new(Code::Internal, detail);
         let copy = self.current_at(plan.epoch).map_err(|error| internal(&error.to_string()))?;
@@ -67,6 +67,7 @@ impl Actor {
         }
         let job = self.job(operation);
         if let OperationKind::Freeze { .. } = plan.kind {
+            self.note_spooling(operation).await.map_err(|error| internal(&crate::chain(&error)))?;
             self.jobs.leave = Some(Self::start(&job.clone(), freeze::suspend(job, copy)));
             return Ok(());
         }
@@ -166,13 +167,14 @@ impl Actor {
                 while let Err(error) = job.host.backend.stop(job.guest, mode).await {
                     tracing::warn!(guest = %job.guest, error = crate::chain(&error), "the guest is not stopped yet");
                     tokio::select! {
-                        () = job.cancel.cancelled() => return,
+                        () = job.cancel.cancelled() => return Outcome::Nothing,
                         () = tokio::time::sleep(SHUT_DOWN_PAUSE) => {}
                     }
                     // It had its grace.
                     mode = StopMode::Kill;
                 }
                 job.tell(jobs::Fact::Event(LocalEvent::Source(SourceEvent::GuestPaused { operation }))).await;
+                Outcome::ShutDown
             }
         };
         self.jobs.leave = Some(Self::start(&job, work));
@@ -216,6 +218,7 @@ impl Actor {
         let info = backend.status(self.guest).await?.filter(|info| info.epoch == epoch);
         match info.map(|info| info.state) {
             None => {
+                self.find_spooled().await?;
                 if self.record.spooled.is_none() {
                     // What powered itself off goes on being off: that is told by itself.
                     let event = match self.record.is_off {
@@ -225,6 +228,17 @@ impl Actor {
                     return Ok(source(event));
                 }
                 self.thaw_back(&copy).await?;
+                self.drop_spool().await;
+                backend.resume(self.guest, epoch).await?;
+            }
+            // It came out of its file and has not run since; of one whose file still counts it is not known whether it
+            // came out whole.
+            Some(RunState::Paused(PauseReason::Arrived)) => {
+                if self.record.spooled.is_some() {
+                    backend.stop(self.guest, StopMode::Kill).await?;
+                    self.thaw_back(&copy).await?;
+                    self.drop_spool().await;
+                }
                 backend.resume(self.guest, epoch).await?;
             }
             Some(RunState::Crashed) => {
@@ -245,24 +259,6 @@ impl Actor {
         self.drop_spool().await;
         self.record.alarm = None;
         Ok(source(SourceEvent::GuestResumed { epoch }))
-    }
-
-    /// A freeze that came to nothing: the guest comes out of its file again.
-    pub(in crate::guest) async fn thaw_back(&self, copy: &CopyRecord) -> Result<(), EffectError> {
-        if let Some(spooled) = &self.record.spooled {
-            let file = self.places.memory();
-            self.host.backend.thaw(copy.launch.clone(), file, spooled.format.clone()).await?;
-        }
-        Ok(())
-    }
-
-    pub(in crate::guest) async fn drop_spool(&mut self) {
-        if self.record.spooled.take().is_some() || self.record.frozen.take().is_some() {
-            self.record.frozen = None;
-            self.save().await;
-            // It only takes room; the next freeze replaces it.
-            let _ = tokio::fs::remove_file(self.places.memory()).await;
-        }
     }
 
     /// Destroys the guest's process, if there is one of this epoch, whatever its state. Tried more than once: a copy
