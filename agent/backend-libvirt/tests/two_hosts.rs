@@ -7,6 +7,8 @@
 mod agent;
 #[path = "support/bridge.rs"]
 mod bridge;
+#[path = "support/saves.rs"]
+mod saves;
 #[path = "support/mod.rs"]
 mod support;
 
@@ -181,6 +183,8 @@ async fn guests_move_between_two_hosts_and_survive_the_death_of_every_party() {
     what_is_wrong_is_refused(&mut world).await;
     pauses_reboots_and_lost_disks_are_told(&mut world).await;
     a_guest_is_frozen_here_and_thawed_there(&mut world).await;
+    saves::a_cancelled_save_lets_the_guest_run_on(&mut world).await;
+    saves::a_save_outlives_its_agent(&mut world).await;
     a_daemon_that_was_killed_is_found_again(&mut world).await;
     the_death_of_the_agents_between_the_phases(&mut world).await;
     a_guest_that_powers_off_is_gone(&mut world).await;
@@ -521,6 +525,11 @@ async fn an_agent_process_of_its_own() {
     for line in std::io::stdin().lines() {
         let line = line.unwrap();
         let (command, cookie) = line.split_once(' ').unwrap_or((&line, ""));
+        if command == "freeze" {
+            let frozen = backend.freeze(guest, cookie.into()).unwrap().done.await;
+            println!("\n@agent {frozen:?}");
+            continue;
+        }
         let cookie = Cookie::new(from_hex(cookie)).unwrap();
         let options = |bandwidth| CopyOptions { bandwidth_bytes_per_s: bandwidth, ..CopyOptions::default() };
         let done = match command {

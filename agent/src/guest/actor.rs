@@ -133,10 +133,28 @@ pub(super) struct Actor {
     pub arrived: Option<(Instant, Duration)>,
     /// A disk did not answer, and the guest stands still.
     pub is_stalled: bool,
+    /// Events that could not be taken, because the record could not be kept.
+    unkept: VecDeque<LocalEvent>,
     looked_at: Instant,
     asked_at: Instant,
     idle_since: Instant,
     view: watch::Sender<GuestView>,
+}
+
+/// What nobody says again, each once: ticks come by themselves, and the controller repeats its orders.
+fn told_once(events: VecDeque<LocalEvent>) -> VecDeque<LocalEvent> {
+    let mut kept = VecDeque::new();
+    for event in events {
+        let is_repeated = matches!(
+            event,
+            LocalEvent::Source(SourceEvent::Tick | SourceEvent::Order(_))
+                | LocalEvent::Destination(DestinationEvent::Tick | DestinationEvent::Order(_))
+        );
+        if !is_repeated && !kept.contains(&event) {
+            kept.push_back(event);
+        }
+    }
+    kept
 }
 
 impl Actor {
@@ -179,6 +197,7 @@ impl Actor {
             problem: None,
             arrived: None,
             is_stalled: false,
+            unkept: VecDeque::new(),
             looked_at: Instant::now(),
             asked_at: Instant::now(),
             idle_since: Instant::now(),
@@ -457,20 +476,24 @@ impl Actor {
 
     /// Feeds events to the machine, one after the other, with all that follows from them.
     pub async fn process(&mut self, events: impl IntoIterator<Item = LocalEvent>) {
-        let mut events: VecDeque<LocalEvent> = events.into_iter().collect();
+        let mut events: VecDeque<LocalEvent> = std::mem::take(&mut self.unkept).into_iter().chain(events).collect();
         while let Some(event) = events.pop_front() {
-            let before = self.record.handover.clone();
+            let before = self.record.clone();
             let effects = self.record.handover.step(event.clone());
-            if self.record.handover != before {
+            if self.record.handover != before.handover {
                 tracing::debug!(guest = %self.guest, ?event, source = ?self.record.handover.source().state(), destination = ?self.record.handover.destination().state(), "step");
             }
             if let Some(replaced) = self.record.turn() {
                 tracing::debug!(guest = %self.guest, epoch = %replaced.epoch, "an older copy is replaced");
             }
             if !self.save().await {
-                // What is not remembered must not be done: the next tick, or a repeated order, tries again.
-                self.record.handover = before;
-                continue;
+                // What is not remembered must not be done: the next tick tries again.
+                let alarm = self.record.alarm.take();
+                self.record = before;
+                self.record.alarm = alarm;
+                events.push_front(event);
+                self.unkept = told_once(events);
+                return;
             }
             self.carry_out_all(effects, &mut events).await;
             self.settle().await;

@@ -4,7 +4,7 @@
 use std::{sync::atomic::Ordering, time::Duration};
 
 use supercloud_api::{
-    handover::{OperationKind, Phase},
+    handover::{OperationKind, Phase, Report},
     ids::{FreezeId, GuestId, OperationId},
 };
 use supercloud_blanket::backend::{PauseReason, RunState};
@@ -85,6 +85,43 @@ async fn the_agent_dies_in_the_middle_of_a_save_and_comes_back_while_it_goes_on(
         tokio::time::sleep(Duration::from_millis(300)).await;
         runs_on(&lab, guest, operation).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_at_the_end_of_a_save_only_delays_it() {
+    let (lab, guest, operation) = saving(500, false).await;
+    lab.hosts[0].fill_disk(guest, true);
+    lab.eventually("the save has ended", async || lab.hosts[0].hypervisor.epoch_of(guest).await.is_none()).await;
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    assert!(lab.controller.record(guest).operation.is_some());
+    lab.hosts[0].fill_disk(guest, false);
+    assert_eq!(lab.controller.ended(guest, operation).await, Phase::Done);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_at_the_destination_only_delays_the_switch() {
+    let lab = Lab::begin(&[true, true]).await;
+    let guest = lab.add_guest();
+    lab.start(guest, 0).await;
+    let (paused, mut is_paused) = tokio::sync::mpsc::unbounded_channel();
+    let destination = lab.hosts[1].clone();
+    let mut is_full = false;
+    lab.controller.hook(move |_, report| {
+        match report {
+            Report::Prepared { .. } if !std::mem::replace(&mut is_full, true) => destination.fill_disk(guest, true),
+            Report::Paused { .. } => drop(paused.send(())),
+            _ => {}
+        }
+        crate::controller::Verdict::Take
+    });
+    let operation = lab.controller.operate(guest, lab.migrate(1));
+    is_paused.recv().await.unwrap();
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    assert!(lab.controller.record(guest).operation.is_some());
+    lab.hosts[1].fill_disk(guest, false);
+    assert_eq!(lab.controller.ended(guest, operation).await, Phase::Done);
+    lab.controller.unhook();
+    lab.check(guest).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -138,6 +138,16 @@ impl TestHost {
         self.config.guests_dir().join(guest.to_string()).join("memory")
     }
 
+    /// From now on the guest's record cannot be kept, as on a full disk, until `is_full` is false.
+    pub fn fill_disk(&self, guest: GuestId, is_full: bool) {
+        // In the place of the temporary file.
+        let blocker = self.memory_file(guest).with_file_name("guest.json.new");
+        match is_full {
+            true => std::fs::create_dir(blocker).unwrap(),
+            false => std::fs::remove_dir(blocker).unwrap(),
+        }
+    }
+
     /// Folders of guests that are left.
     pub fn leftovers(&self) -> Vec<String> {
         let mut found = Vec::new();

@@ -163,7 +163,7 @@ impl Drop for Lab {
 }
 
 /// `(pid, command line)` of every process.
-fn processes() -> Vec<(i32, String)> {
+pub fn processes() -> Vec<(i32, String)> {
     let Ok(all) = fs::read_dir("/proc") else { return Vec::new() };
     all.flatten()
         .filter_map(|entry| {
