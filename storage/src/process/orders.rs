@@ -1,6 +1,9 @@
 //! The control socket's requests, carried out.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
 use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
@@ -37,6 +40,9 @@ pub(super) struct Desk {
     pub is_closed: AtomicBool,
 }
 
+/// A control connection on which nothing is asked, or an answer is not taken, for so long is closed.
+const CONTROL_IDLE: Duration = Duration::from_secs(600);
+
 fn refusal(error: &VolumeError) -> Refusal {
     let code = match error {
         VolumeError::Role(RoleError::OldEpoch { .. } | RoleError::ForeignEpoch { .. }) => RefusalCode::Epoch,
@@ -60,10 +66,11 @@ impl Desk {
     /// Answers requests on a connection until it ends.
     pub(super) async fn serve(&self, mut stream: UnixStream) -> Result<(), WireError> {
         loop {
-            let frame = match read_frame(&mut stream).await {
-                Ok(frame) => frame,
-                Err(WireError::Closed) => return Ok(()),
-                Err(error) => return Err(error),
+            // Only the wait is bounded: an order that is being carried out is not dropped in its middle.
+            let frame = match tokio::time::timeout(CONTROL_IDLE, read_frame(&mut stream)).await {
+                Ok(Ok(frame)) => frame,
+                Ok(Err(WireError::Closed)) | Err(_) => return Ok(()),
+                Ok(Err(error)) => return Err(error),
             };
             if frame.kind != KIND_REQUEST {
                 return Err(WireError::Kind { kind: frame.kind });
@@ -77,11 +84,15 @@ impl Desk {
             };
             let payload = serde_json::to_vec(&answer)
                 .map_err(|error| WireError::Malformed { kind: KIND_ANSWER, what: error.to_string() })?;
-            let sent = write_frame(&mut stream, &Frame::v1(KIND_ANSWER, payload.into())).await;
+            let answer = Frame::v1(KIND_ANSWER, payload.into());
+            let sent = tokio::time::timeout(CONTROL_IDLE, write_frame(&mut stream, &answer)).await;
             if is_last {
                 self.leave.cancel();
             }
-            sent?;
+            match sent {
+                Ok(sent) => sent?,
+                Err(_) => return Ok(()),
+            }
         }
     }
 

@@ -31,8 +31,6 @@ use crate::{
 const CONTROLS_AT_ONCE: usize = 32;
 /// Peers at once: the destination, and the same one again when its first connection hangs.
 const PEERS_AT_ONCE: usize = 4;
-/// A control connection without a request is closed after this.
-const CONTROL_IDLE: Duration = Duration::from_secs(600);
 /// How long the base's manifest is asked for before the start fails.
 const OPEN_BUDGET: Duration = Duration::from_secs(30);
 
@@ -289,7 +287,7 @@ async fn accept_controls(socket: Socket, desk: Arc<Desk>) {
         };
         let desk = desk.clone();
         controls.spawn(async move {
-            if let Ok(Err(error)) = tokio::time::timeout(CONTROL_IDLE, desk.serve(stream)).await {
+            if let Err(error) = desk.serve(stream).await {
                 tracing::warn!(volume = %desk.volume.id(), error = chain(&error), "a control connection broke");
             }
             drop(slot);

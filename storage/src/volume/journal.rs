@@ -387,6 +387,14 @@ impl Journal {
         Ok(())
     }
 
+    /// The role that was written last.
+    pub(super) fn role(&self) -> Option<Role> {
+        match self.lock().role {
+            Some(Record::Role(role)) => Some(role),
+            _ => None,
+        }
+    }
+
     /// The journal's length in bytes.
     pub(super) fn len(&self) -> u64 {
         self.lock().end

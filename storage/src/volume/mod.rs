@@ -422,7 +422,8 @@ impl Volume {
         let sealed = async {
             self.flush().await?;
             self.warm_digests().await?;
-            if before.is_active() {
+            // Not by the role before: an earlier seal may have been given up between the two.
+            if inner.journal.role() != Some(Role::Sealed { epoch }) {
                 inner.append(vec![Record::Role(Role::Sealed { epoch }), Record::Released(false)]).await?;
                 inner.is_released.store(false, Ordering::Release);
             }
@@ -528,7 +529,7 @@ impl Inner {
         }
         let before = *self.role_seen.borrow();
         let next = change(before)?;
-        if next != before {
+        if next != before || self.journal.role() != Some(next) {
             self.append(vec![Record::Role(next)]).await?;
             self.set_role(move |_| Ok(next)).await?;
         }

@@ -27,6 +27,32 @@ async fn the_role_survives_kills_and_power_cuts() {
     }
 }
 
+/// Whoever asks for a seal may be gone before it is answered; the next one who asks gets the answer.
+#[tokio::test]
+async fn a_seal_that_was_given_up_anywhere_is_durable_when_it_is_asked_for_again() {
+    let world = World::new(true).await;
+    let mut rng = rand::rngs::SmallRng::from_seed([2; 32]);
+    for polls in 0..60 {
+        let disk = SimDisk::new();
+        let volume = world.active(disk.clone()).await;
+        volume.write(0, vec![1; 512].into(), false).await.unwrap();
+        {
+            let mut given_up = std::pin::pin!(volume.seal(Epoch(1)));
+            for _ in 0..polls {
+                tokio::select! {
+                    biased;
+                    _ = &mut given_up => break,
+                    () = tokio::task::yield_now() => {}
+                }
+            }
+        }
+        let sealed = volume.seal(Epoch(1)).await.unwrap();
+        let volume = world.open(disk.after_power_cut(&mut rng), Role::Standby).await.unwrap();
+        assert_eq!(volume.role(), Role::Sealed { epoch: Epoch(1) }, "given up after {polls} polls");
+        assert_eq!(volume.seal(Epoch(1)).await.unwrap(), sealed);
+    }
+}
+
 #[tokio::test]
 async fn a_sealed_volume_serves_no_guest_until_it_is_unsealed() {
     let world = World::new(true).await;
