@@ -79,6 +79,11 @@ pub enum HandoverMessage {
         /// The back end's own data, base64, at most 256 KiB.
         cookie: String,
     },
+    /// Destination: it still copies blocks ahead; said now and then before `Prepared`.
+    Preparing {
+        /// Bytes of blocks that have come so far.
+        bytes: u64,
+    },
     /// Destination: the hypervisor waits for the stream.
     Prepared {
         /// The back end's own data, base64.

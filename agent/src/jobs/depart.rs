@@ -37,9 +37,9 @@ use crate::{
 
 /// How long the other agent may take to come to the meeting.
 const MEET_BUDGET: Duration = Duration::from_secs(60);
-/// How long the destination may take to answer: it copies blocks ahead before it makes its machine. No answer for so long
-/// while the connection lives means that it hangs.
-const PREPARED_BUDGET: Duration = Duration::from_secs(3600);
+/// How long the destination may get no further. It copies blocks ahead before it makes its machine, which lasts as long
+/// as their size wants; no word of it for so long, or always the same, while the connection lives, means that it hangs.
+const PREPARED_BUDGET: Duration = Duration::from_secs(240);
 /// A copy that moves nothing for so long is given up.
 const STILL_BUDGET: Duration = Duration::from_secs(60);
 /// How long a disk that does not answer may hold up the beginning of a move, and the time between two attempts.
@@ -181,7 +181,7 @@ async fn depart(
     let met_after = began.elapsed();
     let cookie = job.unless_cancelled(begin(job, epoch)).await?;
     peer.handle.say(HandoverMessage::Begin { operation, guest, epoch, cookie: encode(&cookie) }).await;
-    let cookie = job.unless_cancelled(in_time("the destination's readiness", PREPARED_BUDGET, prepared(peer))).await?;
+    let cookie = job.unless_cancelled(prepared(peer)).await?;
     let ready_after = began.elapsed();
     // So that sealing has little left to hash while the guest is paused. Only for speed: beside the copy, which is longer.
     let homes = volumes.to_vec();
@@ -265,10 +265,17 @@ pub async fn cancel(job: &Job) {
     }
 }
 
+/// Waits for the destination to be ready, as long as it gets on.
 async fn prepared(peer: &mut Peer) -> Result<Cookie, JobError> {
+    let (mut most, mut until) = (0, Instant::now() + PREPARED_BUDGET);
     loop {
-        match peer.events.recv().await.ok_or(JobError::Lost)? {
+        let event = tokio::time::timeout_at(until, peer.events.recv()).await;
+        let event = event.map_err(|_| JobError::Deadline("the destination's readiness"))?;
+        match event.ok_or(JobError::Lost)? {
             MeetingEvent::Message(HandoverMessage::Prepared { cookie }) => return decode(&cookie),
+            MeetingEvent::Message(HandoverMessage::Preparing { bytes }) if bytes > most => {
+                (most, until) = (bytes, Instant::now() + PREPARED_BUDGET);
+            }
             MeetingEvent::Message(HandoverMessage::Failed { problem }) => return Err(JobError::Peer(problem)),
             MeetingEvent::Lost => return Err(JobError::Lost),
             _ => {}
@@ -340,6 +347,37 @@ fn estimate_ms(remaining: u64, dirty_per_s: u64, bandwidth_per_s: u64) -> (Optio
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn meeting() -> (mpsc::Sender<MeetingEvent>, Peer) {
+        let (said, events) = mpsc::channel(8);
+        (said, Peer { handle: MeetingHandle::of_nobody(), events })
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_destination_may_copy_ahead_for_as_long_as_it_gets_on() {
+        let (said, mut peer) = meeting();
+        let waits = tokio::spawn(async move { prepared(&mut peer).await });
+        for bytes in 1..100 {
+            tokio::time::sleep(PREPARED_BUDGET - Duration::from_secs(1)).await;
+            said.send(MeetingEvent::Message(HandoverMessage::Preparing { bytes })).await.unwrap();
+        }
+        let cookie = Cookie::new(b"two".to_vec()).unwrap();
+        said.send(MeetingEvent::Message(HandoverMessage::Prepared { cookie: encode(&cookie) })).await.unwrap();
+        assert_eq!(waits.await.unwrap().unwrap(), cookie);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_destination_that_always_says_the_same_hangs() {
+        let (said, mut peer) = meeting();
+        let waits = tokio::spawn(async move { prepared(&mut peer).await });
+        let begin = Instant::now();
+        while !waits.is_finished() {
+            let _ = said.send(MeetingEvent::Message(HandoverMessage::Preparing { bytes: 7 })).await;
+            tokio::time::sleep(Duration::from_secs(5)).await;
+        }
+        assert!(matches!(waits.await.unwrap(), Err(JobError::Deadline(_))));
+        assert!(begin.elapsed() <= PREPARED_BUDGET + Duration::from_secs(10));
+    }
 
     #[test]
     fn the_estimate_is_a_range_that_ends_only_when_it_converges() {

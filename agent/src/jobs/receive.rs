@@ -43,6 +43,8 @@ const MEET_BUDGET: Duration = Duration::from_secs(60);
 const BEGIN_BUDGET: Duration = Duration::from_secs(60);
 /// How long the copying ahead of blocks may stand still before the guest's memory is asked for all the same.
 const STILL_BUDGET: Duration = Duration::from_secs(10);
+/// How often the source is told how many blocks came.
+const SAY_EVERY: Duration = Duration::from_secs(5);
 /// How long adopting the volumes' maps may take: a paused guest waits for it.
 const ADOPT_BUDGET: Duration = Duration::from_secs(60);
 
@@ -281,6 +283,7 @@ async fn copy_ahead(job: &Job, copy: &CopyRecord, ahead: &[VolumeClient], peer: 
     let mut ticks = interval(PROGRESS_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let (mut last, mut moved_at) = (0, Instant::now());
+    let (mut said, mut said_at) = (0, Instant::now());
     loop {
         tokio::select! {
             event = next_event(peer) => match event? {
@@ -298,6 +301,11 @@ async fn copy_ahead(job: &Job, copy: &CopyRecord, ahead: &[VolumeClient], peer: 
         let bytes = show_blocks(job, copy, "copying the disk ahead").await?;
         if bytes != last {
             (last, moved_at) = (bytes, Instant::now());
+        }
+        // The source waits as long as this grows.
+        if bytes > said && said_at.elapsed() > SAY_EVERY {
+            (said, said_at) = (bytes, Instant::now());
+            peer.handle.say(HandoverMessage::Preparing { bytes }).await;
         }
         if is_done {
             return Ok(());

@@ -123,6 +123,12 @@ impl Meeting {
 }
 
 impl MeetingHandle {
+    /// Of a meeting to which nobody came.
+    #[cfg(test)]
+    pub(crate) fn of_nobody() -> Self {
+        Self { requests: mpsc::channel(1).0 }
+    }
+
     /// Says something to the other agent; lost when there is no connection.
     pub async fn say(&self, message: HandoverMessage) {
         // A meeting that is over has nobody to hear.
