@@ -80,6 +80,8 @@ struct Table {
     running: HashMap<GuestId, Arc<AtomicBool>>,
     /// Moves begun on the connection of this generation: libvirt holds the guest's job for exactly that connection.
     begun: HashMap<GuestId, u64>,
+    /// Calls that begin a move and have not returned, whoever waits for them.
+    beginning: HashMap<GuestId, u32>,
 }
 
 impl Moves {
@@ -92,6 +94,16 @@ impl Moves {
     pub(crate) fn track(&self, guest: GuestId, is_cancelled: &Arc<AtomicBool>) -> Tracked {
         self.table().running.insert(guest, Arc::clone(is_cancelled));
         Tracked { moves: self.clone(), guest, flag: Arc::clone(is_cancelled) }
+    }
+
+    /// A call begins a move; it counts until the guard is dropped, which goes with the call.
+    fn beginning(&self, guest: GuestId) -> Beginning {
+        *self.table().beginning.entry(guest).or_default() += 1;
+        Beginning { moves: self.clone(), guest }
+    }
+
+    fn is_beginning(&self, guest: GuestId) -> bool {
+        self.table().beginning.contains_key(&guest)
     }
 
     /// The flag of the guest's running job.
@@ -112,6 +124,31 @@ impl Drop for Tracked {
         let mut table = self.moves.table();
         if table.running.get(&self.guest).is_some_and(|flag| Arc::ptr_eq(flag, &self.flag)) {
             table.running.remove(&self.guest);
+        }
+    }
+}
+
+/// A call that begins a move; see [`Moves::beginning`].
+struct Beginning {
+    moves: Moves,
+    guest: GuestId,
+}
+
+impl Beginning {
+    /// libvirt holds the job from now on, for the connection of this generation.
+    fn succeeded(&self, generation: u64) {
+        self.moves.table().begun.insert(self.guest, generation);
+    }
+}
+
+impl Drop for Beginning {
+    fn drop(&mut self) {
+        let mut table = self.moves.table();
+        if let Some(count) = table.beginning.get_mut(&self.guest) {
+            *count -= 1;
+            if *count == 0 {
+                table.beginning.remove(&self.guest);
+            }
         }
     }
 }
@@ -213,7 +250,8 @@ impl LibvirtBackend {
     async fn begin_move(&self, guest: GuestId) -> BackendResult<Cookie> {
         let phases = self.phase_calls()?;
         let connection = Arc::clone(&self.connection);
-        let (begun, generation) = self
+        let beginning = self.moves.beginning(guest);
+        let begun = self
             .quick("begin a move", move |at| {
                 let Some(found) = inspect(at, guest)? else {
                     return Ok(Err(BackendError::NoSuchGuest { guest }));
@@ -227,13 +265,14 @@ impl LibvirtBackend {
                     set_mark(&found.domain, Mark { role: Role::Owner, ..found.mark })?;
                 }
                 let cookie = phases.begin(&found.domain, &Params::new(), FLAGS)?;
-                Ok(Ok((cookie, connection.generation_of(at))))
+                // Here, and not by who waits for it: the job is held also when nobody does any more.
+                if let Some(generation) = connection.generation_of(at) {
+                    beginning.succeeded(generation);
+                }
+                Ok(Ok(cookie))
             })
             .await??;
         self.connection.sink.take_departed_at(guest);
-        if let Some(generation) = generation {
-            self.moves.table().begun.insert(guest, generation);
-        }
         wrap(&begun)
     }
 
@@ -351,6 +390,11 @@ impl LibvirtBackend {
         let mut was_resumed = false;
         self.connection.sink.take_departed_at(guest);
         loop {
+            if self.moves.is_beginning(guest) && begin.elapsed() < RECOVERY_BUDGET {
+                // It will hold the guest's job, or not: only then can that be ended.
+                tokio::time::sleep(RECOVERY_POLL).await;
+                continue;
+            }
             let found = self.quick("look for a guest", move |at| {
                 let Some(found) = inspect(at, guest)? else { return Ok(None) };
                 let has_job = ffi::job_stats(&found.domain)

@@ -40,6 +40,19 @@ fn only_the_job_that_is_tracked_is_untracked() {
     assert!(moves.running(guest).is_none());
 }
 
+#[test]
+fn a_begin_counts_as_long_as_its_call_and_is_known_when_nobody_waits() {
+    let moves = Moves::default();
+    let guest = GuestId::generate();
+    let (first, second) = (moves.beginning(guest), moves.beginning(guest));
+    drop(first);
+    assert!(moves.is_beginning(guest));
+    second.succeeded(7);
+    drop(second);
+    assert!(!moves.is_beginning(guest));
+    assert_eq!(moves.table().begun.get(&guest), Some(&7));
+}
+
 fn every_sight() -> Vec<Seen> {
     let mut all = Vec::new();
     let reasons = [
@@ -101,4 +114,17 @@ fn a_source_is_kept_by_a_plain_resume_after_its_agent_or_daemon_was_restarted() 
     assert_eq!(next_step(runs, Verdict::Keep), Step::Done);
     assert_eq!(next_step(Seen { has_job: true, is_held: false, ..runs }, Verdict::Keep), Step::Abort);
     assert_eq!(next_step(runs, Verdict::Release), Step::Refuse);
+}
+
+#[test]
+fn a_save_that_nobody_waits_for_is_given_up_at_once_where_the_guest_is_kept() {
+    let seen = Seen {
+        state: RunState::Paused(PauseReason::Saving),
+        has_job: true,
+        is_copying: false,
+        is_held: false,
+        was_resumed: false,
+    };
+    assert_eq!(next_step(seen, Verdict::Keep), Step::Abort);
+    assert_eq!(next_step(seen, Verdict::Release), Step::Refuse);
 }
