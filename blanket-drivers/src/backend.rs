@@ -294,6 +294,10 @@ pub trait Backend: Send + Sync {
     /// One guest; `None` when it is not here.
     fn status(&self, guest: GuestId) -> BoxFuture<'_, BackendResult<Option<GuestInfo>>>;
 
+    /// Why a guest that is not here any more ended, as far as it is known: for who was not there to hear
+    /// [`GuestEvent::Stopped`].
+    fn how_it_ended(&self, guest: GuestId) -> BoxFuture<'_, BackendResult<Option<StopReason>>>;
+
     /// All of our guests at this host, also those that an earlier agent started. Machines of others are left alone and
     /// not listed.
     fn list(&self) -> BoxFuture<'_, BackendResult<Vec<GuestInfo>>>;

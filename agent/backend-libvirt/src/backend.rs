@@ -8,7 +8,9 @@ use std::{
 
 use supercloud_blanket::{
     Backend, BackendError, BackendResult, BoxFuture, Launch, LiveMigration,
-    backend::{BackendEvent, Capabilities, Frozen, GuestInfo, MemoryStats, PauseReason, RunState, StopMode},
+    backend::{
+        BackendEvent, Capabilities, Frozen, GuestInfo, MemoryStats, PauseReason, RunState, StopMode, StopReason,
+    },
     migrate::{Transfer, TransferProgress},
 };
 use supercloud_ids::{Epoch, GuestId};
@@ -22,6 +24,7 @@ use virt::{connect::Connect, domain::Domain, sys};
 use crate::{
     BACK_END, LibvirtConfig, capabilities,
     connection::{Connection, find},
+    ending,
     ffi::{self, LibError, LibResult, PhaseCalls},
     metadata::{Mark, NAMESPACE, PREFIX, Role},
     migration::Moves,
@@ -36,7 +39,7 @@ const RECONNECT_EVERY: Duration = Duration::from_secs(1);
 const POWER_OFF_POLL: Duration = Duration::from_millis(250);
 /// A guest that is frozen may take this long.
 const FREEZE_BUDGET: Duration = Duration::from_secs(3600);
-/// The format of [`Backend::freeze`]'s files: libvirt's save image, the guest paused in it.
+/// The format of [`Backend::freeze`]'s files: libvirt's save image.
 const FROZEN_FORMAT: &str = "libvirt-qemu-save/1";
 
 /// What a save image begins with when it is whole; before, it is `LibvirtQemudPart`.
@@ -77,8 +80,13 @@ fn inspect_domain(domain: Domain) -> LibResult<Option<Found>> {
     let mark = match domain.metadata(kind, Some(NAMESPACE), sys::VIR_DOMAIN_AFFECT_LIVE).map_err(LibError::from) {
         Ok(text) => Mark::parse(&text),
         Err(error) if error.is_no_domain() || error.is_no_metadata() => None,
-        // A machine that has just ended is still known for a moment, but not active.
-        Err(error) if error.is_busy() => None,
+        // A machine that has just ended is still known for a moment, but not active. Nothing else makes it "not here":
+        // of a guest that is not here, it is said that it is lost.
+        Err(error) if error.is_invalid() => match ffi::domain_state(&domain) {
+            Ok((raw, reason)) if state::run_state(raw, reason, Role::Owner).is_none() => None,
+            Err(gone) if gone.is_no_domain() => None,
+            Ok(_) | Err(_) => return Err(error),
+        },
         Err(error) => return Err(error),
     };
     let Some(mark) = mark else { return Ok(None) };
@@ -281,7 +289,9 @@ impl LibvirtBackend {
                 .drive(&sender, move |at| {
                     let _tracked = tracked;
                     let Some(found) = inspect(at, guest)? else { return Ok(true) };
-                    ffi::save(&found.domain, &path, sys::VIR_DOMAIN_SAVE_PAUSED)?;
+                    // Without SAVE_PAUSED: with it libvirt would leave the guest standing still when the save fails or is
+                    // aborted. That it comes out of the file standing still is said when it does.
+                    ffi::save(&found.domain, &path)?;
                     Ok(false)
                 })
                 .await?;
@@ -423,6 +433,20 @@ impl Backend for LibvirtBackend {
         Box::pin(async move {
             let found = self.quick("look for a guest", move |at| inspect(at, guest)).await?;
             Ok(found.map(|found| self.info(&found)))
+        })
+    }
+
+    fn how_it_ended(&self, guest: GuestId) -> BoxFuture<'_, BackendResult<Option<StopReason>>> {
+        let log = self.config.log_dir.as_deref().map(|dir| dir.join(format!("{guest}.log")));
+        Box::pin(async move {
+            let Some(path) = log else { return Ok(None) };
+            let what = "read the log of a guest";
+            let read = tokio::task::spawn_blocking(move || ending::read(&path).map_err(|source| (path, source)));
+            match read.await {
+                Ok(Ok(ended)) => Ok(ended),
+                Ok(Err((path, source))) => Err(BackendError::File { what, path, source }),
+                Err(broken) => Err(BackendError::Failed { what, detail: broken.to_string() }),
+            }
         })
     }
 

@@ -42,9 +42,9 @@ impl LibError {
         self.code == sys::VIR_ERR_NO_DOMAIN_METADATA
     }
 
-    /// Whether another job holds the guest just now, or it has just ended.
-    pub(crate) fn is_busy(&self) -> bool {
-        self.code == sys::VIR_ERR_OPERATION_TIMEOUT || self.code == sys::VIR_ERR_OPERATION_INVALID
+    /// Whether the guest's state does not allow it: it may have just ended.
+    pub(crate) fn is_invalid(&self) -> bool {
+        self.code == sys::VIR_ERR_OPERATION_INVALID
     }
 
     pub(crate) fn is_aborted(&self) -> bool {
@@ -371,11 +371,11 @@ pub(crate) fn abort_job(domain: &Domain) -> LibResult<()> {
     check(unsafe { sys::virDomainAbortJob(domain.as_ptr()) })
 }
 
-/// Saves a guest into a file and ends its machine.
-pub(crate) fn save(domain: &Domain, file: &str, flags: u32) -> LibResult<()> {
+/// Saves a guest into a file and ends its machine; when that fails, a guest that ran runs on.
+pub(crate) fn save(domain: &Domain, file: &str) -> LibResult<()> {
     let file = c_text(file)?;
     // SAFETY: domain and file are live; no other XML is given.
-    check(unsafe { sys::virDomainSaveFlags(domain.as_ptr(), file.as_ptr(), ptr::null(), flags) })
+    check(unsafe { sys::virDomainSaveFlags(domain.as_ptr(), file.as_ptr(), ptr::null(), 0) })
 }
 
 /// Makes a guest from a saved file, with this host's XML.

@@ -23,6 +23,7 @@ mod backend;
 mod capabilities;
 mod connection;
 pub mod console;
+mod ending;
 mod ffi;
 mod metadata;
 mod migration;
@@ -74,6 +75,8 @@ pub struct LibvirtConfig {
     pub accelerators: Vec<Accelerator>,
     /// Where libvirtd writes the guests' pid files (`<run>/libvirt/qemu`), to tell their processes. Absent: not told.
     pub pid_dir: Option<PathBuf>,
+    /// Where libvirtd writes the guests' logs, to tell why one ended. Absent: not told.
+    pub log_dir: Option<PathBuf>,
     /// Budget of a call that only asks or changes a state.
     pub call_budget: Duration,
     /// Budget of a call that makes or ends a QEMU process.
@@ -88,6 +91,7 @@ impl LibvirtConfig {
             uri: "qemu:///system".to_owned(),
             accelerators,
             pid_dir: Some(PathBuf::from("/run/libvirt/qemu")),
+            log_dir: Some(PathBuf::from("/var/log/libvirt/qemu")),
             call_budget: Duration::from_secs(15),
             process_budget: Duration::from_secs(90),
         }

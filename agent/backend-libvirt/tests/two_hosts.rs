@@ -495,6 +495,7 @@ async fn a_guest_that_powers_off_is_gone(world: &mut World) {
     let off = GuestEvent::Stopped(StopReason::PoweredOff);
     wait_for(&mut events, "powered off", |event| is_guest_event(event, &off)).await;
     assert_eq!(world.state(&world.a).await, None);
+    assert_eq!(world.a.how_it_ended(world.guest).await.unwrap(), Some(StopReason::PoweredOff));
     // The second start of the same guest; it does not listen to its power button and is killed in the end.
     world.lab.a.forget_console();
     let launch = world.lab.launch(&world.lab.a, world.guest, world.epoch);

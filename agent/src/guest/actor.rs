@@ -6,11 +6,7 @@ use supercloud_api::{
     Problem, Progress,
     link::{Assignment, GuestEventKind, Notice},
 };
-use supercloud_blanket::backend::{GuestEvent, PauseReason, StopReason};
-use supercloud_handover::{
-    DestinationEvent, DestinationState, LocalEffect, LocalEvent, OperationKind, Report, SourceEvent, SourceState,
-    VolumeStamp,
-};
+use supercloud_handover::{DestinationEvent, LocalEffect, LocalEvent, Report, SourceEvent, SourceState, VolumeStamp};
 use supercloud_ids::{GuestId, OperationId};
 use tokio::{
     sync::{mpsc, watch},
@@ -86,7 +82,7 @@ pub(super) struct Jobs {
 
 impl Jobs {
     /// Whether the guest's process may come, go or stand still by our own doing.
-    fn may_change_the_process(&self) -> bool {
+    pub fn may_change_the_process(&self) -> bool {
         [&self.leave, &self.store, &self.receive].into_iter().flatten().any(|job| !job.is_over())
     }
 }
@@ -380,98 +376,6 @@ impl Actor {
     pub fn tell_event(&self, event: GuestEventKind) {
         let epoch = self.record.handover.destination().epoch().unwrap_or(self.record.handover.source().epoch());
         self.host.link.tell_once(Notice::GuestEvent { guest: self.guest, epoch, event });
-    }
-
-    async fn happened(&mut self, event: GuestEvent) {
-        match event {
-            GuestEvent::Stopped(StopReason::PoweredOff) if self.may_power_off() => self.note_power_off().await,
-            GuestEvent::Stopped(_) => self.look_for_process().await,
-            GuestEvent::Rebooted => self.tell_event(GuestEventKind::Rebooted),
-            GuestEvent::Paused(PauseReason::DiskError) | GuestEvent::DiskError { .. } => {
-                if !std::mem::replace(&mut self.is_stalled, true) {
-                    self.tell_event(GuestEventKind::DiskStalled);
-                }
-            }
-            GuestEvent::Resumed if self.is_stalled => {
-                self.is_stalled = false;
-                self.tell_event(GuestEventKind::DiskRecovered);
-            }
-            GuestEvent::Resumed | GuestEvent::Started | GuestEvent::Paused(_) => {}
-        }
-    }
-
-    /// Not lost: the controller makes a stop of it, which seals the volumes in order.
-    pub async fn note_power_off(&mut self) {
-        self.record.is_off = true;
-        self.save().await;
-        self.tell_event(GuestEventKind::PoweredOff);
-    }
-
-    /// Whether the guest runs here by right, whatever is done with its process meanwhile: a guest may switch itself off
-    /// while it is copied. (One that is being stopped does so because it was told to.)
-    fn may_power_off(&self) -> bool {
-        match self.record.handover.destination().state() {
-            DestinationState::Idle => match self.record.handover.source().state() {
-                SourceState::Running | SourceState::Resuming { .. } => true,
-                SourceState::Copying { plan, .. } => plan.kind != OperationKind::Stop,
-                _ => false,
-            },
-            DestinationState::Running { .. } | DestinationState::Fetched { .. } => true,
-            _ => false,
-        }
-    }
-
-    /// Whether the guest runs here by right and nothing is done with its process.
-    pub fn is_mine_to_run(&self) -> bool {
-        if self.jobs.may_change_the_process() {
-            return false;
-        }
-        match self.record.handover.destination().state() {
-            DestinationState::Idle => matches!(self.record.handover.source().state(), SourceState::Running),
-            DestinationState::Running { .. } | DestinationState::Fetched { .. } => true,
-            _ => false,
-        }
-    }
-
-    /// Whether the hypervisor has the guest, or does not say that it has not.
-    async fn may_have_a_process(&self) -> bool {
-        !matches!(self.host.backend.status(self.guest).await, Ok(None))
-    }
-
-    /// Asks the hypervisor whether the guest is still there, when it should be.
-    async fn look_for_process(&mut self) {
-        let is_complete = matches!(self.record.handover.destination().state(), DestinationState::Complete { .. })
-            && self.has_received_process();
-        if self.record.is_off || !(self.is_mine_to_run() || is_complete && !self.jobs.may_change_the_process()) {
-            return;
-        }
-        match self.host.backend.status(self.guest).await {
-            Ok(None) => {
-                tracing::error!(guest = %self.guest, "the guest's process is gone");
-                self.tell_event(GuestEventKind::Crashed);
-                let event = match self.record.handover.destination().state() {
-                    DestinationState::Idle => LocalEvent::Source(SourceEvent::GuestGone),
-                    _ => LocalEvent::Destination(DestinationEvent::GuestGone),
-                };
-                self.process([event]).await;
-            }
-            Ok(Some(info)) if info.state == supercloud_blanket::backend::RunState::Crashed => {
-                // Its machine still stands there, of no use to anybody.
-                let stopped = self.host.backend.stop(self.guest, supercloud_blanket::backend::StopMode::Kill).await;
-                if let Err(error) = stopped {
-                    tracing::warn!(guest = %self.guest, error = crate::chain(&error), "a crashed guest cannot be removed");
-                }
-            }
-            Ok(Some(info)) => {
-                use supercloud_blanket::backend::RunState;
-                if info.state == RunState::Paused(PauseReason::DiskError) {
-                    self.is_stalled = true;
-                }
-            }
-            Err(error) => {
-                tracing::debug!(guest = %self.guest, error = crate::chain(&error), "the hypervisor does not tell");
-            }
-        }
     }
 
     /// Feeds events to the machine, one after the other, with all that follows from them.

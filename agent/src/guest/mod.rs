@@ -18,6 +18,7 @@ mod actor;
 mod dials;
 mod effects;
 pub mod machine;
+mod process;
 pub mod record;
 pub mod report;
 mod restore;

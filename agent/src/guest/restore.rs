@@ -46,6 +46,11 @@ fn restarted(record: &GuestRecord, info: Option<&GuestInfo>) -> Vec<LocalEvent> 
             // It boots from its volumes when it is granted: no process is missing.
             seen = Found::Paused;
         }
+        let ran = matches!(destination.state(), DestinationState::Running { .. } | DestinationState::Fetched { .. });
+        if ran && seen == Found::Nothing && record.is_off {
+            // As it wants to be: it is stopped in order once its blocks are all here.
+            seen = Found::Running;
+        }
         events.push(LocalEvent::Destination(DestinationEvent::Restarted { found: seen }));
     }
     events
@@ -64,6 +69,10 @@ impl Actor {
                 }
             }
         };
+        if info.is_none() && !self.record.is_off && self.record.spooled.is_none() && self.has_powered_off().await {
+            self.record.is_off = true;
+            self.save().await;
+        }
         if let Err(error) = self.make_folders().await {
             tracing::error!(guest = %self.guest, error = crate::chain(&error), "the guest's folders cannot be made");
         }

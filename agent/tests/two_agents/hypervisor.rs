@@ -100,6 +100,8 @@ struct Inner {
     cancels: Mutex<HashMap<GuestId, Arc<AtomicBool>>>,
     incoming: Mutex<HashMap<GuestId, JoinHandle<std::io::Result<u64>>>>,
     agent: AtomicU64,
+    /// Why guests that are not here any more ended.
+    ended: Mutex<HashMap<GuestId, StopReason>>,
 }
 
 /// A host's hypervisor.
@@ -129,6 +131,7 @@ impl Hypervisor {
             cancels: Mutex::default(),
             incoming: Mutex::default(),
             agent: AtomicU64::new(0),
+            ended: Mutex::default(),
         }))
     }
 
@@ -168,12 +171,14 @@ impl Hypervisor {
     pub async fn crash(&self, id: GuestId) {
         let gone = self.0.guests.lock().await.remove(&id).expect("the guest is here");
         self.0.halt(id, gone.cpu).await;
+        self.0.ended.lock().unwrap().insert(id, StopReason::Crashed);
     }
 
     /// The guest switches itself off.
     pub async fn power_off(&self, id: GuestId) {
         let gone = self.0.guests.lock().await.remove(&id).expect("the guest is here");
         self.0.halt(id, gone.cpu).await;
+        self.0.ended.lock().unwrap().insert(id, StopReason::PoweredOff);
         let what = GuestEvent::Stopped(StopReason::PoweredOff);
         let _ = self.0.events.send(BackendEvent::Guest { guest: id, what });
     }
@@ -274,6 +279,7 @@ impl Inner {
         if guests.contains_key(&id) {
             return Err(BackendError::AlreadyThere { guest: id });
         }
+        self.ended.lock().unwrap().remove(&id);
         guests.insert(id, Guest { launch, epoch, state, next: Arc::new(AtomicU64::new(next)), cpu: None, file: None });
         Ok(GuestInfo { guest: id, epoch, state, pid: None })
     }
@@ -360,6 +366,11 @@ impl Backend for Hypervisor {
             let info = |found: &Guest| GuestInfo { guest, epoch: found.epoch, state: found.state, pid: None };
             Ok(guests.get(&guest).map(info))
         })
+    }
+
+    fn how_it_ended(&self, guest: GuestId) -> BoxFuture<'_, BackendResult<Option<StopReason>>> {
+        let ended = self.0.ended.lock().unwrap().get(&guest).copied();
+        Box::pin(async move { Ok(ended) })
     }
 
     fn list(&self) -> BoxFuture<'_, BackendResult<Vec<GuestInfo>>> {

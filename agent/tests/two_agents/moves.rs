@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 
 use supercloud_api::{
     handover::{OperationKind, Owner, Phase},
-    ids::{Epoch, FreezeId},
+    ids::{Epoch, FreezeId, GuestId},
     link::GuestEventKind,
 };
 
@@ -195,6 +195,54 @@ async fn a_guest_that_powers_itself_off_is_told_of_and_not_lost() {
     lab.check(guest).await;
     lab.hosts[0].hypervisor.power_off(guest).await;
     lab.eventually("it is told", async || lab.controller.has_event(GuestEventKind::PoweredOff)).await;
+    // What the controller makes of it.
+    lab.done(guest, OperationKind::Stop).await;
+    assert_eq!(lab.controller.record(guest).owner, Owner::Stopped);
+    lab.start(guest, 0).await;
+    lab.check(guest).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_powers_itself_off_while_it_moves_is_not_lost() {
+    let lab = Lab::begin(&[true, true]).await;
+    let guest = lab.add_guest();
+    lab.start(guest, 0).await;
+    lab.world.piece_ms.store(50, Ordering::SeqCst);
+    let operation = lab.controller.operate(guest, lab.migrate(1));
+    lab.eventually("memory is being copied", async || {
+        lab.controller.progress(operation).is_some_and(|progress| progress.memory_sent_bytes > 0)
+    })
+    .await;
+    lab.hosts[0].hypervisor.power_off(guest).await;
+    assert_eq!(lab.controller.ended(guest, operation).await, Phase::RolledBack);
+    lab.eventually("it is told", async || lab.controller.has_event(GuestEventKind::PoweredOff)).await;
+    is_stopped_and_starts_again(&lab, guest).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_powers_itself_off_while_nobody_listens_is_not_lost() {
+    let lab = Lab::begin(&[true]).await;
+    let guest = lab.add_guest();
+    lab.start(guest, 0).await;
+    lab.check(guest).await;
+    lab.hosts[0].kill_agent().await;
+    lab.hosts[0].hypervisor.power_off(guest).await;
+    lab.hosts[0].start_agent();
+    is_stopped_and_starts_again(&lab, guest).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_crashes_while_nobody_listens_is_lost() {
+    let lab = Lab::begin(&[true]).await;
+    let guest = lab.add_guest();
+    lab.start(guest, 0).await;
+    lab.hosts[0].kill_agent().await;
+    lab.hosts[0].hypervisor.crash(guest).await;
+    lab.hosts[0].start_agent();
+    lab.eventually("it is known as lost", async || matches!(lab.controller.record(guest).owner, Owner::Lost(_))).await;
+}
+
+async fn is_stopped_and_starts_again(lab: &Lab, guest: GuestId) {
     // What the controller makes of it.
     lab.done(guest, OperationKind::Stop).await;
     assert_eq!(lab.controller.record(guest).owner, Owner::Stopped);

@@ -212,7 +212,8 @@ impl Host {
     }
 
     pub fn config(&self) -> LibvirtConfig {
-        LibvirtConfig::for_socket(&self.dir.join("run/libvirt-sock"), vec![Accelerator::Tcg])
+        let config = LibvirtConfig::for_socket(&self.dir.join("run/libvirt-sock"), vec![Accelerator::Tcg]);
+        LibvirtConfig { log_dir: Some(self.dir.join("log/qemu")), ..config }
     }
 
     pub fn nbd_socket(&self) -> PathBuf {

@@ -220,6 +220,9 @@ impl Actor {
             None => {
                 self.find_spooled().await?;
                 if self.record.spooled.is_none() {
+                    if !self.record.is_off && self.has_powered_off().await {
+                        self.note_power_off().await;
+                    }
                     // What powered itself off goes on being off: that is told by itself.
                     let event = match self.record.is_off {
                         true => SourceEvent::GuestResumed { epoch },
