@@ -207,13 +207,14 @@ async fn a_guest_that_powers_itself_off_while_it_moves_is_not_lost() {
     let lab = Lab::begin(&[true, true]).await;
     let guest = lab.add_guest();
     lab.start(guest, 0).await;
-    lab.world.piece_ms.store(50, Ordering::SeqCst);
+    lab.world.piece_ms.store(1000, Ordering::SeqCst);
     let operation = lab.controller.operate(guest, lab.migrate(1));
     lab.eventually("memory is being copied", async || {
         lab.controller.progress(operation).is_some_and(|progress| progress.memory_sent_bytes > 0)
     })
     .await;
     lab.hosts[0].hypervisor.power_off(guest).await;
+    lab.world.piece_ms.store(2, Ordering::SeqCst);
     assert_eq!(lab.controller.ended(guest, operation).await, Phase::RolledBack);
     lab.eventually("it is told", async || lab.controller.has_event(GuestEventKind::PoweredOff)).await;
     is_stopped_and_starts_again(&lab, guest).await;
