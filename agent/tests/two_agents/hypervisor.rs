@@ -416,6 +416,9 @@ impl Backend for Hypervisor {
                     inner.go(guest).await;
                     return Err(BackendError::Cancelled { what: "save" });
                 }
+                if !inner.guests.lock().await.contains_key(&guest) {
+                    return Err(BackendError::Failed { what: "save", detail: "its process died".into() });
+                }
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
             tokio::fs::write(&file, &bytes).await.map_err(failed("save"))?;

@@ -5,7 +5,10 @@ use std::{
     collections::BTreeMap,
     net::SocketAddr,
     path::Path,
-    sync::{Arc, Mutex, atomic::Ordering},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU16, Ordering},
+    },
     time::Duration,
 };
 
@@ -209,8 +212,12 @@ impl Drop for Lab {
     }
 }
 
+/// Of a loopback address of its own: an agent that is started anew finds its port free, whatever other tests took meanwhile.
 fn free_address() -> SocketAddr {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+    static HOSTS: AtomicU16 = AtomicU16::new(0);
+    let [high, low] = HOSTS.fetch_add(1, Ordering::SeqCst).to_be_bytes();
+    let address = std::net::Ipv4Addr::new(127, 77, high, low);
+    std::net::TcpListener::bind((address, 0)).unwrap().local_addr().unwrap()
 }
 
 impl Lab {
