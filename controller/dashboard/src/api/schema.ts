@@ -246,6 +246,23 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/guests/{guest}/placement": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** Where a guest would be placed now; with `explain`, also why not elsewhere. A guest that runs is asked as for a move. */
+        get: operations["guests_placement"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/guests/{guest}/start": {
         parameters: {
             query?: never;
@@ -1789,6 +1806,53 @@ export interface components {
             /** @description The phase. */
             phase: components["schemas"]["Phase"];
         };
+        /** @description Where a guest would be placed now. Nothing is reserved by asking. */
+        Placement: {
+            destination?: null | components["schemas"]["HostId"];
+            destination_name?: null | components["schemas"]["Name"];
+            /** @description The guest. */
+            guest: components["schemas"]["GuestId"];
+            host?: null | components["schemas"]["HostId"];
+            host_name?: null | components["schemas"]["Name"];
+            /** @description With `explain`: every host, those that take it first, best first. Else empty. */
+            hosts: components["schemas"]["PlacementHost"][];
+            /** @description What makes one host better than another. */
+            objective: string;
+        };
+        /** @description A host in an explanation. */
+        PlacementHost: {
+            /** @description The name of its cloud. */
+            cloud_name: components["schemas"]["Name"];
+            /** @description What was found, for people. */
+            detail: string;
+            /** @description The host. */
+            host: components["schemas"]["HostId"];
+            /** @description Its name. */
+            host_name: components["schemas"]["Name"];
+            /** @description It takes the guest. */
+            is_ok: boolean;
+            /** @description The first filter that it fails, for programs: `down`, `cordoned`, `class`, `memory`, … */
+            refusal?: string | null;
+            score?: null | components["schemas"]["PlacementScore"];
+        };
+        /** @description What a host scores. Less cost is better; then more free memory; then the name that sorts first. */
+        PlacementScore: {
+            /**
+             * Format: int64
+             * @description What the guest costs there, by the objective.
+             */
+            cost_nanousd_per_hour: number;
+            /**
+             * Format: int64
+             * @description Memory that is free before the guest comes.
+             */
+            free_memory_bytes: number;
+            /**
+             * Format: int32
+             * @description 1 is the best.
+             */
+            rank: number;
+        };
         /** @description What an operation would do, as the pre-checks see it. */
         Plan: {
             /** @description The pre-checks with their results. */
@@ -2836,6 +2900,44 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["Operation"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    guests_placement: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+                /** @description Also say what every host says to it. */
+                explain?: boolean;
+                /** @description Only this host or cloud. */
+                place?: string;
+            };
+            header?: never;
+            path: {
+                /** @description Its id, or its name where it has one. */
+                guest: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Placement"];
                 };
             };
             /** @description A problem (RFC 9457) */
