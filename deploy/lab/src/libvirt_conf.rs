@@ -86,7 +86,8 @@ mod tests {
     #[test]
     fn accounts_are_added_once() {
         let once = with_accounts("root:x:0:0::/root:/bin/sh".to_owned(), ACCOUNTS[0].2);
-        assert_eq!(once.lines().count(), 2);
+        assert_eq!(once.lines().count(), 1 + ACCOUNTS[0].2.len());
+        assert!(once.lines().any(|line| line.starts_with("supercloud-volume:x:64058:")));
         assert_eq!(with_accounts(once.clone(), ACCOUNTS[0].2), once);
     }
 
