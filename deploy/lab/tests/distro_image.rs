@@ -1,93 +1,155 @@
-//! The whole-distribution image boots by its own GRUB and takes its user's data by cloud-init.
+//! A whole image as distributions ship it, brought by a user: imported, configured by cloud-init, moved live.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::io::{BufRead, BufReader, Write};
-use std::net::TcpListener;
-use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
 
-use supercloud_lab::command::wait_for;
-use supercloud_lab::{image, netns};
+use supercloud_lab::command::{Run, pause};
+use supercloud_lab::fleet::{Console, Fleet, FleetSpec, programs};
+use supercloud_lab::lab::{chain, program_dir};
+use supercloud_lab::{LabSpec, image, require};
 
-/// Without hardware virtualization on a busy machine.
-const LONG: Duration = Duration::from_secs(400);
+/// A Debian boots without hardware virtualization on a busy machine.
+const BOOT_BUDGET: Duration = Duration::from_secs(600);
+const MOVE_BUDGET: Duration = Duration::from_secs(300);
+const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ0Zp2lOv2mV1mUuJ0Zp2lOv2mV1mUuJ0Zp2lOv2mV1m somebody@somewhere";
 
-const USER_DATA: &str = "#cloud-config\nruncmd:\n  - [sh, -c, 'echo told-by-cloud-init to $(hostname) > /dev/ttyS0']\n";
+/// What the guest says every second, from a service that cloud-init starts: which boot it is, how long it is up, and the key that
+/// it has for its user.
+fn user_data() -> String {
+    format!(
+        r#"#cloud-config
+hostname: brought
+users:
+  - name: somebody
+    ssh_authorized_keys: ["{KEY}"]
+write_files:
+  - path: /root/say
+    permissions: "0755"
+    content: |
+      #!/bin/sh
+      while sleep 1; do
+        key=$(cut -d' ' -f3 /home/somebody/.ssh/authorized_keys)
+        echo "@alive $(cat /proc/sys/kernel/random/boot_id) $(cut -d. -f1 /proc/uptime) $(hostname) $key" > /dev/ttyS0
+      done
+runcmd:
+  - [systemd-run, --unit=say, /root/say]
+"#
+    )
+}
 
-/// A namespace without a route out, gone with the test.
-struct Namespace(String);
+/// A line of the guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Alive {
+    host: String,
+    boot_id: String,
+    uptime_s: u64,
+    hostname: String,
+    key: String,
+}
 
-impl Drop for Namespace {
-    fn drop(&mut self) {
-        if let Err(error) = netns::delete(&self.0) {
-            eprintln!("{error}");
+fn parse(line: &str) -> Option<Alive> {
+    let (host, said) = line.split_once(": ")?;
+    let words: Vec<&str> = said.split_once("@alive ")?.1.split(' ').collect();
+    let [boot_id, uptime_s, hostname, key] = words[..] else { return None };
+    let [host, boot_id, hostname, key] = [host, boot_id, hostname, key].map(str::to_owned);
+    Some(Alive { host, boot_id, uptime_s: uptime_s.parse().ok()?, hostname, key })
+}
+
+struct Listener {
+    console: Console,
+    transcript: std::path::PathBuf,
+}
+
+impl Listener {
+    fn text(&mut self) -> String {
+        self.console.poll();
+        String::from_utf8_lossy(&std::fs::read(&self.transcript).unwrap()).into_owned()
+    }
+
+    /// Waits for a line that is looked for; everything said until then.
+    fn await_line(&mut self, budget: Duration, is_it: impl Fn(&Alive) -> bool) -> Vec<Alive> {
+        let end = Instant::now() + budget;
+        loop {
+            let text = self.text();
+            let said: Vec<Alive> = text.lines().filter_map(parse).collect();
+            if said.iter().any(&is_it) {
+                return said;
+            }
+            let last: Vec<&str> = text.lines().rev().take(20).collect();
+            assert!(Instant::now() < end, "the console ends (last first) with\n{}", last.join("\n"));
+            pause(Duration::from_millis(500));
         }
     }
 }
 
-struct Machine(Child);
-
-impl Drop for Machine {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+/// The operator's own command.
+fn supercloud(fleet: &Fleet, args: &[&str]) {
+    let output = Command::new(program_dir().join("supercloud"))
+        .env("SUPERCLOUD_URL", fleet.url())
+        .env("SUPERCLOUD_CA", fleet.ca_file().unwrap())
+        .env("SUPERCLOUD_TOKEN_FILE", fleet.operator_token_file())
+        .args(args)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{args:?}: {said}\n{}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// cloud-init's NoCloud files over HTTP. The thread ends with the process.
-fn serve_seed(listener: TcpListener) {
-    std::thread::spawn(move || {
-        for mut stream in listener.incoming().flatten() {
-            let mut request = String::new();
-            let mut reader = BufReader::new(stream.try_clone().unwrap());
-            reader.read_line(&mut request).unwrap();
-            while reader.read_line(&mut String::new()).unwrap_or(0) > 2 {}
-            let body = match request.split(' ').nth(1) {
-                Some("/meta-data") => "instance-id: i-1\nlocal-hostname: by-metadata\n",
-                Some("/user-data") => USER_DATA,
-                _ => "",
-            };
-            // One that hangs up asks again.
-            let _ = write!(stream, "HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len());
-        }
-    });
+/// A qcow2 of the distribution's disk.
+fn qcow2(from: &Path, to: &Path) {
+    Run::line("qemu-img convert -f raw -O qcow2").args([from, to]).budget(BOOT_BUDGET).ok().unwrap();
 }
 
-#[test]
-fn a_whole_debian_boots_from_its_disk_and_is_configured() {
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_whole_debian_is_imported_configured_and_moved_live() {
     // SAFETY: plain system call.
     if unsafe { libc::geteuid() } != 0 {
-        supercloud_lab::require::skip("mmdebstrap and network namespaces need root");
+        require::skip("mmdebstrap and network namespaces need root");
         return;
     }
-    let image = image::distro::ensure().unwrap_or_else(|error| panic!("{}", supercloud_lab::lab::chain(&error)));
-    let namespace = Namespace(format!("scl-image-{}", std::process::id()));
-    netns::add(&namespace.0).unwrap();
-    let listener = netns::inside(&namespace.0, || TcpListener::bind("127.0.0.1:0")).unwrap().unwrap();
-    let port = listener.local_addr().unwrap().port();
-    serve_seed(listener);
-
+    let began = Instant::now();
+    let say = |what: &str| println!("[{:>4} s] {what}", began.elapsed().as_secs());
+    tokio::task::block_in_place(programs::build).unwrap_or_else(|error| panic!("{}", chain(&error)));
+    let image = tokio::task::block_in_place(image::distro::ensure).unwrap_or_else(|error| panic!("{}", chain(&error)));
     let folder = tempfile::tempdir().unwrap();
-    let (disk, console) = (folder.path().join("disk.raw"), folder.path().join("console"));
-    Command::new("cp").arg("--sparse=always").args([&image.disk, &disk]).status().unwrap();
-    let mut command = Command::new("qemu-system-x86_64");
-    command
-        .args(["-accel", "tcg", "-M", "pc", "-m", "512", "-display", "none", "-monitor", "none"])
-        .args(["-nic", "user,model=virtio-net-pci", "-device", "virtio-rng-pci"])
-        .args(["-smbios", &format!("type=1,serial=ds=nocloud-net;s=http://10.0.2.2:{port}/")])
-        .arg("-drive")
-        .arg(format!("file={},if=virtio,format=raw,cache=unsafe", disk.display()))
-        .arg("-serial")
-        .arg(format!("file:{}", console.display()))
-        .stdin(Stdio::null());
-    let mut machine = Machine(netns::inside(&namespace.0, || command.spawn()).unwrap().unwrap());
+    let (disk, data) = (folder.path().join("debian.qcow2"), folder.path().join("user-data.yaml"));
+    tokio::task::block_in_place(|| qcow2(&image.disk, &disk));
+    std::fs::write(&data, user_data()).unwrap();
+    say("the image is made");
 
-    let text = || String::from_utf8_lossy(&std::fs::read(&console).unwrap_or_default()).into_owned();
-    let told = wait_for(LONG, || {
-        assert!(matches!(machine.0.try_wait(), Ok(None)), "QEMU has ended");
-        text().contains("told-by-cloud-init to by-metadata").then_some(())
-    });
-    assert!(told.is_some(), "the console ends with\n{}", text().lines().rev().take(20).collect::<Vec<_>>().join("\n"));
+    let fleet = Fleet::up(FleetSpec::new(LabSpec::plain(&format!("dst-{}", std::process::id()), 2))).await.unwrap();
+    tokio::task::block_in_place(|| supercloud(&fleet, &["image", "import", disk.to_str().unwrap()]));
+    say("imported");
+    fleet.create_network("lan", "10.20.0.0/24").await.unwrap();
+    let create = ["guest", "create", "brought", "--image", "debian", "--network", "lan", "--memory", "512"];
+    let create = [&create[..], &["--place", "h1", "--watch", "--cloud-init", data.to_str().unwrap()]].concat();
+    tokio::task::block_in_place(|| supercloud(&fleet, &create));
+    let guest = fleet.guest("brought").await.unwrap();
+    let transcript = folder.path().join("console");
+    let console = fleet.console(guest.id).unwrap().with_transcript(&transcript).unwrap();
+    let mut listener = Listener { console, transcript };
+    let key = KEY.split(' ').nth(2).unwrap();
+    let is_configured = |alive: &Alive| alive.hostname == "brought" && alive.key == key;
+    let first = tokio::task::block_in_place(|| listener.await_line(BOOT_BUDGET, is_configured));
+    say("it has booted from its disk, and cloud-init has done what it was told");
+
+    tokio::task::block_in_place(|| supercloud(&fleet, &["guest", "migrate", "brought", "--to", "h2", "--watch"]));
+    say("moved");
+    let last = first.last().unwrap().clone();
+    // A line that was cut by the move may be wrong in any word.
+    let goes_on = |alive: &Alive| alive.host == "h2" && is_configured(alive) && alive.uptime_s > last.uptime_s + 3;
+    let all = tokio::task::block_in_place(|| listener.await_line(MOVE_BUDGET, goes_on));
+    let whole = all.iter().filter(|alive| is_configured(alive));
+    let boots: BTreeSet<&str> = whole.clone().map(|alive| alive.boot_id.as_str()).collect();
+    assert_eq!(boots.len(), 1, "it was booted again: {boots:?}");
+    let uptimes: Vec<u64> = whole.map(|alive| alive.uptime_s).collect();
+    assert!(uptimes.is_sorted(), "its clock went back: {uptimes:?}");
+    let guest = fleet.guest("brought").await.unwrap();
+    assert_eq!((guest.host_name.map(|name| name.to_string()).as_deref(), guest.starts), (Some("h2"), 1));
+    fleet.down().await.unwrap();
+    say("done");
 }
