@@ -1,6 +1,11 @@
 //! Composition: the parts of an agent, started in order and ended in order.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    io,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use supercloud_api::{
     CompatClass,
@@ -43,6 +48,8 @@ const RENEW_BUDGET: Duration = Duration::from_secs(30);
 const RETRY_PAUSE: Duration = Duration::from_secs(2);
 /// How long a hypervisor that once answered may be silent before the agent goes on without it.
 const HYPERVISOR_PATIENCE: Duration = Duration::from_secs(15);
+/// How long the data plane's address may still be taken.
+const LISTEN_PATIENCE: Duration = Duration::from_secs(10);
 /// The pause after a view could not be put in force.
 const VIEW_RETRY: Duration = Duration::from_secs(5);
 
@@ -65,10 +72,10 @@ pub enum AgentError {
     #[error("cannot listen at {address}")]
     Listen {
         /// The address.
-        address: std::net::SocketAddr,
+        address: SocketAddr,
         /// Why.
         #[source]
-        source: std::io::Error,
+        source: io::Error,
     },
     /// An operator has removed this host.
     #[error(
@@ -98,6 +105,23 @@ pub struct Parts {
     pub probe: serde_json::Value,
 }
 
+/// The listener of the data plane. A predecessor's may take a moment to be closed: by a process that it was starting, or
+/// because the predecessor is still ending.
+async fn listen(address: SocketAddr, cancel: &CancellationToken) -> Result<TcpListener, AgentError> {
+    let deadline = Instant::now() + LISTEN_PATIENCE;
+    loop {
+        match TcpListener::bind(address).await {
+            Ok(listener) => return Ok(listener),
+            Err(source)
+                if source.kind() != io::ErrorKind::AddrInUse || Instant::now() >= deadline || cancel.is_cancelled() =>
+            {
+                return Err(AgentError::Listen { address, source });
+            }
+            Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+        }
+    }
+}
+
 /// Runs an agent until `cancel`; guests, volume processes and flows go on after it.
 ///
 /// # Errors
@@ -114,9 +138,7 @@ pub async fn run(parts: Parts, cancel: CancellationToken) -> Result<(), AgentErr
     let (key_tx, ticket_key) = watch::channel(None);
     let (link, queues) = link::channel();
     let host_id = identity_rx.borrow().host;
-    let listener = TcpListener::bind(config.data_listen)
-        .await
-        .map_err(|source| AgentError::Listen { address: config.data_listen, source })?;
+    let listener = listen(config.data_listen, &cancel).await?;
     let asked = config.clone();
     let accounts = move || Ok::<_, AccountError>((asked.qemu_account()?, asked.volume_account()?));
     let (qemu, user) = tokio::task::spawn_blocking(accounts).await??;

@@ -213,6 +213,13 @@ impl Controller {
         self.state().records[&guest].clone()
     }
 
+    /// What it knows, for the message of a test that fails.
+    pub fn story(&self) -> String {
+        let state = self.state();
+        let (records, progress, problems) = (&state.records, &state.progress, &state.problems);
+        format!("records {records:?}, progress {progress:?}, problems {problems:?}")
+    }
+
     pub fn problems(&self) -> Vec<supercloud_api::Problem> {
         self.state().problems.clone()
     }
@@ -294,7 +301,7 @@ impl Controller {
         };
         match tokio::time::timeout(Duration::from_secs(120), waited).await {
             Ok(phase) => phase,
-            Err(_) => panic!("operation {operation} does not end: {:?}", self.record(guest)),
+            Err(_) => panic!("operation {operation} does not end: {}", self.story()),
         }
     }
 
@@ -562,7 +569,11 @@ impl Controller {
                 }
             }
             Notice::Progress { operation, progress } => {
-                self.state().progress.insert(operation, progress);
+                // Both ends tell of it; the destination knows nothing of the memory that is sent.
+                let mut state = self.state();
+                let known = state.progress.entry(operation).or_default();
+                let memory_sent_bytes = known.memory_sent_bytes.max(progress.memory_sent_bytes);
+                *known = supercloud_api::Progress { memory_sent_bytes, ..progress };
             }
             Notice::Discarded { guest } => {
                 self.state().discarded.insert(guest);

@@ -333,7 +333,7 @@ impl Lab {
             }
         };
         if tokio::time::timeout(Duration::from_secs(90), waited).await.is_err() {
-            panic!("this does not come true: {what}");
+            panic!("this does not come true: {what}; {}", self.controller.story());
         }
     }
 
