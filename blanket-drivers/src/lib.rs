@@ -10,6 +10,7 @@
 //! | [`backend`] | [`Backend`]: start, stop, pause, find again, freeze, thaw; typed errors; refusal by name |
 //! | [`migrate`] | [`LiveMigration`]: the two halves of a live move, with the caller's decision between them |
 //! | [`probe`] | what the substrate really is, by measuring |
+//! | [`vmm`] | a virtual machine monitor of our own on `/dev/kvm`, as a library |
 //!
 //! ```text
 //!            MachineSpec (travels)        HostArgs (stays)
@@ -23,6 +24,9 @@ pub mod device;
 pub mod host;
 pub mod migrate;
 pub mod probe;
+mod signal;
+#[cfg(target_arch = "x86_64")]
+pub mod vmm;
 
 pub use backend::{Backend, BackendError, BackendResult, BoxFuture};
 pub use device::MachineSpec;

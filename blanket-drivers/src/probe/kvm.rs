@@ -17,7 +17,7 @@
 use std::{
     os::unix::thread::JoinHandleExt,
     sync::{
-        Arc, Once,
+        Arc,
         atomic::{AtomicBool, Ordering},
         mpsc,
     },
@@ -92,7 +92,7 @@ pub fn measure(budget: Duration) -> KvmFinding {
     };
     let has_pvm = has_pvm(&kvm);
     let unusable = |reason: String| KvmFinding::Unusable { reason, has_pvm };
-    let Some(signal) = kick_signal() else {
+    let Some(signal) = crate::signal::kick() else {
         return unusable("no signal is free to end a guest that hangs".to_owned());
     };
     let deadline = Instant::now() + budget;
@@ -139,35 +139,6 @@ fn has_pvm(kvm: &Kvm) -> bool {
         .get_msr_index_list()
         .is_ok_and(|list| list.as_slice().iter().any(|msr| (PVM_MSR_FIRST..=PVM_MSR_LAST).contains(msr)));
     is_listed || std::path::Path::new("/sys/module/kvm_pvm").exists()
-}
-
-extern "C" fn ignore(_signal: libc::c_int) {}
-
-/// A real-time signal with a handler that does nothing, so that it interrupts and does not kill; claimed once.
-fn kick_signal() -> Option<libc::c_int> {
-    static ONCE: Once = Once::new();
-    static CLAIMED: std::sync::atomic::AtomicI32 = std::sync::atomic::AtomicI32::new(0);
-    ONCE.call_once(|| {
-        for signal in (libc::SIGRTMIN()..=libc::SIGRTMAX()).rev() {
-            // SAFETY: all-zero is a valid sigaction; the pointers are to locals.
-            unsafe {
-                let mut now: libc::sigaction = std::mem::zeroed();
-                let is_free =
-                    libc::sigaction(signal, std::ptr::null(), &raw mut now) == 0 && now.sa_sigaction == libc::SIG_DFL;
-                if !is_free {
-                    continue;
-                }
-                let mut ours: libc::sigaction = std::mem::zeroed();
-                ours.sa_sigaction = ignore as extern "C" fn(libc::c_int) as libc::sighandler_t;
-                // No SA_RESTART: the point is to interrupt.
-                if libc::sigaction(signal, &raw const ours, std::ptr::null_mut()) == 0 {
-                    CLAIMED.store(signal, Ordering::Release);
-                    return;
-                }
-            }
-        }
-    });
-    Some(CLAIMED.load(Ordering::Acquire)).filter(|signal| *signal != 0)
 }
 
 /// A vCPU with what it needs to live. Dropped in this order.

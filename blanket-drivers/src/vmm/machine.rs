@@ -1,0 +1,118 @@
+//! A whole machine: memory, vCPUs, devices.
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
+    time::Duration,
+};
+
+use kvm_ioctls::Kvm;
+
+use super::{
+    Ram, VmmError, acpi,
+    boot::{self, BootFiles},
+    bus::Bus,
+    cpu,
+    kvm::Vm,
+    layout,
+    legacy::{self, SerialPort, Sink},
+    memory,
+    vcpu::{Buses, Vcpus},
+};
+
+/// How a machine's run came to its end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// The guest asked for a reset, or a vCPU had a triple fault.
+    Reset,
+    /// The guest switched itself off.
+    PowerOff,
+    /// The guest cannot go on.
+    Broken {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// What a machine is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MachineConfig {
+    /// vCPUs: 1 to [`cpu::MAX_VCPUS`].
+    pub vcpus: u8,
+    /// Memory: see [`memory::MEMORY_RANGE`].
+    pub memory_bytes: u64,
+}
+
+/// A machine. It is made paused; dropping it ends it.
+#[derive(Debug)]
+pub struct Machine {
+    // Dropped first: the threads use all that follows.
+    vcpus: Vcpus,
+    serial: Arc<Mutex<SerialPort>>,
+    outcomes: mpsc::Receiver<Outcome>,
+    vm: Arc<Vm>,
+}
+
+impl Machine {
+    /// A machine that stands before its kernel's first instruction.
+    ///
+    /// # Errors
+    /// When `/dev/kvm` refuses, something is out of range or the kernel cannot be loaded.
+    pub fn boot(kvm: Kvm, config: MachineConfig, files: &BootFiles, console: Sink) -> Result<Self, VmmError> {
+        if !(1..=cpu::MAX_VCPUS).contains(&config.vcpus) {
+            return Err(VmmError::Range { what: "vCPUs", value: config.vcpus.into(), range: "1 to 64" });
+        }
+        let ram = Arc::new(memory::map(memory::create(config.memory_bytes)?, config.memory_bytes)?);
+        let vm = Arc::new(Vm::new(kvm, Arc::clone(&ram))?);
+        let (sender, outcomes) = mpsc::channel();
+
+        let mut ports = Bus::default();
+        let serial = Arc::new(Mutex::new(SerialPort::new(Arc::clone(&vm), layout::SERIAL_IRQ, console)));
+        let port = Arc::clone(&serial);
+        ports.add("serial port", layout::SERIAL.into(), 8, port)?;
+        legacy::add_power(&mut ports, &sender)?;
+        let buses = Buses { ports: Arc::new(ports), registers: Arc::new(Bus::default()) };
+
+        let supported = vm.supported_cpuid()?;
+        let mut vcpus = Vec::new();
+        for index in 0..config.vcpus {
+            let vcpu = vm.create_vcpu(index)?;
+            cpu::prepare(vm.kvm(), &vcpu, &supported, index, config.vcpus)?;
+            vcpus.push(vcpu);
+        }
+        let rsdp = acpi::write(&ram, config.vcpus)?;
+        let entry = boot::load(&ram, config.memory_bytes, files, rsdp)?;
+        if let Some(first) = vcpus.first() {
+            cpu::enter(first, &ram, entry)?;
+        }
+        Ok(Self { vcpus: Vcpus::start(vcpus, &buses, &sender)?, serial, outcomes, vm })
+    }
+
+    /// Lets the guest run.
+    pub fn resume(&self) {
+        self.vcpus.resume();
+    }
+
+    /// Stops the guest between two instructions; its memory does not change until [`Machine::resume`].
+    ///
+    /// # Errors
+    /// [`VmmError::Stuck`].
+    pub fn pause(&self) -> Result<(), VmmError> {
+        self.vcpus.pause()
+    }
+
+    /// The guest's memory.
+    #[must_use]
+    pub fn ram(&self) -> &Ram {
+        self.vm.ram()
+    }
+
+    /// The serial port, to feed it.
+    pub fn serial(&self) -> MutexGuard<'_, SerialPort> {
+        self.serial.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until the machine's run has come to its end; `None` when it has not within `patience`.
+    pub fn outcome(&self, patience: Duration) -> Option<Outcome> {
+        self.outcomes.recv_timeout(patience).ok()
+    }
+}
