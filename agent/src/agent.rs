@@ -313,6 +313,9 @@ fn direct(host: &Host, guests: &Guests, views: &watch::Sender<Option<OverlayView
             }
             Err(error) => tracing::warn!(revision, %error, "an overlay view is not understood"),
         },
+        Directive::OverlayPiece { revision, .. } => {
+            tracing::debug!(revision, "a piece that the link should have put together")
+        }
         Directive::DropFreeze { freeze, project, memory_root } => {
             // Chunks may belong to other content, too: what is not named by anything any more is found by a sweep over
             // all manifests, which the store does not have yet.

@@ -20,6 +20,7 @@ pub mod guest_call;
 pub mod link;
 pub mod name;
 pub mod page;
+pub mod pieces;
 pub mod problem;
 pub mod resources;
 pub mod ticket;

@@ -388,6 +388,17 @@ pub enum Directive {
         /// The view.
         view: serde_json::Value,
     },
+    /// A part of a view that is longer than a frame ([`crate::pieces`]).
+    OverlayPiece {
+        /// As for the whole view.
+        revision: u64,
+        /// Its number, from 0.
+        piece: u32,
+        /// How many there are.
+        of: u32,
+        /// The part of the view's JSON text.
+        text: String,
+    },
     /// The guest was deleted: remove everything that is held of it, volumes too. Told again until [`Notice::Discarded`].
     Discard {
         /// The guest.

@@ -3,9 +3,12 @@
 //! A host is told only the networks in which it has a port (or is preparing one, or still forwards for one): what it is
 //! not told it cannot leak.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
-use supercloud_api::{Guest, Host, HostState, Network, Port, ids::HostId};
+use supercloud_api::{
+    Guest, Host, HostState, Network, Port,
+    ids::{GuestId, HostId},
+};
 use supercloud_sdn::view::{HostView, NetworkView, OverlayView, PortView};
 
 /// Why a record cannot be part of a view.
@@ -85,6 +88,7 @@ pub fn view_for(
         .collect::<Result<_, BadRecord>>()?;
     // A host without an overlay address has no tunnel: a port there is as good as nowhere.
     let reachable = |host: Option<HostId>| host.filter(|host| known.contains(host));
+    let names: HashMap<GuestId, &Guest> = guests.iter().map(|guest| (guest.id, guest)).collect();
     let ports = ports
         .into_iter()
         .map(|port| {
@@ -98,7 +102,7 @@ pub fn view_for(
                 })?,
                 ipv4: port.ipv4,
                 ipv6: None,
-                hostname: guests.iter().find(|guest| guest.id == port.guest).map(|guest| guest.name.to_string()),
+                hostname: names.get(&port.guest).map(|guest| guest.name.to_string()),
                 host: reachable(port.host),
                 epoch: port.epoch,
                 prepared_at: reachable(port.prepared_at),

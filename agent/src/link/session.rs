@@ -5,7 +5,8 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use rand::Rng as _;
 use supercloud_api::{
     frame::{Frame, FrameError, read_frame, write_frame},
-    link::{self as wire, Answer, Directive, Envelope, Farewell, Hello, Outcome, Query, Welcome, kind},
+    link::{self as wire, Answer, Envelope, Farewell, Hello, Outcome, Query, Welcome, kind},
+    pieces::{Assembly, BadPiece},
     tls,
 };
 use tokio::{
@@ -47,6 +48,8 @@ enum SessionError {
     Deadline(&'static str),
     #[error("the link broke")]
     Frame(#[from] FrameError),
+    #[error("the controller tells an overlay view in no order")]
+    Piece(#[from] BadPiece),
     #[error("the agent's own queues are gone")]
     Gone,
     #[error("the controller has removed this host")]
@@ -157,6 +160,7 @@ async fn session(
     // Reading is not cancel-safe, so a task of its own does it; it ends with this scope.
     let mut tasks = JoinSet::new();
     tasks.spawn(read_all(reader, frames));
+    let mut assembly = Assembly::default();
     let mut heartbeat = interval(every);
     heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -169,8 +173,10 @@ async fn session(
                 match frame.kind {
                     kind::ANSWER => book.answer(frame.parse_json(kind::ANSWER, wire::VERSION)?),
                     kind::DIRECTIVE => {
-                        let directive: Directive = frame.parse_json(kind::DIRECTIVE, wire::VERSION)?;
-                        events.send(LinkEvent::Directive(directive)).await.map_err(|_| SessionError::Gone)?;
+                        let directive = frame.parse_json(kind::DIRECTIVE, wire::VERSION)?;
+                        if let Some(whole) = assembly.take(directive)? {
+                            events.send(LinkEvent::Directive(whole)).await.map_err(|_| SessionError::Gone)?;
+                        }
                     }
                     other => return Err(FrameError::UnexpectedKind(other).into()),
                 }

@@ -80,7 +80,7 @@ pub trait LinkHandler: Send + Sync + 'static {
 struct Handle {
     serial: u64,
     directives: mpsc::Sender<Directive>,
-    overlay: watch::Sender<Option<Directive>>,
+    overlay: watch::Sender<Option<(u64, serde_json::Value)>>,
     cancel: CancellationToken,
 }
 
@@ -117,8 +117,8 @@ impl Sessions {
             let Some(handle) = open.by_host.get(&host) else { return false };
             match directive {
                 // Only the newest view matters.
-                view @ Directive::Overlay { .. } => {
-                    handle.overlay.send_replace(Some(view));
+                Directive::Overlay { revision, view } => {
+                    handle.overlay.send_replace(Some((revision, view)));
                     true
                 }
                 // An agent that reads nothing is found out by the time that one frame takes; a full queue alone only means that

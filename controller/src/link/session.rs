@@ -1,12 +1,13 @@
 //! One agent's session.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use supercloud_api::{
     Code, Problem,
     frame::{Frame, FrameError, read_frame, write_frame},
     ids::HostId,
     link::{self, Answer, Directive, Envelope, Farewell, Hello, Notice, Outcome, Query, kind},
+    pieces,
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -32,7 +33,7 @@ const GUEST_QUERIES_AT_ONCE: usize = 8;
 /// The ends that others write to.
 pub(super) struct Outbound {
     pub(super) directives: mpsc::Receiver<Directive>,
-    pub(super) overlay: watch::Receiver<Option<Directive>>,
+    pub(super) overlay: watch::Receiver<Option<(u64, serde_json::Value)>>,
 }
 
 /// Why a session ended.
@@ -221,6 +222,8 @@ async fn write<W: AsyncWrite + Unpin>(
     mut outbound: Outbound,
     mut answers: mpsc::Receiver<Envelope<Outcome<Answer>>>,
 ) -> Ended {
+    // Of the newest view; orders and answers go between them.
+    let mut pieces = VecDeque::new();
     loop {
         let frame = tokio::select! {
             biased;
@@ -229,10 +232,15 @@ async fn write<W: AsyncWrite + Unpin>(
                 None => return Ended::Closed,
             },
             Ok(()) = outbound.overlay.changed() => {
-                let Some(view) = outbound.overlay.borrow_and_update().clone() else { continue };
-                Frame::json(kind::DIRECTIVE, link::VERSION, &view)
+                let Some((revision, view)) = outbound.overlay.borrow_and_update().clone() else { continue };
+                match pieces::cut(revision, view) {
+                    Ok(cut) => pieces = cut.into(),
+                    Err(error) => error!(%host, "its switch keeps older flows: {error}"),
+                }
+                continue;
             }
             Some(answer) = answers.recv() => Frame::json(kind::ANSWER, link::VERSION, &answer),
+            Some(piece) = async { pieces.pop_front() } => Frame::json(kind::DIRECTIVE, link::VERSION, &piece),
         };
         let frame = match frame {
             // Nothing a new connection could mend: the agent would come back for ever and hear nothing else.

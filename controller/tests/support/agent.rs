@@ -361,6 +361,7 @@ impl Agent {
                     disk.view = Some(view);
                 }
             }
+            Directive::OverlayPiece { .. } => self.violate("a small view comes in pieces"),
             Directive::Discard { guest } => {
                 if lock(&self.seat.faults).stalled.contains(&Stage::Discard) {
                     return;
