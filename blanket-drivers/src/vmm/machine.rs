@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use kvm_ioctls::Kvm;
+use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch};
 
 use super::{
     Ram, VmmError, acpi,
@@ -13,10 +13,12 @@ use super::{
     bus::Bus,
     cpu,
     kvm::Vm,
-    layout,
+    kvm_error, layout,
     legacy::{self, SerialPort, Sink},
     memory,
+    pci::{self, Ecam, Function, MessageSink},
     vcpu::{Buses, Vcpus},
+    virtio::{Device, VirtioPci, transport},
 };
 
 /// How a machine's run came to its end.
@@ -47,6 +49,7 @@ pub struct MachineConfig {
 pub struct Machine {
     // Dropped first: the threads use all that follows.
     vcpus: Vcpus,
+    devices: Vec<Arc<Mutex<VirtioPci>>>,
     serial: Arc<Mutex<SerialPort>>,
     outcomes: mpsc::Receiver<Outcome>,
     vm: Arc<Vm>,
@@ -57,7 +60,13 @@ impl Machine {
     ///
     /// # Errors
     /// When `/dev/kvm` refuses, something is out of range or the kernel cannot be loaded.
-    pub fn boot(kvm: Kvm, config: MachineConfig, files: &BootFiles, console: Sink) -> Result<Self, VmmError> {
+    pub fn boot(
+        kvm: Kvm,
+        config: MachineConfig,
+        files: &BootFiles,
+        console: Sink,
+        devices: Vec<Device>,
+    ) -> Result<Self, VmmError> {
         if !(1..=cpu::MAX_VCPUS).contains(&config.vcpus) {
             return Err(VmmError::Range { what: "vCPUs", value: config.vcpus.into(), range: "1 to 64" });
         }
@@ -70,7 +79,9 @@ impl Machine {
         let port = Arc::clone(&serial);
         ports.add("serial port", layout::SERIAL.into(), 8, port)?;
         legacy::add_power(&mut ports, &sender)?;
-        let buses = Buses { ports: Arc::new(ports), registers: Arc::new(Bus::default()) };
+        let mut registers = Bus::default();
+        let devices = add_devices(&vm, &mut registers, devices)?;
+        let buses = Buses { ports: Arc::new(ports), registers: Arc::new(registers) };
 
         let supported = vm.supported_cpuid()?;
         let mut vcpus = Vec::new();
@@ -84,20 +95,28 @@ impl Machine {
         if let Some(first) = vcpus.first() {
             cpu::enter(first, &ram, entry)?;
         }
-        Ok(Self { vcpus: Vcpus::start(vcpus, &buses, &sender)?, serial, outcomes, vm })
+        Ok(Self { vcpus: Vcpus::start(vcpus, &buses, &sender)?, devices, serial, outcomes, vm })
     }
 
-    /// Lets the guest run.
+    /// Lets the guest and its devices run.
     pub fn resume(&self) {
+        for device in &self.devices {
+            device.lock().unwrap_or_else(PoisonError::into_inner).resume();
+        }
         self.vcpus.resume();
     }
 
-    /// Stops the guest between two instructions; its memory does not change until [`Machine::resume`].
+    /// Stops the guest between two instructions and its devices between two requests; its memory does not change until
+    /// [`Machine::resume`].
     ///
     /// # Errors
     /// [`VmmError::Stuck`].
     pub fn pause(&self) -> Result<(), VmmError> {
-        self.vcpus.pause()
+        self.vcpus.pause()?;
+        for device in &self.devices {
+            device.lock().unwrap_or_else(PoisonError::into_inner).pause();
+        }
+        Ok(())
     }
 
     /// The guest's memory.
@@ -115,4 +134,31 @@ impl Machine {
     pub fn outcome(&self, patience: Duration) -> Option<Outcome> {
         self.outcomes.recv_timeout(patience).ok()
     }
+}
+
+/// Puts devices on the PCI bus, in order from slot 1 on, and has the kernel listen for their notifications.
+fn add_devices(
+    vm: &Arc<Vm>,
+    registers: &mut Bus,
+    devices: Vec<Device>,
+) -> Result<Vec<Arc<Mutex<VirtioPci>>>, VmmError> {
+    let mut ecam = Ecam::new();
+    let mut added = Vec::new();
+    for device in devices {
+        let slot = ecam.next_slot()?;
+        let sink: Arc<dyn MessageSink> = Arc::clone(vm) as _;
+        let device = VirtioPci::new(device, slot, Arc::clone(vm.ram()), sink)?;
+        for (kick, index) in device.kicks().iter().zip(0u64..) {
+            let at = IoEventAddress::Mmio(pci::bar_address(slot) + transport::NOTIFY + 4 * index);
+            vm.fd()
+                .register_ioevent(kick, &at, NoDatamatch)
+                .map_err(kvm_error("listen for a device's notifications"))?;
+        }
+        let device = Arc::new(Mutex::new(device));
+        registers.add("virtio device", pci::bar_address(slot), pci::BAR_BYTES, Arc::clone(&device) as _)?;
+        ecam.add(Arc::clone(&device) as Arc<Mutex<dyn Function>>);
+        added.push(device);
+    }
+    registers.add("PCI configuration space", layout::ECAM, layout::ECAM_BYTES, Arc::new(Mutex::new(ecam)))?;
+    Ok(added)
 }

@@ -11,6 +11,8 @@
 //! | [`acpi`] | the tables by which the guest finds its devices |
 //! | [`bus`] | which device answers at which address |
 //! | [`legacy`] | serial port, power and reset registers, the old keyboard controller's reset |
+//! | [`pci`] | one PCI bus, MSI-X |
+//! | [`virtio`] | virtio 1.2 devices: disk, network card, console, entropy source |
 //! | [`machine`] | all of it together |
 //!
 //! Everything that a guest can write is hostile: each register access is a fixed number of bytes at a checked offset,
@@ -26,7 +28,9 @@ pub mod layout;
 pub mod legacy;
 pub mod machine;
 pub mod memory;
+pub mod pci;
 pub mod vcpu;
+pub mod virtio;
 
 pub use machine::{Machine, MachineConfig, Outcome};
 pub use memory::Ram;

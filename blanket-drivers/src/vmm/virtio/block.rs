@@ -1,0 +1,311 @@
+//! A disk (virtio 1.2, 5.2) over a [`BlockBackend`].
+//!
+//! Requests are handed to the back end as ranges of guest memory, by a number, and come back by that number when they
+//! are done, in any order: a back end may read and write the file at once, or put the request into a ring that it shares
+//! with a volume process which has the guest's memfd mapped.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{self, Seek as _, SeekFrom},
+    os::fd::{AsFd as _, BorrowedFd},
+};
+
+use vm_memory::{Bytes as _, GuestAddress};
+
+use super::{Device, Handler, Next, Ring, Segments, ring::Chain, worker::BUDGET};
+use crate::vmm::Ram;
+
+/// Unit of places and lengths.
+const SECTOR_BYTES: u64 = 512;
+const HEADER_BYTES: u64 = 16;
+const ID_BYTES: usize = 20;
+
+const F_SIZE_MAX: u64 = 1 << 1;
+const F_SEG_MAX: u64 = 1 << 2;
+const F_RO: u64 = 1 << 5;
+const F_FLUSH: u64 = 1 << 9;
+
+/// Most segments and most bytes of one that the device announces.
+const MAX_SEGMENTS: u32 = 126;
+const MAX_SEGMENT_BYTES: u32 = 128 << 10;
+/// Most bytes of a request: what follows from the two.
+const MAX_REQUEST_BYTES: u64 = MAX_SEGMENTS as u64 * MAX_SEGMENT_BYTES as u64;
+const QUEUE_SIZE: u16 = 256;
+
+const STATUS_OK: u8 = 0;
+const STATUS_IO_ERROR: u8 = 1;
+const STATUS_UNSUPPORTED: u8 = 2;
+
+/// What is asked of a back end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BlockOperation {
+    /// Fill guest memory from the disk.
+    Read {
+        /// Place on the disk, in bytes.
+        offset: u64,
+        /// Where to.
+        to: Segments,
+    },
+    /// Write guest memory to the disk.
+    Write {
+        /// Place on the disk, in bytes.
+        offset: u64,
+        /// Where from.
+        from: Segments,
+    },
+    /// Make durable what was written and acknowledged before.
+    Flush,
+}
+
+/// By which a request comes back: no two that are in flight have the same.
+pub type RequestId = u16;
+
+/// A request that is done.
+#[derive(Debug)]
+pub struct Completion {
+    /// Which.
+    pub id: RequestId,
+    /// How it went.
+    pub result: io::Result<()>,
+}
+
+/// What holds a disk's bytes.
+pub trait BlockBackend: Send {
+    /// Its size; the part of a sector at the end does not count. Does not change.
+    fn bytes(&self) -> u64;
+
+    /// Takes a request. Places and lengths were checked: within the disk, whole sectors, at most about 16 MiB, in guest
+    /// memory. It may be done at once or later; either way it comes out of [`BlockBackend::done`].
+    fn submit(&mut self, id: RequestId, operation: BlockOperation, ram: &Ram);
+
+    /// The next request that is done, if there is one; does not wait.
+    fn done(&mut self) -> Option<Completion>;
+
+    /// What can be read when requests are done; `None` of one that does everything at once.
+    fn source(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Waits until nothing is in flight any more; afterwards nothing touches guest memory.
+    fn drain(&mut self) {}
+}
+
+/// A disk in a file, read and written at once.
+#[derive(Debug)]
+pub struct RawFile {
+    file: File,
+    bytes: u64,
+    done: Vec<Completion>,
+}
+
+impl RawFile {
+    /// The disk in this file (or block device).
+    ///
+    /// # Errors
+    /// When its size cannot be told.
+    pub fn new(mut file: File) -> io::Result<Self> {
+        let bytes = file.seek(SeekFrom::End(0))?;
+        Ok(Self { file, bytes, done: Vec::new() })
+    }
+
+    fn run(&mut self, operation: &BlockOperation, ram: &Ram) -> io::Result<()> {
+        match operation {
+            BlockOperation::Read { offset, to } => {
+                self.file.seek(SeekFrom::Start(*offset))?;
+                for segment in &to.0 {
+                    let count = usize::try_from(segment.bytes).map_err(io::Error::other)?;
+                    ram.read_exact_volatile_from(segment.at, &mut self.file.as_fd(), count)
+                        .map_err(io::Error::other)?;
+                }
+                Ok(())
+            }
+            BlockOperation::Write { offset, from } => {
+                self.file.seek(SeekFrom::Start(*offset))?;
+                for segment in &from.0 {
+                    let count = usize::try_from(segment.bytes).map_err(io::Error::other)?;
+                    ram.write_all_volatile_to(segment.at, &mut self.file.as_fd(), count).map_err(io::Error::other)?;
+                }
+                Ok(())
+            }
+            BlockOperation::Flush => self.file.sync_data(),
+        }
+    }
+}
+
+impl BlockBackend for RawFile {
+    fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn submit(&mut self, id: RequestId, operation: BlockOperation, ram: &Ram) {
+        let result = self.run(&operation, ram);
+        self.done.push(Completion { id, result });
+    }
+
+    fn done(&mut self) -> Option<Completion> {
+        self.done.pop()
+    }
+}
+
+/// A request that the back end has.
+#[derive(Debug, Clone, Copy)]
+struct InFlight {
+    status: GuestAddress,
+    /// What is written into the guest's buffers when it goes well, the status aside.
+    written: u32,
+}
+
+struct Block {
+    backend: Box<dyn BlockBackend>,
+    sectors: u64,
+    is_read_only: bool,
+    id: [u8; ID_BYTES],
+    /// By the head of their chain, which no other request in flight has.
+    in_flight: BTreeMap<RequestId, InFlight>,
+}
+
+/// What a chain asks for.
+#[derive(Debug, PartialEq, Eq)]
+enum Asked {
+    Backend(BlockOperation),
+    /// The disk's serial number, into these.
+    Id(Segments),
+    Refused(u8),
+}
+
+/// A disk with a serial number (cut to 20 bytes).
+#[must_use]
+pub fn device(backend: Box<dyn BlockBackend>, serial: &str, is_read_only: bool) -> Device {
+    let sectors = backend.bytes() / SECTOR_BYTES;
+    let mut config = sectors.to_le_bytes().to_vec();
+    config.extend(MAX_SEGMENT_BYTES.to_le_bytes());
+    config.extend(MAX_SEGMENTS.to_le_bytes());
+    config.resize(60, 0);
+    let mut id = [0; ID_BYTES];
+    for (to, byte) in id.iter_mut().zip(serial.bytes()) {
+        *to = byte;
+    }
+    let read_only = if is_read_only { F_RO } else { 0 };
+    Device {
+        number: 2,
+        class: 0x01_8000,
+        features: F_SIZE_MAX | F_SEG_MAX | F_FLUSH | read_only,
+        queues: vec![QUEUE_SIZE],
+        config,
+        handler: Box::new(Block { backend, sectors, is_read_only, id, in_flight: BTreeMap::new() }),
+    }
+}
+
+impl Block {
+    /// What a chain asks for, its status byte aside: header, place and length checked.
+    fn understand(&self, ram: &Ram, mut readable: Segments, writable: Segments) -> Asked {
+        const IN: u32 = 0;
+        const OUT: u32 = 1;
+        const FLUSH: u32 = 4;
+        const GET_ID: u32 = 8;
+        let mut header = [0; HEADER_BYTES as usize];
+        let whole = readable.take_front(HEADER_BYTES).is_some_and(|front| front.read(ram, &mut header) == header.len());
+        if !whole {
+            return Asked::Refused(STATUS_IO_ERROR);
+        }
+        let [k0, k1, k2, k3, ..] = header;
+        let mut sector = [0; 8];
+        sector.copy_from_slice(&header[8..]);
+        let sector = u64::from_le_bytes(sector);
+        let is_there = |data: &Segments| {
+            let bytes = data.bytes();
+            let end = sector.checked_add(bytes / SECTOR_BYTES);
+            bytes.is_multiple_of(SECTOR_BYTES)
+                && (SECTOR_BYTES..=MAX_REQUEST_BYTES).contains(&bytes)
+                && end.is_some_and(|end| end <= self.sectors)
+        };
+        match u32::from_le_bytes([k0, k1, k2, k3]) {
+            IN if is_there(&writable) && readable.0.is_empty() => {
+                Asked::Backend(BlockOperation::Read { offset: sector * SECTOR_BYTES, to: writable })
+            }
+            OUT if !self.is_read_only && is_there(&readable) && writable.0.is_empty() => {
+                Asked::Backend(BlockOperation::Write { offset: sector * SECTOR_BYTES, from: readable })
+            }
+            FLUSH => Asked::Backend(BlockOperation::Flush),
+            GET_ID => Asked::Id(writable),
+            IN | OUT => Asked::Refused(STATUS_IO_ERROR),
+            _ => Asked::Refused(STATUS_UNSUPPORTED),
+        }
+    }
+
+    fn take(&mut self, ring: &mut Ring, chain: Chain) {
+        let Chain { head, readable, mut writable, is_whole } = chain;
+        // Where the answer goes; a chain without room for one, or one that is in flight already, gets none.
+        let status = writable.take_last_byte();
+        let (Some(status), true, false) = (status, is_whole, self.in_flight.contains_key(&head)) else {
+            ring.finish(head, 0);
+            return;
+        };
+        match self.understand(ring.ram(), readable, writable) {
+            Asked::Backend(operation) => {
+                let written = match &operation {
+                    BlockOperation::Read { to, .. } => u32::try_from(to.bytes()).unwrap_or(0),
+                    _ => 0,
+                };
+                self.in_flight.insert(head, InFlight { status, written });
+                let ram = std::sync::Arc::clone(ring.ram());
+                self.backend.submit(head, operation, &ram);
+            }
+            Asked::Id(to) => {
+                let written = to.write(ring.ram(), &self.id);
+                answer(ring, head, status, STATUS_OK, u32::try_from(written).unwrap_or(0));
+            }
+            Asked::Refused(code) => answer(ring, head, status, code, 0),
+        }
+    }
+
+    /// Answers what is done.
+    fn finish(&mut self, ring: &mut Ring) {
+        while let Some(Completion { id, result }) = self.backend.done() {
+            let Some(InFlight { status, written }) = self.in_flight.remove(&id) else { continue };
+            match result {
+                Ok(()) => answer(ring, id, status, STATUS_OK, written),
+                Err(_) => answer(ring, id, status, STATUS_IO_ERROR, 0),
+            }
+        }
+    }
+}
+
+fn answer(ring: &mut Ring, head: u16, status: GuestAddress, code: u8, written: u32) {
+    // The address was checked when the chain was read.
+    let _ = ring.ram().write_obj(code, status);
+    ring.finish(head, written + 1);
+}
+
+impl Handler for Block {
+    fn serve(&mut self, rings: &mut [Option<Ring>]) -> Next {
+        let Some(Some(ring)) = rings.first_mut() else { return Next::Wait };
+        ring.spare_kicks();
+        self.finish(ring);
+        for _ in 0..BUDGET {
+            // No more than a queue has entries can be in flight; a guest that hands the same out twice waits.
+            if self.in_flight.len() >= usize::from(QUEUE_SIZE) {
+                return Next::Wait;
+            }
+            let Some(chain) = ring.pop() else {
+                return if ring.ask_for_kicks() { Next::Again } else { Next::Wait };
+            };
+            self.take(ring, chain);
+            self.finish(ring);
+        }
+        Next::Again
+    }
+
+    fn source(&self) -> Option<BorrowedFd<'_>> {
+        self.backend.source()
+    }
+
+    fn settle(&mut self, rings: &mut [Option<Ring>]) {
+        self.backend.drain();
+        if let Some(Some(ring)) = rings.first_mut() {
+            self.finish(ring);
+        }
+        self.in_flight.clear();
+    }
+}
