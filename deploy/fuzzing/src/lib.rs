@@ -8,6 +8,7 @@
 //! TO ADD ONE: a function of bytes in [`targets`] that returns nothing, seeds (a few good inputs), a row in [`targets::TARGETS`].
 
 pub mod engine;
+mod guest;
 pub mod memory;
 pub mod mutate;
 pub mod targets;

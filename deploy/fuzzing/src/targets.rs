@@ -3,6 +3,7 @@
 use std::net::Ipv4Addr;
 use std::sync::LazyLock;
 
+use crate::guest;
 use bytes::Bytes;
 use serde_json::json;
 use supercloud_api::frame::{Frame, read_frame, write_frame};
@@ -39,6 +40,8 @@ pub const TARGETS: &[Target] = &[
     Target { name: "qcow2", about: "the header of a user's disk image", seeds: qcow2_seeds, run: qcow2 },
     Target { name: "openflow", about: "what a switch says", seeds: openflow_seeds, run: openflow },
     Target { name: "dhcp", about: "what a guest broadcasts", seeds: dhcp_seeds, run: dhcp_answer },
+    Target { name: "virtio", about: "what a guest does to a device", seeds: guest::virtio_seeds, run: guest::virtio },
+    Target { name: "boot", about: "the kernel that a guest brings", seeds: guest::boot_seeds, run: guest::boot_file },
     Target { name: "feed", about: "price feeds, recorded prices, catalogues, probes", seeds: feeds, run: feed },
 ];
 

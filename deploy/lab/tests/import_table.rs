@@ -25,7 +25,7 @@ const TABLE: &[(&str, &[&str])] = &[
     ),
     ("supercloud", &["ids", "api", "scheduler", "feed"]),
     ("supercloud-guest", &[]),
-    ("supercloud-fuzz", &["api", "storage", "sdn", "feed"]),
+    ("supercloud-fuzz", &["api", "blanket", "storage", "sdn", "feed"]),
 ];
 
 /// Pure crates: no runtime, files or clock among their dependencies.

@@ -53,8 +53,9 @@ pub fn device(tap: File, mac: Mac, mtu: u16) -> io::Result<Device> {
     Ok(over(tap, mac, mtu))
 }
 
-/// A card over any descriptor that keeps frames apart.
-pub(super) fn over(tap: File, mac: Mac, mtu: u16) -> Device {
+/// A card over any descriptor that keeps frames apart (a socket of datagrams) and does not block.
+#[must_use]
+pub fn over(tap: File, mac: Mac, mtu: u16) -> Device {
     let mut config = mac.0.to_vec();
     config.extend([0; 4]); // status and pairs of queues, which are not offered
     config.extend(mtu.to_le_bytes());

@@ -1,0 +1,287 @@
+//! What a guest can do to our VMM: registers, configuration space, rings; and the files that it is booted from.
+
+use std::fs::File;
+use std::io::Write as _;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixDatagram;
+use std::sync::Arc;
+
+use supercloud_blanket::device::Mac;
+use supercloud_blanket::vmm::boot::{self, BootFiles};
+use supercloud_blanket::vmm::bus::Registers as _;
+use supercloud_blanket::vmm::pci::{Function as _, MessageSink};
+use supercloud_blanket::vmm::virtio::phase::{self, Operation, Phase, Step};
+use supercloud_blanket::vmm::virtio::{Device, VirtioPci, block, console, net, rng};
+use supercloud_blanket::vmm::{Ram, memory};
+use vm_memory::{Bytes as _, GuestAddress};
+
+const RAM_BYTES: u64 = 2 << 20;
+const DISK_BYTES: u64 = 64 << 10;
+const STATUS: u64 = 20;
+/// More would only repeat.
+const MAX_OPERATIONS: usize = 200;
+
+struct Nobody;
+
+impl MessageSink for Nobody {
+    fn signal(&self, _address: u64, _data: u32) {}
+}
+
+/// What a guest does, out of an input: a tag and its arguments.
+enum Deed<'a> {
+    Write(u64, &'a [u8]),
+    Read(u64, usize),
+    Configure(u16, &'a [u8]),
+    Fill(u64, &'a [u8]),
+    Pause,
+}
+
+/// The next deed and what is left.
+fn deed(input: &[u8]) -> Option<(Deed<'_>, &[u8])> {
+    let (head, rest) = input.split_first_chunk::<4>()?;
+    let [kind, low, high, width] = *head;
+    let at = u16::from_le_bytes([low, high]);
+    let width = [1, 2, 4, 8][usize::from(width) % 4];
+    // As the bus gives them: within the BAR, configuration space aligned.
+    let register = u64::from(at & 0x7fff).min(0x8000 - width as u64);
+    match kind % 8 {
+        0..=2 => rest.split_at_checked(width).map(|(data, rest)| (Deed::Write(register, data), rest)),
+        3 => Some((Deed::Read(register, width), rest)),
+        4 => {
+            let width = width.min(4);
+            let offset = (at & 0xfff) & !(u16::try_from(width).unwrap_or(4) - 1);
+            rest.split_at_checked(width).map(|(data, rest)| (Deed::Configure(offset, data), rest))
+        }
+        5 | 6 => rest.split_at_checked(width).map(|(data, rest)| (Deed::Fill(u64::from(at), data), rest)),
+        _ => Some((Deed::Pause, rest)),
+    }
+}
+
+/// A device by its number, and its disk where it is one.
+fn device(number: u8) -> std::io::Result<(Device, Option<File>)> {
+    Ok(match number % 4 {
+        0 => {
+            let file = File::from(OwnedFd::from(memory::create(RAM_BYTES).map_err(std::io::Error::other)?));
+            let disk = Box::new(Part(block::RawFile::new(file.try_clone()?)?));
+            (block::device(disk, "fuzz", true), Some(file))
+        }
+        1 => {
+            let (ours, theirs) = UnixDatagram::pair()?;
+            ours.set_nonblocking(true)?;
+            theirs.send(&[7; 100])?;
+            theirs.send(&[8; 1500])?;
+            (net::over(File::from(OwnedFd::from(ours)), Mac([2, 0, 0, 0, 0, 7]), 1450), None)
+        }
+        2 => (console::device(Box::new(std::io::sink()), None), None),
+        _ => (rng::device(), None),
+    })
+}
+
+/// The begin of a file as a disk: places behind its end are there to be reached.
+struct Part(block::RawFile);
+
+impl block::BlockBackend for Part {
+    fn bytes(&self) -> u64 {
+        DISK_BYTES
+    }
+
+    fn submit(&mut self, id: block::RequestId, operation: block::BlockOperation, ram: &Ram) {
+        let end = match &operation {
+            block::BlockOperation::Read { offset, to } => offset + to.bytes(),
+            block::BlockOperation::Write { .. } => panic!("a read-only disk is written"),
+            block::BlockOperation::Flush => 0,
+        };
+        assert!(end <= DISK_BYTES, "a request behind the disk's end");
+        self.0.submit(id, operation, ram);
+    }
+
+    fn done(&mut self) -> Option<block::Completion> {
+        self.0.done()
+    }
+}
+
+fn common(device: &mut VirtioPci) -> [u8; 56] {
+    let mut image = [0; 56];
+    device.read(0, &mut image);
+    image
+}
+
+/// Does to a device what an input says; the table of legal operations is the oracle.
+pub fn virtio(input: &[u8]) {
+    drive(input);
+}
+
+/// How far the device came at most: whether it lived, and requests that it gave back in its first queue at 0x1000.
+fn drive(input: &[u8]) -> Option<(bool, u16)> {
+    let (number, mut rest) = input.split_first()?;
+    let (device, _disk) = device(*number).ok()?;
+    let ram = Arc::new(memory::map(memory::create(RAM_BYTES).ok()?, RAM_BYTES).ok()?);
+    let mut device = VirtioPci::new(device, 1, Arc::clone(&ram), Arc::new(Nobody)).ok()?;
+    let mut has_lived = false;
+    for _ in 0..MAX_OPERATIONS {
+        let Some((deed, left)) = deed(rest) else { break };
+        rest = left;
+        let (before, phase) = (common(&mut device), device.phase());
+        has_lived |= phase == Phase::Live;
+        match deed {
+            Deed::Write(at, data) => {
+                device.write(at, data);
+                check_write(&mut device, &before, phase, at, data);
+            }
+            Deed::Read(at, width) => {
+                device.read(at, &mut [0; 8][..width]);
+                assert_eq!((common(&mut device), device.phase()), (before, phase), "reading changes nothing");
+            }
+            Deed::Configure(at, data) => {
+                device.write_config(at, data);
+                device.read_config(at, &mut [0; 4]);
+                assert_eq!(device.phase(), phase);
+            }
+            // Rings and buffers; what does not fit is not written.
+            Deed::Fill(at, data) => drop(ram.write_slice(data, GuestAddress(at))),
+            Deed::Pause => {
+                device.pause();
+                device.resume();
+                assert_eq!(device.phase(), phase);
+            }
+        }
+    }
+    device.pause();
+    Some((has_lived, ram.read_obj(GuestAddress(0x3002)).ok()?))
+}
+
+/// Compares what a write of a register did with what the table says that it may do.
+fn check_write(device: &mut VirtioPci, before: &[u8; 56], phase: Phase, at: u64, data: &[u8]) {
+    let now = device.phase();
+    // All bits set: it does not decode, and nothing is written.
+    let is_silent = before == &[0xff; 56];
+    if (at, data.len()) == (STATUS, 1) && !is_silent {
+        let is_good = match phase::step(phase, data[0]) {
+            Step::Stay => now == phase,
+            Step::Reset => now == Phase::Reset,
+            Step::Go(Phase::Agreed) => [Phase::Agreed, Phase::Driven].contains(&now),
+            Step::Go(Phase::Live) => [Phase::Live, Phase::Failed].contains(&now),
+            Step::Go(to) => now == to,
+        };
+        assert!(is_good, "{phase:?} and a status of {:#x} became {now:?}", data[0]);
+        return;
+    }
+    assert_eq!(now, phase, "only the status register leads on");
+    let operation = match at {
+        0..4 | 8..12 | 22..24 => Some(Operation::Select),
+        12..16 => Some(Operation::WriteFeatures),
+        16..18 => Some(Operation::SetVector),
+        24..28 | 32..56 => Some(Operation::SetQueue),
+        28..30 => Some(Operation::EnableQueue),
+        _ => None,
+    };
+    if is_silent || !operation.is_some_and(|operation| phase::is_legal(phase, operation)) {
+        assert_eq!(&common(device), before, "a write at {at:#x} in {phase:?}");
+    }
+}
+
+/// A driver's way to a live device, and a request or two.
+pub fn virtio_seeds() -> Vec<Vec<u8>> {
+    let write = |at: u16, data: &[u8]| {
+        let width = u8::try_from(data.len().trailing_zeros()).unwrap_or(0);
+        let [low, high] = at.to_le_bytes();
+        [&[0, low, high, width], data].concat()
+    };
+    let fill = |at: u16, word: u64| {
+        let [low, high] = at.to_le_bytes();
+        [&[5, low, high, 3][..], &word.to_le_bytes()].concat()
+    };
+    let queue = |index: u16| {
+        let base = 0x1000 + 0x3000 * u32::from(index);
+        let mut bytes = [write(22, &index.to_le_bytes()), write(24, &[8, 0]), write(26, &[1, 0])].concat();
+        for (at, place) in [(32, base), (40, base + 0x1000), (48, base + 0x2000)] {
+            bytes.extend(write(at, &place.to_le_bytes()));
+        }
+        bytes.extend(write(28, &[1, 0]));
+        bytes
+    };
+    let up = |queues: u16| {
+        let mut bytes = [write(20, &[1]), write(20, &[3])].concat();
+        bytes.extend(write(8, &[1, 0, 0, 0]));
+        bytes.extend(write(12, &[1, 0, 0, 0]));
+        bytes.extend(write(20, &[11]));
+        (0..queues).for_each(|index| bytes.extend(queue(index)));
+        bytes
+    };
+    let chain = |base: u16| {
+        // A header of 16 bytes at 0x800, 512 to write at 0xa00, a status byte at 0xfff; one chain available.
+        let mut bytes = fill(base, 0x800);
+        bytes.extend(fill(base + 8, 16 | 1 << 32 | 1 << 48));
+        bytes.extend(fill(base + 16, 0xa00));
+        bytes.extend(fill(base + 24, 512 | 3 << 32 | 2 << 48));
+        bytes.extend(fill(base + 32, 0xfff));
+        bytes.extend(fill(base + 40, 1 | 2 << 32));
+        bytes.extend(fill(base + 0x1000, 1 << 16));
+        bytes
+    };
+    let go = [write(20, &[15]), write(0x3000, &[0, 0]), vec![7, 0, 0, 0], write(0x3004, &[1, 0]), vec![3, 20, 0, 0]];
+    (0u8..4)
+        .map(|number| {
+            let queues = if matches!(number, 1 | 2) { 2 } else { 1 };
+            let mut bytes = vec![number];
+            bytes.extend(chain(0x1000));
+            bytes.extend(chain(0x4000));
+            bytes.extend(up(queues));
+            go.iter().for_each(|part| bytes.extend(part));
+            bytes.extend([4, 0x62, 0, 1, 0, 0x80]);
+            bytes.extend(write(20, &[0]));
+            bytes
+        })
+        .collect()
+}
+
+/// Boots from a file: kernel and ramdisk alike.
+pub fn boot_file(input: &[u8]) {
+    let file = || -> std::io::Result<File> {
+        let mut file = tempfile::tempfile()?;
+        file.write_all(input)?;
+        Ok(file)
+    };
+    let (Ok(kernel), Ok(initrd)) = (file(), file()) else { return };
+    let Ok(ram) = memory::create(RAM_BYTES).and_then(|file| memory::map(file, RAM_BYTES)) else { return };
+    let files = BootFiles { kernel, initrd: Some(initrd), cmdline: "console=ttyS0".to_owned() };
+    let _ = boot::load(&ram, RAM_BYTES, &files, 0xe_0000);
+}
+
+/// A small file of each kind.
+pub fn boot_seeds() -> Vec<Vec<u8>> {
+    let words = |values: &[u32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>();
+    let mut elf = b"\x7fELF\x01\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x03\0".to_vec();
+    elf.extend(words(&[1, 0x10_0000, 52, 0, 0]));
+    elf.extend([52, 0, 32, 0, 2, 0, 0, 0, 0, 0, 0, 0]);
+    elf.extend(words(&[1, 136, 0x10_0000, 0x10_0000, 4, 4, 5, 1]));
+    elf.extend(words(&[4, 116, 0, 0, 20, 20, 4, 4]));
+    elf.extend(words(&[4, 4, 18, u32::from_le_bytes(*b"Xen\0"), 0x10_0000]));
+    elf.extend([0xf4; 4]);
+    let mut image = vec![0; 0x600];
+    image[0x1f1] = 1;
+    image[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
+    image[0x201] = 0x6a;
+    image[0x202..0x208].copy_from_slice(b"HdrS\x0f\x02");
+    image[0x211] = 1;
+    image[0x22c..0x230].copy_from_slice(&[0xff, 0xff, 0xff, 0x7f]);
+    image[0x236] = 1;
+    image[0x238] = 0xff;
+    image[0x25a] = 0x10;
+    image[0x261] = 0x10;
+    vec![elf, image]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_good_inputs_bring_each_device_to_life_and_get_answers() {
+        for (seed, number) in virtio_seeds().iter().zip(0..) {
+            // The disk, the card's received frame and the entropy source answer; a console has no input.
+            let wanted = u16::from(number != 2);
+            assert_eq!(drive(seed), Some((true, wanted)), "device {number}");
+        }
+    }
+}
