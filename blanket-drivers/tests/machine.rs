@@ -9,11 +9,14 @@ use kvm_ioctls::Kvm;
 use supercloud_blanket::vmm::{Machine, MachineConfig, Outcome, boot::BootFiles};
 use vm_memory::{Bytes as _, GuestAddress};
 
-fn boot(code: &[u8], vcpus: u8, cmdline: &str, initrd: Option<&[u8]>) -> (Machine, Console) {
+type Ending = std::sync::mpsc::Receiver<Outcome>;
+
+fn boot(code: &[u8], vcpus: u8, cmdline: &str, initrd: Option<&[u8]>) -> (Machine, Ending, Console) {
     let console = Console::default();
     let files = BootFiles { kernel: elf(code), initrd: initrd.map(file), cmdline: cmdline.to_owned() };
     let config = MachineConfig { vcpus, memory_bytes: 32 << 20 };
-    (Machine::boot(Kvm::new().unwrap(), config, &files, console.sink(), Vec::new()).unwrap(), console)
+    let (machine, ending) = Machine::boot(Kvm::new().unwrap(), config, &files, console.sink(), Vec::new()).unwrap();
+    (machine, ending, console)
 }
 
 fn word(machine: &Machine, at: u64) -> u32 {
@@ -26,15 +29,15 @@ fn a_guest_reads_its_command_line_and_ramdisk_and_talks() {
         return;
     }
     let ramdisk = "ramdisk. ".repeat(1000);
-    let (machine, console) = boot(TALK, 1, "hello=world ", Some(ramdisk.as_bytes()));
+    let (machine, ending, console) = boot(TALK, 1, "hello=world ", Some(ramdisk.as_bytes()));
     assert_eq!(console.text(), "", "nothing runs before it shall");
     machine.resume();
     console.await_text(&format!("hello=world {ramdisk}"));
-    assert_eq!(machine.serial().feed(b"and back"), 8);
+    assert_eq!(machine.serial().lock().unwrap().feed(b"and back"), 8);
     // `o` in a word ends it; what came before was echoed.
     console.await_text("and back");
-    assert_eq!(machine.serial().feed(b"xo"), 2);
-    assert_eq!(machine.outcome(PATIENCE), Some(Outcome::PowerOff));
+    assert_eq!(machine.serial().lock().unwrap().feed(b"xo"), 2);
+    assert_eq!(ending.recv_timeout(PATIENCE).ok(), Some(Outcome::PowerOff));
 }
 
 #[test]
@@ -43,11 +46,11 @@ fn resets_are_seen_however_they_come() {
         return;
     }
     for way in [b"r", b"t"] {
-        let (machine, console) = boot(TALK, 1, "up", Some(b"."));
+        let (machine, ending, console) = boot(TALK, 1, "up", Some(b"."));
         machine.resume();
         console.await_text("up");
-        machine.serial().feed(way);
-        match machine.outcome(PATIENCE) {
+        machine.serial().lock().unwrap().feed(way);
+        match ending.recv_timeout(PATIENCE).ok() {
             Some(Outcome::Reset) => {}
             // A KVM that emulates instruction by instruction gives up where a processor has a triple fault.
             Some(Outcome::Broken { .. }) if way == b"t" => {}
@@ -63,7 +66,7 @@ fn a_paused_guest_stands_still_and_then_goes_on() {
     if !runs_guests("a_paused_guest_stands_still_and_then_goes_on") {
         return;
     }
-    let (machine, _console) = boot(DIRTY, 1, "", None);
+    let (machine, _ending, _console) = boot(DIRTY, 1, "", None);
     let rounds = || word(&machine, DIRTY_ROUNDS);
     machine.resume();
     for _ in 0..20 {
@@ -88,7 +91,7 @@ fn several_vcpus_run_pause_and_end_together() {
     if !runs_guests("several_vcpus_run_pause_and_end_together") {
         return;
     }
-    let (machine, console) = boot(SMP, 4, "", None);
+    let (machine, _ending, console) = boot(SMP, 4, "", None);
     machine.resume();
     console.await_text("A");
     assert_eq!(word(&machine, 0x9000), 3);
@@ -111,7 +114,7 @@ fn vcpus_that_wait_in_the_kernel_are_got_out() {
         return;
     }
     for _ in 0..20 {
-        let (machine, _console) = boot(DIRTY, 4, "", None);
+        let (machine, _ending, _console) = boot(DIRTY, 4, "", None);
         machine.resume();
         machine.pause().unwrap();
         machine.resume();

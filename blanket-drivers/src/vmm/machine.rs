@@ -1,9 +1,6 @@
 //! A whole machine: memory, vCPUs, devices.
 
-use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
-    time::Duration,
-};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch};
 
@@ -51,12 +48,12 @@ pub struct Machine {
     vcpus: Vcpus,
     devices: Vec<Arc<Mutex<VirtioPci>>>,
     serial: Arc<Mutex<SerialPort>>,
-    outcomes: mpsc::Receiver<Outcome>,
     vm: Arc<Vm>,
 }
 
 impl Machine {
-    /// A machine that stands before its kernel's first instruction.
+    /// A machine that stands before its kernel's first instruction, and what tells how its run ends: more than once when
+    /// nobody stops it then, and closed when the machine is gone.
     ///
     /// # Errors
     /// When `/dev/kvm` refuses, something is out of range or the kernel cannot be loaded.
@@ -66,7 +63,7 @@ impl Machine {
         files: &BootFiles,
         console: Sink,
         devices: Vec<Device>,
-    ) -> Result<Self, VmmError> {
+    ) -> Result<(Self, mpsc::Receiver<Outcome>), VmmError> {
         if !(1..=cpu::MAX_VCPUS).contains(&config.vcpus) {
             return Err(VmmError::Range { what: "vCPUs", value: config.vcpus.into(), range: "1 to 64" });
         }
@@ -95,7 +92,7 @@ impl Machine {
         if let Some(first) = vcpus.first() {
             cpu::enter(first, &ram, entry)?;
         }
-        Ok(Self { vcpus: Vcpus::start(vcpus, &buses, &sender)?, devices, serial, outcomes, vm })
+        Ok((Self { vcpus: Vcpus::start(vcpus, &buses, &sender)?, devices, serial, vm }, outcomes))
     }
 
     /// Lets the guest and its devices run.
@@ -126,13 +123,9 @@ impl Machine {
     }
 
     /// The serial port, to feed it.
-    pub fn serial(&self) -> MutexGuard<'_, SerialPort> {
-        self.serial.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Waits until the machine's run has come to its end; `None` when it has not within `patience`.
-    pub fn outcome(&self, patience: Duration) -> Option<Outcome> {
-        self.outcomes.recv_timeout(patience).ok()
+    #[must_use]
+    pub fn serial(&self) -> Arc<Mutex<SerialPort>> {
+        Arc::clone(&self.serial)
     }
 }
 

@@ -16,6 +16,7 @@ const TABLE: &[(&str, &[&str])] = &[
     ("supercloud-feed", &["scheduler"]),
     ("supercloud-spotd", &["ids", "api", "scheduler", "feed"]),
     ("supercloud-libvirt", &["ids", "api", "blanket"]),
+    ("supercloud-vmm", &["blanket"]),
     ("supercloud-agent", &["ids", "api", "handover", "blanket", "storage", "sdn", "libvirt"]),
     ("supercloud-store", &["ids", "api"]),
     ("supercloud-store-etcd", &["store"]),

@@ -1,0 +1,265 @@
+//! The one owner of the machine: takes what clients ask for and what happens to the guest, one after the other.
+
+use std::{
+    fs::File,
+    io::{self, Read as _},
+    os::{
+        fd::{AsRawFd as _, FromRawFd as _, IntoRawFd as _},
+        unix::net::UnixStream,
+    },
+    process::ExitCode,
+    sync::{Arc, Mutex, PoisonError, mpsc},
+};
+
+use anyhow::Context as _;
+use kvm_ioctls::Kvm;
+use supercloud_blanket::{
+    device::{Boot, Console, MachineSpec},
+    vmm::{
+        Machine, MachineConfig, Outcome,
+        boot::BootFiles,
+        legacy::{SerialPort, Sink},
+        virtio::{self, Device, block::RawFile},
+    },
+};
+
+use crate::{
+    control::{self, Client, Event, Line, Request, State, Verb},
+    launch::Held,
+};
+
+/// What comes to the owner.
+#[derive(Debug)]
+pub enum Input {
+    /// A client is there, by its number.
+    Client(u64, UnixStream),
+    /// That one asks for something.
+    Request(u64, Request),
+    /// A run has come to its end; the number is that of the boot, so that a late word of the one before counts for nothing.
+    Outcome(u64, Outcome),
+}
+
+/// The serial port of the machine that is there now.
+type CurrentSerial = Arc<Mutex<Option<Arc<Mutex<SerialPort>>>>>;
+
+struct Owner<'a> {
+    spec: &'a MachineSpec,
+    held: Held,
+    inputs: mpsc::Sender<Input>,
+    serial: CurrentSerial,
+    machine: Option<Machine>,
+    boots: u64,
+    state: State,
+    client: Client,
+}
+
+/// Runs the guest to its end.
+///
+/// # Errors
+/// When it cannot be started.
+pub fn run(spec: &MachineSpec, mut held: Held) -> anyhow::Result<ExitCode> {
+    let (sender, receiver) = mpsc::channel();
+    let control = held.control.take();
+    let has_control = control.is_some();
+    let serial = CurrentSerial::default();
+    if let (Console::Serial, Some(input)) = (spec.devices.console, held.console_in.take_if(|_| is_serial(spec))) {
+        feed_serial(input, Arc::clone(&serial))?;
+    }
+    let mut owner = Owner {
+        spec,
+        held,
+        inputs: sender.clone(),
+        serial,
+        machine: None,
+        boots: 0,
+        state: State::Paused,
+        client: Client::default(),
+    };
+    owner.boot().context("starting the guest")?;
+    match control {
+        // Only now: a client that is answered has a guest.
+        Some(socket) => control::listen(socket, &sender).context("listening for clients")?,
+        None => owner.resume(),
+    }
+    loop {
+        // There is always a sender: our own.
+        let Ok(input) = receiver.recv() else { return Ok(ExitCode::FAILURE) };
+        match input {
+            Input::Client(number, stream) => owner.client.replace(number, stream),
+            Input::Request(number, request) => {
+                if owner.client.is(number) && owner.answer(request) {
+                    return Ok(ExitCode::SUCCESS);
+                }
+            }
+            Input::Outcome(boot, outcome) if boot == owner.boots && owner.state != State::Ended => {
+                let code = owner.take(outcome);
+                if let (Some(code), false) = (code, has_control) {
+                    return Ok(code);
+                }
+            }
+            Input::Outcome(..) => {}
+        }
+    }
+}
+
+const fn is_serial(spec: &MachineSpec) -> bool {
+    matches!(spec.devices.console, Console::Serial)
+}
+
+impl Owner<'_> {
+    /// A new machine out of the same descriptors.
+    fn boot(&mut self) -> anyhow::Result<()> {
+        self.machine = None;
+        let Boot::Kernel { cmdline, .. } = &self.spec.boot else { anyhow::bail!("the guest boots from a disk") };
+        let clone = |file: &File| file.try_clone().context("copying a descriptor");
+        let files = BootFiles {
+            kernel: clone(&self.held.kernel)?,
+            initrd: self.held.initrd.as_ref().map(clone).transpose()?,
+            cmdline: cmdline.clone(),
+        };
+        let config = MachineConfig {
+            vcpus: u8::try_from(self.spec.vcpus).context("counting vCPUs")?,
+            memory_bytes: self.spec.memory_bytes,
+        };
+        let kvm = clone(&self.held.kvm)?;
+        // SAFETY: the descriptor is ours alone from here on; one that is not of /dev/kvm fails at its first use.
+        let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
+        let (machine, outcomes) = Machine::boot(kvm, config, &files, self.serial_sink()?, self.devices()?)?;
+        *self.serial.lock().unwrap_or_else(PoisonError::into_inner) = Some(machine.serial());
+        self.machine = Some(machine);
+        self.boots += 1;
+        let (boot, inputs) = (self.boots, self.inputs.clone());
+        let forward = move || {
+            outcomes
+                .iter()
+                .take_while(|outcome| inputs.send(Input::Outcome(boot, outcome.clone())).is_ok())
+                .for_each(drop)
+        };
+        std::thread::Builder::new().name("outcomes".to_owned()).spawn(forward).context("beginning a thread")?;
+        Ok(())
+    }
+
+    fn output(&self) -> anyhow::Result<Sink> {
+        Ok(match &self.held.console_out {
+            Some(file) => Box::new(file.try_clone().context("copying a descriptor")?),
+            None => Box::new(io::sink()),
+        })
+    }
+
+    fn serial_sink(&self) -> anyhow::Result<Sink> {
+        if is_serial(self.spec) { self.output() } else { Ok(Box::new(io::sink())) }
+    }
+
+    /// The guest's devices, in the order that gives each the same place on the bus everywhere.
+    fn devices(&self) -> anyhow::Result<Vec<Device>> {
+        let clone = |file: &File| file.try_clone().context("copying a descriptor");
+        let mut devices = Vec::new();
+        for disk in &self.spec.devices.disks {
+            let file = self.held.disks.get(&disk.name).with_context(|| format!("disk '{}'", disk.name))?;
+            let backend = RawFile::new(clone(file)?).with_context(|| format!("disk '{}'", disk.name))?;
+            devices.push(virtio::block::device(Box::new(backend), &disk.name, disk.is_read_only));
+        }
+        for nic in &self.spec.devices.nics {
+            let tap = self.held.taps.get(&nic.name).with_context(|| format!("card '{}'", nic.name))?;
+            let card = virtio::net::device(clone(tap)?, nic.mac, nic.mtu);
+            devices.push(card.with_context(|| format!("the tap of card '{}'", nic.name))?);
+        }
+        if !is_serial(self.spec) {
+            let input = self.held.console_in.as_ref().map(clone).transpose()?;
+            devices.push(virtio::console::device(self.output()?, input));
+        }
+        if self.spec.devices.has_rng {
+            devices.push(virtio::rng::device());
+        }
+        Ok(devices)
+    }
+
+    fn resume(&mut self) {
+        if let Some(machine) = &self.machine {
+            machine.resume();
+            self.state = State::Running;
+        }
+    }
+
+    /// Does what is asked for; whether the process shall end.
+    fn answer(&mut self, request: Request) -> bool {
+        let mut error = None;
+        match (request.verb, self.state) {
+            (Verb::Status, _) | (Verb::Resume, State::Running) | (Verb::Pause, State::Paused) => {}
+            (Verb::End, _) => {
+                self.machine = None;
+                self.state = State::Ended;
+            }
+            (Verb::Resume | Verb::Pause, State::Ended) => error = Some("the guest has ended".to_owned()),
+            (Verb::Resume, State::Paused) => self.resume(),
+            (Verb::Pause, State::Running) => match self.machine.as_ref().map(Machine::pause) {
+                Some(Err(failed)) => error = Some(failed.to_string()),
+                _ => self.state = State::Paused,
+            },
+        }
+        self.client.tell(&Line { id: Some(request.id), event: None, state: Some(self.state), error });
+        request.verb == Verb::End
+    }
+
+    /// Takes the end of a run; what the process would exit with if nobody controlled it.
+    fn take(&mut self, outcome: Outcome) -> Option<ExitCode> {
+        let (event, error, code) = match outcome {
+            Outcome::Reset => {
+                // Paused in between: a guest that waits for its resume after a reset still waits.
+                let was_running = self.state == State::Running;
+                match self.boot() {
+                    Ok(()) => {
+                        if was_running {
+                            self.resume();
+                        }
+                        (Event::Rebooted, None, None)
+                    }
+                    Err(error) => {
+                        (Event::Broken, Some(format!("it cannot boot again: {error:#}")), Some(ExitCode::FAILURE))
+                    }
+                }
+            }
+            Outcome::PowerOff => (Event::PoweredOff, None, Some(ExitCode::SUCCESS)),
+            Outcome::Broken { reason } => (Event::Broken, Some(reason), Some(ExitCode::FAILURE)),
+        };
+        if code.is_some() {
+            // Memory and disks are let go; the socket stays until somebody has heard of it.
+            self.machine = None;
+            self.state = State::Ended;
+            if let Some(error) = &error {
+                eprintln!("supercloud-vmm: {error}");
+            }
+        }
+        self.client.tell(&Line { id: None, event: Some(event), state: Some(self.state), error });
+        code
+    }
+}
+
+/// Feeds what comes in to the serial port of the machine that is there then. What a guest does not read is lost when too
+/// much of it waits.
+fn feed_serial(mut input: File, serial: CurrentSerial) -> anyhow::Result<()> {
+    let feed = move || {
+        let mut bytes = [0; 256];
+        loop {
+            let mut polled = libc::pollfd { fd: input.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+            // SAFETY: the pointer is to one local entry.
+            if unsafe { libc::poll(&raw mut polled, 1, -1) } < 0
+                && io::Error::last_os_error().kind() != io::ErrorKind::Interrupted
+            {
+                return;
+            }
+            match input.read(&mut bytes) {
+                Ok(0) => return,
+                Ok(count) => {
+                    let port = serial.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                    if let Some(port) = port {
+                        port.lock().unwrap_or_else(PoisonError::into_inner).feed(&bytes[..count]);
+                    }
+                }
+                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                Err(_) => return,
+            }
+        }
+    };
+    std::thread::Builder::new().name("console-in".to_owned()).spawn(feed).context("beginning a thread").map(drop)
+}
