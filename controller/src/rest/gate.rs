@@ -1,11 +1,16 @@
 //! What every request passes, in this order: a number, its route, its token, the role table, its body's size, its idempotency
 //! key; then the handler under a deadline; then one form for every error, and the counts.
 
-use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    panic::AssertUnwindSafe,
+    sync::Arc,
+    time::Duration,
+};
 
 use axum::{
     body::{Body, Bytes, to_bytes},
-    extract::{MatchedPath, Query, Request, State},
+    extract::{ConnectInfo, MatchedPath, Query, Request, State},
     http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header},
     middleware::Next,
     response::{IntoResponse, Response},
@@ -18,7 +23,7 @@ use super::{
     asker::{Asker, Params},
     idempotency::{self, Claim},
     reply::{Failure, Reply, problem_response},
-    shares::Shares,
+    shares::{Shares, neighbourhood},
 };
 use crate::{
     app::Parts,
@@ -40,8 +45,16 @@ const REQUESTS_AT_ONCE: usize = 1024;
 const REQUESTS_OF_ONE: usize = 128;
 /// Requests with a body but without a token (agents that join) at once: strangers cannot hold more.
 const STRANGERS_AT_ONCE: usize = 32;
+/// Of these, those from one address.
+const STRANGERS_OF_ONE: usize = 8;
+/// How long a stranger's body may take to arrive: it is small.
+const STRANGER_BODY_BUDGET: Duration = Duration::from_secs(10);
 /// Bodies of uploads that are held in memory at once.
 const UPLOADS_AT_ONCE: usize = 8;
+/// Of these, those of one token.
+const UPLOADS_OF_ONE: usize = 2;
+/// How long an upload may wait for its place.
+const UPLOAD_WAIT_BUDGET: Duration = Duration::from_secs(10);
 
 static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -55,7 +68,9 @@ pub struct Gate {
     requests: Arc<Semaphore>,
     shares: Shares,
     strangers: Arc<Semaphore>,
+    stranger_shares: Shares<IpAddr>,
     uploads: Arc<Semaphore>,
+    upload_shares: Shares,
 }
 
 impl Gate {
@@ -68,7 +83,9 @@ impl Gate {
             requests: Arc::new(Semaphore::new(REQUESTS_AT_ONCE)),
             shares: Shares::default(),
             strangers: Arc::new(Semaphore::new(STRANGERS_AT_ONCE)),
+            stranger_shares: Shares::default(),
             uploads: Arc::new(Semaphore::new(UPLOADS_AT_ONCE)),
+            upload_shares: Shares::default(),
         }
     }
 }
@@ -120,16 +137,29 @@ async fn pass(
     let Query(params) = Query::<Params>::try_from_uri(&head.uri)
         .map_err(|error| Failure::bad(format!("the query: {}", crate::chain(&error))))?;
     let _stranger = match (&caller, route.method == Method::GET) {
-        (None, false) => Some(gate.strangers.try_acquire().map_err(|_| busy())?),
+        (None, false) => {
+            // One that opens many and says nothing keeps out itself.
+            let ConnectInfo(from) = head
+                .extensions
+                .get::<ConnectInfo<SocketAddr>>()
+                .ok_or_else(|| Failure::new(Code::Internal, "where the request comes from is not known"))?;
+            let share = gate.stranger_shares.take_as(neighbourhood(from.ip()), STRANGERS_OF_ONE).ok_or_else(busy)?;
+            Some((share, gate.strangers.try_acquire().map_err(|_| busy())?))
+        }
         _ => None,
     };
     // A piece of an upload is large: only so many are held at a time.
     let is_upload = route.method == Method::PUT;
-    let _room = match is_upload {
-        true => Some(gate.uploads.acquire().await.map_err(|_| busy())?),
-        false => None,
+    let _room = match (is_upload, &caller) {
+        (true, Some(caller)) => {
+            let share = gate.upload_shares.take(&caller.token, UPLOADS_OF_ONE).ok_or_else(busy)?;
+            let place = tokio::time::timeout(UPLOAD_WAIT_BUDGET, gate.uploads.acquire()).await;
+            Some((share, place.map_err(|_| busy())?.map_err(|_| busy())?))
+        }
+        _ => None,
     };
-    let bytes = read_body(&head.method, is_upload, body).await?;
+    let budget = if caller.is_some() { BODY_BUDGET } else { STRANGER_BODY_BUDGET };
+    let bytes = read_body(&head.method, is_upload, body, budget).await?;
     let mut asker = Asker { caller, request_id, params, idempotency: None, by: None };
     if let (Some(caller), true) = (&asker.caller, matches!(route.method, Method::POST | Method::PATCH | Method::DELETE))
     {
@@ -205,12 +235,12 @@ async fn authenticate(parts: &Parts, route: &'static Route, headers: &HeaderMap)
     Ok(Some(caller))
 }
 
-async fn read_body(method: &Method, is_upload: bool, body: Body) -> Result<Bytes, Failure> {
+async fn read_body(method: &Method, is_upload: bool, body: Body, budget: Duration) -> Result<Bytes, Failure> {
     if matches!(*method, Method::GET | Method::HEAD) {
         return Ok(Bytes::new());
     }
     let limit = if is_upload { MAX_PIECE_BYTES } else { MAX_JSON_BYTES };
-    match tokio::time::timeout(BODY_BUDGET, to_bytes(body, limit)).await {
+    match tokio::time::timeout(budget, to_bytes(body, limit)).await {
         Ok(Ok(bytes)) => Ok(bytes),
         Ok(Err(error)) => {
             let text = crate::chain(&error);

@@ -64,14 +64,18 @@ pub fn serve(parts: &Parts, router: Router) -> Result<SocketAddr, StartError> {
     if parts.config.plain_http {
         let mut server = axum_server::from_tcp(listener).map_err(listen)?.handle(handle);
         limit(server.http_builder());
-        parts.spawn_draining("rest", async move { ended(server.serve(router.into_make_service()).await) });
+        parts.spawn_draining("rest", async move {
+            ended(server.serve(router.into_make_service_with_connect_info::<SocketAddr>()).await)
+        });
     } else {
         let config = RustlsConfig::from_config(tls_config(parts)?);
         parts.spawn("certificate renewal", renew(parts.clone(), config.clone()));
         let acceptor = axum_server::tls_rustls::RustlsAcceptor::new(config).handshake_timeout(HANDSHAKE_BUDGET);
         let mut server = axum_server::from_tcp(listener).map_err(listen)?.acceptor(acceptor).handle(handle);
         limit(server.http_builder());
-        parts.spawn_draining("rest", async move { ended(server.serve(router.into_make_service()).await) });
+        parts.spawn_draining("rest", async move {
+            ended(server.serve(router.into_make_service_with_connect_info::<SocketAddr>()).await)
+        });
     }
     Ok(address)
 }

@@ -38,3 +38,21 @@ async fn an_upload_goes_on_where_it_stopped_also_after_a_restart() {
     assert_eq!(problem(client.image("disk").await).code, Code::NotFound);
     test.stop().await;
 }
+
+#[tokio::test]
+async fn the_slow_uploads_of_one_token_stop_no_others() {
+    let test = TestController::start().await;
+    let (_, secret) = test.project("p").await;
+    let (_, other) = test.project("q").await;
+    for secret in [&secret, &other] {
+        let wanted = ImageCreate { name: "disk".parse().unwrap(), project: None, cmdline: None };
+        test.client(secret).create_image(&wanted).await.unwrap();
+    }
+    let url = format!("https://{}/v1/images/disk/parts/disk?offset=0", test.address());
+    let slow = |http: &reqwest::Client| http.put(&url).bearer_auth(&secret);
+    let _held = test.trickle(slow, "127.0.0.1", 12, 10).await;
+    let piece = Bytes::from_static(b"piece");
+    let after = test.client(&other).upload_part("disk", ImagePart::Disk, 0, piece).await.unwrap();
+    assert_eq!(after.uploaded[0].bytes, 5);
+    test.stop().await;
+}

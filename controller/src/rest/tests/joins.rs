@@ -96,3 +96,15 @@ async fn an_expired_or_forged_token_is_worth_nothing_and_is_removed() {
     assert!(admin.hosts().await.unwrap().is_empty());
     test.stop().await;
 }
+
+#[tokio::test]
+async fn one_address_with_nothing_to_say_keeps_no_other_from_joining() {
+    let test = TestController::start().await;
+    let url = format!("https://{}/v1/join", test.address());
+    let silent = |http: &reqwest::Client| http.post(&url).header("Content-Type", "application/json");
+    let _held = test.trickle(silent, "127.0.0.2", 48, 40).await;
+    let other = test.http_from("127.0.0.3").post(&url).header("Content-Type", "application/json");
+    let answer = other.body(r#"{"token":"x","csr_pem":"x"}"#).send().await.unwrap();
+    assert_eq!(answer.status(), reqwest::StatusCode::UNAUTHORIZED, "it was heard");
+    test.stop().await;
+}

@@ -104,6 +104,37 @@ impl TestController {
         }
     }
 
+    /// So many requests, from this address, whose bodies never come; waits until so many of them were sent away at once.
+    pub async fn trickle(
+        &self,
+        request: impl Fn(&reqwest::Client) -> reqwest::RequestBuilder,
+        from: &str,
+        many: usize,
+        refused: usize,
+    ) -> tokio::task::JoinSet<StatusCode> {
+        let http = self.http_from(from);
+        let mut tasks = tokio::task::JoinSet::new();
+        for _ in 0..many {
+            let silence = futures::stream::pending::<Result<bytes::Bytes, std::io::Error>>();
+            let request = request(&http).body(reqwest::Body::wrap_stream(silence));
+            tasks.spawn(async move { request.send().await.unwrap().status() });
+        }
+        for _ in 0..refused {
+            let answered = tokio::time::timeout(std::time::Duration::from_secs(60), tasks.join_next()).await;
+            let status = answered.expect("sent away at once").unwrap().unwrap();
+            assert_eq!(status, StatusCode::TOO_MANY_REQUESTS);
+        }
+        tasks
+    }
+
+    /// A client at an address of its own.
+    pub fn http_from(&self, from: &str) -> reqwest::Client {
+        let ca_pem = std::fs::read_to_string(self.folder.path().join("ca.pem")).unwrap();
+        let ca = reqwest::Certificate::from_pem(ca_pem.as_bytes()).unwrap();
+        let from: std::net::IpAddr = from.parse().unwrap();
+        reqwest::Client::builder().add_root_certificate(ca).local_address(from).no_proxy().build().unwrap()
+    }
+
     /// A project and an operator's secret for it.
     pub async fn project(&self, name: &str) -> (ProjectId, String) {
         let admin = self.admin_client();
