@@ -9,11 +9,15 @@ use std::{
 };
 
 use axum::http::{Method, StatusCode};
-use supercloud_api::{GuestState, HostState, Operation, OperationKind, Phase, Volume, ids::OperationId};
+use supercloud_api::{
+    Cloud, GuestState, HostState, Operation, OperationKind, Phase, Volume,
+    handover::Owner,
+    ids::{CloudId, HostId, OperationId},
+};
 
 use crate::{
     app::Parts,
-    state::{GuestRecord, HostRecord, OperationRecord, Seen, StateError},
+    state::{GuestRecord, HostRecord, OperationRecord, Seen, StateError, Stored},
 };
 
 /// Upper bounds of request times, in milliseconds.
@@ -230,6 +234,31 @@ impl Metrics {
             "Volumes of which another host still holds blocks that the owner lacks.",
             &one(needed),
         );
+        let base_of = |guest: &GuestRecord| match guest.owner.owner {
+            Owner::Host(host) => Some(parts.hosts.base_missing_bytes(host, guest.guest.id, guest.owner.epoch)),
+            _ => None,
+        };
+        let bases: Vec<Option<u64>> = guests.iter().filter_map(|guest| base_of(guest)).collect();
+        gauge(
+            "supercloud_base_missing_bytes",
+            "Bytes that the clouds of running guests still lack of what the disks stand on.",
+            &one(bases.iter().flatten().fold(0, |sum: u64, bytes| sum.saturating_add(*bytes))),
+        );
+        gauge(
+            "supercloud_guests_base_unknown",
+            "Running guests of which it is not known whether their cloud has all that the disks stand on.",
+            &one(bases.iter().filter(|told| told.is_none()).count() as u64),
+        );
+        let clouds = parts.state.list::<Cloud>().await?;
+        let series: Vec<(String, u64)> = clouds
+            .iter()
+            .map(|cloud| (format!("{{cloud=\"{}\"}}", cloud.name), needing(cloud.id, &volumes, &hosts)))
+            .collect();
+        gauge(
+            "supercloud_volumes_needing_cloud",
+            "Volumes that stand on what lies in this cloud, and are not used there.",
+            &series,
+        );
         self.render_counts(&mut out);
         Ok(out)
     }
@@ -280,6 +309,14 @@ impl Metrics {
             times.write(out, "supercloud_http_request_seconds", &format!("route=\"{route}\""));
         }
     }
+}
+
+/// How many volumes stand on what lies in a cloud's store while no host of that cloud has them.
+fn needing(cloud: CloudId, volumes: &[Stored<Volume>], hosts: &[Stored<HostRecord>]) -> u64 {
+    let cloud_of = |id: HostId| hosts.iter().find(|record| record.host.id == id).map(|record| record.host.cloud);
+    let is_needing =
+        |volume: &Volume| volume.base_cloud == Some(cloud) && volume.host.and_then(cloud_of) != Some(cloud);
+    volumes.iter().filter(|volume| is_needing(volume)).count() as u64
 }
 
 #[cfg(test)]

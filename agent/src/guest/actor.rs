@@ -16,6 +16,7 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use super::{
     GuestMessage, GuestView,
+    reboots::Reboots,
     record::{GuestRecord, Places},
     report,
     watcher::{self, Look, Watched},
@@ -129,6 +130,7 @@ pub(super) struct Actor {
     pub arrived: Option<(Instant, Duration)>,
     /// A disk did not answer, and the guest stands still.
     pub is_stalled: bool,
+    pub reboots: Reboots,
     /// Events that could not be taken, because the record could not be kept.
     unkept: VecDeque<LocalEvent>,
     looked_at: Instant,
@@ -193,6 +195,7 @@ impl Actor {
             problem: None,
             arrived: None,
             is_stalled: false,
+            reboots: Reboots::default(),
             unkept: VecDeque::new(),
             looked_at: Instant::now(),
             asked_at: Instant::now(),
@@ -341,6 +344,7 @@ impl Actor {
             self.process(self.ticks()).await;
         }
         self.bring_base();
+        self.tell_reboots();
         if self.looked_at.elapsed() > LOOK_EVERY {
             self.looked_at = Instant::now();
             self.look_for_process().await;
@@ -374,8 +378,12 @@ impl Actor {
     }
 
     pub fn tell_event(&self, event: GuestEventKind) {
+        self.tell_events(event, 1);
+    }
+
+    pub fn tell_events(&self, event: GuestEventKind, times: u32) {
         let epoch = self.record.handover.destination().epoch().unwrap_or(self.record.handover.source().epoch());
-        self.host.link.tell_once(Notice::GuestEvent { guest: self.guest, epoch, event });
+        self.host.link.tell_once(Notice::GuestEvent { guest: self.guest, epoch, event, times });
     }
 
     /// Feeds events to the machine, one after the other, with all that follows from them.

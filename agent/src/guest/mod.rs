@@ -19,6 +19,7 @@ mod dials;
 mod effects;
 pub mod machine;
 mod process;
+mod reboots;
 pub mod record;
 pub mod report;
 mod restore;

@@ -5,6 +5,8 @@ use supercloud_api::link::GuestEventKind;
 use supercloud_blanket::backend::{GuestEvent, PauseReason, RunState, StopMode, StopReason};
 use supercloud_handover::{DestinationEvent, DestinationState, LocalEvent, OperationKind, SourceEvent, SourceState};
 
+use tokio::time::Instant;
+
 use super::actor::Actor;
 
 impl Actor {
@@ -12,7 +14,10 @@ impl Actor {
         match event {
             GuestEvent::Stopped(StopReason::PoweredOff) if self.may_power_off() => self.note_power_off().await,
             GuestEvent::Stopped(_) => self.look_for_process().await,
-            GuestEvent::Rebooted => self.tell_event(GuestEventKind::Rebooted),
+            GuestEvent::Rebooted => {
+                self.reboots.count();
+                self.tell_reboots();
+            }
             GuestEvent::Paused(PauseReason::DiskError) | GuestEvent::DiskError { .. } => {
                 if !std::mem::replace(&mut self.is_stalled, true) {
                     self.tell_event(GuestEventKind::DiskStalled);
@@ -23,6 +28,13 @@ impl Actor {
                 self.tell_event(GuestEventKind::DiskRecovered);
             }
             GuestEvent::Resumed | GuestEvent::Started | GuestEvent::Paused(_) => {}
+        }
+    }
+
+    /// What of them is due; the rest with a later tick.
+    pub(super) fn tell_reboots(&mut self) {
+        if let Some(times) = self.reboots.take_due(Instant::now()) {
+            self.tell_events(GuestEventKind::Rebooted, times);
         }
     }
 

@@ -98,6 +98,11 @@ pub struct Guest {
     pub follow_prices: bool,
     /// Starts since it was made: cold starts, not moves.
     pub starts: u64,
+    /// Bytes that the cloud in which it runs still lacks of what its disks stand on: until it is 0 the cloud from which it came
+    /// is needed (see the volumes' `base_cloud`), and letting that go loses the guest's state. Absent: it does not run, or
+    /// that is not known (yet).
+    #[serde(default)]
+    pub base_missing_bytes: Option<u64>,
     /// When it was made.
     pub created_at_ms: u64,
 }

@@ -134,6 +134,15 @@ impl Sessions {
         })
     }
 
+    /// As [`Sessions::send`], but waits for room. False when the session ended.
+    pub async fn send_waiting(&self, host: HostId, directive: Directive) -> bool {
+        let queue = self.with(|open| open.by_host.get(&host).map(|handle| handle.directives.clone()));
+        match queue {
+            Some(queue) => queue.send(directive).await.is_ok(),
+            None => false,
+        }
+    }
+
     /// Ends a host's session, for a removed host.
     pub fn drop_host(&self, host: HostId) {
         self.with(|open| {

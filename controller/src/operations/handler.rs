@@ -1,16 +1,17 @@
 //! The engine's end of the agent links: hellos, notices, queries.
 
-use std::sync::PoisonError;
+use std::{sync::PoisonError, time::Duration};
 
 use futures::future::BoxFuture;
 use supercloud_api::{
     Code, Host, Problem, Room, Volume,
     handover::{self},
     ids::{Epoch, GuestId, HostId, RequestId},
-    link::{Answer, GuestEventKind, GuestReport, Hello, Holding, Notice, Query, Welcome},
+    link::{Answer, GuestReport, Hello, Holding, Notice, Query, Welcome},
     unix_ms,
 };
-use tracing::{info, warn};
+use tokio::time::Instant;
+use tracing::warn;
 
 use super::{Engine, EngineError, is_plausible_class};
 use crate::{
@@ -23,6 +24,9 @@ use crate::{
 const HEARTBEAT_MS: u64 = 2_000;
 /// Things of one kind in a hello or heartbeat; more is a fault of the agent.
 const REPORTS_AT_MOST: usize = 10_000;
+
+/// That a removed host is back is written this often.
+const RETURN_EVENT_EVERY: Duration = Duration::from_secs(3600);
 
 pub(super) fn internal(error: &EngineError) -> Problem {
     Problem::new(Code::StoreUnavailable, chain(error))
@@ -93,7 +97,9 @@ impl LinkHandler for Engine {
                     }
                 }
                 Notice::Progress { operation, progress } => self.take_progress(host, operation, &progress).await,
-                Notice::GuestEvent { guest, epoch, event } => self.guest_event(host, guest, epoch, event).await,
+                Notice::GuestEvent { guest, epoch, event, times } => {
+                    self.guest_event(host, guest, epoch, event, times.into()).await
+                }
                 Notice::Discarded { guest } => self.discarded(host, guest).await,
             };
             if let Err(error) = done {
@@ -184,19 +190,33 @@ impl Engine {
         let name = &before.host.name;
         let holds = |guest: &&GuestReport| matches!(guest.holding, Holding::Running | Holding::Paused);
         let running: Vec<GuestId> = hello.guests.iter().filter(holds).map(|guest| guest.guest).take(100).collect();
-        let mut change = Change::new();
-        change.event(
-            EventDraft::new("host.removed_is_back")
-                .host(host)
-                .data(serde_json::json!({ "name": name, "guests": running })),
-        );
-        if let Err(error) =
-            self.state.commit(&Context::actor(format!("host:{host}"), RequestId::generate()), change).await
-        {
-            warn!(%host, "that it is back could not be written: {}", chain(&error));
+        if self.is_return_news(host) {
+            let mut change = Change::new();
+            change.event(
+                EventDraft::new("host.removed_is_back")
+                    .host(host)
+                    .data(serde_json::json!({ "name": name, "guests": running })),
+            );
+            if let Err(error) =
+                self.state.commit(&Context::actor(format!("host:{host}"), RequestId::generate()), change).await
+            {
+                warn!(%host, "that it is back could not be written: {}", chain(&error));
+            }
         }
         let detail = format!("host {name} was removed by an operator; its guests were given up and may run elsewhere");
         Unwelcome::Removed(Problem::new(Code::Forbidden, detail))
+    }
+
+    /// Whether people have not been told lately that a removed host is back: its certificate holds on, and it may dial as
+    /// often as it likes.
+    fn is_return_news(&self, host: HostId) -> bool {
+        let mut told = self.returns.lock().unwrap_or_else(PoisonError::into_inner);
+        told.retain(|_, at| at.elapsed() < RETURN_EVENT_EVERY);
+        let is_news = !told.contains_key(&host);
+        if is_news {
+            told.insert(host, Instant::now());
+        }
+        is_news
     }
 
     /// Progress counts only from a host that takes part.
@@ -220,6 +240,8 @@ impl Engine {
         host: HostId,
         reports: Vec<supercloud_api::link::GuestReport>,
     ) -> Result<(), EngineError> {
+        let told = |report: &GuestReport| Some((report.guest, report.epoch, report.base_missing_bytes?));
+        self.live.note_bases(host, reports.iter().filter_map(told));
         for report in reports {
             let Some(before) = self.state.read::<GuestRecord>(&report.guest).await? else { continue };
             if !before.owner.is_owned_by(host, report.epoch) {
@@ -292,37 +314,14 @@ impl Engine {
         Ok(())
     }
 
-    /// A guest did something by itself.
-    async fn guest_event(
+    /// A guest that powered itself off is stopped, as if asked for: its volumes are sealed, it owns nothing. While another
+    /// operation holds it nothing happens; the agent says it again.
+    pub(super) async fn stop_after_power_off(
         &self,
         host: HostId,
         guest: GuestId,
         epoch: Epoch,
-        event: GuestEventKind,
     ) -> Result<(), EngineError> {
-        let Some(record) = self.state.read::<GuestRecord>(&guest).await? else { return Ok(()) };
-        if !record.owner.is_owned_by(host, epoch) {
-            return Ok(());
-        }
-        info!(%guest, %host, ?event, "guest event");
-        let mut change = Change::new();
-        change.event(
-            EventDraft::new("guest.event")
-                .project(record.guest.project)
-                .guest(guest)
-                .host(host)
-                .data(serde_json::json!({ "event": event })),
-        );
-        self.state.commit(&Context::actor(format!("guest:{guest}"), RequestId::generate()), change).await?;
-        if event == GuestEventKind::PoweredOff {
-            self.stop_after_power_off(host, guest, epoch).await?;
-        }
-        Ok(())
-    }
-
-    /// A guest that powered itself off is stopped, as if asked for: its volumes are sealed, it owns nothing. While another
-    /// operation holds it nothing happens; the agent says it again.
-    async fn stop_after_power_off(&self, host: HostId, guest: GuestId, epoch: Epoch) -> Result<(), EngineError> {
         let context = Context::actor(format!("guest:{guest}"), RequestId::generate());
         retry_conflicts(|| async {
             let Some(before) = self.state.read::<GuestRecord>(&guest).await? else { return Ok(()) };

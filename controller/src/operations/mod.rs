@@ -16,8 +16,10 @@ pub mod effects;
 mod follow_up;
 mod guest_door;
 mod handler;
+mod happenings;
 mod import;
 pub mod progress;
+mod repeats;
 mod report;
 
 use std::{
@@ -52,6 +54,8 @@ use progress::ProgressBoard;
 pub struct Pace {
     /// Orders are repeated this often while something is open.
     pub repeat: Duration,
+    /// What is settled (a host holds blocks of a guest that does nothing) is told this often.
+    pub settled: Duration,
     /// Progress is written this often.
     pub flush: Duration,
     /// Overlay views are looked at this often even when nobody says that something changed.
@@ -60,7 +64,7 @@ pub struct Pace {
     pub plan_budget: Duration,
     /// The destination's time to prepare.
     pub prepare_budget: Duration,
-    /// The time of a freeze, a start or a thaw from then to its switch.
+    /// How long a freeze, a start or a thaw may stand still between then and its switch.
     pub copy_budget: Duration,
     /// How long a guest that moves may be paused before the switch: then its source gets it back.
     pub switch_budget: Duration,
@@ -70,6 +74,7 @@ impl Default for Pace {
     fn default() -> Self {
         Self {
             repeat: Duration::from_secs(2),
+            settled: Duration::from_secs(120),
             flush: Duration::from_millis(500),
             look: Duration::from_secs(5),
             plan_budget: Duration::from_secs(600),
@@ -132,6 +137,11 @@ pub struct Engine {
     settled_bases: Mutex<HashMap<GuestId, Epoch>>,
     /// Guests of which hosts have told and this store knows nothing; people were told.
     unknown_guests: Mutex<HashSet<(HostId, GuestId)>>,
+    /// Removed hosts that came back, and when people were told.
+    returns: Mutex<HashMap<HostId, tokio::time::Instant>>,
+    happenings: happenings::Happenings,
+    /// When this engine was made (wall time).
+    began_ms: u64,
     pub(crate) pace: Pace,
     /// What carries out what guests ask.
     guest_door: OnceLock<Arc<dyn GuestDoor>>,
@@ -205,6 +215,9 @@ impl Engine {
             queued,
             settled_bases: Mutex::default(),
             unknown_guests: Mutex::default(),
+            returns: Mutex::default(),
+            happenings: happenings::Happenings::default(),
+            began_ms: supercloud_api::unix_ms(),
             pace,
             guest_door: OnceLock::new(),
         };
@@ -218,6 +231,7 @@ impl Engine {
             self.repeat(cancel.clone()),
             self.flush(cancel.clone()),
             self.push_overlay(cancel.clone()),
+            self.write_happenings(cancel.clone()),
             self.import_all(imports, cancel),
         );
     }
@@ -266,18 +280,19 @@ impl Engine {
     async fn repeat(&self, cancel: CancellationToken) {
         let mut ticks = tokio::time::interval(self.pace.repeat);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut rounds = repeats::Rounds::default();
         loop {
             tokio::select! {
                 _ = ticks.tick() => {}
                 () = cancel.cancelled() => return,
             }
-            if let Err(error) = self.repeat_once().await {
+            if let Err(error) = self.repeat_once(&mut rounds).await {
                 warn!("orders could not be repeated: {}", chain(&error));
             }
         }
     }
 
-    async fn repeat_once(&self) -> Result<(), EngineError> {
+    async fn repeat_once(&self, rounds: &mut repeats::Rounds) -> Result<(), EngineError> {
         for id in self.state.active_operations().await? {
             let Some(record) = self.state.read::<OperationRecord>(&id).await? else { continue };
             let step = async {
@@ -294,35 +309,17 @@ impl Engine {
         for host in &removed {
             self.sessions.drop_host(*host);
         }
-        for guest in self.state.list::<GuestRecord>().await? {
-            if guest.owner.operation.is_some() || !guest.owner.holders.is_empty() {
-                self.send_orders(&guest.value, None).await;
-            }
-            if removed.is_empty() {
-                continue;
-            }
+        let guests = self.state.list::<GuestRecord>().await?;
+        self.repeat_orders(&guests, rounds).await;
+        if removed.is_empty() {
+            return Ok(());
+        }
+        for guest in guests {
             let lost = hosts_of(&guest.owner).into_iter().filter(|host| removed.contains(host));
             for host in lost.collect::<HashSet<_>>() {
                 if let Err(error) = self.note_lost(guest.guest.id, host).await {
                     warn!(%host, "not everything that follows from its removal is done: {}", chain(&error));
                 }
-            }
-        }
-        Ok(())
-    }
-
-    /// Sends every order of a guest's record; only to one host when that is given.
-    pub(crate) async fn send_orders(&self, guest: &GuestRecord, only: Option<HostId>) {
-        let orders = guest.owner.orders();
-        self.send_these(guest, orders.into_iter().filter(|order| only.is_none_or(|host| host == order.to))).await;
-    }
-
-    /// Orders for one host, after it has connected.
-    pub(crate) async fn send_orders_to(&self, host: HostId) -> Result<(), EngineError> {
-        for guest in self.state.list::<GuestRecord>().await? {
-            self.send_orders(&guest.value, Some(host)).await;
-            if guest.discarding.contains(&host) {
-                self.sessions.send(host, supercloud_api::link::Directive::Discard { guest: guest.guest.id });
             }
         }
         Ok(())

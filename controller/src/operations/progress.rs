@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use supercloud_api::{Progress, ids::OperationId};
+use supercloud_api::{Progress, ids::OperationId, unix_ms};
 
 /// The newest progress of each operation under way. Cheap to clone.
 #[derive(Debug, Clone, Default)]
@@ -16,6 +16,8 @@ pub struct ProgressBoard(Arc<Mutex<HashMap<OperationId, Entry>>>);
 struct Entry {
     progress: Progress,
     is_unwritten: bool,
+    /// When it last got on (wall time), as far as was heard.
+    moved_at_ms: Option<u64>,
 }
 
 /// Merges what a side tells into what is known: counters never go back; what describes the moment is taken as it is, if
@@ -43,6 +45,18 @@ pub fn merge(known: &mut Progress, told: &Progress) {
     }
 }
 
+/// Whether something was done between the two, not merely told: a rate or an estimate that changes moves nothing.
+fn has_moved(before: &Progress, now: &Progress) -> bool {
+    let done = |progress: &Progress| Progress {
+        dirty_bytes_per_s: 0,
+        bandwidth_bytes_per_s: 0,
+        eta_min_ms: None,
+        eta_max_ms: None,
+        ..progress.clone()
+    };
+    done(before) != done(now)
+}
+
 /// What is left of the moment when an operation has ended: nothing.
 pub fn settle(progress: &mut Progress) {
     progress.memory_remaining_bytes = 0;
@@ -58,8 +72,18 @@ impl ProgressBoard {
     pub fn tell(&self, operation: OperationId, told: &Progress) {
         let mut entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let entry = entries.entry(operation).or_default();
+        let before = entry.progress.clone();
         merge(&mut entry.progress, told);
         entry.is_unwritten = true;
+        if has_moved(&before, &entry.progress) {
+            entry.moved_at_ms = Some(unix_ms());
+        }
+    }
+
+    /// When the operation was last heard to get on (wall time); absent: not since this controller runs.
+    #[must_use]
+    pub fn moved_at_ms(&self, operation: OperationId) -> Option<u64> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&operation)?.moved_at_ms
     }
 
     /// The record's progress brought up to what is known.
@@ -111,6 +135,11 @@ mod tests {
         assert_eq!(seen.disk_bytes_after_resume, None, "nobody has told of it");
         assert_eq!(board.take_unwritten(), vec![operation]);
         assert!(board.take_unwritten().is_empty());
+        assert!(board.moved_at_ms(operation).is_some());
+        let rates = Progress { bandwidth_bytes_per_s: 9, eta_max_ms: Some(1), dirty_bytes_per_s: 3, ..source.clone() };
+        assert!(!has_moved(&source, &rates), "it only tells, and does nothing");
+        assert!(has_moved(&source, &Progress { message: "storing the disk: block 2 of 9".into(), ..source.clone() }));
+        assert!(has_moved(&source, &Progress { memory_remaining_bytes: 39, ..source.clone() }));
         seen.message = "copying".to_owned();
         settle(&mut seen);
         assert_eq!((seen.memory_sent_bytes, seen.memory_remaining_bytes, seen.message.as_str()), (60, 0, ""));

@@ -3,7 +3,7 @@
 use std::{sync::PoisonError, time::Duration};
 
 use supercloud_api::{
-    Code, Freeze, Host, OperationKind, Phase, Port, Problem, Volume,
+    Cloud, Code, Freeze, Host, OperationKind, Phase, Port, Problem, Volume,
     handover::{
         self, AbortReason, Accepted, Alarm, BeginRequest, GroupNeed, Order, OwnerRecord, Report, VolumeStamp, WhenOpen,
     },
@@ -128,6 +128,9 @@ impl Engine {
             }
             if operation.phase.is_terminal() {
                 super::progress::settle(&mut operation.progress);
+                if operation.phase == Phase::Done && matches!(before.work, Work::GuestThaw { .. }) {
+                    operation.progress.message = self.left_behind(&attached.volumes, owner_host.as_ref()).await?;
+                }
             }
             if operation != before.operation {
                 let mut record = OperationRecord { operation, work: before.work.clone() };
@@ -163,6 +166,20 @@ impl Engine {
         Ok(Step { guest: attached.guest, is_overlay_changed, consumed })
     }
 
+    /// What people must know when a thaw is done: its guest runs, and still needs the cloud from which it came.
+    async fn left_behind(&self, volumes: &[Volume], owner: Option<&Host>) -> Result<String, EngineError> {
+        let here = owner.map(|host| host.cloud);
+        let Some(from) = volumes.iter().filter_map(|volume| volume.base_cloud).find(|cloud| Some(*cloud) != here)
+        else {
+            return Ok(String::new());
+        };
+        let name =
+            self.state.read::<Cloud>(&from).await?.map_or_else(|| from.to_string(), |cloud| cloud.name.to_string());
+        Ok(format!(
+            "cloud {name} is needed until the guest's base_missing_bytes is 0: what its disk stands on is still fetched"
+        ))
+    }
+
     /// After a step is durable: the overlay, then the orders.
     async fn speak(&self, step: &Step, orders: Vec<Order>) {
         if step.is_overlay_changed {
@@ -174,18 +191,28 @@ impl Engine {
     /// Sends orders with what is needed to carry them out.
     pub(crate) async fn send_these(&self, guest: &GuestRecord, orders: impl Iterator<Item = Order> + Send) {
         for order in orders {
-            if !self.sessions.is_open(order.to) {
-                continue;
+            let to = order.to;
+            if let Some(directive) = self.directive_for(guest, order).await {
+                self.sessions.send(to, directive);
             }
-            let assignment = match self.assignment_for(guest, &order).await {
-                Ok(assignment) => assignment.map(Box::new),
-                Err(error) => {
-                    warn!(guest = %guest.guest.id, host = %order.to, "an order cannot be sent now: {}", crate::chain(&error));
-                    continue;
-                }
-            };
-            let directive = Directive::Order { guest: guest.guest.id, order: order.body, assignment };
-            self.sessions.send(order.to, directive);
+        }
+    }
+
+    /// An order with what is needed to carry it out; none while its host is away or something cannot be read.
+    pub(super) async fn directive_for(&self, guest: &GuestRecord, order: Order) -> Option<Directive> {
+        if !self.sessions.is_open(order.to) {
+            return None;
+        }
+        match self.assignment_for(guest, &order).await {
+            Ok(assignment) => Some(Directive::Order {
+                guest: guest.guest.id,
+                order: order.body,
+                assignment: assignment.map(Box::new),
+            }),
+            Err(error) => {
+                warn!(guest = %guest.guest.id, host = %order.to, "an order cannot be sent now: {}", crate::chain(&error));
+                None
+            }
         }
     }
 
@@ -327,10 +354,11 @@ impl Engine {
                 .filter(|deadline| is_over(Some(operation.created_at_ms), Duration::from_millis(*deadline)))
                 .map(|deadline| format!("the switch had not come {deadline} ms after the request: its deadline")),
             // A freeze is written into the store while the guest is paused.
+            // However long that takes: what is given up is only what does not get on.
             (Phase::Copy | Phase::Switch, Work::GuestFreeze { .. } | Work::GuestStart | Work::GuestThaw { .. })
-                if is_over(entered(Phase::Copy), pace.copy_budget) =>
+                if is_over(self.got_on_ms(operation, entered(Phase::Copy)), pace.copy_budget) =>
             {
-                Some(format!("it was not complete within {} min", pace.copy_budget.as_secs() / 60))
+                Some(format!("it stood still for {} s", pace.copy_budget.as_secs()))
             }
             _ => None,
         };
@@ -341,6 +369,13 @@ impl Engine {
             }
             None => Ok(()),
         }
+    }
+
+    /// When an operation that began to copy at `since_ms` last got on, for all that this controller can know: what was done
+    /// before it started is no more known, and counts as done just then.
+    fn got_on_ms(&self, operation: &supercloud_api::Operation, since_ms: Option<u64>) -> Option<u64> {
+        let heard = self.progress.moved_at_ms(operation.id).unwrap_or(0);
+        since_ms.map(|since| since.max(heard).max(self.began_ms))
     }
 
     /// A report of the ownership protocol.

@@ -123,6 +123,7 @@ fn make(wanted: &GuestCreate, image: &Image, network: &Network, ip: Ipv4Addr, ba
                 operation: None,
                 freeze: None,
                 follow_prices: wanted.follow_prices,
+                base_missing_bytes: None,
                 starts: 0,
                 created_at_ms,
             },

@@ -5,13 +5,39 @@ use axum::{
     extract::{Path, State},
     http::HeaderMap,
 };
-use supercloud_api::{Guest, GuestPatch, Page, Ref};
+use supercloud_api::{Guest, GuestPatch, Page, Ref, Volume, handover::Owner};
 
 use super::{Api, Asker, Failure, Reply, body, check_if_match, guest_plan};
 use crate::{
     admission::Request,
+    app::Parts,
     state::{Change, EventDraft, GuestRecord, retry_conflicts},
 };
+
+/// A guest as it is shown: with what only its host knows.
+async fn shown(parts: &Parts, record: &GuestRecord) -> Result<Guest, Failure> {
+    let mut guest = record.guest.clone();
+    if let Owner::Host(host) = record.owner.owner {
+        let told = parts.hosts.base_missing_bytes(host, guest.id, record.owner.epoch);
+        // What was durable before a restart of the controller holds; else only the host knows.
+        guest.base_missing_bytes = match told {
+            None => is_base_here(parts, &guest).await?.then_some(0),
+            told => told,
+        };
+    }
+    Ok(guest)
+}
+
+/// Whether all that the guest's volumes stand on is known to be in its own cloud.
+async fn is_base_here(parts: &Parts, guest: &Guest) -> Result<bool, Failure> {
+    for id in &guest.volumes {
+        let volume = parts.state.need::<Volume>(id).await?;
+        if volume.base.is_some() && (volume.base_cloud.is_none() || volume.base_cloud != guest.cloud) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
 
 /// Guests.
 #[utoipa::path(get, path = "/v1/guests", tag = "guests", responses((status = 200, body = Page<Guest>)))]
@@ -19,14 +45,18 @@ pub async fn list(State(api): State<Api>, asker: Asker) -> Result<Reply, Failure
     let scope = asker.scope(&api.parts).await?;
     let keep = |record: &GuestRecord| scope.is_none_or(|project| record.guest.project == project);
     let (items, next_page) = api.parts.state.page(asker.params.page()?.as_ref(), asker.params.limit()?, keep).await?;
-    Reply::ok(&Page { items: items.into_iter().map(|record| record.value.guest).collect(), next_page })
+    let mut guests = Vec::with_capacity(items.len());
+    for record in &items {
+        guests.push(shown(&api.parts, record).await?);
+    }
+    Reply::ok(&Page { items: guests, next_page })
 }
 
 /// One guest.
 #[utoipa::path(get, path = "/v1/guests/{guest}", tag = "guests", responses((status = 200, body = Guest)))]
 pub async fn read(State(api): State<Api>, asker: Asker, Path(guest): Path<String>) -> Result<Reply, Failure> {
     let found = asker.find_guest(&api.parts, &Ref::from(guest)).await?;
-    Ok(Reply::ok(&found.guest)?.at(found.revision))
+    Ok(Reply::ok(&shown(&api.parts, &found).await?)?.at(found.revision))
 }
 
 /// Changes a guest.
@@ -47,7 +77,7 @@ pub async fn change(
         let mut now = found.value.clone();
         now.guest.follow_prices = wanted.follow_prices.unwrap_or(now.guest.follow_prices);
         if now == found.value {
-            return Ok(Reply::ok(&found.guest)?.at(found.revision));
+            return Ok(Reply::ok(&shown(&api.parts, &found).await?)?.at(found.revision));
         }
         let mut change = Change::new();
         change.update(&found, &now).event(
@@ -56,7 +86,7 @@ pub async fn change(
                 .guest(now.guest.id)
                 .data(serde_json::json!({ "follow_prices": now.guest.follow_prices })),
         );
-        asker.commit(&api.parts, now.guest.project, change, Reply::ok(&now.guest)?).await
+        asker.commit(&api.parts, now.guest.project, change, Reply::ok(&shown(&api.parts, &now).await?)?).await
     })
     .await
 }

@@ -93,7 +93,7 @@ fn lies(guest: GuestId, operation: OperationId, liar: HostId, owner: HostId) -> 
         };
         notices.extend(reports.into_iter().map(|report| Notice::Report { guest, report, details: details() }));
         for event in [GuestEventKind::PoweredOff, GuestEventKind::Crashed] {
-            notices.push(Notice::GuestEvent { guest, epoch, event });
+            notices.push(Notice::GuestEvent { guest, epoch, event, times: 1 });
         }
         for holding in [Holding::Running, Holding::Down] {
             let alarm = Some("a lie".to_owned());
@@ -248,6 +248,32 @@ async fn strangers_and_hosts_under_another_name_are_not_welcome() {
     assert!(liar.is_hung_up().await);
     world.kill_agent(1).await;
     world.settled().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_resets_in_a_loop_fills_no_chain() {
+    let mut world = World::new(seed("resets", 56), 1).await;
+    let guest = world.guest().await;
+    world.done(world.start(guest, 0).await).await;
+    world.settled().await;
+    world.kill_agent(0).await;
+    let epoch = world.record(guest).await.owner.epoch;
+    let mut host = Liar::dial(&world.hosts[0].seat).await.unwrap();
+    for _ in 0..500 {
+        host.notice(&Notice::GuestEvent { guest, epoch, event: GuestEventKind::Rebooted, times: 1 }).await;
+    }
+    // Of another epoch: nobody's.
+    let foreign = Notice::GuestEvent { guest, epoch: Epoch(99), event: GuestEventKind::DiskStalled, times: 1 };
+    host.notice(&foreign).await;
+    assert!(host.ask(Query::ChunkSources { guest }).await.is_ok(), "all was heard");
+    let told = async |world: &World| {
+        let (events, _) = world.state().events(0, 10_000).await.unwrap();
+        events.into_iter().filter(|event| event.kind == "guest.event").collect::<Vec<_>>()
+    };
+    world.until("told", async |world| !told(world).await.is_empty()).await;
+    let events = told(&world).await;
+    assert!(events.len() < 50, "{} events", events.len());
+    assert!(events.iter().all(|event| event.data["event"] == "rebooted"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

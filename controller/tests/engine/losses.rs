@@ -104,6 +104,12 @@ async fn a_host_that_was_removed_is_never_heard_again_and_its_guests_start_elsew
     let farewell = Liar::farewell(&world.hosts[0].seat).await.expect("it is told that it was removed");
     assert_eq!(farewell.host, world.id(0));
     assert!(Liar::farewell(&world.hosts[1].seat).await.is_none());
+    // However often it dials, people are told once.
+    for _ in 0..20 {
+        assert!(Liar::dial(&world.hosts[0].seat).await.is_none());
+    }
+    let (events, _) = world.state().events(0, 10_000).await.unwrap();
+    assert_eq!(events.iter().filter(|event| event.kind == "host.removed_is_back").count(), 1);
     for (guest, to) in [(guest, 1), (stopped, 2)] {
         world.done(world.start(guest, to).await).await;
         assert_eq!(world.record(guest).await.owner.owner, Owner::Host(world.id(to)));

@@ -81,6 +81,31 @@ async fn a_freeze_thaws_once_anywhere_and_a_stale_one_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_thaw_says_which_cloud_is_still_needed() {
+    let mut world = World::new(seed("left-behind", 7), 2).await;
+    let guest = world.guest().await;
+    world.done(world.start(guest, 0).await).await;
+    world.settled().await;
+    world.done(world.freeze(guest).await).await;
+    world.faults(1, |faults| faults.base_missing = 7);
+    let thaw = world.thaw(guest, 1).await;
+    world.done(thaw).await;
+    let message = world.operation(thaw).await.progress.message;
+    assert!(message.contains("is needed until the guest's base_missing_bytes is 0"), "{message}");
+    let volume = world.record(guest).await.guest.volumes[0];
+    let base_cloud = async |world: &World| world.state().need::<Volume>(&volume).await.unwrap().base_cloud;
+    let from = base_cloud(&world).await;
+    world.faults(1, |faults| faults.base_missing = 0);
+    world.until("brought", async |world| base_cloud(world).await != from).await;
+    // Nothing is left behind where it came from.
+    world.done(world.freeze(guest).await).await;
+    let thaw = world.thaw(guest, 1).await;
+    world.done(thaw).await;
+    assert_eq!(world.operation(thaw).await.progress.message, "");
+    world.settled().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_stopped_guest_starts_where_its_volume_is_or_takes_it_along() {
     let mut world = World::new(seed("stop", 3), 3).await;
     let guest = world.guest().await;

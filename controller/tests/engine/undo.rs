@@ -157,6 +157,18 @@ async fn what_takes_too_long_before_the_switch_is_given_up() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_freeze_that_takes_long_and_gets_on_is_let_be() {
+    let budget = Duration::from_secs(3);
+    let mut world = World::at_pace(seed("crawl", 16), 1, Pace { copy_budget: budget, ..pace() }).await;
+    let guest = world.guest().await;
+    world.done(world.start(guest, 0).await).await;
+    // Three times the budget, at 40 ticks a second.
+    world.faults(0, |faults| faults.crawl_ticks = 360);
+    world.done(world.freeze(guest).await).await;
+    world.settled().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_peers_lose_sight_of_each_other_and_the_guest_stays_at_its_source() {
     let mut world = World::new(seed("cut", 14), 2).await;
     let guest = world.guest().await;

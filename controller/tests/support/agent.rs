@@ -72,6 +72,10 @@ pub struct Faults {
     pub stalled: BTreeSet<Stage>,
     /// It refuses to prepare anything.
     pub is_full: bool,
+    /// Copying takes so many ticks more, and gets on with each.
+    pub crawl_ticks: u32,
+    /// What its cloud lacks of what its guests stand on, in bytes.
+    pub base_missing: u64,
 }
 
 /// What an agent keeps of a guest.
@@ -265,6 +269,7 @@ impl Agent {
     fn reports(&self) -> Vec<GuestReport> {
         let disk = lock(&self.seat.disk);
         let mut ground = lock(&self.seat.ground);
+        let base_missing = lock(&self.seat.faults).base_missing;
         let report = |(guest, kept): (&GuestId, &Kept)| {
             let machine = &kept.machine;
             let epoch = machine.destination().grant().map_or(machine.source().epoch(), |grant| grant.epoch);
@@ -277,7 +282,7 @@ impl Agent {
                 (_, None) => Holding::Volumes,
             };
             let (operation, alarm) = (machine.destination().operation(), None);
-            let base_missing_bytes = (holding == Holding::Running).then_some(0);
+            let base_missing_bytes = (holding == Holding::Running).then_some(base_missing);
             GuestReport {
                 guest: *guest,
                 epoch,

@@ -42,10 +42,10 @@ impl Agent {
         let mut ground = lock(&ground);
         match *effect {
             SourceEffect::StartCopy(plan) => {
-                self.copying.insert(guest, (plan.operation, COPY_TICKS));
+                self.copying.insert(guest, (plan.operation, COPY_TICKS + lock(&self.seat.faults).crawl_ticks));
             }
             SourceEffect::ShutDownGuest { operation } => {
-                self.copying.insert(guest, (operation, COPY_TICKS));
+                self.copying.insert(guest, (operation, COPY_TICKS + lock(&self.seat.faults).crawl_ticks));
             }
             SourceEffect::StopCopy { .. } => {
                 self.copying.remove(&guest);

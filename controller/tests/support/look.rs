@@ -26,8 +26,9 @@ impl Agent {
                     Some((operation, left)) if *operation == plan.operation => {
                         let is_stalled = lock(&self.seat.faults).stalled.contains(&Stage::Copy);
                         *left = left.saturating_sub(u32::from(!is_stalled));
+                        let memory_sent_bytes = 1_000_000 - u64::from(*left);
                         let progress =
-                            Progress { memory_total_bytes: 100, memory_sent_bytes: 50, ..Progress::default() };
+                            Progress { memory_total_bytes: 1_000_000, memory_sent_bytes, ..Progress::default() };
                         self.outbox.push_back(Notice::Progress { operation: plan.operation, progress });
                         let is_done = *left == 0;
                         self.copied(guest, plan, is_done, is_away)
@@ -45,7 +46,7 @@ impl Agent {
                 let is_off = ground.local(host, guest).is_off;
                 if is_off && self.ticks.is_multiple_of(HEARTBEAT_TICKS) {
                     let (epoch, event) = (machine.source().epoch(), GuestEventKind::PoweredOff);
-                    self.outbox.push_back(Notice::GuestEvent { guest, epoch, event });
+                    self.outbox.push_back(Notice::GuestEvent { guest, epoch, event, times: 1 });
                 }
                 None
             }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use supercloud_api::{
-    Code, GuestFreeze, GuestMigrate, GuestStart, GuestStop, GuestThaw, HostPatch, Phase,
+    Code, GuestFreeze, GuestMigrate, GuestStart, GuestStop, GuestThaw, HostPatch, Phase, Volume,
     handover::{Holder, Owner, OwnerRecord},
     ids::{Epoch, FreezeId},
 };
@@ -229,6 +229,54 @@ async fn a_host_with_what_others_need_goes_only_when_it_is_given_up() {
     }
     let force = test.raw(reqwest::Method::DELETE, "/v1/hosts/east-1?force=true", Some(&test.admin_secret()));
     assert_eq!(force.send().await.unwrap().status(), reqwest::StatusCode::OK);
+    test.stop().await;
+}
+
+#[tokio::test]
+async fn what_a_guest_still_needs_of_the_cloud_it_left_is_shown() {
+    let test = TestController::start().await;
+    let world = test.world().await;
+    world.client.create_guest(&guest("web")).await.unwrap();
+    let web = world.client.guest("web").await.unwrap();
+    assert_eq!(web.base_missing_bytes, None, "it does not run");
+    let (east, west) = (&world.hosts[0], &world.hosts[1]);
+    test.run_on(web.id, west).await;
+    let based_on = async |cloud| {
+        test.edit::<Volume>(&web.volumes[0], |volume| {
+            (volume.base, volume.base_cloud, volume.host) = (Some("0".repeat(64)), Some(cloud), Some(west.id));
+        })
+        .await;
+    };
+    based_on(east.cloud).await;
+    let shown = async || world.client.guest("web").await.unwrap().base_missing_bytes;
+    let secret = test.admin_secret();
+    let metrics =
+        async || test.raw(reqwest::Method::GET, "/metrics", Some(&secret)).send().await.unwrap().text().await.unwrap();
+    assert_eq!(shown().await, None, "its host has not told");
+    let text = metrics().await;
+    for line in ["supercloud_guests_base_unknown 1", "supercloud_volumes_needing_cloud{cloud=\"east\"} 1"] {
+        assert!(text.contains(line), "{line}: {text}");
+    }
+    let epoch = test.state().need::<GuestRecord>(&web.id).await.unwrap().owner.epoch;
+    let tell = |epoch| test.parts().hosts.note_bases(west.id, [(web.id, epoch, 5)]);
+    tell(epoch.next());
+    assert_eq!(shown().await, None, "of another epoch");
+    tell(epoch);
+    assert_eq!(shown().await, Some(5));
+    let text = metrics().await;
+    for line in ["supercloud_guests_base_unknown 0", "supercloud_base_missing_bytes 5"] {
+        assert!(text.contains(line), "{line}: {text}");
+    }
+    let listed = world.client.guests().await.unwrap();
+    assert_eq!(listed[0].base_missing_bytes, Some(5));
+    let refused = problem(test.admin_client().remove_host("east-1", false).await);
+    assert!(refused.detail.contains("what volume"), "{}", refused.detail);
+    // The host is away; what was durable holds.
+    test.parts().hosts.gone(west.id);
+    assert_eq!(shown().await, None);
+    based_on(west.cloud).await;
+    assert_eq!(shown().await, Some(0));
+    assert!(metrics().await.contains("supercloud_volumes_needing_cloud{cloud=\"east\"} 0"));
     test.stop().await;
 }
 
