@@ -917,6 +917,13 @@ export interface components {
         Guest: {
             /** @description What is wrong, if anything, and what to do. */
             alarm?: string | null;
+            /**
+             * Format: int64
+             * @description Bytes that the cloud in which it runs still lacks of what its disks stand on: until it is 0 the cloud from which it came
+             *     is needed (see the volumes' `base_cloud`), and letting that go loses the guest's state. Absent: it does not run, or
+             *     that is not known (yet).
+             */
+            base_missing_bytes?: number | null;
             cloud?: null | components["schemas"]["CloudId"];
             cloud_name?: null | components["schemas"]["Name"];
             compat_class?: null | components["schemas"]["CompatClass"];
@@ -1436,6 +1443,13 @@ export interface components {
             items: {
                 /** @description What is wrong, if anything, and what to do. */
                 alarm?: string | null;
+                /**
+                 * Format: int64
+                 * @description Bytes that the cloud in which it runs still lacks of what its disks stand on: until it is 0 the cloud from which it came
+                 *     is needed (see the volumes' `base_cloud`), and letting that go loses the guest's state. Absent: it does not run, or
+                 *     that is not known (yet).
+                 */
+                base_missing_bytes?: number | null;
                 cloud?: null | components["schemas"]["CloudId"];
                 cloud_name?: null | components["schemas"]["Name"];
                 compat_class?: null | components["schemas"]["CompatClass"];

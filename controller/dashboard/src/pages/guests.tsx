@@ -77,6 +77,12 @@ function Follow(props: { guest: Guest }) {
   );
 }
 
+/** Until all of it is in the guest's own cloud, the cloud that it left is needed. */
+const baseText = (missing: number | null | undefined): string => {
+  if (missing === null || missing === undefined) return "–";
+  return missing === 0 ? "its cloud has all" : `its cloud lacks ${bytes(missing)}`;
+};
+
 export function GuestPage(props: { id: string }) {
   const guest = guests.value.get(props.id) ?? [...guests.value.values()].find((one) => one.name === props.id);
   if (!guest) return <Panel title="No such guest" wide><Empty>There is no guest {props.id}, or this token does not see it.</Empty></Panel>;
@@ -95,6 +101,7 @@ export function GuestPage(props: { id: string }) {
           ["address", guest.ipv4 ?? "–"],
           ["epoch", String(guest.epoch)],
           ["cold starts", guest.starts],
+          ["of what its disks stand on", baseText(guest.base_missing_bytes)],
           ["image", images.value.get(guest.image)?.name ?? guest.image],
           ["compat class", guest.compat_class ? `${guest.compat_class.back_end}/${guest.compat_class.accelerator}/${guest.compat_class.machine_version}` : "fixed at its first start"],
           ["follows prices", <Follow guest={guest} />],
