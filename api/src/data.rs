@@ -68,7 +68,7 @@ pub struct Opened {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "message")]
 pub enum HandoverMessage {
-    /// Source: the guest as its hypervisor describes it.
+    /// Source, once the blocks are ahead: the guest as its hypervisor describes it.
     Begin {
         /// The operation.
         operation: OperationId,
@@ -79,11 +79,14 @@ pub enum HandoverMessage {
         /// The back end's own data, base64, at most 256 KiB.
         cookie: String,
     },
-    /// Destination: it still copies blocks ahead; said now and then before `Prepared`.
+    /// Destination: it still copies blocks ahead; said now and then before `CopiedAhead`.
     Preparing {
         /// Bytes of blocks that have come so far.
         bytes: u64,
     },
+    /// Destination: the blocks that the source had are here; the source may begin. Until then its hypervisor has nothing to do
+    /// with the move, however long it lasts.
+    CopiedAhead,
     /// Destination: the hypervisor waits for the stream.
     Prepared {
         /// The back end's own data, base64.

@@ -37,9 +37,11 @@ use crate::{
 
 /// How long the other agent may take to come to the meeting.
 const MEET_BUDGET: Duration = Duration::from_secs(60);
-/// How long the destination may get no further. It copies blocks ahead before it makes its machine, which lasts as long
-/// as their size wants; no word of it for so long, or always the same, while the connection lives, means that it hangs.
-const PREPARED_BUDGET: Duration = Duration::from_secs(240);
+/// How long the destination may get no further with the blocks that it copies ahead, which last as long as their size wants; no word
+/// of it for so long, or always the same, while the connection lives, means that it hangs.
+const AHEAD_BUDGET: Duration = Duration::from_secs(240);
+/// How long the destination's hypervisor may take to be ready for the stream.
+const PREPARED_BUDGET: Duration = Duration::from_secs(90);
 /// A copy that moves nothing for so long is given up.
 const STILL_BUDGET: Duration = Duration::from_secs(60);
 /// How long a disk that does not answer may hold up the beginning of a move, and the time between two attempts.
@@ -133,27 +135,35 @@ pub fn roots(stamps: &[VolumeStamp]) -> Vec<VolumeRoot> {
     stamps.iter().map(root).collect()
 }
 
-/// Begins the move. A guest whose disk has not answered for a moment is resumed first: its volume's process is being started anew,
-/// and while a job is at the guest nobody else resumes it.
+/// Begins the move. A guest whose disk has not answered for a moment is resumed first.
 async fn begin(job: &Job, epoch: Epoch) -> Result<Cookie, JobError> {
-    let backend = &job.host.backend;
-    let live = backend.live_migration()?;
+    let live = job.host.backend.live_migration()?;
     let end = Instant::now() + STALL_BUDGET;
     loop {
         let error = match live.begin(job.guest).await {
             Ok(cookie) => return Ok(cookie),
             Err(error) => error,
         };
-        let state = backend.status(job.guest).await?.map(|info| info.state);
-        let stalls = matches!(error, BackendError::WrongState { .. })
-            && matches!(state, Some(RunState::Running | RunState::Paused(PauseReason::DiskError)));
+        let stalls = matches!(error, BackendError::WrongState { .. }) && resume_stalled(job, epoch).await?;
         if !stalls || Instant::now() >= end {
             return Err(error.into());
         }
-        if let Err(error) = backend.resume(job.guest, epoch).await {
-            tracing::debug!(guest = %job.guest, error = crate::chain(&error), "the disk does not answer yet");
-        }
         tokio::time::sleep(STALL_PAUSE).await;
+    }
+}
+
+/// Resumes the guest if its disk did not answer for a moment: its volume's process is being started anew, and while a job is at
+/// the guest nobody else resumes it. Whether it runs, or stands still for its disk alone.
+async fn resume_stalled(job: &Job, epoch: Epoch) -> Result<bool, JobError> {
+    match job.host.backend.status(job.guest).await?.map(|info| info.state) {
+        Some(RunState::Running) => Ok(true),
+        Some(RunState::Paused(PauseReason::DiskError)) => {
+            if let Err(error) = job.host.backend.resume(job.guest, epoch).await {
+                tracing::debug!(guest = %job.guest, error = crate::chain(&error), "the disk does not answer yet");
+            }
+            Ok(true)
+        }
+        _ => Ok(false),
     }
 }
 
@@ -179,9 +189,13 @@ async fn depart(
     };
     job.unless_cancelled(in_time("the destination", MEET_BUDGET, connected)).await?;
     let met_after = began.elapsed();
+    // The guest runs on, and goes on running.
+    job.unless_cancelled(copied_ahead(peer, || resume_stalled(job, epoch))).await?;
+    let ahead_after = began.elapsed();
     let cookie = job.unless_cancelled(begin(job, epoch)).await?;
     peer.handle.say(HandoverMessage::Begin { operation, guest, epoch, cookie: encode(&cookie) }).await;
-    let cookie = job.unless_cancelled(prepared(peer)).await?;
+    let prepared = in_time("the destination's readiness", PREPARED_BUDGET, prepared(peer));
+    let cookie = job.unless_cancelled(prepared).await?;
     let ready_after = began.elapsed();
     // So that sealing has little left to hash while the guest is paused. Only for speed: beside the copy, which is longer.
     let homes = volumes.to_vec();
@@ -246,7 +260,7 @@ async fn depart(
             job.show(progress(&performed.progress));
             let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
             tracing::info!(
-                %guest, %operation, met_ms = ms(met_after), ready_ms = ms(ready_after), copied_ms = ms(began.elapsed()),
+                %guest, %operation, met_ms = ms(met_after), ahead_ms = ms(ahead_after), ready_ms = ms(ready_after), copied_ms = ms(began.elapsed()),
                 paused_ms = ms(performed.paused_for), "the guest's memory has gone over"
             );
             let paused_at = Instant::now().checked_sub(performed.paused_for).unwrap_or_else(Instant::now);
@@ -265,17 +279,40 @@ pub async fn cancel(job: &Job) {
     }
 }
 
-/// Waits for the destination to be ready, as long as it gets on.
-async fn prepared(peer: &mut Peer) -> Result<Cookie, JobError> {
-    let (mut most, mut until) = (0, Instant::now() + PREPARED_BUDGET);
+/// Waits until the destination has copied the blocks ahead, as long as it gets on; `look` is done now and then meanwhile.
+async fn copied_ahead<L: Future<Output = Result<bool, JobError>>>(
+    peer: &mut Peer,
+    mut look: impl FnMut() -> L,
+) -> Result<(), JobError> {
+    let (mut most, mut until) = (0, Instant::now() + AHEAD_BUDGET);
+    let mut looks = interval(PROGRESS_EVERY);
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        let event = tokio::time::timeout_at(until, peer.events.recv()).await;
-        let event = event.map_err(|_| JobError::Deadline("the destination's readiness"))?;
-        match event.ok_or(JobError::Lost)? {
-            MeetingEvent::Message(HandoverMessage::Prepared { cookie }) => return decode(&cookie),
-            MeetingEvent::Message(HandoverMessage::Preparing { bytes }) if bytes > most => {
-                (most, until) = (bytes, Instant::now() + PREPARED_BUDGET);
+        let event = tokio::select! {
+            event = peer.events.recv() => event.ok_or(JobError::Lost)?,
+            () = tokio::time::sleep_until(until) => return Err(JobError::Deadline("the blocks that are copied ahead")),
+            _ = looks.tick() => {
+                look().await?;
+                continue;
             }
+        };
+        match event {
+            MeetingEvent::Message(HandoverMessage::CopiedAhead) => return Ok(()),
+            MeetingEvent::Message(HandoverMessage::Preparing { bytes }) if bytes > most => {
+                (most, until) = (bytes, Instant::now() + AHEAD_BUDGET);
+            }
+            MeetingEvent::Message(HandoverMessage::Failed { problem }) => return Err(JobError::Peer(problem)),
+            MeetingEvent::Lost => return Err(JobError::Lost),
+            _ => {}
+        }
+    }
+}
+
+/// Waits for the destination's hypervisor.
+async fn prepared(peer: &mut Peer) -> Result<Cookie, JobError> {
+    loop {
+        match peer.events.recv().await.ok_or(JobError::Lost)? {
+            MeetingEvent::Message(HandoverMessage::Prepared { cookie }) => return decode(&cookie),
             MeetingEvent::Message(HandoverMessage::Failed { problem }) => return Err(JobError::Peer(problem)),
             MeetingEvent::Lost => return Err(JobError::Lost),
             _ => {}
@@ -356,27 +393,26 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_destination_may_copy_ahead_for_as_long_as_it_gets_on() {
         let (said, mut peer) = meeting();
-        let waits = tokio::spawn(async move { prepared(&mut peer).await });
+        let waits = tokio::spawn(async move { copied_ahead(&mut peer, || std::future::ready(Ok(true))).await });
         for bytes in 1..100 {
-            tokio::time::sleep(PREPARED_BUDGET - Duration::from_secs(1)).await;
+            tokio::time::sleep(AHEAD_BUDGET - Duration::from_secs(1)).await;
             said.send(MeetingEvent::Message(HandoverMessage::Preparing { bytes })).await.unwrap();
         }
-        let cookie = Cookie::new(b"two".to_vec()).unwrap();
-        said.send(MeetingEvent::Message(HandoverMessage::Prepared { cookie: encode(&cookie) })).await.unwrap();
-        assert_eq!(waits.await.unwrap().unwrap(), cookie);
+        said.send(MeetingEvent::Message(HandoverMessage::CopiedAhead)).await.unwrap();
+        waits.await.unwrap().unwrap();
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_destination_that_always_says_the_same_hangs() {
         let (said, mut peer) = meeting();
-        let waits = tokio::spawn(async move { prepared(&mut peer).await });
+        let waits = tokio::spawn(async move { copied_ahead(&mut peer, || std::future::ready(Ok(true))).await });
         let begin = Instant::now();
         while !waits.is_finished() {
             let _ = said.send(MeetingEvent::Message(HandoverMessage::Preparing { bytes: 7 })).await;
             tokio::time::sleep(Duration::from_secs(5)).await;
         }
         assert!(matches!(waits.await.unwrap(), Err(JobError::Deadline(_))));
-        assert!(begin.elapsed() <= PREPARED_BUDGET + Duration::from_secs(10));
+        assert!(begin.elapsed() <= AHEAD_BUDGET + Duration::from_secs(10));
     }
 
     #[test]

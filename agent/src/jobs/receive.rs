@@ -39,7 +39,7 @@ use crate::{
 const ENCODING: base64::engine::GeneralPurpose = base64::engine::general_purpose::STANDARD;
 /// How long the other agent may take to come to the meeting.
 const MEET_BUDGET: Duration = Duration::from_secs(60);
-/// How long the source may take to begin once both have met: it first hears of it from the controller.
+/// How long the source may take to begin once the blocks are here: its disk may have to answer again first.
 const BEGIN_BUDGET: Duration = Duration::from_secs(60);
 /// How long the copying ahead of blocks may stand still before the guest's memory is asked for all the same.
 const STILL_BUDGET: Duration = Duration::from_secs(10);
@@ -101,9 +101,9 @@ async fn receive(job: &Job, wants: Wants) -> Result<Vec<VolumeStamp>, JobError> 
         })),
         OperationKind::Migrate { .. } => {
             let mut peer = peer.ok_or_else(|| JobError::Protocol("no other agent was named".to_owned()))?;
-            let received = job.unless_cancelled(arrive(job, &plan, &copy, &mut peer, bandwidth_bytes_per_s)).await;
+            let received = arrive(job, &plan, &copy, &mut peer, bandwidth_bytes_per_s).await;
             if let Err(error) = &received
-                && !matches!(error, JobError::Peer(_) | JobError::Lost)
+                && !matches!(error, JobError::Peer(_) | JobError::Lost | JobError::Cancelled)
             {
                 peer.handle.say(HandoverMessage::Failed { problem: error.problem() }).await;
             }
@@ -111,7 +111,7 @@ async fn receive(job: &Job, wants: Wants) -> Result<Vec<VolumeStamp>, JobError> 
         }
         OperationKind::Thaw { .. } => {
             let frozen = frozen.ok_or_else(|| JobError::Protocol("no memory state was named".to_owned()))?;
-            job.unless_cancelled(thaw(job, &plan, &copy, &sources, &frozen)).await
+            thaw(job, &plan, &copy, &sources, &frozen).await
         }
         _ => match (copy.origin, peer) {
             (VolumeOrigin::Peer, Some(mut peer)) => job.unless_cancelled(collect(job, &plan, &copy, &mut peer)).await,
@@ -129,15 +129,39 @@ async fn thaw(
     sources: &std::sync::Arc<ChunkSources>,
     frozen: &FrozenMemory,
 ) -> Result<Vec<VolumeStamp>, JobError> {
-    prepare::check_disk(job, frozen.bytes).await?;
     let path = job.places.memory();
-    // Left by an operation that did not succeed.
+    let stamps = job.unless_cancelled(fetch_memory(job, plan, copy, sources, frozen, &path)).await?;
+    // Awaited whatever becomes of the job: half started it would be left.
+    let info = job.host.backend.thaw(copy.launch.clone(), path.clone(), frozen.format.clone()).await;
+    // The hypervisor has read it all, or it is of no use.
     let _ = tokio::fs::remove_file(&path).await;
+    info?;
+    job.show(Progress {
+        memory_total_bytes: frozen.bytes,
+        memory_sent_bytes: frozen.bytes,
+        message: "its state is back in memory".to_owned(),
+        ..Progress::default()
+    });
+    Ok(stamps)
+}
+
+/// The memory of a frozen guest, out of the store into a file; the volumes are sealed then.
+async fn fetch_memory(
+    job: &Job,
+    plan: &DestinationPlan,
+    copy: &CopyRecord,
+    sources: &std::sync::Arc<ChunkSources>,
+    frozen: &FrozenMemory,
+    path: &Path,
+) -> Result<Vec<VolumeStamp>, JobError> {
+    prepare::check_disk(job, frozen.bytes).await?;
+    // Left by an operation that did not succeed.
+    let _ = tokio::fs::remove_file(path).await;
     let reader = prepare::reader(job, copy, sources);
     let root = prepare::parse_root(&frozen.root)?;
     let total = frozen.bytes;
     let shown = std::sync::Mutex::new(Instant::now() - PROGRESS_EVERY);
-    let exported = supercloud_storage::transfer::export_raw(&reader, root, &path, &job.cancel, |progress| {
+    let exported = supercloud_storage::transfer::export_raw(&reader, root, path, &job.cancel, |progress| {
         let mut at = shown.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if at.elapsed() >= PROGRESS_EVERY {
             *at = Instant::now();
@@ -153,24 +177,13 @@ async fn thaw(
     .await;
     exported.map_err(|source| JobError::Content { what: "the frozen memory", source: Box::new(source) })?;
     // In the store it is filled up to whole sectors.
-    let (file, bytes) = (path.clone(), frozen.bytes);
+    let (file, bytes) = (path.to_owned(), frozen.bytes);
     tokio::task::spawn_blocking(move || {
         std::fs::File::options().write(true).open(&file).and_then(|file| file.set_len(bytes))
     })
     .await?
-    .map_err(file_error("cut", &path))?;
-    let stamps = prepare::seal_here(copy, plan.from.epoch).await?;
-    let info = job.host.backend.thaw(copy.launch.clone(), path.clone(), frozen.format.clone()).await;
-    // The hypervisor has read it all, or it is of no use.
-    let _ = tokio::fs::remove_file(&path).await;
-    info?;
-    job.show(Progress {
-        memory_total_bytes: total,
-        memory_sent_bytes: total,
-        message: "its state is back in memory".to_owned(),
-        ..Progress::default()
-    });
-    Ok(stamps)
+    .map_err(file_error("cut", path))?;
+    prepare::seal_here(copy, plan.from.epoch).await
 }
 
 /// A guest that starts here while another host has its volumes.
@@ -200,34 +213,26 @@ async fn arrive(
 ) -> Result<Vec<VolumeStamp>, JobError> {
     let backend = &job.host.backend;
     let live = backend.live_migration()?;
-    let cookie = in_time("the source's beginning", MEET_BUDGET + BEGIN_BUDGET, begin(job, plan, peer)).await?;
-    let ahead: Vec<VolumeClient> = copy
-        .volumes
-        .iter()
-        .zip(&copy.spec.volumes)
-        .filter(|(_, spec)| spec.propagation == Propagation::HotStandby)
-        .map(|(home, _)| home.client())
-        .collect();
-    for client in &ahead {
-        let started = client.pre_copy(bandwidth_bytes_per_s).await;
-        started.map_err(|source| JobError::Volume { what: "copy ahead", source })?;
-    }
+    let ahead = async {
+        in_time("the source", MEET_BUDGET, met(peer)).await?;
+        copy_ahead(job, copy, bandwidth_bytes_per_s, peer).await?;
+        peer.handle.say(HandoverMessage::CopiedAhead).await;
+        in_time("the source's beginning", BEGIN_BUDGET, begin(job, plan, peer)).await
+    };
+    let cookie = job.unless_cancelled(ahead).await?;
     let listen = job.places.incoming_stream();
     let _ = tokio::fs::remove_file(&listen).await;
-    // Blocks come while the hypervisor starts. Its start is awaited whatever becomes of them: half started, it would be left.
-    let (copied, cookie) =
-        tokio::join!(copy_ahead(job, copy, &ahead, peer), live.prepare(copy.launch.clone(), cookie, listen.clone()));
-    copied?;
-    let cookie = cookie?;
+    // Awaited whatever becomes of the job: half started it would be left.
+    let cookie = live.prepare(copy.launch.clone(), cookie, listen.clone()).await?;
     peer.handle.say(HandoverMessage::Prepared { cookie: ENCODING.encode(cookie.as_bytes()) }).await;
     let mut streams = JoinSet::new();
-    let performed = performed(job, copy, peer, &listen, &mut streams).await?;
+    let performed = job.unless_cancelled(performed(job, copy, peer, &listen, &mut streams)).await?;
     let at = Instant::now();
     job.tell(Fact::Arrived { at, paused_for: performed.paused_for }).await;
     // The guest stands still everywhere now: both at once, while the stream's last bytes are still carried.
     let adopt = in_time("the volumes' maps", ADOPT_BUDGET, adopt(job, plan, copy, &performed.volumes));
     let complete = async { live.complete(job.guest, performed.cookie).await.map_err(JobError::from) };
-    let (stamps, info) = tokio::try_join!(adopt, complete)?;
+    let (stamps, info) = job.unless_cancelled(async { tokio::try_join!(adopt, complete) }).await?;
     drop(streams);
     tracing::info!(guest = %job.guest, operation = %job.operation, ?info, "everything of the guest is here");
     Ok(stamps)
@@ -245,6 +250,17 @@ async fn next_message(peer: &mut Peer) -> Result<HandoverMessage, JobError> {
             MeetingEvent::Message(message) => return Ok(message),
             // Before anything has been copied a broken connection costs nothing: it is dialled again.
             MeetingEvent::Connected | MeetingEvent::Lost | MeetingEvent::Memory(_) => {}
+        }
+    }
+}
+
+/// Waits for the two to have met.
+async fn met(peer: &mut Peer) -> Result<(), JobError> {
+    loop {
+        match next_event(peer).await? {
+            MeetingEvent::Connected => return Ok(()),
+            MeetingEvent::Message(HandoverMessage::Failed { problem }) => return Err(JobError::Peer(problem)),
+            _ => {}
         }
     }
 }
@@ -279,7 +295,19 @@ pub fn encode(cookie: &Cookie) -> String {
 }
 
 /// Waits until the blocks that the source has now have been copied once, or copying stands still.
-async fn copy_ahead(job: &Job, copy: &CopyRecord, ahead: &[VolumeClient], peer: &mut Peer) -> Result<(), JobError> {
+async fn copy_ahead(
+    job: &Job,
+    copy: &CopyRecord,
+    bandwidth_bytes_per_s: Option<u64>,
+    peer: &mut Peer,
+) -> Result<(), JobError> {
+    let specs = copy.volumes.iter().zip(&copy.spec.volumes);
+    let ahead: Vec<VolumeClient> =
+        specs.filter(|(_, spec)| spec.propagation == Propagation::HotStandby).map(|(home, _)| home.client()).collect();
+    for client in &ahead {
+        let started = client.pre_copy(bandwidth_bytes_per_s).await;
+        started.map_err(|source| JobError::Volume { what: "copy ahead", source })?;
+    }
     let mut ticks = interval(PROGRESS_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let (mut last, mut moved_at) = (0, Instant::now());
@@ -294,7 +322,7 @@ async fn copy_ahead(job: &Job, copy: &CopyRecord, ahead: &[VolumeClient], peer: 
             _ = ticks.tick() => {}
         }
         let mut is_done = true;
-        for client in ahead {
+        for client in &ahead {
             let status = client.status().await.map_err(|source| JobError::Volume { what: "answer", source })?;
             is_done &= status.pre_copy.passes >= 1;
         }

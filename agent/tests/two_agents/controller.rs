@@ -77,6 +77,8 @@ struct State {
     reports: HashMap<(HostId, GuestId), link::GuestReport>,
     /// How often sources were asked for since.
     asked_for_sources: u32,
+    /// Of the moves that begin, in bits per second.
+    bandwidth_bps: Option<u64>,
 }
 
 pub struct Controller {
@@ -126,6 +128,7 @@ impl Controller {
                 tickets_have_aged: false,
                 reports: HashMap::new(),
                 asked_for_sources: 0,
+                bandwidth_bps: None,
             }),
             signer: Signer::from_pkcs8(&Signer::generate_pkcs8().unwrap()).unwrap(),
             issuer,
@@ -211,6 +214,11 @@ impl Controller {
 
     pub fn record(&self, guest: GuestId) -> OwnerRecord {
         self.state().records[&guest].clone()
+    }
+
+    /// What the moves from now on may take of the link, in bits per second.
+    pub fn limit_bandwidth(&self, bandwidth_bps: Option<u64>) {
+        self.state().bandwidth_bps = bandwidth_bps;
     }
 
     /// What it knows, for the message of a test that fails.
@@ -400,7 +408,11 @@ impl Controller {
             peer,
             ticket: permission,
             chunk_sources,
-            migration: MigrationOptions { auto_converge: true, ..MigrationOptions::default() },
+            migration: MigrationOptions {
+                auto_converge: true,
+                bandwidth_bps: state.bandwidth_bps,
+                ..MigrationOptions::default()
+            },
             grace_ms: 0,
             frozen,
         }

@@ -187,6 +187,35 @@ async fn a_guest_whose_disk_does_not_answer_for_a_moment_moves_all_the_same() {
     assert_eq!(lab.world.boots.load(Ordering::SeqCst), 1);
 }
 
+/// However long blocks are copied ahead, the guest goes on meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_does_not_answer_while_blocks_are_copied_ahead_stops_the_guest_for_a_moment_only() {
+    let lab = Lab::begin(&[true, true]).await;
+    let guest = lab.add_guest();
+    lab.start(guest, 0).await;
+    lab.check(guest).await;
+    // Some MiB of blocks: that is minutes.
+    lab.controller.limit_bandwidth(Some(64 << 10));
+    let operation = lab.controller.operate(guest, lab.migrate(1));
+    lab.eventually("blocks are copied ahead", async || {
+        let progress = lab.controller.progress(operation);
+        progress.is_some_and(|progress| progress.disk_bytes_before_resume.is_some_and(|bytes| bytes > 0))
+    })
+    .await;
+    for pid in lab.hosts[0].volume_pids() {
+        assert!(std::process::Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap().success());
+    }
+    lab.eventually("the disk stalls", async || lab.world.running(guest) == 0).await;
+    lab.eventually("the guest runs again", async || lab.world.running(guest) == 1).await;
+    assert!(lab.controller.record(guest).operation.is_some(), "blocks are still copied ahead");
+    assert!(lab.controller.abort(guest, operation));
+    assert_eq!(lab.controller.ended(guest, operation).await, Phase::RolledBack);
+    lab.controller.limit_bandwidth(None);
+    lab.done(guest, lab.migrate(1)).await;
+    lab.check(guest).await;
+    assert_eq!(lab.world.boots.load(Ordering::SeqCst), 1);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_that_powers_itself_off_is_told_of_and_not_lost() {
     let lab = Lab::begin(&[true]).await;
