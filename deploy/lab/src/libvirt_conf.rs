@@ -20,11 +20,7 @@ pub const ACCOUNTS: [(&str, &str, &[&str]); 2] = [
             "supercloud-volume:x:64058:64058:Supercloud volume processes:/nonexistent:/usr/sbin/nologin",
         ],
     ),
-    (
-        "group",
-        "/etc/group",
-        &["libvirt-qemu:x:64055:", "kvm:x:64056:", "libvirt:x:64057:", "supercloud-volume:x:64058:"],
-    ),
+    ("group", "/etc/group", &["libvirt-qemu:x:64055:", "libvirt:x:64057:", "supercloud-volume:x:64058:"]),
 ];
 
 /// The text of an account file with the lines added whose name is not there yet.
@@ -41,6 +37,30 @@ pub fn with_accounts(mut text: String, more: &[&str]) -> String {
         }
     }
     text
+}
+
+/// The text of a group file with `user` in the group of number `gid`, which is added as `name` when it is not there.
+///
+/// Debian's package puts libvirt-qemu into the group of /dev/kvm. A libvirtd whose QEMU may not open it although it found it usable
+/// holds what it knows of QEMU for outdated and asks QEMU anew, seconds each time, whenever it starts a guest
+/// (`virQEMUCapsIsValid`).
+#[must_use]
+pub fn with_member(text: &str, name: &str, gid: u32, user: &str) -> String {
+    let number = gid.to_string();
+    let mut is_there = false;
+    let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+    for line in lines.iter_mut().filter(|line| line.split(':').nth(2) == Some(&number)) {
+        is_there = true;
+        let members = line.rsplit(':').next().unwrap_or_default();
+        if !members.split(',').any(|member| member == user) {
+            let comma = if members.is_empty() { "" } else { "," };
+            *line = format!("{line}{comma}{user}");
+        }
+    }
+    if !is_there {
+        lines.push(format!("{name}:x:{gid}:{user}"));
+    }
+    lines.join("\n") + "\n"
 }
 
 /// The files below /etc/libvirt: (path, text).
@@ -89,6 +109,18 @@ mod tests {
         assert_eq!(once.lines().count(), 1 + ACCOUNTS[0].2.len());
         assert!(once.lines().any(|line| line.starts_with("supercloud-volume:x:64058:")));
         assert_eq!(with_accounts(once.clone(), ACCOUNTS[0].2), once);
+    }
+
+    #[test]
+    fn members_are_added_once() {
+        for (before, after) in [
+            ("root:x:0:\n", "root:x:0:\nkvm:x:110:q\n"),
+            ("virt:x:110:\nroot:x:0:", "virt:x:110:q\nroot:x:0:\n"),
+            ("kvm:x:110:other", "kvm:x:110:other,q\n"),
+        ] {
+            assert_eq!(with_member(before, "kvm", 110, "q"), after);
+            assert_eq!(with_member(after, "kvm", 110, "q"), after);
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::Ipv4Addr;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -240,7 +241,12 @@ impl Site {
         state::write_public(&self.dir.join("hosts"), hosts_file)?;
         for (own, place, more) in crate::libvirt_conf::ACCOUNTS {
             let text = fs::read_to_string(place).unwrap_or_default();
-            let text = crate::libvirt_conf::with_accounts(text, more);
+            let mut text = crate::libvirt_conf::with_accounts(text, more);
+            // The superuser's own group is nobody else's.
+            let kvm = fs::metadata("/dev/kvm").map(|device| device.gid()).unwrap_or(0);
+            if own == "group" && kvm != 0 {
+                text = crate::libvirt_conf::with_member(&text, "kvm", kvm, "libvirt-qemu");
+            }
             state::write_public(&self.dir.join(own), &text)?;
         }
         if self.has_libvirt {

@@ -136,7 +136,7 @@ impl Report {
     #[must_use]
     pub fn verdict_lines(&self) -> Vec<String> {
         let Checked { bytes: checked_bytes, writes, ticks } = self.checked;
-        let number = |number: Option<u64>| number.map_or_else(|| "an unknown number".to_owned(), |n| n.to_string());
+        let number = |number: Option<u64>| number.map_or_else(|| "?".to_owned(), |n| n.to_string());
         let checked = [
             format!("{} arrivals of data on one stream", number(ticks)),
             format!(

@@ -324,6 +324,7 @@ pub fn how_to_go_on(fleet: &Fleet) -> anyhow::Result<String> {
     let bin = bin.display();
     let lab = &fleet.lab().spec().name;
     let url = fleet.url();
+    let address = url.trim_start_matches("https://");
     let (operator, admin, ca) = (fleet.operator_token_file(), fleet.admin_token_file()?, fleet.ca_file()?);
     let (operator, admin, ca) = (operator.display(), admin.display(), ca.display());
     Ok(format!(
@@ -341,10 +342,13 @@ Everything is still up. The API and the dashboard: {url}
   supercloud guest freeze {SERVER} --watch && supercloud guest thaw {SERVER} --to aws-east --watch
   supercloud operation list
   supercloud market list
-  supercloud-lab status                            links and daemons
-  supercloud-lab partition aws-east gcp-west       cut a link; `supercloud-lab heal` heals all
+  supercloud-lab status                          # links and daemons
+  supercloud-lab partition aws-east gcp-west     # cuts a link; `supercloud-lab heal` heals all
 
-  supercloud-lab down                              takes everything down"
+The dashboard wants a token: cat $SUPERCLOUD_TOKEN_FILE. Only this machine reaches the lab; from another one:
+ssh -L 8443:{address} THIS-MACHINE, then https://localhost:8443.
+
+When you have seen enough, this takes everything down: supercloud-lab --lab {lab} down"
     ))
 }
 
