@@ -33,7 +33,21 @@ impl std::fmt::Display for OperationFailed {
 
 impl std::error::Error for OperationFailed {}
 
+/// `supercloud ... | head` ends like any command when nobody reads on: Rust ignores SIGPIPE and has `println!` panic instead.
+fn end_quietly_without_a_reader() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let said = panic.payload().downcast_ref::<String>().map_or("", String::as_str);
+        if said.starts_with("failed printing to stdout") && said.contains("Broken pipe") {
+            // As the shell tells of a process that SIGPIPE ended.
+            std::process::exit(141);
+        }
+        usual(panic);
+    }));
+}
+
 fn main() -> ExitCode {
+    end_quietly_without_a_reader();
     let arguments = Arguments::parse();
     // Nothing but computing: no runtime, no controller.
     if let Noun::Simulate(simulate) = &arguments.noun {

@@ -33,7 +33,10 @@ impl Bar {
         // What cannot be shown is not worth failing for.
         let _ignored = if self.is_terminal {
             self.is_dirty = true;
-            write!(out, "\r\x1b[2K{}", line(operation, self.share))
+            // A line that wraps is not rewritten but left behind.
+            let columns = terminal_size::terminal_size_of(&out).map_or(80, |(columns, _)| usize::from(columns.0));
+            let shown: String = line(operation, self.share).chars().take(columns.saturating_sub(1)).collect();
+            write!(out, "\r\x1b[2K{shown}")
         } else if is_new_phase {
             writeln!(out, "{}", line(operation, self.share))
         } else {
@@ -90,9 +93,12 @@ pub fn line(operation: &Operation, share: f64) -> String {
         text.push_str(&format!("  {} sent", bytes(progress.memory_sent_bytes)));
     }
     if operation.phase == Phase::Copy && progress.memory_total_bytes > 0 {
+        text.push_str(&format!(", {} left", bytes(progress.memory_remaining_bytes)));
+    }
+    // Rounds and what the guest writes meanwhile: of a copy of a running guest.
+    if operation.phase == Phase::Copy && progress.round > 0 {
         text.push_str(&format!(
-            ", {} left, round {}, dirty {}/s, link {}/s, ETA {}",
-            bytes(progress.memory_remaining_bytes),
+            ", round {}, dirty {}/s, link {}/s, ETA {}",
             progress.round,
             bytes(progress.dirty_bytes_per_s),
             bytes(progress.bandwidth_bytes_per_s),

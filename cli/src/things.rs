@@ -191,15 +191,20 @@ async fn images(client: &Client, output: Output, verb: ImageVerb) -> anyhow::Res
                 None => file.file_stem().map(|stem| stem.to_string_lossy().to_lowercase()).unwrap_or_default(),
             };
             let parts = [(ImagePart::Disk, Some(file)), (ImagePart::Kernel, kernel), (ImagePart::Initrd, initrd)];
+            // All there before anything is made of it.
+            let mut files = Vec::new();
+            for (part, path) in parts {
+                if let Some(path) = path {
+                    files.push((part, open_part(&path).await?));
+                }
+            }
             let image = match client.image(&name).await {
                 // An upload that broke off goes on where it stopped.
                 Ok(image) if image.state == supercloud_api::ImageState::Uploading => image,
                 _ => client.create_image(&ImageCreate { name: name.parse()?, project: None, cmdline }).await?,
             };
-            for (part, path) in parts {
-                if let Some(path) = path {
-                    upload(client, &image, part, &path).await?;
-                }
+            for (part, file) in files {
+                upload(client, &image, part, file).await?;
             }
             let operation = client.import_image(&image.id.to_string(), &ImageImport::default()).await?;
             show::follow(client, output, operation, Watch { watch: true, no_watch: false }).await
@@ -208,20 +213,26 @@ async fn images(client: &Client, output: Output, verb: ImageVerb) -> anyhow::Res
     }
 }
 
+async fn open_part(path: &Path) -> anyhow::Result<tokio::fs::File> {
+    let file = tokio::fs::File::open(path).await.with_context(|| format!("opening {}", path.display()))?;
+    let about = file.metadata().await.with_context(|| format!("reading {}", path.display()))?;
+    anyhow::ensure!(about.is_file() && about.len() > 0, "{} is not a file with anything in it", path.display());
+    Ok(file)
+}
+
 /// Uploads a part from where the controller has it.
-async fn upload(client: &Client, image: &Image, part: ImagePart, path: &Path) -> anyhow::Result<()> {
-    let mut file = tokio::fs::File::open(path).await.with_context(|| format!("opening {}", path.display()))?;
+async fn upload(client: &Client, image: &Image, part: ImagePart, mut file: tokio::fs::File) -> anyhow::Result<()> {
     let size = file.metadata().await?.len();
     let mut offset = image.uploaded.iter().find(|u| u.part == part).map_or(0, |u| u.bytes);
     if offset > size {
-        bail!("the controller has {offset} bytes of {}, which is shorter: another file?", path.display());
+        bail!("the controller has {offset} bytes of this part, more than the file has: is it another one?");
     }
     tokio::io::AsyncSeekExt::seek(&mut file, std::io::SeekFrom::Start(offset)).await?;
     while offset < size {
         let mut piece = Vec::with_capacity(PIECE_BYTES);
         (&mut file).take(PIECE_BYTES as u64).read_to_end(&mut piece).await?;
         if piece.is_empty() {
-            bail!("{} became shorter while it was read", path.display());
+            bail!("the file became shorter while it was read");
         }
         let length = piece.len() as u64;
         client.upload_part(&image.id.to_string(), part, offset, piece.into()).await?;

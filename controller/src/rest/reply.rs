@@ -137,7 +137,7 @@ impl Failure {
     /// The name is taken.
     #[must_use]
     pub fn name_taken(noun: &str, name: &supercloud_api::Name) -> Self {
-        Self::new(Code::NameTaken, format!("there is a {noun} '{name}' already"))
+        Self::new(Code::NameTaken, format!("another {noun} has the name '{name}'"))
     }
 
     /// What the client is told.
