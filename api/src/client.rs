@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 use futures::{Stream, StreamExt as _};
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde::{Serialize, de::DeserializeOwned};
-use supercloud_ids::{OperationId, RequestId};
+use supercloud_ids::{OperationId, RentingId, RequestId};
 
 use crate::{
     Cloud, CloudCreate, Event, FeedClock, Freeze, Guest, GuestCreate, GuestFreeze, GuestMigrate, GuestPatch,
-    GuestStart, GuestStop, GuestThaw, Host, HostPatch, Image, ImageCreate, ImageImport, ImagePart, JoinRequest,
-    JoinResponse, JoinToken, JoinTokenCreate, Market, Network, NetworkCreate, Operation, Page, Placement, Port,
-    PriceSeries, Problem, Project, ProjectCreate, Token, TokenCreate, TokenSecret, Volume, WhoAmI,
+    GuestStart, GuestStop, GuestThaw, Host, HostPatch, HostRent, Image, ImageCreate, ImageImport, ImagePart,
+    JoinRequest, JoinResponse, JoinToken, JoinTokenCreate, Market, Network, NetworkCreate, Operation, Page, Placement,
+    Port, PriceSeries, Problem, Project, ProjectCreate, Renting, Token, TokenCreate, TokenSecret, Volume, WhoAmI,
 };
 
 /// How long one attempt of a request may take when it does not say otherwise.
@@ -399,6 +399,18 @@ calls! {
     volumes() -> Vec<Volume> = list("/v1/volumes");
     /// One volume.
     volume(volume: &str) -> Volume = get(format!("/v1/volumes/{volume}"));
+    /// Rents a host in a cloud.
+    rent_host(cloud: &str, body: &HostRent) -> Operation = post(format!("/v1/clouds/{cloud}/rent"), body);
+    /// What renting it would do; nothing happens.
+    plan_rent(cloud: &str, body: &HostRent) -> Operation = post(format!("/v1/clouds/{cloud}/rent?dry_run=true"), body);
+    /// All rentings, oldest first, also those that have ended.
+    rentings() -> Vec<Renting> = list("/v1/rentings");
+    /// One renting.
+    renting(renting: RentingId) -> Renting = get(format!("/v1/rentings/{renting}"));
+    /// Gives a rented host back; `force`: also what only this host has.
+    return_renting(renting: RentingId, force: bool) -> Operation = post(format!("/v1/rentings/{renting}/return?force={force}"), &());
+    /// The join token of a reserved machine on which the agent is started by hand.
+    renting_join_token(renting: RentingId) -> JoinToken = post(format!("/v1/rentings/{renting}/join-token"), &());
     /// All networks.
     networks() -> Vec<Network> = list("/v1/networks");
     /// One network.

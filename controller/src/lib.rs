@@ -22,6 +22,7 @@ pub mod operations;
 pub mod overlay;
 pub mod placement;
 pub mod price_board;
+pub mod renting;
 pub mod rest;
 pub mod state;
 

@@ -21,6 +21,10 @@ Everything else has a default:
   store = \"sled\"                         # or { etcd = [\"http://127.0.0.1:2379\"] } where built with --features etcd
   log = \"info\"                           # as RUST_LOG, which goes before it
   log_json = false
+  [[providers]]                          # who rents hosts to us; clouds name it: cloud create home --provider rack
+  name = \"rack\"
+  driver = \"static\"                      # own machines: renting one reserves it and shows a join token
+  machines = [{ address = \"192.0.2.7\", type = \"big\", vcpus = 8, memory_gib = 32, usd_per_hour = \"0.05\" }]
   [feed]                                 # a price feed to replay
   file = \"/etc/supercloud/feed.csv\"
   start_ms = 0

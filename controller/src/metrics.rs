@@ -123,6 +123,8 @@ fn kind_name(kind: OperationKind) -> &'static str {
         OperationKind::GuestMigrate => "guest_migrate",
         OperationKind::GuestFreeze => "guest_freeze",
         OperationKind::GuestThaw => "guest_thaw",
+        OperationKind::HostRent => "host_rent",
+        OperationKind::HostReturn => "host_return",
     }
 }
 

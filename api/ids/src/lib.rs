@@ -144,6 +144,8 @@ ids! {
     FreezeId, "frz", "a freeze";
     /// An access token (the secret itself is never an id).
     TokenId, "tok", "a token";
+    /// A host rented from a provider, from the order to its end.
+    RentingId, "rnt", "a renting";
     /// One request, for tracing an effect back to its cause.
     RequestId, "req", "a request";
 }

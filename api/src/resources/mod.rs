@@ -9,6 +9,7 @@ mod network;
 mod operation;
 mod place;
 mod placement;
+mod renting;
 
 pub use access::*;
 pub use event::*;
@@ -19,3 +20,4 @@ pub use network::*;
 pub use operation::*;
 pub use place::*;
 pub use placement::*;
+pub use renting::*;

@@ -24,6 +24,10 @@ pub enum OperationKind {
     GuestFreeze,
     /// Resumes a frozen guest.
     GuestThaw,
+    /// Rents a host from a provider.
+    HostRent,
+    /// Gives a rented host back.
+    HostReturn,
 }
 
 /// Where an operation is. Phases only go forward; the names of a migration's are those of the design's section 4.

@@ -15,7 +15,7 @@ pub struct Cloud {
     pub id: CloudId,
     /// Its name, unique in the whole system.
     pub name: Name,
-    /// The driver that rents hosts there: `static` or `lab`.
+    /// The provider: one of the controller's settings, or `static` or `lab`, where nothing is rented.
     pub provider: String,
     /// When it was made known.
     pub created_at_ms: u64,

@@ -7,6 +7,8 @@ use std::{
 
 use serde::Deserialize;
 
+use crate::renting::ProviderConfig;
+
 /// The largest settings file, in bytes.
 const MAX_FILE_BYTES: usize = 1 << 20;
 
@@ -37,6 +39,9 @@ pub struct Config {
     /// A price feed to replay.
     #[serde(default)]
     pub feed: Option<FeedConfig>,
+    /// Who rents hosts to us.
+    #[serde(default)]
+    pub providers: Vec<ProviderConfig>,
     /// What is logged, in the syntax of `RUST_LOG` (which goes before this).
     #[serde(default = "default_log")]
     pub log: String,

@@ -18,6 +18,7 @@ use std::{
 };
 
 use futures::FutureExt as _;
+use tokio::sync::Notify;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use config::{Config, ConfigError, FeedConfig, StoreConfig};
@@ -31,6 +32,7 @@ use crate::{
     metrics::Metrics,
     operations::progress::ProgressBoard,
     price_board::Markets,
+    renting::{self, Place, PlaceParts, ProviderConfigError, Providers},
     rest,
     state::{LiveHosts, State, StateError},
 };
@@ -53,6 +55,10 @@ pub struct Parts {
     pub hosts: LiveHosts,
     /// Where a price feed posts its board.
     pub markets: Markets,
+    /// Who rents hosts to us.
+    pub providers: Providers,
+    /// Tells the tasks of providers that a renting has changed.
+    pub renting_wake: Arc<Notify>,
     /// How far operations are, newer than their records.
     pub progress: ProgressBoard,
     /// What agents are told to dial; known once the link listens.
@@ -136,6 +142,9 @@ pub enum StartError {
     /// The price feed.
     #[error("the price feed")]
     Feed(#[from] MarketsError),
+    /// A provider.
+    #[error("the settings: [[providers]]")]
+    Providers(#[from] ProviderConfigError),
     /// A thread ended early.
     #[error("the start was interrupted")]
     Interrupted,
@@ -178,6 +187,10 @@ impl Controller {
         authority: Authority,
     ) -> Result<(Parts, SocketAddr), StartError> {
         let state = State::open(store.handle()).await?;
+        let settings = Arc::clone(&config);
+        let providers = tokio::task::spawn_blocking(move || Providers::open(&settings.providers))
+            .await
+            .map_err(|_| StartError::Interrupted)??;
         auth::bootstrap(&state, &keys.root, &config.data_dir).await?;
         let parts = Parts {
             config,
@@ -186,6 +199,8 @@ impl Controller {
             authority: Arc::new(authority),
             hosts: LiveHosts::default(),
             markets: Markets::default(),
+            providers,
+            renting_wake: Arc::default(),
             progress: ProgressBoard::default(),
             link_address: Arc::default(),
             stop: CancellationToken::new(),
@@ -219,6 +234,18 @@ async fn start_parts(parts: &Parts) -> Result<SocketAddr, StartError> {
     let metrics = Metrics::default();
     parts.spawn("operation watcher", metrics.clone().operation_watcher(parts.clone()));
     parts.spawn("expiry reaper", rest::expiry_reaper(parts.clone()));
+    for (name, configured) in parts.providers.iter() {
+        let place = PlaceParts {
+            state: parts.state.clone(),
+            keys: Arc::clone(&parts.keys),
+            owner: parts.authority.fingerprint(),
+            controller_url: parts.config.api_url(),
+            wake: Arc::clone(&parts.renting_wake),
+            limits: renting::machine::Limits::default(),
+            pace: renting::Pace::default(),
+        };
+        parts.spawn("rentings", Place::new(place, name, configured.clone()).run());
+    }
     let api = rest::Api::new(parts, &metrics);
     engine.open_guest_door(Arc::new(rest::GuestCalls::new(api.clone())));
     rest::serve(parts, rest::router(api))

@@ -10,6 +10,6 @@ mod token;
 pub use access::{Access, Caller, Denied, ROUTES, Reach, Route, find_route};
 pub use session::{CSRF_HEADER, SESSION_MS, Session};
 pub use token::{
-    ADMIN_TOKEN_FILE, BootstrapError, DEFAULT_PROJECT, bootstrap, guest_token_id, new_guest_token, new_project,
-    new_token, secret_sha256, token_of_id, token_of_secret,
+    ADMIN_TOKEN_FILE, BootstrapError, DEFAULT_PROJECT, bootstrap, guest_token_id, join_token, new_guest_token,
+    new_project, new_token, secret_sha256, token_of_id, token_of_secret,
 };

@@ -5,7 +5,7 @@ use std::path::Path;
 use base64::Engine as _;
 use supercloud_api::{
     Guest, Name, Project, Quota, Role, Token,
-    ids::{GuestId, ProjectId, TokenId},
+    ids::{GuestId, HostId, ProjectId, TokenId},
     unix_ms,
 };
 
@@ -27,6 +27,12 @@ pub const DEFAULT_PROJECT: &str = "default";
 #[must_use]
 pub fn secret_sha256(secret: &str) -> String {
     hex::encode(ring::digest::digest(&ring::digest::SHA256, secret.as_bytes()).as_ref())
+}
+
+/// The text of a host's join token: its id-to-be, its secret, and the fingerprint of the CA that the agent is to trust.
+#[must_use]
+pub fn join_token(host: HostId, secret: &str, ca_fingerprint: &str) -> String {
+    format!("scjoin.{host}.{secret}.{ca_fingerprint}")
 }
 
 /// A fresh token and its secret. Nothing is stored: [`TokenRecord::store_in`].

@@ -270,6 +270,8 @@ impl Engine {
                 Ok(())
             }
             Work::GuestDelete => self.delete_step(operation.id).await,
+            // Carried out by whoever speaks with providers: see `crate::renting`.
+            Work::HostRent | Work::HostReturn => Ok(()),
             _ if operation.is_cancel_requested => self.cancel(operation.id).await,
             _ if operation.phase == supercloud_api::Phase::Plan => self.begin(operation.id).await,
             _ => Ok(()),

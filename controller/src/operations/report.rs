@@ -3,7 +3,7 @@
 use std::{sync::PoisonError, time::Duration};
 
 use supercloud_api::{
-    Cloud, Code, Freeze, Host, OperationKind, Phase, Port, Problem, Volume,
+    Cloud, Code, Freeze, Host, Phase, Port, Problem, Volume,
     handover::{
         self, AbortReason, Accepted, Alarm, BeginRequest, GroupNeed, Order, OwnerRecord, Report, VolumeStamp, WhenOpen,
     },
@@ -337,7 +337,9 @@ impl Engine {
             since.is_some_and(|since| now_ms > since.saturating_add(budget_ms))
         };
         let late = match (operation.phase, &record.work) {
-            (Phase::Plan, Work::GuestDelete | Work::ImageImport { .. }) => None,
+            (Phase::Plan, Work::GuestDelete | Work::ImageImport { .. }) | (_, Work::HostRent | Work::HostReturn) => {
+                None
+            }
             (Phase::Plan, _) if is_over(Some(operation.created_at_ms), pace.plan_budget) => Some(format!(
                 "it could not begin within {} s: another operation, or blocks that other hosts hold, stand in its way",
                 pace.plan_budget.as_secs()
@@ -513,6 +515,6 @@ fn kind_of(record: &OperationRecord, guest: &GuestRecord) -> Option<handover::Op
         (Work::GuestMigrate { .. }, _) => Kind::Migrate { to: to?, post_copy: false },
         (Work::GuestFreeze { freeze }, _) => Kind::Freeze { freeze: *freeze },
         (Work::GuestThaw { freeze }, _) => Kind::Thaw { freeze: *freeze, to: to? },
-        (Work::ImageImport { .. } | Work::GuestDelete, OperationKind::ImageImport | _) => return None,
+        (Work::ImageImport { .. } | Work::GuestDelete | Work::HostRent | Work::HostReturn, _) => return None,
     })
 }

@@ -10,8 +10,8 @@ use supercloud_api::{Cloud, CloudCreate, Page, Ref, ids::CloudId, unix_ms};
 use super::{Api, Asker, Failure, Reply, body};
 use crate::state::{Change, EventDraft, Named as _, retry_conflicts};
 
-/// The drivers that this controller has.
-const PROVIDERS: [&str; 2] = ["static", "lab"];
+/// Clouds in which nothing is rented: their hosts join by themselves.
+const WITHOUT_RENTING: [&str; 2] = ["static", "lab"];
 
 /// All clouds.
 #[utoipa::path(get, path = "/v1/clouds", tag = "clouds", responses((status = 200, body = Page<Cloud>)))]
@@ -32,9 +32,12 @@ pub async fn read(State(api): State<Api>, asker: Asker, Path(cloud): Path<String
 #[utoipa::path(post, path = "/v1/clouds", tag = "clouds", request_body = CloudCreate, responses((status = 201, body = Cloud)))]
 pub async fn create(State(api): State<Api>, asker: Asker, headers: HeaderMap, bytes: Bytes) -> Result<Reply, Failure> {
     let wanted: CloudCreate = body(&headers, &bytes)?;
-    if !PROVIDERS.contains(&wanted.provider.as_str()) {
-        let known = PROVIDERS.join(", ");
-        return Err(Failure::bad(format!("provider: this controller has no such driver; it has: {known}")));
+    let provider = wanted.provider.as_str();
+    if !WITHOUT_RENTING.contains(&provider) && api.parts.providers.get(provider).is_none() {
+        let known: Vec<&str> =
+            WITHOUT_RENTING.into_iter().chain(api.parts.providers.iter().map(|(name, _)| name)).collect();
+        let known = known.join(", ");
+        return Err(Failure::bad(format!("provider: this controller has no such provider; it has: {known}")));
     }
     let cloud =
         Cloud { id: CloudId::generate(), name: wanted.name, provider: wanted.provider, created_at_ms: unix_ms() };

@@ -96,57 +96,67 @@ async fn only_here(api: &Api, host: &Host, guests: &[Stored<GuestRecord>]) -> Re
     Ok(found)
 }
 
+/// Adds to a change that a host is removed: its certificate is denied at once, and what it ran alone is declared lost. Refused while
+/// its agent is connected and it owns guests, and unless `force` is set while others need what only it has.
+pub(super) async fn removal(
+    api: &Api,
+    found: &Stored<HostRecord>,
+    force: bool,
+    change: &mut Change,
+) -> Result<HostRecord, Failure> {
+    let id = found.host.id;
+    let guard = crate::state::keys::room_guard(id);
+    let guarded = api.parts.state.revision_of(guard.clone()).await?;
+    let guests = api.parts.state.list::<GuestRecord>().await?;
+    let owned = guests.iter().filter(|record| record.owner.owner == Owner::Host(id)).count();
+    if owned > 0 && api.parts.hosts.get(id).is_some() {
+        return Err(Failure::new(
+            Code::WrongState,
+            format!("the host is connected and owns {owned} guests: move them away, or stop its agent and them first"),
+        ));
+    }
+    let needed = only_here(api, &found.host, &guests).await?;
+    if !needed.is_empty() && !force {
+        const SHOWN: usize = 5;
+        let more = needed.len().saturating_sub(SHOWN);
+        let mut list = needed.into_iter().take(SHOWN).collect::<Vec<_>>().join(", ");
+        if more > 0 {
+            list.push_str(&format!(" and {more} more"));
+        }
+        return Err(Failure::new(
+            Code::WrongState,
+            format!(
+                "only this host has: {list}. Wait until moves have finished, start or thaw those guests elsewhere, or give all \
+                 this up with ?force=true"
+            ),
+        ));
+    }
+    let now = HostRecord { is_removed: true, ..found.value.clone() };
+    change.update(found, &now).guard(guard, guarded).event(
+        EventDraft::new("host.removed")
+            .host(id)
+            .data(serde_json::json!({ "name": found.host.name, "guests_owned": owned, "given_up": needed })),
+    );
+    // Its name is free for the machine that comes after it.
+    if let Some(key) = crate::state::Named::name_key(&found.value) {
+        change.release(key);
+    }
+    Ok(now)
+}
+
 /// Removes a host: its certificate is denied at once, and what it ran alone is declared lost. Refused while its agent is connected
 /// and it owns guests: then nothing proves that they do not run on. Refused, unless `?force=true`, while other guests need what only
-/// this host has.
+/// this host has. A rented one is given back instead: `POST /v1/rentings/{renting}/return`.
 #[utoipa::path(delete, path = "/v1/hosts/{host}", tag = "hosts", responses((status = 200, body = Host)))]
 pub async fn remove(State(api): State<Api>, asker: Asker, Path(host): Path<String>) -> Result<Reply, Failure> {
     let reference = Ref::from(host);
     retry_conflicts(|| async {
         let found = asker.find::<HostRecord>(&api.parts, &reference).await?;
-        let id = found.host.id;
         if found.is_removed {
             return Reply::ok(&shown(&api, &asker, &found));
         }
-        let guard = crate::state::keys::room_guard(id);
-        let guarded = api.parts.state.revision_of(guard.clone()).await?;
-        let guests = api.parts.state.list::<GuestRecord>().await?;
-        let owned = guests.iter().filter(|record| record.owner.owner == Owner::Host(id)).count();
-        if owned > 0 && api.parts.hosts.get(id).is_some() {
-            return Err(Failure::new(
-                Code::WrongState,
-                format!(
-                    "the host is connected and owns {owned} guests: move them away, or stop its agent and them first"
-                ),
-            ));
-        }
-        let needed = only_here(&api, &found.host, &guests).await?;
-        if !needed.is_empty() && !asker.params.force {
-            const SHOWN: usize = 5;
-            let more = needed.len().saturating_sub(SHOWN);
-            let mut list = needed.into_iter().take(SHOWN).collect::<Vec<_>>().join(", ");
-            if more > 0 {
-                list.push_str(&format!(" and {more} more"));
-            }
-            return Err(Failure::new(
-                Code::WrongState,
-                format!(
-                    "only this host has: {list}. Wait until moves have finished, start or thaw those guests elsewhere, or give all \
-                     this up with ?force=true"
-                ),
-            ));
-        }
-        let now = HostRecord { is_removed: true, ..found.value.clone() };
         let mut change = Change::new();
-        change.update(&found, &now).guard(guard, guarded).event(
-            EventDraft::new("host.removed")
-                .host(id)
-                .data(serde_json::json!({ "name": found.host.name, "guests_owned": owned, "given_up": needed })),
-        );
-        // Its name is free for the machine that comes after it.
-        if let Some(key) = crate::state::Named::name_key(&found.value) {
-            change.release(key);
-        }
+        let now = removal(&api, &found, asker.params.force, &mut change).await?;
         let reply = Reply::ok(&shown(&api, &asker, &now))?;
         asker.commit(&api.parts, None, change, reply).await
     })

@@ -13,7 +13,7 @@ use x509_parser::{certification_request::X509CertificationRequest, pem::parse_x5
 
 use super::{Api, Asker, Failure, Reply, body};
 use crate::{
-    auth::secret_sha256,
+    auth::{join_token, secret_sha256},
     ca::CaError,
     state::{Change, EventDraft, HostRecord, JoinRecord, Named as _, StateError, Stored, keys, retry_conflicts},
 };
@@ -37,7 +37,7 @@ pub async fn create_token(
     if !(1..=MAX_SECONDS).contains(&wanted.expires_in_s) {
         return Err(Failure::bad(format!("expires_in_s is {}; it must be 1 to {MAX_SECONDS}", wanted.expires_in_s)));
     }
-    let secret = ENCODING.encode(rand::random::<[u8; 32]>());
+    let secret = new_secret();
     let host = HostId::generate();
     retry_conflicts(|| async {
         let cloud = asker.find::<Cloud>(&api.parts, &wanted.cloud).await?;
@@ -59,12 +59,17 @@ pub async fn create_token(
                 .host(host)
                 .data(serde_json::json!({ "name": record.host_name, "cloud": cloud.name })),
         );
-        let token = format!("{PREFIX}.{host}.{secret}.{}", api.parts.authority.fingerprint());
+        let token = join_token(host, &secret, &api.parts.authority.fingerprint());
         let answer = JoinToken { host, token, expires_at_ms: record.expires_at_ms };
         let reply = Reply::created(format!("/v1/hosts/{host}"), &answer)?.secret();
         asker.commit(&api.parts, None, change, reply).await
     })
     .await
+}
+
+/// The secret of a join token: 32 random bytes.
+pub(super) fn new_secret() -> String {
+    ENCODING.encode(rand::random::<[u8; 32]>())
 }
 
 fn invalid() -> Failure {

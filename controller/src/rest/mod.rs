@@ -23,6 +23,7 @@ pub mod openapi;
 mod operations;
 mod projects;
 mod reaper;
+mod rentings;
 mod reply;
 mod serve;
 mod session;
@@ -89,6 +90,11 @@ pub fn router(api: Api) -> Router {
         .route("/v1/session", post(session::create).delete(session::remove))
         .route("/v1/clouds", get(clouds::list).post(clouds::create))
         .route("/v1/clouds/{cloud}", get(clouds::read))
+        .route("/v1/clouds/{cloud}/rent", post(rentings::rent))
+        .route("/v1/rentings", get(rentings::list))
+        .route("/v1/rentings/{renting}", get(rentings::read))
+        .route("/v1/rentings/{renting}/return", post(rentings::give_back))
+        .route("/v1/rentings/{renting}/join-token", post(rentings::new_join_token))
         .route("/v1/hosts", get(hosts::list))
         .route("/v1/hosts/{host}", get(hosts::read).patch(hosts::change).delete(hosts::remove))
         .route("/v1/join-tokens", post(join::create_token))

@@ -16,7 +16,7 @@ use utoipa::{
 use super::{
     clouds, events, guest_create, guest_operations, guest_placement, guests, hosts, images, join, networks, operations,
 };
-use super::{projects, session, system, tokens, volumes};
+use super::{projects, rentings, session, system, tokens, volumes};
 use crate::auth::{Access, ROUTES, Route};
 
 #[derive(utoipa::OpenApi)]
@@ -42,6 +42,11 @@ use crate::auth::{Access, ROUTES, Route};
         clouds::list,
         clouds::create,
         clouds::read,
+        rentings::rent,
+        rentings::list,
+        rentings::read,
+        rentings::give_back,
+        rentings::new_join_token,
         hosts::list,
         hosts::read,
         hosts::change,
@@ -121,7 +126,8 @@ fn parameters(route: &Route, lists: bool) -> Vec<Parameter> {
         let text = "The same key gives the same answer for 24 hours, and changes nothing twice.";
         all.push(parameter("Idempotency-Key", Header, false, Type::String, text));
     }
-    let is_operation = route.path.starts_with("/v1/guests/") && route.method == axum::http::Method::POST;
+    let is_operation = route.method == axum::http::Method::POST
+        && (route.path.starts_with("/v1/guests/") || route.path.ends_with("/rent") || route.path.ends_with("/return"));
     if is_operation
         || (route.path == "/v1/guests" && changes)
         || route.path.ends_with("/import")
@@ -130,7 +136,9 @@ fn parameters(route: &Route, lists: bool) -> Vec<Parameter> {
     {
         all.push(parameter("dry_run", Query, false, Type::Boolean, "Only tell what would happen."));
     }
-    if route.path == "/v1/hosts/{host}" && route.method == axum::http::Method::DELETE {
+    if (route.path == "/v1/hosts/{host}" && route.method == axum::http::Method::DELETE)
+        || route.path.ends_with("/return")
+    {
         all.push(parameter("force", Query, false, Type::Boolean, "Give up what only this host has."));
     }
     if route.method == axum::http::Method::PATCH {

@@ -75,7 +75,11 @@ fn may_cancel(caller: &Caller, operation: &Operation) -> Result<(), Failure> {
     }
     let moves =
         matches!(operation.kind, OperationKind::GuestMigrate | OperationKind::GuestFreeze | OperationKind::GuestThaw);
-    let least = if moves { Role::Policy } else { Role::Operator };
+    let least = match operation.kind {
+        _ if moves => Role::Policy,
+        OperationKind::HostRent | OperationKind::HostReturn => Role::Admin,
+        _ => Role::Operator,
+    };
     if caller.token.role < least {
         return Err(Failure::new(Code::Forbidden, format!("cancelling this takes the role {least:?}")));
     }

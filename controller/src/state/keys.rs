@@ -81,6 +81,12 @@ pub fn mac(mac: &str) -> Key {
     key(format!("macs/{mac}"))
 }
 
+/// The name of a host that is rented and may not have joined yet.
+#[must_use]
+pub fn renting_name(host_name: &str) -> Key {
+    key(format!("names/-/renting/{host_name}"))
+}
+
 /// An operation that has not ended.
 #[must_use]
 pub fn active_operation(operation: OperationId) -> Key {

@@ -27,6 +27,7 @@
 //! | `names/<project or ->/<kind>/<name>` | id of the resource of this name |
 //! | `guards/<what>/<id>` | (counter) touched by changes that must not happen at once, see [`Change::guard`] |
 //! | `join/<sha256 of the secret>` | [`JoinRecord`] |
+//! | `rentings/<id>` | [`RentingRecord`]: with its sealed join secret |
 //! | `idempotency/<token>/<hash of the key>` | [`AnswerRecord`], for 24 hours |
 //! | `events/<20-digit seq>` | [`Event`](supercloud_api::Event) |
 //! | `events-head` | seq and hash of the newest event |
@@ -65,7 +66,7 @@ pub use live::{LiveHost, LiveHosts};
 pub use named::Named;
 pub use record::{
     AnswerRecord, DeletedGuest, GuestRecord, GuestSeed, HostRecord, JoinRecord, OperationRecord, ProjectRecord, Record,
-    TokenRecord, Work,
+    RentingRecord, TokenRecord, Work,
 };
 
 /// The version of the layout that this program writes.

@@ -6,7 +6,8 @@ use supercloud_api::{Cloud, Freeze, Image, Name, Network, Port, Ref, Volume, ids
 use supercloud_store::Key;
 
 use super::{
-    GuestRecord, HostRecord, OperationRecord, ProjectRecord, Record, State, StateError, Stored, TokenRecord, keys,
+    GuestRecord, HostRecord, OperationRecord, ProjectRecord, Record, RentingRecord, State, StateError, Stored,
+    TokenRecord, keys,
 };
 
 /// A record that people refer to by name or id.
@@ -57,6 +58,7 @@ named! {
     Port, None, "port", false, |_| None, |r| Some(r.project);
     GuestRecord, Some("guest"), "guest", true, |r| Some(&r.guest.name), |r| Some(r.guest.project);
     Freeze, None, "freeze", false, |_| None, |r| Some(r.project);
+    RentingRecord, None, "renting", false, |_| None, |_| None;
     OperationRecord, None, "operation", false, |_| None, |r| r.operation.project;
 }
 

@@ -5,9 +5,12 @@ use std::{collections::BTreeSet, fmt::Display};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use supercloud_api::{
     Cloud, DiskFormat, Freeze, Guest, GuestState, Host, HostState, Image, Name, Network, Operation, Port, Project,
-    Token, Volume,
+    Renting, Token, Volume,
     handover::{Owner, OwnerRecord},
-    ids::{CloudId, FreezeId, GuestId, HostId, ImageId, NetworkId, OperationId, PortId, ProjectId, TokenId, VolumeId},
+    ids::{
+        CloudId, FreezeId, GuestId, HostId, ImageId, NetworkId, OperationId, PortId, ProjectId, RentingId, TokenId,
+        VolumeId,
+    },
     link::MigrationOptions,
 };
 
@@ -51,6 +54,7 @@ records! {
     Freeze, FreezeId, "freezes", |r| r.id;
     OperationRecord, OperationId, "operations", |r| r.operation.id;
     JoinRecord, String, "join", |r| r.secret_sha256.clone();
+    RentingRecord, RentingId, "rentings", |r| r.renting.id;
 }
 
 /// A host. Whether its agent is connected is not kept: see [`LiveHosts`].
@@ -204,6 +208,19 @@ pub enum Work {
         /// The freeze that is consumed.
         freeze: FreezeId,
     },
+    /// Rents a host; the renting names this operation.
+    HostRent,
+    /// Gives a rented host back; the renting names this operation.
+    HostReturn,
+}
+
+/// A rented host with the secret that its machine is given.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RentingRecord {
+    /// What the API shows.
+    pub renting: Renting,
+    /// The secret of its join token, sealed under the root key; hexadecimal. Kept so that a repeated order is the same order.
+    pub sealed_secret: String,
 }
 
 /// A one-time token for a host to join with.

@@ -90,6 +90,23 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/clouds/{cloud}/rent": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** Rents a host: the order is durable when this answers, and is carried out by an operation. */
+        post: operations["clouds_rent"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/events": {
         parameters: {
             query?: never;
@@ -345,7 +362,7 @@ export interface paths {
         /**
          * Removes a host: its certificate is denied at once, and what it ran alone is declared lost. Refused while its agent is connected
          *     and it owns guests: then nothing proves that they do not run on. Refused, unless `?force=true`, while other guests need what only
-         *     this host has.
+         *     this host has. A rented one is given back instead: `POST /v1/rentings/{renting}/return`.
          */
         delete: operations["hosts_remove"];
         options?: never;
@@ -665,6 +682,77 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/rentings": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** All rentings, oldest first, also those that have ended. */
+        get: operations["rentings_list"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/rentings/{renting}": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** One renting. */
+        get: operations["rentings_read"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/rentings/{renting}/join-token": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** The join token of a machine that somebody starts the agent on. It works for a quarter of an hour from now. */
+        post: operations["rentings_join_token"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/rentings/{renting}/return": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Gives a rented host back: its certificate is denied at once, and the machine is ended until the provider confirms it. Refused as
+         *     removing the host would be.
+         */
+        post: operations["rentings_return"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/session": {
         parameters: {
             query?: never;
@@ -784,7 +872,7 @@ export interface components {
             id: components["schemas"]["CloudId"];
             /** @description Its name, unique in the whole system. */
             name: components["schemas"]["Name"];
-            /** @description The driver that rents hosts there: `static` or `lab`. */
+            /** @description The provider: one of the controller's settings, or `static` or `lab`, where nothing is rented. */
             provider: string;
         };
         /** @description Asks for a cloud to be made known. */
@@ -1110,6 +1198,20 @@ export interface components {
             /** @description `true`: takes no new guests; `false`: takes them again. */
             cordoned?: boolean | null;
         };
+        /** @description Asks for a host to be rented. */
+        HostRent: {
+            /** @description The name that the host will have. */
+            host_name: components["schemas"]["Name"];
+            /** @description What to rent, in the provider's words. */
+            instance_type: string;
+            /**
+             * Format: int64
+             * @description The most to pay per hour on a spot market; the provider's own limit when absent.
+             */
+            max_price_nanousd_per_hour?: number | null;
+            /** @description How. */
+            tenure?: components["schemas"]["Tenure"];
+        };
         /**
          * @description Whether a host can take guests.
          * @enum {string}
@@ -1347,7 +1449,7 @@ export interface components {
          * @description What an operation does.
          * @enum {string}
          */
-        OperationKind: "image_import" | "guest_start" | "guest_stop" | "guest_delete" | "guest_migrate" | "guest_freeze" | "guest_thaw";
+        OperationKind: "image_import" | "guest_start" | "guest_stop" | "guest_delete" | "guest_migrate" | "guest_freeze" | "guest_thaw" | "host_rent" | "host_return";
         /** @description One page of a listing. `next_page`, when present, is passed back as `?page=`. */
         Page_Cloud: {
             /** @description The items of this page, ordered by id. */
@@ -1361,7 +1463,7 @@ export interface components {
                 id: components["schemas"]["CloudId"];
                 /** @description Its name, unique in the whole system. */
                 name: components["schemas"]["Name"];
-                /** @description The driver that rents hosts there: `static` or `lab`. */
+                /** @description The provider: one of the controller's settings, or `static` or `lab`, where nothing is rented. */
                 provider: string;
             }[];
             /** @description Where the next page starts; absent on the last one. */
@@ -1736,6 +1838,69 @@ export interface components {
             next_page?: string | null;
         };
         /** @description One page of a listing. `next_page`, when present, is passed back as `?page=`. */
+        Page_Renting: {
+            /** @description The items of this page, ordered by id. */
+            items: {
+                /** @description The machine's address, where the provider tells. */
+                address?: string | null;
+                /** @description The cloud in which it is rented. */
+                cloud: components["schemas"]["CloudId"];
+                /** @description The cloud's name. */
+                cloud_name: components["schemas"]["Name"];
+                /**
+                 * Format: int64
+                 * @description When the order was recorded.
+                 */
+                created_at_ms: number;
+                end?: null | components["schemas"]["RentingEnd"];
+                /**
+                 * Format: int64
+                 * @description When it was known to cost nothing any more.
+                 */
+                ended_at_ms?: number | null;
+                ending_as?: null | components["schemas"]["RentingEnd"];
+                error?: null | components["schemas"]["Problem"];
+                /** @description The id that the host has, or will have when it joins. */
+                host: components["schemas"]["HostId"];
+                /** @description The name that the host has, or will have. */
+                host_name: components["schemas"]["Name"];
+                /** @description Its id, which is also the order's token at the provider. */
+                id: components["schemas"]["RentingId"];
+                /** @description The provider's name for the machine, once it is known. */
+                instance?: string | null;
+                /** @description What is rented. */
+                instance_type: string;
+                /** @description Nothing is launched: somebody starts the agent there, see `POST /v1/rentings/{renting}/join-token`. */
+                is_started_by_hand: boolean;
+                /**
+                 * Format: int64
+                 * @description When it was known that there is a machine.
+                 */
+                launched_at_ms?: number | null;
+                /**
+                 * Format: int64
+                 * @description The most that is paid per hour on a spot market.
+                 */
+                max_price_nanousd_per_hour?: number | null;
+                /** @description The provider, as the controller's settings name it. */
+                provider: string;
+                /** @description The operation that rents it. */
+                rent_operation: components["schemas"]["OperationId"];
+                return_operation?: null | components["schemas"]["OperationId"];
+                /** @description Where it is. */
+                state: components["schemas"]["RentingState"];
+                /** @description How. */
+                tenure: components["schemas"]["Tenure"];
+                /**
+                 * Format: int64
+                 * @description When its agent joined.
+                 */
+                up_at_ms?: number | null;
+            }[];
+            /** @description Where the next page starts; absent on the last one. */
+            next_page?: string | null;
+        };
+        /** @description One page of a listing. `next_page`, when present, is passed back as `?page=`. */
         Page_Token: {
             /** @description The items of this page, ordered by id. */
             items: {
@@ -2089,6 +2254,75 @@ export interface components {
         };
         /** @description A reference to a resource: its id, or its name in the project at hand. */
         Ref: string;
+        /** @description A rented host. */
+        Renting: {
+            /** @description The machine's address, where the provider tells. */
+            address?: string | null;
+            /** @description The cloud in which it is rented. */
+            cloud: components["schemas"]["CloudId"];
+            /** @description The cloud's name. */
+            cloud_name: components["schemas"]["Name"];
+            /**
+             * Format: int64
+             * @description When the order was recorded.
+             */
+            created_at_ms: number;
+            end?: null | components["schemas"]["RentingEnd"];
+            /**
+             * Format: int64
+             * @description When it was known to cost nothing any more.
+             */
+            ended_at_ms?: number | null;
+            ending_as?: null | components["schemas"]["RentingEnd"];
+            error?: null | components["schemas"]["Problem"];
+            /** @description The id that the host has, or will have when it joins. */
+            host: components["schemas"]["HostId"];
+            /** @description The name that the host has, or will have. */
+            host_name: components["schemas"]["Name"];
+            /** @description Its id, which is also the order's token at the provider. */
+            id: components["schemas"]["RentingId"];
+            /** @description The provider's name for the machine, once it is known. */
+            instance?: string | null;
+            /** @description What is rented. */
+            instance_type: string;
+            /** @description Nothing is launched: somebody starts the agent there, see `POST /v1/rentings/{renting}/join-token`. */
+            is_started_by_hand: boolean;
+            /**
+             * Format: int64
+             * @description When it was known that there is a machine.
+             */
+            launched_at_ms?: number | null;
+            /**
+             * Format: int64
+             * @description The most that is paid per hour on a spot market.
+             */
+            max_price_nanousd_per_hour?: number | null;
+            /** @description The provider, as the controller's settings name it. */
+            provider: string;
+            /** @description The operation that rents it. */
+            rent_operation: components["schemas"]["OperationId"];
+            return_operation?: null | components["schemas"]["OperationId"];
+            /** @description Where it is. */
+            state: components["schemas"]["RentingState"];
+            /** @description How. */
+            tenure: components["schemas"]["Tenure"];
+            /**
+             * Format: int64
+             * @description When its agent joined.
+             */
+            up_at_ms?: number | null;
+        };
+        /**
+         * @description How a renting ended.
+         * @enum {string}
+         */
+        RentingEnd: "refused" | "returned" | "never_joined" | "taken";
+        RentingId: string;
+        /**
+         * @description Where a renting is. It only goes forward.
+         * @enum {string}
+         */
+        RentingState: "recorded" | "asked" | "launched" | "up" | "returning" | "ended";
         RequestId: string;
         /**
          * @description What a token's bearer may do.
@@ -2417,6 +2651,58 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["Cloud"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    clouds_rent: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
+            };
+            header?: {
+                /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
+                "Idempotency-Key"?: string;
+            };
+            path: {
+                /** @description Its id, or its name where it has one. */
+                cloud: string;
+            };
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["HostRent"];
+            };
+        };
+        responses: {
+            /** @description Dry run */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Operation"];
+                };
+            };
+            202: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Operation"];
                 };
             };
             /** @description A problem (RFC 9457) */
@@ -4098,6 +4384,162 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["Project"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    rentings_list: {
+        parameters: {
+            query?: {
+                /** @description Items of the page, 1 to 1000; 100 when absent. */
+                limit?: number;
+                /** @description `next_page` of the page before. */
+                page?: string;
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+            };
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Page_Renting"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    rentings_read: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+            };
+            header?: never;
+            path: {
+                /** @description Its id, or its name where it has one. */
+                renting: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Renting"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    rentings_join_token: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+            };
+            header?: {
+                /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
+                "Idempotency-Key"?: string;
+            };
+            path: {
+                /** @description Its id, or its name where it has one. */
+                renting: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            201: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["JoinToken"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    rentings_return: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
+                /** @description Give up what only this host has. */
+                force?: boolean;
+            };
+            header?: {
+                /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
+                "Idempotency-Key"?: string;
+            };
+            path: {
+                /** @description Its id, or its name where it has one. */
+                renting: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Dry run */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Operation"];
+                };
+            };
+            202: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Operation"];
                 };
             };
             /** @description A problem (RFC 9457) */

@@ -6,7 +6,7 @@ use supercloud_api::{Code, HostState, JoinRequest, JoinTokenCreate, tls};
 use super::{TestController, problem};
 use crate::state::{JoinRecord, keys};
 
-fn csr(key: &KeyPair) -> String {
+pub fn csr(key: &KeyPair) -> String {
     CertificateParams::new(vec!["evil.example".into()]).unwrap().serialize_request(key).unwrap().pem().unwrap()
 }
 

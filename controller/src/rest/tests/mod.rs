@@ -9,6 +9,7 @@ mod joins;
 mod lasting;
 mod moves;
 mod problems;
+mod rentings;
 mod roles;
 mod session;
 
@@ -37,9 +38,9 @@ pub struct TestController {
     http: reqwest::Client,
 }
 
-fn config(folder: &tempfile::TempDir) -> Config {
+fn config(folder: &tempfile::TempDir, more: &str) -> Config {
     let text = format!(
-        "data_dir = '{}'\nlisten = '127.0.0.1:0'\nlink_listen = '127.0.0.1:0'\nnames = ['127.0.0.1', 'localhost']\n",
+        "data_dir = '{}'\nlisten = '127.0.0.1:0'\nlink_listen = '127.0.0.1:0'\nnames = ['127.0.0.1', 'localhost']\n{more}",
         folder.path().display()
     );
     Config::parse(&text, "test").unwrap()
@@ -51,7 +52,12 @@ impl TestController {
     }
 
     pub async fn start_in(folder: tempfile::TempDir) -> Self {
-        let controller = Controller::start(config(&folder)).await.unwrap();
+        Self::start_with(folder, "").await
+    }
+
+    /// With more settings.
+    pub async fn start_with(folder: tempfile::TempDir, more: &str) -> Self {
+        let controller = Controller::start(config(&folder, more)).await.unwrap();
         let ca_pem = std::fs::read_to_string(folder.path().join("ca.pem")).unwrap();
         let ca = reqwest::Certificate::from_pem(ca_pem.as_bytes()).unwrap();
         let http = reqwest::Client::builder().add_root_certificate(ca).no_proxy().build().unwrap();
