@@ -125,6 +125,50 @@ pub enum HostVerb {
         #[arg(long, default_value_t = 900)]
         expires: u32,
     },
+    /// Rents a host from a cloud's provider and waits until its agent has joined.
+    #[command(
+        after_help = "Examples:\n  supercloud host rent h7 --cloud aws-east --type m7i.xlarge --spot --max-price 0.12\n  \
+        supercloud host rent h8 --cloud home --type big      # own machines: prints a join token to start the agent with"
+    )]
+    Rent {
+        /// The name that the host will have.
+        name: String,
+        /// Where.
+        #[arg(long)]
+        cloud: String,
+        /// What, in the provider's words.
+        #[arg(long = "type")]
+        instance_type: String,
+        /// On the spot market: cheaper, until the provider wants it back.
+        #[arg(long)]
+        spot: bool,
+        /// The most to pay per hour on the spot market, in USD.
+        #[arg(long, requires = "spot")]
+        max_price: Option<String>,
+        /// Say what would be done, and do nothing.
+        #[arg(long)]
+        dry_run: bool,
+        /// How to wait.
+        #[command(flatten)]
+        watch: Watch,
+    },
+    /// Gives a rented host back. Refused while it runs guests, or others need what only it has.
+    Return {
+        /// The host's name or id, or the renting's id.
+        name: String,
+        /// Give up disk blocks, freezes and volumes that only this host has.
+        #[arg(long)]
+        force: bool,
+        /// How to wait.
+        #[command(flatten)]
+        watch: Watch,
+    },
+    /// Hosts that are rented or on their way; `--all`: also those that were.
+    Rentings {
+        /// Also those that have ended.
+        #[arg(long)]
+        all: bool,
+    },
     /// It takes no new guests from now on.
     Cordon {
         /// Name or id.

@@ -81,6 +81,9 @@ async fn hosts(client: &Client, output: Output, verb: HostVerb) -> anyhow::Resul
                 }
             }
         }
+        verb @ (HostVerb::Rent { .. } | HostVerb::Return { .. } | HostVerb::Rentings { .. }) => {
+            crate::rentings::run(client, output, verb).await
+        }
         HostVerb::Cordon { name } => {
             show::print_one(output, &client.patch_host(&name, &HostPatch { cordoned: Some(true) }).await?)
         }
