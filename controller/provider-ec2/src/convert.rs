@@ -17,6 +17,7 @@ pub const TOKEN_TAG: &str = "supercloud-token";
 const MIB: u64 = 1 << 20;
 
 /// The SDK's error as ours.
+#[expect(clippy::needless_pass_by_value, reason = "it stands in map_err, which gives the error away")]
 pub fn error<E, R>(error: SdkError<E, R>) -> ProviderError
 where
     E: ProvideErrorMetadata + std::error::Error + 'static,

@@ -67,7 +67,7 @@ impl Drop for Moto {
     }
 }
 
-fn moto() -> Moto {
+async fn moto() -> Moto {
     let program = std::env::var_os("SUPERCLOUD_MOTO").unwrap();
     let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let port = address.port().to_string();
@@ -77,7 +77,7 @@ fn moto() -> Moto {
     let began = Instant::now();
     while TcpStream::connect(address).is_err() {
         assert!(began.elapsed() < Duration::from_secs(120), "moto does not come up");
-        std::thread::sleep(Duration::from_millis(100));
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
     moto
 }
@@ -87,7 +87,7 @@ async fn on_moto_it_keeps_what_every_driver_promises() {
     if !has_environment() {
         return;
     }
-    let moto = moto();
+    let moto = moto().await;
     // One of the images that moto always knows.
     let ec2 = Ec2::new(settings(moto.1, "ami-12c6146b")).unwrap();
     supercloud_provider::conformance::check(&ec2, &order("t-1")).await;
