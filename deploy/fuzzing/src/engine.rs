@@ -1,6 +1,7 @@
 //! Runs a target over mutated inputs until it does harm, or the time is over.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::memory::{CAP_BYTES, take_largest};
@@ -11,6 +12,9 @@ use crate::targets::Target;
 pub const SLOW: Duration = Duration::from_secs(5);
 /// Inputs that are kept to be mutated further.
 const POOL: usize = 256;
+
+/// Held while an input is tried: what is asked for is counted for the whole process, and must be this input's alone.
+static TRIAL: Mutex<()> = Mutex::new(());
 
 /// When to stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,13 +34,15 @@ pub struct Harm {
     pub what: String,
 }
 
-/// Tries one input.
+/// Tries one input; one at a time, whoever asks.
 pub fn try_one(target: &Target, input: &[u8]) -> Option<Harm> {
     let harm = |what: String| Some(Harm { input: input.to_vec(), what });
+    let trial = TRIAL.lock().unwrap_or_else(PoisonError::into_inner);
     let _before = take_largest();
     let began = Instant::now();
     let outcome = catch_unwind(AssertUnwindSafe(|| (target.run)(input)));
     let (took, largest) = (began.elapsed(), take_largest());
+    drop(trial);
     if let Err(panic) = outcome {
         let text = panic.downcast_ref::<String>().cloned();
         let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
