@@ -4,9 +4,9 @@ use std::{sync::PoisonError, time::Duration};
 
 use futures::future::BoxFuture;
 use supercloud_api::{
-    Code, Host, Problem, Room, Volume,
+    Code, Host, Operation, OperationKind, Problem, Room, Volume,
     handover::{self},
-    ids::{Epoch, GuestId, HostId, RequestId},
+    ids::{Epoch, GuestId, HostId, OperationId, RequestId},
     link::{Answer, GuestReport, Hello, Holding, Notice, Query, Welcome},
     unix_ms,
 };
@@ -352,28 +352,12 @@ impl Engine {
 }
 
 /// The stop of a guest that has powered itself off.
-fn power_off(guest: &GuestRecord, host: HostId, context: &Context) -> supercloud_api::Operation {
-    let now_ms = unix_ms();
-    supercloud_api::Operation {
-        id: supercloud_api::ids::OperationId::generate(),
-        kind: supercloud_api::OperationKind::GuestStop,
+fn power_off(guest: &GuestRecord, host: HostId, context: &Context) -> Operation {
+    Operation {
         project: Some(guest.guest.project),
-        phase: supercloud_api::Phase::Plan,
         guest: Some(guest.guest.id),
-        image: None,
-        volume: None,
         source: Some(host),
-        destination: None,
-        progress: supercloud_api::Progress::default(),
-        is_cancel_requested: false,
-        error: None,
-        plan: None,
-        actor: context.actor.clone(),
-        request_id: context.request_id,
         reason: Some("the guest powered itself off".into()),
-        created_at_ms: now_ms,
-        updated_at_ms: now_ms,
-        ended_at_ms: None,
-        phase_times: vec![supercloud_api::PhaseTime { phase: supercloud_api::Phase::Plan, at_ms: now_ms }],
+        ..context.planned(OperationId::generate(), OperationKind::GuestStop)
     }
 }

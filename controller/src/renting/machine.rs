@@ -8,8 +8,41 @@
 //! `asked` is written *before* the provider is: whoever finds it after a crash looks for the token, and only when the provider
 //! knows of none asks again, with the same one.
 
-use supercloud_api::{Problem, Renting, RentingEnd, RentingState};
+use supercloud_api::{
+    Cloud, HostRent, Problem, Renting, RentingEnd, RentingState,
+    ids::{HostId, OperationId, RentingId},
+    unix_ms,
+};
 use supercloud_provider::{Instance, InstanceState};
+
+/// A renting as it begins: ordered of a cloud by `rent_operation`, nothing asked of the provider yet.
+#[must_use]
+pub fn recorded(id: RentingId, cloud: &Cloud, host: HostId, wanted: &HostRent, rent_operation: OperationId) -> Renting {
+    Renting {
+        id,
+        cloud: cloud.id,
+        cloud_name: cloud.name.clone(),
+        provider: cloud.provider.clone(),
+        host,
+        host_name: wanted.host_name.clone(),
+        instance_type: wanted.instance_type.clone(),
+        tenure: wanted.tenure,
+        max_price_nanousd_per_hour: wanted.max_price_nanousd_per_hour,
+        state: RentingState::Recorded,
+        end: None,
+        instance: None,
+        address: None,
+        is_started_by_hand: false,
+        ending_as: None,
+        error: None,
+        rent_operation,
+        return_operation: None,
+        created_at_ms: unix_ms(),
+        launched_at_ms: None,
+        up_at_ms: None,
+        ended_at_ms: None,
+    }
+}
 
 /// Every step that is not from a state to itself.
 pub const TRANSITIONS: &[(RentingState, RentingState)] = {
@@ -187,39 +220,21 @@ pub fn after(renting: &Renting, event: Event<'_>, limits: &Limits, now_ms: u64) 
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use supercloud_api::{
-        Code, Tenure,
-        ids::{CloudId, HostId, OperationId, RentingId},
-    };
+    use supercloud_api::{Code, Tenure, ids::CloudId};
     use supercloud_provider::FaultDomains;
 
     use super::*;
 
     fn renting() -> Renting {
-        Renting {
-            id: RentingId::generate(),
-            cloud: CloudId::generate(),
-            cloud_name: "c".parse().unwrap(),
-            provider: "p".into(),
-            host: HostId::generate(),
+        let name = "c".parse().unwrap();
+        let cloud = Cloud { id: CloudId::generate(), name, provider: "p".into(), created_at_ms: 0 };
+        let wanted = HostRent {
             host_name: "h".parse().unwrap(),
             instance_type: "m".into(),
             tenure: Tenure::Spot,
             max_price_nanousd_per_hour: None,
-            state: RentingState::Recorded,
-            end: None,
-            instance: None,
-            address: None,
-            is_started_by_hand: false,
-            ending_as: None,
-            error: None,
-            rent_operation: OperationId::generate(),
-            return_operation: None,
-            created_at_ms: 0,
-            launched_at_ms: None,
-            up_at_ms: None,
-            ended_at_ms: None,
-        }
+        };
+        recorded(RentingId::generate(), &cloud, HostId::generate(), &wanted, OperationId::generate())
     }
 
     fn instance(state: InstanceState) -> Instance {

@@ -20,5 +20,4 @@ mod text;
 pub use place::{Pace, Place, PlaceParts};
 pub(crate) use place::{renew_join, write};
 pub use providers::{ProviderConfig, ProviderConfigError, Providers};
-pub use text::problem;
-pub(crate) use text::secret_purpose;
+pub use text::{problem, secret_purpose};

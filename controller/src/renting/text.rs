@@ -79,6 +79,7 @@ pub(super) const fn event_kind(state: RentingState) -> &'static str {
 }
 
 /// What a renting's secret is sealed for.
-pub(crate) fn secret_purpose(host: HostId) -> String {
+#[must_use]
+pub fn secret_purpose(host: HostId) -> String {
     format!("renting-secret/{host}")
 }

@@ -4,11 +4,9 @@
 use std::collections::HashMap;
 
 use supercloud_api::{
-    Cloud, Code, Guest, Host, Operation, OperationKind, Phase, PhaseTime, Plan, PlanCheck, Problem, Progress, Quota,
-    Ref, Shape, Volume,
+    Cloud, Code, Guest, Host, Operation, OperationKind, Plan, PlanCheck, Problem, Quota, Ref, Shape, Volume,
     handover::{BeginRefusal, BeginRequest, begin},
     ids::{GuestId, HostId, OperationId, ProjectId},
-    unix_ms,
 };
 use supercloud_scheduler::{cluster::Score, placement::Refusal};
 use supercloud_store::{Key, Prefix};
@@ -207,29 +205,14 @@ pub struct Route {
 
 /// An operation in its first phase. Nothing is stored.
 pub fn new_operation(asker: &Asker, id: OperationId, kind: OperationKind, guest: &Guest, route: Route) -> Operation {
-    let at_ms = unix_ms();
-    let context = asker.context(guest.project);
     Operation {
-        id,
-        kind,
         project: Some(guest.project),
-        phase: Phase::Plan,
         guest: Some(guest.id),
-        image: None,
-        volume: None,
         source: route.source,
         destination: route.destination,
-        progress: Progress::default(),
-        is_cancel_requested: false,
-        error: None,
         plan: route.plan,
-        actor: context.actor,
-        request_id: context.request_id,
         reason: route.reason,
-        created_at_ms: at_ms,
-        updated_at_ms: at_ms,
-        ended_at_ms: None,
-        phase_times: vec![PhaseTime { phase: Phase::Plan, at_ms }],
+        ..asker.context(guest.project).planned(id, kind)
     }
 }
 

@@ -6,8 +6,7 @@ use axum::{
     http::HeaderMap,
 };
 use supercloud_api::{
-    Code, Image, ImageCreate, ImageImport, ImagePart, ImageState, Operation, OperationKind, Page, Phase, PhaseTime,
-    Progress, Ref, Volume,
+    Code, Image, ImageCreate, ImageImport, ImagePart, ImageState, Operation, OperationKind, Page, Ref, Volume,
     ids::{ImageId, OperationId},
     unix_ms,
 };
@@ -117,30 +116,8 @@ pub async fn upload(
 }
 
 fn import_operation(asker: &Asker, image: &Image) -> Operation {
-    let at_ms = unix_ms();
-    let context = asker.context(image.project);
-    Operation {
-        id: OperationId::generate(),
-        kind: OperationKind::ImageImport,
-        project: Some(image.project),
-        phase: Phase::Plan,
-        guest: None,
-        image: Some(image.id),
-        volume: None,
-        source: None,
-        destination: None,
-        progress: Progress::default(),
-        is_cancel_requested: false,
-        error: None,
-        plan: None,
-        actor: context.actor,
-        request_id: context.request_id,
-        reason: None,
-        created_at_ms: at_ms,
-        updated_at_ms: at_ms,
-        ended_at_ms: None,
-        phase_times: vec![PhaseTime { phase: Phase::Plan, at_ms }],
-    }
+    let planned = asker.context(image.project).planned(OperationId::generate(), OperationKind::ImageImport);
+    Operation { project: Some(image.project), image: Some(image.id), ..planned }
 }
 
 /// Starts the import of what was uploaded.

@@ -6,8 +6,8 @@ use axum::{
     http::HeaderMap,
 };
 use supercloud_api::{
-    Cloud, Code, HostRent, JoinToken, Operation, OperationKind, Page, Phase, PhaseTime, Progress, Ref, Renting,
-    RentingEnd, RentingState, Tenure,
+    Cloud, Code, HostRent, JoinToken, Operation, OperationKind, Page, Phase, PhaseTime, Ref, Renting, RentingEnd,
+    RentingState, Tenure,
     ids::{HostId, OperationId, RentingId},
     unix_ms,
 };
@@ -25,30 +25,7 @@ use crate::{
 const OPEN_AT_MOST: usize = 1000;
 
 fn operation(asker: &Asker, kind: OperationKind, host: HostId) -> Operation {
-    let at_ms = unix_ms();
-    let context = asker.context(None);
-    Operation {
-        id: OperationId::generate(),
-        kind,
-        project: None,
-        phase: Phase::Plan,
-        guest: None,
-        image: None,
-        volume: None,
-        source: None,
-        destination: Some(host),
-        progress: Progress::default(),
-        is_cancel_requested: false,
-        error: None,
-        plan: None,
-        actor: context.actor,
-        request_id: context.request_id,
-        reason: None,
-        created_at_ms: at_ms,
-        updated_at_ms: at_ms,
-        ended_at_ms: None,
-        phase_times: vec![PhaseTime { phase: Phase::Plan, at_ms }],
-    }
+    Operation { destination: Some(host), ..asker.context(None).planned(OperationId::generate(), kind) }
 }
 
 /// All rentings, oldest first, also those that have ended.
@@ -122,30 +99,7 @@ pub async fn rent(
         if asker.params.dry_run {
             return Reply::ok(&operation);
         }
-        let renting = Renting {
-            id,
-            cloud: cloud.id,
-            cloud_name: cloud.name.clone(),
-            provider: cloud.provider.clone(),
-            host,
-            host_name: wanted.host_name.clone(),
-            instance_type: wanted.instance_type.clone(),
-            tenure: wanted.tenure,
-            max_price_nanousd_per_hour: wanted.max_price_nanousd_per_hour,
-            state: RentingState::Recorded,
-            end: None,
-            instance: None,
-            address: None,
-            is_started_by_hand: false,
-            ending_as: None,
-            error: None,
-            rent_operation: operation.id,
-            return_operation: None,
-            created_at_ms: unix_ms(),
-            launched_at_ms: None,
-            up_at_ms: None,
-            ended_at_ms: None,
-        };
+        let renting = machine::recorded(id, &cloud, host, &wanted, operation.id);
         let purpose = crate::renting::secret_purpose(host);
         let sealed_secret = hex::encode(api.parts.keys.root.seal(&purpose, secret.as_bytes()));
         let mut change = Change::new();

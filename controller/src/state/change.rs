@@ -4,8 +4,8 @@ use std::{collections::BTreeMap, future::Future};
 
 use serde::Serialize;
 use supercloud_api::{
-    Event, OperationKind, Phase, PhaseTime,
-    ids::{ProjectId, RequestId},
+    Event, Operation, OperationKind, Phase, PhaseTime, Progress,
+    ids::{OperationId, ProjectId, RequestId},
     unix_ms,
 };
 use supercloud_store::{Condition, Key, StoreError, Txn, TxnOutcome, Value};
@@ -45,6 +45,34 @@ impl Context {
     #[must_use]
     pub const fn actor(actor: String, request_id: RequestId) -> Self {
         Self { actor, request_id, project: None, idempotency: None }
+    }
+
+    /// An operation in its first phase, of nothing yet. Nothing is stored.
+    #[must_use]
+    pub fn planned(&self, id: OperationId, kind: OperationKind) -> Operation {
+        let at_ms = unix_ms();
+        Operation {
+            id,
+            kind,
+            project: None,
+            phase: Phase::Plan,
+            guest: None,
+            image: None,
+            volume: None,
+            source: None,
+            destination: None,
+            progress: Progress::default(),
+            is_cancel_requested: false,
+            error: None,
+            plan: None,
+            actor: self.actor.clone(),
+            request_id: self.request_id,
+            reason: None,
+            created_at_ms: at_ms,
+            updated_at_ms: at_ms,
+            ended_at_ms: None,
+            phase_times: vec![PhaseTime { phase: Phase::Plan, at_ms }],
+        }
     }
 
     /// What is done for an operation: in the name of who asked for it.

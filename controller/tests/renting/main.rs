@@ -11,14 +11,13 @@ use std::{
 
 use bazaar::{Bazaar, Stuck};
 use supercloud_api::{
-    Cloud, Host, HostState, Operation, OperationKind, Phase, Progress, Renting, RentingEnd, RentingState, Room, Tenure,
-    ids::{CloudId, HostId, OperationId, RentingId, RequestId},
-    unix_ms,
+    Cloud, Host, HostRent, HostState, Operation, OperationKind, Phase, Renting, RentingEnd, RentingState, Room, Tenure,
+    ids::{CloudId, HostId, OperationId, RentingId},
 };
 use supercloud_controller::{
     auth::secret_sha256,
     keys::Keys,
-    renting::{Pace, Place, PlaceParts, Providers, machine::Limits},
+    renting::{Pace, Place, PlaceParts, Providers, machine, machine::Limits, secret_purpose},
     state::{Change, Context, HostRecord, JoinRecord, OperationRecord, RentingRecord, State, Work, retry_conflicts},
 };
 use supercloud_provider::{Bounded, Budgets, ProviderError};
@@ -95,53 +94,16 @@ impl World {
     /// As REST writes it.
     async fn rent(&self, name: &str, instance_type: &str) -> RentingId {
         let (id, host) = (RentingId::generate(), HostId::generate());
-        let operation = Operation {
-            id: OperationId::generate(),
-            kind: OperationKind::HostRent,
-            project: None,
-            phase: Phase::Plan,
-            guest: None,
-            image: None,
-            volume: None,
-            source: None,
-            destination: Some(host),
-            progress: Progress::default(),
-            is_cancel_requested: false,
-            error: None,
-            plan: None,
-            actor: "test".into(),
-            request_id: RequestId::generate(),
-            reason: None,
-            created_at_ms: unix_ms(),
-            updated_at_ms: unix_ms(),
-            ended_at_ms: None,
-            phase_times: vec![],
-        };
-        let renting = Renting {
-            id,
-            cloud: self.cloud.id,
-            cloud_name: self.cloud.name.clone(),
-            provider: "bazaar".into(),
-            host,
+        let planned = Context::system().planned(OperationId::generate(), OperationKind::HostRent);
+        let operation = Operation { destination: Some(host), ..planned };
+        let wanted = HostRent {
             host_name: name.parse().unwrap(),
             instance_type: instance_type.into(),
             tenure: Tenure::Spot,
             max_price_nanousd_per_hour: None,
-            state: RentingState::Recorded,
-            end: None,
-            instance: None,
-            address: None,
-            is_started_by_hand: false,
-            ending_as: None,
-            error: None,
-            rent_operation: operation.id,
-            return_operation: None,
-            created_at_ms: unix_ms(),
-            launched_at_ms: None,
-            up_at_ms: None,
-            ended_at_ms: None,
         };
-        let sealed = self.keys().root.seal(&format!("renting-secret/{host}"), name.as_bytes());
+        let renting = machine::recorded(id, &self.cloud, host, &wanted, operation.id);
+        let sealed = self.keys().root.seal(&secret_purpose(host), name.as_bytes());
         let mut change = Change::new();
         change
             .create(&RentingRecord { renting, sealed_secret: hex::encode(sealed) })

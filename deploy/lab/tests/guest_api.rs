@@ -3,7 +3,6 @@
 //!
 //! Needs root and the packages of ./deploy/setup; without them the test says why it does nothing.
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
@@ -16,15 +15,7 @@ use supercloud_lab::state;
 const JOURNEY_BUDGET: Duration = Duration::from_secs(420);
 
 fn is_possible() -> bool {
-    // SAFETY: plain system call.
-    let is_root = unsafe { libc::geteuid() } == 0;
-    let tools = ["libvirtd", "ovs-vswitchd", "qemu-system-x86_64"];
-    let has = |tool: &str| ["/usr/sbin", "/usr/bin"].iter().any(|dir| Path::new(dir).join(tool).exists());
-    let is_possible = is_root && tools.into_iter().all(has);
-    if !is_possible {
-        supercloud_lab::require::skip(&format!("needs root and {}", tools.join(", ")));
-    }
-    is_possible
+    supercloud_lab::require::lab(&["libvirtd", "ovs-vswitchd", "qemu-system-x86_64"])
 }
 
 /// Takes the lab down, whatever became of the test.

@@ -6,7 +6,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Once;
 use std::time::Duration;
@@ -27,15 +27,7 @@ fn build_programs() {
 
 /// Whether a lab can be made here at all.
 fn is_possible() -> bool {
-    // SAFETY: plain system call.
-    let is_root = unsafe { libc::geteuid() } == 0;
-    let tools = ["libvirtd", "ovs-vswitchd", "qemu-system-x86_64"];
-    let has = |tool: &str| ["/usr/sbin", "/usr/bin"].iter().any(|dir| Path::new(dir).join(tool).exists());
-    let is_possible = is_root && tools.into_iter().all(has);
-    if !is_possible {
-        supercloud_lab::require::skip(&format!("needs root and {}", tools.join(", ")));
-    }
-    is_possible
+    supercloud_lab::require::lab(&["libvirtd", "ovs-vswitchd", "qemu-system-x86_64"])
 }
 
 struct Demo {

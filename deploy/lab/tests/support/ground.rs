@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
@@ -37,15 +37,7 @@ const QUIET_LOOKS: usize = 18;
 
 /// Whether a lab can be made here at all.
 pub fn is_possible() -> bool {
-    // SAFETY: plain system call.
-    let is_root = unsafe { libc::geteuid() } == 0;
-    let tools = ["libvirtd", "virsh", "ovs-vswitchd", "qemu-system-x86_64", "qemu-img"];
-    let has = |tool: &str| ["/usr/sbin", "/usr/bin"].iter().any(|dir| Path::new(dir).join(tool).exists());
-    let is_possible = is_root && tools.into_iter().all(has);
-    if !is_possible {
-        supercloud_lab::require::skip(&format!("needs root and {}", tools.join(", ")));
-    }
-    is_possible
+    supercloud_lab::require::lab(&["libvirtd", "virsh", "ovs-vswitchd", "qemu-system-x86_64", "qemu-img"])
 }
 
 /// Builds the programs that run in the lab, unless it was told of another folder with them.
