@@ -262,6 +262,7 @@ async fn dispatch(
     views: watch::Sender<Option<OverlayView>>,
     cancel: CancellationToken,
 ) {
+    let mut told = None;
     loop {
         let event = tokio::select! {
             () = cancel.cancelled() => return,
@@ -271,6 +272,9 @@ async fn dispatch(
             None => return,
             Some(LinkEvent::Down) => tracing::info!("the controller is away; guests go on"),
             Some(LinkEvent::Up(welcome)) => {
+                // Revisions are compared within one session only: a controller that was killed may have told of one that it
+                // had not written down, and a store that was restored begins at a lower one.
+                told = None;
                 ticket_key.send_replace(Some(welcome.ticket_key));
                 guests.link_up(&welcome.owned);
             }
@@ -287,12 +291,19 @@ async fn dispatch(
                 cancel.cancel();
                 return;
             }
-            Some(LinkEvent::Directive(directive)) => direct(&host, &guests, &views, directive),
+            Some(LinkEvent::Directive(directive)) => direct(&host, &guests, &views, &mut told, directive),
         }
     }
 }
 
-fn direct(host: &Host, guests: &Guests, views: &watch::Sender<Option<OverlayView>>, directive: Directive) {
+/// `told` is the newest revision of an overlay view in this session.
+fn direct(
+    host: &Host,
+    guests: &Guests,
+    views: &watch::Sender<Option<OverlayView>>,
+    told: &mut Option<u64>,
+    directive: Directive,
+) {
     match directive {
         Directive::Order { guest, order, assignment } => {
             guests.tell(guest, GuestMessage::Order { order, assignment });
@@ -303,13 +314,10 @@ fn direct(host: &Host, guests: &Guests, views: &watch::Sender<Option<OverlayView
                 tracing::warn!(revision, said = view.revision, "an overlay view contradicts its own revision");
             }
             Ok(view) => {
-                views.send_if_modified(|newest| {
-                    let is_newer = newest.as_ref().is_none_or(|had| had.revision < view.revision);
-                    if is_newer {
-                        *newest = Some(view);
-                    }
-                    is_newer
-                });
+                if told.is_none_or(|before| before < revision) {
+                    *told = Some(revision);
+                    views.send_replace(Some(view));
+                }
             }
             Err(error) => tracing::warn!(revision, %error, "an overlay view is not understood"),
         },

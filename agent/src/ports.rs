@@ -105,13 +105,7 @@ impl Switch for OvsSwitch {
     }
 
     fn apply(&self, view: OverlayView) -> BoxFuture<'_, PortResult<()>> {
-        Box::pin(async move {
-            match self.driver.apply(view).await {
-                // It was overtaken by a newer one.
-                Err(SwitchError::Stale { .. }) => Ok(()),
-                other => or_later(other),
-            }
-        })
+        Box::pin(async move { or_later(self.driver.apply(view).await) })
     }
 
     fn attached(&self) -> BoxFuture<'_, PortResult<BTreeMap<PortId, (String, u32)>>> {

@@ -151,7 +151,7 @@ pub struct Hello {
     pub guests: Vec<GuestReport>,
     /// Volumes it holds that belong to no guest in `guests`.
     pub volumes: Vec<VolumeId>,
-    /// The revision of the overlay view that it has applied.
+    /// The revision of the overlay view that it has applied; told for the log, nothing is decided by it.
     pub view_revision: u64,
 }
 

@@ -28,7 +28,7 @@ pub const TUNNEL_OVERHEAD: u16 = 50;
 /// The overlay as one host needs to know it.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct OverlayView {
-    /// Counts changes; a host ignores a view with a lower revision than the one it has.
+    /// Counts changes; within one session with the controller it only grows.
     pub revision: u64,
     /// All hosts between which tunnels exist.
     pub hosts: Vec<HostView>,

@@ -165,6 +165,8 @@ struct Link {
     writer: WriteHalf<TlsStream<TcpStream>>,
     directives: mpsc::Receiver<Directive>,
     reader: JoinHandle<()>,
+    /// The newest overlay view in this session.
+    told: Option<OverlayView>,
 }
 
 impl Drop for Link {
@@ -213,6 +215,9 @@ impl Agent {
                 Some(Some(directive)) => {
                     if !self.is_lost() {
                         self.obey(directive);
+                    } else if matches!(directive, Directive::Overlay { .. }) {
+                        // It is told once a session: it is lost with the session, or not at all.
+                        self.link = None;
                     }
                 }
                 Some(None) => self.link = None,
@@ -250,7 +255,7 @@ impl Agent {
         self.ticket_key = welcome.ticket_key;
         let (reader, writer) = tokio::io::split(stream);
         let (directives, received) = mpsc::channel(64);
-        Some(Link { writer, directives: received, reader: tokio::spawn(read(reader, directives)) })
+        Some(Link { writer, directives: received, reader: tokio::spawn(read(reader, directives)), told: None })
     }
 
     async fn flush(&mut self) {
@@ -361,10 +366,15 @@ impl Agent {
                 if view.revision != revision {
                     self.violate("the view is of another revision than its directive");
                 }
-                let mut disk = lock(&self.seat.disk);
-                if disk.view.as_ref().is_none_or(|before| before.revision <= revision) {
-                    disk.view = Some(view);
+                let told = self.link.as_mut().and_then(|link| link.told.replace(view.clone()));
+                // A real agent takes none but a newer one: the same may come twice, another one must not.
+                if let Some(before) = told
+                    && before.revision >= revision
+                    && before != view
+                {
+                    self.violate(&format!("a view is told that is no newer than the one before: {view:?}, {before:?}"));
                 }
+                lock(&self.seat.disk).view = Some(view);
             }
             Directive::OverlayPiece { .. } => self.violate("a small view comes in pieces"),
             Directive::Discard { guest } => {

@@ -319,9 +319,6 @@ impl Actor {
     async fn apply(&mut self, mut view: OverlayView) -> Result<Applied, SwitchError> {
         view.check()?;
         if let Some(have) = &self.view {
-            if view.revision < have.revision {
-                return Err(SwitchError::Stale { have: have.revision, got: view.revision });
-            }
             view.keep_newer(have);
             // What was kept may name hosts that the new view does not hold.
             view.check()?;

@@ -111,14 +111,6 @@ pub enum SwitchError {
     /// An interface of the host.
     #[error(transparent)]
     Tap(#[from] TapError),
-    /// The view is older than the one in force.
-    #[error("view {got} is older than view {have}, which is in force")]
-    Stale {
-        /// The revision in force.
-        have: u64,
-        /// The revision that was given.
-        got: u64,
-    },
     /// No tap is attached for the port.
     #[error("no tap is attached for port {0}")]
     NotAttached(PortId),
