@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
 use serde::Deserialize;
 use supercloud_provider::{Bounded, Machine, OwnMachines};
+use supercloud_provider_ec2::Settings;
 
 /// A provider's settings.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -28,6 +29,8 @@ pub enum DriverConfig {
         /// The machines.
         machines: Vec<Machine>,
     },
+    /// EC2, or a server that speaks its API; carried out by builds with the feature `ec2`.
+    Ec2(Box<Settings>),
 }
 
 /// Why a provider's settings cannot be used.
@@ -100,6 +103,17 @@ impl Providers {
                 return Err(wrong("its user_data_file does not use {{join_token}}: no host would join".to_owned()));
             }
             let provider = match &config.driver {
+                #[cfg(feature = "ec2")]
+                DriverConfig::Ec2(settings) => {
+                    let driver = supercloud_provider_ec2::Ec2::new((**settings).clone());
+                    Bounded::new(Arc::new(driver.map_err(wrong)?))
+                }
+                #[cfg(not(feature = "ec2"))]
+                DriverConfig::Ec2(settings) => {
+                    settings.check().map_err(wrong)?;
+                    let what = "this build has no EC2 client: build supercloud-controller with --features ec2";
+                    return Err(wrong(what.to_owned()));
+                }
                 DriverConfig::Static { machines } => {
                     Bounded::new(Arc::new(OwnMachines::new(&name, machines.clone()).map_err(wrong)?))
                 }

@@ -117,6 +117,10 @@ fn settings_of_providers_say_what_is_wrong() {
     assert!(open(&twice).contains("provider rack: there are two"), "{}", open(&twice));
     assert!(open(&PROVIDERS.replace("'rack'", "'Rack 1'")).contains("lower-case"));
     assert!(open(&PROVIDERS.replace("'0.05'", "'cheap'")).contains("usd_per_hour"));
+    let ec2 = "[[providers]]\nname = 'aws'\ndriver = 'ec2'\nregion = 'eu-central-1'\nimage_id = 'IMAGE'\n";
+    assert!(open(&ec2.replace("IMAGE", "debian")).contains("image_id is 'debian'"));
+    #[cfg(not(feature = "ec2"))]
+    assert!(open(&ec2.replace("IMAGE", "ami-1")).contains("--features ec2"));
     for (wrong, named) in [("vcpu", "vcpu"), ("drivers", "driver")] {
         let right = if wrong == "vcpu" { "vcpus" } else { "driver " };
         let error = parse(&PROVIDERS.replace(right, &format!("{wrong} "))).unwrap_err().to_string();
