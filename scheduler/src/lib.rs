@@ -9,6 +9,7 @@
 pub mod calendar;
 pub mod cluster;
 pub mod evacuable;
+pub mod ledger;
 pub mod market;
 pub mod money;
 pub mod placement;
