@@ -10,6 +10,8 @@ mod lasting;
 mod moves;
 mod problems;
 mod rentings;
+#[cfg(feature = "ec2")]
+mod rentings_ec2;
 mod roles;
 mod session;
 

@@ -25,7 +25,7 @@ fn wanted(name: &str) -> HostRent {
     }
 }
 
-async fn reaches(client: &supercloud_api::client::Client, name: &str, state: RentingState) -> Renting {
+pub async fn reaches(client: &supercloud_api::client::Client, name: &str, state: RentingState) -> Renting {
     for _ in 0..600 {
         let all = client.rentings().await.unwrap();
         let newest = all.into_iter().rev().find(|renting| renting.host_name.as_str() == name).unwrap();
