@@ -13,7 +13,7 @@ import { Overview, Wall } from "./pages/overview";
 import { SignIn } from "./pages/sign_in";
 import { route } from "./router";
 import { begin, brokenSince, end, link, now, who } from "./store/store";
-import { duration } from "./ui/format";
+import { moment } from "./ui/format";
 import { Search } from "./ui/search";
 import { apply, theme, turn } from "./ui/theme";
 
@@ -40,7 +40,7 @@ function Page() {
 function Broken() {
   if (link.value !== "broken") return null;
   const since = brokenSince.value ?? now.value;
-  return <p class="banner" role="alert">The controller does not answer (for {duration(Math.max(0, Date.now() - since))}). Guests run on without it; what is shown is as it was. Trying again by itself.</p>;
+  return <p class="banner" role="alert">The controller does not answer (since {moment(since)}). Guests run on without it; what is shown is as it was. Trying again by itself.</p>;
 }
 
 async function leave(): Promise<void> {

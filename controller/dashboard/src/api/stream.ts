@@ -2,6 +2,9 @@
 // the same format, resumed with `Last-Event-ID`.
 import type { Event } from "./types";
 
+/** Events' own text, letter by letter: their hashes are over it. */
+export const texts = new WeakMap<Event, string>();
+
 /** Takes pieces of a `text/event-stream` and gives the events that are whole. */
 export class StreamParser {
   private rest = "";
@@ -17,7 +20,10 @@ export class StreamParser {
         .filter((line) => line.startsWith("data:"))
         .map((line) => line.slice(5).trimStart())
         .join("\n");
-      if (data) events.push(JSON.parse(data) as Event);
+      if (!data) continue;
+      const event = JSON.parse(data) as Event;
+      texts.set(event, data);
+      events.push(event);
     }
     return events;
   }

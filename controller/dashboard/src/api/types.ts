@@ -22,4 +22,5 @@ export type TokenSecret = Schemas["TokenSecret"];
 export type Project = Schemas["Project"];
 export type WhoAmI = Schemas["WhoAmI"];
 export type Problem = Schemas["Problem"];
+export type Renting = Schemas["Renting"];
 export type Role = Schemas["Role"];

@@ -1,6 +1,8 @@
 // The audit trail: every event with who caused it, newest first.
 import { useState } from "preact/hooks";
 import type { Event } from "../api/types";
+import { texts } from "../api/stream";
+import { type Told, verify } from "../store/chain";
 import { eventMatches } from "../store/derive";
 import { events, now, operations } from "../store/store";
 import { ago, moment } from "../ui/format";
@@ -9,14 +11,14 @@ import { Empty, GuestLink, HostLink, Panel } from "../ui/parts";
 function about(event: Event): string {
   const data = event.data as Record<string, unknown>;
   const parts: string[] = [];
-  for (const key of ["phase", "name", "alarm", "event", "reason", "detail"]) {
+  for (const key of ["phase", event.guest ? "" : "name", "alarm", "event", "reason", "detail"]) {
     const value = data[key];
     if (typeof value === "string" && value) parts.push(value);
   }
   return parts.join(", ");
 }
 
-export function EventLine(props: { event: Event }) {
+export function EventLine(props: { event: Event; full?: boolean }) {
   const { event } = props;
   const reason = event.operation ? operations.value.get(event.operation)?.reason : undefined;
   return (
@@ -29,8 +31,27 @@ export function EventLine(props: { event: Event }) {
         {event.operation && <a href={`#/operations/${event.operation}`}>operation</a>}{" "}
         {about(event)}{reason ? ` — ${reason}` : ""}
       </span>
-      <span class="soft">{event.actor}</span>
+      <span class="soft" title={`request ${event.request_id}, event ${event.seq}`}>{event.actor}{props.full && <small><br /><code>{event.request_id}</code></small>}</span>
     </div>
+  );
+}
+
+const known = new WeakSet<Event>();
+
+/** Whether the chain of what this page has holds, worked out here and not believed. */
+function Chain() {
+  const told = events.value.map((event): Told => ({ event, text: texts.get(event) ?? "" }));
+  if (told.length === 0) return null;
+  const { checked, broken, gaps } = verify(told, known);
+  if (broken.length > 0) {
+    return <p class="bad" role="alert">The chain is broken: event {broken.slice(0, 5).join(", ")} is not what was written, or does not follow the one before.</p>;
+  }
+  const from = told[0]!.event.seq;
+  return (
+    <p class="good" role="status">
+      ✓ {checked} events, number {from} to {told[checked - 1]!.event.seq}: each has the hash of its own text
+      {gaps === 0 ? " and names that of the one before." : ", and names that of the one before where this token sees it."}
+    </p>
   );
 }
 
@@ -40,8 +61,9 @@ export function Events() {
   const found = events.value.filter((event) => eventMatches(event, words)).slice(-500).reverse();
   return (
     <Panel title="Audit trail" wide aside={<input type="search" placeholder="filter" aria-label="filter events" value={filter} onInput={(event) => setFilter(event.currentTarget.value)} />}>
-      {found.length === 0 ? <Empty>{words.length > 0 ? "No event matches." : "Nothing has happened yet."}</Empty> : found.map((event) => <EventLine key={event.seq} event={event} />)}
-      <p class="small soft">The newest 2,000 events are kept here; <code>GET /v1/events</code> has all, each with the hash of the one before.</p>
+      <Chain />
+      {found.length === 0 ? <Empty>{words.length > 0 ? "No event matches." : "Nothing has happened yet."}</Empty> : found.map((event) => <EventLine key={event.seq} event={event} full />)}
+      <p class="small soft">The newest 2,000 events are kept here, 500 of those before it was opened; <code>GET /v1/events</code> has all.</p>
     </Panel>
   );
 }

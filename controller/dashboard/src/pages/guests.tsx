@@ -1,7 +1,8 @@
+import type { ComponentChildren } from "preact";
 import { useState } from "preact/hooks";
 import { change, Refused } from "../api/http";
 import type { Event, Guest } from "../api/types";
-import { may } from "../store/derive";
+import { may, stays } from "../store/derive";
 import { events, guests, images, networks, now, operations, ports, volumes, who } from "../store/store";
 import { GuestActions } from "../ui/actions";
 import { ago, bytes, duration, moment } from "../ui/format";
@@ -29,32 +30,38 @@ export function Guests() {
   );
 }
 
-/** The places that a guest lived at, by the switches that the events tell of. */
+const stillText = (still: string): string => (still === "frozen" ? "frozen" : still === "lost" ? "lost" : "stopped");
+
+/** The places that a guest lived at, with the pauses of its moves. */
 function Lives(props: { guest: Guest; events: Event[] }) {
   const { guest } = props;
-  const switches = props.events.filter((event) => event.kind === "guest.switched");
-  if (switches.length === 0) return <Empty>No start or move among the events that this page has.</Empty>;
-  const begun = switches[0]!.at_ms;
+  const lived = stays(props.events, operations.value, now.value);
+  if (lived.length === 0) return <Empty>No start or move among the events that this page has.</Empty>;
+  const begun = lived[0]!.from;
   const span = Math.max(1, now.value - begun);
   const tones = new Map<string, number>();
-  const stays = switches.map((event, at) => {
-    const host = event.host ?? "";
+  const tone = (host: string | null) => {
+    if (!host) return "still";
     if (!tones.has(host)) tones.set(host, tones.size % 6);
-    const until = switches[at + 1]?.at_ms ?? now.value;
-    return { host, from: event.at_ms, until, tone: tones.get(host)! };
-  });
+    return `s${tones.get(host)! + 1}`;
+  };
+  const drawn = lived.map((stay) => ({ ...stay, tone: tone(stay.host) }));
   return (
     <>
       <svg class="lives" viewBox="0 0 1000 24" preserveAspectRatio="none" role="img" aria-label={`places of ${guest.name}`}>
-        {stays.map((stay) => (
-          <rect key={stay.from} class={`s${stay.tone + 1}`} x={((stay.from - begun) / span) * 1000} width={Math.max(1, ((stay.until - stay.from) / span) * 1000)} height="24">
-            <title>{`${hostName(stay.host)}: ${duration(stay.until - stay.from)}`}</title>
+        {drawn.map((stay) => (
+          <rect key={stay.from} class={stay.tone} x={((stay.from - begun) / span) * 1000} width={Math.max(1, ((stay.until - stay.from) / span) * 1000)} height="24">
+            <title>{`${stay.host ? hostName(stay.host) : stillText(stay.still)}: ${duration(stay.until - stay.from)}`}</title>
           </rect>
         ))}
       </svg>
       <ol class="stays">
-        {[...stays].reverse().slice(0, 20).map((stay) => (
-          <li key={stay.from}><i class={`s${stay.tone + 1}`} /> <HostLink id={stay.host} /> <span class="soft">from {moment(stay.from)}, {duration(stay.until - stay.from)}</span></li>
+        {[...drawn].reverse().slice(0, 20).map((stay) => (
+          <li key={stay.from}>
+            <i class={stay.tone} /> {stay.host ? <HostLink id={stay.host} /> : stillText(stay.still)}{" "}
+            <span class="soft">from {moment(stay.from)}, {duration(stay.until - stay.from)}</span>
+            {stay.downtime !== null && <> <a href={`#/operations/${stay.operation}`}>came with a pause of {duration(stay.downtime)}</a></>}
+          </li>
         ))}
       </ol>
     </>
@@ -114,14 +121,19 @@ export function GuestPage(props: { id: string }) {
           <Facts key={port.id} rows={[
             ["network", <a href="#/networks">{networks.value.get(port.network)?.name ?? port.network}</a>],
             ["address", port.ipv4],
-            ["MAC", port.mac],
+            ["MAC", <code>{port.mac}</code>],
             ["at", <HostLink id={port.host} />],
+            ...(port.moved_from ? [["still forwarded from", <HostLink id={port.moved_from} />] as [string, ComponentChildren]] : []),
           ]} />
         ))}
       </Panel>
       <Panel title="Disks">
         {guest.volumes.map((id) => volumes.value.get(id)).filter((volume) => volume !== undefined).map((volume) => (
-          <Facts key={volume.id} rows={[["volume", volume.name], ["size", bytes(volume.size_bytes)], ["blocks follow", volume.propagation.replaceAll("_", " ")]]} />
+          <Facts key={volume.id} rows={[
+            ["volume", volume.name], ["size", bytes(volume.size_bytes)], ["blocks follow", volume.propagation],
+            ["at", <HostLink id={volume.host} />],
+            ...(volume.needed_source ? [["blocks still come from", <HostLink id={volume.needed_source} />] as [string, ComponentChildren]] : []),
+          ]} />
         ))}
       </Panel>
       <Panel title="What was done with it" wide>

@@ -1,27 +1,79 @@
 import { useState } from "preact/hooks";
 import { change, Refused } from "../api/http";
 import { may } from "../store/derive";
-import { events, guests, hosts, now, who } from "../store/store";
-import { ago, bytes, moment } from "../ui/format";
+import { events, guests, hosts, now, rentings, who } from "../store/store";
+import { ago, bytes, moment, price } from "../ui/format";
 import { Empty, Facts, Grid, Panel, State, room } from "../ui/parts";
 import { EventLine } from "./events";
 
+const SUBSTRATES: Record<string, string> = {
+  hardware: "the processor's own virtualization", nested_hardware: "virtualization handed through to a virtual machine",
+  pvm: "page-table virtualization", emulation_only: "/dev/kvm emulates: not used", none: "no usable /dev/kvm",
+};
+
+interface Measured { ns_per_instruction?: number; ns_per_exit?: number; reason?: string }
+interface Probe { substrate?: string; kvm?: Record<string, Measured>; machine?: { cpu_vendor?: string; hypervisor?: string | null; product?: string | null; cpus?: number; memory_bytes?: number; nics?: { name: string; driver: string }[] } }
+
+/** What was measured, as far as this page knows the words; the rest is below it as it was told. */
+function ProbeFacts(props: { probe: Probe }) {
+  const { substrate, kvm, machine } = props.probe;
+  const found = Object.values(kvm ?? {}).find((one) => one && typeof one === "object");
+  const rows: [string, string][] = [];
+  if (substrate) rows.push(["gives", SUBSTRATES[substrate] ?? substrate]);
+  if (found?.ns_per_instruction !== undefined) rows.push(["a guest's instruction", `${found.ns_per_instruction.toPrecision(3)} ns`]);
+  if (found?.ns_per_exit !== undefined) rows.push(["an exit and back", `${Math.round(found.ns_per_exit)} ns`]);
+  if (found?.reason) rows.push(["because", found.reason]);
+  if (machine?.cpu_vendor) rows.push(["processor", `${machine.cpus ?? "?"} × ${machine.cpu_vendor}`]);
+  if (machine?.hypervisor !== undefined) rows.push(["below it", machine.hypervisor ?? "a real machine"]);
+  if (machine?.product) rows.push(["product", machine.product]);
+  if (machine?.nics && machine.nics.length > 0) rows.push(["network cards", machine.nics.map((nic) => `${nic.name} (${nic.driver})`).join(", ")]);
+  return (
+    <>
+      {rows.length > 0 && <Facts rows={rows} />}
+      <details><summary>as told by its agent</summary><pre tabIndex={0}>{JSON.stringify(props.probe, null, 1)}</pre></details>
+    </>
+  );
+}
+
 const percent = (part: number): string => `${Math.round(part * 100)} %`;
+
+/** Hosts that are rented, on their way, or were: what a provider was asked for and what became of it. */
+function Rentings() {
+  const found = [...rentings.value.values()].sort((a, b) => b.created_at_ms - a.created_at_ms);
+  if (found.length === 0) return null;
+  return (
+    <Panel title={`Rented (${found.filter((one) => one.state !== "ended").length})`} wide>
+      <Grid name="rentings" items={found} empty="" columns={[
+        { title: "host", key: (one) => one.host_name, show: (one) => <a href={`#/hosts/${one.host_name}`}>{one.host_name}</a> },
+        { title: "state", key: (one) => one.state, show: (one) => <State of={one.state} /> },
+        { title: "cloud", key: (one) => one.cloud_name, show: (one) => one.cloud_name },
+        { title: "what", key: (one) => one.instance_type, show: (one) => `${one.instance_type}, ${one.tenure.replaceAll("_", " ")}` },
+        { title: "at most", key: (one) => one.max_price_nanousd_per_hour ?? 0, show: (one) => (one.max_price_nanousd_per_hour ? price(one.max_price_nanousd_per_hour) : "–"), wide: true },
+        { title: "instance", show: (one) => one.instance ?? "–", wide: true },
+        { title: "asked for", key: (one) => one.created_at_ms, show: (one) => <a href={`#/operations/${one.rent_operation}`}>{ago(one.created_at_ms, now.value)}</a>, wide: true },
+        { title: "ended", show: (one) => (one.end ?? one.ending_as ?? "–").replaceAll("_", " "), wide: true },
+      ]} />
+    </Panel>
+  );
+}
 
 export function Hosts() {
   const found = [...hosts.value.values()].filter((host) => host.state !== "removed");
   return (
-    <Panel title={`Hosts (${found.length})`} wide>
-      <Grid name="hosts" tall items={found} empty={<>No host yet: <code>supercloud host join-token NAME --cloud CLOUD</code></>} columns={[
-        { title: "name", key: (host) => host.name, show: (host) => <a href={`#/hosts/${host.name}`}>{host.name}</a> },
-        { title: "cloud", key: (host) => host.cloud_name, show: (host) => host.cloud_name },
-        { title: "state", key: (host) => host.state, show: (host) => <State of={host.state} /> },
-        { title: "vCPU", key: (host) => host.used.vcpus, show: (host) => `${host.used.vcpus} / ${host.capacity.vcpus}` },
-        { title: "memory", key: (host) => host.used.memory_bytes, show: (host) => `${bytes(host.used.memory_bytes)} / ${bytes(host.capacity.memory_bytes)}` },
-        { title: "runs", key: (host) => host.compat_classes[0]?.accelerator ?? "", show: (host) => host.compat_classes.map((one) => `${one.back_end}/${one.accelerator}`).join(", "), wide: true },
-        { title: "heard of", key: (host) => host.last_seen_ms, show: (host) => ago(host.last_seen_ms, now.value), wide: true },
-      ]} />
-    </Panel>
+    <div class="tiles">
+      <Panel title={`Hosts (${found.length})`} wide>
+        <Grid name="hosts" tall items={found} empty={<>No host yet: <code>supercloud host join-token NAME --cloud CLOUD</code></>} columns={[
+          { title: "name", key: (host) => host.name, show: (host) => <a href={`#/hosts/${host.name}`}>{host.name}</a> },
+          { title: "cloud", key: (host) => host.cloud_name, show: (host) => host.cloud_name },
+          { title: "state", key: (host) => host.state, show: (host) => <State of={host.state} /> },
+          { title: "vCPU", key: (host) => host.used.vcpus, show: (host) => `${host.used.vcpus} / ${host.capacity.vcpus}` },
+          { title: "memory", key: (host) => host.used.memory_bytes, show: (host) => `${bytes(host.used.memory_bytes)} / ${bytes(host.capacity.memory_bytes)}` },
+          { title: "runs", key: (host) => host.compat_classes[0]?.accelerator ?? "", show: (host) => host.compat_classes.map((one) => `${one.back_end}/${one.accelerator}`).join(", "), wide: true },
+          { title: "heard of", key: (host) => host.last_seen_ms, show: (host) => ago(host.last_seen_ms, now.value), wide: true },
+        ]} />
+      </Panel>
+      <Rentings />
+    </div>
   );
 }
 
@@ -31,6 +83,7 @@ export function HostPage(props: { id: string }) {
   if (!host) return <Panel title="No such host" wide><Empty>There is no host {props.id}.</Empty></Panel>;
   const own = [...guests.value.values()].filter((guest) => guest.host === host.id);
   const told = events.value.filter((event) => event.host === host.id).slice(-30).reverse();
+  const rented = [...rentings.value.values()].find((one) => one.host === host.id && one.state !== "ended");
   const isCordoned = host.state === "cordoned";
   const cordon = async () => {
     try {
@@ -52,11 +105,14 @@ export function HostPage(props: { id: string }) {
           ["overlay", host.overlay_address ?? "–"],
           ["heard of", ago(host.last_seen_ms, now.value)],
           ["agent", host.agent_version],
+          ["runs", host.compat_classes.map((one) => `${one.back_end}/${one.accelerator}/${one.machine_version}/${one.cpu_baseline}`).join(", ") || "nothing"],
+          ["certificate (SHA-256)", <code>{host.certificate_sha256}</code>],
+          ...(rented ? [["rented as", `${rented.instance_type}, ${rented.tenure.replaceAll("_", " ")}, by ${rented.provider}`] as [string, string]] : []),
           ["joined", moment(host.created_at_ms)],
         ]} />
       </Panel>
       <Panel title="What its substrate gives, as measured">
-        <pre>{JSON.stringify(host.probe, null, 1)}</pre>
+        <ProbeFacts probe={host.probe as Probe} />
       </Panel>
       <Panel title={`Guests here (${own.length})`}>
         {own.length === 0 ? <Empty>none</Empty> : <ul class="plain">{own.map((guest) => <li key={guest.id}><a href={`#/guests/${guest.id}`}>{guest.name}</a> <State of={guest.state} /></li>)}</ul>}

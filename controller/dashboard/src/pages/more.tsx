@@ -28,7 +28,11 @@ export function Images() {
           { title: "name", key: (volume) => volume.name, show: (volume) => volume.name },
           { title: "guest", show: (volume) => <GuestLink id={users.get(volume.id)} /> },
           { title: "size", key: (volume) => volume.size_bytes, show: (volume) => bytes(volume.size_bytes) },
-          { title: "blocks follow", key: (volume) => volume.propagation, show: (volume) => volume.propagation.replaceAll("_", " "), wide: true },
+          { title: "at", show: (volume) => <HostLink id={volume.host} />, wide: true },
+          { title: "blocks follow", key: (volume) => volume.propagation, show: (volume) => volume.propagation, wide: true },
+          { title: "blocks still come from", show: (volume) => <HostLink id={volume.needed_source} />, wide: true },
+          { title: "stands on", show: (volume) => (volume.image ? (images.value.get(volume.image)?.name ?? "an image that is gone") : "–"), wide: true },
+          { title: "map", key: (volume) => volume.map_version, show: (volume) => `version ${volume.map_version}, epoch ${volume.epoch}`, wide: true },
         ]} />
       </Panel>
       <Panel title={`Freezes (${freezes.value.size})`} wide>

@@ -1,5 +1,6 @@
-import { isEnded, label } from "../store/derive";
-import { events, now, operations, samples } from "../store/store";
+import type { ComponentChildren } from "preact";
+import { isEnded, label, rounds } from "../store/derive";
+import { events, guests, images, now, operations, samples } from "../store/store";
 import { Cancel } from "../ui/actions";
 import { Chart } from "../ui/chart";
 import { ago, bytes, duration, moment, rate } from "../ui/format";
@@ -31,24 +32,39 @@ export function OperationPage(props: { id: string }) {
   const seen = samples.value.get(operation.id) ?? [];
   const told = events.value.filter((event) => event.operation === operation.id).reverse();
   const begun = operation.created_at_ms;
+  const name = operation.guest ? guests.value.get(operation.guest)?.name : operation.image ? images.value.get(operation.image)?.name : undefined;
+  const title = name ? `${label(operation)}: ${name}` : label(operation);
+  // Only what this kind of operation has.
+  const about: [string, ComponentChildren][] = [];
+  if (operation.guest) about.push(["guest", <GuestLink id={operation.guest} />]);
+  if (operation.image) about.push(["image", <a href="#/images">{images.value.get(operation.image)?.name ?? operation.image}</a>]);
+  if (operation.source) about.push(["from", <HostLink id={operation.source} />]);
+  if (operation.destination) about.push(["to", <HostLink id={operation.destination} />]);
+  const moved: [string, string][] = [];
+  const isNumber = (value: number | null | undefined): value is number => value !== null && value !== undefined;
+  if (isNumber(progress.downtime_ms)) moved.push(["pause", duration(progress.downtime_ms)]);
+  if (progress.memory_total_bytes > 0) {
+    const round = progress.round > 0 ? `, round ${progress.round}` : "";
+    moved.push([operation.kind === "image_import" ? "stored" : "memory sent", `${bytes(progress.memory_sent_bytes)} of ${bytes(progress.memory_total_bytes)}${round}`]);
+  }
+  if (isNumber(progress.disk_bytes_before_resume)) moved.push(["disk before it ran", bytes(progress.disk_bytes_before_resume)]);
+  if (isNumber(progress.disk_bytes_after_resume)) moved.push(["disk after it ran", bytes(progress.disk_bytes_after_resume)]);
+  if (progress.disk_missing_bytes > 0) moved.push(["disk still missing", bytes(progress.disk_missing_bytes)]);
+  const byRound = rounds(seen).map((one) => ({ ...one, id: String(one.round) }));
   return (
     <div class="tiles">
-      <Panel title={`${label(operation)} ${operation.guest ? "of a guest" : ""}`} wide aside={<Cancel operation={operation} />}>
+      <Panel title={title} wide aside={<Cancel operation={operation} />}>
         <Moving operation={operation} />
         <Steps operation={operation} />
         {operation.error && <p class={operation.phase === "failed" ? "bad" : "warn"} role="alert">{operation.error.detail}</p>}
         <Facts rows={[
-          ["guest", <GuestLink id={operation.guest} />],
-          ["from", <HostLink id={operation.source} />],
-          ["to", <HostLink id={operation.destination} />],
+          ...about,
           ["asked by", operation.actor],
           ["why", operation.reason ?? "–"],
           ["begun", moment(begun)],
           ["took", duration((operation.ended_at_ms ?? now.value) - begun)],
-          ["pause", (progress.downtime_ms ?? null) === null ? "–" : duration(progress.downtime_ms!)],
-          ["memory sent", progress.memory_total_bytes > 0 ? `${bytes(progress.memory_sent_bytes)} of ${bytes(progress.memory_total_bytes)}, round ${progress.round}` : "–"],
-          ["disk before / after it ran", [progress.disk_bytes_before_resume, progress.disk_bytes_after_resume].map((one) => (one ?? null) === null ? "–" : bytes(one!)).join(" / ")],
-          ["disk still missing", bytes(progress.disk_missing_bytes)],
+          ["request", <code>{operation.request_id}</code>],
+          ...moved,
         ]} />
       </Panel>
       {seen.length > 1 && (
@@ -56,7 +72,17 @@ export function OperationPage(props: { id: string }) {
           <Chart label="memory that remains and how fast the guest writes" x={seen.map((one) => one.at)}
             series={[{ name: "remaining", values: seen.map((one) => one.remaining), strong: true }, { name: "sent", values: seen.map((one) => one.sent) }]}
             y={bytes} xText={(at) => `+${duration(Math.max(0, at - begun))}`} />
-          <p class="small soft">now {rate(progress.bandwidth_bytes_per_s)} over the link, the guest writes {rate(progress.dirty_bytes_per_s)}</p>
+          {byRound.length > 0 && (
+            <Grid name="rounds" items={byRound} empty="" columns={[
+              { title: "round", key: (one) => one.round, show: (one) => one.round },
+              { title: "sent", key: (one) => one.sent, show: (one) => bytes(one.sent) },
+              { title: "remained", key: (one) => one.remaining, show: (one) => bytes(one.remaining) },
+              { title: "took", key: (one) => one.took, show: (one) => duration(one.took) },
+              { title: "guest wrote up to", key: (one) => one.dirty, show: (one) => rate(one.dirty), wide: true },
+              { title: "link up to", key: (one) => one.bandwidth, show: (one) => rate(one.bandwidth), wide: true },
+            ]} />
+          )}
+          <p class="small soft">As this page saw it, once a second. Now {rate(progress.bandwidth_bytes_per_s)} over the link, the guest writes {rate(progress.dirty_bytes_per_s)}</p>
         </Panel>
       )}
       {operation.plan && operation.plan.checks.length > 0 && (

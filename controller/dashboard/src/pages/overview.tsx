@@ -25,12 +25,12 @@ export function Alarms() {
   );
 }
 
-export function Now() {
+export function Now(props: { still?: boolean }) {
   const moving = underWay.value;
   return (
     <Panel title={moving.length === 0 ? "Nothing moves" : `${moving.length} under way`} wide>
       {moving.length === 0 && <Empty>Moves, freezes and imports are shown here while they last.</Empty>}
-      {moving.slice(0, 20).map((operation) => <Moving key={operation.id} operation={operation}><Cancel operation={operation} /></Moving>)}
+      {moving.slice(0, 20).map((operation) => <Moving key={operation.id} operation={operation}>{!props.still && <Cancel operation={operation} />}</Moving>)}
       {moving.length > 20 && <p><a href="#/operations">and {moving.length - 20} more</a></p>}
     </Panel>
   );
@@ -104,7 +104,7 @@ export function Wall() {
     <div class="tiles wall">
       <Alarms />
       <Good />
-      <Now />
+      <Now still />
       <Where />
       <p class="small">as of {ago(now.value, Date.now())}</p>
     </div>

@@ -2,7 +2,7 @@ import { describe, expect, it } from "vitest";
 import { StreamParser } from "../api/stream";
 import type { Event, Guest, Host, Operation, Phase } from "../api/types";
 import { bytes, duration, eta, feedTime } from "../ui/format";
-import { alarms, fraction, may, percentile, record } from "./derive";
+import { alarms, fraction, may, percentile, record, rounds, stays } from "./derive";
 
 const progress = {
   memory_total_bytes: 100, memory_sent_bytes: 0, memory_remaining_bytes: 100, round: 1, dirty_bytes_per_s: 0, bandwidth_bytes_per_s: 0,
@@ -48,6 +48,34 @@ describe("the record of moves", () => {
     const kept = record([...done, operation("failed"), operation("rolled_back"), operation("copy"), operation("done", { ended_at_ms: 1 })], 500);
     expect(kept).toMatchObject({ moves: 3, failed: 1, rolledBack: 1, downtimeP50: 200, downtimeP99: 300 });
     expect(percentile([], 0.5)).toBeNull();
+  });
+});
+
+describe("the places of a guest", () => {
+  const switched = (at_ms: number, owner: unknown, host: string | null, operation: string) => ({ kind: "guest.switched", at_ms, host, operation, data: { to: { owner, epoch: 1 } } }) as unknown as Event;
+  const told = [
+    switched(100, { host: "a" }, "a", "start"),
+    { kind: "guest.alarm", at_ms: 150, data: {} } as unknown as Event,
+    switched(200, { host: "b" }, "b", "move"),
+    switched(500, { frozen: "f" }, null, "freeze"),
+    switched(900, { host: "a" }, "a", "thaw"),
+    switched(950, { lost: "a" }, "a", "none"),
+  ];
+  const known = new Map([["move", operation("done", { progress: { ...progress, downtime_ms: 42 } })], ["thaw", operation("done", { kind: "guest_thaw" })]]);
+  it("follow one another without a gap, with the pauses of moves", () => {
+    const lived = stays(told, known, 1000);
+    expect(lived.map((stay) => [stay.host, stay.still, stay.from, stay.until, stay.downtime])).toEqual([
+      ["a", "host", 100, 200, null], ["b", "host", 200, 500, 42], [null, "frozen", 500, 900, null], ["a", "host", 900, 950, null], [null, "lost", 950, 1000, null],
+    ]);
+    expect(stays([], known, 1000)).toEqual([]);
+  });
+});
+
+describe("rounds", () => {
+  const sample = (at: number, round: number, sent: number, remaining: number, dirty = 0) => ({ at, round, sent, remaining, dirty, bandwidth: 0 });
+  it("are told apart, each with what it sent and left", () => {
+    const found = rounds([sample(0, 0, 0, 100), sample(10, 1, 40, 60), sample(20, 1, 80, 20, 5), sample(30, 2, 90, 10, 3), sample(40, 3, 95, 0)]);
+    expect(found.map((one) => [one.round, one.sent, one.remaining, one.took, one.dirty])).toEqual([[1, 80, 20, 20, 5], [2, 10, 10, 10, 3], [3, 5, 0, 0, 0]]);
   });
 });
 

@@ -62,9 +62,62 @@ export function alarms(guests: Iterable<Guest>, hosts: Iterable<Host>, operation
   return found.sort((a, b) => (a.level === b.level ? 0 : a.level === "bad" ? -1 : 1));
 }
 
+export interface Stay {
+  /** Where; null while it stood still: frozen, stopped or lost. */
+  host: string | null;
+  /** What it was while it ran nowhere. */
+  still: string;
+  from: number;
+  until: number;
+  /** The pause with which it came here, and the operation that brought it. */
+  downtime: number | null;
+  operation: string | null;
+}
+
+/** The places that a guest lived at, oldest first, by the switches among the events, which are in order. */
+export function stays(events: Iterable<Event>, operations: ReadonlyMap<string, Operation>, nowMs: number): Stay[] {
+  const found: Stay[] = [];
+  for (const event of events) {
+    if (event.kind !== "guest.switched") continue;
+    const last = found[found.length - 1];
+    if (last) last.until = event.at_ms;
+    const owner = (event.data as { to?: { owner?: unknown } }).to?.owner;
+    const still = typeof owner === "string" ? owner : owner && typeof owner === "object" ? (Object.keys(owner)[0] ?? "") : "";
+    const operation = event.operation ? operations.get(event.operation) : undefined;
+    const host = still === "lost" ? null : (event.host ?? null);
+    const downtime = operation?.kind === "guest_migrate" ? (operation.progress.downtime_ms ?? null) : null;
+    found.push({ host, still, from: event.at_ms, until: nowMs, downtime, operation: event.operation ?? null });
+  }
+  return found;
+}
+
+export interface Round { round: number; begun: number; took: number; sent: number; remaining: number; dirty: number; bandwidth: number }
+
+/** Samples of an operation's progress, put together by round: what was sent in it, what remained at its end. */
+export function rounds(samples: { at: number; round: number; sent: number; remaining: number; dirty: number; bandwidth: number }[]): Round[] {
+  const found: Round[] = [];
+  let sentBefore = 0;
+  for (const sample of samples) {
+    let last = found[found.length - 1];
+    if (!last || last.round !== sample.round) {
+      sentBefore = last ? sentBefore + last.sent : 0;
+      if (last) last.took = sample.at - last.begun;
+      last = { round: sample.round, begun: sample.at, took: 0, sent: 0, remaining: 0, dirty: 0, bandwidth: 0 };
+      found.push(last);
+    }
+    last.took = sample.at - last.begun;
+    last.sent = Math.max(0, sample.sent - sentBefore);
+    last.remaining = sample.remaining;
+    last.dirty = Math.max(last.dirty, sample.dirty);
+    last.bandwidth = Math.max(last.bandwidth, sample.bandwidth);
+  }
+  return found.filter((round) => round.round > 0);
+}
+
 const KINDS: Record<string, string> = {
   image_import: "import", guest_start: "start", guest_stop: "stop", guest_delete: "delete",
   guest_migrate: "migrate", guest_freeze: "freeze", guest_thaw: "thaw",
+  host_rent: "rent a host", host_return: "give a host back",
 };
 
 export function label(operation: Operation): string {
@@ -137,7 +190,7 @@ export function may(who: WhoAmI | null | undefined, what: "move" | "change" | "a
 
 /** Whether an event's text has all of the words, for the audit's filter. */
 export function eventMatches(event: Event, words: string[]): boolean {
-  const text = `${event.kind} ${event.actor} ${event.guest ?? ""} ${event.host ?? ""} ${event.operation ?? ""} ${JSON.stringify(event.data)}`;
+  const text = `${event.kind} ${event.actor} ${event.request_id} ${event.guest ?? ""} ${event.host ?? ""} ${event.operation ?? ""} ${JSON.stringify(event.data)}`;
   const low = text.toLowerCase();
   return words.every((word) => low.includes(word));
 }

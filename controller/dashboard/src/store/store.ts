@@ -3,7 +3,7 @@ import { batch, computed, signal, type Signal } from "@preact/signals";
 import { Away, Refused, get, list } from "../api/http";
 import { follow } from "../api/stream";
 import type {
-  Cloud, Event, Freeze, Guest, Host, Image, Market, Network, Operation, Port, PriceSeries, Project, Token, Volume, WhoAmI,
+  Cloud, Event, Freeze, Guest, Host, Image, Market, Network, Operation, Port, PriceSeries, Project, Renting, Token, Volume, WhoAmI,
 } from "../api/types";
 import { isEnded } from "./derive";
 
@@ -30,6 +30,7 @@ export const volumes = table<Volume>();
 export const freezes = table<Freeze>();
 export const projects = table<Project>();
 export const tokens = table<Token>();
+export const rentings = table<Renting>();
 export const markets: Signal<Market[]> = signal([]);
 export const prices: Signal<ReadonlyMap<string, PriceSeries>> = signal(new Map());
 /** Newest last. */
@@ -103,6 +104,7 @@ const loaders: Record<string, () => Promise<void>> = {
   freezes: () => all(freezes, "/v1/freezes"),
   projects: () => all(projects, "/v1/projects"),
   tokens: () => all(tokens, "/v1/tokens"),
+  rentings: () => all(rentings, "/v1/rentings"),
 };
 
 /** Asks anew for whole kinds. */
@@ -134,8 +136,9 @@ export function touched(event: Event): string[] {
   if (family === "image") found.push("images");
   if (family === "project") found.push("projects");
   if (family === "token") found.push("tokens");
-  if (family === "host") found.push("hosts");
-  if (family === "operation") found.push("freezes", "images", "volumes");
+  if (family === "host") found.push("hosts", "rentings");
+  if (family === "renting") found.push("rentings");
+  if (family === "operation") found.push("freezes", "images", "volumes", "rentings");
   return found;
 }
 
