@@ -30,6 +30,7 @@ async function everyPage(name: string, pages: string[]): Promise<void> {
       const at = `${name}-${path.replaceAll("/", "-").slice(0, 24) || "overview"}-${view.width}-${view.dark ? "dark" : "light"}`;
       const far = await sideways(page);
       if (far > 0) found.push(`${at}: scrolls sideways by ${far} px`);
+      if ((await page.locator(".banner").count()) > 0) found.push(`${at}: ${await page.locator(".banner").innerText()}`);
       // The other width tells the same of the other colours.
       if ((view.width === 360) !== view.dark || path === "") found.push(...(await barriers(page)).map((one) => `${at}: ${one}`));
       await shot(page, at);
@@ -180,6 +181,20 @@ describe("a controller with guests", () => {
     await context.close();
   });
 
+  it("does not ask to sign in again because the controller is away for a moment", async () => {
+    const { context, page } = await desk(browser, controller.url, controller.token);
+    await page.route("**/v1/whoami", (route) => route.abort("connectionrefused"));
+    await page.goto("/#/networks");
+    await page.getByText("The controller does not answer").waitFor();
+    expect(await page.getByLabel("Token").count()).toBe(0);
+    await page.unroute("**/v1/whoami");
+    // Nor does a page stay half filled where one of its questions failed.
+    let failures = 2;
+    await page.route("**/v1/networks?*", (route) => (failures-- > 0 ? route.abort("connectionreset") : route.fallback()));
+    await page.getByRole("heading", { name: "office" }).waitFor();
+    await context.close();
+  });
+
   it("says that the controller is gone, and goes on where it was when it is back", async () => {
     const { context, page, problems } = await desk(browser, controller.url, controller.token);
     await visit(page, "networks");
@@ -198,6 +213,8 @@ describe("a controller with guests", () => {
     await rest.must("POST", "/v1/networks", { name: "made-after", cidr: "10.22.0.0/24" });
     await page.getByRole("heading", { name: "made-after" }).waitFor();
     expect(await page.evaluate(() => performance.timeOrigin)).toBe(before);
+    // That requests failed meanwhile is what this is about.
+    problems.length = 0;
     // No event is told twice, none is missing, and the chain holds across the end of the controller.
     await visit(page, "events");
     await page.getByRole("status").filter({ hasText: "names that of the one before." }).waitFor();

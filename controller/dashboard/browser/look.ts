@@ -5,6 +5,8 @@ import { join } from "node:path";
 import { type Browser, type BrowserContext, type Page, chromium } from "playwright-core";
 
 export const SHOTS = process.env.DESK_SHOTS ?? join(import.meta.dirname, "..", "node_modules", ".cache", "desk");
+/** Pages that were just built, to be tried on a program that was built before them. */
+const DIST = process.env.DESK_DIST;
 mkdirSync(SHOTS, { recursive: true });
 
 export function open(): Promise<Browser> {
@@ -38,11 +40,28 @@ export async function desk(browser: Browser, url: string, token?: string, view: 
     const answer = await context.request.post("/v1/session", { headers: { authorization: `Bearer ${token}` } });
     if (!answer.ok()) throw new Error(`signing in: ${answer.status()} ${await answer.text()}`);
   }
+  if (DIST) {
+    const sent = (await context.request.get("/")).headers()["content-security-policy"] ?? "";
+    for (const path of ["/", "/favicon.svg", "/assets/*"]) {
+      await context.route(`${url}${path}`, (route) => {
+        const asked = new URL(route.request().url()).pathname;
+        return route.fulfill({ path: join(DIST, asked === "/" ? "index.html" : asked), headers: { "content-security-policy": sent } });
+      });
+    }
+  }
   const page = await context.newPage();
   const problems: string[] = [];
   page.on("pageerror", (error) => problems.push(String(error)));
   page.on("request", (request) => {
     if (!request.url().startsWith(url) && !request.url().startsWith("data:")) problems.push(`asks for ${request.url()}`);
+  });
+  page.on("requestfailed", (request) => {
+    // A window that is closed ends what it asked for; machines that test labs make and remove network cards.
+    const usual = ["net::ERR_ABORTED", "net::ERR_NETWORK_CHANGED"];
+    if (request.url().includes("/v1/") && !usual.includes(request.failure()?.errorText ?? "")) problems.push(`${request.url()}: ${request.failure()?.errorText}`);
+  });
+  page.on("response", (response) => {
+    if (response.status() >= 400 && response.status() !== 401) problems.push(`${response.url()}: ${response.status()}`);
   });
   page.on("console", (message) => {
     if (message.type() === "error" && /Content Security Policy|Refused to/.test(message.text())) problems.push(message.text());

@@ -1,5 +1,6 @@
 import "uplot/dist/uPlot.min.css";
 import "./style.css";
+import { signal } from "@preact/signals";
 import { render } from "preact";
 import { Refused, get, signOut } from "./api/http";
 import type { WhoAmI } from "./api/types";
@@ -12,7 +13,7 @@ import { OperationPage, Operations } from "./pages/operations";
 import { Overview, Wall } from "./pages/overview";
 import { SignIn } from "./pages/sign_in";
 import { route } from "./router";
-import { begin, brokenSince, end, link, now, who } from "./store/store";
+import { begin, brokenSince, end, link, now, refusal, who } from "./store/store";
 import { moment } from "./ui/format";
 import { Search } from "./ui/search";
 import { apply, theme, turn } from "./ui/theme";
@@ -21,6 +22,8 @@ const PAGES: [string, string][] = [
   ["", "Overview"], ["guests", "Guests"], ["hosts", "Hosts"], ["operations", "Operations"], ["markets", "Markets"],
   ["images", "Images"], ["networks", "Networks"], ["events", "Audit"], ["tokens", "Tokens"],
 ];
+
+const isAway = signal(false);
 
 function Page() {
   const [page = "", id] = route.value;
@@ -40,6 +43,7 @@ function Page() {
 function Broken() {
   if (link.value !== "broken") return null;
   const since = brokenSince.value ?? now.value;
+  if (refusal.value !== undefined && refusal.value !== 200) return <p class="banner" role="alert">The controller answers, but tells no events (status {refusal.value}): what is shown is as it was at {moment(since)}. Trying again by itself.</p>;
   return <p class="banner" role="alert">The controller does not answer (since {moment(since)}). Guests run on without it; what is shown is as it was. Trying again by itself.</p>;
 }
 
@@ -53,7 +57,7 @@ async function leave(): Promise<void> {
 }
 
 function App() {
-  if (who.value === undefined) return <main class="sign-in" aria-busy="true">…</main>;
+  if (who.value === undefined) return <main class="sign-in" aria-busy="true"><p role="status">{isAway.value ? "The controller does not answer. Trying again by itself…" : "…"}</p></main>;
   if (who.value === null) return <SignIn />;
   const [page = ""] = route.value;
   if (page === "wall") return <main class="wall"><Broken /><Wall /></main>;
@@ -80,13 +84,18 @@ function App() {
 async function start(): Promise<void> {
   apply();
   render(<App />, document.getElementById("app")!);
-  try {
-    who.value = await get<WhoAmI>("/v1/whoami");
-  } catch (error) {
-    // Without a session, or with a controller that is not there: the sign-in says which.
-    who.value = null;
-    if (!(error instanceof Refused)) console.warn(error);
-    return;
+  while (who.value === undefined) {
+    try {
+      who.value = await get<WhoAmI>("/v1/whoami");
+    } catch (error) {
+      if (error instanceof Refused) {
+        who.value = null;
+        return;
+      }
+      // A session is not lost because the controller is away for a moment.
+      isAway.value = true;
+      await new Promise((resolve) => setTimeout(resolve, 1000));
+    }
   }
   await begin();
 }

@@ -52,10 +52,19 @@ export async function list<T>(path: string): Promise<T[]> {
   return items;
 }
 
-/** A change; sent again with the same key it is done once. */
+/** A change. Where no answer comes it is sent again with the same key: then it is done once, however often it arrives. */
 export async function change<T>(method: "POST" | "PATCH" | "DELETE", path: string, body?: unknown): Promise<T | undefined> {
   const headers = { ...CSRF, "idempotency-key": crypto.randomUUID() };
-  const response = await send(method, path, body, headers);
+  let response: Response;
+  for (let left = 3; ; left -= 1) {
+    try {
+      response = await send(method, path, body, headers);
+      break;
+    } catch (error) {
+      if (!(error instanceof Away) || left <= 1) throw error;
+      await new Promise((resolve) => setTimeout(resolve, 1000));
+    }
+  }
   return response.status === 204 ? undefined : ((await response.json()) as T);
 }
 

@@ -39,6 +39,7 @@ export interface Listener {
 export async function follow(backlog: number, listener: Listener, signal: AbortSignal): Promise<void> {
   let last: number | undefined;
   let wait = 500;
+  let failures = 0;
   while (!signal.aborted) {
     let status: number | undefined;
     try {
@@ -49,6 +50,7 @@ export async function follow(backlog: number, listener: Listener, signal: AbortS
       if (response.ok && response.body) {
         listener.onOpen();
         wait = 500;
+        failures = 0;
         const parser = new StreamParser();
         const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
         for (;;) {
@@ -65,7 +67,9 @@ export async function follow(backlog: number, listener: Listener, signal: AbortS
       // Told below.
     }
     if (signal.aborted) return;
-    listener.onBroken(status);
+    failures += 1;
+    // A stream ends now and then (a proxy's patience, another network); that it does not come back is worth telling.
+    if (failures > 1 || status === 401) listener.onBroken(status);
     await new Promise((resolve) => setTimeout(resolve, wait));
     wait = Math.min(wait * 2, 10_000);
   }

@@ -13,6 +13,8 @@ export const who: Signal<WhoAmI | null | undefined> = signal(undefined);
 export const link: Signal<Link> = signal("starting");
 /** When the stream broke, for the page's banner. */
 export const brokenSince: Signal<number | null> = signal(null);
+/** The status with which the stream was refused; absent where no answer came. */
+export const refusal: Signal<number | undefined> = signal(undefined);
 export const now = signal(Date.now());
 
 interface Entity { id: string }
@@ -206,14 +208,23 @@ export async function begin(): Promise<void> {
       batch(() => {
         if (status === 401) who.value = null;
         link.value = "broken";
+        refusal.value = status;
         brokenSince.value ??= Date.now();
       });
     },
   };
   const following = follow(500, listener, stop.signal);
   void following;
-  await loadAll();
-  isLoaded = true;
+  while (!stop.signal.aborted && !isLoaded) {
+    try {
+      await loadAll();
+      isLoaded = true;
+    } catch (error) {
+      if (!(error instanceof Away)) throw error;
+      await new Promise((resolve) => setTimeout(resolve, 1000));
+    }
+  }
+  if (stop.signal.aborted) return;
   if (dirty.size > 0) timer ??= setTimeout(() => void flush(), 0);
   every(stop.signal, 1000, async () => {
     now.value = Date.now();
