@@ -32,6 +32,9 @@ pub(super) fn internal(error: &EngineError) -> Problem {
     Problem::new(Code::StoreUnavailable, chain(error))
 }
 
+/// What a guest's disk stands on is fetched in the background: when nothing of it has come for so long, people are told.
+const BASE_PATIENCE: Duration = Duration::from_secs(300);
+
 /// The largest probe that is kept, in bytes of JSON.
 const PROBE_AT_MOST: usize = 64 << 10;
 
@@ -241,7 +244,8 @@ impl Engine {
         reports: Vec<supercloud_api::link::GuestReport>,
     ) -> Result<(), EngineError> {
         let told = |report: &GuestReport| Some((report.guest, report.epoch, report.base_missing_bytes?));
-        self.live.note_bases(host, reports.iter().filter_map(told));
+        let now = std::time::Instant::now();
+        self.live.note_bases(host, reports.iter().filter_map(told), now);
         for report in reports {
             let Some(before) = self.state.read::<GuestRecord>(&report.guest).await? else { continue };
             if !before.owner.is_owned_by(host, report.epoch) {
@@ -255,7 +259,14 @@ impl Engine {
             if report.base_missing_bytes == Some(0) {
                 self.base_is_here(host, &before, report.epoch).await?;
             }
-            let alarm = report.alarm.map(|text| text.chars().take(300).collect::<String>());
+            let still = self.live.base_stands_still(host, report.guest, now, BASE_PATIENCE);
+            let still = still.map(|bytes| {
+                let minutes = BASE_PATIENCE.as_secs() / 60;
+                format!(
+                    "of the {bytes} bytes that its cloud lacks of its disk's base none has come for {minutes} minutes"
+                )
+            });
+            let alarm = report.alarm.map(|text| text.chars().take(300).collect::<String>()).or(still);
             if before.owner.alarm().is_some() || before.guest.alarm == alarm {
                 continue;
             }

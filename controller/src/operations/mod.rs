@@ -64,8 +64,10 @@ pub struct Pace {
     pub plan_budget: Duration,
     /// The destination's time to prepare.
     pub prepare_budget: Duration,
-    /// How long a freeze, a start or a thaw may stand still between then and its switch.
+    /// How long a start or a thaw may stand still between then and its switch.
     pub copy_budget: Duration,
+    /// As `copy_budget`, of a freeze: its guest is paused all the while.
+    pub freeze_budget: Duration,
     /// How long a guest that moves may be paused before the switch: then its source gets it back.
     pub switch_budget: Duration,
 }
@@ -80,6 +82,7 @@ impl Default for Pace {
             plan_budget: Duration::from_secs(600),
             prepare_budget: Duration::from_secs(180),
             copy_budget: Duration::from_secs(30 * 60),
+            freeze_budget: Duration::from_secs(300),
             switch_budget: Duration::from_secs(120),
         }
     }

@@ -355,12 +355,14 @@ impl Engine {
                 .deadline_ms
                 .filter(|deadline| is_over(Some(operation.created_at_ms), Duration::from_millis(*deadline)))
                 .map(|deadline| format!("the switch had not come {deadline} ms after the request: its deadline")),
-            // A freeze is written into the store while the guest is paused.
-            // However long that takes: what is given up is only what does not get on.
-            (Phase::Copy | Phase::Switch, Work::GuestFreeze { .. } | Work::GuestStart | Work::GuestThaw { .. })
-                if is_over(self.got_on_ms(operation, entered(Phase::Copy)), pace.copy_budget) =>
-            {
-                Some(format!("it stood still for {} s", pace.copy_budget.as_secs()))
+            // However long these take: what is given up is only what does not get on.
+            (Phase::Copy | Phase::Switch, Work::GuestFreeze { .. } | Work::GuestStart | Work::GuestThaw { .. }) => {
+                let budget = match &record.work {
+                    Work::GuestFreeze { .. } => pace.freeze_budget,
+                    _ => pace.copy_budget,
+                };
+                is_over(self.got_on_ms(operation, entered(Phase::Copy)), budget)
+                    .then(|| format!("it stood still for {} s", budget.as_secs()))
             }
             _ => None,
         };

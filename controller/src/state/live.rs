@@ -4,6 +4,7 @@
 use std::{
     collections::HashMap,
     sync::{Arc, PoisonError, RwLock},
+    time::{Duration, Instant},
 };
 
 use supercloud_api::{
@@ -20,8 +21,16 @@ pub struct LiveHost {
     pub used: Room,
 }
 
-/// For the guests of one host, at which epoch: bytes that its cloud lacks of what their volumes stand on.
-type Bases = HashMap<GuestId, (Epoch, u64)>;
+/// Of one guest: what its host's cloud lacks of what its volumes stand on.
+#[derive(Debug, Clone, Copy)]
+struct Base {
+    epoch: Epoch,
+    missing_bytes: u64,
+    /// When less of it was missing than before, or it was first told of.
+    got_on: Instant,
+}
+
+type Bases = HashMap<GuestId, Base>;
 
 #[derive(Debug, Default)]
 struct Live {
@@ -58,17 +67,56 @@ impl LiveHosts {
         self.0.read().unwrap_or_else(PoisonError::into_inner).hosts.len()
     }
 
-    /// What a host tells of what its guests' volumes stand on; of guests that are not named nothing is known any more.
-    pub fn note_bases(&self, host: HostId, told: impl IntoIterator<Item = (GuestId, Epoch, u64)>) {
-        let bases: Bases = told.into_iter().map(|(guest, epoch, missing)| (guest, (epoch, missing))).collect();
-        self.0.write().unwrap_or_else(PoisonError::into_inner).bases.insert(host, bases);
+    /// What a host tells `now` of what its guests' volumes stand on; of guests that are not named nothing is known any more.
+    pub fn note_bases(&self, host: HostId, told: impl IntoIterator<Item = (GuestId, Epoch, u64)>, now: Instant) {
+        let mut live = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let before = live.bases.remove(&host).unwrap_or_default();
+        let bases = told.into_iter().map(|(guest, epoch, missing_bytes)| {
+            let stood = before.get(&guest).filter(|base| base.epoch == epoch && base.missing_bytes <= missing_bytes);
+            (guest, Base { epoch, missing_bytes, got_on: stood.map_or(now, |base| base.got_on) })
+        });
+        let bases = bases.collect();
+        live.bases.insert(host, bases);
+    }
+
+    /// How many bytes a guest's cloud lacks of what its volumes stand on, when none of them has come for longer than `patience`.
+    #[must_use]
+    pub fn base_stands_still(&self, host: HostId, guest: GuestId, now: Instant, patience: Duration) -> Option<u64> {
+        let live = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let base = live.bases.get(&host)?.get(&guest)?;
+        let is_still = base.missing_bytes > 0 && now.saturating_duration_since(base.got_on) > patience;
+        is_still.then_some(base.missing_bytes)
     }
 
     /// Bytes that the cloud of a guest's owner lacks of what the volumes stand on; none when that owner has not told.
     #[must_use]
     pub fn base_missing_bytes(&self, owner: HostId, guest: GuestId, epoch: Epoch) -> Option<u64> {
         let live = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        let (at, missing) = live.bases.get(&owner)?.get(&guest)?;
-        (*at == epoch).then_some(*missing)
+        let base = live.bases.get(&owner)?.get(&guest)?;
+        (base.epoch == epoch).then_some(base.missing_bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_base_of_which_nothing_comes_stands_still() {
+        let (hosts, host, guest) = (LiveHosts::default(), HostId::generate(), GuestId::generate());
+        let begun = Instant::now();
+        let patience = Duration::from_secs(300);
+        let tell = |after_s: u64, epoch: u64, missing: u64| {
+            let now = begun + Duration::from_secs(after_s);
+            hosts.note_bases(host, [(guest, Epoch(epoch), missing)], now);
+            hosts.base_stands_still(host, guest, now, patience)
+        };
+        assert_eq!(tell(0, 1, 500), None);
+        assert_eq!(tell(300, 1, 500), None, "not for longer than that");
+        assert_eq!(tell(301, 1, 500), Some(500));
+        assert_eq!(tell(302, 1, 499), None, "it gets on");
+        assert_eq!(tell(603, 1, 600), Some(600), "more is missing: that is not getting on");
+        assert_eq!(tell(604, 2, 600), None, "the guest came anew");
+        assert_eq!(tell(1000, 2, 0), None, "all is there");
     }
 }

@@ -123,7 +123,14 @@ async fn a_destination_that_refuses_leaves_everything_as_it_was() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_takes_too_long_before_the_switch_is_given_up() {
     let soon = Duration::from_millis(400);
-    let hasty = Pace { plan_budget: soon, prepare_budget: soon, copy_budget: soon, switch_budget: soon, ..pace() };
+    let hasty = Pace {
+        plan_budget: soon,
+        prepare_budget: soon,
+        copy_budget: soon,
+        freeze_budget: soon,
+        switch_budget: soon,
+        ..pace()
+    };
     let mut world = World::at_pace(seed("deadlines", 13), 2, hasty).await;
     let guest = world.guest().await;
     // The destination is away: what it may hold is cleared when it is back.
@@ -159,7 +166,7 @@ async fn what_takes_too_long_before_the_switch_is_given_up() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_freeze_that_takes_long_and_gets_on_is_let_be() {
     let budget = Duration::from_secs(3);
-    let mut world = World::at_pace(seed("crawl", 16), 1, Pace { copy_budget: budget, ..pace() }).await;
+    let mut world = World::at_pace(seed("crawl", 16), 1, Pace { freeze_budget: budget, ..pace() }).await;
     let guest = world.guest().await;
     world.done(world.start(guest, 0).await).await;
     // Three times the budget, at 40 ticks a second.

@@ -258,7 +258,7 @@ async fn what_a_guest_still_needs_of_the_cloud_it_left_is_shown() {
         assert!(text.contains(line), "{line}: {text}");
     }
     let epoch = test.state().need::<GuestRecord>(&web.id).await.unwrap().owner.epoch;
-    let tell = |epoch| test.parts().hosts.note_bases(west.id, [(web.id, epoch, 5)]);
+    let tell = |epoch| test.parts().hosts.note_bases(west.id, [(web.id, epoch, 5)], std::time::Instant::now());
     tell(epoch.next());
     assert_eq!(shown().await, None, "of another epoch");
     tell(epoch);
