@@ -90,6 +90,22 @@ impl Etcd {
         let id = self.process.as_ref().expect("it runs").id().to_string();
         assert!(Command::new("kill").args([signal, &id]).status().expect("kill runs").success());
     }
+
+    /// Stops it, and returns when the last of its threads stands: until then one may answer.
+    async fn stop(&self) {
+        self.signal("-STOP");
+        let tasks = format!("/proc/{}/task", self.process.as_ref().expect("it runs").id());
+        // The state is the first word after the name, which is in parentheses.
+        let stands = |stat: String| stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'));
+        for _ in 0..600 {
+            let mut states = std::fs::read_dir(&tasks).expect("it runs").filter_map(Result::ok);
+            if states.all(|task| std::fs::read_to_string(task.path().join("stat")).is_ok_and(stands)) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        panic!("etcd does not stop");
+    }
 }
 
 impl Drop for Etcd {
@@ -218,7 +234,7 @@ async fn a_server_that_hangs_does_not_hang_the_caller() {
     let Some(etcd) = Etcd::start().await else { return };
     let store = EtcdStore::connect(&etcd.endpoints(), &hurried("hang")).await.unwrap();
     store.txn(put("a", "1")).await.unwrap();
-    etcd.signal("-STOP");
+    etcd.stop().await;
     let read = store.get(key("a")).await;
     assert!(matches!(&read, Err(e) if e.is_retryable()), "{read:?}");
     let written = store.txn(put("a", "2")).await;
