@@ -2,7 +2,10 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{
+    Args, Parser, Subcommand, ValueEnum,
+    builder::{PossibleValuesParser, TypedValueParser},
+};
 use supercloud_api::Role;
 
 use crate::settings::Connection;
@@ -19,7 +22,8 @@ use crate::settings::Connection;
         supercloud guest migrate web --to gcp-west --watch\n  \
         supercloud guest freeze web && supercloud guest thaw web --to home\n\n\
         Exit codes: 0 done; 1 cannot reach the controller or a local fault; 2 wrong usage; \
-        3 the controller refused; 4 the operation failed or was rolled back."
+        3 the controller refused; 4 the operation failed or was rolled back; \
+        130 watching was interrupted, and the operation goes on."
 )]
 pub struct Arguments {
     /// Where the controller is.
@@ -229,7 +233,7 @@ pub enum TokenVerb {
         #[arg(long)]
         project_scope: String,
         /// What its bearer may do.
-        #[arg(long, value_parser = parse_role)]
+        #[arg(long, value_parser = roles())]
         role: Role,
         /// How long it works, in seconds; until deleted when absent.
         #[arg(long)]
@@ -242,9 +246,10 @@ pub enum TokenVerb {
     },
 }
 
-fn parse_role(text: &str) -> Result<Role, String> {
-    serde_json::from_value(serde_json::Value::String(text.to_owned()))
-        .map_err(|_| "use viewer, policy, operator or admin".to_owned())
+/// Reads a role by its name in the API; the help lists them.
+fn roles() -> impl TypedValueParser<Value = Role> {
+    PossibleValuesParser::new(["viewer", "policy", "operator", "admin"])
+        .try_map(|text| serde_json::from_value::<Role>(serde_json::Value::String(text)))
 }
 
 /// Verbs of images.

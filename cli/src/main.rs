@@ -81,6 +81,10 @@ fn exit_code(error: &anyhow::Error) -> u8 {
     if error.downcast_ref::<OperationFailed>().is_some() {
         return 4;
     }
+    if error.downcast_ref::<show::WatchLeft>().is_some() {
+        // As the shell tells of a process that SIGINT ended.
+        return 130;
+    }
     match error.downcast_ref::<ClientError>() {
         Some(ClientError::Problem(problem)) => {
             if problem.retryable {

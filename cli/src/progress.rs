@@ -86,9 +86,15 @@ pub fn share(operation: &Operation) -> f64 {
 pub fn line(operation: &Operation, share: f64) -> String {
     let progress = &operation.progress;
     let filled = ((share * WIDTH as f64).round() as usize).min(WIDTH);
-    let bar = format!("{}{}", "█".repeat(filled), "░".repeat(WIDTH - filled));
     let phase = phase_name(operation.phase);
-    let mut text = format!("{phase:<11} {bar} {:>3.0} %", share * 100.0);
+    let mut text = match operation.phase {
+        // Over, but not by getting to the end.
+        Phase::RolledBack | Phase::Failed => phase.to_owned(),
+        _ => {
+            let bar = format!("{}{}", "█".repeat(filled), "░".repeat(WIDTH - filled));
+            format!("{phase:<11} {bar} {:>3.0} %", share * 100.0)
+        }
+    };
     if progress.memory_total_bytes > 0 {
         text.push_str(&format!("  {} sent", bytes(progress.memory_sent_bytes)));
     }

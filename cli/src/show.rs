@@ -3,13 +3,29 @@
 use std::{io::IsTerminal as _, time::Duration};
 
 use serde::Serialize;
-use supercloud_api::{Operation, Phase, client::Client};
+use supercloud_api::{Operation, Phase, client::Client, ids::OperationId};
 use supercloud_cli::{progress::Bar, table::Table};
 
 use crate::{
     OperationFailed,
     arguments::{Output, Watch},
 };
+
+/// The user no longer looks at an operation, which goes on.
+#[derive(Debug)]
+pub struct WatchLeft(OperationId);
+
+impl std::fmt::Display for WatchLeft {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self(id) = self;
+        write!(
+            f,
+            "no longer watched; it goes on. Look again: supercloud operation watch {id}; end it: supercloud operation cancel {id}"
+        )
+    }
+}
+
+impl std::error::Error for WatchLeft {}
 
 /// The longest that a watched operation is followed: a day.
 const WATCH_BUDGET: Duration = Duration::from_secs(86_400);
@@ -64,7 +80,14 @@ pub async fn follow(client: &Client, output: Output, operation: Operation, watch
 pub async fn watch_operation(client: &Client, operation: Operation) -> anyhow::Result<Operation> {
     let mut bar = Bar::default();
     bar.show(&operation);
-    let ended = client.wait(operation.id, WATCH_BUDGET, |state| bar.show(state)).await;
+    let ended = tokio::select! {
+        ended = client.wait(operation.id, WATCH_BUDGET, |state| bar.show(state)) => Some(ended),
+        // Without a handler of signals it ends as any program does.
+        Ok(()) = tokio::signal::ctrl_c() => None,
+    };
     bar.end();
-    Ok(ended?)
+    match ended {
+        Some(ended) => Ok(ended?),
+        None => Err(WatchLeft(operation.id).into()),
+    }
 }

@@ -34,7 +34,8 @@ const DAY_MS: u64 = 86_400_000;
     supercloud simulate --trace prices.csv --policy mine.toml --policy smart-spot --part second -o json\n\n\
     A policy file: kind = \"smart-spot\" or \"cheapest\", name = \"mine\", and that policy's settings, for example\n  \
     kind = \"smart-spot\"\n  name = \"patient\"\n  horizon_ms = 86400000\n\n\
-    Prices: CSV timestamp_utc,zone,instance_type,usd_per_hour (also .gz). `--trace sample` is generated, not recorded.")]
+    Prices: CSV timestamp_utc,zone,instance_type,usd_per_hour (also .gz). `--trace sample` is generated, not recorded:\n  \
+    its prices swing about a mean without interruptions, so that following them saves little.")]
 pub struct Simulate {
     /// Recorded spot prices; `sample`: a generated one.
     #[arg(long)]

@@ -134,7 +134,8 @@ pub fn catalogue(text: &str) -> Result<BTreeMap<String, InstanceType>, RecordedE
     if types.is_empty() { Err(RecordedError::Empty) } else { Ok(types) }
 }
 
-/// The catalogue that ships: Linux list prices of us-east-1 for the types of the public traces.
+/// The catalogue that ships: EC2's Linux list prices of us-east-1 for the types of two public traces: the rows of 2015 as in the
+/// data of github.com/prateek-s/spot-price-model, those of 2021 from the provider's public price list of spring 2021.
 pub const CATALOGUE: &str = include_str!("../catalogue.csv");
 
 /// A generated sample, for trying things out: four types in three zones over 60 days, in the capacity regime.

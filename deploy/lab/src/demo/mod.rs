@@ -140,7 +140,10 @@ async fn finish(name: &str, options: &Options, told: Told) -> anyhow::Result<Exi
     if !report.moves.is_empty() {
         tell.say(&format!("\n{}", report.table()));
     }
-    report.verdict_lines().iter().for_each(|line| tell.say(line));
+    // Before the guests ran there is nothing to judge.
+    if failure.is_none() || !report.moves.is_empty() {
+        report.verdict_lines().iter().for_each(|line| tell.say(line));
+    }
     let is_good = failure.is_none() && report.outcome() == Outcome::Good;
     tell.say(match (&failure, report.outcome()) {
         (Some(_), _) => "\nThe story did not come to its end.",
