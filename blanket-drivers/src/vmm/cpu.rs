@@ -4,8 +4,8 @@
 //! `Documentation/arch/x86/boot.rst` (64-bit start) and Xen's `docs/misc/pvh.pandoc` (PVH start).
 
 use kvm_bindings::{
-    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, Msrs, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_segment,
-    kvm_sregs,
+    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, Msrs, kvm_cpuid_entry2, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs,
+    kvm_segment, kvm_sregs,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use vm_memory::{Bytes as _, GuestAddress};
@@ -35,7 +35,7 @@ pub enum Entry {
 /// Everything is as KVM supports it, but: who the vCPU is among the others; nested virtualization is hidden (its state
 /// does not move yet); and what KVM does itself and does not list is added (x2APIC, the timer's TSC deadline).
 #[must_use]
-pub fn cpuid(supported: &CpuId, index: u8, vcpus: u8, has_tsc_deadline: bool) -> Vec<kvm_bindings::kvm_cpuid_entry2> {
+pub fn cpuid(supported: &CpuId, index: u8, vcpus: u8, has_tsc_deadline: bool) -> Vec<kvm_cpuid_entry2> {
     const HYPERVISOR: u32 = 1 << 31;
     const TSC_DEADLINE: u32 = 1 << 24;
     const X2APIC: u32 = 1 << 21;
@@ -91,7 +91,7 @@ pub fn cpuid(supported: &CpuId, index: u8, vcpus: u8, has_tsc_deadline: bool) ->
     // The extended topology: one thread a core, `count` cores, the id that an x2APIC has.
     for leaf in [0xb, 0x1f].into_iter().filter(|leaf| *leaf <= max_basic) {
         for (subleaf, shift, number, kind) in [(0, 0, 1, 1), (1, width, count, 2), (2, 0, 0, 0)] {
-            entries.push(kvm_bindings::kvm_cpuid_entry2 {
+            entries.push(kvm_cpuid_entry2 {
                 function: leaf,
                 index: subleaf,
                 flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
@@ -99,18 +99,24 @@ pub fn cpuid(supported: &CpuId, index: u8, vcpus: u8, has_tsc_deadline: bool) ->
                 ebx: number,
                 ecx: subleaf | (kind << 8),
                 edx: id,
-                ..kvm_bindings::kvm_cpuid_entry2::default()
+                ..kvm_cpuid_entry2::default()
             });
         }
     }
     entries
 }
 
-/// Gives a vCPU its CPUID and what firmware would have set: MTRRs, floating point, the local APIC's lines.
+/// Gives a vCPU its CPUID, which it answers, and what firmware would have set: MTRRs, floating point, the local APIC's lines.
 ///
 /// # Errors
 /// When KVM refuses.
-pub fn prepare(kvm: &Kvm, vcpu: &VcpuFd, supported: &CpuId, index: u8, vcpus: u8) -> Result<(), VmmError> {
+pub fn prepare(
+    kvm: &Kvm,
+    vcpu: &VcpuFd,
+    supported: &CpuId,
+    index: u8,
+    vcpus: u8,
+) -> Result<Vec<kvm_cpuid_entry2>, VmmError> {
     let entries = cpuid(supported, index, vcpus, kvm.check_extension(Cap::TscDeadlineTimer));
     let refused = || VmmError::Range {
         what: "entries of CPUID",
@@ -140,7 +146,8 @@ pub fn prepare(kvm: &Kvm, vcpu: &VcpuFd, supported: &CpuId, index: u8, vcpus: u8
     const NMI: u32 = 4;
     set_delivery(&mut lapic, LINT0, EXTERNAL);
     set_delivery(&mut lapic, LINT1, NMI);
-    vcpu.set_lapic(&lapic).map_err(kvm_error("set a vCPU's local APIC"))
+    vcpu.set_lapic(&lapic).map_err(kvm_error("set a vCPU's local APIC"))?;
+    Ok(entries)
 }
 
 fn set_delivery(lapic: &mut kvm_lapic_state, register: usize, mode: u32) {
@@ -230,8 +237,8 @@ fn write_page_tables(ram: &Ram) -> Result<(), VmmError> {
 mod tests {
     use super::*;
 
-    fn leaf(function: u32, eax: u32, ecx: u32) -> kvm_bindings::kvm_cpuid_entry2 {
-        kvm_bindings::kvm_cpuid_entry2 { function, eax, ecx, ..kvm_bindings::kvm_cpuid_entry2::default() }
+    fn leaf(function: u32, eax: u32, ecx: u32) -> kvm_cpuid_entry2 {
+        kvm_cpuid_entry2 { function, eax, ecx, ..kvm_cpuid_entry2::default() }
     }
 
     #[test]

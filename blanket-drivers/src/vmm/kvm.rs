@@ -3,8 +3,9 @@
 
 use std::sync::Arc;
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_msi};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, kvm_msi};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion as _, MmapRegion};
 
 use super::{Ram, VmmError, kvm_error, layout, memory};
 
@@ -51,6 +52,49 @@ impl Vm {
             unsafe { fd.set_user_memory_region(slot) }.map_err(kvm_error("take a guest's memory"))?;
         }
         Ok(Self { fd, kvm, ram })
+    }
+
+    /// Begins, or ends, to note which pages are written; what was noted before is forgotten.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn note_writes(&self, is_wanted: bool) -> Result<(), VmmError> {
+        for flags in [0, KVM_MEM_LOG_DIRTY_PAGES].into_iter().take(if is_wanted { 2 } else { 1 }) {
+            for slot in memory::slots(&self.ram, flags) {
+                // SAFETY: the slot as it is already, with other flags.
+                unsafe { self.fd.set_user_memory_region(slot) }.map_err(kvm_error("note what a guest writes"))?;
+            }
+        }
+        for region in self.ram.iter() {
+            MmapRegion::bitmap(region).reset();
+        }
+        Ok(())
+    }
+
+    /// The pages that were written since the last call: by the guest, which KVM notes, and by devices, which we note.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn take_written(&self) -> Result<Vec<u64>, VmmError> {
+        let mut pages = Vec::new();
+        for (slot, region) in (0..).zip(self.ram.iter()) {
+            let bytes = usize::try_from(region.len()).map_err(super::memory_error("its size"))?;
+            let guest = self.fd.get_dirty_log(slot, bytes).map_err(kvm_error("tell what a guest wrote"))?;
+            let ours = MmapRegion::bitmap(region).get_and_reset();
+            let first = region.start_addr().0 / memory::PAGE_BYTES;
+            let last = first + region.len() / memory::PAGE_BYTES;
+            for (word, at) in (0..guest.len().max(ours.len())).zip((first..).step_by(64)) {
+                let mut bits = guest.get(word).copied().unwrap_or(0) | ours.get(word).copied().unwrap_or(0);
+                while bits != 0 {
+                    pages.push(at + u64::from(bits.trailing_zeros()));
+                    bits &= bits - 1;
+                }
+            }
+            while pages.last().is_some_and(|page| *page >= last) {
+                pages.pop();
+            }
+        }
+        Ok(pages)
     }
 
     /// The guest's memory.

@@ -9,7 +9,9 @@ use std::{
 
 use vm_superio::{Serial, Trigger, serial::NoEvents};
 
-use super::{Outcome, VmmError, bus::Registers, kvm::Vm, layout};
+use serde::{Deserialize, Serialize};
+
+use super::{Outcome, VmmError, bus::Registers, kvm::Vm, layout, state::refused};
 
 /// Most bytes that wait for a guest to read them from its serial port.
 pub const MAX_INPUT_BYTES: usize = 4096;
@@ -28,6 +30,19 @@ impl Trigger for Line {
     fn trigger(&self) -> io::Result<()> {
         self.vm.pulse(self.irq).map_err(io::Error::other)
     }
+}
+
+/// A serial port as it is saved: its registers, and input that waits.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SerialState {
+    /// Divisor low and high, interrupt enable and identification, line control and status, modem control and status,
+    /// scratch.
+    pub registers: [u8; 9],
+    /// Bytes in the receiver.
+    pub received: Vec<u8>,
+    /// Bytes for which the receiver has no room yet.
+    pub waiting: Vec<u8>,
 }
 
 /// A 16550 serial port.
@@ -55,6 +70,56 @@ impl SerialPort {
         self.input.extend(&bytes[..taken]);
         self.refill();
         taken
+    }
+
+    /// The port as it is.
+    #[must_use]
+    pub fn save(&self) -> SerialState {
+        let state = self.port.state();
+        SerialState {
+            registers: [
+                state.baud_divisor_low,
+                state.baud_divisor_high,
+                state.interrupt_enable,
+                state.interrupt_identification,
+                state.line_control,
+                state.line_status,
+                state.modem_control,
+                state.modem_status,
+                state.scratch,
+            ],
+            received: state.in_buffer,
+            waiting: self.input.iter().copied().collect(),
+        }
+    }
+
+    /// Makes it another's; its output goes where it went.
+    ///
+    /// # Errors
+    /// When that has more waiting than a port can have.
+    pub fn restore(&mut self, saved: &SerialState, vm: Arc<Vm>, irq: u32) -> Result<(), VmmError> {
+        let [low, high, enable, identification, line, line_status, modem, modem_status, scratch] = saved.registers;
+        let state = vm_superio::serial::SerialState {
+            baud_divisor_low: low,
+            baud_divisor_high: high,
+            interrupt_enable: enable,
+            interrupt_identification: identification,
+            line_control: line,
+            line_status,
+            modem_control: modem,
+            modem_status,
+            scratch,
+            in_buffer: saved.received.clone(),
+        };
+        if saved.waiting.len() > MAX_INPUT_BYTES || saved.received.len() > MAX_INPUT_BYTES {
+            return Err(refused("its serial port has more input than fits"));
+        }
+        let nowhere: Sink = Box::new(io::sink());
+        let sink = std::mem::replace(self.port.writer_mut(), nowhere);
+        let port = Serial::from_state(&state, Line { vm, irq }, NoEvents, sink);
+        self.port = port.map_err(|error| refused(format!("its serial port: {error:?}")))?;
+        self.input = saved.waiting.iter().copied().collect();
+        Ok(())
     }
 
     fn refill(&mut self) {

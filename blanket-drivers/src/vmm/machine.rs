@@ -2,7 +2,8 @@
 
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
-use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch};
+use kvm_bindings::kvm_cpuid_entry2;
+use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd};
 
 use super::{
     Ram, VmmError, acpi,
@@ -14,6 +15,7 @@ use super::{
     legacy::{self, SerialPort, Sink},
     memory,
     pci::{self, Ecam, Function, MessageSink},
+    state::{self, Chips, MachineState},
     vcpu::{Buses, Vcpus},
     virtio::{Device, VirtioPci, transport},
 };
@@ -46,9 +48,27 @@ pub struct MachineConfig {
 pub struct Machine {
     // Dropped first: the threads use all that follows.
     vcpus: Vcpus,
+    body: Body,
+}
+
+/// A machine but for its vCPUs.
+#[derive(Debug)]
+struct Body {
+    config: MachineConfig,
+    buses: Buses,
+    outcomes: mpsc::Sender<Outcome>,
+    /// What each vCPU was told of itself. Not asked of KVM: some add what the processor has beyond it.
+    cpuid: Vec<Vec<kvm_cpuid_entry2>>,
     devices: Vec<Arc<Mutex<VirtioPci>>>,
     serial: Arc<Mutex<SerialPort>>,
     vm: Arc<Vm>,
+}
+
+/// A machine that waits for another's memory and state. Dropping it ends it.
+#[derive(Debug)]
+pub struct Incoming {
+    body: Body,
+    told: mpsc::Receiver<Outcome>,
 }
 
 impl Machine {
@@ -64,40 +84,46 @@ impl Machine {
         console: Sink,
         devices: Vec<Device>,
     ) -> Result<(Self, mpsc::Receiver<Outcome>), VmmError> {
-        if !(1..=cpu::MAX_VCPUS).contains(&config.vcpus) {
-            return Err(VmmError::Range { what: "vCPUs", value: config.vcpus.into(), range: "1 to 64" });
-        }
-        let ram = Arc::new(memory::map(memory::create(config.memory_bytes)?, config.memory_bytes)?);
-        let vm = Arc::new(Vm::new(kvm, Arc::clone(&ram))?);
-        let (sender, outcomes) = mpsc::channel();
-
-        let mut ports = Bus::default();
-        let serial = Arc::new(Mutex::new(SerialPort::new(Arc::clone(&vm), layout::SERIAL_IRQ, console)));
-        let port = Arc::clone(&serial);
-        ports.add("serial port", layout::SERIAL.into(), 8, port)?;
-        legacy::add_power(&mut ports, &sender)?;
-        let mut registers = Bus::default();
-        let devices = add_devices(&vm, &mut registers, devices)?;
-        let buses = Buses { ports: Arc::new(ports), registers: Arc::new(registers) };
-
+        let (mut body, outcomes) = Body::new(kvm, config, console, devices)?;
+        let (vm, ram) = (&body.vm, body.vm.ram());
         let supported = vm.supported_cpuid()?;
         let mut vcpus = Vec::new();
         for index in 0..config.vcpus {
             let vcpu = vm.create_vcpu(index)?;
-            cpu::prepare(vm.kvm(), &vcpu, &supported, index, config.vcpus)?;
+            body.cpuid.push(cpu::prepare(vm.kvm(), &vcpu, &supported, index, config.vcpus)?);
             vcpus.push(vcpu);
         }
-        let rsdp = acpi::write(&ram, config.vcpus)?;
-        let entry = boot::load(&ram, config.memory_bytes, files, rsdp)?;
+        let rsdp = acpi::write(ram, config.vcpus)?;
+        let entry = boot::load(ram, config.memory_bytes, files, rsdp)?;
         if let Some(first) = vcpus.first() {
-            cpu::enter(first, &ram, entry)?;
+            cpu::enter(first, ram, entry)?;
         }
-        Ok((Self { vcpus: Vcpus::start(vcpus, &buses, &sender)?, devices, serial, vm }, outcomes))
+        Ok((Self { vcpus: Vcpus::start(vcpus, &body.buses, &body.outcomes)?, body }, outcomes))
+    }
+
+    /// What it is made of.
+    #[must_use]
+    pub const fn config(&self) -> MachineConfig {
+        self.body.config
+    }
+
+    /// Pauses it and reads everything but its memory. It stays paused and can be resumed.
+    ///
+    /// # Errors
+    /// When a vCPU does not stop or KVM refuses; only when no new thread is to be had can it not be resumed then.
+    pub fn save(&mut self) -> Result<MachineState, VmmError> {
+        self.pause()?;
+        // vCPUs are read without their threads.
+        let none = Vcpus::start(Vec::new(), &self.body.buses, &self.body.outcomes)?;
+        let fds = std::mem::replace(&mut self.vcpus, none).end()?;
+        let saved = self.body.save(&fds);
+        self.vcpus = Vcpus::start(fds, &self.body.buses, &self.body.outcomes)?;
+        saved
     }
 
     /// Lets the guest and its devices run.
     pub fn resume(&self) {
-        for device in &self.devices {
+        for device in &self.body.devices {
             device.lock().unwrap_or_else(PoisonError::into_inner).resume();
         }
         self.vcpus.resume();
@@ -110,7 +136,7 @@ impl Machine {
     /// [`VmmError::Stuck`].
     pub fn pause(&self) -> Result<(), VmmError> {
         self.vcpus.pause()?;
-        for device in &self.devices {
+        for device in &self.body.devices {
             device.lock().unwrap_or_else(PoisonError::into_inner).pause();
         }
         Ok(())
@@ -119,13 +145,128 @@ impl Machine {
     /// The guest's memory.
     #[must_use]
     pub fn ram(&self) -> &Ram {
-        self.vm.ram()
+        self.body.vm.ram()
+    }
+
+    /// Begins, or ends, to note which pages are written; what was noted before is forgotten.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn note_writes(&self, is_wanted: bool) -> Result<(), VmmError> {
+        self.body.vm.note_writes(is_wanted)
+    }
+
+    /// The pages (numbers of 4096 bytes of guest-physical address, ascending) that guest or devices have written since the
+    /// last call, or since [`Machine::note_writes`].
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn take_written(&self) -> Result<Vec<u64>, VmmError> {
+        self.body.vm.take_written()
     }
 
     /// The serial port, to feed it.
     #[must_use]
     pub fn serial(&self) -> Arc<Mutex<SerialPort>> {
-        Arc::clone(&self.serial)
+        Arc::clone(&self.body.serial)
+    }
+}
+
+impl Body {
+    fn new(
+        kvm: Kvm,
+        config: MachineConfig,
+        console: Sink,
+        devices: Vec<Device>,
+    ) -> Result<(Self, mpsc::Receiver<Outcome>), VmmError> {
+        if !(1..=cpu::MAX_VCPUS).contains(&config.vcpus) {
+            return Err(VmmError::Range { what: "vCPUs", value: config.vcpus.into(), range: "1 to 64" });
+        }
+        let ram = Arc::new(memory::map(memory::create(config.memory_bytes)?, config.memory_bytes)?);
+        let vm = Arc::new(Vm::new(kvm, ram)?);
+        let (sender, outcomes) = mpsc::channel();
+        let mut ports = Bus::default();
+        let serial = Arc::new(Mutex::new(SerialPort::new(Arc::clone(&vm), layout::SERIAL_IRQ, console)));
+        let port = Arc::clone(&serial);
+        ports.add("serial port", layout::SERIAL.into(), 8, port)?;
+        legacy::add_power(&mut ports, &sender)?;
+        let mut registers = Bus::default();
+        let devices = add_devices(&vm, &mut registers, devices)?;
+        let buses = Buses { ports: Arc::new(ports), registers: Arc::new(registers) };
+        Ok((Self { config, buses, outcomes: sender, cpuid: Vec::new(), devices, serial, vm }, outcomes))
+    }
+
+    fn save(&self, vcpus: &[VcpuFd]) -> Result<MachineState, VmmError> {
+        let devices = self.devices.iter().map(|device| device.lock().unwrap_or_else(PoisonError::into_inner).save());
+        Ok(MachineState {
+            vcpus: vcpus
+                .iter()
+                .zip(&self.cpuid)
+                .map(|(fd, cpuid)| state::vcpu::save(self.vm.kvm(), fd, cpuid.clone()))
+                .collect::<Result<_, _>>()?,
+            chips: Chips::save(&self.vm)?,
+            serial: self.serial.lock().unwrap_or_else(PoisonError::into_inner).save(),
+            devices: devices.collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+impl Incoming {
+    /// A machine with empty memory. Devices are as the saved machine's were, in the same order.
+    ///
+    /// # Errors
+    /// When `/dev/kvm` refuses or something is out of range.
+    pub fn new(kvm: Kvm, config: MachineConfig, console: Sink, devices: Vec<Device>) -> Result<Self, VmmError> {
+        let (body, told) = Body::new(kvm, config, console, devices)?;
+        Ok(Self { body, told })
+    }
+
+    /// Memory, to be filled.
+    #[must_use]
+    pub fn ram(&self) -> &Ram {
+        self.body.vm.ram()
+    }
+
+    /// What it is made of.
+    #[must_use]
+    pub const fn config(&self) -> MachineConfig {
+        self.body.config
+    }
+
+    /// The machine that was saved, once its memory is there. It is paused.
+    ///
+    /// # Errors
+    /// [`VmmError::State`] when the state does not fit this machine or this host, else when KVM refuses.
+    pub fn finish(self, saved: &MachineState) -> Result<(Machine, mpsc::Receiver<Outcome>), VmmError> {
+        let Self { mut body, told } = self;
+        let vm = &body.vm;
+        if saved.vcpus.len() != usize::from(body.config.vcpus) || saved.devices.len() != body.devices.len() {
+            let (vcpus, devices) = (saved.vcpus.len(), saved.devices.len());
+            return Err(state::refused(format!("it has {vcpus} vCPUs and {devices} devices, this machine has others")));
+        }
+        let supported = vm.supported_cpuid()?;
+        for vcpu in &saved.vcpus {
+            if let Some(missing) = state::cpuid::lacking(&vcpu.cpuid, supported.as_slice()) {
+                return Err(state::refused(format!("its guest was told of what this processor lacks: {missing}")));
+            }
+        }
+        let mut fds = Vec::with_capacity(saved.vcpus.len());
+        for index in 0..body.config.vcpus {
+            fds.push(vm.create_vcpu(index)?);
+        }
+        saved.chips.restore_chips(vm)?;
+        for (fd, vcpu) in fds.iter().zip(&saved.vcpus) {
+            vcpu.restore(fd)?;
+            body.cpuid.push(vcpu.cpuid.clone());
+        }
+        saved.chips.restore_clock(vm)?;
+        for (device, saved) in body.devices.iter().zip(&saved.devices) {
+            device.lock().unwrap_or_else(PoisonError::into_inner).restore(saved)?;
+        }
+        let mut serial = body.serial.lock().unwrap_or_else(PoisonError::into_inner);
+        serial.restore(&saved.serial, Arc::clone(vm), layout::SERIAL_IRQ)?;
+        drop(serial);
+        Ok((Machine { vcpus: Vcpus::start(fds, &body.buses, &body.outcomes)?, body }, told))
     }
 }
 

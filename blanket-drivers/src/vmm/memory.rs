@@ -17,6 +17,9 @@ use super::{VmmError, io_error, layout, memory_error};
 /// Guest memory that remembers which pages *we* wrote (KVM remembers those that the guest wrote).
 pub type Ram = GuestMemoryMmap<AtomicBitmap>;
 
+/// Bytes of a page.
+pub const PAGE_BYTES: u64 = 4096;
+
 /// Least and most memory of a machine.
 pub const MEMORY_RANGE: std::ops::RangeInclusive<u64> = (2 << 20)..=(1 << 40);
 

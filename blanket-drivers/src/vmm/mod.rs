@@ -14,6 +14,7 @@
 //! | [`pci`] | one PCI bus, MSI-X |
 //! | [`virtio`] | virtio 1.2 devices: disk, network card, console, entropy source |
 //! | [`machine`] | all of it together |
+//! | [`state`] | what a machine is beside its memory, saved and restored |
 //!
 //! Everything that a guest can write is hostile: each register access is a fixed number of bytes at a checked offset,
 //! every address that comes out of guest memory goes through checked accessors, and nothing that a guest does makes us
@@ -29,10 +30,11 @@ pub mod legacy;
 pub mod machine;
 pub mod memory;
 pub mod pci;
+pub mod state;
 pub mod vcpu;
 pub mod virtio;
 
-pub use machine::{Machine, MachineConfig, Outcome};
+pub use machine::{Incoming, Machine, MachineConfig, Outcome};
 pub use memory::Ram;
 
 use std::io;
@@ -87,6 +89,12 @@ pub enum VmmError {
         name: &'static str,
         /// The first address that it wants.
         at: u64,
+    },
+    /// A saved state that cannot be restored here.
+    #[error("the machine's state cannot be restored: {what}")]
+    State {
+        /// Why.
+        what: String,
     },
     /// A vCPU did not come out of the kernel in time.
     #[error("vCPU {index} does not answer")]

@@ -122,6 +122,25 @@ impl ConfigSpace {
         }
     }
 
+    /// All bytes, for [`ConfigSpace::restore`].
+    #[must_use]
+    pub fn save(&self) -> (Vec<u8>, bool) {
+        (self.bytes.to_vec(), self.is_sizing)
+    }
+
+    /// What a guest had written, out of what [`ConfigSpace::save`] gave; false, and nothing changed, when these are the bytes
+    /// of another function.
+    #[must_use]
+    pub fn restore(&mut self, bytes: &[u8], is_sizing: bool) -> bool {
+        let is_other = |((old, new), mask): ((&u8, &u8), &u8)| (old ^ new) & !mask != 0;
+        if bytes.len() != BYTES || self.bytes.iter().zip(bytes).zip(&self.writable).any(is_other) {
+            return false;
+        }
+        self.bytes.copy_from_slice(bytes);
+        self.is_sizing = is_sizing;
+        true
+    }
+
     /// Reads.
     pub fn read(&self, offset: u16, data: &mut [u8]) {
         for (at, byte) in (usize::from(offset)..).zip(data) {

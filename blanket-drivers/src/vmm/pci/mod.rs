@@ -10,7 +10,7 @@ pub mod msix;
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub use config::{Capability, ConfigSpace, Identity};
-pub use msix::{MessageSink, Msix};
+pub use msix::{MessageSink, Msix, MsixState};
 
 use super::{VmmError, bus::Registers, layout};
 

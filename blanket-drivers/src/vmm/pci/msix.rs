@@ -5,6 +5,8 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use serde::{Deserialize, Serialize};
+
 /// Takes messages: writes of 32 bits to where local APICs listen.
 pub trait MessageSink: Send + Sync {
     /// Sends one. Address and data are the guest's.
@@ -19,8 +21,19 @@ impl MessageSink for super::super::kvm::Vm {
 
 const ENTRY_BYTES: u64 = 16;
 
+/// A table as it is saved: its messages and which of them wait.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MsixState {
+    /// Each vector's message.
+    pub table: Vec<Message>,
+    /// Bits of those that came while they were masked.
+    pub pending: u64,
+}
+
 /// A message of the table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Message {
     /// Where to.
     pub address: u64,
@@ -153,6 +166,29 @@ impl Msix {
     /// Reads the pending bits.
     pub fn read_pending(&self, offset: u64, data: &mut [u8]) {
         copy(&self.lock().pending.to_le_bytes(), offset, data);
+    }
+
+    /// The table as it is.
+    #[must_use]
+    pub fn save(&self) -> MsixState {
+        let state = self.lock();
+        MsixState { table: state.table.clone(), pending: state.pending }
+    }
+
+    /// Makes the table that of another; `control` is the capability's control word. Nothing is sent: what waits, waits for
+    /// the guest to let it go. False, and nothing changed, when that table has another length.
+    #[must_use]
+    pub fn restore(&self, saved: &MsixState, control: u16) -> bool {
+        let mut state = self.lock();
+        let is_beyond = saved.table.len() < 64 && saved.pending >> saved.table.len() != 0;
+        if saved.table.len() != state.table.len() || is_beyond {
+            return false;
+        }
+        state.table.clone_from(&saved.table);
+        state.pending = saved.pending;
+        state.is_enabled = control & (1 << 15) != 0;
+        state.is_masked = control & (1 << 14) != 0;
+        true
     }
 
     /// As after power-on.

@@ -100,6 +100,18 @@ impl Handler for Console {
         next
     }
 
+    fn save(&self) -> Vec<u8> {
+        self.waiting.clone()
+    }
+
+    fn restore(&mut self, saved: &[u8]) -> bool {
+        let fits = saved.len() <= INPUT_BYTES;
+        if fits {
+            self.waiting = saved.to_vec();
+        }
+        fits
+    }
+
     fn source(&self) -> Option<BorrowedFd<'_>> {
         // Not while the guest has no room: it kicks when it has.
         self.input.as_ref().filter(|_| self.is_receiving && self.waiting.is_empty()).map(File::as_fd)

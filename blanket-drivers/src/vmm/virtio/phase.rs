@@ -1,6 +1,8 @@
 //! Which operation is legal when (virtio 1.2, 2.1 and 3.1): one table, obeyed by the transport and used by the fuzzer's
 //! model. What is not legal is ignored: it changes nothing.
 
+use serde::{Deserialize, Serialize};
+
 /// Status bits.
 pub mod status {
     /// The guest has found the device.
@@ -18,7 +20,8 @@ pub mod status {
 }
 
 /// How far driver and device have come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Phase {
     /// After power-on or a reset.
     Reset,

@@ -8,6 +8,8 @@
 //! Notifications normally end in the kernel (an ioeventfd for each queue), so that no vCPU comes out for them.
 //! There is no legacy interface and no interrupt line: a driver without MSI-X hears nothing.
 
+mod saved;
+
 use std::sync::Arc;
 
 use virtio_queue::{Queue, QueueState, QueueT as _};
@@ -24,6 +26,8 @@ use crate::vmm::{
     io_error,
     pci::{self, Capability, ConfigSpace, Function, Identity, MessageSink, Msix},
 };
+
+pub use saved::{DeviceState, QueueParts};
 
 const COMMON: u64 = 0;
 const ISR: u64 = 0x1000;
@@ -69,6 +73,7 @@ enum Work {
 #[derive(Debug)]
 pub struct VirtioPci {
     name: String,
+    number: u16,
     config: ConfigSpace,
     msix_at: u16,
     offered: u64,
@@ -131,6 +136,7 @@ impl VirtioPci {
         let kick = |_| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
         Ok(Self {
             name: format!("virtio-{}-{slot}", device.number),
+            number: device.number,
             config,
             msix_at: u16::try_from(msix_at).unwrap_or(0),
             offered: device.features | F_VERSION_1 | F_INDIRECT | F_EVENT_INDEX,
@@ -243,16 +249,22 @@ impl VirtioPci {
     }
 
     fn ring(&self, setup: &QueueSetup) -> Option<Ring> {
+        self.ring_at(setup, [0, 0])
+    }
+
+    /// A ring of which so many requests were taken and given back.
+    fn ring_at(&self, setup: &QueueSetup, [next_avail, next_used]: [u16; 2]) -> Option<Ring> {
         let [desc_table, avail_ring, used_ring] = setup.places;
         let queue = Queue::try_from(QueueState {
             max_size: setup.max_size,
             size: setup.size,
+            next_avail,
+            next_used,
             ready: true,
             desc_table,
             avail_ring,
             used_ring,
             event_idx_enabled: self.features & F_EVENT_INDEX != 0,
-            ..QueueState::default()
         });
         let queue = queue.ok().filter(|queue| queue.is_valid(&*self.ram))?;
         Some(Ring::new(queue, Arc::clone(&self.ram), Arc::clone(&self.msix), setup.vector))

@@ -37,6 +37,16 @@ pub trait Handler: Send {
         None
     }
 
+    /// What it holds between two requests that is not in guest memory, when it is not served.
+    fn save(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    /// Takes over what another had saved; false when that cannot be.
+    fn restore(&mut self, saved: &[u8]) -> bool {
+        saved.is_empty()
+    }
+
     /// Finishes what is in flight: nothing may touch guest memory after this.
     fn settle(&mut self, rings: &mut [Option<Ring>]) {
         let _ = rings;

@@ -65,6 +65,17 @@ impl Driver {
         Self { device, ram, sent, size: 16, next: [0; 8], used: [0; 8] }
     }
 
+    /// The same guest with another device, which takes over from this one; memory is copied.
+    pub fn moved(&mut self, device: Device) -> Self {
+        self.device.pause();
+        let saved = serde_json::to_vec(&self.device.save().unwrap()).unwrap();
+        let mut to = Self::new(device);
+        to.put(0, &self.get(0, usize::try_from(RAM_BYTES).unwrap()));
+        to.device.restore(&serde_json::from_slice(&saved).unwrap()).unwrap();
+        (to.next, to.used) = (self.next, self.used);
+        to
+    }
+
     pub fn write(&mut self, offset: u64, data: &[u8]) {
         self.device.write(offset, data);
     }
