@@ -79,6 +79,25 @@ impl Frame {
         Ok(Self { kind, version, payload })
     }
 
+    /// The frame as it goes over the wire.
+    ///
+    /// # Errors
+    /// When kind or length are not valid.
+    pub fn to_bytes(&self) -> Result<Vec<u8>, FrameError> {
+        if self.kind == 0 {
+            return Err(FrameError::KindZero);
+        }
+        if self.payload.len() > MAX_PAYLOAD_BYTES {
+            return Err(FrameError::TooLong(self.payload.len()));
+        }
+        let mut bytes = Vec::with_capacity(HEADER_BYTES + self.payload.len());
+        bytes.extend_from_slice(&self.kind.to_le_bytes());
+        bytes.extend_from_slice(&self.version.to_le_bytes());
+        bytes.extend_from_slice(&u32::try_from(self.payload.len()).unwrap_or(u32::MAX).to_le_bytes());
+        bytes.extend_from_slice(&self.payload);
+        Ok(bytes)
+    }
+
     /// The JSON payload of a frame whose kind is `kind`, in version `spoken` or the one before.
     ///
     /// # Errors
@@ -94,6 +113,20 @@ impl Frame {
     }
 }
 
+/// Kind, version and length out of a header.
+fn parse_header(header: [u8; HEADER_BYTES]) -> Result<(u16, u16, usize), FrameError> {
+    let kind = u16::from_le_bytes([header[0], header[1]]);
+    let version = u16::from_le_bytes([header[2], header[3]]);
+    let length = u32::from_le_bytes([header[4], header[5], header[6], header[7]]) as usize;
+    if kind == 0 {
+        return Err(FrameError::KindZero);
+    }
+    if length > MAX_PAYLOAD_BYTES {
+        return Err(FrameError::TooLong(length));
+    }
+    Ok((kind, version, length))
+}
+
 /// Reads one frame. Not cancel-safe: own the reader in one task.
 ///
 /// # Errors
@@ -105,17 +138,31 @@ pub async fn read_frame<R: AsyncRead + Unpin>(reader: &mut R) -> Result<Frame, F
         return Err(FrameError::Closed);
     }
     reader.read_exact(&mut header[first..]).await?;
-    let kind = u16::from_le_bytes([header[0], header[1]]);
-    let version = u16::from_le_bytes([header[2], header[3]]);
-    let length = u32::from_le_bytes([header[4], header[5], header[6], header[7]]) as usize;
-    if kind == 0 {
-        return Err(FrameError::KindZero);
-    }
-    if length > MAX_PAYLOAD_BYTES {
-        return Err(FrameError::TooLong(length));
-    }
+    let (kind, version, length) = parse_header(header)?;
     let mut payload = vec![0u8; length];
     reader.read_exact(&mut payload).await?;
+    Ok(Frame { kind, version, payload })
+}
+
+/// As [`read_frame`], on a thread that may wait.
+///
+/// # Errors
+/// As [`read_frame`].
+pub fn read_frame_blocking(reader: &mut impl std::io::Read) -> Result<Frame, FrameError> {
+    let mut header = [0u8; HEADER_BYTES];
+    let first = loop {
+        match reader.read(&mut header) {
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            other => break other?,
+        }
+    };
+    if first == 0 {
+        return Err(FrameError::Closed);
+    }
+    reader.read_exact(&mut header[first..])?;
+    let (kind, version, length) = parse_header(header)?;
+    let mut payload = vec![0u8; length];
+    reader.read_exact(&mut payload)?;
     Ok(Frame { kind, version, payload })
 }
 
@@ -124,18 +171,7 @@ pub async fn read_frame<R: AsyncRead + Unpin>(reader: &mut R) -> Result<Frame, F
 /// # Errors
 /// When the frame is invalid or the stream broke.
 pub async fn write_frame<W: AsyncWrite + Unpin>(writer: &mut W, frame: &Frame) -> Result<(), FrameError> {
-    if frame.kind == 0 {
-        return Err(FrameError::KindZero);
-    }
-    if frame.payload.len() > MAX_PAYLOAD_BYTES {
-        return Err(FrameError::TooLong(frame.payload.len()));
-    }
-    let mut bytes = Vec::with_capacity(HEADER_BYTES + frame.payload.len());
-    bytes.extend_from_slice(&frame.kind.to_le_bytes());
-    bytes.extend_from_slice(&frame.version.to_le_bytes());
-    bytes.extend_from_slice(&u32::try_from(frame.payload.len()).unwrap_or(u32::MAX).to_le_bytes());
-    bytes.extend_from_slice(&frame.payload);
-    writer.write_all(&bytes).await?;
+    writer.write_all(&frame.to_bytes()?).await?;
     writer.flush().await?;
     Ok(())
 }
@@ -152,6 +188,9 @@ mod tests {
         let mut reader = wire.as_slice();
         assert_eq!(read_frame(&mut reader).await.unwrap(), frame);
         assert!(matches!(read_frame(&mut reader).await, Err(FrameError::Closed)));
+        let mut reader = wire.as_slice();
+        assert_eq!(read_frame_blocking(&mut reader).unwrap(), frame);
+        assert!(matches!(read_frame_blocking(&mut reader), Err(FrameError::Closed)));
     }
 
     #[tokio::test]

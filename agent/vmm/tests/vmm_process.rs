@@ -3,7 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 #[expect(dead_code, reason = "shared with the library's own tests, which use more of it")]
-#[path = "../../../blanket-drivers/tests/guest/mod.rs"]
+#[path = "../../../blanket-drivers/tests/machine/guest.rs"]
 mod guest;
 
 use std::{

@@ -15,6 +15,7 @@
 //! | [`virtio`] | virtio 1.2 devices: disk, network card, console, entropy source |
 //! | [`machine`] | all of it together |
 //! | [`state`] | what a machine is beside its memory, saved and restored |
+//! | [`travel`] | a machine on its way to another process or host, while its guest runs |
 //!
 //! Everything that a guest can write is hostile: each register access is a fixed number of bytes at a checked offset,
 //! every address that comes out of guest memory goes through checked accessors, and nothing that a guest does makes us
@@ -31,6 +32,7 @@ pub mod machine;
 pub mod memory;
 pub mod pci;
 pub mod state;
+pub mod travel;
 pub mod vcpu;
 pub mod virtio;
 

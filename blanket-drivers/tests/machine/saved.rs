@@ -1,10 +1,6 @@
 //! Machines that are saved and go on elsewhere, on `/dev/kvm`.
-#![cfg(target_arch = "x86_64")]
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-mod guest;
-
-use guest::{Console, DIRTY, DIRTY_ROUNDS, PATIENCE, SMP, TALK, elf, file, runs_guests, wait_until};
+use super::guest::{Console, DIRTY, DIRTY_ROUNDS, PATIENCE, SMP, TALK, elf, file, runs_guests, wait_until};
 use kvm_ioctls::Kvm;
 use supercloud_blanket::vmm::{
     Incoming, Machine, MachineConfig, Outcome, Ram, VmmError, boot::BootFiles, state::MachineState,

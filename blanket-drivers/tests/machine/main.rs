@@ -3,6 +3,8 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod guest;
+mod saved;
+mod travel;
 
 use guest::{Console, DIRTY, DIRTY_ROUNDS, PATIENCE, SMP, TALK, elf, file, runs_guests, wait_until};
 use kvm_ioctls::Kvm;

@@ -1,0 +1,137 @@
+//! When to stop copying and switch over. Pure.
+
+use std::fmt;
+
+/// What a move may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// The guest shall not stand still for longer, in milliseconds.
+    pub max_downtime_ms: u64,
+    /// Rounds of copying after which it is given up.
+    pub max_rounds: u32,
+    /// Bytes per second on the wire; `None`: as fast as it takes them.
+    pub max_bytes_per_s: Option<u64>,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { max_downtime_ms: 300, max_rounds: 30, max_bytes_per_s: None }
+    }
+}
+
+/// What was seen of the rounds so far.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seen {
+    /// Rounds that are over.
+    pub rounds: u32,
+    /// Pages that were written since the last round began.
+    pub dirty_pages: u64,
+    /// Pages of the last round, what they took on the wire in bytes, and how long that lasted in microseconds.
+    pub sent_pages: u64,
+    /// See `sent_pages`.
+    pub sent_bytes: u64,
+    /// See `sent_pages`.
+    pub took_us: u64,
+    /// What the state beside memory takes on the wire, in bytes.
+    pub state_bytes: u64,
+}
+
+/// Why it will not come to an end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WhyNot {
+    /// What is left would take so long, in milliseconds.
+    pub predicted_downtime_ms: u64,
+    /// What is allowed.
+    pub max_downtime_ms: u64,
+    /// After so many rounds.
+    pub rounds: u32,
+}
+
+impl fmt::Display for WhyNot {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { predicted_downtime_ms, max_downtime_ms, rounds } = self;
+        write!(
+            out,
+            "after {rounds} rounds what is left takes {predicted_downtime_ms} ms of standing still, and {max_downtime_ms} ms are \
+             allowed; allow more, or let the guest write less"
+        )
+    }
+}
+
+/// What to do next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// Copy what was written meanwhile.
+    Copy,
+    /// Pause the guest and send the rest.
+    Switch,
+    /// It makes no sense to go on.
+    GiveUp(WhyNot),
+}
+
+/// How long the guest would stand still now, in milliseconds: what is dirty, at what a page took and at the speed of the last
+/// round, and the state.
+#[must_use]
+pub fn predicted_downtime_ms(seen: &Seen) -> u64 {
+    let per_page = u128::from(seen.sent_bytes).div_ceil(u128::from(seen.sent_pages.max(1)));
+    let bytes = u128::from(seen.dirty_pages) * per_page + u128::from(seen.state_bytes);
+    let us = bytes.saturating_mul(seen.took_us.max(1).into()) / u128::from(seen.sent_bytes.max(1));
+    u64::try_from(us.div_ceil(1000)).unwrap_or(u64::MAX)
+}
+
+/// Decides after a round.
+#[must_use]
+pub fn next(limits: &Limits, seen: &Seen) -> Next {
+    let predicted_downtime_ms = predicted_downtime_ms(seen);
+    if predicted_downtime_ms <= limits.max_downtime_ms {
+        return Next::Switch;
+    }
+    if seen.rounds >= limits.max_rounds {
+        let max_downtime_ms = limits.max_downtime_ms;
+        return Next::GiveUp(WhyNot { predicted_downtime_ms, max_downtime_ms, rounds: seen.rounds });
+    }
+    Next::Copy
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn seen(dirty_pages: u64) -> Seen {
+        // 100 bytes a page, 1 MB/s.
+        Seen {
+            rounds: 1,
+            dirty_pages,
+            sent_pages: 10_000,
+            sent_bytes: 1_000_000,
+            took_us: 1_000_000,
+            state_bytes: 50_000,
+        }
+    }
+
+    #[test]
+    fn it_switches_when_the_rest_fits_and_not_before() {
+        let limits = Limits { max_downtime_ms: 100, max_rounds: 3, max_bytes_per_s: None };
+        assert_eq!(predicted_downtime_ms(&seen(500)), 100);
+        assert_eq!(next(&limits, &seen(500)), Next::Switch);
+        assert_eq!(next(&limits, &seen(511)), Next::Copy);
+        let late = Seen { rounds: 3, ..seen(20_000) };
+        let Next::GiveUp(why) = next(&limits, &late) else { panic!() };
+        assert_eq!((why.predicted_downtime_ms, why.rounds), (2050, 3));
+        assert_eq!(next(&limits, &Seen { rounds: 3, ..seen(0) }), Next::Switch);
+    }
+
+    proptest! {
+        #[test]
+        fn less_to_send_never_takes_longer_and_it_always_ends(
+            dirty: u32, more: u32, pages in 0u64..1 << 40, bytes: u64, took: u64, state in 0u64..1 << 40, rounds in 0u32..100,
+        ) {
+            let a = Seen { rounds, dirty_pages: dirty.into(), sent_pages: pages, sent_bytes: bytes, took_us: took, state_bytes: state };
+            let b = Seen { dirty_pages: u64::from(dirty) + u64::from(more), ..a };
+            prop_assert!(predicted_downtime_ms(&a) <= predicted_downtime_ms(&b));
+            let limits = Limits { max_rounds: 50, ..Limits::default() };
+            prop_assert!(rounds < 50 || next(&limits, &a) != Next::Copy);
+        }
+    }
+}

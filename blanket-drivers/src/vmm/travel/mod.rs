@@ -1,0 +1,89 @@
+//! A machine on its way: one stream of frames, for a move and for whatever else stores or mirrors a machine.
+//!
+//! ```text
+//! HELLO  (PAGES* ROUND)*  STATE+  END       frames as in supercloud_api::frame; numbers little endian
+//!
+//! HELLO  JSON: what the machine is made of
+//! PAGES  pages of guest memory, each in the cheapest form that is true (see `pages`)
+//! ROUND  JSON: a round of copying is over
+//! STATE  JSON of the machine's state, in pieces of at most 1 MiB
+//! END    BLAKE3 of everything before
+//! ```
+//!
+//! The guest runs while rounds are copied and is paused before the last one. A stream that is cut, changed or in another
+//! order gives no machine. `END` says that it is whole; that the machine may run there is not this module's to say.
+
+pub mod converge;
+pub mod incoming;
+pub mod outgoing;
+pub mod pages;
+
+use serde::{Deserialize, Serialize};
+use supercloud_api::frame::{Frame, FrameError};
+
+use super::VmmError;
+
+pub use converge::{Limits, Next};
+pub use incoming::receive;
+pub use outgoing::{Progress, Sent, send};
+
+/// The version of every frame.
+pub const VERSION: u16 = 1;
+
+/// Kinds of frames.
+mod kind {
+    pub const HELLO: u16 = 1;
+    pub const PAGES: u16 = 2;
+    pub const ROUND: u16 = 3;
+    pub const STATE: u16 = 4;
+    pub const END: u16 = 5;
+}
+
+/// What a stream begins with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Hello {
+    vcpus: u8,
+    memory_bytes: u64,
+    /// The version of the state that will come.
+    state_version: u16,
+}
+
+/// What ends a round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Round {
+    number: u32,
+}
+
+/// Why a machine did not get through.
+#[derive(Debug, thiserror::Error)]
+pub enum TravelError {
+    /// The stream.
+    #[error("the stream")]
+    Frame(#[from] FrameError),
+    /// The machine.
+    #[error("the machine")]
+    Machine(#[from] VmmError),
+    /// What comes is not what may come.
+    #[error("the stream makes no sense: {0}")]
+    Malformed(&'static str),
+    /// The guest writes faster than its pages go over.
+    #[error("it does not converge: {0}")]
+    NoConvergence(converge::WhyNot),
+    /// It was not wanted any more.
+    #[error("it was cancelled")]
+    Cancelled,
+}
+
+impl From<std::io::Error> for TravelError {
+    fn from(error: std::io::Error) -> Self {
+        Self::Frame(FrameError::Io(error))
+    }
+}
+
+/// A frame of ours, checked for its version.
+fn checked(frame: Frame) -> Result<Frame, TravelError> {
+    let Frame { kind, version, .. } = frame;
+    if version == VERSION { Ok(frame) } else { Err(FrameError::Version { kind, version, spoken: VERSION }.into()) }
+}

@@ -1,0 +1,220 @@
+//! Sending a machine while its guest runs.
+
+use std::{
+    io::Write,
+    ops::ControlFlow,
+    time::{Duration, Instant},
+};
+
+use serde::Serialize;
+use supercloud_api::frame::{Frame, MAX_PAYLOAD_BYTES};
+
+use super::{
+    Hello, Round, TravelError, VERSION, converge,
+    converge::{Limits, Next, Seen},
+    kind,
+    pages::{Forms, MOST_BYTES, Packer},
+};
+use crate::vmm::{Machine, memory::PAGE_BYTES, state};
+
+/// Pages are sent in frames of about so many bytes: small enough to be paced and cancelled between.
+const FRAME_BYTES: usize = 64 << 10;
+/// What the state takes, as long as it is not known: a vCPU's share.
+const STATE_BYTES_PER_VCPU: u64 = 24 << 10;
+
+/// How far it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Progress {
+    /// The round, from 1 on.
+    pub round: u32,
+    /// Bytes on the wire so far.
+    pub sent_bytes: u64,
+    /// Pages that are still to be sent in this round.
+    pub left_pages: u64,
+    /// Pages a second that the guest wrote in the last round; 0 in the first.
+    pub dirty_pages_per_s: u64,
+    /// Pages by form.
+    pub forms: Forms,
+}
+
+/// What a machine took on its way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sent {
+    /// As it was at the end.
+    pub progress: Progress,
+    /// Since the guest stands still.
+    pub paused_for: Duration,
+    /// Bytes of the state on the wire.
+    pub state_bytes: u64,
+}
+
+/// Sends a machine. When it is through, the machine stands still and its whole content is on the wire; it is for the caller to
+/// find out who may run it. On an error the guest runs on, if it ran before, unless it was paused already: then
+/// [`Machine::resume`] lets it run on.
+///
+/// `watch` is called often; it can cancel.
+///
+/// # Errors
+/// [`TravelError`].
+pub fn send(
+    machine: &mut Machine,
+    to: impl Write,
+    limits: &Limits,
+    watch: &mut dyn FnMut(&Progress) -> ControlFlow<()>,
+) -> Result<Sent, TravelError> {
+    machine.note_writes(true)?;
+    let mut sender = Sender::new(to, limits, watch)?;
+    let outcome = sender.run(machine, limits);
+    let forgotten = machine.note_writes(false);
+    let sent = outcome?;
+    forgotten?;
+    Ok(sent)
+}
+
+struct Sender<'a, W> {
+    to: W,
+    hash: blake3::Hasher,
+    packer: Packer,
+    frame: Vec<u8>,
+    progress: Progress,
+    bytes_per_s: Option<u64>,
+    paced_since: Instant,
+    paced_bytes: u64,
+    watch: &'a mut dyn FnMut(&Progress) -> ControlFlow<()>,
+}
+
+impl<'a, W: Write> Sender<'a, W> {
+    fn new(
+        to: W,
+        limits: &Limits,
+        watch: &'a mut dyn FnMut(&Progress) -> ControlFlow<()>,
+    ) -> Result<Self, TravelError> {
+        Ok(Self {
+            to,
+            hash: blake3::Hasher::new(),
+            packer: Packer::new()?,
+            frame: Vec::with_capacity(FRAME_BYTES + MOST_BYTES),
+            progress: Progress::default(),
+            bytes_per_s: limits.max_bytes_per_s,
+            paced_since: Instant::now(),
+            paced_bytes: 0,
+            watch,
+        })
+    }
+
+    fn run(&mut self, machine: &mut Machine, limits: &Limits) -> Result<Sent, TravelError> {
+        let config = machine.config();
+        let hello = Hello { vcpus: config.vcpus, memory_bytes: config.memory_bytes, state_version: state::VERSION };
+        self.json(kind::HELLO, &hello)?;
+        let mut pages = machine.page_numbers();
+        let mut began;
+        loop {
+            began = Instant::now();
+            let (sent_pages, before) = (pages.len() as u64, self.progress.sent_bytes);
+            self.round(machine, &pages)?;
+            let took_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX).max(1);
+            pages = machine.take_written()?;
+            let dirty_pages = pages.len() as u64;
+            self.progress.dirty_pages_per_s = dirty_pages.saturating_mul(1_000_000) / took_us;
+            let seen = Seen {
+                rounds: self.progress.round,
+                dirty_pages,
+                sent_pages,
+                sent_bytes: self.progress.sent_bytes - before,
+                took_us,
+                state_bytes: STATE_BYTES_PER_VCPU * u64::from(config.vcpus),
+            };
+            match converge::next(limits, &seen) {
+                Next::Copy => {}
+                Next::Switch => break,
+                Next::GiveUp(why) => return Err(TravelError::NoConvergence(why)),
+            }
+        }
+        let paused = Instant::now();
+        let state = machine.save()?;
+        // What was written until then, and what devices finished while they were stopped.
+        pages.extend(machine.take_written()?);
+        pages.sort_unstable();
+        pages.dedup();
+        self.round(machine, &pages)?;
+        let before = self.progress.sent_bytes;
+        let json = serde_json::to_vec(&state).map_err(std::io::Error::other)?;
+        for piece in json.chunks(MAX_PAYLOAD_BYTES) {
+            self.send(kind::STATE, piece)?;
+        }
+        let hash = *self.hash.finalize().as_bytes();
+        self.send(kind::END, &hash)?;
+        self.to.flush()?;
+        let state_bytes = self.progress.sent_bytes - before;
+        Ok(Sent { progress: self.progress, paused_for: paused.elapsed(), state_bytes })
+    }
+
+    fn round(&mut self, machine: &Machine, pages: &[u64]) -> Result<(), TravelError> {
+        self.progress.round += 1;
+        self.progress.left_pages = pages.len() as u64;
+        for page in pages {
+            let mut frame = std::mem::take(&mut self.frame);
+            self.packer.pack(machine.ram(), *page, &mut frame)?;
+            self.frame = frame;
+            self.progress.left_pages -= 1;
+            if self.frame.len() >= FRAME_BYTES {
+                self.send_pages()?;
+            }
+        }
+        self.send_pages()?;
+        self.json(kind::ROUND, &Round { number: self.progress.round })
+    }
+
+    fn send_pages(&mut self) -> Result<(), TravelError> {
+        let mut frame = std::mem::take(&mut self.frame);
+        if !frame.is_empty() {
+            self.send(kind::PAGES, &frame)?;
+        }
+        frame.clear();
+        self.frame = frame;
+        self.progress.forms = self.packer.forms;
+        if (self.watch)(&self.progress).is_break() {
+            return Err(TravelError::Cancelled);
+        }
+        Ok(())
+    }
+
+    fn json(&mut self, kind: u16, body: &impl Serialize) -> Result<(), TravelError> {
+        let body = serde_json::to_vec(body).map_err(std::io::Error::other)?;
+        self.send(kind, &body)
+    }
+
+    fn send(&mut self, kind: u16, payload: &[u8]) -> Result<(), TravelError> {
+        let bytes = Frame { kind, version: VERSION, payload: payload.to_vec() }.to_bytes()?;
+        self.hash.update(&bytes);
+        self.to.write_all(&bytes)?;
+        self.progress.sent_bytes += bytes.len() as u64;
+        self.pace(bytes.len() as u64);
+        Ok(())
+    }
+
+    /// Waits until no more was sent than the limit allows since it last had to wait.
+    #[expect(clippy::disallowed_methods, reason = "a thread that sends a machine and does nothing else")]
+    fn pace(&mut self, bytes: u64) {
+        let Some(limit) = self.bytes_per_s.filter(|limit| *limit > 0) else { return };
+        self.paced_bytes += bytes;
+        let due = Duration::from_secs_f64(self.paced_bytes as f64 / limit as f64);
+        let passed = self.paced_since.elapsed();
+        if due > passed {
+            std::thread::sleep(due - passed);
+        } else if passed > due + Duration::from_millis(100) {
+            // What was not used is not saved up.
+            (self.paced_since, self.paced_bytes) = (Instant::now(), 0);
+        }
+    }
+}
+
+impl Machine {
+    /// All pages of guest memory: numbers of 4096 bytes of guest-physical address.
+    #[must_use]
+    pub fn page_numbers(&self) -> Vec<u64> {
+        use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion as _};
+        let parts = self.ram().iter().map(|region| (region.start_addr().0, region.len()));
+        parts.flat_map(|(at, bytes)| at / PAGE_BYTES..(at + bytes) / PAGE_BYTES).collect()
+    }
+}

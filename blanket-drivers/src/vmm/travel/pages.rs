@@ -1,0 +1,226 @@
+//! Pages on the wire: each in the cheapest form that is true.
+//!
+//! ```text
+//! page number u64 | form u8 | ...        form 0: all zeros    1: 4096 bytes    2: length u16, zstd
+//! ```
+
+use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _};
+
+use super::TravelError;
+use crate::vmm::{Ram, memory::PAGE_BYTES};
+
+const PAGE: usize = PAGE_BYTES as usize;
+const HEAD: usize = 9;
+const ZERO: u8 = 0;
+const RAW: u8 = 1;
+const ZSTD: u8 = 2;
+/// A compressed page must be shorter than this to be worth its unpacking.
+const WORTH: usize = PAGE - PAGE / 8;
+/// The fastest level of zstd: links are rarely faster.
+const LEVEL: i32 = 1;
+/// What one page takes at most.
+pub(super) const MOST_BYTES: usize = HEAD + PAGE;
+
+/// How many pages went in which form.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Forms {
+    /// Nothing but zeros.
+    pub zero: u64,
+    /// As they are.
+    pub raw: u64,
+    /// Compressed.
+    pub compressed: u64,
+}
+
+/// Packs pages; keeps what it needs between them.
+pub struct Packer {
+    zstd: zstd::bulk::Compressor<'static>,
+    page: Box<[u8; PAGE]>,
+    packed: Box<[u8; PAGE]>,
+    /// What was packed so far.
+    pub forms: Forms,
+}
+
+impl std::fmt::Debug for Packer {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.debug_struct("Packer").field("forms", &self.forms).finish_non_exhaustive()
+    }
+}
+
+impl Packer {
+    /// A packer.
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    pub fn new() -> std::io::Result<Self> {
+        let (page, packed) = (Box::new([0; PAGE]), Box::new([0; PAGE]));
+        Ok(Self { zstd: zstd::bulk::Compressor::new(LEVEL)?, page, packed, forms: Forms::default() })
+    }
+
+    /// Appends a page. The guest may write it meanwhile: then it is written again and comes again.
+    ///
+    /// # Errors
+    /// When there is no such page.
+    pub fn pack(&mut self, ram: &Ram, number: u64, out: &mut Vec<u8>) -> Result<(), TravelError> {
+        let at = number.checked_mul(PAGE_BYTES).ok_or(TravelError::Malformed("a page beyond memory"))?;
+        ram.read_slice(&mut self.page[..], GuestAddress(at))
+            .map_err(|_| TravelError::Malformed("a page beyond memory"))?;
+        out.extend(number.to_le_bytes());
+        if self.page.iter().all(|byte| *byte == 0) {
+            out.push(ZERO);
+            self.forms.zero += 1;
+            return Ok(());
+        }
+        match self.zstd.compress_to_buffer(&self.page[..], &mut self.packed[..WORTH]) {
+            Ok(length) => {
+                out.push(ZSTD);
+                // Shorter than a page.
+                out.extend(u16::try_from(length).unwrap_or(u16::MAX).to_le_bytes());
+                out.extend(&self.packed[..length]);
+                self.forms.compressed += 1;
+            }
+            // It does not get shorter.
+            Err(_) => {
+                out.push(RAW);
+                out.extend(&self.page[..]);
+                self.forms.raw += 1;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Unpacks pages into guest memory.
+pub struct Unpacker {
+    zstd: zstd::bulk::Decompressor<'static>,
+    page: Box<[u8; PAGE]>,
+}
+
+impl std::fmt::Debug for Unpacker {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.debug_struct("Unpacker").finish_non_exhaustive()
+    }
+}
+
+impl Unpacker {
+    /// An unpacker.
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    pub fn new() -> std::io::Result<Self> {
+        Ok(Self { zstd: zstd::bulk::Decompressor::new()?, page: Box::new([0; PAGE]) })
+    }
+
+    /// Unpacks all pages of a frame. `is_first` while nothing was written yet: zeros need not be written then.
+    ///
+    /// # Errors
+    /// When it is not what a packer makes, or not of this memory.
+    pub fn unpack(&mut self, ram: &Ram, mut from: &[u8], is_first: bool) -> Result<(), TravelError> {
+        const SHORT: TravelError = TravelError::Malformed("a page that is cut off");
+        while !from.is_empty() {
+            let (head, rest) = from.split_first_chunk::<HEAD>().ok_or(SHORT)?;
+            let mut number = [0; 8];
+            number.copy_from_slice(&head[..8]);
+            let at = u64::from_le_bytes(number).checked_mul(PAGE_BYTES).map(GuestAddress);
+            let at = at.filter(|at| ram.check_range(*at, PAGE));
+            let at = at.ok_or(TravelError::Malformed("a page beyond memory"))?;
+            let content = match head[8] {
+                ZERO => {
+                    from = rest;
+                    if is_first {
+                        continue;
+                    }
+                    self.page.fill(0);
+                    &self.page[..]
+                }
+                RAW => {
+                    let (page, rest) = rest.split_at_checked(PAGE).ok_or(SHORT)?;
+                    from = rest;
+                    page
+                }
+                ZSTD => {
+                    let (length, rest) = rest.split_first_chunk::<2>().ok_or(SHORT)?;
+                    let length = usize::from(u16::from_le_bytes(*length));
+                    let (packed, rest) = rest.split_at_checked(length).ok_or(SHORT)?;
+                    from = rest;
+                    let got = self.zstd.decompress_to_buffer(packed, &mut self.page[..]);
+                    if !got.is_ok_and(|got| got == PAGE) {
+                        return Err(TravelError::Malformed("a page that cannot be unpacked"));
+                    }
+                    &self.page[..]
+                }
+                _ => return Err(TravelError::Malformed("a page in an unknown form")),
+            };
+            ram.write_slice(content, at).map_err(|_| TravelError::Malformed("a page beyond memory"))?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vmm::memory;
+    use proptest::prelude::*;
+
+    const BYTES: u64 = 4 << 20;
+
+    fn ram() -> Ram {
+        memory::map(memory::create(BYTES).unwrap(), BYTES).unwrap()
+    }
+
+    proptest! {
+        #[test]
+        fn pages_come_out_as_they_went_in(pages in proptest::collection::btree_map(0u64..1024, (0u8..4, any::<u64>()), 0..40)) {
+            let (from, to) = (ram(), ram());
+            let (mut packer, mut unpacker) = (Packer::new().unwrap(), Unpacker::new().unwrap());
+            let mut wire = Vec::new();
+            for (number, (kind, seed)) in &pages {
+                let mut state = *seed | 1;
+                let page: Vec<u8> = (0..4096u64).map(|at| match kind {
+                    0 => 0,
+                    1 => u8::try_from(at % 7).unwrap(),
+                    2 => u8::from(at == seed % 4096),
+                    _ => { state ^= state << 13; state ^= state >> 7; state ^= state << 17; state.to_le_bytes()[0] }
+                }).collect();
+                from.write_slice(&page, GuestAddress(number * 4096)).unwrap();
+                to.write_slice(&[0xaa; 4096], GuestAddress(number * 4096)).unwrap();
+                let before = wire.len();
+                packer.pack(&from, *number, &mut wire).unwrap();
+                prop_assert!(wire.len() - before <= MOST_BYTES);
+            }
+            unpacker.unpack(&to, &wire, false).unwrap();
+            let (mut a, mut b) = (vec![0; 4 << 20], vec![0; 4 << 20]);
+            from.read_slice(&mut a, GuestAddress(0)).unwrap();
+            to.read_slice(&mut b, GuestAddress(0)).unwrap();
+            prop_assert!(a == b);
+            // Cut anywhere but between two pages it is refused.
+            if let Some(last) = wire.len().checked_sub(1) {
+                prop_assert!(unpacker.unpack(&to, &wire[..last], false).is_err());
+            }
+        }
+
+        #[test]
+        fn no_bytes_do_harm(bytes in proptest::collection::vec(any::<u8>(), 0..200), page in 0u64..1024, form in 0u8..4) {
+            let to = ram();
+            let mut wire = page.to_le_bytes().to_vec();
+            wire.push(form);
+            wire.extend(&bytes);
+            let mut unpacker = Unpacker::new().unwrap();
+            let _ = unpacker.unpack(&to, &wire, false);
+            let _ = unpacker.unpack(&to, &bytes, true);
+        }
+    }
+
+    #[test]
+    fn pages_that_are_not_there_are_refused() {
+        let to = ram();
+        for number in [BYTES / 4096, u64::MAX, u64::MAX / 4096, 1 << 52] {
+            let mut wire = number.to_le_bytes().to_vec();
+            wire.push(ZERO);
+            let refused = Unpacker::new().unwrap().unpack(&to, &wire, true);
+            assert!(matches!(refused, Err(TravelError::Malformed("a page beyond memory"))), "{number:#x}");
+            assert!(Packer::new().unwrap().pack(&to, number, &mut Vec::new()).is_err());
+        }
+    }
+}

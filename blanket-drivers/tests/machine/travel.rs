@@ -1,0 +1,194 @@
+//! Machines that travel over a stream while their guests run, on `/dev/kvm`.
+
+use std::{
+    io::{Read as _, Write as _},
+    ops::ControlFlow,
+    os::unix::net::UnixStream,
+    time::Duration,
+};
+
+use super::guest::{Console, DIRTY, DIRTY_ROUNDS, SMP, elf, runs_guests, wait_until};
+use kvm_ioctls::Kvm;
+use supercloud_api::frame::{Frame, read_frame_blocking};
+use supercloud_blanket::vmm::{
+    Incoming, Machine, MachineConfig, Outcome, Ram,
+    boot::BootFiles,
+    travel::{Limits, Progress, TravelError, receive, send},
+};
+use vm_memory::{Bytes as _, GuestAddress};
+
+const MEMORY_BYTES: u64 = 32 << 20;
+
+type Ending = std::sync::mpsc::Receiver<Outcome>;
+type Arrived = Result<(Machine, Ending), TravelError>;
+
+fn boot(code: &[u8], vcpus: u8) -> (Machine, Console) {
+    let console = Console::default();
+    let files = BootFiles { kernel: elf(code), initrd: None, cmdline: String::new() };
+    let config = MachineConfig { vcpus, memory_bytes: MEMORY_BYTES };
+    let (machine, _) = Machine::boot(Kvm::new().unwrap(), config, &files, console.sink(), Vec::new()).unwrap();
+    (machine, console)
+}
+
+fn word(ram: &Ram, at: u64) -> u32 {
+    ram.read_obj(GuestAddress(at)).unwrap()
+}
+
+fn make(config: MachineConfig) -> Result<Incoming, TravelError> {
+    Ok(Incoming::new(Kvm::new().unwrap(), config, Console::default().sink(), Vec::new())?)
+}
+
+fn on(_: &Progress) -> ControlFlow<()> {
+    ControlFlow::Continue(())
+}
+
+/// What a machine would send if it were sent now: the frames.
+fn recorded(machine: &mut Machine) -> Vec<Frame> {
+    let mut bytes = Vec::new();
+    send(machine, &mut bytes, &Limits::default(), &mut on).unwrap();
+    let mut from = bytes.as_slice();
+    std::iter::from_fn(|| read_frame_blocking(&mut from).ok()).collect()
+}
+
+fn replayed(frames: &[Frame]) -> Arrived {
+    let bytes: Vec<u8> = frames.iter().flat_map(|frame| frame.to_bytes().unwrap()).collect();
+    receive(bytes.as_slice(), make)
+}
+
+#[test]
+fn a_guest_that_writes_all_the_while_arrives_whole() {
+    if !runs_guests("a_guest_that_writes_all_the_while_arrives_whole") {
+        return;
+    }
+    let (mut machine, _console) = boot(DIRTY, 1);
+    machine.resume();
+    // Around, and around again.
+    for _ in 0..4 {
+        let before = word(machine.ram(), DIRTY_ROUNDS);
+        wait_until(|| word(machine.ram(), DIRTY_ROUNDS) > before + 1, || format!("rounds after {before}"));
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let there = std::thread::spawn(move || receive(theirs, make));
+        let mut rounds = 0;
+        let limits = Limits { max_downtime_ms: 50, ..Limits::default() };
+        let sent = send(&mut machine, ours, &limits, &mut |progress| {
+            assert!(progress.round >= rounds, "forward only");
+            rounds = progress.round;
+            ControlFlow::Continue(())
+        });
+        let sent = sent.unwrap();
+        assert!(sent.progress.round >= 2 && sent.progress.forms.zero > 1000, "{sent:?}");
+        let (moved, _) = there.join().unwrap().unwrap();
+        for page in machine.page_numbers() {
+            let (mut here, mut there) = ([0u8; 4096], [0u8; 4096]);
+            machine.ram().read_slice(&mut here, GuestAddress(page * 4096)).unwrap();
+            moved.ram().read_slice(&mut there, GuestAddress(page * 4096)).unwrap();
+            assert!(here == there, "page {page:#x}");
+        }
+        let still = word(machine.ram(), DIRTY_ROUNDS);
+        moved.resume();
+        wait_until(|| word(moved.ram(), DIRTY_ROUNDS) > still + 1, || format!("rounds after {still}"));
+        assert_eq!(word(machine.ram(), DIRTY_ROUNDS), still, "it runs once");
+        machine = moved;
+    }
+}
+
+#[test]
+fn all_processors_travel() {
+    if !runs_guests("all_processors_travel") {
+        return;
+    }
+    let (mut machine, console) = boot(SMP, 4);
+    machine.resume();
+    console.await_text("A");
+    let (moved, _) = replayed(&recorded(&mut machine)).unwrap();
+    let counts = || [word(moved.ram(), 0x9100), word(moved.ram(), 0x9200)];
+    let before = counts();
+    moved.resume();
+    wait_until(|| counts().iter().zip(before).all(|(now, then)| *now > then), || "progress of all".to_owned());
+}
+
+#[test]
+fn a_stream_that_is_not_what_was_sent_gives_no_machine() {
+    if !runs_guests("a_stream_that_is_not_what_was_sent_gives_no_machine") {
+        return;
+    }
+    let (mut machine, _console) = boot(DIRTY, 1);
+    let frames = recorded(&mut machine);
+    assert!(replayed(&frames).is_ok());
+    for cut in 0..frames.len() {
+        assert!(replayed(&frames[..cut]).is_err(), "cut after {cut} frames");
+    }
+    for at in 0..frames.len() {
+        let mut changed = frames.clone();
+        let middle = changed[at].payload.len() / 2;
+        changed[at].payload[middle] ^= 4;
+        assert!(replayed(&changed).is_err(), "a flipped bit in frame {at}");
+        let mut changed = frames.clone();
+        changed.remove(at);
+        assert!(replayed(&changed).is_err(), "without frame {at}");
+        if at + 1 < frames.len() {
+            let mut changed = frames.clone();
+            changed.insert(at, frames[at].clone());
+            assert!(replayed(&changed).is_err(), "frame {at} twice");
+        }
+        let mut changed = frames.clone();
+        changed[at].version += 1;
+        assert!(replayed(&changed).is_err(), "frame {at} of another version");
+        if at > 0 && frames[at] != frames[at - 1] {
+            let mut changed = frames.clone();
+            changed.swap(at - 1, at);
+            assert!(replayed(&changed).is_err(), "frames {at} and the one before exchanged");
+        }
+    }
+    // Another machine than was expected is not even begun.
+    let refused = receive(frames.iter().flat_map(|f| f.to_bytes().unwrap()).collect::<Vec<_>>().as_slice(), |config| {
+        make(MachineConfig { vcpus: 2, ..config })
+    });
+    assert!(matches!(refused, Err(TravelError::Malformed("another machine than was expected"))));
+    // And the machine goes on.
+    let before = word(machine.ram(), DIRTY_ROUNDS);
+    machine.resume();
+    wait_until(|| word(machine.ram(), DIRTY_ROUNDS) > before, || format!("round after {before}"));
+}
+
+#[test]
+fn what_does_not_converge_or_is_not_wanted_or_breaks_lets_the_guest_run_on() {
+    if !runs_guests("what_does_not_converge_or_is_not_wanted_or_breaks_lets_the_guest_run_on") {
+        return;
+    }
+    let (mut machine, _console) = boot(DIRTY, 1);
+    machine.resume();
+    let runs_on = |machine: &Machine| {
+        let before = word(machine.ram(), DIRTY_ROUNDS);
+        wait_until(|| word(machine.ram(), DIRTY_ROUNDS) > before + 1, || format!("rounds after {before}"));
+    };
+    // Nothing fits into no time at all.
+    let limits = Limits { max_downtime_ms: 0, max_rounds: 3, max_bytes_per_s: Some(4 << 20) };
+    let outcome = send(&mut machine, std::io::sink(), &limits, &mut on);
+    let Err(TravelError::NoConvergence(why)) = outcome else { panic!("{outcome:?}") };
+    assert_eq!((why.rounds, why.max_downtime_ms), (3, 0));
+    assert!(why.predicted_downtime_ms > 0 && why.to_string().contains("after 3 rounds"), "{why}");
+    runs_on(&machine);
+
+    let cancelled =
+        send(&mut machine, std::io::sink(), &Limits::default(), &mut |progress| match progress.sent_bytes {
+            0..10_000 => ControlFlow::Continue(()),
+            _ => ControlFlow::Break(()),
+        });
+    assert!(matches!(cancelled, Err(TravelError::Cancelled)), "{cancelled:?}");
+    runs_on(&machine);
+
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    theirs.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let gone = std::thread::spawn(move || theirs.read_exact(&mut [0; 5000]));
+    let broken = send(&mut machine, ours, &Limits::default(), &mut on);
+    gone.join().unwrap().unwrap();
+    assert!(matches!(broken, Err(TravelError::Frame(_))), "{broken:?}");
+    runs_on(&machine);
+    // After all of it, a move that is let through still gives the whole.
+    let mut wire = Vec::new();
+    send(&mut machine, wire.by_ref(), &Limits::default(), &mut on).unwrap();
+    let (moved, _) = receive(wire.as_slice(), make).unwrap();
+    moved.resume();
+    runs_on(&moved);
+}
