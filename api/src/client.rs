@@ -11,8 +11,9 @@ use supercloud_ids::{OperationId, RentingId, RequestId};
 use crate::{
     Cloud, CloudCreate, Event, FeedClock, Freeze, Guest, GuestCreate, GuestFreeze, GuestMigrate, GuestPatch,
     GuestStart, GuestStop, GuestThaw, Host, HostPatch, HostRent, Image, ImageCreate, ImageImport, ImagePart,
-    JoinRequest, JoinResponse, JoinToken, JoinTokenCreate, Market, Network, NetworkCreate, Operation, Page, Placement,
-    Port, PriceSeries, Problem, Project, ProjectCreate, Renting, Token, TokenCreate, TokenSecret, Volume, WhoAmI,
+    JoinRequest, JoinResponse, JoinToken, JoinTokenCreate, Ledger, Market, Network, NetworkCreate, Operation, Page,
+    Placement, Port, PriceSeries, Problem, Project, ProjectCreate, Renting, Token, TokenCreate, TokenSecret, Volume,
+    WhoAmI,
 };
 
 /// How long one attempt of a request may take when it does not say otherwise.
@@ -457,6 +458,8 @@ calls! {
     cancel_operation(id: OperationId) -> Operation = post(format!("/v1/operations/{id}/cancel"), &());
     /// Events after a number, at most 1000.
     events_after(after: u64) -> Page<Event> = get(format!("/v1/events?after={after}&limit=1000"));
+    /// A page of the ledger; the query names what is asked for: `from_ms=0&limit=1000`.
+    ledger(query: &str) -> Ledger = get(format!("/v1/ledger?{query}"));
     /// All markets with their prices now.
     markets() -> Vec<Market> = list("/v1/markets");
     /// Sets the clock of a replayed price feed; the answer is the clock as it is now.

@@ -85,6 +85,8 @@ pub enum Noun {
     /// What can be rented, and for how much.
     #[command(subcommand)]
     Market(MarketVerb),
+    /// What was paid.
+    Ledger(crate::ledger::LedgerArguments),
     /// Replays policies on recorded markets, beside baselines and the offline optimum; needs no controller.
     Simulate(crate::simulate::Simulate),
     /// Who this token is.

@@ -4,6 +4,7 @@
 
 mod arguments;
 mod guests;
+mod ledger;
 mod rentings;
 mod settings;
 mod show;

@@ -39,6 +39,7 @@ pub async fn run(client: &Client, output: Output, noun: Noun) -> anyhow::Result<
         Noun::Operation(verb) => operations(client, output, verb, None).await,
         Noun::Event(verb) => events(client, output, verb).await,
         Noun::Market(verb) => markets(client, output, verb).await,
+        Noun::Ledger(arguments) => crate::ledger::run(client, output, &arguments).await,
         Noun::Whoami => show::print_one(output, &client.whoami().await?),
         Noun::Guest(_) | Noun::Simulate(_) | Noun::Completion { .. } => unreachable!("run by main"),
     }

@@ -15,6 +15,7 @@ pub mod auth;
 pub mod ca;
 pub mod dashboard;
 pub mod keys;
+pub mod ledger;
 pub mod link;
 pub mod markets;
 pub mod metrics;

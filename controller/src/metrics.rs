@@ -251,6 +251,14 @@ impl Metrics {
             "Running guests of which it is not known whether their cloud has all that the disks stand on.",
             &one(bases.iter().filter(|told| told.is_none()).count() as u64),
         );
+        let rate = crate::ledger::rate(&parts.state).await?;
+        gauge(
+            "supercloud_paid_nanousd_per_hour",
+            "What all rented hosts cost per hour at the prices that were looked up last.",
+            &one(rate.paid.0),
+        );
+        gauge("supercloud_on_demand_nanousd_per_hour", "What they would cost on demand.", &one(rate.on_demand.0));
+        gauge("supercloud_unpriced_hosts", "Rented hosts of which no price is known.", &one(rate.unpriced_hosts));
         let clouds = parts.state.list::<Cloud>().await?;
         let series: Vec<(String, u64)> = clouds
             .iter()

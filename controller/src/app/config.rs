@@ -6,6 +6,7 @@ use std::{
 };
 
 use serde::Deserialize;
+use supercloud_api::Tenure;
 
 use crate::renting::ProviderConfig;
 
@@ -67,12 +68,15 @@ pub enum StoreConfig {
 pub struct FeedConfig {
     /// The feed.
     pub file: PathBuf,
-    /// The feed's time at the start, in milliseconds.
+    /// The feed's time at the first start, in milliseconds; later ones go on from where it was.
     #[serde(default)]
     pub start_ms: u64,
     /// Milliseconds of the feed per millisecond of wall time; 0: it stands still.
     #[serde(default = "default_speed")]
     pub speed: f64,
+    /// In the ledger, hosts that joined by themselves count as rented in their cloud's first market of this tenure.
+    #[serde(default = "default_own_hosts")]
+    pub own_hosts: Tenure,
 }
 
 fn default_listen() -> SocketAddr {
@@ -89,6 +93,10 @@ fn default_names() -> Vec<String> {
 
 fn default_log() -> String {
     "info".to_owned()
+}
+
+fn default_own_hosts() -> Tenure {
+    Tenure::Spot
 }
 
 fn default_speed() -> f64 {

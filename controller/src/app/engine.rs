@@ -8,7 +8,7 @@ use tokio::net::TcpListener;
 
 use super::{Parts, StartError};
 use crate::{
-    chain,
+    chain, ledger,
     link::{self, ChunkServer, LinkHandler, Sessions},
     markets::FeedMarkets,
     operations::{self, Engine, Reach},
@@ -17,6 +17,22 @@ use crate::{
 /// Starts the engine and all that belongs to it.
 pub(super) async fn start(parts: &Parts) -> Result<Arc<Engine>, StartError> {
     let config = &parts.config;
+    let mut followed = None;
+    if let Some(feed) = config.feed.clone() {
+        let opened = tokio::task::spawn_blocking(move || FeedMarkets::open(&feed));
+        let markets = opened.await.map_err(|_| StartError::Interrupted)??;
+        parts.markets.post(Arc::new(markets.clone()));
+        followed = Some(markets);
+    }
+    parts.state.book().ask(parts.providers.clone());
+    // Before anything is written that the ledger stamps.
+    ledger::start(&parts.state, followed.as_ref().zip(config.feed.as_ref())).await?;
+    if let Some(markets) = followed {
+        let (state, stop) = (parts.state.clone(), parts.stop.clone());
+        parts.spawn("price feed", async move { markets.follow_clouds(&state, &stop).await });
+    }
+    parts.clerk.pass().await?;
+    parts.spawn("ledger", parts.clerk.clone().run());
     let identity = parts.authority.server_identity(&config.names)?;
     let certificate_sha256 = identity.chain.first().map(tls::fingerprint).unwrap_or_default();
     let server = tls::server_config(
@@ -56,13 +72,5 @@ pub(super) async fn start(parts: &Parts) -> Result<Arc<Engine>, StartError> {
     let handler: Arc<dyn LinkHandler> = Arc::clone(&engine) as _;
     parts.spawn("agent links", link::serve(listener, Arc::new(server), sessions, handler, chunks, parts.stop.clone()));
     parts.spawn("operations", Arc::clone(&engine).run(imports, parts.stop.clone()));
-    if let Some(feed) = config.feed.clone() {
-        let markets = tokio::task::spawn_blocking(move || FeedMarkets::open(&feed))
-            .await
-            .map_err(|_| StartError::Interrupted)??;
-        parts.markets.post(Arc::new(markets.clone()));
-        let (state, stop) = (parts.state.clone(), parts.stop.clone());
-        parts.spawn("price feed", async move { markets.follow_clouds(&state, &stop).await });
-    }
     Ok(engine)
 }

@@ -18,6 +18,7 @@ use std::{
 };
 
 use futures::FutureExt as _;
+use supercloud_api::Tenure;
 use tokio::sync::Notify;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -28,6 +29,7 @@ use crate::{
     auth::{self, BootstrapError},
     ca::{Authority, CaError},
     keys::{KeyFileError, Keys},
+    ledger::Clerk,
     markets::MarketsError,
     metrics::Metrics,
     operations::progress::ProgressBoard,
@@ -55,6 +57,8 @@ pub struct Parts {
     pub hosts: LiveHosts,
     /// Where a price feed posts its board.
     pub markets: Markets,
+    /// Keeps prices for the ledger.
+    pub clerk: Clerk,
     /// Who rents hosts to us.
     pub providers: Providers,
     /// Tells the tasks of providers that a renting has changed.
@@ -192,13 +196,17 @@ impl Controller {
             .await
             .map_err(|_| StartError::Interrupted)??;
         auth::bootstrap(&state, &keys.root, &config.data_dir).await?;
+        let markets = Markets::default();
+        let own_hosts = config.feed.as_ref().map_or(Tenure::Spot, |feed| feed.own_hosts);
+        let clerk = Clerk::new(state.clone(), markets.clone(), own_hosts);
         let parts = Parts {
             config,
             state,
             keys: Arc::new(keys),
             authority: Arc::new(authority),
             hosts: LiveHosts::default(),
-            markets: Markets::default(),
+            markets,
+            clerk,
             providers,
             renting_wake: Arc::default(),
             progress: ProgressBoard::default(),

@@ -138,6 +138,7 @@ pub const ROUTES: &[Route] = &[
     route(Method::POST, "/v1/operations/{operation}/cancel", Access::MoveOwn),
     route(Method::GET, "/v1/events", Access::Read),
     route(Method::GET, "/v1/events/stream", Access::Read),
+    route(Method::GET, "/v1/ledger", Access::Read),
     route(Method::GET, "/v1/markets", Access::Read),
     route(Method::GET, "/v1/prices", Access::Read),
     route(Method::POST, "/v1/feed", Access::System),

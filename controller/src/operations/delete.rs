@@ -170,6 +170,7 @@ impl Engine {
         if let Some(token) = self.state.read::<TokenRecord>(&auth::guest_token_id(guest.guest.id)).await? {
             TokenRecord::remove_in(&token, &mut change);
         }
+        crate::ledger::end_stays(guest, self.state.book().now(), &mut change);
         change.delete_named(guest);
         change.create(&DeletedGuest { guest: guest.guest.id, deleted_at_ms: unix_ms() });
         change.event(

@@ -169,6 +169,7 @@ impl Engine {
             record.last_seen_ms = unix_ms();
             let mut change = Change::new();
             change.update(&before, &now);
+            crate::ledger::keep_host(&self.state, &now.host, &mut change).await?;
             change.event(EventDraft::new("host.up").host(host).data(serde_json::json!({ "name": now.host.name })));
             let context = Context::actor(format!("host:{host}"), RequestId::generate());
             self.state.commit(&context, change).await?;

@@ -18,6 +18,7 @@ use super::{
     Engine, EngineError,
     effects::{self, Attached, Told},
 };
+use crate::ledger;
 use crate::state::{
     Change, Context, DeletedGuest, EventDraft, GuestRecord, HostRecord, OperationRecord, Stored, Work, retry_conflicts,
 };
@@ -100,6 +101,7 @@ impl Engine {
         let now = attached.guest.owner.stamp();
 
         let mut change = Change::new();
+        ledger::keep_stays(&mut attached.guest, self.state.book().now(), &mut change);
         change.update(&read.guest, &attached.guest);
         for (before, now) in read.volumes.iter().zip(&attached.volumes).filter(|(before, now)| before.value != **now) {
             change.update(before, now);
@@ -133,6 +135,7 @@ impl Engine {
                 }
             }
             if operation != before.operation {
+                ledger::keep_egress(&self.state, &before.operation, &operation, &attached.guest, &mut change).await?;
                 let mut record = OperationRecord { operation, work: before.work.clone() };
                 change.update_operation(before, &mut record);
                 if record.operation.phase != before.operation.phase {

@@ -390,6 +390,7 @@ pub(crate) async fn write(
     if now.state == before.renting.state {
         return Ok(());
     }
+    crate::ledger::keep_renting(state, &before.renting, now, change).await?;
     change.event(EventDraft::new(text::event_kind(now.state)).host(now.host).data(serde_json::json!({
         "renting": now.id, "provider": now.provider, "name": now.host_name, "instance_type": now.instance_type,
         "instance": now.instance, "end": now.end,

@@ -57,6 +57,18 @@ pub struct Params {
     pub place: Option<String>,
     /// Also say why.
     pub explain: Option<String>,
+    /// A guest, by name or id.
+    pub guest: Option<String>,
+    /// A host, by name or id.
+    pub host: Option<String>,
+    /// A cloud, by name or id.
+    pub cloud: Option<String>,
+    /// From when, by the ledger's clock.
+    pub from_ms: Option<u64>,
+    /// Until when, by the ledger's clock.
+    pub to_ms: Option<u64>,
+    /// By which clock.
+    pub clock: Option<supercloud_api::LedgerClock>,
 }
 
 impl Params {

@@ -132,6 +132,7 @@ pub(super) async fn removal(
         ));
     }
     let now = HostRecord { is_removed: true, ..found.value.clone() };
+    crate::ledger::host_removed(&api.parts.state, id, change).await?;
     change.update(found, &now).guard(guard, guarded).event(
         EventDraft::new("host.removed")
             .host(id)

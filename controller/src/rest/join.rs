@@ -175,6 +175,7 @@ async fn first_join(
         last_seen_ms: 0,
         created_at_ms: unix_ms(),
     };
+    crate::ledger::keep_host(state, &host, change).await?;
     let used = JoinRecord { used_for_key: Some(key), ..record.value.clone() };
     change
         .update(record, &used)

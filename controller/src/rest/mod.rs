@@ -18,6 +18,7 @@ mod hosts;
 mod idempotency;
 mod images;
 mod join;
+mod ledger;
 mod networks;
 pub mod openapi;
 mod operations;
@@ -62,6 +63,8 @@ pub struct Api {
     streams: events::Streams,
     /// Requests that place guests decide one after the other: they would only make each other decide anew.
     placing: Arc<Mutex<()>>,
+    /// The ledger is reckoned up for one after the other: it may take all of a core.
+    reckoning: Arc<Mutex<()>>,
 }
 
 impl Api {
@@ -74,6 +77,7 @@ impl Api {
             uploads: uploads::Uploads::new(parts.config.uploads_dir()),
             streams: events::Streams::default(),
             placing: Arc::default(),
+            reckoning: Arc::default(),
         }
     }
 }
@@ -128,6 +132,7 @@ pub fn router(api: Api) -> Router {
         .route("/v1/operations/{operation}/cancel", post(operations::cancel))
         .route("/v1/events", get(events::list))
         .route("/v1/events/stream", get(events::stream))
+        .route("/v1/ledger", get(ledger::read))
         .route("/v1/markets", get(system::markets))
         .route("/v1/prices", get(system::prices))
         .route("/v1/feed", post(system::set_feed_clock))

@@ -14,7 +14,8 @@ use utoipa::{
 };
 
 use super::{
-    clouds, events, guest_create, guest_operations, guest_placement, guests, hosts, images, join, networks, operations,
+    clouds, events, guest_create, guest_operations, guest_placement, guests, hosts, images, join, ledger, networks,
+    operations,
 };
 use super::{projects, rentings, session, system, tokens, volumes};
 use crate::auth::{Access, ROUTES, Route};
@@ -88,6 +89,7 @@ use crate::auth::{Access, ROUTES, Route};
         operations::cancel,
         events::list,
         events::stream,
+        ledger::read,
         system::markets,
         system::prices,
         system::set_feed_clock,
@@ -157,6 +159,31 @@ fn parameters(route: &Route, lists: bool) -> Vec<Parameter> {
         "/v1/guests/{guest}/placement" => {
             all.push(parameter("explain", Query, false, Type::Boolean, "Also say what every host says to it."));
             all.push(parameter("place", Query, false, Type::String, "Only this host or cloud."));
+        }
+        "/v1/ledger" => {
+            all.push(parameter("limit", Query, false, Type::Integer, "Lines of the page, 1 to 1000; 100 when absent."));
+            all.push(parameter("page", Query, false, Type::String, "`next_page` of the page before."));
+            all.push(parameter(
+                "from_ms",
+                Query,
+                false,
+                Type::Integer,
+                "From when; 31 days before the end when absent.",
+            ));
+            all.push(parameter("to_ms", Query, false, Type::Integer, "Until when; now when absent."));
+            all.push(parameter("project", Query, false, Type::String, "Only the guests of this project."));
+            all.push(parameter(
+                "guest",
+                Query,
+                false,
+                Type::String,
+                "Only this guest; one that was deleted, by its id.",
+            ));
+            all.push(parameter("host", Query, false, Type::String, "Only this host; one that was removed, by its id."));
+            all.push(parameter("cloud", Query, false, Type::String, "Only hosts in this cloud."));
+            let text =
+                "`wall` or `feed`, where the ledger was kept by another clock before: then with from_ms and to_ms.";
+            all.push(parameter("clock", Query, false, Type::String, text));
         }
         "/v1/events" | "/v1/events/stream" => {
             all.push(parameter("after", Query, false, Type::Integer, "Only events after this number."));

@@ -79,5 +79,8 @@ pub async fn prices(State(api): State<Api>, asker: Asker) -> Result<Reply, Failu
 #[utoipa::path(post, path = "/v1/feed", tag = "markets", request_body = FeedClock, responses((status = 200, body = FeedClock)))]
 pub async fn set_feed_clock(State(api): State<Api>, headers: HeaderMap, bytes: Bytes) -> Result<Reply, Failure> {
     let clock: FeedClock = body(&headers, &bytes)?;
-    Reply::ok(&api.parts.markets.board().set_clock(clock)?)
+    let now = api.parts.markets.board().set_clock(clock)?;
+    // Durable from here on: a restarted controller does not let the feed go back behind it.
+    api.parts.clerk.pass().await?;
+    Reply::ok(&now)
 }

@@ -28,6 +28,8 @@
 //! | `guards/<what>/<id>` | (counter) touched by changes that must not happen at once, see [`Change::guard`] |
 //! | `join/<sha256 of the secret>` | [`JoinRecord`] |
 //! | `rentings/<id>` | [`RentingRecord`]: with its sealed join secret |
+//! | `ledger-stays/<host>/<end>-...`, `ledger-tenancies/<host>`, `ledger-egress/<time>-<operation>` | facts of the [ledger](crate::ledger) |
+//! | `ledger-markets/<market>`, `ledger-prices/<market>/<time>`, `ledger-clock/now` | prices and times that the ledger has seen |
 //! | `idempotency/<token>/<hash of the key>` | [`AnswerRecord`], for 24 hours |
 //! | `events/<20-digit seq>` | [`Event`](supercloud_api::Event) |
 //! | `events-head` | seq and hash of the newest event |
@@ -57,6 +59,8 @@ use std::sync::Arc;
 use supercloud_api::Event;
 use supercloud_store::{Key, Prefix, Store, Versioned};
 use tokio::sync::Mutex;
+
+use crate::ledger::Book;
 
 pub use change::{Answer, AsConflict, Change, Committed, Context, IdempotencyClaim, retry_conflicts};
 pub use error::StateError;
@@ -95,6 +99,8 @@ pub struct State {
     /// The newest event as far as this process knows. The lock puts this process's changes in a row, so that they do
     /// not fight for the chain's head.
     head: Arc<Mutex<Option<event::KnownHead>>>,
+    /// Stamps and prices what goes into the ledger.
+    book: Book,
 }
 
 impl std::fmt::Debug for State {
@@ -133,13 +139,19 @@ impl State {
         if found.as_bytes() != FORMAT.as_bytes() {
             return Err(StateError::Format(String::from_utf8_lossy(found.as_bytes()).chars().take(16).collect()));
         }
-        Ok(Self { store, head: Arc::default() })
+        Ok(Self { store, head: Arc::default(), book: Book::default() })
     }
 
     /// The store below.
     #[must_use]
     pub fn store(&self) -> &Arc<dyn Store> {
         &self.store
+    }
+
+    /// What stamps and prices the ledger's entries.
+    #[must_use]
+    pub const fn book(&self) -> &Book {
+        &self.book
     }
 
     /// Reads a record by its id.

@@ -15,6 +15,7 @@ use supercloud_api::{
 };
 
 use super::LiveHosts;
+use crate::ledger::OpenStay;
 
 /// Something that is kept at `<folder>/<id>`.
 pub trait Record: Serialize + DeserializeOwned + Clone + Send + Sync + 'static {
@@ -126,6 +127,9 @@ pub struct GuestRecord {
     /// The guest is being deleted: hosts that have yet to say that nothing is left of it there.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub discarding: BTreeSet<HostId>,
+    /// Where it takes room now, for the ledger: changes with `owner`, by [`crate::ledger::keep_stays`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stays: Vec<OpenStay>,
 }
 
 impl GuestRecord {

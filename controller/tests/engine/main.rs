@@ -12,6 +12,7 @@ mod chunks;
 mod crashes;
 mod hostile;
 mod images;
+mod ledger;
 mod losses;
 mod moves;
 mod undo;

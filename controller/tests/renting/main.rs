@@ -17,6 +17,7 @@ use supercloud_api::{
 use supercloud_controller::{
     auth::secret_sha256,
     keys::Keys,
+    ledger::TenancyRecord,
     renting::{Pace, Place, PlaceParts, Providers, machine, machine::Limits, secret_purpose},
     state::{Change, Context, HostRecord, JoinRecord, OperationRecord, RentingRecord, State, Work, retry_conflicts},
 };
@@ -348,6 +349,18 @@ async fn killed_at_any_point_orders_and_machines_agree_in_the_end() {
         for id in &ids[2..] {
             let instance = world.renting(*id).await.instance.unwrap();
             assert!(world.bazaar.costing().iter().any(|one| one.instance.id == instance));
+        }
+        // The ledger knows of each machine, and of nothing else; what was given back costs no longer.
+        for tenancy in world.state().list::<TenancyRecord>().await.unwrap() {
+            let renting = world.renting(tenancy.renting.unwrap()).await;
+            assert!(renting.launched_at_ms.is_some() && tenancy.host == renting.host);
+            let is_over = tenancy.spans.iter().all(|span| span.to_ms.is_some());
+            assert_eq!((tenancy.spans.len(), is_over), (1, renting.state == RentingState::Ended));
+            assert_eq!(tenancy.market.as_ref().unwrap().name(), "c/m/spot");
+        }
+        for id in &ids[2..] {
+            let host = world.renting(*id).await.host;
+            assert!(world.state().read::<TenancyRecord>(&host).await.unwrap().is_some(), "{id} costs");
         }
     }
 }

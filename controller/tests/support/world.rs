@@ -347,6 +347,7 @@ impl World {
             guest: shown,
             owner: OwnerRecord::new(guest),
             discarding: Default::default(),
+            stays: Vec::new(),
         });
         change.event(EventDraft::new("guest.created").project(project).guest(guest));
         self.state().commit(&Context::system(), change).await.unwrap();

@@ -475,6 +475,26 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/ledger": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * What was paid: per guest, host, market and hour, with what the same would have cost on demand. `totals` are of everything that is
+         *     asked for. Members of one project see its guests' lines; what is idle is for those who see all projects.
+         */
+        get: operations["ledger"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/markets": {
         parameters: {
             query?: never;
@@ -1323,6 +1343,135 @@ export interface components {
             expires_in_s?: number;
             /** @description The name that the host will have. */
             host_name: components["schemas"]["Name"];
+        };
+        /** @description A page of the ledger with the sums of everything that was asked for, not of the page alone. */
+        Ledger: {
+            /** @description By which clock times are told. */
+            clock: components["schemas"]["LedgerClock"];
+            /**
+             * Format: int64
+             * @description From when lines were asked for.
+             */
+            from_ms: number;
+            /** @description The lines, by host, then by time. */
+            items: components["schemas"]["LedgerLine"][];
+            /** @description Where the next page starts; absent on the last one. */
+            next_page?: string | null;
+            /**
+             * Format: int64
+             * @description Until when; never later than the time up to which prices were looked up.
+             */
+            to_ms: number;
+            /** @description The sums of all pages. */
+            totals: components["schemas"]["LedgerTotals"];
+        };
+        /**
+         * @description By which clock the ledger counts time.
+         * @enum {string}
+         */
+        LedgerClock: "wall" | "feed";
+        /**
+         * @description What a line of the ledger is paid for.
+         * @enum {string}
+         */
+        LedgerKind: "runs" | "incoming" | "idle" | "egress";
+        /** @description One line: one guest, or nobody, on one host, in (a part of) one hour at one price. Money is integer nano-dollars. */
+        LedgerLine: {
+            /**
+             * Format: int64
+             * @description How many, for egress.
+             */
+            bytes?: number | null;
+            /** @description Its cloud. */
+            cloud: components["schemas"]["CloudId"];
+            /** @description The cloud's name. */
+            cloud_name: components["schemas"]["Name"];
+            /**
+             * Format: int64
+             * @description From when, by the ledger's clock.
+             */
+            from_ms: number;
+            guest?: null | components["schemas"]["GuestId"];
+            guest_name?: null | components["schemas"]["Name"];
+            /** @description The host; for egress, the one that the bytes left. */
+            host: components["schemas"]["HostId"];
+            /** @description Its name. */
+            host_name: components["schemas"]["Name"];
+            /** @description What for. */
+            kind: components["schemas"]["LedgerKind"];
+            /** @description The market in which the host is rented: `<cloud>/<instance type>/<spot|on_demand>`; absent where none is known. */
+            market?: string | null;
+            /**
+             * Format: int64
+             * @description What the same would have cost on a host rented on demand that nobody ever had to leave; absent where that is not known.
+             */
+            on_demand_nanousd?: number | null;
+            operation?: null | components["schemas"]["OperationId"];
+            /**
+             * Format: int64
+             * @description What was paid. Absent: no price is known, and none is invented.
+             */
+            paid_nanousd?: number | null;
+            /**
+             * Format: int64
+             * @description The host's price then; for egress, the price of a GiB. Absent: not known.
+             */
+            price_nanousd?: number | null;
+            project?: null | components["schemas"]["ProjectId"];
+            to_cloud_name?: null | components["schemas"]["Name"];
+            /**
+             * Format: int64
+             * @description Until when; as `from_ms` for egress.
+             */
+            to_ms: number;
+        };
+        /** @description Sums of lines. */
+        LedgerTotals: {
+            /**
+             * Format: int64
+             * @description What was paid by lines of which is known what they would have cost on demand.
+             */
+            comparable_paid_nanousd: number;
+            /**
+             * Format: int64
+             * @description What left clouds.
+             */
+            egress_nanousd: number;
+            /**
+             * Format: int64
+             * @description What nobody used.
+             */
+            idle_nanousd: number;
+            /**
+             * Format: int64
+             * @description What was kept free for guests on their way.
+             */
+            incoming_nanousd: number;
+            /**
+             * Format: int64
+             * @description What these lines would have cost on demand.
+             */
+            on_demand_nanousd: number;
+            /**
+             * Format: int64
+             * @description What was paid.
+             */
+            paid_nanousd: number;
+            /**
+             * Format: int64
+             * @description Of this, what guests' shares cost.
+             */
+            runs_nanousd: number;
+            /**
+             * Format: int64
+             * @description Bytes that left clouds at a price that is not known.
+             */
+            unpriced_bytes: number;
+            /**
+             * Format: int64
+             * @description Milliseconds of lines without a price.
+             */
+            unpriced_ms: number;
         };
         /** @description One thing that can be rented, with its price now. Money is integer nano-dollars. */
         Market: {
@@ -3851,6 +4000,53 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["JoinToken"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    ledger: {
+        parameters: {
+            query?: {
+                /** @description Only the guests of this project. */
+                project?: string;
+                /** @description Lines of the page, 1 to 1000; 100 when absent. */
+                limit?: number;
+                /** @description `next_page` of the page before. */
+                page?: string;
+                /** @description From when; 31 days before the end when absent. */
+                from_ms?: number;
+                /** @description Until when; now when absent. */
+                to_ms?: number;
+                /** @description Only this guest; one that was deleted, by its id. */
+                guest?: string;
+                /** @description Only this host; one that was removed, by its id. */
+                host?: string;
+                /** @description Only hosts in this cloud. */
+                cloud?: string;
+                /** @description `wall` or `feed`, where the ledger was kept by another clock before: then with from_ms and to_ms. */
+                clock?: string;
+            };
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Ledger"];
                 };
             };
             /** @description A problem (RFC 9457) */

@@ -7,6 +7,7 @@ mod idempotency;
 mod images;
 mod joins;
 mod lasting;
+mod ledger;
 mod moves;
 mod problems;
 mod rentings;
@@ -203,6 +204,7 @@ impl TestController {
         let record = HostRecord { host: host.clone(), is_cordoned: false, is_removed: false };
         let mut change = Change::new();
         change.create_named(&record);
+        crate::ledger::keep_host(self.state(), &host, &mut change).await.unwrap();
         self.state().commit(&Context::system(), change).await.unwrap();
         self.connect(&host);
         host
