@@ -8,7 +8,8 @@ export default defineConfig({
     // One controller and one browser at a time: machines that test are small.
     fileParallelism: false,
     testTimeout: 600_000,
-    hookTimeout: 600_000,
+    // Ten thousand guests take a busy machine a while.
+    hookTimeout: 3_600_000,
     // What follows a failed step looks at the same controller and would fail for the same reason.
     bail: 1,
   },
