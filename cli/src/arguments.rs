@@ -44,6 +44,10 @@ pub enum Output {
     Table,
     /// For programs: what REST answered.
     Json,
+    /// The same, a line for each thing.
+    Ndjson,
+    /// The same, easier on the eye.
+    Yaml,
 }
 
 /// What the command is about.
@@ -91,11 +95,53 @@ pub enum Noun {
     Simulate(crate::simulate::Simulate),
     /// Who this token is.
     Whoami,
+    /// Any call of REST, as it is: what the other commands and the dashboard do, this does, too.
+    #[command(after_help = "Examples:\n  supercloud api GET /v1/guests -o yaml\n  \
+        supercloud api GET /v1/events --all -o ndjson\n  \
+        supercloud api POST '/v1/guests/web/migrate?dry_run=true' --data '{\"to\":\"home\"}'\n  \
+        supercloud api PATCH /v1/hosts/h1 --data @change.json")]
+    Api(ApiArguments),
+    /// What the things of the API are, and what their fields mean; needs no controller.
+    #[command(
+        after_help = "Examples:\n  supercloud explain\n  supercloud explain guest\n  supercloud explain operation.phase"
+    )]
+    Explain {
+        /// A thing, or one of its fields; all things when absent.
+        path: Option<String>,
+    },
+    /// Writes the manual pages, one per command: `man ./man/supercloud-guest-migrate.1`.
+    Man {
+        /// The folder that they are written to; it is made where it is missing.
+        folder: PathBuf,
+    },
     /// Prints a completion script: `source <(supercloud completion bash)`.
     Completion {
         /// For which shell.
         shell: clap_complete::Shell,
     },
+}
+
+/// A call of REST.
+#[derive(Debug, Args)]
+pub struct ApiArguments {
+    /// GET, POST, PUT, PATCH or DELETE.
+    pub method: String,
+    /// The path with its query: `/v1/guests?limit=5`.
+    pub path: String,
+    /// The body: JSON, `@FILE`, or `-` for standard input.
+    #[arg(short, long, value_name = "JSON")]
+    pub data: Option<String>,
+    /// All pages of a listing.
+    #[arg(long)]
+    pub all: bool,
+}
+
+/// Whether it is only tried.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct Trial {
+    /// Say what would be done, and do nothing.
+    #[arg(long)]
+    pub dry_run: bool,
 }
 
 /// Verbs of what can only be looked at.
@@ -356,6 +402,9 @@ pub enum GuestVerb {
         /// A host or a cloud; where its volume is when absent.
         #[arg(long)]
         place: Option<String>,
+        /// Whether it is only tried.
+        #[command(flatten)]
+        trial: Trial,
         /// How to wait.
         #[command(flatten)]
         watch: Watch,
@@ -367,6 +416,9 @@ pub enum GuestVerb {
         /// Pull the plug at once.
         #[arg(long)]
         force: bool,
+        /// Whether it is only tried.
+        #[command(flatten)]
+        trial: Trial,
         /// How to wait.
         #[command(flatten)]
         watch: Watch,
@@ -404,6 +456,9 @@ pub enum GuestVerb {
     Freeze {
         /// Name or id.
         name: String,
+        /// Whether it is only tried.
+        #[command(flatten)]
+        trial: Trial,
         /// How to wait.
         #[command(flatten)]
         watch: Watch,
@@ -415,6 +470,9 @@ pub enum GuestVerb {
         /// A host or a cloud; anywhere with room when absent.
         #[arg(long)]
         to: Option<String>,
+        /// Whether it is only tried.
+        #[command(flatten)]
+        trial: Trial,
         /// How to wait.
         #[command(flatten)]
         watch: Watch,
@@ -431,6 +489,9 @@ pub enum GuestVerb {
     Delete {
         /// Name or id.
         name: String,
+        /// Whether it is only tried.
+        #[command(flatten)]
+        trial: Trial,
         /// How to wait.
         #[command(flatten)]
         watch: Watch,
@@ -477,6 +538,9 @@ pub struct GuestCreateArguments {
     /// Make it, but do not start it.
     #[arg(long)]
     pub no_start: bool,
+    /// Whether it is only tried.
+    #[command(flatten)]
+    pub trial: Trial,
     /// How to wait.
     #[command(flatten)]
     pub watch: Watch,

@@ -1,6 +1,7 @@
 //! `supercloud guest …`
 
 use anyhow::Context as _;
+use reqwest::Method;
 use supercloud_api::{
     GuestCreate, GuestFreeze, GuestMigrate, GuestPatch, GuestStart, GuestStop, GuestThaw, Operation, Placement,
     Propagation, Shape, client::Client,
@@ -25,13 +26,19 @@ pub async fn run(client: &Client, output: Output, verb: GuestVerb) -> anyhow::Re
             print_placement(output, &found)
         }
         GuestVerb::Create(arguments) => create(client, output, arguments).await,
-        GuestVerb::Start { name, place, watch } => {
-            let operation = client.start_guest(&name, &GuestStart { place: place.map(Into::into) }).await?;
-            show::follow(client, output, operation, watch).await
+        GuestVerb::Start { name, place, trial, watch } => {
+            let body = GuestStart { place: place.map(Into::into) };
+            if trial.dry_run {
+                return rehearse(client, output, Method::POST, &format!("/v1/guests/{name}/start"), &body).await;
+            }
+            show::follow(client, output, client.start_guest(&name, &body).await?, watch).await
         }
-        GuestVerb::Stop { name, force, watch } => {
-            let operation = client.stop_guest(&name, &GuestStop { force, grace_ms: None }).await?;
-            show::follow(client, output, operation, watch).await
+        GuestVerb::Stop { name, force, trial, watch } => {
+            let body = GuestStop { force, grace_ms: None };
+            if trial.dry_run {
+                return rehearse(client, output, Method::POST, &format!("/v1/guests/{name}/stop"), &body).await;
+            }
+            show::follow(client, output, client.stop_guest(&name, &body).await?, watch).await
         }
         GuestVerb::Migrate {
             name,
@@ -58,21 +65,49 @@ pub async fn run(client: &Client, output: Output, verb: GuestVerb) -> anyhow::Re
             let operation = client.migrate_guest(&name, &body).await?;
             show::follow(client, output, operation, watch).await
         }
-        GuestVerb::Freeze { name, watch } => {
-            let operation = client.freeze_guest(&name, &GuestFreeze::default()).await?;
-            show::follow(client, output, operation, watch).await
+        GuestVerb::Freeze { name, trial, watch } => {
+            let body = GuestFreeze::default();
+            if trial.dry_run {
+                return rehearse(client, output, Method::POST, &format!("/v1/guests/{name}/freeze"), &body).await;
+            }
+            show::follow(client, output, client.freeze_guest(&name, &body).await?, watch).await
         }
-        GuestVerb::Thaw { name, to, watch } => {
-            let operation = client.thaw_guest(&name, &GuestThaw { to: to.map(Into::into), freeze: None }).await?;
-            show::follow(client, output, operation, watch).await
+        GuestVerb::Thaw { name, to, trial, watch } => {
+            let body = GuestThaw { to: to.map(Into::into), freeze: None };
+            if trial.dry_run {
+                return rehearse(client, output, Method::POST, &format!("/v1/guests/{name}/thaw"), &body).await;
+            }
+            show::follow(client, output, client.thaw_guest(&name, &body).await?, watch).await
         }
         GuestVerb::FollowPrices { name, follow } => {
             show::print_one(output, &client.patch_guest(&name, &GuestPatch { follow_prices: Some(follow) }).await?)
         }
-        GuestVerb::Delete { name, watch } => {
+        GuestVerb::Delete { name, trial, watch } => {
+            if trial.dry_run {
+                return rehearse(client, output, Method::DELETE, &format!("/v1/guests/{name}"), &()).await;
+            }
             let operation = client.delete_guest(&name).await?;
             show::follow(client, output, operation, watch).await
         }
+    }
+}
+
+/// Asks what a call would do, and prints what was found.
+async fn rehearse<B: serde::Serialize + Sync>(
+    client: &Client,
+    output: Output,
+    method: Method,
+    path: &str,
+    body: &B,
+) -> anyhow::Result<()> {
+    let found: Operation = client.call(method, &format!("{path}?dry_run=true"), body).await?;
+    match &found.plan {
+        Some(plan) if output == Output::Table && !plan.checks.is_empty() => print_plan(output, &found),
+        None if output == Output::Table => {
+            println!("it can be done now");
+            Ok(())
+        }
+        _ => show::print_one(output, &found),
     }
 }
 
@@ -119,6 +154,9 @@ async fn create(client: &Client, output: Output, arguments: GuestCreateArguments
         follow_prices: arguments.follow_prices,
         start: !arguments.no_start,
     };
+    if arguments.trial.dry_run {
+        return rehearse(client, output, Method::POST, "/v1/guests", &body).await;
+    }
     let operation = client.create_guest(&body).await?;
     show::follow(client, output, operation, arguments.watch).await
 }
@@ -146,7 +184,7 @@ fn print_placement(output: Output, found: &Placement) -> anyhow::Result<()> {
 
 fn print_plan(output: Output, operation: &Operation) -> anyhow::Result<()> {
     let Some(plan) = operation.plan.as_ref().filter(|_| output == Output::Table) else {
-        return show::print_one(Output::Json, operation);
+        return show::print_one(if output == Output::Table { Output::Json } else { output }, operation);
     };
     let mut table = Table::new(["CHECK", "OK", "FOUND"]);
     for check in &plan.checks {

@@ -1,6 +1,7 @@
-//! What the operator's command shows: tables and the progress of an operation. Other front ends on a terminal use it too.
+//! What the operator's command shows: tables, YAML and the progress of an operation. Other front ends on a terminal use it too.
 
 #![forbid(unsafe_code)]
 
 pub mod progress;
 pub mod table;
+pub mod yaml;

@@ -3,6 +3,8 @@
 #![forbid(unsafe_code)]
 
 mod arguments;
+mod direct;
+mod explain;
 mod guests;
 mod ledger;
 mod rentings;
@@ -13,6 +15,7 @@ mod things;
 
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use clap::{CommandFactory as _, Parser as _};
 use supercloud_api::{Operation, client::ClientError};
 
@@ -102,9 +105,18 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         clap_complete::generate(shell, &mut Arguments::command(), "supercloud", &mut std::io::stdout());
         return Ok(());
     }
+    if let Noun::Explain { path } = &arguments.noun {
+        return explain::run(path.as_deref());
+    }
+    if let Noun::Man { folder } = &arguments.noun {
+        std::fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
+        return clap_mangen::generate_to(Arguments::command(), folder)
+            .with_context(|| format!("writing manual pages to {}", folder.display()));
+    }
     let client = arguments.connection.client()?;
     let output = arguments.output;
     match arguments.noun {
+        Noun::Api(call) => direct::run(&client, output, call).await,
         Noun::Guest(verb) => guests::run(&client, output, verb).await,
         other => things::run(&client, output, other).await,
     }

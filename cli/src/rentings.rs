@@ -103,12 +103,12 @@ async fn reserved(client: &Client, operation: &Operation) -> anyhow::Result<Opti
 async fn print_token(client: &Client, output: Output, renting: &Renting) -> anyhow::Result<()> {
     let token = client.renting_join_token(renting.id).await?;
     match output {
-        Output::Json => show::print_one(output, &token),
         Output::Table => {
             let address = renting.address.as_deref().unwrap_or("the machine");
             eprintln!("{address} is reserved; start the agent there with this token (works for 15 minutes):");
             println!("{}", token.token);
             Ok(())
         }
+        _ => show::print_one(output, &token),
     }
 }

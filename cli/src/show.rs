@@ -4,7 +4,7 @@ use std::{io::IsTerminal as _, time::Duration};
 
 use serde::Serialize;
 use supercloud_api::{Operation, Phase, client::Client, ids::OperationId};
-use supercloud_cli::{progress::Bar, table::Table};
+use supercloud_cli::{progress::Bar, table::Table, yaml};
 
 use crate::{
     OperationFailed,
@@ -33,8 +33,21 @@ const WATCH_BUDGET: Duration = Duration::from_secs(86_400);
 /// Prints JSON, or a table made of it.
 pub fn print<T: Serialize + ?Sized>(output: Output, value: &T, table: impl FnOnce() -> Table) -> anyhow::Result<()> {
     match output {
-        Output::Json => println!("{}", serde_json::to_string_pretty(value)?),
         Output::Table => print!("{}", table().render()),
+        // Fields in the order of the type.
+        Output::Json => println!("{}", serde_json::to_string_pretty(value)?),
+        Output::Ndjson | Output::Yaml => print_value(output, &serde_json::to_value(value)?)?,
+    }
+    Ok(())
+}
+
+/// Prints what REST answered; where a table was asked for, as JSON.
+pub fn print_value(output: Output, value: &serde_json::Value) -> anyhow::Result<()> {
+    match (output, value) {
+        (Output::Ndjson, serde_json::Value::Array(items)) => items.iter().for_each(|item| println!("{item}")),
+        (Output::Ndjson, one) => println!("{one}"),
+        (Output::Yaml, value) => print!("{}", yaml::render(value)),
+        (Output::Json | Output::Table, value) => println!("{}", serde_json::to_string_pretty(value)?),
     }
     Ok(())
 }
@@ -54,7 +67,7 @@ pub fn print_one<T: Serialize>(output: Output, value: &T) -> anyhow::Result<()> 
                 println!("{key:<width$}  {text}");
             }
         }
-        _ => println!("{}", serde_json::to_string_pretty(&value)?),
+        _ => print_value(output, &value)?,
     }
     Ok(())
 }
@@ -64,14 +77,14 @@ pub async fn follow(client: &Client, output: Output, operation: Operation, watch
     let is_watched = watch.watch || (!watch.no_watch && std::io::stdout().is_terminal());
     if !is_watched {
         match output {
-            Output::Json => println!("{}", serde_json::to_string_pretty(&operation)?),
             Output::Table => println!("{}", operation.id),
+            _ => print_one(output, &operation)?,
         }
         return Ok(());
     }
     let ended = watch_operation(client, operation).await?;
-    if output == Output::Json {
-        println!("{}", serde_json::to_string_pretty(&ended)?);
+    if output != Output::Table {
+        print_one(output, &ended)?;
     }
     if ended.phase == Phase::Done { Ok(()) } else { Err(OperationFailed(Box::new(ended)).into()) }
 }

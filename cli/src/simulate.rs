@@ -131,8 +131,8 @@ pub fn run(arguments: &Simulate, output: Output) -> anyhow::Result<()> {
         write_ledger(path, &grid, outcome).with_context(|| format!("writing {}", path.display()))?;
     }
     match output {
-        Output::Json => println!("{}", serde_json::to_string_pretty(&report.json())?),
         Output::Table => print!("{}", report.table()),
+        _ => crate::show::print_value(output, &report.json())?,
     }
     Ok(())
 }

@@ -41,7 +41,12 @@ pub async fn run(client: &Client, output: Output, noun: Noun) -> anyhow::Result<
         Noun::Market(verb) => markets(client, output, verb).await,
         Noun::Ledger(arguments) => crate::ledger::run(client, output, &arguments).await,
         Noun::Whoami => show::print_one(output, &client.whoami().await?),
-        Noun::Guest(_) | Noun::Simulate(_) | Noun::Completion { .. } => unreachable!("run by main"),
+        Noun::Guest(_)
+        | Noun::Simulate(_)
+        | Noun::Completion { .. }
+        | Noun::Api(_)
+        | Noun::Explain { .. }
+        | Noun::Man { .. } => unreachable!("run by main"),
     }
 }
 
@@ -75,11 +80,11 @@ async fn hosts(client: &Client, output: Output, verb: HostVerb) -> anyhow::Resul
             let body = JoinTokenCreate { host_name: name.parse()?, cloud: cloud.into(), expires_in_s: expires };
             let token = client.create_join_token(&body).await?;
             match output {
-                Output::Json => show::print_one(output, &token),
                 Output::Table => {
                     println!("{}", token.token);
                     Ok(())
                 }
+                _ => show::print_one(output, &token),
             }
         }
         verb @ (HostVerb::Rent { .. } | HostVerb::Return { .. } | HostVerb::Rentings { .. }) => {
@@ -157,11 +162,11 @@ async fn tokens(client: &Client, output: Output, verb: TokenVerb) -> anyhow::Res
             let body = TokenCreate { name: name.parse()?, project: project_scope.into(), role, expires_in_s: expires };
             let made = client.create_token(&body).await?;
             match output {
-                Output::Json => show::print_one(output, &made),
                 Output::Table => {
                     println!("{}", made.secret);
                     Ok(())
                 }
+                _ => show::print_one(output, &made),
             }
         }
         TokenVerb::Delete { id } => Ok(client.delete_token(&id).await?),
@@ -355,7 +360,8 @@ async fn events(client: &Client, output: Output, verb: EventVerb) -> anyhow::Res
                 let Ok(event) = event else { break };
                 after = event.seq;
                 match output {
-                    Output::Json => println!("{}", serde_json::to_string(&event)?),
+                    Output::Json | Output::Ndjson => println!("{}", serde_json::to_string(&event)?),
+                    Output::Yaml => print!("---\n{}", supercloud_cli::yaml::render(&serde_json::to_value(&event)?)),
                     Output::Table => {
                         println!("{} {} {} {} {}", event.seq, time(event.at_ms), event.kind, event.actor, event.data);
                     }
