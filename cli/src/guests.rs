@@ -101,14 +101,14 @@ async fn rehearse<B: serde::Serialize + Sync>(
     body: &B,
 ) -> anyhow::Result<()> {
     let found: Operation = client.call(method, &format!("{path}?dry_run=true"), body).await?;
-    match &found.plan {
-        Some(plan) if output == Output::Table && !plan.checks.is_empty() => print_plan(output, &found),
-        None if output == Output::Table => {
-            println!("it can be done now");
-            Ok(())
-        }
-        _ => show::print_one(output, &found),
+    if output != Output::Table {
+        return show::print_one(output, &found);
     }
+    if found.plan.as_ref().is_some_and(|plan| !plan.checks.is_empty()) {
+        return print_plan(output, &found);
+    }
+    println!("it can be done now");
+    Ok(())
 }
 
 async fn list(client: &Client, output: Output) -> anyhow::Result<()> {
