@@ -2,6 +2,9 @@
 //!
 //! ```text
 //! > {"id": 1, "do": "resume"}          < {"id": 1, "state": "running"}
+//! > {"id": 3, "do": "send", "max_downtime_ms": 200}      < {"id": 3, "state": "sending"}
+//!                                      < {"event": "progress", "state": "sending", "progress": {...}}
+//!                                      < {"event": "sent", "state": "sent", "progress": {...}}
 //! > {"id": 2, "do": "dance"}           < {"error": "..."} and the connection is closed
 //!                                      < {"event": "powered_off", "state": "ended"}
 //! ```
@@ -38,6 +41,10 @@ pub enum Verb {
     Resume,
     /// Stop it.
     Pause,
+    /// Send it over the stream while it runs.
+    Send,
+    /// Give up sending it; it runs on.
+    Cancel,
     /// End the process.
     End,
 }
@@ -51,6 +58,10 @@ pub struct Request {
     /// What.
     #[serde(rename = "do")]
     pub verb: Verb,
+    /// Of `send`: how long the guest may stand still, in milliseconds.
+    pub max_downtime_ms: Option<u64>,
+    /// Of `send`: bytes per second on the stream at most.
+    pub max_bytes_per_s: Option<u64>,
 }
 
 /// How the guest is.
@@ -61,6 +72,10 @@ pub enum State {
     Paused,
     /// It runs.
     Running,
+    /// It is being sent; until shortly before the end it runs.
+    Sending,
+    /// It was sent: all of it is on the stream, and it stands still.
+    Sent,
     /// It switched itself off, or cannot go on.
     Ended,
 }
@@ -75,10 +90,16 @@ pub enum Event {
     PoweredOff,
     /// It cannot go on.
     Broken,
+    /// So far it is with sending it.
+    Progress,
+    /// It was sent.
+    Sent,
+    /// It was not sent, and is as it was before.
+    NotSent,
 }
 
 /// A line to the client.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
 pub struct Line {
     /// The request that is answered.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -89,9 +110,28 @@ pub struct Line {
     /// How the guest is now.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub state: Option<State>,
+    /// How far it is with sending it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub progress: Option<Progress>,
     /// Why what was asked for was not done, or what happened.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+}
+
+/// How far it is with sending a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Progress {
+    /// The round of copying.
+    pub round: u32,
+    /// Bytes on the stream so far.
+    pub sent_bytes: u64,
+    /// Bytes of guest memory that are left in this round.
+    pub left_bytes: u64,
+    /// Bytes of guest memory a second that the guest wrote in the last round.
+    pub dirty_bytes_per_s: u64,
+    /// How long the guest stood still until all was on the stream, in milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub paused_ms: Option<u64>,
 }
 
 /// The way to the client, if there is one.
@@ -179,7 +219,7 @@ fn read_requests(number: u64, stream: UnixStream, inputs: &Sender<Input>) {
                 }
             }
             Err(error) => {
-                let line = Line { id: None, event: None, state: None, error: Some(error.to_string()) };
+                let line = Line { error: Some(error.to_string()), ..Line::default() };
                 let mut text = serde_json::to_vec(&line).unwrap_or_default();
                 text.push(b'\n');
                 let _ = (&back).write_all(&text);
@@ -215,7 +255,9 @@ mod tests {
     #[test]
     fn requests_are_read_strictly() {
         let good = serde_json::from_str::<Request>(r#"{"id": 7, "do": "pause"}"#).unwrap();
-        assert_eq!(good, Request { id: 7, verb: Verb::Pause });
+        assert_eq!(good, Request { id: 7, verb: Verb::Pause, max_downtime_ms: None, max_bytes_per_s: None });
+        let send = serde_json::from_str::<Request>(r#"{"id": 7, "do": "send", "max_downtime_ms": 20}"#).unwrap();
+        assert_eq!(send.max_downtime_ms, Some(20));
         for bad in [
             r#"{"id": 7}"#,
             r#"{"id": -1, "do": "pause"}"#,

@@ -56,6 +56,9 @@ pub struct Launch {
     pub spec: MachineSpec,
     /// What this host gives; does not.
     pub wiring: Wiring,
+    /// The guest does not boot: it comes over the stream, and then waits for its `resume`.
+    #[serde(default)]
+    pub arrives: bool,
 }
 
 /// Numbers of descriptors.
@@ -80,6 +83,8 @@ pub struct Wiring {
     pub console_in: Option<RawFd>,
     /// A listening unix socket.
     pub control: Option<RawFd>,
+    /// A connected socket by which the guest comes and leaves.
+    pub stream: Option<RawFd>,
 }
 
 impl Launch {
@@ -106,6 +111,9 @@ impl Launch {
         if *has_initrd != launch.wiring.initrd.is_some() {
             return refuse("initrd", "it is there when the guest has none, or the other way round");
         }
+        if launch.arrives && (launch.wiring.stream.is_none() || launch.wiring.control.is_none()) {
+            return refuse("stream", "a guest that arrives needs it, and 'control' to be let run");
+        }
         let disks: BTreeSet<_> = launch.spec.devices.disks.iter().map(|disk| &disk.name).collect();
         let cards: BTreeSet<_> = launch.spec.devices.nics.iter().map(|nic| &nic.name).collect();
         for (kind, wanted, given) in [("disks", disks, &launch.wiring.disks), ("taps", cards, &launch.wiring.taps)] {
@@ -128,6 +136,7 @@ pub struct Held {
     pub console_out: Option<File>,
     pub console_in: Option<File>,
     pub control: Option<OwnedFd>,
+    pub stream: Option<File>,
 }
 
 impl Held {
@@ -147,6 +156,7 @@ impl Held {
         let initrd = wiring.initrd.map(|fd| take("initrd", fd)).transpose()?;
         let disks = map(&wiring.disks, &mut take)?;
         let taps: BTreeMap<String, File> = map(&wiring.taps, &mut take)?;
+        let stream = wiring.stream.map(|fd| take("stream", fd)).transpose()?;
         let control = wiring.control.map(|fd| take("control", fd)).transpose()?;
         let console_out = wiring.console_out.map(|fd| take("console_out", fd)).transpose()?;
         let console_in = match (&console_out, wiring.console_in) {
@@ -158,7 +168,8 @@ impl Held {
         for file in taps.values().chain(&console_out).chain(&console_in) {
             set_nonblocking(file)?;
         }
-        Ok(Self { kvm, kernel, initrd, disks, taps, console_out, console_in, control: control.map(OwnedFd::from) })
+        let control = control.map(OwnedFd::from);
+        Ok(Self { kvm, kernel, initrd, disks, taps, console_out, console_in, control, stream })
     }
 }
 
@@ -210,7 +221,8 @@ mod tests {
     fn what_this_back_end_lacks_is_refused_by_name() {
         assert!(Launch::parse(&text(|_| {})).is_ok());
         type Spoil = fn(&mut serde_json::Value);
-        let cases: [(&str, Spoil); 7] = [
+        let cases: [(&str, Spoil); 8] = [
+            ("stream", |v| v["arrives"] = true.into()),
             ("another back end", |v| v["spec"]["class"]["back_end"] = "libvirt".into()),
             ("balloon", |v| v["spec"]["devices"]["has_balloon"] = true.into()),
             ("booting from a disk", |v| v["spec"]["boot"] = serde_json::json!({"from": "disk"})),

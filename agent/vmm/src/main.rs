@@ -8,12 +8,16 @@
 //!   3<>/dev/kvm 4<vmlinuz 5<>disk.raw
 //! ```
 //!
+//! With `"arrives": true` the guest does not boot: it comes over the stream (`"stream"` in the wiring, a connected socket) from
+//! another process that was asked to `send` it, and waits for `resume`.
+//!
 //! With a control socket the guest waits for `resume`; without one it runs at once, and the process ends with it: exit
 //! code 0 when it switched itself off, 1 when it cannot go on. A guest that resets is booted again.
 
 mod control;
 mod launch;
 mod owner;
+mod travel;
 
 use std::process::ExitCode;
 
@@ -33,5 +37,5 @@ fn main() -> anyhow::Result<ExitCode> {
     let cli = Cli::parse();
     let launch = launch::Launch::parse(&cli.launch).context("reading --launch")?;
     let held = launch::Held::take(&launch).context("taking the descriptors")?;
-    owner::run(&launch.spec, held)
+    owner::run(&launch.spec, launch.arrives, held)
 }

@@ -16,16 +16,18 @@ use kvm_ioctls::Kvm;
 use supercloud_blanket::{
     device::{Boot, Console, MachineSpec},
     vmm::{
-        Machine, MachineConfig, Outcome,
+        Incoming, Machine, MachineConfig, Outcome,
         boot::BootFiles,
         legacy::{SerialPort, Sink},
+        travel as stream,
         virtio::{self, Device, block::RawFile},
     },
 };
 
 use crate::{
-    control::{self, Client, Event, Line, Request, State, Verb},
+    control::{self, Client, Event, Line, Progress, Request, State, Verb},
     launch::Held,
+    travel::{self, Arrival, Sending},
 };
 
 /// What comes to the owner.
@@ -37,6 +39,10 @@ pub enum Input {
     Request(u64, Request),
     /// A run has come to its end; the number is that of the boot, so that a late word of the one before counts for nothing.
     Outcome(u64, Outcome),
+    /// So far it is with sending the guest.
+    Progress(Progress),
+    /// The machine is back from being sent.
+    Traveled(Box<Arrival>),
 }
 
 /// The serial port of the machine that is there now.
@@ -51,13 +57,17 @@ struct Owner<'a> {
     boots: u64,
     state: State,
     client: Client,
+    /// While the machine is with the thread that sends it.
+    sending: Option<Sending>,
+    /// What happened to the guest meanwhile.
+    missed: Option<Outcome>,
 }
 
 /// Runs the guest to its end.
 ///
 /// # Errors
 /// When it cannot be started.
-pub fn run(spec: &MachineSpec, mut held: Held) -> anyhow::Result<ExitCode> {
+pub fn run(spec: &MachineSpec, arrives: bool, mut held: Held) -> anyhow::Result<ExitCode> {
     let (sender, receiver) = mpsc::channel();
     let control = held.control.take();
     let has_control = control.is_some();
@@ -74,8 +84,14 @@ pub fn run(spec: &MachineSpec, mut held: Held) -> anyhow::Result<ExitCode> {
         boots: 0,
         state: State::Paused,
         client: Client::default(),
+        sending: None,
+        missed: None,
     };
-    owner.boot().context("starting the guest")?;
+    if arrives {
+        owner.arrive().context("receiving the guest")?;
+    } else {
+        owner.boot().context("starting the guest")?;
+    }
     match control {
         // Only now: a client that is answered has a guest.
         Some(socket) => control::listen(socket, &sender).context("listening for clients")?,
@@ -98,6 +114,18 @@ pub fn run(spec: &MachineSpec, mut held: Held) -> anyhow::Result<ExitCode> {
                 }
             }
             Input::Outcome(..) => {}
+            Input::Progress(progress) => {
+                let (event, state) = (Some(Event::Progress), Some(owner.state));
+                if owner.sending.is_some() {
+                    owner.client.tell(&Line { event, state, progress: Some(progress), ..Line::default() });
+                }
+            }
+            Input::Traveled(arrival) => {
+                let code = owner.traveled(*arrival);
+                if let (Some(code), false) = (code, has_control) {
+                    return Ok(code);
+                }
+            }
         }
     }
 }
@@ -117,14 +145,33 @@ impl Owner<'_> {
             initrd: self.held.initrd.as_ref().map(clone).transpose()?,
             cmdline: cmdline.clone(),
         };
-        let config = MachineConfig {
-            vcpus: u8::try_from(self.spec.vcpus).context("counting vCPUs")?,
-            memory_bytes: self.spec.memory_bytes,
-        };
-        let kvm = clone(&self.held.kvm)?;
+        let booted = Machine::boot(self.kvm()?, self.config()?, &files, self.serial_sink()?, self.devices()?)?;
+        self.take_up(booted)
+    }
+
+    /// The machine that comes over the stream; it waits.
+    fn arrive(&mut self) -> anyhow::Result<()> {
+        let from = self.held.stream.as_ref().context("there is no stream")?;
+        let (kvm, config, devices) = (self.kvm()?, self.config()?, self.devices()?);
+        let sink = self.serial_sink()?;
+        // What the other end says of the machine is compared with what it shall be.
+        let make = |_| Ok(Incoming::new(kvm, config, sink, devices)?);
+        let arrived = stream::receive(from, make)?;
+        self.take_up(arrived)
+    }
+
+    fn kvm(&self) -> anyhow::Result<Kvm> {
+        let kvm = self.held.kvm.try_clone().context("copying a descriptor")?;
         // SAFETY: the descriptor is ours alone from here on; one that is not of /dev/kvm fails at its first use.
-        let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
-        let (machine, outcomes) = Machine::boot(kvm, config, &files, self.serial_sink()?, self.devices()?)?;
+        Ok(unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) })
+    }
+
+    fn config(&self) -> anyhow::Result<MachineConfig> {
+        let vcpus = u8::try_from(self.spec.vcpus).context("counting vCPUs")?;
+        Ok(MachineConfig { vcpus, memory_bytes: self.spec.memory_bytes })
+    }
+
+    fn take_up(&mut self, (machine, outcomes): (Machine, mpsc::Receiver<Outcome>)) -> anyhow::Result<()> {
         *self.serial.lock().unwrap_or_else(PoisonError::into_inner) = Some(machine.serial());
         self.machine = Some(machine);
         self.boots += 1;
@@ -184,25 +231,94 @@ impl Owner<'_> {
     /// Does what is asked for; whether the process shall end.
     fn answer(&mut self, request: Request) -> bool {
         let mut error = None;
+        let has_limits = request.max_downtime_ms.is_some() || request.max_bytes_per_s.is_some();
         match (request.verb, self.state) {
-            (Verb::Status, _) | (Verb::Resume, State::Running) | (Verb::Pause, State::Paused) => {}
+            (verb, _) if has_limits && verb != Verb::Send => error = Some("limits are for 'send' only".to_owned()),
+            (Verb::Status, _)
+            | (Verb::Resume, State::Running)
+            | (Verb::Pause, State::Paused | State::Sent)
+            | (Verb::Send, State::Sending) => {}
             (Verb::End, _) => {
                 self.machine = None;
                 self.state = State::Ended;
             }
-            (Verb::Resume | Verb::Pause, State::Ended) => error = Some("the guest has ended".to_owned()),
-            (Verb::Resume, State::Paused) => self.resume(),
+            (Verb::Resume | Verb::Pause | Verb::Send, State::Ended) => error = Some("the guest has ended".to_owned()),
+            (Verb::Resume, State::Paused | State::Sent) => self.resume(),
+            (Verb::Resume | Verb::Pause, State::Sending) => {
+                error = Some("it is being sent; cancel that first".to_owned())
+            }
+            (Verb::Send, State::Running | State::Paused | State::Sent) => {
+                error = self.send(&request).err().map(|failed| format!("{failed:#}"));
+            }
+            (Verb::Cancel, _) => match &self.sending {
+                Some(sending) => sending.cancel(),
+                None => error = Some("it is not being sent".to_owned()),
+            },
             (Verb::Pause, State::Running) => match self.machine.as_ref().map(Machine::pause) {
                 Some(Err(failed)) => error = Some(failed.to_string()),
                 _ => self.state = State::Paused,
             },
         }
-        self.client.tell(&Line { id: Some(request.id), event: None, state: Some(self.state), error });
+        self.client.tell(&Line { id: Some(request.id), state: Some(self.state), error, ..Line::default() });
         request.verb == Verb::End
+    }
+
+    fn send(&mut self, request: &Request) -> anyhow::Result<()> {
+        let stream = self.held.stream.as_ref().context("there is no stream")?;
+        let stream = stream.try_clone().context("copying a descriptor")?;
+        let machine = self.machine.take().context("there is no machine")?;
+        let was_running = self.state == State::Running;
+        match Sending::start(machine, stream, request, was_running, self.inputs.clone()) {
+            Ok(sending) => {
+                self.sending = Some(sending);
+                self.state = State::Sending;
+                Ok(())
+            }
+            Err(error) => {
+                self.state = State::Ended;
+                Err(error)
+            }
+        }
+    }
+
+    /// The machine is back; what the process would exit with if nobody controlled it.
+    fn traveled(&mut self, Arrival { machine, outcome }: Arrival) -> Option<ExitCode> {
+        let was_running = self.sending.take().is_some_and(|sending| sending.was_running);
+        if self.state != State::Sending {
+            return None;
+        }
+        self.machine = Some(machine);
+        self.state = State::Paused;
+        let line = match outcome {
+            Ok(sent) => {
+                self.state = State::Sent;
+                let progress = Some(travel::shown(&sent.progress, Some(sent.paused_for)));
+                Line { event: Some(Event::Sent), progress, ..Line::default() }
+            }
+            Err(error) => {
+                // Also when it was paused already: nobody else has all of it.
+                if was_running && self.missed.is_none() {
+                    self.resume();
+                }
+                let error = Some(format!("{:#}", anyhow::Error::from(error)));
+                Line { event: Some(Event::NotSent), error, ..Line::default() }
+            }
+        };
+        self.client.tell(&Line { state: Some(self.state), ..line });
+        if was_running && self.missed.is_some() {
+            self.state = State::Running;
+        }
+        self.missed.take().and_then(|outcome| self.take(outcome))
     }
 
     /// Takes the end of a run; what the process would exit with if nobody controlled it.
     fn take(&mut self, outcome: Outcome) -> Option<ExitCode> {
+        if let Some(sending) = &self.sending {
+            // A machine whose run has ended is not sent; it is dealt with when it is back.
+            sending.cancel();
+            self.missed = Some(outcome);
+            return None;
+        }
         let (event, error, code) = match outcome {
             Outcome::Reset => {
                 // Paused in between: a guest that waits for its resume after a reset still waits.
@@ -230,7 +346,7 @@ impl Owner<'_> {
                 eprintln!("supercloud-vmm: {error}");
             }
         }
-        self.client.tell(&Line { id: None, event: Some(event), state: Some(self.state), error });
+        self.client.tell(&Line { event: Some(event), state: Some(self.state), error, ..Line::default() });
         code
     }
 }

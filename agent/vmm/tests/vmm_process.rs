@@ -36,6 +36,10 @@ fn inheritable(fd: &impl std::os::fd::AsRawFd) -> RawFd {
 }
 
 fn start(control: Option<&UnixListener>) -> Vmm {
+    start_with(control, None, false)
+}
+
+fn start_with(control: Option<&UnixListener>, stream: Option<&UnixStream>, arrives: bool) -> Vmm {
     let (ours, theirs) = UnixStream::pair().unwrap();
     ours.set_read_timeout(Some(PATIENCE)).unwrap();
     let kvm = File::options().read(true).write(true).open("/dev/kvm").unwrap();
@@ -47,6 +51,10 @@ fn start(control: Option<&UnixListener>) -> Vmm {
         fds.push(inheritable(control));
         wiring["control"] = fds[4].into();
     }
+    if let Some(stream) = stream {
+        fds.push(inheritable(stream));
+        wiring["stream"] = fds[fds.len() - 1].into();
+    }
     let launch = json!({
         "spec": {
             "class": {"back_end": "kvm", "accelerator": "kvm", "machine_version": "1", "cpu_baseline": "host"},
@@ -55,6 +63,7 @@ fn start(control: Option<&UnixListener>) -> Vmm {
             "devices": {"disks": [], "nics": [], "has_balloon": false},
         },
         "wiring": wiring,
+        "arrives": arrives,
     });
     let child = Command::new(env!("CARGO_BIN_EXE_supercloud-vmm"))
         .args(["--launch", &launch.to_string()])
@@ -178,4 +187,114 @@ fn a_client_controls_a_guest_and_another_one_finds_it_again() {
     assert!(refused["error"].as_str().unwrap().contains("ended") && refused["state"] == "ended");
     assert_eq!(third.ask(3, "end")["state"], "ended");
     assert_eq!(vmm.child.wait().unwrap().code(), Some(0));
+}
+
+/// The answer to a request, and then the first event that is not of its progress.
+fn outcome_of(client: &mut Client, request: &Value) -> Value {
+    client.say(&request.to_string());
+    let answer = client.line().unwrap();
+    assert_eq!((&answer["id"], &answer["error"]), (&request["id"], &Value::Null), "{answer}");
+    loop {
+        let line = client.line().unwrap();
+        if line["event"] != "progress" {
+            return line;
+        }
+    }
+}
+
+#[test]
+fn a_guest_goes_from_process_to_process_and_back() {
+    if !runs_guests("a_guest_goes_from_process_to_process_and_back") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let bind = |name: &str| (folder.path().join(name), UnixListener::bind(folder.path().join(name)).unwrap());
+    let (here_path, here_control) = bind("here");
+    let (here_stream, there_stream) = UnixStream::pair().unwrap();
+    let mut here = start_with(Some(&here_control), Some(&here_stream), false);
+    let mut client = Client::connect(&here_path);
+    assert_eq!(client.ask(1, "resume")["state"], "running");
+    here.await_text("hello ramdisk");
+    here.type_in("abc");
+    here.await_text("abc");
+
+    // Over there it waits, and here it stands still but is kept.
+    let (there_path, there_control) = bind("there");
+    let mut there = start_with(Some(&there_control), Some(&there_stream), true);
+    let sent = outcome_of(&mut client, &json!({"id": 2, "do": "send", "max_downtime_ms": 500}));
+    assert_eq!((&sent["event"], &sent["state"]), (&json!("sent"), &json!("sent")), "{sent}");
+    assert!(sent["progress"]["sent_bytes"].as_u64() > Some(1000) && sent["progress"]["paused_ms"].is_u64(), "{sent}");
+    let mut far = Client::connect(&there_path);
+    assert_eq!(far.ask(1, "status")["state"], "paused");
+    assert_eq!(far.ask(2, "resume")["state"], "running");
+    there.type_in("def");
+    there.await_text("def");
+    assert_eq!(client.ask(3, "end")["state"], "ended");
+    assert_eq!(here.child.wait().unwrap().code(), Some(0));
+    // What it boots again from is there, too.
+    there.type_in("r");
+    assert_eq!(far.line(), Some(json!({"event": "rebooted", "state": "running"})));
+    there.await_text("hello ramdisk");
+
+    // Nobody listens at the other end any more: it runs on.
+    drop(here_stream);
+    let failed = outcome_of(&mut far, &json!({"id": 4, "do": "send"}));
+    assert_eq!((&failed["event"], &failed["state"]), (&json!("not_sent"), &json!("running")), "{failed}");
+    assert!(failed["error"].as_str().unwrap().contains("stream"), "{failed}");
+    there.type_in("ghi");
+    there.await_text("ghi");
+    there.type_in("o");
+    assert_eq!(far.line(), Some(json!({"event": "powered_off", "state": "ended"})));
+}
+
+#[test]
+fn sending_can_be_given_up_and_begun_again_on_the_same_stream() {
+    if !runs_guests("sending_can_be_given_up_and_begun_again_on_the_same_stream") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("control");
+    let control = UnixListener::bind(&path).unwrap();
+    let (stream, mut ours) = UnixStream::pair().unwrap();
+    let mut vmm = start_with(Some(&control), Some(&stream), false);
+    let mut client = Client::connect(&path);
+    for (request, word) in [
+        (json!({"id": 1, "do": "cancel"}), "not being sent"),
+        (json!({"id": 1, "do": "pause", "max_downtime_ms": 1}), "limits"),
+    ] {
+        client.say(&request.to_string());
+        let answer = client.line().unwrap();
+        assert!(answer["error"].as_str().unwrap().contains(word), "{answer}");
+    }
+    client.ask(1, "resume");
+    vmm.await_text("hello ramdisk");
+    // A slow stream, and a guest that is told of an end before it has gone over.
+    client.say(&json!({"id": 2, "do": "send", "max_bytes_per_s": 20_000}).to_string());
+    assert_eq!(client.line().unwrap()["state"], "sending");
+    assert!(client.ask(3, "resume")["error"].as_str().unwrap().contains("cancel"));
+    client.say(&json!({"id": 4, "do": "cancel"}).to_string());
+    let mut lines = Vec::new();
+    while lines.last().is_none_or(|line: &Value| line["event"] != "not_sent") {
+        lines.push(client.line().unwrap());
+    }
+    assert_eq!(lines.last().unwrap()["state"], "running");
+    vmm.type_in("on and on".replace('o', "0").as_str());
+    vmm.await_text("0n and 0n");
+    // The one who reads finds the end of the one and the beginning of the next.
+    let reads = std::thread::spawn(move || {
+        let mut kinds = Vec::new();
+        while kinds.last() != Some(&5) {
+            kinds.push(supercloud_api::frame::read_frame_blocking(&mut ours).unwrap().kind);
+        }
+        kinds
+    });
+    let sent = outcome_of(&mut client, &json!({"id": 5, "do": "send"}));
+    assert_eq!(sent["event"], "sent", "{sent}");
+    let kinds = reads.join().unwrap();
+    let given_up = kinds.iter().position(|kind| *kind == 6).unwrap();
+    assert_eq!((kinds[0], kinds[given_up + 1], kinds[kinds.len() - 2]), (1, 1, 4), "{kinds:?}");
+    // It was not wanted after all.
+    assert_eq!(client.ask(6, "resume")["state"], "running");
+    vmm.type_in("still here".replace(['t', 'r'], "_").as_str());
+    vmm.await_text("s_ill he_e");
 }

@@ -4,14 +4,14 @@ use std::{
     collections::VecDeque,
     fmt,
     io::{self, Write},
-    sync::{Arc, mpsc},
+    sync::Arc,
 };
 
 use vm_superio::{Serial, Trigger, serial::NoEvents};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Outcome, VmmError, bus::Registers, kvm::Vm, layout, state::refused};
+use super::{Outcome, VmmError, bus::Registers, kvm::Vm, layout, machine::Endings, state::refused};
 
 /// Most bytes that wait for a guest to read them from its serial port.
 pub const MAX_INPUT_BYTES: usize = 4096;
@@ -153,13 +153,13 @@ impl Registers for SerialPort {
 /// ACPI's sleep control (offset 0), sleep status (1) and reset (2) registers.
 #[derive(Debug)]
 pub struct Power {
-    outcomes: mpsc::Sender<Outcome>,
+    outcomes: Endings,
 }
 
 impl Power {
     /// Tells of what the guest asks for.
     #[must_use]
-    pub const fn new(outcomes: mpsc::Sender<Outcome>) -> Self {
+    pub const fn new(outcomes: Endings) -> Self {
         Self { outcomes }
     }
 }
@@ -175,21 +175,20 @@ impl Registers for Power {
             (2, [layout::RESET_VALUE]) => Outcome::Reset,
             _ => return,
         };
-        // Nobody listens any more when the machine is being taken apart.
-        let _ = self.outcomes.send(outcome);
+        self.outcomes.tell(outcome);
     }
 }
 
 /// The keyboard controller's command register: only "pulse the processor's reset line".
 #[derive(Debug)]
 pub struct KeyboardController {
-    outcomes: mpsc::Sender<Outcome>,
+    outcomes: Endings,
 }
 
 impl KeyboardController {
     /// Tells of a reset.
     #[must_use]
-    pub const fn new(outcomes: mpsc::Sender<Outcome>) -> Self {
+    pub const fn new(outcomes: Endings) -> Self {
         Self { outcomes }
     }
 }
@@ -200,13 +199,13 @@ impl Registers for KeyboardController {
 
     fn write(&mut self, offset: u64, data: &[u8]) {
         if (offset, data) == (4, &[0xfe]) {
-            let _ = self.outcomes.send(Outcome::Reset);
+            self.outcomes.tell(Outcome::Reset);
         }
     }
 }
 
 /// Puts power and reset on a bus of ports.
-pub(super) fn add_power(ports: &mut super::bus::Bus, outcomes: &mpsc::Sender<Outcome>) -> Result<(), VmmError> {
+pub(super) fn add_power(ports: &mut super::bus::Bus, outcomes: &Endings) -> Result<(), VmmError> {
     let power = Power::new(outcomes.clone());
     ports.add("power", layout::POWER.into(), 3, Arc::new(std::sync::Mutex::new(power)))?;
     let keyboard = KeyboardController::new(outcomes.clone());
@@ -220,9 +219,10 @@ mod tests {
 
     #[test]
     fn only_the_right_values_end_a_machine() {
-        let (sender, receiver) = mpsc::channel();
+        let (endings, receiver) = Endings::new();
         let mut ports = Bus::default();
-        add_power(&mut ports, &sender).unwrap();
+        add_power(&mut ports, &endings).unwrap();
+        assert!(!endings.has_ended());
         for (port, value) in (0u8..=255).flat_map(|value| [0x60, 0x61, 0x64, 0x600, 0x601, 0x602].map(|p| (p, value))) {
             ports.write(port, &[value]);
             let wanted = match (port, value) {
@@ -233,6 +233,7 @@ mod tests {
             };
             assert_eq!(receiver.try_recv().ok(), wanted, "{port:#x} {value:#x}");
         }
+        assert!(endings.has_ended());
         let mut status = [1];
         ports.read(0x64, &mut status);
         assert_eq!(status, [0]);

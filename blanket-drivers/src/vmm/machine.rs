@@ -1,6 +1,10 @@
 //! A whole machine: memory, vCPUs, devices.
 
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{
+    Arc, Mutex, PoisonError,
+    atomic::{AtomicBool, Ordering},
+    mpsc,
+};
 
 use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd};
@@ -34,6 +38,35 @@ pub enum Outcome {
     },
 }
 
+/// Where the ends of a machine's run are told.
+#[derive(Debug, Clone)]
+pub struct Endings {
+    sender: mpsc::Sender<Outcome>,
+    has_ended: Arc<AtomicBool>,
+}
+
+impl Endings {
+    /// A place, and who hears of it.
+    #[must_use]
+    pub fn new() -> (Self, mpsc::Receiver<Outcome>) {
+        let (sender, receiver) = mpsc::channel();
+        (Self { sender, has_ended: Arc::default() }, receiver)
+    }
+
+    /// Tells of an end.
+    pub fn tell(&self, outcome: Outcome) {
+        self.has_ended.store(true, Ordering::SeqCst);
+        // Nobody listens any more when the machine is being taken apart.
+        let _ = self.sender.send(outcome);
+    }
+
+    /// Whether there was one, whether it was heard or not.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.has_ended.load(Ordering::SeqCst)
+    }
+}
+
 /// What a machine is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MachineConfig {
@@ -56,7 +89,7 @@ pub struct Machine {
 struct Body {
     config: MachineConfig,
     buses: Buses,
-    outcomes: mpsc::Sender<Outcome>,
+    outcomes: Endings,
     /// What each vCPU was told of itself. Not asked of KVM: some add what the processor has beyond it.
     cpuid: Vec<Vec<kvm_cpuid_entry2>>,
     devices: Vec<Arc<Mutex<VirtioPci>>>,
@@ -110,9 +143,13 @@ impl Machine {
     /// Pauses it and reads everything but its memory. It stays paused and can be resumed.
     ///
     /// # Errors
-    /// When a vCPU does not stop or KVM refuses; only when no new thread is to be had can it not be resumed then.
+    /// [`VmmError::Ended`] when the guest has come to the end of its run: what it asked for then would be lost. Else when a vCPU
+    /// does not stop or KVM refuses; only when no new thread is to be had can it not be resumed then.
     pub fn save(&mut self) -> Result<MachineState, VmmError> {
         self.pause()?;
+        if self.body.outcomes.has_ended() {
+            return Err(VmmError::Ended);
+        }
         // vCPUs are read without their threads.
         let none = Vcpus::start(Vec::new(), &self.body.buses, &self.body.outcomes)?;
         let fds = std::mem::replace(&mut self.vcpus, none).end()?;
@@ -184,7 +221,7 @@ impl Body {
         }
         let ram = Arc::new(memory::map(memory::create(config.memory_bytes)?, config.memory_bytes)?);
         let vm = Arc::new(Vm::new(kvm, ram)?);
-        let (sender, outcomes) = mpsc::channel();
+        let (sender, outcomes) = Endings::new();
         let mut ports = Bus::default();
         let serial = Arc::new(Mutex::new(SerialPort::new(Arc::clone(&vm), layout::SERIAL_IRQ, console)));
         let port = Arc::clone(&serial);

@@ -16,14 +16,19 @@ use std::{
     cell::Cell,
     os::unix::thread::JoinHandleExt as _,
     ptr,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread::JoinHandle,
     time::{Duration, Instant},
 };
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use super::{VmmError, bus::Bus, io_error, machine::Outcome};
+use super::{
+    VmmError,
+    bus::Bus,
+    io_error,
+    machine::{Endings, Outcome},
+};
 use crate::signal;
 
 /// How long a thread may take to park or end.
@@ -96,7 +101,7 @@ impl Vcpus {
     ///
     /// # Errors
     /// When no thread or no signal is to be had.
-    pub fn start(vcpus: Vec<VcpuFd>, buses: &Buses, outcomes: &mpsc::Sender<Outcome>) -> Result<Self, VmmError> {
+    pub fn start(vcpus: Vec<VcpuFd>, buses: &Buses, outcomes: &Endings) -> Result<Self, VmmError> {
         if signal::kick().is_none() {
             return Err(io_error("claiming a signal")(std::io::Error::other("none is free")));
         }
@@ -183,7 +188,7 @@ struct Thread {
     index: usize,
     fd: VcpuFd,
     buses: Buses,
-    outcomes: mpsc::Sender<Outcome>,
+    outcomes: Endings,
     shared: Arc<Shared>,
 }
 
@@ -193,7 +198,7 @@ impl Thread {
         while self.await_run() {
             if let Some(outcome) = self.run() {
                 // The others run on until the machine's owner has heard of it; this one has nothing more to run.
-                let _ = self.outcomes.send(outcome);
+                self.outcomes.tell(outcome);
                 self.leave();
                 self.await_end();
                 break;

@@ -61,6 +61,7 @@ pub fn receive(
                 }
                 break;
             }
+            kind::ABORT => return Err(TravelError::GivenUp),
             other => return Err(FrameError::UnexpectedKind(other).into()),
         }
     }

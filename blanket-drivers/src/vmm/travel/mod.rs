@@ -8,6 +8,7 @@
 //! ROUND  JSON: a round of copying is over
 //! STATE  JSON of the machine's state, in pieces of at most 1 MiB
 //! END    BLAKE3 of everything before
+//! ABORT  instead of END, at any point: it was given up
 //! ```
 //!
 //! The guest runs while rounds are copied and is paused before the last one. A stream that is cut, changed or in another
@@ -37,6 +38,7 @@ mod kind {
     pub const ROUND: u16 = 3;
     pub const STATE: u16 = 4;
     pub const END: u16 = 5;
+    pub const ABORT: u16 = 6;
 }
 
 /// What a stream begins with.
@@ -74,6 +76,9 @@ pub enum TravelError {
     /// It was not wanted any more.
     #[error("it was cancelled")]
     Cancelled,
+    /// The other end gave it up.
+    #[error("the other end gave it up")]
+    GivenUp,
 }
 
 impl From<std::io::Error> for TravelError {

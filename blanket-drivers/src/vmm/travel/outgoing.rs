@@ -65,6 +65,10 @@ pub fn send(
     machine.note_writes(true)?;
     let mut sender = Sender::new(to, limits, watch)?;
     let outcome = sender.run(machine, limits);
+    if outcome.is_err() {
+        // The other end hears it from the stream's end, if it does not hear this.
+        let _ = sender.send(kind::ABORT, &[]);
+    }
     let forgotten = machine.note_writes(false);
     let sent = outcome?;
     forgotten?;
