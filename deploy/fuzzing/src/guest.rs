@@ -10,7 +10,9 @@ use supercloud_blanket::device::Mac;
 use supercloud_blanket::vmm::boot::{self, BootFiles};
 use supercloud_blanket::vmm::bus::Registers as _;
 use supercloud_blanket::vmm::pci::{Function as _, MessageSink};
+use supercloud_blanket::vmm::travel::pages::{Packer, Unpacker};
 use supercloud_blanket::vmm::virtio::phase::{self, Operation, Phase, Step};
+use supercloud_blanket::vmm::virtio::transport::DeviceState;
 use supercloud_blanket::vmm::virtio::{Device, VirtioPci, block, console, net, rng};
 use supercloud_blanket::vmm::{Ram, memory};
 use vm_memory::{Bytes as _, GuestAddress};
@@ -114,9 +116,9 @@ pub fn virtio(input: &[u8]) {
 /// How far the device came at most: whether it lived, and requests that it gave back in its first queue at 0x1000.
 fn drive(input: &[u8]) -> Option<(bool, u16)> {
     let (number, mut rest) = input.split_first()?;
-    let (device, _disk) = device(*number).ok()?;
     let ram = Arc::new(memory::map(memory::create(RAM_BYTES).ok()?, RAM_BYTES).ok()?);
-    let mut device = VirtioPci::new(device, 1, Arc::clone(&ram), Arc::new(Nobody)).ok()?;
+    let fresh = || VirtioPci::new(device(*number).ok()?.0, 1, Arc::clone(&ram), Arc::new(Nobody)).ok();
+    let mut device = fresh()?;
     let mut has_lived = false;
     for _ in 0..MAX_OPERATIONS {
         let Some((deed, left)) = deed(rest) else { break };
@@ -141,6 +143,17 @@ fn drive(input: &[u8]) -> Option<(bool, u16)> {
             Deed::Fill(at, data) => drop(ram.write_slice(data, GuestAddress(at))),
             Deed::Pause => {
                 device.pause();
+                // Wherever it stands: another one can take over from it.
+                #[expect(clippy::expect_used, reason = "a promise")]
+                let saved = device.save().expect("a paused device can be saved");
+                let mut other = fresh()?;
+                let taken = serde_json::to_vec(&saved).ok().and_then(|json| serde_json::from_slice(&json).ok());
+                assert_eq!(taken.as_ref(), Some(&saved));
+                if let Err(error) = other.restore(&saved) {
+                    panic!("{error}: {saved:?}");
+                }
+                assert_eq!((common(&mut other), other.phase()), (before, phase));
+                device = other;
                 device.resume();
                 assert_eq!(device.phase(), phase);
             }
@@ -178,6 +191,69 @@ fn check_write(device: &mut VirtioPci, before: &[u8; 56], phase: Phase, at: u64,
     if is_silent || !operation.is_some_and(|operation| phase::is_legal(phase, operation)) {
         assert_eq!(&common(device), before, "a write at {at:#x} in {phase:?}");
     }
+}
+
+/// What comes of a machine from another host: pages, or the state of a device.
+pub fn travel(input: &[u8]) {
+    let Some((kind, rest)) = input.split_first() else { return };
+    let Ok(ram) = memory::create(RAM_BYTES).and_then(|file| memory::map(file, RAM_BYTES)) else { return };
+    if kind % 2 == 0 {
+        if let Ok(mut unpacker) = Unpacker::new() {
+            let _ = unpacker.unpack(&ram, rest, kind % 4 == 0);
+        }
+        return;
+    }
+    let Ok(state) = serde_json::from_slice::<DeviceState>(rest) else { return };
+    let number = u8::try_from(DEVICES.iter().position(|number| *number == state.number).unwrap_or(0)).unwrap_or(0);
+    let Ok((device, _disk)) = device(number) else { return };
+    let Ok(mut device) = VirtioPci::new(device, 1, Arc::new(ram), Arc::new(Nobody)) else { return };
+    let _ = device.restore(&state);
+    device.resume();
+    device.write(0x3000, &[0, 0]);
+    device.pause();
+    // Whatever it was, a reset helps (when the guest lets it answer at all).
+    device.write_config(4, &[2, 0]);
+    device.write(STATUS, &[0]);
+    assert_eq!(device.phase(), Phase::Reset);
+}
+
+/// Virtio's numbers of the devices that [`device`] makes.
+const DEVICES: [u16; 4] = [2, 1, 3, 4];
+
+/// Pages of each form, and the state of each kind of device.
+pub fn travel_seeds() -> Vec<Vec<u8>> {
+    let mut seeds = Vec::new();
+    let pages = || -> Option<Vec<u8>> {
+        let ram = memory::map(memory::create(RAM_BYTES).ok()?, RAM_BYTES).ok()?;
+        ram.write_slice(&[7; 4096], GuestAddress(4096)).ok()?;
+        let mut bytes = vec![2];
+        let mut packer = Packer::new().ok()?;
+        (0..3).try_for_each(|page| packer.pack(&ram, page, &mut bytes)).ok()?;
+        bytes.extend([3, 0, 0, 0, 0, 0, 0, 0, 1]);
+        bytes.extend((0u16..4096).map(|at| at.to_le_bytes()[0]));
+        Some(bytes)
+    };
+    seeds.extend(pages());
+    for seed in virtio_seeds() {
+        // Up to where the driver has brought it to life.
+        let state = || -> Option<Vec<u8>> {
+            let (number, mut rest) = seed.split_first()?;
+            let ram = Arc::new(memory::map(memory::create(RAM_BYTES).ok()?, RAM_BYTES).ok()?);
+            let mut device = VirtioPci::new(device(*number).ok()?.0, 1, ram, Arc::new(Nobody)).ok()?;
+            while device.phase() != Phase::Live {
+                let (next, left) = deed(rest)?;
+                rest = left;
+                if let Deed::Write(at, data) = next {
+                    device.write(at, data);
+                }
+            }
+            device.pause();
+            let json = serde_json::to_vec(&device.save().ok()?).ok()?;
+            Some([vec![1], json].concat())
+        };
+        seeds.extend(state());
+    }
+    seeds
 }
 
 /// A driver's way to a live device, and a request or two.

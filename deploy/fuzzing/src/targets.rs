@@ -42,6 +42,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "dhcp", about: "what a guest broadcasts", seeds: dhcp_seeds, run: dhcp_answer },
     Target { name: "virtio", about: "what a guest does to a device", seeds: guest::virtio_seeds, run: guest::virtio },
     Target { name: "boot", about: "the kernel that a guest brings", seeds: guest::boot_seeds, run: guest::boot_file },
+    Target { name: "travel", about: "a machine from another host", seeds: guest::travel_seeds, run: guest::travel },
     Target { name: "feed", about: "price feeds, recorded prices, catalogues, probes", seeds: feeds, run: feed },
 ];
 
