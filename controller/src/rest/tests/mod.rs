@@ -8,6 +8,7 @@ mod images;
 mod joins;
 mod lasting;
 mod ledger;
+mod monitoring;
 mod moves;
 mod problems;
 mod rentings;

@@ -1,0 +1,164 @@
+//! The alert rules and the board in `deploy/monitoring` name only what `/metrics` has.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use reqwest::Method;
+use supercloud_api::Role;
+
+use super::{TestController, guest};
+
+const RULES: &str = include_str!("../../../../deploy/monitoring/alerts.yml");
+const BOARD: &str = include_str!("../../../../deploy/monitoring/grafana.json");
+
+/// What a metric is asked for: its name and the label matchers behind it, `state="lost"`.
+type Asked = (String, Vec<(String, String)>);
+
+/// The metrics of ours that an expression names.
+fn asked(expression: &str) -> Vec<Asked> {
+    let mut found = Vec::new();
+    for (at, _) in expression.match_indices("supercloud_") {
+        let rest = &expression[at..];
+        let end = rest.find(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).unwrap_or(rest.len());
+        let (name, behind) = rest.split_at(end);
+        let inner = behind.strip_prefix('{').and_then(|behind| behind.split_once('}')).map_or("", |(inner, _)| inner);
+        let labels = inner.split(',').filter(|matcher| !matcher.is_empty()).map(|matcher| {
+            let (label, value) = matcher.split_once('=').expect("a matcher has a sign");
+            (label.trim().trim_end_matches('!').to_owned(), value.trim_start_matches('~').trim_matches('"').to_owned())
+        });
+        found.push((name.to_owned(), labels.collect()));
+    }
+    found
+}
+
+/// The labels that an expression groups by, or that a text shows: `by (le, route)`, `{{kind}}`, `{{ $labels.kind }}`.
+fn shown_labels(text: &str) -> Vec<String> {
+    let grouped =
+        text.split("by (").skip(1).filter_map(|rest| rest.split_once(')')).flat_map(|(inner, _)| inner.split(','));
+    let legends = text.split("{{").skip(1).filter_map(|rest| rest.split_once("}}")).map(|(inner, _)| inner);
+    let labels = grouped.chain(legends).map(|label| label.trim().trim_start_matches("$labels."));
+    labels.filter(|label| !label.starts_with("$value")).map(str::to_owned).collect()
+}
+
+fn rules() -> Vec<String> {
+    RULES.lines().filter_map(|line| line.trim().strip_prefix("expr: ")).map(str::to_owned).collect()
+}
+
+fn board() -> Vec<String> {
+    let board: serde_json::Value = serde_json::from_str(BOARD).expect("JSON");
+    let panels = board["panels"].as_array().expect("panels");
+    let targets = panels.iter().flat_map(|panel| panel["targets"].as_array().expect("targets"));
+    targets
+        .map(|target| {
+            format!("{} {}", target["expr"].as_str().expect("expr"), target["legendFormat"].as_str().expect("legend"))
+        })
+        .collect()
+}
+
+/// What is told: for each name the values of each label.
+type Told = BTreeMap<String, BTreeMap<String, BTreeSet<String>>>;
+
+fn told(metrics: &str) -> Told {
+    let mut told = Told::new();
+    for line in metrics.lines() {
+        if let Some(name) = line.strip_prefix("# TYPE ").and_then(|line| line.split(' ').next()) {
+            told.entry(name.to_owned()).or_default();
+            continue;
+        }
+        let Some(series) = line.split(' ').next().filter(|_| !line.starts_with('#')) else { continue };
+        let (name, labels) = series.split_once('{').unwrap_or((series, ""));
+        let known = told.entry(name.to_owned()).or_default();
+        for label in labels.trim_end_matches('}').split("\",").filter(|label| !label.is_empty()) {
+            let (label, value) = label.split_once("=\"").expect("label=\"value\"");
+            known.entry(label.to_owned()).or_default().insert(value.trim_end_matches('"').to_owned());
+        }
+    }
+    told
+}
+
+/// Operations are told of with labels only when there were some: the words are the API's.
+const PHASES: [&str; 9] = ["plan", "prepare", "copy", "switch", "resume", "finish", "done", "rolled_back", "failed"];
+
+/// What an expression names that is not told.
+fn wrong(expression: &str, told: &Told) -> Option<String> {
+    let names = asked(expression);
+    if names.is_empty() && !expression.starts_with("up{") {
+        return Some("it names nothing of ours".into());
+    }
+    let mut labels = BTreeSet::from(["kind", "phase"].map(str::to_owned));
+    for (name, matchers) in names {
+        let Some(known) = told.get(&name) else { return Some(format!("no metric {name}")) };
+        labels.extend(known.keys().cloned());
+        for (label, value) in matchers {
+            let is_absent_now = name == "supercloud_operations_open" && ["kind", "phase"].contains(&label.as_str());
+            let values = known.get(&label);
+            if values.is_none() && !is_absent_now {
+                return Some(format!("{name} has no label {label}"));
+            }
+            let is_known = |one: &str| match label.as_str() {
+                "phase" => PHASES.contains(&one),
+                "status" => one == "5..",
+                _ => values.is_some_and(|values| values.contains(one)),
+            };
+            if !value.split('|').all(is_known) {
+                return Some(format!("{name} has no {label} {value}, only {values:?}"));
+            }
+        }
+    }
+    shown_labels(expression).into_iter().find(|label| !labels.contains(label)).map(|label| format!("no label {label}"))
+}
+
+#[tokio::test]
+async fn the_rules_and_the_board_of_monitoring_name_what_is_there() {
+    let test = TestController::start().await;
+    let world = test.world().await;
+    world.client.create_guest(&guest("web")).await.unwrap();
+    let viewer = test.token("*", Role::Viewer).await.secret;
+    let metrics = loop {
+        let text = test.raw(Method::GET, "/metrics", Some(&viewer)).send().await.unwrap().text().await.unwrap();
+        // The count of operations and of requests may come a moment later.
+        if text.contains("supercloud_operations_ended_total{") && text.contains("supercloud_http_requests_total{") {
+            break text;
+        }
+        tokio::task::yield_now().await;
+    };
+    let (rules, board) = (rules(), board());
+    assert!(rules.len() >= 10 && board.len() >= 15, "{} rules, {} expressions", rules.len(), board.len());
+    let told = told(&metrics);
+    for expression in rules.iter().chain(&board) {
+        assert_eq!(wrong(expression, &told), None, "{expression}");
+    }
+    test.stop().await;
+}
+
+#[test]
+fn what_is_not_there_would_be_seen() {
+    assert_eq!(
+        asked("sum by (le) (rate(supercloud_a_bucket{state=\"x\",kind=~\"y|z\"}[1h])) > supercloud_b"),
+        [
+            ("supercloud_a_bucket".into(), vec![("state".into(), "x".into()), ("kind".into(), "y|z".into())]),
+            ("supercloud_b".into(), vec![])
+        ]
+    );
+    assert_eq!(
+        shown_labels("sum by (le, route) (x) {{kind}}: {{ $labels.phase }} {{ $value | humanize }}"),
+        ["le", "route", "kind", "phase"]
+    );
+    let told = told("# TYPE supercloud_a gauge\nsupercloud_a{state=\"up\",route=\"/v1/a,b\"} 1\nsupercloud_b 2\n");
+    assert_eq!(told["supercloud_a"]["state"], BTreeSet::from(["up".to_owned()]));
+    assert!(told["supercloud_b"].is_empty() && !told.contains_key("supercloud_c"));
+    for good in ["supercloud_a", "supercloud_a{state=\"up\"}", "sum by (route) (supercloud_a)", "up{job=\"x\"} == 0"] {
+        assert_eq!(wrong(good, &told), None, "{good}");
+    }
+    let bad = [
+        "supercloud_c",
+        "supercloud_a_total",
+        "supercloud_a{state=\"down\"}",
+        "supercloud_a{stat=\"up\"}",
+        "sum by (cloud) (supercloud_a)",
+        "supercloud_b {{state}}",
+        "node_load1",
+    ];
+    for bad in bad {
+        assert!(wrong(bad, &told).is_some(), "{bad}");
+    }
+}
