@@ -19,7 +19,7 @@ afterAll(async () => {
 const MIB = 1 << 20;
 const guest = (name: string, more: object = {}) => ({ name, image: "blank", network: "office", shape: { vcpus: 1, memory_bytes: 64 * MIB }, start: false, ...more });
 
-const PAGES = ["", "guests", "hosts", "operations", "markets", "images", "networks", "events", "tokens", "wall"];
+const PAGES = ["", "guests", "hosts", "operations", "markets", "costs", "images", "networks", "events", "tokens", "wall"];
 
 async function everyPage(name: string, pages: string[]): Promise<void> {
   const found: string[] = [];
@@ -154,6 +154,32 @@ describe("a controller with guests", () => {
     await page.reload();
     await page.getByRole("alert").filter({ hasText: "The chain is broken: event 3 " }).waitFor();
     await shot(page, "chain-broken");
+    await context.close();
+  });
+
+  it("tells what was paid, and what is not known", async () => {
+    const { context, page, problems } = await desk(browser, controller.url, controller.token);
+    // Nothing runs here that would cost anything: the ledger's answer is set.
+    const id = (noun: string) => `${noun}-01a1fea9-e622-75ca-b41b-c7d245b5cc2f`;
+    const line = {
+      kind: "runs", from_ms: 3_600_000, to_ms: 7_200_000, host: id("hst"), host_name: "h1", cloud: id("cld"), cloud_name: "home", guest: id("gst"), guest_name: "web",
+      market: "home/big/spot", price_nanousd: 40_000_000, paid_nanousd: 12_300_000, on_demand_nanousd: 50_000_000,
+    };
+    const unknown = { ...line, guest_name: "dark", market: null, price_nanousd: null, paid_nanousd: null, on_demand_nanousd: null };
+    const totals = {
+      paid_nanousd: 12_300_000, runs_nanousd: 12_300_000, incoming_nanousd: 0, idle_nanousd: 0, egress_nanousd: 0,
+      comparable_paid_nanousd: 12_300_000, on_demand_nanousd: 50_000_000, unpriced_ms: 3_600_000, unpriced_bytes: 0,
+    };
+    await page.route("**/v1/ledger?*", (route) => route.fulfill({ json: { clock: "feed", from_ms: 0, to_ms: 7_200_000, totals, items: [line, unknown], next_page: null } }));
+    await visit(page, "");
+    await page.getByText("$0.0377").waitFor();
+    await visit(page, "costs");
+    await page.getByText("no price is known: 1 h 0 min of hosts").waitFor();
+    expect(await page.locator("tbody tr", { hasText: "web" }).innerText()).toContain("$0.0123");
+    expect(await page.locator("tbody tr", { hasText: "dark" }).innerText()).toContain("not known");
+    expect(await barriers(page)).toEqual([]);
+    await shot(page, "costs");
+    expect(problems).toEqual([]);
     await context.close();
   });
 

@@ -4,6 +4,7 @@ import { signal } from "@preact/signals";
 import { render } from "preact";
 import { Refused, get, signOut } from "./api/http";
 import type { WhoAmI } from "./api/types";
+import { Costs } from "./pages/costs";
 import { Events } from "./pages/events";
 import { GuestPage, Guests } from "./pages/guests";
 import { HostPage, Hosts } from "./pages/hosts";
@@ -19,7 +20,7 @@ import { Search } from "./ui/search";
 import { apply, theme, turn } from "./ui/theme";
 
 const PAGES: [string, string][] = [
-  ["", "Overview"], ["guests", "Guests"], ["hosts", "Hosts"], ["operations", "Operations"], ["markets", "Markets"],
+  ["", "Overview"], ["guests", "Guests"], ["hosts", "Hosts"], ["operations", "Operations"], ["markets", "Markets"], ["costs", "Costs"],
   ["images", "Images"], ["networks", "Networks"], ["events", "Audit"], ["tokens", "Tokens"],
 ];
 
@@ -32,6 +33,7 @@ function Page() {
     case "hosts": return id ? <HostPage id={id} /> : <Hosts />;
     case "operations": return id ? <OperationPage id={id} /> : <Operations />;
     case "markets": return <Markets />;
+    case "costs": return <Costs />;
     case "images": return <Images />;
     case "networks": return <Networks />;
     case "events": return <Events />;

@@ -22,5 +22,7 @@ export type TokenSecret = Schemas["TokenSecret"];
 export type Project = Schemas["Project"];
 export type WhoAmI = Schemas["WhoAmI"];
 export type Problem = Schemas["Problem"];
+export type Ledger = Schemas["Ledger"];
+export type LedgerLine = Schemas["LedgerLine"];
 export type Renting = Schemas["Renting"];
 export type Role = Schemas["Role"];

@@ -1,10 +1,11 @@
 // The first screen: is anything wrong, what moves, where everything is, what it would cost, how good the moves were, who did what.
 import { alarms, places, record } from "../store/derive";
-import { clouds, events, guests, hosts, markets, now, operations, underWay } from "../store/store";
+import { clouds, events, guests, hosts, ledger, markets, now, operations, underWay } from "../store/store";
 import { Cancel } from "../ui/actions";
 import { ago, duration, price } from "../ui/format";
 import { Map_ } from "../ui/map";
 import { Empty, Moving, Panel } from "../ui/parts";
+import { CostFigures } from "./costs";
 import { EventLine } from "./events";
 import { PriceChart } from "./markets";
 
@@ -62,6 +63,12 @@ function Good() {
   );
 }
 
+function Cost() {
+  const totals = ledger.value?.totals;
+  if (!totals || totals.paid_nanousd + totals.unpriced_ms + totals.unpriced_bytes === 0) return null;
+  return <Panel title="What it cost (31 days)" aside={<a href="#/costs">line by line</a>} wide><CostFigures /></Panel>;
+}
+
 function Next() {
   const cheapest = [...markets.value].sort((a, b) => a.price_nanousd_per_hour - b.price_nanousd_per_hour);
   if (cheapest.length === 0) return null;
@@ -92,6 +99,7 @@ export function Overview() {
       <Good />
       <Now />
       <Where />
+      <Cost />
       <Next />
       <Who />
     </div>

@@ -1,7 +1,7 @@
 import { describe, expect, it } from "vitest";
 import { StreamParser } from "../api/stream";
 import type { Event, Guest, Host, Operation, Phase } from "../api/types";
-import { bytes, duration, eta, feedTime } from "../ui/format";
+import { bytes, duration, eta, feedTime, money } from "../ui/format";
 import { alarms, fraction, may, percentile, record, rounds, stays } from "./derive";
 
 const progress = {
@@ -110,6 +110,7 @@ describe("numbers for people", () => {
     expect([bytes(0), bytes(1536), bytes(5 * 1024 ** 3), bytes(117.4 * 1024 ** 2)]).toEqual(["0 B", "1.5 KiB", "5.0 GiB", "117 MiB"]);
     expect([duration(680), duration(7234), duration(61_000), duration(7_200_000)]).toEqual(["680 ms", "7.2 s", "1 min 1 s", "2 h 0 min"]);
     expect([eta(null, null), eta(2000, null), eta(2000, 4000)]).toEqual(["", "at least 2.0 s", "2.0 s – 4.0 s"]);
+    expect([money(0), money(1_234_000), money(12_345_000_000), money(123_456_000_000_000)]).toEqual(["$0.00", "$0.0012", "$12.35", "$123456"]);
     expect(feedTime(46_020_960)).toBe("day 1, 12:47");
   });
 });

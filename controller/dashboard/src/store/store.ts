@@ -3,7 +3,7 @@ import { batch, computed, signal, type Signal } from "@preact/signals";
 import { Away, Refused, get, list } from "../api/http";
 import { follow } from "../api/stream";
 import type {
-  Cloud, Event, Freeze, Guest, Host, Image, Market, Network, Operation, Port, PriceSeries, Project, Renting, Token, Volume, WhoAmI,
+  Cloud, Event, Freeze, Guest, Host, Image, Ledger, Market, Network, Operation, Port, PriceSeries, Project, Renting, Token, Volume, WhoAmI,
 } from "../api/types";
 import { isEnded } from "./derive";
 
@@ -35,6 +35,8 @@ export const tokens = table<Token>();
 export const rentings = table<Renting>();
 export const markets: Signal<Market[]> = signal([]);
 export const prices: Signal<ReadonlyMap<string, PriceSeries>> = signal(new Map());
+/** The last 31 days: sums of all, and the first thousand lines. Absent until asked for, and for tokens that do not see it. */
+export const ledger: Signal<Ledger | null> = signal(null);
 /** Newest last. */
 export const events: Signal<Event[]> = signal([]);
 const EVENTS_KEPT = 2000;
@@ -94,6 +96,15 @@ async function loadPrices(): Promise<void> {
   });
 }
 
+async function loadLedger(): Promise<void> {
+  try {
+    ledger.value = await get<Ledger>("/v1/ledger?limit=1000");
+  } catch (error) {
+    if (!(error instanceof Refused)) throw error;
+    ledger.value = null;
+  }
+}
+
 const loaders: Record<string, () => Promise<void>> = {
   clouds: () => all(clouds, "/v1/clouds"),
   hosts: () => all(hosts, "/v1/hosts"),
@@ -116,7 +127,7 @@ export async function refresh(...kinds: string[]): Promise<void> {
 
 async function loadAll(): Promise<void> {
   const kinds = Object.keys(loaders).filter((kind) => kind !== "tokens" || who.peek()?.token.role === "admin");
-  await Promise.all([refresh(...kinds), loadPrices()]);
+  await Promise.all([refresh(...kinds), loadPrices(), loadLedger()]);
 }
 
 // What events say has changed is asked for once per short while, however many events say it.
@@ -232,6 +243,9 @@ export async function begin(): Promise<void> {
   });
   every(stop.signal, 5000, async () => {
     if (link.peek() === "live") await Promise.all([loadPrices(), refresh("hosts")]);
+  });
+  every(stop.signal, 60_000, async () => {
+    if (link.peek() === "live") await loadLedger();
   });
 }
 

@@ -30,6 +30,9 @@ export function ago(atMs: number, nowMs: number): string {
 
 export const moment = (atMs: number): string => new Date(atMs).toLocaleString(undefined, { hour12: false });
 
+/** Nano-dollars: with as many places as a small sum needs. */
+export const money = (nanousd: number): string => `$${(nanousd / 1e9).toFixed(Math.abs(nanousd) >= 1e11 ? 0 : Math.abs(nanousd) >= 1e9 || nanousd === 0 ? 2 : 4)}`;
+
 /** Nano-dollars an hour. */
 export const price = (nanousd: number): string => `$${(nanousd / 1e9).toFixed(4)}/h`;
 
