@@ -8,7 +8,8 @@ use tokio::net::TcpListener;
 
 use super::{Parts, StartError};
 use crate::{
-    chain, ledger,
+    chain,
+    ledger::{self, ProviderPrices},
     link::{self, ChunkServer, LinkHandler, Sessions},
     markets::FeedMarkets,
     operations::{self, Engine, Reach},
@@ -30,6 +31,10 @@ pub(super) async fn start(parts: &Parts) -> Result<Arc<Engine>, StartError> {
     if let Some(markets) = followed {
         let (state, stop) = (parts.state.clone(), parts.stop.clone());
         parts.spawn("price feed", async move { markets.follow_clouds(&state, &stop).await });
+    } else if parts.providers.iter().next().is_some() {
+        let prices = ProviderPrices::new(parts.state.clone(), parts.providers.clone());
+        parts.markets.post(Arc::new(prices.clone()));
+        parts.spawn("providers' prices", prices.run());
     }
     parts.clerk.pass().await?;
     parts.spawn("ledger", parts.clerk.clone().run());

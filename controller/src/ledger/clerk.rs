@@ -154,6 +154,8 @@ impl Clerk {
         }
         // A market that the board does not tell of is not known any further.
         let Some(series) = self.board.board().prices(market) else { return Ok(()) };
+        // A provider that does not answer now has told only how it was when it did.
+        let told_until_ms = series.feed_now_ms.min(now.at_ms);
         let mut points: Vec<PricePoint> = series.points;
         points.retain(|point| point.feed_time_ms <= now.at_ms);
         match &before {
@@ -173,7 +175,10 @@ impl Clerk {
             else {
                 return Ok(());
             };
-            let known_until_ms = rest.first().map_or(now.at_ms, |point| point.feed_time_ms);
+            let known_until_ms = rest.first().map_or(told_until_ms, |point| point.feed_time_ms);
+            if some.is_empty() && before.as_ref().is_some_and(|record| record.known_until_ms >= known_until_ms) {
+                return Ok(());
+            }
             let record = MarketRecord { market: market.to_owned(), clock: now.clock, last_at_ms, last, known_until_ms };
             let mut change = Change::new();
             for point in some {

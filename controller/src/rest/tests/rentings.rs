@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use supercloud_api::{
-    Code, HostRent, JoinRequest, OperationKind, Phase, Renting, RentingEnd, RentingState, Role, Tenure,
+    Code, HostRent, JoinRequest, Ledger, LedgerKind, OperationKind, Phase, Renting, RentingEnd, RentingState, Role,
+    Tenure,
 };
 
 use super::{TestController, problem};
@@ -66,6 +67,22 @@ async fn an_own_machine_is_reserved_joins_by_its_token_and_is_free_again_when_it
     reaches(&admin, "h1", RentingState::Up).await;
     assert_eq!(admin.operation(operation.id).await.unwrap().phase, Phase::Done);
     assert_eq!(problem(admin.renting_join_token(renting.id).await).code, Code::WrongState);
+
+    // It is paid for since it was reserved, at the price that the settings say.
+    let told = async || admin.ledger("host=h1").await.unwrap();
+    let is_priced = |ledger: &Ledger| ledger.totals.paid_nanousd > 0;
+    for _ in 0..300 {
+        if is_priced(&told().await) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let ledger = told().await;
+    let paid = ledger.items.iter().find(|line| line.paid_nanousd.is_some()).expect("a line with a price");
+    assert_eq!((paid.kind, paid.market.as_deref()), (LedgerKind::Idle, Some("home/big/on_demand")));
+    assert_eq!((paid.price_nanousd, paid.on_demand_nanousd), (Some(50_000_000), paid.paid_nanousd));
+    assert_eq!(paid.paid_nanousd.unwrap(), (50_000_000 * (paid.to_ms - paid.from_ms)).div_ceil(3_600_000));
+    assert_eq!(admin.markets().await.unwrap()[0].price_nanousd_per_hour, 50_000_000);
 
     let back = admin.return_renting(renting.id, false).await.unwrap();
     assert_eq!(
