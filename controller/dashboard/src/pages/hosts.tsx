@@ -15,7 +15,8 @@ interface Measured { ns_per_instruction?: number; ns_per_exit?: number; reason?:
 interface Probe { substrate?: string; kvm?: Record<string, Measured>; machine?: { cpu_vendor?: string; hypervisor?: string | null; product?: string | null; cpus?: number; memory_bytes?: number; nics?: { name: string; driver: string }[] } }
 
 /** What was measured, as far as this page knows the words; the rest is below it as it was told. */
-function ProbeFacts(props: { probe: Probe }) {
+function ProbeFacts(props: { probe: Probe | null }) {
+  if (!props.probe) return <Empty>Its agent told nothing of it.</Empty>;
   const { substrate, kvm, machine } = props.probe;
   const found = Object.values(kvm ?? {}).find((one) => one && typeof one === "object");
   const rows: [string, string][] = [];
@@ -112,7 +113,7 @@ export function HostPage(props: { id: string }) {
         ]} />
       </Panel>
       <Panel title="What its substrate gives, as measured">
-        <ProbeFacts probe={host.probe as Probe} />
+        <ProbeFacts probe={host.probe as Probe | null} />
       </Panel>
       <Panel title={`Guests here (${own.length})`}>
         {own.length === 0 ? <Empty>none</Empty> : <ul class="plain">{own.map((guest) => <li key={guest.id}><a href={`#/guests/${guest.id}`}>{guest.name}</a> <State of={guest.state} /></li>)}</ul>}

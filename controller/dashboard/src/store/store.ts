@@ -105,6 +105,9 @@ async function loadLedger(): Promise<void> {
   }
 }
 
+/** Rentings belong to no project: only who sees all projects may ask. */
+const seesRentings = (): boolean => !who.peek()?.token.project && !who.peek()?.token.guest;
+
 const loaders: Record<string, () => Promise<void>> = {
   clouds: () => all(clouds, "/v1/clouds"),
   hosts: () => all(hosts, "/v1/hosts"),
@@ -117,7 +120,7 @@ const loaders: Record<string, () => Promise<void>> = {
   freezes: () => all(freezes, "/v1/freezes"),
   projects: () => all(projects, "/v1/projects"),
   tokens: () => all(tokens, "/v1/tokens"),
-  rentings: () => all(rentings, "/v1/rentings"),
+  rentings: () => (seesRentings() ? all(rentings, "/v1/rentings") : Promise.resolve()),
 };
 
 /** Asks anew for whole kinds. */

@@ -36,8 +36,7 @@ export function Map_(props: { places: Place[]; operations: Operation[] }) {
           <h3>{place.cloud.name}</h3>
           {place.hosts.length === 0 && <p class="empty">no host</p>}
           {place.hosts.map(({ host, guests }) => (
-            <a class={`host ${host.state}`} key={host.id} data-host={host.id} href={`#/hosts/${host.name}`}
-              aria-label={`host ${host.name}, ${host.state}, ${guests.length} guests`}>
+            <a class={`host ${host.state}`} key={host.id} data-host={host.id} href={`#/hosts/${host.name}`}>
               <span class="line"><b>{host.name}</b><span class="grow" />{host.state !== "up" && <em>{host.state}</em>}</span>
               <span class="rooms" aria-hidden="true">
                 {room(host).map(([name, part]) => (
