@@ -278,6 +278,10 @@ impl ObjectStore for Far {
         read_only()
     }
 
+    fn put_batch(&self, _objects: Vec<(ObjectKey, Bytes)>) -> StoreFuture<'_, usize> {
+        read_only()
+    }
+
     fn get(&self, key: ObjectKey, cap: usize) -> StoreFuture<'_, Bytes> {
         Box::pin(async move {
             // A chunk's key ends with its name: see `ObjectKey::chunk`.
@@ -297,6 +301,10 @@ impl ObjectStore for Far {
     }
 
     fn exists(&self, _key: ObjectKey) -> StoreFuture<'_, bool> {
+        read_only()
+    }
+
+    fn stat(&self, _key: ObjectKey) -> StoreFuture<'_, Option<ObjectEntry>> {
         read_only()
     }
 

@@ -16,6 +16,8 @@
 //! - **One writer, by epoch.** A volume takes writes only while `Active` at its epoch; the transitions are in
 //!   [`volume::role`].
 //!
+//! What nothing names any more leaves a store by a [`sweep`].
+//!
 //! [`process`] composes all of it into the process that serves one volume on one host.
 
 pub mod backend;
@@ -27,6 +29,7 @@ pub mod peer;
 pub mod process;
 pub mod source;
 mod sparse;
+pub mod sweep;
 pub mod transfer;
 pub mod volume;
 pub mod wire;

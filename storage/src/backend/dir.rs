@@ -8,11 +8,15 @@
 
 use std::{
     collections::BTreeSet,
+    ffi::CString,
     fs::{self, File},
     io::{self, Read as _, Write as _},
     os::{
         fd::AsRawFd as _,
-        unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
+        unix::{
+            ffi::OsStrExt as _,
+            fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
+        },
     },
     path::{Path, PathBuf},
     sync::{
@@ -156,6 +160,31 @@ impl Inner {
         sync_folder(&folder)
     }
 
+    /// Stores an object, or makes the one that is there as young as if it had been put now.
+    fn put_or_refresh(&self, key: &ObjectKey, bytes: &[u8]) -> Result<PutOutcome, StoreError> {
+        // Who deletes may be between the two; somebody else may have put it again.
+        loop {
+            if self.put_if_absent(key, bytes)? == PutOutcome::Stored {
+                return Ok(PutOutcome::Stored);
+            }
+            if self.refresh(key, bytes)? {
+                return Ok(PutOutcome::AlreadyThere);
+            }
+        }
+    }
+
+    /// False when the object is gone.
+    fn refresh(&self, key: &ObjectKey, bytes: &[u8]) -> Result<bool, StoreError> {
+        let path = self.path(key);
+        match touch(&path) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            // Another user's object of a shared store: replaced as a whole.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => self.put(key, bytes).map(|()| true),
+            Err(error) => Err(failed("cannot refresh", &path)(error)),
+        }
+    }
+
     fn put_if_absent(&self, key: &ObjectKey, bytes: &[u8]) -> Result<PutOutcome, StoreError> {
         let path = self.path(key);
         let folder = self.ensure_folder(&path)?;
@@ -174,7 +203,7 @@ impl Inner {
     fn put_batch(&self, objects: &[(ObjectKey, Bytes)]) -> Result<usize, StoreError> {
         if objects.len() < SYNCFS_FROM {
             return objects.iter().try_fold(0, |stored, (key, bytes)| {
-                Ok(stored + usize::from(self.put_if_absent(key, bytes)? == PutOutcome::Stored))
+                Ok(stored + usize::from(self.put_or_refresh(key, bytes)? == PutOutcome::Stored))
             });
         }
         let mut temps = Temps(Vec::new());
@@ -182,7 +211,7 @@ impl Inner {
         for (key, bytes) in objects {
             let path = self.path(key);
             folders.insert(self.ensure_folder(&path)?);
-            if !path.exists() {
+            if !self.refresh(key, bytes)? {
                 temps.0.push((self.write_temp(bytes)?.0, path));
             }
         }
@@ -191,6 +220,7 @@ impl Inner {
         }
         let mut stored = 0;
         for (temp, path) in &temps.0 {
+            // One that came meanwhile is as young as ours.
             stored += usize::from(name_new(temp, path)? == PutOutcome::Stored);
         }
         if folders.len() < SYNCFS_FROM {
@@ -241,6 +271,15 @@ impl Inner {
         Ok(true)
     }
 
+    fn stat(&self, key: ObjectKey) -> Result<Option<ObjectEntry>, StoreError> {
+        let path = self.path(&key);
+        match fs::metadata(&path).and_then(|meta| Ok((meta.len(), meta.modified()?))) {
+            Ok((len, modified)) => Ok(Some(ObjectEntry { key, len, modified })),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(failed("cannot stat", &path)(error)),
+        }
+    }
+
     fn list(&self, prefix: &str, after: &str, limit: usize) -> Result<Vec<ObjectEntry>, StoreError> {
         let mut found = Vec::new();
         self.list_folder(&self.root, "", &Selection { prefix, after, limit }, &mut found)?;
@@ -277,12 +316,8 @@ impl Inner {
                 && name.as_str() > select.after
                 && let Ok(key) = name.parse()
             {
-                match fs::metadata(self.root.join(&name)) {
-                    Ok(meta) => found.push(ObjectEntry { key, len: meta.len() }),
-                    // Deleted meanwhile.
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                    Err(error) => return Err(failed("cannot stat", &self.root.join(&name))(error)),
-                }
+                // Else deleted meanwhile.
+                found.extend(self.stat(key)?);
             }
         }
         Ok(())
@@ -334,6 +369,14 @@ fn name_new(temp: &Path, path: &Path) -> Result<PutOutcome, StoreError> {
     }
 }
 
+/// Sets a file's time stamps to now, by the clock of the file system (which on a shared one is not this host's).
+fn touch(path: &Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: `path` is a string that ends with a zero byte and lives during the call; no times mean now.
+    let rc = unsafe { libc::utimensat(libc::AT_FDCWD, path.as_ptr(), std::ptr::null(), 0) };
+    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 fn sync_folder(folder: &Path) -> Result<(), StoreError> {
     File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed("cannot sync folder", folder))
 }
@@ -360,6 +403,10 @@ impl ObjectStore for DirStore {
             let path = inner.path(&key);
             path.try_exists().map_err(failed("cannot stat", &path))
         }))
+    }
+
+    fn stat(&self, key: ObjectKey) -> StoreFuture<'_, Option<ObjectEntry>> {
+        Box::pin(self.blocking(move |inner| inner.stat(key)))
     }
 
     fn delete(&self, key: ObjectKey) -> StoreFuture<'_, bool> {

@@ -1,11 +1,12 @@
 //! An object store in memory, for tests: counts what was asked, can be told to fail.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, btree_map::Entry},
     sync::{
         Mutex,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
+    time::{Duration, SystemTime},
 };
 
 use bytes::Bytes;
@@ -18,6 +19,10 @@ pub(crate) struct MemStore {
     pub gets: AtomicUsize,
     pub puts: AtomicUsize,
     pub is_down: AtomicBool,
+    /// When each object was put or refreshed last.
+    pub stamps: Mutex<BTreeMap<ObjectKey, SystemTime>>,
+    /// The store's clock, in milliseconds; each put takes one.
+    pub clock_ms: AtomicU64,
 }
 
 impl MemStore {
@@ -27,6 +32,17 @@ impl MemStore {
         }
         Ok(())
     }
+
+    fn stamp(&self, key: &ObjectKey) {
+        let now = self.clock_ms.fetch_add(1, Ordering::SeqCst) + 1;
+        let now = SystemTime::UNIX_EPOCH + Duration::from_millis(now);
+        self.stamps.lock().unwrap().insert(key.clone(), now);
+    }
+
+    fn entry(&self, key: &ObjectKey, bytes: &Bytes) -> ObjectEntry {
+        let modified = self.stamps.lock().unwrap().get(key).copied().unwrap_or(SystemTime::UNIX_EPOCH);
+        ObjectEntry { key: key.clone(), len: bytes.len() as u64, modified }
+    }
 }
 
 impl ObjectStore for MemStore {
@@ -34,6 +50,7 @@ impl ObjectStore for MemStore {
         Box::pin(async move {
             self.up()?;
             self.puts.fetch_add(1, Ordering::SeqCst);
+            self.stamp(&key);
             self.objects.lock().unwrap().insert(key, bytes);
             Ok(())
         })
@@ -47,8 +64,33 @@ impl ObjectStore for MemStore {
                 return Ok(PutOutcome::AlreadyThere);
             }
             self.puts.fetch_add(1, Ordering::SeqCst);
+            self.stamp(&key);
             objects.insert(key, bytes);
             Ok(PutOutcome::Stored)
+        })
+    }
+
+    fn put_batch(&self, batch: Vec<(ObjectKey, Bytes)>) -> StoreFuture<'_, usize> {
+        Box::pin(async move {
+            self.up()?;
+            let mut stored = 0;
+            for (key, bytes) in batch {
+                self.stamp(&key);
+                let mut objects = self.objects.lock().unwrap();
+                if let Entry::Vacant(free) = objects.entry(key) {
+                    self.puts.fetch_add(1, Ordering::SeqCst);
+                    free.insert(bytes);
+                    stored += 1;
+                }
+            }
+            Ok(stored)
+        })
+    }
+
+    fn stat(&self, key: ObjectKey) -> StoreFuture<'_, Option<ObjectEntry>> {
+        Box::pin(async move {
+            self.up()?;
+            Ok(self.objects.lock().unwrap().get(&key).map(|bytes| self.entry(&key, bytes)))
         })
     }
 
@@ -87,7 +129,7 @@ impl ObjectStore for MemStore {
                 .iter()
                 .filter(|(k, _)| k.as_str().starts_with(prefix) && after.is_none_or(|after| k.as_str() > after))
                 .take(limit)
-                .map(|(key, bytes)| ObjectEntry { key: key.clone(), len: bytes.len() as u64 })
+                .map(|(key, bytes)| self.entry(key, bytes))
                 .collect())
         })
     }

@@ -4,7 +4,14 @@ mod dir;
 #[cfg(test)]
 pub(crate) mod mem;
 
-use std::{fmt, future::Future, io, pin::Pin, str::FromStr};
+use std::{
+    fmt,
+    future::Future,
+    io,
+    pin::Pin,
+    str::FromStr,
+    time::{Duration, SystemTime},
+};
 
 use bytes::Bytes;
 use supercloud_ids::ProjectId;
@@ -78,6 +85,19 @@ impl ObjectKey {
         format!("{project}/{path}").parse()
     }
 
+    /// The project that it belongs to.
+    #[must_use]
+    pub fn project(&self) -> Option<ProjectId> {
+        self.0.split('/').next()?.parse().ok()
+    }
+
+    /// The chunk that it is the place of, if it is one's.
+    #[must_use]
+    pub fn chunk_name(&self) -> Option<ChunkName> {
+        let name: ChunkName = self.0.rsplit('/').next()?.parse().ok()?;
+        (Self::chunk(self.project()?, &name) == *self).then_some(name)
+    }
+
     /// The text form.
     #[must_use]
     pub fn as_str(&self) -> &str {
@@ -141,6 +161,8 @@ pub struct ObjectEntry {
     pub key: ObjectKey,
     /// Its length in bytes.
     pub len: u64,
+    /// When it was put or refreshed last, by the store's own clock; see [`ObjectStore::stamp_slack`].
+    pub modified: SystemTime,
 }
 
 /// A place for objects. When a put is answered, the object survives a power cut of the store.
@@ -151,16 +173,9 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     /// Stores an object unless one of that name is there; of concurrent calls exactly one stores.
     fn put_if_absent(&self, key: ObjectKey, bytes: Bytes) -> StoreFuture<'_, PutOutcome>;
 
-    /// Stores several objects unless they are there, cheaper than one by one; returns how many were new.
-    fn put_batch(&self, objects: Vec<(ObjectKey, Bytes)>) -> StoreFuture<'_, usize> {
-        Box::pin(async move {
-            let mut stored = 0;
-            for (key, bytes) in objects {
-                stored += usize::from(self.put_if_absent(key, bytes).await? == PutOutcome::Stored);
-            }
-            Ok(stored)
-        })
-    }
+    /// Stores several objects unless they are there, cheaper than one by one; returns how many were new. Those that are
+    /// there are refreshed: as old as if they had been put now.
+    fn put_batch(&self, objects: Vec<(ObjectKey, Bytes)>) -> StoreFuture<'_, usize>;
 
     /// Reads an object of at most `cap` bytes.
     fn get(&self, key: ObjectKey, cap: usize) -> StoreFuture<'_, Bytes>;
@@ -168,11 +183,25 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     /// Whether an object is there.
     fn exists(&self, key: ObjectKey) -> StoreFuture<'_, bool>;
 
+    /// An object's entry, if it is there.
+    fn stat(&self, key: ObjectKey) -> StoreFuture<'_, Option<ObjectEntry>>;
+
     /// Deletes an object; false when there was none.
     fn delete(&self, key: ObjectKey) -> StoreFuture<'_, bool>;
 
     /// At most `limit` objects whose names start with `prefix` and come after `after`, in order of names.
     fn list<'a>(&'a self, prefix: &'a str, after: Option<&'a str>, limit: usize) -> StoreFuture<'a, Vec<ObjectEntry>>;
+
+    /// How much older than the moment of its last put or refresh an object can look. A sweep leaves alone what looks
+    /// younger than this.
+    fn stamp_slack(&self) -> Duration {
+        Duration::from_secs(1)
+    }
+
+    /// How long a deletion may still take effect after the process that asked for it has died.
+    fn delete_tail(&self) -> Duration {
+        Duration::ZERO
+    }
 }
 
 #[cfg(test)]

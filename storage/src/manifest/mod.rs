@@ -21,6 +21,7 @@ use crate::{
     chunk::{self, ChunkError},
     key::{ChunkKind, ChunkName, ContentRoot, DataKeys},
     source::{ChunkReader, ReadError},
+    sweep,
 };
 
 /// Block names per leaf: a leaf covers 256 MiB.
@@ -57,6 +58,9 @@ pub enum ManifestError {
         #[source]
         source: FormatError,
     },
+    /// A part of a manifest is damaged.
+    #[error("a part of a manifest is damaged")]
+    Damaged(#[source] ChunkError),
     /// A chunk could not be sealed.
     #[error("a part of the manifest cannot be sealed")]
     Seal(#[from] ChunkError),
@@ -159,12 +163,11 @@ impl Manifest {
         let keyed = |(name, sealed)| (ObjectKey::chunk(keys.project(), &name), sealed);
         let mut leaves = objects.into_iter().map(keyed).peekable();
         while leaves.peek().is_some() {
-            store.put_batch(leaves.by_ref().take(64).collect()).await?;
+            sweep::put_chunks(store, keys.project(), leaves.by_ref().take(64).collect()).await?;
         }
         // The root after all that it names: a root that is there is whole.
         if let Some(last) = last {
-            let (key, sealed) = keyed(last);
-            store.put_if_absent(key, sealed).await?;
+            sweep::put_chunks(store, keys.project(), vec![keyed(last)]).await?;
         }
         Ok(root)
     }
@@ -185,6 +188,28 @@ impl Manifest {
             manifest.leaves[index] = Some(Arc::new(leaf));
         }
         Ok(manifest)
+    }
+}
+
+/// The names in a part of a manifest (the leaves of a root, the data of a leaf), which is checked as when it is read.
+///
+/// # Errors
+/// [`ManifestError::Damaged`] when the chunk is not the one of this name, [`ManifestError::Format`] when it is no such part.
+pub fn names_of(
+    keys: &DataKeys,
+    kind: ChunkKind,
+    name: ChunkName,
+    sealed: &[u8],
+) -> Result<Vec<ChunkName>, ManifestError> {
+    let format = |source| ManifestError::Format { root: ContentRoot(name.0), chunk: name, source };
+    let plain = chunk::unseal(keys, kind, &name, sealed).map_err(ManifestError::Damaged)?;
+    match kind {
+        ChunkKind::Root => Ok(codec::decode_root(&plain).map_err(format)?.1.into_iter().flatten().collect()),
+        ChunkKind::Leaf => {
+            let leaf = codec::decode_leaf(&plain, LEAF_BLOCKS).map_err(format)?;
+            Ok(leaf.iter().flatten().copied().collect())
+        }
+        ChunkKind::Data => Ok(Vec::new()),
     }
 }
 

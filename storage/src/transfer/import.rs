@@ -25,7 +25,7 @@ use crate::{
     block_count, chunk, is_zero,
     key::{ChunkKind, ChunkName, ContentRoot, DataKeys},
     manifest::Manifest,
-    sparse,
+    sparse, sweep,
 };
 
 /// Blocks sealed by one worker at a time.
@@ -321,7 +321,7 @@ async fn import_raw(
             manifest.set(block, Some(name));
             objects.push((ObjectKey::chunk(keys.project(), &name), bytes));
         }
-        new_chunks += store.put_batch(objects).await? as u64;
+        new_chunks += sweep::put_chunks(&*store, keys.project(), objects).await? as u64;
         let done_bytes = (u64::from(next) * BLOCK_BYTES as u64).min(size_bytes);
         progress(Progress { phase: TransferPhase::Storing, done_bytes, total_bytes: size_bytes });
     }

@@ -25,6 +25,7 @@ use crate::{
     key::{ChunkKind, ChunkName, ContentRoot},
     manifest::Manifest,
     process::control::PublishStatus,
+    sweep,
 };
 
 const SIDE_NAME: &str = "snapshot";
@@ -120,7 +121,7 @@ impl Volume {
                 }
             }
             // Also those that exist: their durability is the store's answer to the put.
-            store.put_batch(objects).await?;
+            sweep::put_chunks(&**store, inner.keys.project(), objects).await?;
             progress(PublishStatus::Running { done_blocks, total_blocks });
         }
         let root = manifest.store(&inner.keys, &**store).await?;

@@ -1,0 +1,420 @@
+//! Sweeps, writers and crashes, interleaved by seeds over a store in memory with a clock of its own.
+
+use std::{
+    collections::BTreeSet,
+    sync::{Mutex, atomic::Ordering},
+};
+
+use rand::{Rng as _, SeedableRng as _, rngs::SmallRng};
+
+use super::*;
+use crate::{
+    BLOCK_BYTES,
+    backend::{StoreFuture, mem::MemStore},
+    chunk,
+    key::{DataKeys, ProjectKey},
+    manifest::{self, Manifest},
+};
+
+/// The controller: what lives, who writes.
+#[derive(Debug)]
+struct Records {
+    keys: Arc<DataKeys>,
+    store: Arc<Chaos>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    roots: BTreeMap<ContentRoot, bool>,
+    /// Operations that write, with the moment they began (the store's clock; the controller's differs by an offset only).
+    writers: BTreeMap<u64, u64>,
+    next: u64,
+    history: Vec<String>,
+}
+
+impl Authority for Records {
+    fn live<'a>(
+        &'a self,
+        _: ProjectId,
+        seen: Option<&'a Mark>,
+        holder: Option<&'a str>,
+    ) -> BoxFuture<'a, Result<Live, AuthorityError>> {
+        Box::pin(async move {
+            self.store.yield_some().await;
+            let live = {
+                let state = self.state.lock().unwrap();
+                if let Some(seen) = seen
+                    && usize::try_from(seen.seq).ok().and_then(|seq| state.history.get(seq)) != Some(&seen.hash)
+                {
+                    return Err(AuthorityError("these records are older than the last sweep".into()));
+                }
+                let now = self.store.mem.clock_ms.load(Ordering::SeqCst);
+                let oldest = state.writers.values().min();
+                let seq = state.history.len() - 1;
+                Live {
+                    roots: state.roots.clone(),
+                    oldest_writer: oldest.map(|began| Duration::from_millis(now - began)),
+                    mark: Mark { seq: seq as u64, hash: state.history[seq].clone() },
+                    is_holder_gone: holder.is_some_and(|holder| holder.starts_with("gone")),
+                }
+            };
+            self.store.yield_some().await;
+            Ok(live)
+        })
+    }
+
+    fn names(
+        &self,
+        _: ProjectId,
+        kind: ChunkKind,
+        name: ChunkName,
+        sealed: Option<Bytes>,
+    ) -> BoxFuture<'_, Result<Option<Vec<ChunkName>>, AuthorityError>> {
+        Box::pin(async move {
+            self.store.yield_some().await;
+            Ok(sealed.and_then(|sealed| manifest::names_of(&self.keys, kind, name, &sealed).ok()))
+        })
+    }
+}
+
+/// The store, in which every call takes its time, and which checks every deletion.
+#[derive(Debug)]
+struct Chaos {
+    mem: MemStore,
+    rng: Mutex<SmallRng>,
+    records: Mutex<std::sync::Weak<Records>>,
+}
+
+impl Chaos {
+    async fn yield_some(&self) {
+        let turns = {
+            let mut rng = self.rng.lock().unwrap();
+            if rng.random_bool(0.1) { rng.random_range(0..60) } else { rng.random_range(0..4) }
+        };
+        for _ in 0..turns {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    fn has(&self, project: ProjectId, name: &ChunkName) -> bool {
+        self.mem.objects.lock().unwrap().contains_key(&ObjectKey::chunk(project, name))
+    }
+}
+
+macro_rules! slowly {
+    ($self:ident, $call:expr) => {
+        Box::pin(async move {
+            $self.yield_some().await;
+            let done = $call.await;
+            $self.yield_some().await;
+            done
+        })
+    };
+}
+
+impl ObjectStore for Chaos {
+    fn put(&self, key: ObjectKey, bytes: Bytes) -> StoreFuture<'_, ()> {
+        slowly!(self, self.mem.put(key, bytes))
+    }
+    fn put_if_absent(&self, key: ObjectKey, bytes: Bytes) -> StoreFuture<'_, PutOutcome> {
+        slowly!(self, self.mem.put_if_absent(key, bytes))
+    }
+    fn put_batch(&self, objects: Vec<(ObjectKey, Bytes)>) -> StoreFuture<'_, usize> {
+        Box::pin(async move {
+            let mut stored = 0;
+            for object in objects {
+                self.yield_some().await;
+                stored += self.mem.put_batch(vec![object]).await?;
+            }
+            self.yield_some().await;
+            Ok(stored)
+        })
+    }
+    fn get(&self, key: ObjectKey, cap: usize) -> StoreFuture<'_, Bytes> {
+        slowly!(self, self.mem.get(key, cap))
+    }
+    fn exists(&self, key: ObjectKey) -> StoreFuture<'_, bool> {
+        slowly!(self, self.mem.exists(key))
+    }
+    fn stat(&self, key: ObjectKey) -> StoreFuture<'_, Option<ObjectEntry>> {
+        slowly!(self, self.mem.stat(key))
+    }
+    fn delete(&self, key: ObjectKey) -> StoreFuture<'_, bool> {
+        Box::pin(async move {
+            self.yield_some().await;
+            let chunk = key.chunk_name();
+            let done = self.mem.delete(key.clone()).await;
+            if let Some(name) = chunk {
+                let records = self.records.lock().unwrap().upgrade().unwrap();
+                let live: Vec<ContentRoot> = records.state.lock().unwrap().roots.keys().copied().collect();
+                for root in live {
+                    assert!(!reached(&records, root).contains(&name), "{name} of the live {root} was deleted");
+                }
+            }
+            self.yield_some().await;
+            done
+        })
+    }
+    fn list<'a>(&'a self, prefix: &'a str, after: Option<&'a str>, limit: usize) -> StoreFuture<'a, Vec<ObjectEntry>> {
+        slowly!(self, self.mem.list(prefix, after, limit))
+    }
+    fn stamp_slack(&self) -> Duration {
+        Duration::from_millis(1)
+    }
+}
+
+/// Every chunk of a root, read at one instant; panics when a part of the manifest is missing.
+fn reached(records: &Records, root: ContentRoot) -> BTreeSet<ChunkName> {
+    let objects = records.store.mem.objects.lock().unwrap();
+    let names = |kind, name: ChunkName| {
+        let sealed = objects.get(&ObjectKey::chunk(records.keys.project(), &name));
+        let sealed = sealed.unwrap_or_else(|| panic!("{name} of the live {root} is missing"));
+        manifest::names_of(&records.keys, kind, name, sealed).unwrap()
+    };
+    let mut reached = BTreeSet::from([root.as_chunk()]);
+    for leaf in names(ChunkKind::Root, root.as_chunk()) {
+        reached.insert(leaf);
+        reached.extend(names(ChunkKind::Leaf, leaf));
+    }
+    reached
+}
+
+fn records(seed: u64) -> Arc<Records> {
+    let keys = Arc::new(DataKeys::derive(ProjectId::generate(), &ProjectKey::from_bytes([7; 32])));
+    let rng = Mutex::new(SmallRng::seed_from_u64(seed));
+    let store = Arc::new(Chaos { mem: MemStore::default(), rng, records: Mutex::default() });
+    let state = Mutex::new(State { history: vec!["h0".into()], ..State::default() });
+    let records = Arc::new(Records { keys, store: store.clone(), state });
+    *store.records.lock().unwrap() = Arc::downgrade(&records);
+    records
+}
+
+/// Writes some of sixteen possible blocks as content, and makes it live; dropped half way: a crash.
+async fn write(records: &Records, blocks: Vec<u8>) {
+    let project = records.keys.project();
+    let writer = {
+        let mut state = records.state.lock().unwrap();
+        state.next += 1;
+        let writer = state.next;
+        state.writers.insert(writer, records.store.mem.clock_ms.load(Ordering::SeqCst));
+        writer
+    };
+    let mut manifest = Manifest::zeros(16 * BLOCK_BYTES as u64).unwrap();
+    for some in blocks.chunks(3) {
+        let mut objects = Vec::new();
+        for block in some {
+            let (name, sealed) = chunk::seal(&records.keys, ChunkKind::Data, &[*block + 1; 64]).unwrap();
+            manifest.set(u32::from(*block), Some(name));
+            objects.push((ObjectKey::chunk(project, &name), sealed));
+        }
+        put_chunks(&*records.store, project, objects).await.unwrap();
+        let long = records.store.rng.lock().unwrap().random_range(0..1500);
+        crash_after(long, std::future::pending::<()>()).await;
+    }
+    let root = manifest.store(&records.keys, &*records.store).await.unwrap();
+    records.store.yield_some().await;
+    {
+        let mut state = records.state.lock().unwrap();
+        state.writers.remove(&writer);
+        state.roots.insert(root, true);
+        let event = format!("h{}", state.history.len());
+        state.history.push(event);
+    }
+    // What has just become live is whole.
+    for name in reached(records, root) {
+        assert!(records.store.has(project, &name), "{name} of {root} is missing at its commit");
+    }
+}
+
+fn options(holder: &str, grace_ms: u64) -> SweepOptions {
+    SweepOptions { holder: holder.into(), grace: Duration::from_millis(grace_ms), pause: Duration::ZERO }
+}
+
+async fn sweep(records: &Records, holder: &str, grace_ms: u64) -> Result<Swept, SweepError> {
+    let store: Arc<dyn ObjectStore> = records.store.clone();
+    let never = CancellationToken::new();
+    sweep_project(&store, records.keys.project(), records, &options(holder, grace_ms), &never).await
+}
+
+/// One interleaving; gives the chunks that were freed.
+async fn interleave(seed: u64) -> u64 {
+    let mut rng = SmallRng::seed_from_u64(seed);
+    let records = records(seed ^ 0x5eed);
+    let mut freed = 0;
+    let mut writers = tokio::task::JoinSet::new();
+    for _ in 0..rng.random_range(6..16) {
+        for _ in 0..rng.random_range(1..4) {
+            let blocks: BTreeSet<u8> = (0..rng.random_range(1..8)).map(|_| rng.random_range(0..16)).collect();
+            let (records, turns) = (records.clone(), rng.random_bool(0.2).then(|| rng.random_range(0..4000)));
+            // Some begin when the sweep is at its deletions.
+            let late = rng.random_range(0..4000);
+            writers.spawn(async move {
+                crash_after(late, std::future::pending::<()>()).await;
+                let write = write(&records, blocks.into_iter().collect());
+                match turns {
+                    None => write.await,
+                    Some(turns) => crash_after(turns, write).await.unwrap_or(()),
+                }
+            });
+        }
+        if rng.random_bool(0.7) {
+            // What was deleted by users meanwhile.
+            let mut state = records.state.lock().unwrap();
+            let share = rng.random_range(0.0..1.0);
+            state.roots.retain(|_, _| rng.random_bool(share));
+        }
+        if rng.random_bool(0.3) {
+            // The operations of writers that died have been given up, but those of the living go on.
+            freed += settle(&records, &mut writers).await;
+            records.state.lock().unwrap().writers.clear();
+        }
+        if rng.random_bool(0.5) {
+            records.store.mem.clock_ms.fetch_add(20, Ordering::SeqCst);
+        }
+        let swept = match rng.random_range(0..4u8) {
+            0 => crash_after(rng.random_range(0..4000), sweep(&records, "a", 0)).await,
+            1 => crash_after(rng.random_range(0..4000), sweep(&records, "gone-b", 3)).await,
+            _ => Some(sweep(&records, "a", 0).await),
+        };
+        match swept {
+            Some(Ok(swept)) => freed += swept.freed_chunks,
+            // One that died holds it, and may come back for all that the other knows.
+            Some(Err(SweepError::Held { .. })) => {}
+            Some(Err(error)) => panic!("seed {seed}: {error}"),
+            None => {}
+        }
+        records.store.mem.clock_ms.fetch_add(rng.random_range(0..20), Ordering::SeqCst);
+    }
+    freed += settle(&records, &mut writers).await;
+    records.state.lock().unwrap().writers.clear();
+    records.store.mem.clock_ms.fetch_add(10, Ordering::SeqCst);
+    freed += sweep(&records, "a", 0).await.unwrap().freed_chunks;
+    let project = records.keys.project();
+    let live: Vec<ContentRoot> = records.state.lock().unwrap().roots.keys().copied().collect();
+    let needed: BTreeSet<ChunkName> = live.iter().flat_map(|root| reached(&records, *root)).collect();
+    let there: BTreeSet<ChunkName> =
+        records.store.mem.objects.lock().unwrap().keys().filter_map(ObjectKey::chunk_name).collect();
+    assert_eq!(there, needed, "seed {seed}: what is left is what is needed");
+    assert!(!is_sweeping(&*records.store, project).await.unwrap());
+    freed
+}
+
+/// Waits for the writers. A sweep that died may hold what they write: another one ends it.
+async fn settle(records: &Records, writers: &mut tokio::task::JoinSet<()>) -> u64 {
+    let mut freed = 0;
+    while !writers.is_empty() {
+        match tokio::time::timeout(Duration::from_secs(1), writers.join_next()).await {
+            Ok(ended) => ended.unwrap().unwrap(),
+            Err(_) => freed += sweep(records, "a", 0).await.unwrap().freed_chunks,
+        }
+    }
+    freed
+}
+
+/// Runs `work`; drops it when it has had so many turns.
+async fn crash_after<T>(turns: u32, work: impl Future<Output = T>) -> Option<T> {
+    let bomb = async {
+        for _ in 0..turns {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::select! {
+        biased;
+        done = work => Some(done),
+        () = bomb => None,
+    }
+}
+
+#[test]
+fn no_interleaving_of_writers_sweeps_and_crashes_takes_what_is_needed() {
+    let seeds = if std::env::var_os("SUPERCLOUD_SOAK").is_some() { 2000 } else { 40 };
+    let mut freed = 0;
+    for seed in 0..seeds {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+        println!("seed {seed}");
+        freed += runtime.block_on(interleave(seed));
+    }
+    println!("{seeds} interleavings, {freed} chunks freed");
+    assert!(freed > seeds, "the sweeps did something: {freed}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn young_chunks_and_those_of_a_long_operation_stay() {
+    let records = records(1);
+    write(&records, vec![1, 2, 3]).await;
+    records.state.lock().unwrap().roots.clear();
+    let spared = sweep(&records, "a", 1_000_000).await.unwrap();
+    assert_eq!((spared.freed_chunks, spared.young_chunks), (0, 5));
+    records.state.lock().unwrap().writers.insert(9, 0);
+    records.store.mem.clock_ms.fetch_add(1000, Ordering::SeqCst);
+    assert_eq!(sweep(&records, "a", 1).await.unwrap().freed_chunks, 0);
+    records.state.lock().unwrap().writers.clear();
+    let swept = sweep(&records, "a", 1).await.unwrap();
+    assert_eq!((swept.freed_chunks, swept.young_chunks, swept.seen_chunks), (5, 0, 5));
+    assert!(swept.freed_bytes > 0);
+    assert_eq!(projects(&*records.store).await.unwrap(), [records.keys.project()]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn records_older_than_the_last_sweep_are_not_believed() {
+    let records = records(2);
+    write(&records, vec![1]).await;
+    sweep(&records, "a", 0).await.unwrap();
+    {
+        // The backup knew nothing of it; things have gone on differently since.
+        let mut state = records.state.lock().unwrap();
+        state.roots.clear();
+        state.history = vec!["h0".into(), "other".into(), "other2".into()];
+    }
+    records.store.mem.clock_ms.fetch_add(1000, Ordering::SeqCst);
+    let error = sweep(&records, "a", 0).await.unwrap_err();
+    assert!(matches!(error, SweepError::Authority(_)), "{error}");
+    assert_eq!(records.store.mem.objects.lock().unwrap().keys().filter_map(ObjectKey::chunk_name).count(), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn anothers_intent_is_left_alone_until_its_holder_is_gone() {
+    let records = records(3);
+    write(&records, vec![1]).await;
+    let project = records.keys.project();
+    let names: Vec<ChunkName> =
+        records.store.mem.objects.lock().unwrap().keys().filter_map(ObjectKey::chunk_name).collect();
+    let intent = |holder: &str| Intent::new(holder, &names).to_bytes();
+    records.store.put(sweep_key(project, "intent"), intent("b")).await.unwrap();
+    let error = sweep(&records, "a", 0).await.unwrap_err();
+    assert!(matches!(&error, SweepError::Held { holder } if holder == "b"), "{error}");
+    // Who writes what it names waits, and then is told by whom it is held up; others write on.
+    let (name, sealed) = chunk::seal(&records.keys, ChunkKind::Data, b"new").unwrap();
+    put_chunks(&*records.store, project, vec![(ObjectKey::chunk(project, &name), sealed.clone())]).await.unwrap();
+    let held = put_chunks(&*records.store, project, vec![(ObjectKey::chunk(project, &names[0]), sealed)]).await;
+    assert!(held.unwrap_err().to_string().contains("sweep of b"));
+    records.store.put(sweep_key(project, "intent"), intent("gone-b")).await.unwrap();
+    sweep(&records, "a", 0).await.unwrap();
+    records.store.put(sweep_key(project, "intent"), Bytes::from_static(b"{}")).await.unwrap();
+    assert!(matches!(sweep(&records, "a", 0).await.unwrap_err(), SweepError::Store(StoreError::Io { .. })));
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_goes_while_a_manifest_that_must_be_here_cannot_be_read() {
+    let records = records(4);
+    write(&records, vec![1, 2]).await;
+    write(&records, vec![3]).await;
+    let roots: Vec<ContentRoot> = records.state.lock().unwrap().roots.keys().copied().collect();
+    let leaf = reached(&records, roots[0]).into_iter().find(|name| {
+        let sealed = &records.store.mem.objects.lock().unwrap()[&ObjectKey::chunk(records.keys.project(), name)];
+        manifest::names_of(&records.keys, ChunkKind::Leaf, *name, sealed).is_ok()
+    });
+    let key = ObjectKey::chunk(records.keys.project(), &leaf.unwrap());
+    let sealed = records.store.mem.objects.lock().unwrap().remove(&key).unwrap();
+    let other = reached(&records, roots[1]).len() as u64;
+    records.state.lock().unwrap().roots.remove(&roots[1]);
+    records.store.mem.clock_ms.fetch_add(1000, Ordering::SeqCst);
+    let error = sweep(&records, "a", 0).await.unwrap_err();
+    assert!(matches!(&error, SweepError::Manifest { root, .. } if *root == roots[0]), "{error}");
+    records.store.mem.objects.lock().unwrap().insert(key, sealed);
+    assert_eq!(sweep(&records, "a", 0).await.unwrap().freed_chunks, other);
+    // Of what is at home elsewhere a store may have anything or nothing.
+    records.state.lock().unwrap().roots.insert(ContentRoot([9; 32]), false);
+    sweep(&records, "a", 0).await.unwrap();
+}
