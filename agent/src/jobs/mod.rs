@@ -116,6 +116,11 @@ impl JobError {
             Self::Chunk(source) => unread(source),
             Self::Content { source, .. } => of_content(source),
             Self::Plane(_) | Self::Lost | Self::Deadline(_) => Code::HostUnavailable,
+            // A process of this host failed or went away; it is started again, and the next attempt may well succeed.
+            Self::Backend(BackendError::Failed { .. } | BackendError::Away { .. } | BackendError::Deadline { .. })
+            | Self::Volumes(_)
+            | Self::Volume { .. }
+            | Self::Port(_) => Code::HostUnavailable,
             _ => Code::Internal,
         };
         Problem::new(code, crate::chain(self))
@@ -261,5 +266,14 @@ mod tests {
         };
         assert_eq!(code(ReadError::Damaged(ChunkError::Tag { name })), Code::BadContent);
         assert_eq!(code(ReadError::NoSource { name }), Code::HostUnavailable);
+    }
+
+    #[test]
+    fn a_process_that_went_away_is_no_fault_of_ours_and_worth_another_attempt() {
+        let failed = BackendError::Failed { what: "freeze a guest", detail: "its disk is gone".into() };
+        let problem = JobError::from(failed).problem();
+        assert!(problem.code == Code::HostUnavailable && problem.retryable, "{problem:?}");
+        let foreign = BackendError::Foreign { what: "the cookie", detail: "?".into() };
+        assert_eq!(JobError::from(foreign).problem().code, Code::Internal);
     }
 }
