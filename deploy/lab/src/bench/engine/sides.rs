@@ -190,7 +190,8 @@ pub fn qemu(folder: &Path, work: &Work) -> anyhow::Result<Moved> {
         if let Some(incoming) = incoming {
             command.arg("-incoming").arg(format!("unix:{}", incoming.display()));
         }
-        let child = command.stdin(Stdio::null()).spawn().context("starting qemu-system-x86_64")?;
+        let child =
+            command.stdin(Stdio::null()).stderr(Stdio::null()).spawn().context("starting qemu-system-x86_64")?;
         let child = Process(child);
         let ticks = Ticks::listen(accept(&on_serial)?)?;
         Ok((child, accept(&on_qmp)?, ticks))
@@ -202,14 +203,14 @@ pub fn qemu(folder: &Path, work: &Work) -> anyhow::Result<Moved> {
     let (_far, far_qmp, there) = start("there", Some(&enter))?;
     let (source, qmp, here) = start("here", None)?;
     let (mut far_qmp, mut qmp) = (Qmp::greet(far_qmp)?, Qmp::greet(qmp)?);
-    qmp.run("migrate-set-parameters", json!({"downtime-limit": MAX_DOWNTIME_MS}))?;
+    qmp.run("migrate-set-parameters", &json!({"downtime-limit": MAX_DOWNTIME_MS}))?;
     here.await_count(40)?;
     let asked = Instant::now();
-    qmp.run("migrate", json!({"uri": format!("unix:{}", leave.display())}))?;
+    qmp.run("migrate", &json!({"uri": format!("unix:{}", leave.display())}))?;
     let relay = Relay::start(accept(&on_leave)?, UnixStream::connect(&enter)?, work.link)?;
     there.await_count(20)?;
     let moved = judge(work, asked, &here, &there, relay.bytes())?;
-    far_qmp.run("query-status", json!({}))?;
+    far_qmp.run("query-status", &json!({}))?;
     drop(source);
     relay.join();
     Ok(moved)
@@ -272,11 +273,11 @@ impl Qmp {
     fn greet(stream: UnixStream) -> anyhow::Result<Self> {
         let mut qmp = Self(Lines::new(stream)?);
         qmp.0.next().context("QEMU's greeting")?;
-        qmp.run("qmp_capabilities", json!({}))?;
+        qmp.run("qmp_capabilities", &json!({}))?;
         Ok(qmp)
     }
 
-    fn run(&mut self, what: &str, arguments: Value) -> anyhow::Result<()> {
+    fn run(&mut self, what: &str, arguments: &Value) -> anyhow::Result<()> {
         self.0.say(&json!({"execute": what, "arguments": arguments}))?;
         loop {
             let line = self.0.next()?;
