@@ -105,7 +105,8 @@ impl Work {
             match result {
                 Ok(true) => {
                     left -= 1;
-                    self.tell(left);
+                    // "Nothing is missing" lets the other cloud go for good: only a look into the store may say that.
+                    self.tell(left.max(1));
                 }
                 Ok(false) => {}
                 Err(full) => return Err(full),

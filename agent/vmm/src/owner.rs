@@ -20,6 +20,7 @@ use supercloud_blanket::{
         boot::BootFiles,
         legacy::{SerialPort, Sink},
         travel as stream,
+        travel::TravelError,
         virtio::{self, Device, block::RawFile},
     },
 };
@@ -264,7 +265,7 @@ impl Owner<'_> {
     }
 
     fn send(&mut self, request: &Request) -> anyhow::Result<()> {
-        let stream = self.held.stream.as_ref().context("there is no stream")?;
+        let stream = self.held.stream.as_ref().context("there is no stream, or it broke")?;
         let stream = stream.try_clone().context("copying a descriptor")?;
         let machine = self.machine.take().context("there is no machine")?;
         let was_running = self.state == State::Running;
@@ -296,6 +297,10 @@ impl Owner<'_> {
                 Line { event: Some(Event::Sent), progress, ..Line::default() }
             }
             Err(error) => {
+                // A frame may have been cut off: what comes next would not be understood.
+                if !matches!(error, TravelError::Cancelled | TravelError::NoConvergence(_) | TravelError::Machine(_)) {
+                    self.held.stream = None;
+                }
                 // Also when it was paused already: nobody else has all of it.
                 if was_running && self.missed.is_none() {
                     self.resume();

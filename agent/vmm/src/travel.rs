@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     ops::ControlFlow,
+    os::{fd::OwnedFd, unix::net::UnixStream},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -22,6 +23,9 @@ use crate::{
     control::{Progress, Request},
     owner::Input,
 };
+
+/// A stream that takes nothing for so long is given up: the guest may be standing still.
+const STALL: Duration = Duration::from_secs(10);
 
 /// How often a client hears how far it is.
 const TELL_EVERY: Duration = Duration::from_millis(200);
@@ -61,6 +65,8 @@ impl Sending {
             max_bytes_per_s: request.max_bytes_per_s,
             ..usual
         };
+        let stream = UnixStream::from(OwnedFd::from(stream));
+        stream.set_write_timeout(Some(STALL)).context("bounding the stream's patience")?;
         let is_cancelled = Arc::new(AtomicBool::new(false));
         let cancelled = Arc::clone(&is_cancelled);
         let work = move || {

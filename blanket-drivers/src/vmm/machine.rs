@@ -154,7 +154,14 @@ impl Machine {
         let none = Vcpus::start(Vec::new(), &self.body.buses, &self.body.outcomes)?;
         let fds = std::mem::replace(&mut self.vcpus, none).end()?;
         let saved = self.body.save(&fds);
-        self.vcpus = Vcpus::start(fds, &self.body.buses, &self.body.outcomes)?;
+        match Vcpus::start(fds, &self.body.buses, &self.body.outcomes) {
+            Ok(vcpus) => self.vcpus = vcpus,
+            Err(error) => {
+                // Its processors are gone, and nobody shall think that it can be resumed.
+                self.body.outcomes.tell(Outcome::Broken { reason: error.to_string() });
+                return Err(error);
+            }
+        }
         saved
     }
 

@@ -26,7 +26,9 @@ pub struct LiveHost {
 struct Base {
     epoch: Epoch,
     missing_bytes: u64,
-    /// When less of it was missing than before, or it was first told of.
+    /// The least that was ever missing at this epoch: what is read and cannot be kept is missing again.
+    least_bytes: u64,
+    /// When less of it was missing than ever before, or it was first told of.
     got_on: Instant,
 }
 
@@ -72,8 +74,10 @@ impl LiveHosts {
         let mut live = self.0.write().unwrap_or_else(PoisonError::into_inner);
         let before = live.bases.remove(&host).unwrap_or_default();
         let bases = told.into_iter().map(|(guest, epoch, missing_bytes)| {
-            let stood = before.get(&guest).filter(|base| base.epoch == epoch && base.missing_bytes <= missing_bytes);
-            (guest, Base { epoch, missing_bytes, got_on: stood.map_or(now, |base| base.got_on) })
+            let known = before.get(&guest).filter(|base| base.epoch == epoch);
+            let least_bytes = known.map_or(missing_bytes, |base| base.least_bytes.min(missing_bytes));
+            let stood = known.filter(|base| base.least_bytes <= missing_bytes);
+            (guest, Base { epoch, missing_bytes, least_bytes, got_on: stood.map_or(now, |base| base.got_on) })
         });
         let bases = bases.collect();
         live.bases.insert(host, bases);
@@ -115,7 +119,8 @@ mod tests {
         assert_eq!(tell(300, 1, 500), None, "not for longer than that");
         assert_eq!(tell(301, 1, 500), Some(500));
         assert_eq!(tell(302, 1, 499), None, "it gets on");
-        assert_eq!(tell(603, 1, 600), Some(600), "more is missing: that is not getting on");
+        assert_eq!(tell(400, 1, 600), None);
+        assert_eq!(tell(603, 1, 500), Some(500), "there was less: up and down is not getting on");
         assert_eq!(tell(604, 2, 600), None, "the guest came anew");
         assert_eq!(tell(1000, 2, 0), None, "all is there");
     }

@@ -17,6 +17,10 @@ const TSC_DEADLINE: u32 = 0x6e0;
 /// The local APIC's base: part of the system registers, and to be set with them.
 const APIC_BASE: u32 = 0x1b;
 
+/// Memory types: firmware sets them, guests may, and KVM does not list them.
+const MEMORY_TYPES: [std::ops::RangeInclusive<u32>; 6] =
+    [0x200..=0x20f, 0x250..=0x250, 0x258..=0x259, 0x268..=0x26f, 0x277..=0x277, 0x2ff..=0x2ff];
+
 /// Everything that a guest can see of a vCPU. Structures are KVM's own (Documentation/virt/kvm/api.rst), as bytes.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -71,7 +75,9 @@ pub fn save(kvm: &Kvm, vcpu: &VcpuFd, cpuid: Vec<kvm_cpuid_entry2>) -> Result<Vc
 fn read_msrs(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<kvm_msr_entry>, VmmError> {
     let list = kvm.get_msr_index_list().map_err(kvm_error("list the model specific registers"))?;
     let mut wanted: Vec<u32> = list.as_slice().iter().copied().filter(|index| *index != APIC_BASE).collect();
+    wanted.extend(MEMORY_TYPES.into_iter().flatten());
     wanted.sort_unstable_by_key(|index| (*index == TSC_DEADLINE, *index));
+    wanted.dedup();
     let mut entries: Vec<_> =
         wanted.into_iter().map(|index| kvm_msr_entry { index, ..kvm_msr_entry::default() }).collect();
     let mut found = Vec::with_capacity(entries.len());

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::vmm::memory::PAGE_BYTES;
+
 /// What a move may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
@@ -26,7 +28,8 @@ pub struct Seen {
     pub rounds: u32,
     /// Pages that were written since the last round began.
     pub dirty_pages: u64,
-    /// Pages of the last round, what they took on the wire in bytes, and how long that lasted in microseconds.
+    /// Pages of the last round that were not all zeros, what the round took on the wire in bytes, and how long that lasted in
+    /// microseconds.
     pub sent_pages: u64,
     /// See `sent_pages`.
     pub sent_bytes: u64,
@@ -73,7 +76,11 @@ pub enum Next {
 /// round, and the state.
 #[must_use]
 pub fn predicted_downtime_ms(seen: &Seen) -> u64 {
-    let per_page = u128::from(seen.sent_bytes).div_ceil(u128::from(seen.sent_pages.max(1)));
+    // Nothing but zeros so far: what comes may be anything.
+    let per_page = match seen.sent_pages {
+        0 => u128::from(PAGE_BYTES),
+        pages => u128::from(seen.sent_bytes).div_ceil(u128::from(pages)),
+    };
     let bytes = u128::from(seen.dirty_pages) * per_page + u128::from(seen.state_bytes);
     let us = bytes.saturating_mul(seen.took_us.max(1).into()) / u128::from(seen.sent_bytes.max(1));
     u64::try_from(us.div_ceil(1000)).unwrap_or(u64::MAX)
