@@ -170,6 +170,8 @@ async fn a_volume_process_has_no_rights_and_serves_qemu_alone() {
     let client = home.client();
     client.seal(Epoch(1)).await.unwrap();
     client.publish(|_, _| {}).await.unwrap();
+    // What is there already is made young again.
+    client.publish(|_, _| {}).await.unwrap();
     let stored = as_user(VOLUME, {
         let store = world.store();
         move || std::fs::read_dir(store).unwrap().count()

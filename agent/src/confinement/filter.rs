@@ -64,6 +64,7 @@ const PLAIN: &[libc::c_long] = &[
     libc::SYS_fchmod,
     libc::SYS_fchmodat,
     libc::SYS_fchownat,
+    libc::SYS_utimensat,
     libc::SYS_copy_file_range,
     libc::SYS_getcwd,
     libc::SYS_umask,
