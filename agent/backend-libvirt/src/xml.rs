@@ -103,6 +103,29 @@ pub(crate) fn render(launch: &Launch, mark: &Mark) -> String {
     x
 }
 
+/// The text with as much current memory as a saved guest's own XML tells: libvirt refuses to thaw it with another number, and
+/// a daemon that was restarted while the guest ran has asked QEMU, which has 8 KiB less than was asked for (see
+/// `TCG_MEMORY_LESS_BYTES`). Only that number is taken from there.
+pub(crate) fn with_current_memory(text: String, saved: &str) -> String {
+    const OPEN: &str = "<currentMemory";
+    let element = |xml: &str| {
+        let at = xml.find(OPEN)?;
+        let value = at + xml[at..].find('>')? + 1;
+        let end = value + xml[value..].find("</currentMemory>")?;
+        Some((at, value, end))
+    };
+    let number = element(saved).and_then(|(at, value, end)| {
+        let is_kib = saved[at..value].contains("unit='KiB'");
+        saved[value..end].parse::<u64>().ok().filter(|_| is_kib)
+    });
+    match (number, element(&text)) {
+        (Some(kib), Some((at, _, end))) => {
+            format!("{}<currentMemory unit='KiB'>{kib}{}", &text[..at], &text[end..])
+        }
+        _ => text,
+    }
+}
+
 fn render_into(x: &mut String, launch: &Launch, mark: &Mark, kind: &str) -> std::fmt::Result {
     let spec = &launch.spec;
     let devices = &spec.devices;

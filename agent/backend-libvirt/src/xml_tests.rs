@@ -216,3 +216,24 @@ fn no_text_breaks_out_of_its_place() {
     }
     assert!(passed > 100, "only {passed} passed the checks");
 }
+
+#[test]
+fn a_thawed_guest_has_the_memory_that_it_was_frozen_with() {
+    let launch = launch();
+    let mark = Mark { guest: launch.guest, epoch: Epoch(3), role: Role::Arrived };
+    let text = render(&launch, &mark);
+    let said = |saved: &str| {
+        let text = with_current_memory(text.clone(), saved);
+        let (_, rest) = text.split_once("<currentMemory").unwrap();
+        let (element, rest) = rest.split_once("</currentMemory>").unwrap();
+        assert!(!rest.contains("currentMemory") && rest.ends_with("</domain>\n"));
+        element.to_owned()
+    };
+    let usual = format!(" unit='bytes'>{}", launch.spec.memory_bytes);
+    assert_eq!(said("<domain><currentMemory unit='KiB'>131064</currentMemory></domain>"), " unit='KiB'>131064");
+    for strange in
+        ["", "<currentMemory", "<currentMemory unit='KiB'>x</currentMemory>", "<currentMemory>5</currentMemory>"]
+    {
+        assert_eq!(said(strange), usual, "{strange}");
+    }
+}
