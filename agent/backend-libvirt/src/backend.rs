@@ -324,7 +324,7 @@ impl LibvirtBackend {
             self.config.process_budget + Duration::from_secs(30).saturating_mul(u32::try_from(gib).unwrap_or(1024));
         self.connection
             .call("thaw a guest", budget, move |at| {
-                let text = xml::with_current_memory(text, &at.save_image_get_xml_desc(&path, 0)?);
+                let text = xml::with_current_memory(text, &at.save_image_xml_desc(&path, 0)?);
                 ffi::restore(at, &path, &text, sys::VIR_DOMAIN_SAVE_PAUSED)
             })
             .await?;
