@@ -79,23 +79,41 @@ fn open(since: Stamp) -> Vec<TenancySpan> {
     vec![TenancySpan { since, to_ms: None }]
 }
 
-/// A host begins to cost something: there is a machine for a renting.
+fn market_of(renting: &Renting) -> MarketName {
+    MarketName {
+        cloud: renting.cloud_name.clone(),
+        instance_type: renting.instance_type.clone(),
+        tenure: renting.tenure,
+    }
+}
+
+/// A host begins to cost something: there is a machine for a renting. Its agent may have joined before this was known (the launch's
+/// answer was lost): then it costs since it joined, also when it was removed meanwhile.
 async fn rented(state: &State, renting: &Renting, change: &mut Change) -> Result<(), StateError> {
-    if state.read::<TenancyRecord>(&renting.host).await?.is_none() {
+    let now = state.book().now();
+    let Some(before) = state.read::<TenancyRecord>(&renting.host).await? else {
         change.create(&TenancyRecord {
             host: renting.host,
             host_name: renting.host_name.clone(),
             cloud: renting.cloud,
             cloud_name: renting.cloud_name.clone(),
             renting: Some(renting.id),
-            market: Some(MarketName {
-                cloud: renting.cloud_name.clone(),
-                instance_type: renting.instance_type.clone(),
-                tenure: renting.tenure,
-            }),
-            spans: open(state.book().now()),
+            market: Some(market_of(renting)),
+            spans: open(now),
             sizes: Vec::new(),
         });
+        return Ok(());
+    };
+    let mut after =
+        TenancyRecord { renting: Some(renting.id), market: Some(market_of(renting)), ..before.value.clone() };
+    if after.spans.iter().all(|span| span.to_ms.is_some()) {
+        match after.spans.last_mut() {
+            Some(last) if last.since.clock == now.clock => last.to_ms = None,
+            _ => after.spans.extend(open(now)),
+        }
+    }
+    if after != before.value {
+        change.update(&before, &after);
     }
     Ok(())
 }
@@ -111,7 +129,7 @@ pub async fn keep_renting(
     change: &mut Change,
 ) -> Result<(), StateError> {
     if now.state == RentingState::Ended {
-        return ended(state, now.host, change).await;
+        return ended(state, now.host, Some(now), change).await;
     }
     match (before.launched_at_ms, now.launched_at_ms) {
         (None, Some(_)) => rented(state, now, change).await,
@@ -155,14 +173,18 @@ pub async fn keep_host(state: &State, host: &Host, change: &mut Change) -> Resul
 /// When the store does not answer.
 pub async fn host_removed(state: &State, host: HostId, change: &mut Change) -> Result<(), StateError> {
     match state.read::<TenancyRecord>(&host).await? {
-        Some(found) if found.renting.is_none() => ended(state, host, change).await,
+        Some(found) if found.renting.is_none() => ended(state, host, None, change).await,
         _ => Ok(()),
     }
 }
 
-async fn ended(state: &State, host: HostId, change: &mut Change) -> Result<(), StateError> {
+async fn ended(state: &State, host: HostId, renting: Option<&Renting>, change: &mut Change) -> Result<(), StateError> {
     let Some(before) = state.read::<TenancyRecord>(&host).await? else { return Ok(()) };
     let mut after = before.value.clone();
+    if let (None, Some(renting)) = (after.renting, renting) {
+        // It joined, and was gone before its launch was known.
+        (after.renting, after.market) = (Some(renting.id), Some(market_of(renting)));
+    }
     end_spans(&mut after, state.book().now());
     if after != before.value {
         change.update(&before, &after);

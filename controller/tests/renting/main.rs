@@ -17,7 +17,7 @@ use supercloud_api::{
 use supercloud_controller::{
     auth::secret_sha256,
     keys::Keys,
-    ledger::TenancyRecord,
+    ledger::{TenancyRecord, host_removed, keep_host},
     renting::{Pace, Place, PlaceParts, Providers, machine, machine::Limits, secret_purpose},
     state::{Change, Context, HostRecord, JoinRecord, OperationRecord, RentingRecord, State, Work, retry_conflicts},
 };
@@ -92,6 +92,14 @@ impl World {
         store.close().await;
     }
 
+    /// The store lies open, and nobody works on it.
+    async fn start_idle(&mut self) {
+        let path = self.folder.path().join("state");
+        let store = Arc::new(SledStore::open(path, SledOptions::default()).await.unwrap());
+        let state = State::open(Arc::clone(&store) as Arc<dyn Store>).await.unwrap();
+        self.running = Some((state, store, tokio::spawn(async {})));
+    }
+
     /// As REST writes it.
     async fn rent(&self, name: &str, instance_type: &str) -> RentingId {
         let (id, host) = (RentingId::generate(), HostId::generate());
@@ -156,6 +164,7 @@ impl World {
             created_at_ms: 0,
         };
         let mut change = Change::new();
+        keep_host(self.state(), &host, &mut change).await.unwrap();
         change.create_named(&HostRecord { host, is_cordoned: false, is_removed: false });
         self.state().commit(&Context::system(), change).await.unwrap();
     }
@@ -229,6 +238,40 @@ async fn killed_between_the_launch_and_its_note_it_finds_the_machine_again() {
 }
 
 #[tokio::test]
+async fn an_agent_that_joins_before_its_launch_is_known_is_priced_as_what_was_rented() {
+    for is_removed in [false, true] {
+        let mut world = World::new().await;
+        world.bazaar.lock().stuck = Some(Stuck::After);
+        let id = world.rent("h", "m").await;
+        world.until("the launch has happened", || world.bazaar.lock().is_caught).await;
+        world.kill().await;
+        world.bazaar.lock().stuck = None;
+        world.start_idle().await;
+        world.join(id).await;
+        let host = world.renting(id).await.host;
+        let joined = world.state().need::<TenancyRecord>(&host).await.unwrap().value;
+        assert_eq!((joined.renting, &joined.market), (None, &None));
+        if is_removed {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+            let mut change = Change::new();
+            host_removed(world.state(), host, &mut change).await.unwrap();
+            world.state().commit(&Context::system(), change).await.unwrap();
+        }
+        world.kill().await;
+        world.start().await;
+        world.reaches(id, RentingState::Up).await;
+        let tenancy = world.state().need::<TenancyRecord>(&host).await.unwrap().value;
+        assert_eq!((tenancy.renting, tenancy.market.unwrap().name().as_str()), (Some(id), "c/m/spot"));
+        assert_eq!(tenancy.spans, joined.spans, "it costs since it joined, and on and on");
+        assert_eq!(tenancy.sizes, joined.sizes);
+        // Who removes the host does not end what the machine costs.
+        let mut change = Change::new();
+        host_removed(world.state(), host, &mut change).await.unwrap();
+        assert!(change.is_empty());
+    }
+}
+
+#[tokio::test]
 async fn given_up_while_nobody_knows_what_came_of_the_launch_it_leaves_nothing() {
     for (stuck, lag_ms) in [(Stuck::Before, 0), (Stuck::After, 0), (Stuck::After, 100), (Stuck::After, 900)] {
         let mut world = World::new().await;
@@ -239,11 +282,7 @@ async fn given_up_while_nobody_knows_what_came_of_the_launch_it_leaves_nothing()
         world.kill().await;
         world.bazaar.lock().stuck = None;
         // The wish lies in the store before the controller starts again.
-        let path = world.folder.path().join("state");
-        let store = Arc::new(SledStore::open(path, SledOptions::default()).await.unwrap());
-        let state = State::open(Arc::clone(&store) as Arc<dyn Store>).await.unwrap();
-        let idle = tokio::spawn(async {});
-        world.running = Some((state, store, idle));
+        world.start_idle().await;
         world.cancel(id).await;
         world.kill().await;
         world.start().await;
