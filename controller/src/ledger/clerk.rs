@@ -30,7 +30,7 @@ const PRICES_AT_ONCE: usize = 50;
 pub struct Clerk {
     state: State,
     board: Markets,
-    /// The tenure in which hosts count as rented that joined by themselves.
+    /// The tenure in which hosts count as rented that joined by themselves, where a feed is replayed.
     own_hosts: Tenure,
     /// One pass at a time; when the last one was, and what it answered.
     turn: Arc<Mutex<Option<(Instant, Stamp)>>>,
@@ -92,7 +92,7 @@ impl Clerk {
             return Ok(now);
         }
         for tenancy in tenancies {
-            let Some(market) = &tenancy.market else { continue };
+            let Some(market) = tenancy.market_by(now.clock) else { continue };
             for span in tenancy.spans.iter().filter(|span| span.since.clock == now.clock) {
                 for name in [market.name(), market.on_demand().name()] {
                     let until = span.to_ms.unwrap_or(u64::MAX);
@@ -117,8 +117,12 @@ impl Clerk {
         Ok(now)
     }
 
-    /// A host that joined by itself counts as rented in its cloud's first market of the tenure that the settings say.
+    /// Where a feed is replayed, a host that joined by itself counts as rented in its cloud's first market of the tenure that the
+    /// settings say. Where real money is counted nobody knows what it costs.
     async fn name_markets(&self) -> Result<(), StateError> {
+        if self.state.book().clock() != LedgerClock::Feed {
+            return Ok(());
+        }
         let board = self.board.board();
         let mut markets: Option<Vec<Market>> = None;
         for tenancy in self.state.list::<TenancyRecord>().await? {

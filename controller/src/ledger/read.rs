@@ -105,7 +105,7 @@ pub async fn statement(state: &State, asked: Asked) -> Result<Statement, StateEr
         hosts.push(HostFacts { tenancy: tenancy.value, stays });
     }
     let mut markets: BTreeMap<String, Prices> = BTreeMap::new();
-    for market in hosts.iter().filter_map(|host| host.tenancy.market.as_ref()) {
+    for market in hosts.iter().filter_map(|host| host.tenancy.market_by(asked.clock)) {
         for name in [market.name(), market.on_demand().name()] {
             if let Entry::Vacant(place) = markets.entry(name) {
                 let found = prices(state, place.key(), asked.clock).await?;
@@ -147,7 +147,7 @@ pub async fn rate(state: &State) -> Result<Rate, StateError> {
         if tenancy.spans.iter().all(|span| span.to_ms.is_some()) {
             continue;
         }
-        let market = tenancy.market.as_ref();
+        let market = tenancy.market_by(clock);
         match market.and_then(|market| last(market.name())) {
             Some(price) => rate.paid = rate.paid + price.last,
             None => rate.unpriced_hosts += 1,
@@ -246,7 +246,7 @@ fn host_lines(host: &HostFacts, markets: &BTreeMap<String, Prices>, asked: &Aske
     let tenancy = &host.tenancy;
     let nothing = Prices::default();
     let of = |name: Option<String>| name.and_then(|name| markets.get(&name)).unwrap_or(&nothing);
-    let market = tenancy.market.as_ref();
+    let market = tenancy.market_by(asked.clock);
     let (paid, on_demand) = (of(market.map(|m| m.name())), of(market.map(|m| m.on_demand().name())));
     let sizes = tenancy.sizes.iter().filter(|size| size.since.clock == asked.clock);
     let rooms: Vec<(u64, Room)> = sizes.map(|size| (size.since.at_ms, size.size.into())).collect();
@@ -268,14 +268,14 @@ fn host_lines(host: &HostFacts, markets: &BTreeMap<String, Prices>, asked: &Aske
                 None => asked.sees_idle() && line.paid != Some(NanoUsd(0)),
             };
             if is_asked_for {
-                told.push(told_line(tenancy, stay, &line));
+                told.push(told_line(tenancy, asked.clock, stay, &line));
             }
         }
     }
     told
 }
 
-fn told_line(tenancy: &TenancyRecord, stay: Option<&Stay>, line: &ledger::Line) -> LedgerLine {
+fn told_line(tenancy: &TenancyRecord, clock: LedgerClock, stay: Option<&Stay>, line: &ledger::Line) -> LedgerLine {
     let kind = match stay.map(|stay| stay.stay.role) {
         None => LedgerKind::Idle,
         Some(Role::Runs) => LedgerKind::Runs,
@@ -294,7 +294,7 @@ fn told_line(tenancy: &TenancyRecord, stay: Option<&Stay>, line: &ledger::Line) 
         host_name: tenancy.host_name.clone(),
         cloud: tenancy.cloud,
         cloud_name: tenancy.cloud_name.clone(),
-        market: tenancy.market.as_ref().map(super::MarketName::name),
+        market: tenancy.market_by(clock).map(super::MarketName::name),
         guest: stay.map(|stay| stay.guest),
         guest_name: stay.map(|stay| stay.guest_name.clone()),
         project: stay.map(|stay| stay.project),

@@ -136,6 +136,15 @@ pub struct TenancyRecord {
     pub sizes: Vec<SizeFrom>,
 }
 
+impl TenancyRecord {
+    /// The market whose prices it is told by. A host that joined by itself has one where a feed is replayed only: by wall time, real
+    /// money would be charged at the price of somebody else's machine.
+    #[must_use]
+    pub fn market_by(&self, clock: LedgerClock) -> Option<&MarketName> {
+        self.market.as_ref().filter(|_| self.renting.is_some() || clock == LedgerClock::Feed)
+    }
+}
+
 /// Bytes of a move that left a cloud.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EgressRecord {

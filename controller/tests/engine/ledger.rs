@@ -3,7 +3,12 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use supercloud_api::{GuestState, LedgerClock, LedgerKind, Phase, Tenure, handover::Owner, ids::GuestId, unix_ms};
+use supercloud_api::{
+    GuestState, LedgerClock, LedgerKind, Phase, Tenure,
+    handover::Owner,
+    ids::{GuestId, RentingId},
+    unix_ms,
+};
 use supercloud_controller::{
     ledger::{
         Asked, EgressRecord, MarketName, MarketRecord, PriceRecord, Role, Stamp, Statement, StayRecord, TenancyRecord,
@@ -34,7 +39,8 @@ async fn price(world: &World) {
         retry_conflicts(|| async {
             let before = world.state().need::<TenancyRecord>(&host.host).await?;
             let mut change = Change::new();
-            change.update(&before, &TenancyRecord { market: Some(name.clone()), ..before.value.clone() });
+            let (renting, market) = (Some(RentingId::generate()), Some(name.clone()));
+            change.update(&before, &TenancyRecord { renting, market, ..before.value.clone() });
             for market in [name.name(), name.on_demand().name()] {
                 let clock = LedgerClock::Wall;
                 let at = Stamp { clock, at_ms: 0 };

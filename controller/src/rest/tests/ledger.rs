@@ -1,15 +1,20 @@
 //! The ledger through REST: on a feed whose clock stands still until it is set, so that every figure is known beforehand.
 
+use std::sync::Arc;
+
 use reqwest::Method;
 use supercloud_api::{
-    Code, FeedClock, Ledger, LedgerClock, LedgerKind, LedgerLine, Role, Shape,
+    Code, FeedClock, Ledger, LedgerClock, LedgerKind, LedgerLine, Market, PricePoint, PriceSeries, Problem, Role,
+    Shape, Tenure,
     handover::{Owner, OwnerRecord},
-    ids::{Epoch, GuestId},
+    ids::{Epoch, GuestId, RentingId},
+    unix_ms,
 };
 
 use super::{TestController, World, guest, problem};
 use crate::{
-    ledger::{end_stays, keep_stays},
+    ledger::{MarketName, TenancyRecord, end_stays, keep_stays},
+    price_board::PriceBoard,
     state::{Change, Context, GuestRecord, Record as _, retry_conflicts},
 };
 
@@ -205,5 +210,67 @@ async fn without_a_price_nothing_is_invented_and_when_the_clock_changes_what_is_
     assert!(old.totals.unpriced_ms < unpriced.totals.unpriced_ms + HOUR, "it ended when it was last seen");
     let record = test.state().need::<GuestRecord>(&id).await.unwrap();
     assert_eq!(record.stays.len(), 1, "{}", GuestRecord::FOLDER);
+    test.stop().await;
+}
+
+/// A board with one market, as of somebody who has rented one machine there.
+struct OneMarket(Market);
+
+impl PriceBoard for OneMarket {
+    fn markets(&self) -> Vec<Market> {
+        vec![self.0.clone()]
+    }
+    fn prices(&self, market: &str) -> Option<PriceSeries> {
+        let point = PricePoint { feed_time_ms: 0, price_nanousd_per_hour: self.0.price_nanousd_per_hour };
+        let told = PriceSeries { market: market.to_owned(), feed_now_ms: unix_ms(), points: vec![point] };
+        (market == self.0.name).then_some(told)
+    }
+    fn set_clock(&self, _clock: FeedClock) -> Result<FeedClock, Problem> {
+        Err(Problem::new(Code::NotFound, "no feed"))
+    }
+}
+
+#[tokio::test]
+async fn hosts_that_joined_by_themselves_are_not_priced_by_what_others_rent() {
+    let test = TestController::start().await;
+    let [own, rented] = test.world().await.hosts;
+    let market = Market {
+        name: "east/m/spot".into(),
+        cloud: own.cloud,
+        cloud_name: own.cloud_name.clone(),
+        instance_type: "m".into(),
+        tenure: Tenure::Spot,
+        price_nanousd_per_hour: 3_600 * MILLI,
+        on_demand_nanousd_per_hour: None,
+        feed_time_ms: 0,
+        feed_now_ms: unix_ms(),
+    };
+    assert_eq!(own.cloud_name.as_str(), "east");
+    test.parts().markets.post(Arc::new(OneMarket(market)));
+    let in_east = MarketName { cloud: own.cloud_name.clone(), instance_type: "m".into(), tenure: Tenure::Spot };
+    let write = async |host, renting, market: Option<MarketName>| {
+        let before = test.state().need::<TenancyRecord>(&host).await.unwrap();
+        let mut change = Change::new();
+        change.update(&before, &TenancyRecord { renting, market, ..before.value.clone() });
+        test.state().commit(&Context::system(), change).await.unwrap();
+    };
+    write(rented.id, Some(RentingId::generate()), Some(in_east.clone())).await;
+    tokio::time::sleep(std::time::Duration::from_millis(1100)).await;
+    let is_right = async || {
+        test.parts().clerk.pass().await.unwrap();
+        let told = all(&test).await;
+        assert!(told.items.iter().all(|line| line.paid_nanousd.is_some() == (line.host == rented.id)), "{told:?}");
+        assert!(told.items.iter().all(|line| line.market.is_some() == (line.host == rented.id)), "{told:?}");
+        assert!(told.items.iter().any(|line| line.host == own.id) && told.totals.paid_nanousd > 0);
+        let metrics = test.raw(Method::GET, "/metrics", Some(&test.admin_secret())).send().await.unwrap();
+        let metrics = metrics.text().await.unwrap();
+        assert!(metrics.contains("\nsupercloud_paid_nanousd_per_hour 3600000000\n"), "{metrics}");
+        assert!(metrics.contains("\nsupercloud_unpriced_hosts 1\n"), "{metrics}");
+    };
+    is_right().await;
+    assert_eq!(test.state().need::<TenancyRecord>(&own.id).await.unwrap().market, None, "and nothing is written");
+    // One that a feed, or an older version, has named.
+    write(own.id, None, Some(in_east)).await;
+    is_right().await;
     test.stop().await;
 }
