@@ -1,6 +1,9 @@
 //! The ledger as it is told: facts and prices become lines.
 
-use std::collections::{BTreeMap, HashMap, btree_map::Entry};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    ops::{ControlFlow, Range},
+};
 
 use supercloud_api::{
     LedgerClock, LedgerKind, LedgerLine, LedgerTotals, Name,
@@ -50,12 +53,31 @@ impl Asked {
     }
 }
 
-/// Lines with their sums.
-#[derive(Debug, Clone, PartialEq)]
+/// The most lines that are made for one request, whether they are on its page or not: seconds of work at worst.
+pub const LINES_AT_MOST: usize = 1_000_000;
+/// So much time of a host is added up at once, so that its lines are never all there together. Whole hours: cutting there changes
+/// no line.
+const PIECE_MS: u64 = 24 * HOUR_MS;
+
+/// Why there is no statement.
+#[derive(Debug, thiserror::Error)]
+pub enum StatementError {
+    /// The store does not answer, or a record is damaged.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// It would be of more lines, or read more facts, than [`LINES_AT_MOST`].
+    #[error("this is of more than {LINES_AT_MOST} lines")]
+    TooMuch,
+}
+
+/// Some of the lines, with the sums of all.
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct Statement {
-    /// The lines, by host, then by time.
+    /// Those lines of all, by host, then by time, that were wanted.
     pub lines: Vec<LedgerLine>,
-    /// Their sums.
+    /// How many there are of all.
+    pub count: usize,
+    /// The sums of all lines.
     pub totals: LedgerTotals,
 }
 
@@ -68,17 +90,30 @@ struct Stay {
     to_ms: u64,
 }
 
+impl Stay {
+    fn is_in(&self, asked: &Asked) -> bool {
+        let span = Span { from_ms: self.stay.since.at_ms, to_ms: self.to_ms };
+        self.stay.since.clock == asked.clock && span.and(asked.window).ms() > 0
+    }
+}
+
 /// All facts of one host.
 struct HostFacts {
     tenancy: TenancyRecord,
     stays: Vec<Stay>,
 }
 
-/// The lines that are asked for. Everything open is told as if it ended with the window.
+/// The lines that are asked for; of these, those whose numbers are in `wanted`. Everything open is told as if it ended with the
+/// window. At most `at_most` lines are made (callers say [`LINES_AT_MOST`]), and only those that are wanted are kept.
 ///
 /// # Errors
-/// When the store does not answer or a record is damaged.
-pub async fn statement(state: &State, asked: Asked) -> Result<Statement, StateError> {
+/// When the store does not answer or a record is damaged; [`StatementError::TooMuch`].
+pub async fn statement(
+    state: &State,
+    asked: Asked,
+    wanted: Range<usize>,
+    at_most: usize,
+) -> Result<Statement, StatementError> {
     let mut open: HashMap<HostId, Vec<Stay>> = HashMap::new();
     for record in state.list::<GuestRecord>().await? {
         for stay in &record.stays {
@@ -91,36 +126,87 @@ pub async fn statement(state: &State, asked: Asked) -> Result<Statement, StateEr
             });
         }
     }
-    let mut hosts = Vec::new();
+    let mut facts_left = at_most;
+    let mut hosts: BTreeMap<HostId, (Option<HostFacts>, Vec<LedgerLine>)> = BTreeMap::new();
     for tenancy in state.list::<TenancyRecord>().await? {
         let is_then = |span: &TenancySpan| span.since.clock == asked.clock && span_of(span).and(asked.window).ms() > 0;
         if !asked.is_place_asked_for(tenancy.host, tenancy.cloud) || !tenancy.spans.iter().any(is_then) {
             continue;
         }
-        let mut stays = over(state, tenancy.host, asked.window.from_ms).await?;
-        stays.extend(open.remove(&tenancy.host).unwrap_or_default());
-        stays.retain(|stay| stay.stay.since.clock == asked.clock);
+        let mut stays = open.remove(&tenancy.host).unwrap_or_default();
+        stays.retain(|stay| stay.is_in(&asked));
+        over(state, tenancy.host, &asked, &mut facts_left, &mut stays).await?;
+        if !asked.sees_idle() && !stays.iter().any(|stay| asked.is_asked_for(stay.project, stay.guest)) {
+            continue;
+        }
         // The order in which shares are rounded, and lines are told: always the same one.
         stays.sort_by_key(|stay| (stay.guest, stay.stay.since.at_ms, stay.stay.role));
-        hosts.push(HostFacts { tenancy: tenancy.value, stays });
+        let host = tenancy.host;
+        hosts.entry(host).or_default().0 = Some(HostFacts { tenancy: tenancy.value, stays });
     }
     let mut markets: BTreeMap<String, Prices> = BTreeMap::new();
-    for market in hosts.iter().filter_map(|host| host.tenancy.market_by(asked.clock)) {
-        for name in [market.name(), market.on_demand().name()] {
-            if let Entry::Vacant(place) = markets.entry(name) {
-                let found = prices(state, place.key(), asked.clock).await?;
-                place.insert(found);
+    let used = hosts.values().filter_map(|(host, _)| host.as_ref()?.tenancy.market_by(asked.clock));
+    for name in used.flat_map(|market| [market.name(), market.on_demand().name()]).collect::<BTreeSet<_>>() {
+        let found = prices(state, &name, &asked, &mut facts_left).await?;
+        markets.insert(name, found);
+    }
+    for line in egress(state, &asked, &mut facts_left).await? {
+        hosts.entry(line.host).or_default().1.push(line);
+    }
+    let computed = tokio::task::spawn_blocking(move || add_up(hosts, &markets, &asked, &wanted, at_most));
+    computed.await.map_err(|_| StateError::Missing("the ledger's lines: the controller ends".to_owned()))?
+}
+
+/// Makes the lines, a piece of a host's time at once, and keeps those that are wanted.
+fn add_up(
+    hosts: BTreeMap<HostId, (Option<HostFacts>, Vec<LedgerLine>)>,
+    markets: &BTreeMap<String, Prices>,
+    asked: &Asked,
+    wanted: &Range<usize>,
+    at_most: usize,
+) -> Result<Statement, StatementError> {
+    let mut told = Statement::default();
+    let mut made = 0_usize;
+    for (_, (host, mut egress)) in hosts {
+        egress.sort_by_key(|line| (line.from_ms, line.guest));
+        let mut egress = egress.into_iter().peekable();
+        // Nothing before a host's first time or behind its last one.
+        let spans = host.iter().flat_map(|host| host.tenancy.spans.iter());
+        let spans = spans.filter(|span| span.since.clock == asked.clock).map(|span| span_of(span).and(asked.window));
+        let all = spans.filter(|span| span.ms() > 0);
+        let all = all.reduce(|a, b| Span { from_ms: a.from_ms.min(b.from_ms), to_ms: a.to_ms.max(b.to_ms) });
+        let mut from_ms = all.map_or(u64::MAX, |all| all.from_ms);
+        let to_ms = all.map_or(0, |all| all.to_ms);
+        loop {
+            let is_last = from_ms >= to_ms;
+            let next_ms = (from_ms / PIECE_MS).saturating_add(1).saturating_mul(PIECE_MS).min(to_ms);
+            let mut lines = Vec::new();
+            if let (Some(host), false) = (&host, is_last) {
+                made += host_lines(host, markets, asked, Span { from_ms, to_ms: next_ms }, &mut lines);
             }
+            // What lies behind the last piece, too.
+            while let Some(line) = egress.next_if(|line| is_last || line.from_ms < next_ms) {
+                made += 1;
+                lines.push(line);
+            }
+            if made > at_most {
+                return Err(StatementError::TooMuch);
+            }
+            lines.sort_by_key(|line| (line.from_ms, line.to_ms, line.guest));
+            for line in lines {
+                add(&mut told.totals, &line);
+                if wanted.contains(&told.count) {
+                    told.lines.push(line);
+                }
+                told.count += 1;
+            }
+            if is_last {
+                break;
+            }
+            from_ms = next_ms;
         }
     }
-    let egress = egress(state, &asked).await?;
-    let computed = tokio::task::spawn_blocking(move || {
-        let mut lines: Vec<LedgerLine> = hosts.iter().flat_map(|host| host_lines(host, &markets, &asked)).collect();
-        lines.extend(egress);
-        lines.sort_by_key(|line| (line.host, line.from_ms, line.to_ms, line.guest));
-        Statement { totals: totals(&lines), lines }
-    });
-    computed.await.map_err(|_| StateError::Missing("the ledger's lines: the controller ends".to_owned()))
+    Ok(told)
 }
 
 /// What everything that is rented costs now, per hour.
@@ -163,52 +249,85 @@ fn span_of(span: &TenancySpan) -> Span {
     Span { from_ms: span.since.at_ms, to_ms: span.to_ms.unwrap_or(u64::MAX) }
 }
 
-/// Reads a folder from a key on.
+/// Reads a folder from a key on, until `take` has enough.
 async fn range<T: serde::de::DeserializeOwned>(
     state: &State,
     folder: &str,
     mut after: Option<Key>,
-) -> Result<Vec<T>, StateError> {
+    mut take: impl FnMut(T) -> Result<ControlFlow<()>, StatementError> + Send,
+) -> Result<(), StatementError> {
     const PAGE: usize = 1000;
     let prefix = keys::folder(folder);
-    let mut all = Vec::new();
     loop {
-        let page = state.store().range(prefix.clone(), after, PAGE).await?;
+        let page = state.store().range(prefix.clone(), after, PAGE).await.map_err(StateError::from)?;
         for item in &page.items {
-            all.push(decode::<T>(item)?);
+            if take(decode::<T>(item)?)?.is_break() {
+                return Ok(());
+            }
         }
         if !page.more {
-            return Ok(all);
+            return Ok(());
         }
         after = page.items.last().map(|item| item.key.clone());
     }
 }
 
-/// The stays on a host that ended after a time.
-async fn over(state: &State, host: HostId, from_ms: u64) -> Result<Vec<Stay>, StateError> {
-    let after = keys::record::<StayRecord>(&stay_id_at(host, from_ms));
-    let found: Vec<StayRecord> = range(state, &format!("{}/{host}", StayRecord::FOLDER), Some(after)).await?;
-    let stay = |record: StayRecord| Stay {
-        guest: record.guest,
-        guest_name: record.guest_name,
-        project: record.project,
-        stay: record.stay,
-        to_ms: record.to_ms,
-    };
-    Ok(found.into_iter().map(stay).collect())
+/// One fact more is kept.
+fn count(left: &mut usize) -> Result<(), StatementError> {
+    *left = left.checked_sub(1).ok_or(StatementError::TooMuch)?;
+    Ok(())
 }
 
-async fn prices(state: &State, market: &str, clock: LedgerClock) -> Result<Prices, StateError> {
-    let id = market_id(market, clock);
+/// The stays on a host, over by now, that were in the window.
+async fn over(
+    state: &State,
+    host: HostId,
+    asked: &Asked,
+    left: &mut usize,
+    stays: &mut Vec<Stay>,
+) -> Result<(), StatementError> {
+    let after = keys::record::<StayRecord>(&stay_id_at(host, asked.window.from_ms));
+    range(state, &format!("{}/{host}", StayRecord::FOLDER), Some(after), |record: StayRecord| {
+        let stay = Stay {
+            guest: record.guest,
+            guest_name: record.guest_name,
+            project: record.project,
+            stay: record.stay,
+            to_ms: record.to_ms,
+        };
+        if stay.is_in(asked) {
+            count(left)?;
+            stays.push(stay);
+        }
+        Ok(ControlFlow::Continue(()))
+    })
+    .await
+}
+
+/// The prices of a market that hold somewhere in the window.
+async fn prices(state: &State, market: &str, asked: &Asked, left: &mut usize) -> Result<Prices, StatementError> {
+    let id = market_id(market, asked.clock);
     let Some(record) = state.read::<MarketRecord>(&id).await? else { return Ok(Prices::default()) };
-    let found: Vec<PriceRecord> = range(state, &format!("{}/{id}", PriceRecord::FOLDER), None).await?;
-    let steps = found.iter().map(|price| Step { at_ms: price.at.at_ms, per_hour: price.per_hour }).collect();
+    let mut steps: Vec<Step> = Vec::new();
+    range(state, &format!("{}/{id}", PriceRecord::FOLDER), None, |price: PriceRecord| {
+        if price.at.at_ms >= asked.window.to_ms {
+            return Ok(ControlFlow::Break(()));
+        }
+        if price.at.at_ms <= asked.window.from_ms {
+            // Only the last of these holds in it.
+            steps.clear();
+        } else {
+            count(left)?;
+        }
+        steps.push(Step { at_ms: price.at.at_ms, per_hour: price.per_hour });
+        Ok(ControlFlow::Continue(()))
+    })
+    .await?;
     Ok(Prices { steps, known_until_ms: record.known_until_ms })
 }
 
-async fn egress(state: &State, asked: &Asked) -> Result<Vec<LedgerLine>, StateError> {
+async fn egress(state: &State, asked: &Asked, left: &mut usize) -> Result<Vec<LedgerLine>, StatementError> {
     let after = keys::record::<EgressRecord>(&format!("{:020}", asked.window.from_ms));
-    let found: Vec<EgressRecord> = range(state, EgressRecord::FOLDER, Some(after)).await?;
     let is_asked_for = |record: &EgressRecord| {
         record.at.clock == asked.clock
             && record.at.at_ms < asked.window.to_ms
@@ -238,11 +357,27 @@ async fn egress(state: &State, asked: &Asked) -> Result<Vec<LedgerLine>, StateEr
             on_demand_nanousd: paid.map(|_| 0),
         }
     };
-    Ok(found.into_iter().filter(is_asked_for).map(line).collect())
+    let mut lines = Vec::new();
+    range(state, EgressRecord::FOLDER, Some(after), |record: EgressRecord| {
+        if is_asked_for(&record) {
+            count(left)?;
+            lines.push(line(record));
+        }
+        Ok(ControlFlow::Continue(()))
+    })
+    .await?;
+    Ok(lines)
 }
 
-/// The lines of a host that are asked for. All of its users are counted, whoever asks: shares depend on them.
-fn host_lines(host: &HostFacts, markets: &BTreeMap<String, Prices>, asked: &Asked) -> Vec<LedgerLine> {
+/// The lines of a host in a piece of time that are asked for; the answer is how many were made. All of its users are counted,
+/// whoever asks: shares depend on them.
+fn host_lines(
+    host: &HostFacts,
+    markets: &BTreeMap<String, Prices>,
+    asked: &Asked,
+    piece: Span,
+    told: &mut Vec<LedgerLine>,
+) -> usize {
     let tenancy = &host.tenancy;
     let nothing = Prices::default();
     let of = |name: Option<String>| name.and_then(|name| markets.get(&name)).unwrap_or(&nothing);
@@ -250,19 +385,16 @@ fn host_lines(host: &HostFacts, markets: &BTreeMap<String, Prices>, asked: &Aske
     let (paid, on_demand) = (of(market.map(|m| m.name())), of(market.map(|m| m.on_demand().name())));
     let sizes = tenancy.sizes.iter().filter(|size| size.since.clock == asked.clock);
     let rooms: Vec<(u64, Room)> = sizes.map(|size| (size.since.at_ms, size.size.into())).collect();
-    let uses: Vec<Use> = host
-        .stays
-        .iter()
-        .map(|stay| Use {
-            span: Span { from_ms: stay.stay.since.at_ms, to_ms: stay.to_ms },
-            room: stay.stay.size.into(),
-        })
-        .collect();
-    let mut told = Vec::new();
+    let span_of_stay = |stay: &Stay| Span { from_ms: stay.stay.since.at_ms, to_ms: stay.to_ms };
+    let stays: Vec<&Stay> = host.stays.iter().filter(|stay| span_of_stay(stay).and(piece).ms() > 0).collect();
+    let uses: Vec<Use> =
+        stays.iter().map(|stay| Use { span: span_of_stay(stay), room: stay.stay.size.into() }).collect();
+    let mut made = 0;
     for span in tenancy.spans.iter().filter(|span| span.since.clock == asked.clock) {
         let account = Account { rented: span_of(span), rooms: &rooms, paid, on_demand, uses: &uses };
-        for line in ledger::lines(&account, asked.window, HOUR_MS) {
-            let stay = line.user.map(|user| &host.stays[user]);
+        for line in ledger::lines(&account, piece, HOUR_MS) {
+            made += 1;
+            let stay = line.user.map(|user| stays[user]);
             let is_asked_for = match stay {
                 Some(stay) => asked.is_asked_for(stay.project, stay.guest),
                 None => asked.sees_idle() && line.paid != Some(NanoUsd(0)),
@@ -272,7 +404,7 @@ fn host_lines(host: &HostFacts, markets: &BTreeMap<String, Prices>, asked: &Aske
             }
         }
     }
-    told
+    made
 }
 
 fn told_line(tenancy: &TenancyRecord, clock: LedgerClock, stay: Option<&Stay>, line: &ledger::Line) -> LedgerLine {
@@ -307,26 +439,22 @@ fn told_line(tenancy: &TenancyRecord, clock: LedgerClock, stay: Option<&Stay>, l
     }
 }
 
-fn totals(lines: &[LedgerLine]) -> LedgerTotals {
-    let mut sums = LedgerTotals::default();
-    for line in lines {
-        let Some(paid) = line.paid_nanousd else {
-            sums.unpriced_ms = sums.unpriced_ms.saturating_add(line.to_ms - line.from_ms);
-            sums.unpriced_bytes = sums.unpriced_bytes.saturating_add(line.bytes.unwrap_or(0));
-            continue;
-        };
-        let of_kind = match line.kind {
-            LedgerKind::Runs => &mut sums.runs_nanousd,
-            LedgerKind::Incoming => &mut sums.incoming_nanousd,
-            LedgerKind::Idle => &mut sums.idle_nanousd,
-            LedgerKind::Egress => &mut sums.egress_nanousd,
-        };
-        *of_kind = of_kind.saturating_add(paid);
-        sums.paid_nanousd = sums.paid_nanousd.saturating_add(paid);
-        if let Some(on_demand) = line.on_demand_nanousd {
-            sums.comparable_paid_nanousd = sums.comparable_paid_nanousd.saturating_add(paid);
-            sums.on_demand_nanousd = sums.on_demand_nanousd.saturating_add(on_demand);
-        }
+fn add(sums: &mut LedgerTotals, line: &LedgerLine) {
+    let Some(paid) = line.paid_nanousd else {
+        sums.unpriced_ms = sums.unpriced_ms.saturating_add(line.to_ms - line.from_ms);
+        sums.unpriced_bytes = sums.unpriced_bytes.saturating_add(line.bytes.unwrap_or(0));
+        return;
+    };
+    let of_kind = match line.kind {
+        LedgerKind::Runs => &mut sums.runs_nanousd,
+        LedgerKind::Incoming => &mut sums.incoming_nanousd,
+        LedgerKind::Idle => &mut sums.idle_nanousd,
+        LedgerKind::Egress => &mut sums.egress_nanousd,
+    };
+    *of_kind = of_kind.saturating_add(paid);
+    sums.paid_nanousd = sums.paid_nanousd.saturating_add(paid);
+    if let Some(on_demand) = line.on_demand_nanousd {
+        sums.comparable_paid_nanousd = sums.comparable_paid_nanousd.saturating_add(paid);
+        sums.on_demand_nanousd = sums.on_demand_nanousd.saturating_add(on_demand);
     }
-    sums
 }

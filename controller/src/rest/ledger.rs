@@ -1,5 +1,7 @@
 //! The ledger: what was paid.
 
+use std::sync::Arc;
+
 use axum::extract::State;
 use supercloud_api::{
     Cloud, Code, Ledger, Ref,
@@ -9,8 +11,8 @@ use supercloud_scheduler::ledger::{HOUR_MS, Span};
 
 use super::{Api, Asker, Failure, Reply};
 use crate::{
-    ledger::{Asked, statement},
-    state::HostRecord,
+    ledger::{Asked, LINES_AT_MOST, StatementError, statement},
+    state::{HostRecord, StateError},
 };
 
 /// Without a beginning, so much is told.
@@ -22,6 +24,16 @@ const MOST_MS: u64 = 366 * 24 * HOUR_MS;
 fn parse_page(text: &str) -> Option<(u64, usize)> {
     let (to_ms, skipped) = text.split_once('-')?;
     Some((to_ms.parse().ok()?, skipped.parse().ok()?))
+}
+
+fn refused(error: StatementError) -> Failure {
+    match error {
+        StatementError::State(error) => error.into(),
+        StatementError::TooMuch => Failure::bad(format!(
+            "the ledger has more than {LINES_AT_MOST} lines of what is asked for: say less time (from_ms, to_ms), or one host, \
+             cloud or guest"
+        )),
+    }
 }
 
 /// What was paid: per guest, host, market and hour, with what the same would have cost on demand. `totals` are of everything that is
@@ -63,21 +75,37 @@ pub async fn read(State(api): State<Api>, asker: Asker) -> Result<Reply, Failure
         return Err(Failure::new(Code::BadRequest, "at most 366 days are told at once: say from_ms and to_ms"));
     }
     let window = Span { from_ms, to_ms: to_ms.max(from_ms) };
-    let told = {
-        let _one_at_a_time = api.reckoning.lock().await;
-        statement(&api.parts.state, Asked { clock, window, project, guest, host, cloud }).await?
-    };
     let skipped = page.map_or(0, |(_, skipped)| skipped);
-    let all = told.lines.len();
-    let items: Vec<_> = told.lines.into_iter().skip(skipped).take(limit).collect();
+    let wanted = skipped..skipped.saturating_add(limit);
+    let asked = Asked { clock, window, project, guest, host, cloud };
+    let one_at_a_time = Arc::clone(&api.reckoning).lock_owned().await;
+    let state = api.parts.state.clone();
+    // In a task: when its client goes away it ends before the next one begins.
+    let (tell, told) = tokio::sync::oneshot::channel();
+    api.parts.spawn("ledger", async move {
+        let reckoned = statement(&state, asked, wanted, LINES_AT_MOST).await;
+        // Nobody may wait for it any more.
+        let _whoever_waits = tell.send(reckoned);
+        drop(one_at_a_time);
+    });
+    let ended = |_| StateError::Missing("the ledger's lines: the controller ends".to_owned());
+    let told = told.await.map_err(ended)?.map_err(refused)?;
+    let items = told.lines;
     let end = skipped.saturating_add(items.len());
-    let next_page = (end < all && !items.is_empty()).then(|| format!("{to_ms}-{end}"));
+    let next_page = (end < told.count && !items.is_empty()).then(|| format!("{to_ms}-{end}"));
     Reply::ok(&Ledger { clock, from_ms, to_ms: window.to_ms, totals: told.totals, items, next_page })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_too_much_is_the_askers_to_narrow() {
+        let problem = refused(StatementError::TooMuch).problem();
+        assert_eq!(problem.code, Code::BadRequest);
+        assert!(problem.to_string().contains("1000000 lines") && problem.to_string().contains("from_ms"), "{problem}");
+    }
 
     #[test]
     fn pages_that_no_listing_gave_are_refused() {
