@@ -54,6 +54,9 @@ pub enum ClientError {
     StillRunning(OperationId),
 }
 
+/// Items of a listing that [`Client::list`] asks for at most.
+pub const LIST_AT_MOST: usize = 100_000;
+
 impl ClientError {
     /// The problem, when the controller gave one.
     #[must_use]
@@ -217,11 +220,19 @@ impl Client {
         self.send(path, self.request(Method::DELETE, path)).await
     }
 
-    /// All items of a listing, page by page (at most 100,000).
+    /// All items of a listing, page by page (at most [`LIST_AT_MOST`]).
     ///
     /// # Errors
     /// As every call.
     pub async fn list<T: DeserializeOwned>(&self, path: &str) -> Result<Vec<T>> {
+        Ok(self.list_up_to(path, LIST_AT_MOST).await?.0)
+    }
+
+    /// The items of a listing, page by page, until there are `most` of them or more; and whether these are all.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn list_up_to<T: DeserializeOwned>(&self, path: &str, most: usize) -> Result<(Vec<T>, bool)> {
         let mut items = Vec::new();
         let mut page = None::<String>;
         loop {
@@ -232,8 +243,8 @@ impl Client {
             let answer: Page<T> = self.send(path, request).await?;
             items.extend(answer.items);
             page = answer.next_page;
-            if page.is_none() || items.len() >= 100_000 {
-                return Ok(items);
+            if page.is_none() || items.len() >= most {
+                return Ok((items, page.is_none()));
             }
         }
     }

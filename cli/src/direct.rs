@@ -5,7 +5,7 @@ use std::io::Read as _;
 use anyhow::{Context as _, ensure};
 use reqwest::Method;
 use serde_json::Value;
-use supercloud_api::client::Client;
+use supercloud_api::client::{Client, LIST_AT_MOST};
 
 use crate::{
     arguments::{ApiArguments, Output},
@@ -22,7 +22,15 @@ pub async fn run(client: &Client, output: Output, arguments: ApiArguments) -> an
     ensure!(path.starts_with('/'), "the path begins with a slash: /v1/guests");
     if all {
         ensure!(method == Method::GET && data.is_none(), "--all is for listings: GET without a body");
-        return show::print_value(output, &Value::Array(client.list(&path).await?));
+        let (items, is_all) = client.list_up_to(&path, LIST_AT_MOST).await?;
+        let count = items.len();
+        show::print_value(output, &Value::Array(items))?;
+        // What was printed looks like all of it: the exit code says that it is not.
+        ensure!(
+            is_all,
+            "stopped after {count} items, and there are more: ask for less at once (a filter, a shorter time)"
+        );
+        return Ok(());
     }
     let body = data.as_deref().map(read_body).transpose()?;
     let answer: Value = match body {

@@ -192,21 +192,35 @@ impl Sum {
 }
 
 fn sums(ledger: &Ledger, by: By) -> Table {
-    let mut groups: BTreeMap<(u64, String), Sum> = BTreeMap::new();
+    // By what names a thing for ever, with its last name: a name is another thing's in another project, or later.
+    let mut groups: BTreeMap<(u64, String), (u64, String, Sum)> = BTreeMap::new();
     let mut all = Sum::default();
     for line in &ledger.items {
-        let name = match by {
-            By::Guest | By::Line => (0, line.guest_name.as_ref().map_or_else(|| "(idle)".into(), ToString::to_string)),
-            By::Host => (0, line.host_name.to_string()),
-            By::Market => (0, line.market.clone().unwrap_or_else(|| format!("(of {})", line.cloud_name))),
+        let (hour_ms, id, name) = match by {
+            By::Guest | By::Line => match (line.guest, &line.guest_name) {
+                (Some(id), Some(name)) => (0, id.to_string(), name.to_string()),
+                (Some(id), None) => (0, id.to_string(), id.to_string()),
+                (None, _) => (0, String::new(), "(idle)".into()),
+            },
+            By::Host => (0, line.host.to_string(), line.host_name.to_string()),
+            By::Market => {
+                let name = line.market.clone().unwrap_or_else(|| format!("(of {})", line.cloud_name));
+                (0, format!("{} {name}", line.cloud), name)
+            }
             By::Hour => {
                 let hour_ms = line.from_ms / 3_600_000 * 3_600_000;
-                (hour_ms, when(ledger.clock, hour_ms))
+                (hour_ms, String::new(), when(ledger.clock, hour_ms))
             }
         };
-        groups.entry(name).or_default().add(line);
+        let (named_ms, known, sum) = groups.entry((hour_ms, id)).or_default();
+        if line.from_ms >= *named_ms {
+            (*named_ms, *known) = (line.from_ms, name);
+        }
+        sum.add(line);
         all.add(line);
     }
+    let mut rows: Vec<_> = groups.iter().map(|((hour_ms, id), (_, name, sum))| (*hour_ms, name, id, sum)).collect();
+    rows.sort_unstable_by_key(|(hour_ms, name, id, _)| (*hour_ms, *name, *id));
     let header = match by {
         By::Guest | By::Line => "GUEST",
         By::Host => "HOST",
@@ -214,8 +228,13 @@ fn sums(ledger: &Ledger, by: By) -> Table {
         By::Hour => "HOUR",
     };
     let mut table = Table::new([header, "PAID", "ON DEMAND", "SAVED", "UNPRICED"]);
-    for ((_, name), sum) in &groups {
-        table.row(sum.cells(name.clone()));
+    for (at, (hour_ms, name, id, sum)) in rows.iter().enumerate() {
+        let is_same = |other: Option<usize>| {
+            other.and_then(|i| rows.get(i)).is_some_and(|other| (other.0, other.1) == (*hour_ms, *name))
+        };
+        // Two of one name: only the id tells which is which.
+        let is_shared = is_same(at.checked_sub(1)) || is_same(at.checked_add(1));
+        table.row(sum.cells(if is_shared { format!("{name} ({id})") } else { (*name).clone() }));
     }
     table.row(all.cells("total".into()));
     table
@@ -313,11 +332,9 @@ mod tests {
     }
 
     fn ledger() -> Ledger {
-        let items = vec![
-            line(Some("web"), Some(10_000_000), Some(40_000_000)),
-            line(Some("web"), None, None),
-            line(None, Some(30_000_000), Some(20_000_000)),
-        ];
+        let web = line(Some("web"), Some(10_000_000), Some(40_000_000));
+        let unpriced = LedgerLine { guest: web.guest, project: web.project, ..line(Some("web"), None, None) };
+        let items = vec![web, unpriced, line(None, Some(30_000_000), Some(20_000_000))];
         let totals = LedgerTotals::default();
         Ledger { clock: LedgerClock::Feed, from_ms: 0, to_ms: 7_200_000, totals, items, next_page: None }
     }
@@ -331,6 +348,24 @@ mod tests {
         assert_eq!(rows[3][..3], ["total", "$0.0400", "$0.0600"]);
         assert!(words(&ledger()).contains("nobody really pays this"));
         assert!(sums(&ledger(), By::Hour).render().contains("0d 01:00:00"));
+    }
+
+    #[test]
+    fn things_of_one_name_are_not_added_up_and_a_renamed_one_is() {
+        let mut ledger = ledger();
+        let web = ledger.items[0].clone();
+        let (one, other) = (web.guest.unwrap(), GuestId::generate());
+        ledger.items.push(LedgerLine { guest: Some(other), project: Some(ProjectId::generate()), ..web.clone() });
+        let text = sums(&ledger, By::Guest).render();
+        for id in [one, other] {
+            let row = text.lines().find(|line| line.starts_with(&format!("web ({id})"))).unwrap_or_default();
+            assert!(row.contains("$0.0100"), "{text}");
+        }
+        let again = LedgerLine { guest_name: Some("shop".parse().unwrap()), from_ms: 7_200_000, ..web };
+        ledger.items = vec![ledger.items[0].clone(), again];
+        let text = sums(&ledger, By::Guest).render();
+        let rows: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
+        assert_eq!((rows.len(), &rows[1][..2]), (3, &["shop", "$0.0200"][..]), "{text}");
     }
 
     #[test]

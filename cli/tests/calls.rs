@@ -101,6 +101,22 @@ fn all_pages_are_one_listing() {
 }
 
 #[test]
+fn all_pages_say_so_when_they_are_not_all() {
+    let page = |next: &str| format!("{{\"items\":[{}1],\"next_page\":{next}}}", "1,".repeat(99_999));
+    for (next, is_all) in [("\"two\"", false), ("null", true)] {
+        let (url, _arrived) = far_side(vec![Some((200, page(next).leak()))]);
+        let called = supercloud(&url, &["api", "GET", "/v1/events", "--all", "-o", "ndjson"]);
+        assert_eq!(String::from_utf8_lossy(&called.stdout).lines().count(), 100_000);
+        let said = String::from_utf8_lossy(&called.stderr);
+        assert_eq!(
+            (called.status.success(), said.contains("100000 items, and there are more")),
+            (is_all, !is_all),
+            "{said}"
+        );
+    }
+}
+
+#[test]
 fn a_call_that_had_no_answer_is_sent_again_with_its_key() {
     let (url, arrived) = far_side(vec![None, Some((200, "{}"))]);
     told(&supercloud(&url, &["api", "POST", "/v1/guests/web/stop"]));
