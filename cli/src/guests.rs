@@ -143,7 +143,9 @@ async fn create(client: &Client, output: Output, arguments: GuestCreateArguments
         name: arguments.name.parse()?,
         project: None,
         image: arguments.image.into(),
-        shape: Shape { vcpus: arguments.vcpus, memory_bytes: arguments.memory.saturating_mul(1 << 20) },
+        shape: arguments
+            .shape
+            .unwrap_or(Shape { vcpus: arguments.vcpus, memory_bytes: arguments.memory.saturating_mul(1 << 20) }),
         network: arguments.network.into(),
         ipv4: arguments.ipv4,
         place: arguments.place.map(Into::into),

@@ -32,7 +32,8 @@ Everything else has a default:
 
 First steps:
   supercloud-controller --config /etc/supercloud/controller.toml
-  export SUPERCLOUD_URL=https://localhost:8443 SUPERCLOUD_CA=/var/lib/supercloud/ca.pem
+  # The name in the URL is one of `names`, and known to this machine (DNS or /etc/hosts).
+  export SUPERCLOUD_URL=https://controller.example:8443 SUPERCLOUD_CA=/var/lib/supercloud/ca.pem
   export SUPERCLOUD_TOKEN_FILE=/var/lib/supercloud/admin.token
   supercloud cloud create home && supercloud host join-token h1 --cloud home";
 
