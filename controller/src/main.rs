@@ -11,12 +11,12 @@ use tracing_subscriber::EnvFilter;
 const EXAMPLES: &str = "\
 A minimal settings file:
   data_dir = \"/var/lib/supercloud\"
-  names = [\"controller.example.org\"]     # in the certificate; the first one is told to agents and guests
+  names = [\"controller.example\"]     # in the certificate; the first one is told to agents and guests
 
 Everything else has a default:
   listen = \"0.0.0.0:8443\"                # REST, https
   link_listen = \"0.0.0.0:8444\"           # agents
-  link_address = \"controller.example.org:8444\"
+  link_address = \"controller.example:8444\"
   plain_http = false                     # true: REST without TLS, only on a loopback address
   store = \"sled\"                         # or { etcd = [\"http://127.0.0.1:2379\"] } where built with --features etcd
   log = \"info\"                           # as RUST_LOG, which goes before it
