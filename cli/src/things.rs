@@ -371,17 +371,33 @@ async fn events(client: &Client, output: Output, verb: EventVerb) -> anyhow::Res
         },
         EventVerb::Verify => {
             let events = all_events(client, 0).await?;
-            let mut before: Option<&Event> = None;
-            for event in &events {
-                if !event.follows(before) {
-                    bail!("the chain is broken at event {}", event.seq);
-                }
-                before = Some(event);
+            let (links, count) = (check_links(&events)?, events.len());
+            if links != count {
+                bail!(
+                    "of {count} events {links} follow the one before as they shall; before the others there is a gap: events of \
+                     other projects, or events that were taken away. A token for all projects, without --project, tells which"
+                );
             }
-            println!("{} events, the chain holds", events.len());
+            println!("{count} events, the chain holds");
             Ok(())
         }
     }
+}
+
+/// Checks each event whose predecessor is there, too; how many these are (the first of all has none and counts).
+fn check_links(events: &[Event]) -> anyhow::Result<usize> {
+    let mut links = 0;
+    let mut before: Option<&Event> = None;
+    for event in events {
+        if event.seq == before.map_or(0, |before| before.seq) + 1 {
+            if !event.follows(before) {
+                bail!("the chain is broken at event {}", event.seq);
+            }
+            links += 1;
+        }
+        before = Some(event);
+    }
+    Ok(links)
 }
 
 async fn all_events(client: &Client, mut after: u64) -> anyhow::Result<Vec<Event>> {
