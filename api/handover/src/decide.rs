@@ -440,8 +440,7 @@ pub fn note_host_lost(record: &OwnerRecord, host: HostId) -> LossDecision {
     let mut lost_a_needed_copy = false;
     next.holders.retain(|holder| holder.host != host || holder.needed);
     for holder in next.holders.iter_mut().filter(|holder| holder.host == host) {
-        // What was lost before an operation is what it began without: only the copy that it left itself counts again.
-        lost_a_needed_copy |= !holder.lost || record.operation.as_ref().is_some_and(|op| op.source() == Some(host));
+        lost_a_needed_copy = true;
         if !holder.lost {
             holder.lost = true;
             alarms.push(Alarm::NeededCopyLost { host, epoch: holder.epoch });
