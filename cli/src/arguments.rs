@@ -2,13 +2,10 @@
 
 use std::path::PathBuf;
 
-use clap::{
-    Args, Parser, Subcommand, ValueEnum,
-    builder::{PossibleValuesParser, TypedValueParser},
-};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use supercloud_api::{Role, Shape};
 
-use crate::settings::Connection;
+use crate::{settings::Connection, values};
 
 /// Moves virtual machines above clouds: run, move, freeze and thaw guests wherever their hosts are.
 #[derive(Debug, Parser)]
@@ -281,7 +278,7 @@ pub enum TokenVerb {
         #[arg(long)]
         project_scope: String,
         /// What its bearer may do.
-        #[arg(long, value_parser = roles())]
+        #[arg(long, value_parser = values::roles())]
         role: Role,
         /// How long it works, in seconds; until deleted when absent.
         #[arg(long)]
@@ -292,12 +289,6 @@ pub enum TokenVerb {
         /// Its id.
         id: String,
     },
-}
-
-/// Reads a role by its name in the API; the help lists them.
-fn roles() -> impl TypedValueParser<Value = Role> {
-    PossibleValuesParser::new(["viewer", "policy", "operator", "admin"])
-        .try_map(|text| serde_json::from_value::<Role>(serde_json::Value::String(text)))
 }
 
 /// Verbs of images.
@@ -509,7 +500,7 @@ pub struct GuestCreateArguments {
     #[arg(long)]
     pub image: String,
     /// Virtual CPUs and memory in one word: 2x1024 (MiB), 2x4G; in place of --vcpus and --memory.
-    #[arg(long, value_name = "VCPUSxMEMORY", value_parser = parse_shape, conflicts_with_all = ["vcpus", "memory"])]
+    #[arg(long, value_name = "VCPUSxMEMORY", value_parser = values::shape, conflicts_with_all = ["vcpus", "memory"])]
     pub shape: Option<Shape>,
     /// Virtual CPUs.
     #[arg(long, default_value_t = 1)]
@@ -547,18 +538,6 @@ pub struct GuestCreateArguments {
     /// How to wait.
     #[command(flatten)]
     pub watch: Watch,
-}
-
-fn parse_shape(text: &str) -> Result<Shape, String> {
-    let wrong = || format!("'{text}' is no shape: write vCPUs, x and memory, as in 2x1024 (MiB) or 2x4G");
-    let (vcpus, memory) = text.split_once('x').ok_or_else(wrong)?;
-    let (number, unit) = match memory.strip_suffix('G') {
-        Some(number) => (number, 1u64 << 30),
-        None => (memory.strip_suffix('M').unwrap_or(memory), 1 << 20),
-    };
-    let number = number.parse::<u64>().map_err(|_| wrong())?;
-    let memory_bytes = number.checked_mul(unit).ok_or_else(wrong)?;
-    Ok(Shape { vcpus: vcpus.parse().map_err(|_| wrong())?, memory_bytes })
 }
 
 /// Verbs of operations.
@@ -612,20 +591,4 @@ pub enum MarketVerb {
         /// `<cloud>/<instance type>/<spot|on_demand>`.
         market: String,
     },
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_shape_is_one_word() {
-        let shape = |vcpus, memory_bytes| Ok(Shape { vcpus, memory_bytes });
-        assert_eq!(parse_shape("2x1024"), shape(2, 1 << 30));
-        assert_eq!(parse_shape("1x512M"), shape(1, 512 << 20));
-        assert_eq!(parse_shape("16x64G"), shape(16, 64 << 30));
-        for wrong in ["", "2", "x", "2x", "x4G", "2x4T", "2x-1", "-1x4", "2x99999999999999G", "2 x 4G"] {
-            assert!(parse_shape(wrong).is_err(), "{wrong}");
-        }
-    }
 }

@@ -12,6 +12,7 @@ mod settings;
 mod show;
 mod simulate;
 mod things;
+mod values;
 
 use std::process::ExitCode;
 

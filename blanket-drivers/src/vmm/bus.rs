@@ -84,6 +84,14 @@ impl Bus {
     }
 }
 
+/// Copies what there is from `offset` on.
+pub(super) fn copy(from: &[u8], offset: u64, to: &mut [u8]) {
+    let Ok(offset) = usize::try_from(offset) else { return };
+    for (to, byte) in to.iter_mut().zip(from.iter().skip(offset)) {
+        *to = *byte;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

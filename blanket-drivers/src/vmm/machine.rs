@@ -8,6 +8,7 @@ use std::sync::{
 
 use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd};
+use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion as _};
 
 use super::{
     Ram, VmmError, acpi,
@@ -17,7 +18,7 @@ use super::{
     kvm::Vm,
     kvm_error, layout,
     legacy::{self, SerialPort, Sink},
-    memory,
+    memory::{self, PAGE_BYTES},
     pci::{self, Ecam, Function, MessageSink},
     state::{self, Chips, MachineState},
     vcpu::{Buses, Vcpus},
@@ -207,6 +208,13 @@ impl Machine {
     /// When KVM refuses.
     pub fn take_written(&self) -> Result<Vec<u64>, VmmError> {
         self.body.vm.take_written()
+    }
+
+    /// All pages of guest memory, numbered as in [`Machine::take_written`].
+    #[must_use]
+    pub fn page_numbers(&self) -> Vec<u64> {
+        let parts = self.ram().iter().map(|region| (region.start_addr().0, region.len()));
+        parts.flat_map(|(at, bytes)| at / PAGE_BYTES..(at + bytes) / PAGE_BYTES).collect()
     }
 
     /// The serial port, to feed it.

@@ -7,6 +7,8 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use crate::vmm::bus::copy;
+
 /// Takes messages: writes of 32 bits to where local APICs listen.
 pub trait MessageSink: Send + Sync {
     /// Sends one. Address and data are the guest's.
@@ -203,14 +205,6 @@ impl Msix {
 
 fn entry(table: &[Message], offset: u64) -> Option<Message> {
     table.get(usize::try_from(offset / ENTRY_BYTES).ok()?).copied()
-}
-
-/// Copies what there is from `offset` on.
-fn copy(from: &[u8], offset: u64, to: &mut [u8]) {
-    let Ok(offset) = usize::try_from(offset) else { return };
-    for (to, byte) in to.iter_mut().zip(from.iter().skip(offset)) {
-        *to = *byte;
-    }
 }
 
 #[cfg(test)]

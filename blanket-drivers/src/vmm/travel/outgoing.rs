@@ -15,7 +15,7 @@ use super::{
     kind,
     pages::{Forms, MOST_BYTES, Packer},
 };
-use crate::vmm::{Machine, memory::PAGE_BYTES, state};
+use crate::vmm::{Machine, state};
 
 /// Pages are sent in frames of about so many bytes: small enough to be paced and cancelled between.
 const FRAME_BYTES: usize = 64 << 10;
@@ -212,15 +212,5 @@ impl<'a, W: Write> Sender<'a, W> {
             // What was not used is not saved up.
             (self.paced_since, self.paced_bytes) = (Instant::now(), 0);
         }
-    }
-}
-
-impl Machine {
-    /// All pages of guest memory: numbers of 4096 bytes of guest-physical address.
-    #[must_use]
-    pub fn page_numbers(&self) -> Vec<u64> {
-        use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion as _};
-        let parts = self.ram().iter().map(|region| (region.start_addr().0, region.len()));
-        parts.flat_map(|(at, bytes)| at / PAGE_BYTES..(at + bytes) / PAGE_BYTES).collect()
     }
 }

@@ -22,7 +22,7 @@ use super::{
 };
 use crate::vmm::{
     Ram, VmmError,
-    bus::Registers,
+    bus::{Registers, copy},
     io_error,
     pci::{self, Capability, ConfigSpace, Function, Identity, MessageSink, Msix},
 };
@@ -390,14 +390,6 @@ impl VirtioPci {
             // Full only if it is already set.
             let _ = kick.write(1);
         }
-    }
-}
-
-/// Copies what there is from `offset` on.
-fn copy(from: &[u8], offset: u64, to: &mut [u8]) {
-    let Ok(offset) = usize::try_from(offset) else { return };
-    for (to, byte) in to.iter_mut().zip(from.iter().skip(offset)) {
-        *to = *byte;
     }
 }
 

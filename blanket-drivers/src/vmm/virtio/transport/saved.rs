@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{QueueSetup, VirtioPci, Work};
+use super::{NO_VECTOR, QueueSetup, VirtioPci, Work};
 use crate::vmm::{
     VmmError,
     pci::MsixState,
@@ -12,8 +12,6 @@ use crate::vmm::{
         phase::{self, Phase, status},
     },
 };
-
-use super::NO_VECTOR;
 
 /// A device as it is saved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -156,11 +154,7 @@ impl VirtioPci {
     fn restore_rings(&mut self, saved: &[QueueParts]) -> Result<(), VmmError> {
         let mut rings = Vec::with_capacity(saved.len());
         for (setup, parts) in self.queues.iter().zip(saved) {
-            let ring = match (setup.is_enabled, parts.done) {
-                (false, _) => None,
-                (true, Some(done)) => self.ring_at(setup, done),
-                (true, None) => None,
-            };
+            let ring = parts.done.filter(|_| setup.is_enabled).and_then(|done| self.ring_at(setup, done));
             if setup.is_enabled && ring.is_none() {
                 return Err(refused(format!("queues of {} that cannot be served", self.name)));
             }
