@@ -98,6 +98,16 @@ fn inspect_domain(domain: Domain) -> LibResult<Option<Found>> {
     Ok(state::run_state(raw, reason, mark.role).map(|state| Found { domain, mark, state }))
 }
 
+/// Lets a paused machine run. That it runs already is no failure: libvirt resumes one by itself when a save or a move of
+/// it is given up, also between our look at it and our call.
+pub(crate) fn wake(domain: &Domain) -> LibResult<()> {
+    let Err(error) = domain.resume() else { return Ok(()) };
+    match ffi::domain_state(domain) {
+        Ok((raw, reason)) if state::run_state(raw, reason, Role::Owner) == Some(RunState::Running) => Ok(()),
+        Ok(_) | Err(_) => Err(error.into()),
+    }
+}
+
 /// Writes the guest's mark anew.
 pub(crate) fn set_mark(domain: &Domain, mark: Mark) -> LibResult<()> {
     let kind = i32::try_from(sys::VIR_DOMAIN_METADATA_ELEMENT).unwrap_or(2);
@@ -246,7 +256,7 @@ impl LibvirtBackend {
                     }
                     RunState::Running => {}
                     RunState::Paused(_) => {
-                        found.domain.resume()?;
+                        wake(&found.domain)?;
                     }
                 }
                 let mark = Mark { guest, epoch, role: Role::Owner };

@@ -52,7 +52,7 @@ use virt::sys;
 
 use crate::{
     BACK_END, LibvirtBackend,
-    backend::{inspect, set_mark, utf8, words},
+    backend::{inspect, set_mark, utf8, wake, words},
     ffi::{self, LibError, Params, PhaseCalls},
     metadata::{Mark, Role},
     state,
@@ -425,7 +425,7 @@ impl LibvirtBackend {
                 Step::Resume => {
                     was_resumed = true;
                     self.quick("resume the source of a move", move |at| match inspect(at, guest)? {
-                        Some(found) => Ok(found.domain.resume()?),
+                        Some(found) => wake(&found.domain),
                         None => Ok(()),
                     })
                     .await?;

@@ -439,8 +439,10 @@ pub fn note_host_lost(record: &OwnerRecord, host: HostId) -> LossDecision {
     let epoch = record.epoch;
     let mut lost_a_needed_copy = false;
     next.holders.retain(|holder| holder.host != host || holder.needed);
+    // A restart begins without the copy of the host that its guest was lost with: hearing again that it is gone is no news.
+    let began_without = record.operation.as_ref().is_some_and(|op| op.from.owner == Owner::Lost(host));
     for holder in next.holders.iter_mut().filter(|holder| holder.host == host) {
-        lost_a_needed_copy = true;
+        lost_a_needed_copy |= !(holder.lost && began_without);
         if !holder.lost {
             holder.lost = true;
             alarms.push(Alarm::NeededCopyLost { host, epoch: holder.epoch });
