@@ -102,7 +102,9 @@ fn about(name: &str, schema: &Value) -> String {
     }
     let choices = choices(schema);
     if !choices.is_empty() {
-        let mut table = Table::new(["ONE OF", "MEANS"]);
+        // The document has no words on most choices: no empty column then.
+        let is_explained = choices.iter().any(|(_, meaning)| !meaning.is_empty());
+        let mut table = if is_explained { Table::new(["ONE OF", "MEANS"]) } else { Table::new(["ONE OF"]) };
         for (word, meaning) in choices {
             table.row([word, meaning]);
         }

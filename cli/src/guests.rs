@@ -186,7 +186,7 @@ fn print_placement(output: Output, found: &Placement) -> anyhow::Result<()> {
 
 fn print_plan(output: Output, operation: &Operation) -> anyhow::Result<()> {
     let Some(plan) = operation.plan.as_ref().filter(|_| output == Output::Table) else {
-        return show::print_one(if output == Output::Table { Output::Json } else { output }, operation);
+        return show::print_one(output, operation);
     };
     let mut table = Table::new(["CHECK", "OK", "FOUND"]);
     for check in &plan.checks {

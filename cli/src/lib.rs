@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod fields;
 pub mod progress;
 pub mod table;
 pub mod yaml;

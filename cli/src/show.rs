@@ -4,7 +4,7 @@ use std::{io::IsTerminal as _, time::Duration};
 
 use serde::Serialize;
 use supercloud_api::{Operation, Phase, client::Client, ids::OperationId};
-use supercloud_cli::{progress::Bar, table::Table, yaml};
+use supercloud_cli::{fields, progress::Bar, table::Table, yaml};
 
 use crate::{
     OperationFailed,
@@ -52,21 +52,11 @@ pub fn print_value(output: Output, value: &serde_json::Value) -> anyhow::Result<
     Ok(())
 }
 
-/// Prints one thing: JSON as it is, or a `key: value` line per field.
+/// Prints one thing: JSON as it is, or a line per field.
 pub fn print_one<T: Serialize>(output: Output, value: &T) -> anyhow::Result<()> {
     let value = serde_json::to_value(value)?;
     match (output, &value) {
-        (Output::Table, serde_json::Value::Object(fields)) => {
-            let width = fields.keys().map(String::len).max().unwrap_or(0);
-            for (key, value) in fields {
-                let text = match value {
-                    serde_json::Value::String(text) => text.clone(),
-                    serde_json::Value::Null => "-".into(),
-                    other => other.to_string(),
-                };
-                println!("{key:<width$}  {text}");
-            }
-        }
+        (Output::Table, serde_json::Value::Object(_)) => print!("{}", fields::render(&value)),
         _ => print_value(output, &value)?,
     }
     Ok(())

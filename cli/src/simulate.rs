@@ -43,7 +43,7 @@ pub struct Simulate {
     /// Instance types and their on-demand prices; without it the ones that ship.
     #[arg(long)]
     catalogue: Option<PathBuf>,
-    /// A policy's name (smart-spot, smart-spot-spares, cheapest) or a TOML file; may be given more than once.
+    /// A policy's name (smart-spot, smart-spot-spares, cheapest, greedy) or a TOML file; may be given more than once.
     #[arg(long)]
     policy: Vec<String>,
     /// The guests (TOML); without it 56 of 1 to 64 GiB.
@@ -153,9 +153,10 @@ fn policy(name: &str) -> anyhow::Result<(String, Box<dyn Policy>)> {
         "smart-spot" => return Ok((name.into(), Box::new(SmartSpot::default()))),
         "smart-spot-spares" => return Ok((name.into(), Box::new(SmartSpot::with_spares()))),
         "cheapest" => return Ok((name.into(), Box::new(Cheapest(CheapestWithHysteresis::default())))),
+        "greedy" => return Ok((name.into(), Box::new(Greedy))),
         _ if !name.ends_with(".toml") => {
             bail!(
-                "there is no policy '{name}'; there are smart-spot, smart-spot-spares, cheapest, or a file that ends with .toml"
+                "there is no policy '{name}'; there are smart-spot, smart-spot-spares, cheapest, greedy, or a file that ends with .toml"
             )
         }
         _ => {}

@@ -4,7 +4,10 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Context as _;
 use clap::Parser;
-use supercloud_controller::app::{Config, Controller};
+use supercloud_controller::{
+    app::{Config, Controller},
+    renting::Providers,
+};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -39,7 +42,8 @@ First steps:
 
 /// Supercloud's controller: REST, state, operations and the links to the agents.
 #[derive(Debug, Parser)]
-#[command(version, after_help = EXAMPLES)]
+// The settings in it are to be copied: not wrapped.
+#[command(version, after_help = EXAMPLES, term_width = 0)]
 struct Arguments {
     /// The settings file (TOML).
     #[arg(long, value_name = "FILE", env = "SUPERCLOUD_CONTROLLER_CONFIG")]
@@ -66,7 +70,10 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         Ok(filter) => EnvFilter::try_new(filter).context("in RUST_LOG")?,
         Err(_) => EnvFilter::try_new(&config.log).context("in the settings: log")?,
     };
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
     if arguments.check {
+        // Clients of providers are made in a runtime; none of them is asked anything.
+        runtime.block_on(async { Providers::open(&config.providers).map(drop) })?;
         println!("{}: good", arguments.config.display());
         return Ok(());
     }
@@ -76,7 +83,6 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     } else {
         log.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init();
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
     runtime.block_on(serve(config))
 }
 

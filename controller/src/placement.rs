@@ -222,8 +222,8 @@ fn refusal(verdicts: &[(&Host, Result<Score, Refusal>)], at: &Place, need: &Need
 #[must_use]
 pub fn reachability(source: &Host, destination: &Host) -> PlanCheck {
     let detail = match (source.data_address, destination.data_address) {
-        (_, Some(address)) => format!("{} dials {} at {address}", source.name, destination.name),
-        (Some(address), None) => format!("{} dials {} at {address}", destination.name, source.name),
+        (_, Some(address)) => format!("{} would dial {} at {address} (not tried)", source.name, destination.name),
+        (Some(address), None) => format!("{} would dial {} at {address} (not tried)", destination.name, source.name),
         (None, None) => format!("neither {} nor {} can be dialled: both are behind NAT", source.name, destination.name),
     };
     let is_ok = source.data_address.is_some() || destination.data_address.is_some();

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 ///
 /// Started by supercloud-agent. SIGTERM makes everything acknowledged durable and leaves.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(name = "supercloud-volume", version)]
 struct Arguments {
     /// The configuration, JSON.
     #[arg(long, value_name = "FILE")]

@@ -30,7 +30,7 @@ pub enum OperationKind {
     HostReturn,
 }
 
-/// Where an operation is. Phases only go forward; the names of a migration's are those of the design's section 4.
+/// Where an operation is. Phases only go forward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {

@@ -131,16 +131,22 @@ impl LinkHandler for Engine {
 
     fn closed(&self, host: HostId) -> BoxFuture<'_, ()> {
         Box::pin(async move {
-            let last = self.live.gone(host);
-            let mut change = Change::new();
-            change.event(
-                EventDraft::new("host.unreachable")
-                    .host(host)
-                    .data(serde_json::json!({ "last_seen_ms": last.map(|live| live.last_seen_ms) })),
-            );
-            if let Err(error) =
-                self.state.commit(&Context::actor(format!("host:{host}"), RequestId::generate()), change).await
-            {
+            let last_seen_ms = self.live.gone(host).map(|live| live.last_seen_ms);
+            let context = Context::actor(format!("host:{host}"), RequestId::generate());
+            let written = retry_conflicts(|| async {
+                let mut change = Change::new();
+                if let (Some(before), Some(last_seen_ms)) = (self.state.read::<HostRecord>(&host).await?, last_seen_ms)
+                {
+                    let mut now = before.value.clone();
+                    now.host.last_seen_ms = now.host.last_seen_ms.max(last_seen_ms);
+                    change.update(&before, &now);
+                }
+                let data = serde_json::json!({ "last_seen_ms": last_seen_ms });
+                change.event(EventDraft::new("host.unreachable").host(host).data(data));
+                self.state.commit(&context, change).await?;
+                Ok::<_, EngineError>(())
+            });
+            if let Err(error) = written.await {
                 warn!(%host, "that it is away could not be written: {}", chain(&error));
             }
         })

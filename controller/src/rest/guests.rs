@@ -1,23 +1,28 @@
 //! Reading and changing guests.
 
+use std::time::{Duration, Instant};
+
 use axum::{
     body::Bytes,
     extract::{Path, State},
     http::HeaderMap,
 };
-use supercloud_api::{Guest, GuestPatch, Page, Ref, Volume, handover::Owner};
+use supercloud_api::{Guest, GuestPatch, Host, Page, Ref, Volume, handover::Owner};
 
 use super::{Api, Asker, Failure, Reply, body, check_if_match, guest_plan};
 use crate::{
     admission::Request,
     app::Parts,
-    state::{Change, EventDraft, GuestRecord, retry_conflicts},
+    state::{Change, EventDraft, GuestRecord, HostRecord, retry_conflicts},
 };
 
-/// A guest as it is shown: with what only its host knows.
+/// A guest as it is shown: with what only its host knows, or that its host is away.
 async fn shown(parts: &Parts, record: &GuestRecord) -> Result<Guest, Failure> {
     let mut guest = record.guest.clone();
     if let Owner::Host(host) = record.owner.owner {
+        if let (None, Some(silent)) = (&guest.alarm, parts.hosts.away_for(host, Instant::now())) {
+            guest.alarm = parts.state.read::<HostRecord>(&host).await?.and_then(|record| away(&record.host, silent));
+        }
         let told = parts.hosts.base_missing_bytes(host, guest.id, record.owner.epoch);
         // What was durable before a restart of the controller holds; else only the host knows.
         guest.base_missing_bytes = match told {
@@ -26,6 +31,21 @@ async fn shown(parts: &Parts, record: &GuestRecord) -> Result<Guest, Failure> {
         };
     }
     Ok(guest)
+}
+
+/// How long a host's link may be down before its guests' owners are told: agents dial again within seconds.
+const AWAY_PATIENCE: Duration = Duration::from_secs(10);
+
+/// What is to be said of a guest whose host has had no link to the controller for so long.
+fn away(host: &Host, silent: Duration) -> Option<String> {
+    let name = &host.name;
+    (silent >= AWAY_PATIENCE).then(|| {
+        format!(
+            "its host {name} has been away for {} s: whether the guest runs is not known; if that host is gone for good, \
+             `supercloud host remove {name}` lets the guest start elsewhere",
+            silent.as_secs()
+        )
+    })
 }
 
 /// Whether all that the guest's volumes stand on is known to be in its own cloud.

@@ -34,10 +34,21 @@ struct Base {
 
 type Bases = HashMap<GuestId, Base>;
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Live {
     hosts: HashMap<HostId, LiveHost>,
     bases: HashMap<HostId, Bases>,
+    /// Since when those hosts are away whose links ended under our eyes.
+    away: HashMap<HostId, Instant>,
+    /// Since when others may have been.
+    began: Instant,
+}
+
+impl Default for Live {
+    fn default() -> Self {
+        let (hosts, bases, away) = (HashMap::new(), HashMap::new(), HashMap::new());
+        Self { hosts, bases, away, began: Instant::now() }
+    }
 }
 
 /// The connected hosts. Cheap to clone; the link writes, everybody reads.
@@ -47,14 +58,28 @@ pub struct LiveHosts(Arc<RwLock<Live>>);
 impl LiveHosts {
     /// The agent was heard of.
     pub fn seen(&self, host: HostId, live: LiveHost) {
-        self.0.write().unwrap_or_else(PoisonError::into_inner).hosts.insert(host, live);
+        let mut all = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        all.away.remove(&host);
+        all.hosts.insert(host, live);
     }
 
     /// The agent is away. Returns what was known last.
     pub fn gone(&self, host: HostId) -> Option<LiveHost> {
         let mut live = self.0.write().unwrap_or_else(PoisonError::into_inner);
         live.bases.remove(&host);
-        live.hosts.remove(&host)
+        let last = live.hosts.remove(&host);
+        if last.is_some() {
+            live.away.insert(host, Instant::now());
+        }
+        last
+    }
+
+    /// For how long a host has had no link to this controller, as far as this process knows; `None`: it has one.
+    #[must_use]
+    pub fn away_for(&self, host: HostId, now: Instant) -> Option<Duration> {
+        let live = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let since = live.away.get(&host).unwrap_or(&live.began);
+        (!live.hosts.contains_key(&host)).then(|| now.saturating_duration_since(*since))
     }
 
     /// What is known, if the agent is connected.
@@ -104,6 +129,22 @@ impl LiveHosts {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_host_is_away_from_when_its_link_ended() {
+        let (hosts, host) = (LiveHosts::default(), HostId::generate());
+        let later = |seconds| Instant::now() + Duration::from_secs(seconds);
+        let away = |now| hosts.away_for(host, now);
+        assert!(away(later(60)).is_some_and(|gone| gone.as_secs() >= 60), "never seen by this process");
+        hosts.seen(host, LiveHost { last_seen_ms: 1, used: Room::default() });
+        assert_eq!(away(later(60)), None);
+        let made = Instant::now();
+        let before = std::iter::repeat_with(Instant::now).find(|now| *now > made).expect("time passes");
+        assert!(hosts.gone(host).is_some());
+        assert_eq!(away(before), Some(Duration::ZERO), "counted from its end, not from the beginning");
+        assert!(hosts.away_for(HostId::generate(), before) > Some(Duration::ZERO));
+        assert!(hosts.gone(host).is_none() && away(later(60)).is_some());
+    }
 
     #[test]
     fn a_base_of_which_nothing_comes_stands_still() {

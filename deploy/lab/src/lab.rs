@@ -11,7 +11,6 @@ use thiserror::Error;
 
 use crate::addressing::{LabIndex, MAX_INDEX, mac_text};
 use crate::command::{CommandError, Run, wait_for};
-use crate::host_init::ProcessSpec;
 use crate::leftovers::{self, Snapshot};
 use crate::netns;
 use crate::process;
@@ -20,6 +19,8 @@ use crate::spec::{CONTROLLER, LabSpec, LinkShape, SpecError};
 use crate::state::{self, LabRecord, Lock, StateDir, StateError};
 use crate::wan::control::{self, Answer, ControlError, Request};
 use crate::wan::fabric::{FabricSpec, LinkStatus, PairSpec, PortSpec};
+
+mod daemons;
 
 /// A lab that cannot be made, changed or taken down.
 #[derive(Debug, Error)]
@@ -411,49 +412,20 @@ impl Lab {
         Ok(site.boot(&self.program, &self.hosts_file())?)
     }
 
-    /// Starts a daemon in a site and remembers how, for [`Lab::restart`].
+    /// The daemons that [`Lab::spawn`] ever started in a site, by name.
     ///
     /// # Errors
-    /// When one of its name runs already, or it cannot be started.
-    pub fn spawn(&self, site: &str, process: &ProcessSpec) -> Result<i32, LabError> {
-        let site = self.host(site)?;
-        let path = site.dir.join(format!("daemon-{}.json", process.name));
-        let text = serde_json::to_string_pretty(process).map_err(|error| StateError::Io {
-            what: "write",
-            path: path.display().to_string(),
-            source: error.into(),
-        })?;
-        state::write_private(&path, &text)?;
-        Ok(site.spawn(process.clone())?)
-    }
-
-    /// Ends a daemon that [`Lab::spawn`] started, if it still runs (SIGKILL), and starts it again in the same way.
-    ///
-    /// # Errors
-    /// When it was never started or does not start.
-    pub fn restart(&self, site: &str, name: &str) -> Result<i32, LabError> {
-        let site = self.host(site)?;
-        let path = site.dir.join(format!("daemon-{name}.json"));
-        let io = |source| StateError::Io { what: "read", path: path.display().to_string(), source };
-        let text = fs::read(&path).map_err(io)?;
-        let process: ProcessSpec = serde_json::from_slice(&text).map_err(|error| io(error.into()))?;
-        self.end_daemon(&site, name)?;
-        Ok(site.spawn(process)?)
-    }
-
-    fn end_daemon(&self, site: &Site, name: &str) -> Result<(), LabError> {
-        let ended = wait_for(Duration::from_secs(20), || {
-            let running = site.daemons().ok()?.remove(name).filter(|status| status.ended.is_none());
-            let Some(running) = running else { return Some(()) };
-            for process in site.processes().iter().filter(|process| process.inner_pid() == Some(running.pid)) {
-                // One that has ended by itself is as good.
-                let _ = process.signal(libc::SIGKILL);
-            }
-            None
-        });
-        let stuck =
-            || SiteError::Daemon { site: site.name.clone(), name: "a daemon", said: format!("{name} does not end") };
-        Ok(ended.ok_or_else(stuck)?)
+    /// When there is no such host or its folder cannot be read.
+    pub fn remembered(&self, name: &str) -> Result<Vec<String>, LabError> {
+        let dir = self.host(name)?.dir;
+        let io = |source| StateError::Io { what: "read", path: dir.display().to_string(), source };
+        let mut names = Vec::new();
+        for entry in fs::read_dir(&dir).map_err(io)? {
+            let file = entry.map_err(io)?.file_name().to_string_lossy().into_owned();
+            names.extend(file.strip_prefix("daemon-").and_then(|rest| rest.strip_suffix(".json")).map(str::to_owned));
+        }
+        names.sort();
+        Ok(names)
     }
 
     /// Sends a signal to processes of a host; how many there were.

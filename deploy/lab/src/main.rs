@@ -83,7 +83,7 @@ enum Verb {
         /// The host, or "controller"
         host: String,
     },
-    /// A host that lost power boots again
+    /// A host that lost power boots again, with the agent or what else was ever started in it
     Boot {
         /// The host, or "controller"
         host: String,
@@ -178,7 +178,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             attach()?.change_link(&request)?;
         }
         Verb::Kill { host } => attach()?.kill_host(&host)?,
-        Verb::Boot { host } => attach()?.boot_host(&host)?,
+        Verb::Boot { host } => boot(&attach()?, &host)?,
         Verb::Exec { host, command } => return exec(&attach()?, &host, &command),
         Verb::Image { kind } => println!(
             "{}",
@@ -208,6 +208,16 @@ fn up(name: &str, spec: Option<&Path>) -> anyhow::Result<()> {
     let mut lab = Lab::start(spec)?;
     lab.keep();
     print!("{}", lab.describe());
+    Ok(())
+}
+
+/// As a machine does that starts its services at boot.
+fn boot(lab: &Lab, host: &str) -> anyhow::Result<()> {
+    lab.boot_host(host)?;
+    for daemon in lab.remembered(host)? {
+        lab.restart(host, &daemon).with_context(|| format!("starting {daemon} again"))?;
+        println!("{host}: {daemon} is started");
+    }
     Ok(())
 }
 

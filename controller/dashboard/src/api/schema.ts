@@ -2120,7 +2120,7 @@ export interface components {
             next_page?: string | null;
         };
         /**
-         * @description Where an operation is. Phases only go forward; the names of a migration's are those of the design's section 4.
+         * @description Where an operation is. Phases only go forward.
          * @enum {string}
          */
         Phase: "plan" | "prepare" | "copy" | "switch" | "resume" | "finish" | "done" | "rolled_back" | "failed";

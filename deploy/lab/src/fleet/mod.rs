@@ -230,7 +230,7 @@ impl Fleet {
             })
             .await?;
             if left == 0 {
-                return Ok(());
+                return Ok(self.lab.forget(CONTROLLER, "spotd")?);
             }
             waiting.pause(|| log_of(&self.lab, CONTROLLER, "spotd")).await?;
         }
