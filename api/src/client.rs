@@ -20,6 +20,8 @@ use crate::{
 const REQUEST_BUDGET: Duration = Duration::from_secs(60);
 /// How long a request is tried again when the controller cannot be reached or says "retry".
 const RETRY_BUDGET: Duration = Duration::from_secs(20);
+/// How long an operation is still waited for when the controller does not answer any more: a restart takes less.
+const LOST_BUDGET: Duration = Duration::from_secs(120);
 /// The longest answer that is read, in bytes.
 const MAX_BODY_BYTES: usize = 64 << 20;
 
@@ -265,6 +267,7 @@ impl Client {
     }
 
     /// Waits until an operation has ended, calling `watch` with each state seen. The last state is returned whatever it is.
+    /// A controller that is away for up to two minutes meanwhile is waited for: the operation does not end with it.
     ///
     /// # Errors
     /// [`ClientError::StillRunning`] when it has not ended within `budget`; else as every call.
@@ -275,11 +278,19 @@ impl Client {
         mut watch: impl FnMut(&Operation),
     ) -> Result<Operation> {
         let began = Instant::now();
+        let mut heard = began;
         loop {
-            let operation: Operation = self.get(&format!("/v1/operations/{id}?wait=1s")).await?;
-            watch(&operation);
-            if operation.phase.is_terminal() {
-                return Ok(operation);
+            match self.get::<Operation>(&format!("/v1/operations/{id}?wait=1s")).await {
+                Ok(operation) => {
+                    heard = Instant::now();
+                    watch(&operation);
+                    if operation.phase.is_terminal() {
+                        return Ok(operation);
+                    }
+                }
+                Err(error) if is_worth_a_retry(&error) && heard.elapsed() < LOST_BUDGET && began.elapsed() < budget => {
+                }
+                Err(error) => return Err(error),
             }
             if began.elapsed() >= budget {
                 return Err(ClientError::StillRunning(id));
@@ -317,7 +328,10 @@ impl Client {
 
 fn is_worth_a_retry(error: &ClientError) -> bool {
     match error {
-        ClientError::Transport { source, .. } => source.is_connect() || source.is_timeout() || source.is_request(),
+        // Also an answer that broke off: the key makes it safe to ask again.
+        ClientError::Transport { source, .. } => {
+            source.is_connect() || source.is_timeout() || source.is_request() || source.is_body() || source.is_decode()
+        }
         // Other retryable problems (no capacity, operation in progress) are the caller's to judge.
         ClientError::Problem(problem) => matches!(problem.status, 429 | 503),
         _ => false,
