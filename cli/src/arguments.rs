@@ -1,26 +1,31 @@
 //! The command line: `supercloud NOUN VERB`.
 
+mod guest;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use supercloud_api::{Role, Shape};
+use supercloud_api::Role;
+
+pub use guest::{GuestCreateArguments, GuestVerb};
 
 use crate::{settings::Connection, values};
+
+const EXAMPLES: &str = "\
+Examples:
+  supercloud guest list
+  supercloud image import disk.qcow2 --name debian
+  supercloud guest create web --image debian --memory 512 --network lan --place aws-east
+  supercloud guest migrate web --to gcp-west --watch
+  supercloud guest freeze web && supercloud guest thaw web --to home
+  supercloud apply -f fleet.toml --dry-run";
 
 /// Moves virtual machines above clouds: run, move, freeze and thaw guests wherever their hosts are.
 #[derive(Debug, Parser)]
 #[command(
     name = "supercloud",
     version,
-    after_help = "Examples:\n  \
-        supercloud guest list\n  \
-        supercloud image import disk.qcow2 --name debian\n  \
-        supercloud guest create web --image debian --memory 512 --network lan --place aws-east\n  \
-        supercloud guest migrate web --to gcp-west --watch\n  \
-        supercloud guest freeze web && supercloud guest thaw web --to home\n\n\
-        Exit codes: 0 done; 1 cannot reach the controller or a local fault; 2 wrong usage; \
-        3 the controller refused; 4 the operation failed or was rolled back; \
-        130 watching was interrupted, and the operation goes on."
+    after_help = format!("{EXAMPLES}\n\n{}", crate::exit::HELP)
 )]
 pub struct Arguments {
     /// Where the controller is.
@@ -39,12 +44,21 @@ pub struct Arguments {
 pub enum Output {
     /// For people.
     Table,
+    /// For people who want to know more: tables with all columns.
+    Wide,
     /// For programs: what REST answered.
     Json,
     /// The same, a line for each thing.
     Ndjson,
     /// The same, easier on the eye.
     Yaml,
+}
+
+impl Output {
+    /// Whether it is words and tables; else it is what REST answered.
+    pub const fn is_for_people(self) -> bool {
+        matches!(self, Self::Table | Self::Wide)
+    }
 }
 
 /// What the command is about.
@@ -92,6 +106,13 @@ pub enum Noun {
     Simulate(crate::simulate::Simulate),
     /// Who this token is.
     Whoami,
+    /// Controllers that are known by a name: where each is, and with which token; needs no controller.
+    #[command(subcommand)]
+    Context(crate::contexts::ContextVerb),
+    /// Makes everything as a file says: projects, networks, images, guests. Says first what would change.
+    Apply(crate::apply::ApplyArguments),
+    /// The fleet at a glance, as it changes: alarms, moves, hosts, prices, guests.
+    Top(crate::top::TopArguments),
     /// Any call of REST, as it is: what the other commands and the dashboard do, this does, too.
     #[command(after_help = "Examples:\n  supercloud api GET /v1/guests -o yaml\n  \
         supercloud api GET /v1/events --all -o ndjson\n  \
@@ -364,180 +385,6 @@ pub struct Watch {
     /// Return as soon as the operation is accepted.
     #[arg(long)]
     pub no_watch: bool,
-}
-
-/// Verbs of guests.
-#[derive(Debug, Subcommand)]
-pub enum GuestVerb {
-    /// All guests.
-    List,
-    /// One guest.
-    Show {
-        /// Name or id.
-        name: String,
-    },
-    /// Where a guest would go now, and what every host says to it.
-    Placement {
-        /// Name or id.
-        name: String,
-        /// Only this host or cloud.
-        #[arg(long)]
-        place: Option<String>,
-    },
-    /// Makes a guest and starts it.
-    Create(GuestCreateArguments),
-    /// Starts a stopped guest.
-    Start {
-        /// Name or id.
-        name: String,
-        /// A host or a cloud; where its volume is when absent.
-        #[arg(long)]
-        place: Option<String>,
-        /// Whether it is only tried.
-        #[command(flatten)]
-        trial: Trial,
-        /// How to wait.
-        #[command(flatten)]
-        watch: Watch,
-    },
-    /// Stops a guest; its disk is kept.
-    Stop {
-        /// Name or id.
-        name: String,
-        /// Pull the plug at once.
-        #[arg(long)]
-        force: bool,
-        /// Whether it is only tried.
-        #[command(flatten)]
-        trial: Trial,
-        /// How to wait.
-        #[command(flatten)]
-        watch: Watch,
-    },
-    /// Moves a running guest live: with its memory, disk, address and connections.
-    Migrate {
-        /// Name or id.
-        name: String,
-        /// A host or a cloud.
-        #[arg(long)]
-        to: String,
-        /// At most this much of the link, in Mbit/s.
-        #[arg(long)]
-        bandwidth_mbps: Option<u64>,
-        /// The pause that is aimed at, in milliseconds.
-        #[arg(long)]
-        max_downtime_ms: Option<u64>,
-        /// Give up when the switch has not come by then, in seconds.
-        #[arg(long)]
-        deadline: Option<u64>,
-        /// Do not slow the guest down when it writes faster than the link carries.
-        #[arg(long)]
-        no_auto_converge: bool,
-        /// Say what would be done, and do nothing.
-        #[arg(long)]
-        dry_run: bool,
-        /// Why, for the audit trail.
-        #[arg(long)]
-        reason: Option<String>,
-        /// How to wait.
-        #[command(flatten)]
-        watch: Watch,
-    },
-    /// Suspends a guest into the image store; nothing runs any more, nothing is lost.
-    Freeze {
-        /// Name or id.
-        name: String,
-        /// Whether it is only tried.
-        #[command(flatten)]
-        trial: Trial,
-        /// How to wait.
-        #[command(flatten)]
-        watch: Watch,
-    },
-    /// Resumes a frozen guest, anywhere, once.
-    Thaw {
-        /// Name or id.
-        name: String,
-        /// A host or a cloud; anywhere with room when absent.
-        #[arg(long)]
-        to: Option<String>,
-        /// Whether it is only tried.
-        #[command(flatten)]
-        trial: Trial,
-        /// How to wait.
-        #[command(flatten)]
-        watch: Watch,
-    },
-    /// Lets price policies move the guest, or not.
-    FollowPrices {
-        /// Name or id.
-        name: String,
-        /// `true` or `false`.
-        #[arg(action = clap::ArgAction::Set)]
-        follow: bool,
-    },
-    /// Deletes a guest that does not run, with its disk and address.
-    Delete {
-        /// Name or id.
-        name: String,
-        /// Whether it is only tried.
-        #[command(flatten)]
-        trial: Trial,
-        /// How to wait.
-        #[command(flatten)]
-        watch: Watch,
-    },
-}
-
-/// Options of `guest create`.
-#[derive(Debug, Args)]
-#[command(after_help = "Example:\n  supercloud guest create web --image debian --vcpus 1 --memory 512 --network lan \
-    --place aws-east --cloud-init user-data.yaml")]
-pub struct GuestCreateArguments {
-    /// Its name.
-    pub name: String,
-    /// The image its disk starts from.
-    #[arg(long)]
-    pub image: String,
-    /// Virtual CPUs and memory in one word: 2x1024 (MiB), 2x4G; in place of --vcpus and --memory.
-    #[arg(long, value_name = "VCPUSxMEMORY", value_parser = values::shape, conflicts_with_all = ["vcpus", "memory"])]
-    pub shape: Option<Shape>,
-    /// Virtual CPUs.
-    #[arg(long, default_value_t = 1)]
-    pub vcpus: u32,
-    /// Memory in MiB.
-    #[arg(long, default_value_t = 512)]
-    pub memory: u64,
-    /// The network it is attached to.
-    #[arg(long)]
-    pub network: String,
-    /// Its address there; the first free one when absent.
-    #[arg(long)]
-    pub ipv4: Option<std::net::Ipv4Addr>,
-    /// A host or a cloud; anywhere with room when absent.
-    #[arg(long)]
-    pub place: Option<String>,
-    /// The disk's size in GiB; that of the image when absent.
-    #[arg(long)]
-    pub disk: Option<u64>,
-    /// A file with cloud-init user-data.
-    #[arg(long)]
-    pub cloud_init: Option<PathBuf>,
-    /// Appended to the image's kernel command line.
-    #[arg(long)]
-    pub cmdline_extra: Option<String>,
-    /// Let price policies move it.
-    #[arg(long)]
-    pub follow_prices: bool,
-    /// Make it, but do not start it.
-    #[arg(long)]
-    pub no_start: bool,
-    /// Whether it is only tried.
-    #[command(flatten)]
-    pub trial: Trial,
-    /// How to wait.
-    #[command(flatten)]
-    pub watch: Watch,
 }
 
 /// Verbs of operations.

@@ -1,5 +1,7 @@
 //! One thing for people: a line per field; what is inside another is indented; bytes and times in words.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use serde_json::Value;
 
 use crate::table::{bytes, time};
@@ -7,18 +9,58 @@ use crate::table::{bytes, time};
 /// Nothing that REST answers is deeper; what is, is shown as JSON.
 const DEPTH_AT_MOST: usize = 8;
 
+/// The names of ids.
+pub type Names = BTreeMap<String, String>;
+
+/// Kinds of ids whose names say more than they do: host, cloud, project, network, image, guest.
+const NAMED: [&str; 6] = ["hst-", "cld-", "prj-", "net-", "img-", "gst-"];
+
 /// The text, ending with a line feed. What is no object is shown as JSON.
 #[must_use]
 pub fn render(value: &Value) -> String {
+    render_named(value, &Names::new())
+}
+
+/// The same, with the names that are known beside their ids.
+#[must_use]
+pub fn render_named(value: &Value, names: &Names) -> String {
     let mut out = String::new();
     match value {
-        Value::Object(_) => write(&mut out, 0, value),
+        Value::Object(_) => write(&mut out, 0, value, names),
         other => out.push_str(&format!("{other}\n")),
     }
     out
 }
 
-fn write(out: &mut String, depth: usize, value: &Value) {
+/// The ids in a thing that have names which it does not tell itself: not its own (`id`), nor those with a field `…_name` beside.
+#[must_use]
+pub fn nameless_ids(value: &Value) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    collect(&mut found, 0, value);
+    found
+}
+
+fn collect(found: &mut BTreeSet<String>, depth: usize, value: &Value) {
+    let is_named_id = |text: &str| text.len() == 40 && NAMED.iter().any(|prefix| text.starts_with(prefix));
+    match value {
+        Value::Object(fields) if depth <= DEPTH_AT_MOST => {
+            for (key, value) in fields {
+                if key != "id" && !fields.contains_key(&format!("{key}_name")) {
+                    collect(found, depth + 1, value);
+                }
+            }
+        }
+        Value::Array(items) if depth <= DEPTH_AT_MOST => {
+            items.iter().for_each(|item| collect(found, depth + 1, item));
+        }
+        Value::String(text) if is_named_id(text) => {
+            found.insert(text.clone());
+        }
+        _ => {}
+    }
+}
+
+fn write(out: &mut String, depth: usize, value: &Value, names: &Names) {
     let Value::Object(fields) = value else { return };
     let width = fields.keys().map(|key| key.chars().count()).max().unwrap_or(0);
     let indent = "  ".repeat(depth);
@@ -26,29 +68,32 @@ fn write(out: &mut String, depth: usize, value: &Value) {
         match value {
             Value::Object(inner) if !inner.is_empty() && depth < DEPTH_AT_MOST => {
                 out.push_str(&format!("{indent}{key}\n"));
-                write(out, depth + 1, value);
+                write(out, depth + 1, value, names);
             }
             Value::Array(items) if items.iter().any(Value::is_object) && depth < DEPTH_AT_MOST => {
                 for (at, item) in items.iter().enumerate() {
                     out.push_str(&format!("{indent}{key} {}\n", at + 1));
-                    write(out, depth + 1, item);
+                    write(out, depth + 1, item, names);
                 }
             }
-            value => out.push_str(&format!("{indent}{key:<width$}  {}\n", word(key, value))),
+            value => out.push_str(&format!("{indent}{key:<width$}  {}\n", word(key, value, names))),
         }
     }
 }
 
 /// A value that is shown in its field's line. The units are in the fields' names.
-fn word(key: &str, value: &Value) -> String {
+fn word(key: &str, value: &Value, names: &Names) -> String {
     match value {
         Value::Null => "-".into(),
         // One line each: what a guest or a host calls itself must not look like a field.
         Value::String(text) if text.chars().any(char::is_control) => value.to_string(),
-        Value::String(text) => text.clone(),
+        Value::String(text) => match names.get(text) {
+            Some(name) => format!("{text} ({name})"),
+            None => text.clone(),
+        },
         Value::Bool(is) => if *is { "yes" } else { "no" }.into(),
         Value::Array(items) if items.is_empty() => "-".into(),
-        Value::Array(items) => items.iter().map(|item| word(key, item)).collect::<Vec<_>>().join(", "),
+        Value::Array(items) => items.iter().map(|item| word(key, item, names)).collect::<Vec<_>>().join(", "),
         Value::Object(inner) if inner.is_empty() => "-".into(),
         Value::Number(number) => match number.as_u64() {
             Some(0) if is_instant(key) => "-".into(),
@@ -96,6 +141,19 @@ mod tests {
             assert!(text.contains(line), "{line:?} in\n{text}");
         }
         assert_eq!(text.lines().count(), 10, "{text}");
+    }
+
+    #[test]
+    fn ids_have_their_names_beside_them() {
+        let [host, network, own] =
+            ["hst", "net", "gst"].map(|kind| format!("{kind}-01a1fea9-e622-75ca-b41b-c7d245b5cc2f"));
+        let guest =
+            json!({ "id": own, "host": host, "host_name": "h1", "ports": [{ "network": network, "guest": own }] });
+        assert_eq!(nameless_ids(&guest), BTreeSet::from([network.clone(), own.clone()]));
+        let names = Names::from([(network.clone(), "lan".into())]);
+        let text = render_named(&guest, &names);
+        assert!(text.contains(&format!("network  {network} (lan)\n")), "{text}");
+        assert!(text.contains(&format!("guest    {own}\n")), "{text}");
     }
 
     #[test]

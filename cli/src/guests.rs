@@ -6,18 +6,21 @@ use supercloud_api::{
     GuestCreate, GuestFreeze, GuestMigrate, GuestPatch, GuestStart, GuestStop, GuestThaw, Operation, Placement,
     Propagation, Shape, client::Client,
 };
-use supercloud_cli::table::{Table, bytes, duration};
+use supercloud_cli::{
+    fields::Names,
+    table::{Table, bytes, duration},
+};
 
 use crate::{
     arguments::{GuestCreateArguments, GuestVerb, Output},
-    show,
+    listings, names, show,
 };
 
 /// Runs a verb.
 pub async fn run(client: &Client, output: Output, verb: GuestVerb) -> anyhow::Result<()> {
     match verb {
         GuestVerb::List => list(client, output).await,
-        GuestVerb::Show { name } => show::print_one(output, &client.guest(&name).await?),
+        GuestVerb::Show { name } => show::print_named(client, output, &client.guest(&name).await?).await,
         GuestVerb::Placement { name, place } => {
             let found = match place {
                 Some(place) => client.explain_placement_at(&name, &place).await?,
@@ -101,7 +104,7 @@ async fn rehearse<B: serde::Serialize + Sync>(
     body: &B,
 ) -> anyhow::Result<()> {
     let found: Operation = client.call(method, &format!("{path}?dry_run=true"), body).await?;
-    if output != Output::Table {
+    if !output.is_for_people() {
         return show::print_one(output, &found);
     }
     if found.plan.as_ref().is_some_and(|plan| !plan.checks.is_empty()) {
@@ -113,25 +116,11 @@ async fn rehearse<B: serde::Serialize + Sync>(
 
 async fn list(client: &Client, output: Output) -> anyhow::Result<()> {
     let guests = client.guests().await?;
-    show::print(output, &guests, || {
-        let mut table = Table::new(["NAME", "STATE", "CLOUD", "HOST", "IPV4", "VCPUS", "MEMORY", "EPOCH", "ALARM"]);
-        for guest in &guests {
-            let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".into());
-            let state = serde_json::to_value(guest.state).ok().and_then(|v| v.as_str().map(str::to_owned));
-            table.row([
-                guest.name.to_string(),
-                or_dash(state),
-                or_dash(guest.cloud_name.as_ref().map(ToString::to_string)),
-                or_dash(guest.host_name.as_ref().map(ToString::to_string)),
-                or_dash(guest.ipv4.map(|ip| ip.to_string())),
-                guest.shape.vcpus.to_string(),
-                bytes(guest.shape.memory_bytes),
-                guest.epoch.to_string(),
-                or_dash(guest.alarm.clone()),
-            ]);
-        }
-        table
-    })
+    let names = match output {
+        Output::Wide => names::of_ids_in(client, &serde_json::to_value(&guests)?).await,
+        _ => Names::new(),
+    };
+    show::print(output, &guests, || listings::guests(&guests, &names))
 }
 
 async fn create(client: &Client, output: Output, arguments: GuestCreateArguments) -> anyhow::Result<()> {
@@ -164,7 +153,7 @@ async fn create(client: &Client, output: Output, arguments: GuestCreateArguments
 }
 
 fn print_placement(output: Output, found: &Placement) -> anyhow::Result<()> {
-    if output != Output::Table {
+    if !output.is_for_people() {
         return show::print_one(output, found);
     }
     let mut table = Table::new(["HOST", "CLOUD", "TAKES_IT", "RANK", "FREE_MEMORY", "FOUND"]);
@@ -185,7 +174,7 @@ fn print_placement(output: Output, found: &Placement) -> anyhow::Result<()> {
 }
 
 fn print_plan(output: Output, operation: &Operation) -> anyhow::Result<()> {
-    let Some(plan) = operation.plan.as_ref().filter(|_| output == Output::Table) else {
+    let Some(plan) = operation.plan.as_ref().filter(|_| output.is_for_people()) else {
         return show::print_one(output, operation);
     };
     let mut table = Table::new(["CHECK", "OK", "FOUND"]);

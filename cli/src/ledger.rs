@@ -111,7 +111,7 @@ pub async fn run(client: &Client, output: Output, arguments: &LedgerArguments) -
         By::Line => lines(&ledger),
         by => sums(&ledger, by),
     })?;
-    if output == Output::Table {
+    if output.is_for_people() {
         print!("{}", words(&ledger));
     }
     Ok(())

@@ -2,42 +2,31 @@
 
 #![forbid(unsafe_code)]
 
+mod apply;
 mod arguments;
+mod contexts;
 mod direct;
+mod exit;
 mod explain;
 mod guests;
 mod ledger;
+mod listings;
+mod names;
 mod rentings;
 mod settings;
 mod show;
 mod simulate;
 mod things;
+mod top;
+mod uploads;
 mod values;
 
 use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{CommandFactory as _, Parser as _};
-use supercloud_api::{Operation, client::ClientError};
 
 use crate::arguments::{Arguments, Noun};
-
-/// An operation that did not end as it should.
-#[derive(Debug)]
-struct OperationFailed(Box<Operation>);
-
-impl std::fmt::Display for OperationFailed {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Operation { id, phase, .. } = &*self.0;
-        write!(f, "operation {id} ended as {}", supercloud_cli::progress::phase_name(*phase))?;
-        match self.0.failure() {
-            Some(problem) => write!(f, ": {}", problem.detail),
-            None => Ok(()),
-        }
-    }
-}
-
-impl std::error::Error for OperationFailed {}
 
 /// `supercloud ... | head` ends like any command when nobody reads on: Rust ignores SIGPIPE and has `println!` panic instead.
 fn end_quietly_without_a_reader() {
@@ -45,8 +34,7 @@ fn end_quietly_without_a_reader() {
     std::panic::set_hook(Box::new(move |panic| {
         let said = panic.payload().downcast_ref::<String>().map_or("", String::as_str);
         if said.starts_with("failed printing to stdout") && said.contains("Broken pipe") {
-            // As the shell tells of a process that SIGPIPE ended.
-            std::process::exit(141);
+            std::process::exit(i32::from(exit::NO_READER));
         }
         usual(panic);
     }));
@@ -59,45 +47,19 @@ fn main() -> ExitCode {
     if let Noun::Simulate(simulate) = &arguments.noun {
         return match simulate::run(simulate, arguments.output) {
             Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                eprintln!("error: {error:#}");
-                ExitCode::from(1)
-            }
+            Err(error) => exit::tell(&error),
         };
     }
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("error: no runtime: {error}");
-            return ExitCode::from(1);
+            return ExitCode::from(exit::FAULT);
         }
     };
     match runtime.block_on(run(arguments)) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::from(exit_code(&error))
-        }
-    }
-}
-
-/// The documented exit codes.
-fn exit_code(error: &anyhow::Error) -> u8 {
-    if error.downcast_ref::<OperationFailed>().is_some() {
-        return 4;
-    }
-    if error.downcast_ref::<show::WatchLeft>().is_some() {
-        // As the shell tells of a process that SIGINT ended.
-        return 130;
-    }
-    match error.downcast_ref::<ClientError>() {
-        Some(ClientError::Problem(problem)) => {
-            if problem.retryable {
-                eprintln!("hint: this may pass by itself; try again later");
-            }
-            3
-        }
-        _ => 1,
+        Err(error) => exit::tell(&error),
     }
 }
 
@@ -114,10 +76,15 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         return clap_mangen::generate_to(Arguments::command(), folder)
             .with_context(|| format!("writing manual pages to {}", folder.display()));
     }
+    if let Noun::Context(verb) = arguments.noun {
+        return contexts::run(arguments.output, &arguments.connection, verb);
+    }
     let client = arguments.connection.client()?;
     let output = arguments.output;
     match arguments.noun {
         Noun::Api(call) => direct::run(&client, output, call).await,
+        Noun::Top(wanted) => top::run(&client, &wanted).await,
+        Noun::Apply(wanted) => apply::run(&client, output, &wanted).await,
         Noun::Guest(verb) => guests::run(&client, output, verb).await,
         other => things::run(&client, output, other).await,
     }

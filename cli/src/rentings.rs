@@ -4,11 +4,12 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use supercloud_api::{HostRent, Operation, Renting, RentingState, Tenure, client::Client};
-use supercloud_cli::table::{Table, time};
+use supercloud_cli::table::{Table, time, usd};
 use supercloud_scheduler::money::NanoUsd;
 
 use crate::{
     arguments::{HostVerb, Output},
+    listings::word,
     show,
 };
 
@@ -49,14 +50,12 @@ pub async fn run(client: &Client, output: Output, verb: HostVerb) -> anyhow::Res
     }
 }
 
-fn word<T: serde::Serialize>(value: T) -> String {
-    serde_json::to_value(value).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
-}
-
 fn table(rentings: &[Renting]) -> Table {
-    let mut table = Table::new(["HOST", "CLOUD", "TYPE", "TENURE", "STATE", "INSTANCE", "SINCE", "TROUBLE"]);
+    let mut table = Table::new(["HOST", "CLOUD", "TYPE", "TENURE", "STATE", "INSTANCE", "SINCE", "TROUBLE"])
+        .and_wide(["ID", "HOST ID", "PROVIDER", "ADDRESS", "AT MOST/H", "LAUNCHED", "UP", "ENDED"]);
     for renting in rentings {
-        table.row([
+        let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".into());
+        let cells = [
             renting.host_name.to_string(),
             renting.cloud_name.to_string(),
             renting.instance_type.clone(),
@@ -65,7 +64,18 @@ fn table(rentings: &[Renting]) -> Table {
             renting.instance.clone().unwrap_or_else(|| "-".into()),
             time(renting.created_at_ms),
             renting.error.as_ref().map_or_else(|| "-".into(), |problem| problem.detail.clone()),
-        ]);
+        ];
+        let wide = [
+            renting.id.to_string(),
+            renting.host.to_string(),
+            renting.provider.clone(),
+            or_dash(renting.address.clone()),
+            or_dash(renting.max_price_nanousd_per_hour.map(usd)),
+            or_dash(renting.launched_at_ms.map(time)),
+            or_dash(renting.up_at_ms.map(time)),
+            or_dash(renting.ended_at_ms.map(time)),
+        ];
+        table.row_wide(cells, wide);
     }
     table
 }
@@ -103,7 +113,7 @@ async fn reserved(client: &Client, operation: &Operation) -> anyhow::Result<Opti
 async fn print_token(client: &Client, output: Output, renting: &Renting) -> anyhow::Result<()> {
     let token = client.renting_join_token(renting.id).await?;
     match output {
-        Output::Table => {
+        Output::Table | Output::Wide => {
             let address = renting.address.as_deref().unwrap_or("the machine");
             eprintln!("{address} is reserved; start the agent there with this token (works for 15 minutes):");
             println!("{}", token.token);

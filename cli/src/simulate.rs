@@ -131,7 +131,7 @@ pub fn run(arguments: &Simulate, output: Output) -> anyhow::Result<()> {
         write_ledger(path, &grid, outcome).with_context(|| format!("writing {}", path.display()))?;
     }
     match output {
-        Output::Table => print!("{}", report.table()),
+        Output::Table | Output::Wide => print!("{}", report.table()),
         _ => crate::show::print_value(output, &report.json())?,
     }
     Ok(())

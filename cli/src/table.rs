@@ -7,18 +7,34 @@ use std::fmt::Write as _;
 pub struct Table {
     header: Vec<String>,
     rows: Vec<Vec<String>>,
+    /// The columns from this one on are only for those who ask for more.
+    narrow: usize,
 }
 
 impl Table {
     /// A table with these columns.
     #[must_use]
     pub fn new<const N: usize>(header: [&str; N]) -> Self {
-        Self { header: header.map(str::to_owned).to_vec(), rows: Vec::new() }
+        Self { header: header.map(str::to_owned).to_vec(), rows: Vec::new(), narrow: N }
+    }
+
+    /// The same with columns that only [`Table::render_wide`] shows.
+    #[must_use]
+    pub fn and_wide<const N: usize>(mut self, header: [&str; N]) -> Self {
+        self.header.extend(header.map(str::to_owned));
+        self
     }
 
     /// Adds a row; missing cells are empty, further ones dropped.
     pub fn row<const N: usize>(&mut self, cells: [String; N]) {
+        self.row_wide(cells, []);
+    }
+
+    /// Adds a row with what stands in the wide columns.
+    pub fn row_wide<const N: usize, const M: usize>(&mut self, cells: [String; N], wide: [String; M]) {
         let mut cells = Vec::from(cells);
+        cells.resize(self.narrow, String::new());
+        cells.extend(wide);
         cells.resize(self.header.len(), String::new());
         self.rows.push(cells);
     }
@@ -26,19 +42,29 @@ impl Table {
     /// The text, ending with a line feed.
     #[must_use]
     pub fn render(&self) -> String {
+        self.render_columns(self.narrow)
+    }
+
+    /// The text with all columns.
+    #[must_use]
+    pub fn render_wide(&self) -> String {
+        self.render_columns(self.header.len())
+    }
+
+    fn render_columns(&self, columns: usize) -> String {
         let width = |column: usize| {
             let cells = self.rows.iter().map(|row| &row[column]).chain([&self.header[column]]);
             cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
         };
         let is_number = |cell: &str| cell.starts_with(|c: char| c.is_ascii_digit());
-        let is_numeric: Vec<bool> = (0..self.header.len())
+        let is_numeric: Vec<bool> = (0..columns)
             .map(|column| {
                 let mut filled =
                     self.rows.iter().map(|row| row[column].as_str()).filter(|cell| *cell != "-").peekable();
                 filled.peek().is_some() && filled.all(is_number)
             })
             .collect();
-        let widths: Vec<usize> = (0..self.header.len()).map(width).collect();
+        let widths: Vec<usize> = (0..columns).map(width).collect();
         let mut text = String::new();
         for row in std::iter::once(&self.header).chain(&self.rows) {
             let mut line = String::new();
@@ -111,6 +137,15 @@ mod tests {
         table.row(["a".into(), "5 MiB".into()]);
         table.row(["longer".into(), "100 MiB".into()]);
         assert_eq!(table.render(), "NAME       SIZE\na         5 MiB\nlonger  100 MiB\n");
+    }
+
+    #[test]
+    fn wide_columns_are_for_who_asks() {
+        let mut table = Table::new(["NAME"]).and_wide(["ID", "AT"]);
+        table.row_wide(["a".into()], ["gst-1".into(), "5".into()]);
+        table.row(["longer".into()]);
+        assert_eq!(table.render(), "NAME\na\nlonger\n");
+        assert_eq!(table.render_wide(), "NAME    ID     AT\na       gst-1  5\nlonger\n");
     }
 
     #[test]

@@ -1,29 +1,23 @@
 //! All nouns but `guest`.
 
-use std::path::Path;
-
-use anyhow::{Context as _, bail};
+use anyhow::bail;
 use futures::StreamExt as _;
 use supercloud_api::{
-    CloudCreate, Event, HostPatch, Image, ImageCreate, ImageImport, ImagePart, JoinTokenCreate, NetworkCreate,
-    Operation, OperationKind, Page, ProjectCreate, TokenCreate, client::Client,
+    CloudCreate, Event, HostPatch, ImageCreate, JoinTokenCreate, NetworkCreate, OperationKind, Page, ProjectCreate,
+    TokenCreate, client::Client,
 };
 use supercloud_cli::{
-    progress::phase_name,
-    table::{Table, bytes, time, usd},
+    fields::Names,
+    table::{Table, time, usd},
 };
-use tokio::io::AsyncReadExt as _;
 
 use crate::{
     arguments::{
         CloudVerb, EventVerb, HostVerb, ImageVerb, ListShow, MarketVerb, NetworkVerb, Noun, OperationVerb, Output,
         ProjectVerb, TokenVerb, Watch,
     },
-    show,
+    listings, names, show, uploads,
 };
-
-/// Upload pieces: the largest that the API takes.
-const PIECE_BYTES: usize = 8 << 20;
 
 /// Runs a verb of one of these nouns.
 pub async fn run(client: &Client, output: Output, noun: Noun) -> anyhow::Result<()> {
@@ -40,47 +34,40 @@ pub async fn run(client: &Client, output: Output, noun: Noun) -> anyhow::Result<
         Noun::Event(verb) => events(client, output, verb).await,
         Noun::Market(verb) => markets(client, output, verb).await,
         Noun::Ledger(arguments) => crate::ledger::run(client, output, &arguments).await,
-        Noun::Whoami => show::print_one(output, &client.whoami().await?),
+        Noun::Whoami => show::print_named(client, output, &client.whoami().await?).await,
         Noun::Guest(_)
         | Noun::Simulate(_)
         | Noun::Completion { .. }
+        | Noun::Context(_)
+        | Noun::Apply(_)
+        | Noun::Top(_)
         | Noun::Api(_)
         | Noun::Explain { .. }
         | Noun::Man { .. } => unreachable!("run by main"),
     }
 }
 
-/// A unit enum as the API writes it.
-fn word<T: serde::Serialize>(value: T) -> String {
-    serde_json::to_value(value).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
+/// The names of what a wide listing refers to.
+async fn wide_names<T: serde::Serialize>(client: &Client, output: Output, things: &T) -> anyhow::Result<Names> {
+    if output != Output::Wide {
+        return Ok(Names::new());
+    }
+    Ok(names::of_ids_in(client, &serde_json::to_value(things)?).await)
 }
 
 async fn hosts(client: &Client, output: Output, verb: HostVerb) -> anyhow::Result<()> {
     match verb {
         HostVerb::List => {
             let hosts = client.hosts().await?;
-            show::print(output, &hosts, || {
-                let mut table = Table::new(["NAME", "CLOUD", "STATE", "VCPUS", "MEMORY", "CLASS", "SEEN"]);
-                for host in &hosts {
-                    table.row([
-                        host.name.to_string(),
-                        host.cloud_name.to_string(),
-                        word(host.state),
-                        format!("{}/{}", host.used.vcpus, host.capacity.vcpus),
-                        format!("{} / {}", bytes(host.used.memory_bytes), bytes(host.capacity.memory_bytes)),
-                        host.compat_classes.first().map_or_else(|| "-".into(), ToString::to_string),
-                        time(host.last_seen_ms),
-                    ]);
-                }
-                table
-            })
+            let rented = if output == Output::Wide { names::rented(client).await } else { names::Rented::new() };
+            show::print(output, &hosts, || listings::hosts(&hosts, &rented))
         }
-        HostVerb::Show { name } => show::print_one(output, &client.host(&name).await?),
+        HostVerb::Show { name } => show::print_named(client, output, &client.host(&name).await?).await,
         HostVerb::JoinToken { name, cloud, expires } => {
             let body = JoinTokenCreate { host_name: name.parse()?, cloud: cloud.into(), expires_in_s: expires };
             let token = client.create_join_token(&body).await?;
             match output {
-                Output::Table => {
+                Output::Table | Output::Wide => {
                     println!("{}", token.token);
                     Ok(())
                 }
@@ -104,13 +91,7 @@ async fn clouds(client: &Client, output: Output, verb: CloudVerb) -> anyhow::Res
     match verb {
         CloudVerb::List => {
             let clouds = client.clouds().await?;
-            show::print(output, &clouds, || {
-                let mut table = Table::new(["NAME", "PROVIDER", "SINCE"]);
-                for cloud in &clouds {
-                    table.row([cloud.name.to_string(), cloud.provider.clone(), time(cloud.created_at_ms)]);
-                }
-                table
-            })
+            show::print(output, &clouds, || listings::clouds(&clouds))
         }
         CloudVerb::Create { name, provider } => {
             show::print_one(output, &client.create_cloud(&CloudCreate { name: name.parse()?, provider }).await?)
@@ -122,17 +103,7 @@ async fn projects(client: &Client, output: Output, verb: ProjectVerb) -> anyhow:
     match verb {
         ProjectVerb::List => {
             let projects = client.projects().await?;
-            show::print(output, &projects, || {
-                let mut table = Table::new(["NAME", "GUESTS AT MOST", "SINCE"]);
-                for project in &projects {
-                    table.row([
-                        project.name.to_string(),
-                        project.quota.guests.to_string(),
-                        time(project.created_at_ms),
-                    ]);
-                }
-                table
-            })
+            show::print(output, &projects, || listings::projects(&projects))
         }
         ProjectVerb::Create { name } => {
             show::print_one(output, &client.create_project(&ProjectCreate { name: name.parse()?, quota: None }).await?)
@@ -144,25 +115,16 @@ async fn tokens(client: &Client, output: Output, verb: TokenVerb) -> anyhow::Res
     match verb {
         TokenVerb::List => {
             let tokens = client.tokens().await?;
-            show::print(output, &tokens, || {
-                let mut table = Table::new(["ID", "NAME", "ROLE", "PROJECT", "EXPIRES"]);
-                for token in &tokens {
-                    table.row([
-                        token.id.to_string(),
-                        token.name.to_string(),
-                        word(token.role),
-                        token.project.map_or_else(|| "*".into(), |project| project.to_string()),
-                        token.expires_at_ms.map_or_else(|| "-".into(), time),
-                    ]);
-                }
-                table
-            })
+            let as_json = serde_json::to_value(&tokens)?;
+            let is_told = output.is_for_people();
+            let names = if is_told { names::of_ids_in(client, &as_json).await } else { Names::new() };
+            show::print(output, &tokens, || listings::tokens(&tokens, &names))
         }
         TokenVerb::Create { name, project_scope, role, expires } => {
             let body = TokenCreate { name: name.parse()?, project: project_scope.into(), role, expires_in_s: expires };
             let made = client.create_token(&body).await?;
             match output {
-                Output::Table => {
+                Output::Table | Output::Wide => {
                     println!("{}", made.secret);
                     Ok(())
                 }
@@ -177,99 +139,37 @@ async fn images(client: &Client, output: Output, verb: ImageVerb) -> anyhow::Res
     match verb {
         ImageVerb::List => {
             let images = client.images().await?;
-            show::print(output, &images, || {
-                let mut table = Table::new(["NAME", "STATE", "SIZE", "STORED", "PARTS"]);
-                for image in &images {
-                    let sum = |size: fn(&supercloud_api::ImageContent) -> u64| image.parts.iter().map(size).sum();
-                    let parts: Vec<String> = image.parts.iter().map(|part| word(part.part)).collect();
-                    table.row([
-                        image.name.to_string(),
-                        word(image.state),
-                        bytes(sum(|part| part.size_bytes)),
-                        bytes(sum(|part| part.stored_bytes)),
-                        parts.join(" "),
-                    ]);
-                }
-                table
-            })
+            let names = wide_names(client, output, &images).await?;
+            show::print(output, &images, || listings::images(&images, &names))
         }
-        ImageVerb::Show { name } => show::print_one(output, &client.image(&name).await?),
+        ImageVerb::Show { name } => show::print_named(client, output, &client.image(&name).await?).await,
         ImageVerb::Import { file, name, kernel, initrd, cmdline } => {
             let name = match name {
                 Some(name) => name,
                 None => file.file_stem().map(|stem| stem.to_string_lossy().to_lowercase()).unwrap_or_default(),
             };
-            let parts = [(ImagePart::Disk, Some(file)), (ImagePart::Kernel, kernel), (ImagePart::Initrd, initrd)];
             // All there before anything is made of it.
-            let mut files = Vec::new();
-            for (part, path) in parts {
-                if let Some(path) = path {
-                    files.push((part, open_part(&path).await?));
-                }
-            }
+            let files = uploads::open(file, kernel, initrd).await?;
             let image = match client.image(&name).await {
                 // An upload that broke off goes on where it stopped.
                 Ok(image) if image.state == supercloud_api::ImageState::Uploading => image,
                 _ => client.create_image(&ImageCreate { name: name.parse()?, project: None, cmdline }).await?,
             };
-            for (part, file) in files {
-                upload(client, &image, part, file).await?;
-            }
-            let operation = client.import_image(&image.id.to_string(), &ImageImport::default()).await?;
+            let operation = uploads::send(client, &image, files).await?;
             show::follow(client, output, operation, Watch { watch: true, no_watch: false }).await
         }
         ImageVerb::Delete { name } => Ok(client.delete_image(&name).await?),
     }
 }
 
-async fn open_part(path: &Path) -> anyhow::Result<tokio::fs::File> {
-    let file = tokio::fs::File::open(path).await.with_context(|| format!("opening {}", path.display()))?;
-    let about = file.metadata().await.with_context(|| format!("reading {}", path.display()))?;
-    anyhow::ensure!(about.is_file() && about.len() > 0, "{} is not a file with anything in it", path.display());
-    Ok(file)
-}
-
-/// Uploads a part from where the controller has it.
-async fn upload(client: &Client, image: &Image, part: ImagePart, mut file: tokio::fs::File) -> anyhow::Result<()> {
-    let size = file.metadata().await?.len();
-    let mut offset = image.uploaded.iter().find(|u| u.part == part).map_or(0, |u| u.bytes);
-    if offset > size {
-        bail!("the controller has {offset} bytes of this part, more than the file has: is it another one?");
-    }
-    tokio::io::AsyncSeekExt::seek(&mut file, std::io::SeekFrom::Start(offset)).await?;
-    while offset < size {
-        let mut piece = Vec::with_capacity(PIECE_BYTES);
-        (&mut file).take(PIECE_BYTES as u64).read_to_end(&mut piece).await?;
-        if piece.is_empty() {
-            bail!("the file became shorter while it was read");
-        }
-        let length = piece.len() as u64;
-        client.upload_part(&image.id.to_string(), part, offset, piece.into()).await?;
-        offset += length;
-        eprintln!("{}: {} of {} uploaded", word(part), bytes(offset), bytes(size));
-    }
-    Ok(())
-}
-
 async fn volumes(client: &Client, output: Output, verb: ListShow) -> anyhow::Result<()> {
     match verb {
         ListShow::List => {
             let volumes = client.volumes().await?;
-            show::print(output, &volumes, || {
-                let mut table = Table::new(["NAME", "SIZE", "EPOCH", "MAP VERSION", "SOURCE NEEDED"]);
-                for volume in &volumes {
-                    table.row([
-                        volume.name.to_string(),
-                        bytes(volume.size_bytes),
-                        volume.epoch.to_string(),
-                        volume.map_version.to_string(),
-                        if volume.needed_source.is_some() { "yes" } else { "no" }.into(),
-                    ]);
-                }
-                table
-            })
+            let names = wide_names(client, output, &volumes).await?;
+            show::print(output, &volumes, || listings::volumes(&volumes, &names))
         }
-        ListShow::Show { name } => show::print_one(output, &client.volume(&name).await?),
+        ListShow::Show { name } => show::print_named(client, output, &client.volume(&name).await?).await,
     }
 }
 
@@ -277,21 +177,10 @@ async fn networks(client: &Client, output: Output, verb: NetworkVerb) -> anyhow:
     match verb {
         NetworkVerb::List => {
             let networks = client.networks().await?;
-            show::print(output, &networks, || {
-                let mut table = Table::new(["NAME", "PREFIX", "GATEWAY", "VNI", "MTU"]);
-                for network in &networks {
-                    table.row([
-                        network.name.to_string(),
-                        network.cidr.clone(),
-                        network.gateway.to_string(),
-                        network.vni.to_string(),
-                        network.mtu.to_string(),
-                    ]);
-                }
-                table
-            })
+            let names = wide_names(client, output, &networks).await?;
+            show::print(output, &networks, || listings::networks(&networks, &names))
         }
-        NetworkVerb::Show { name } => show::print_one(output, &client.network(&name).await?),
+        NetworkVerb::Show { name } => show::print_named(client, output, &client.network(&name).await?).await,
         NetworkVerb::Create { name, cidr, dns } => {
             let body = NetworkCreate { name: name.parse()?, project: None, cidr, dns };
             show::print_one(output, &client.create_network(&body).await?)
@@ -310,9 +199,10 @@ async fn operations(
         OperationVerb::List => {
             let mut operations = client.operations().await?;
             operations.retain(|operation| kind.is_none_or(|kind| operation.kind == kind));
-            show::print(output, &operations, || operation_table(&operations))
+            let names = wide_names(client, output, &operations).await?;
+            show::print(output, &operations, || listings::operations(&operations, &names))
         }
-        OperationVerb::Show { id } => show::print_one(output, &client.operation(id.parse()?).await?),
+        OperationVerb::Show { id } => show::print_named(client, output, &client.operation(id.parse()?).await?).await,
         OperationVerb::Watch { id } => {
             let operation = client.operation(id.parse()?).await?;
             show::follow(client, output, operation, Watch { watch: true, no_watch: false }).await
@@ -321,38 +211,11 @@ async fn operations(
     }
 }
 
-fn operation_table(operations: &[Operation]) -> Table {
-    let mut table = Table::new(["ID", "KIND", "PHASE", "BY", "AT", "ERROR"]);
-    for operation in operations {
-        table.row([
-            operation.id.to_string(),
-            word(operation.kind),
-            phase_name(operation.phase).into(),
-            operation.actor.clone(),
-            time(operation.created_at_ms),
-            operation.error.as_ref().map_or_else(|| "-".into(), |problem| problem.detail.clone()),
-        ]);
-    }
-    table
-}
-
 async fn events(client: &Client, output: Output, verb: EventVerb) -> anyhow::Result<()> {
     match verb {
         EventVerb::List { after } => {
             let events = all_events(client, after).await?;
-            show::print(output, &events, || {
-                let mut table = Table::new(["SEQ", "AT", "KIND", "ACTOR", "DATA"]);
-                for event in &events {
-                    table.row([
-                        event.seq.to_string(),
-                        time(event.at_ms),
-                        event.kind.clone(),
-                        event.actor.clone(),
-                        event.data.to_string(),
-                    ]);
-                }
-                table
-            })
+            show::print(output, &events, || listings::events(&events))
         }
         EventVerb::Watch { mut after } => loop {
             let mut stream = Box::pin(client.events(after).await?);
@@ -362,7 +225,7 @@ async fn events(client: &Client, output: Output, verb: EventVerb) -> anyhow::Res
                 match output {
                     Output::Json | Output::Ndjson => println!("{}", serde_json::to_string(&event)?),
                     Output::Yaml => print!("---\n{}", supercloud_cli::yaml::render(&serde_json::to_value(&event)?)),
-                    Output::Table => {
+                    Output::Table | Output::Wide => {
                         println!("{} {} {} {} {}", event.seq, time(event.at_ms), event.kind, event.actor, event.data);
                     }
                 }
@@ -414,14 +277,7 @@ async fn markets(client: &Client, output: Output, verb: MarketVerb) -> anyhow::R
     match verb {
         MarketVerb::List => {
             let markets = client.markets().await?;
-            show::print(output, &markets, || {
-                let mut table = Table::new(["MARKET", "PRICE/H", "ON DEMAND/H"]);
-                for market in &markets {
-                    let on_demand = market.on_demand_nanousd_per_hour.map_or_else(|| "-".into(), usd);
-                    table.row([market.name.clone(), usd(market.price_nanousd_per_hour), on_demand]);
-                }
-                table
-            })
+            show::print(output, &markets, || listings::markets(&markets))
         }
         MarketVerb::Prices { market } => {
             let series = client.prices(&market).await?;

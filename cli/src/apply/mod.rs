@@ -1,0 +1,183 @@
+//! `supercloud apply`: makes everything as a file says. A pure planner ([`plan`]) finds the steps between what shall be
+//! ([`fleet`]) and what is; they are shown, agreed to, and carried out ([`carry`]); then it is looked again, until nothing is left.
+
+mod carry;
+mod fleet;
+mod made;
+mod plan;
+
+use std::{io::IsTerminal as _, path::PathBuf};
+
+use anyhow::{Context as _, bail};
+use clap::Args;
+use supercloud_api::{
+    ImageState, Name, OperationKind,
+    client::{Client, ClientConfig, ClientError},
+};
+use supercloud_cli::table::Table;
+
+use self::{
+    carry::Carrier,
+    fleet::Fleet,
+    made::Made,
+    plan::{Action, Actual, Plan},
+};
+use crate::{arguments::Output, exit::NotApplied, show};
+
+/// What follows what was waited for is looked at again so often; a fleet needs two or three.
+const ROUNDS_AT_MOST: usize = 8;
+/// The project of what names none, as for the controller.
+const DEFAULT_PROJECT: &str = "default";
+
+/// Options of `apply`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  supercloud apply -f fleet.toml --dry-run     # what would change; exits with 2 when something would
+  supercloud apply -f fleet.toml               # says what would change, asks, does it
+  supercloud apply -f fleet.toml --yes --prune # also deletes what an earlier run made and the file has no more
+
+deploy/examples/fleet.toml shows all keys. What was made is noted in fleet.toml.made.json beside the file: keep the two together.")]
+pub struct ApplyArguments {
+    /// What shall be there: TOML.
+    #[arg(short, long)]
+    pub file: PathBuf,
+    /// Say what would change, and do nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Do not ask; needed where there is no terminal to ask at.
+    #[arg(short, long)]
+    pub yes: bool,
+    /// Delete what an earlier run of this file made and the file has no more; nothing else is ever deleted.
+    #[arg(long)]
+    pub prune: bool,
+}
+
+/// Makes everything as the file says.
+pub async fn run(client: &Client, output: Output, arguments: &ApplyArguments) -> anyhow::Result<()> {
+    let path = &arguments.file;
+    let in_file = || format!("in {}", path.display());
+    let text = Fleet::read(path)?;
+    let said = Fleet::default_project(&text).with_context(in_file)?;
+    // The file names projects itself: listings are of all that the token sees.
+    let everywhere = Client::new(ClientConfig { project: None, ..client.config().clone() })?;
+    let project = match said {
+        Some(project) => project,
+        None => project_at_hand(client).await?,
+    };
+    let folder = path.parent().unwrap_or_else(|| std::path::Path::new("."));
+    let fleet = Fleet::load(&text, folder, project).with_context(in_file)?;
+    let made_path = Made::path(path);
+    let mut made = Made::read(&made_path)?;
+    let mut changes = 0;
+    for round in 0..ROUNDS_AT_MOST {
+        let plan = plan::plan(&fleet, &look(&everywhere).await?, &made, arguments.prune);
+        tell(output, &plan, round == 0)?;
+        if !plan.refusals.is_empty() {
+            return Err(NotApplied::Unchangeable(plan.refusals.len()).into());
+        }
+        if plan.steps.is_empty() {
+            eprintln!(
+                "{}",
+                if changes == 0 {
+                    "nothing to change".into()
+                } else {
+                    format!("{changes} steps done; all is as the file says")
+                }
+            );
+            return Ok(());
+        }
+        if arguments.dry_run {
+            return Err(NotApplied::WouldChange(plan.steps.len()).into());
+        }
+        if !arguments.yes {
+            agree(plan.steps.len()).await?;
+        }
+        Carrier::new(&everywhere, &fleet, &mut made, &made_path).carry(&plan.steps).await?;
+        changes += plan.steps.len();
+    }
+    bail!("it is still not as the file says after {ROUNDS_AT_MOST} rounds; somebody else changes the same things")
+}
+
+/// The project of what the file puts in none: `--project`, the token's, or the controller's default.
+async fn project_at_hand(client: &Client) -> anyhow::Result<Name> {
+    if let Some(project) = &client.config().project {
+        return project.parse().context("the project at hand, which must be a name here");
+    }
+    let found = client.whoami().await?.project_name;
+    found.map_or_else(|| DEFAULT_PROJECT.parse().context("the default project"), Ok)
+}
+
+/// What is there.
+async fn look(client: &Client) -> Result<Actual, ClientError> {
+    let (projects, networks, images, guests, ports, volumes, hosts, clouds) = tokio::try_join!(
+        client.projects(),
+        client.networks(),
+        client.images(),
+        client.guests(),
+        client.ports(),
+        client.volumes(),
+        client.hosts(),
+        client.clouds(),
+    )?;
+    let mut imports = Vec::new();
+    // All operations of all time: only asked for when one of them is needed.
+    if images.iter().any(|image| image.state == ImageState::Importing) {
+        let operations = client.operations().await?;
+        let running =
+            operations.iter().filter(|one| one.kind == OperationKind::ImageImport && !one.phase.is_terminal());
+        imports.extend(running.filter_map(|one| Some((one.image?, one.id))));
+    }
+    Ok(Actual { projects, networks, images, guests, ports, volumes, hosts, clouds, imports })
+}
+
+/// Says what would be done: the plan as it is, or for people a line for each thing. Only the first one is the command's result.
+fn tell(output: Output, plan: &Plan, is_first: bool) -> anyhow::Result<()> {
+    if !output.is_for_people() {
+        return if is_first { show::print_one(output, plan) } else { Ok(()) };
+    }
+    let mut table = Table::new(["", "WHAT", "NAME", "STEP", "DETAIL"]);
+    for step in &plan.steps {
+        let sign = match step.action {
+            Action::Create | Action::Import { goes_on: false } => "+",
+            Action::Delete => "-",
+            _ => "~",
+        };
+        let step_words = carry::words(&step.action).to_owned();
+        table.row([sign.into(), step.kind.to_string(), step.key.to_string(), step_words, step.detail.clone()]);
+    }
+    for refusal in &plan.refusals {
+        table.row([
+            "!".into(),
+            refusal.kind.to_string(),
+            refusal.key.to_string(),
+            refusal.field.into(),
+            refusal.detail.clone(),
+        ]);
+    }
+    if !plan.steps.is_empty() || !plan.refusals.is_empty() {
+        if is_first { print!("{}", table.render()) } else { eprint!("{}", table.render()) }
+    }
+    if is_first && !plan.kept.is_empty() {
+        eprintln!("no longer in the file, and kept (--prune deletes them): {}", plan.kept.join(", "));
+    }
+    Ok(())
+}
+
+/// Asks whether to go on.
+async fn agree(steps: usize) -> anyhow::Result<()> {
+    if !std::io::stdin().is_terminal() {
+        return Err(NotApplied::NobodyToAsk.into());
+    }
+    eprint!("do these {steps} steps? [y/N] ");
+    let answer = tokio::task::spawn_blocking(|| {
+        let mut answer = String::new();
+        std::io::stdin().read_line(&mut answer).map(|_| answer)
+    });
+    let answer = tokio::select! {
+        answer = answer => answer.context("asking")?.context("reading the answer")?,
+        // The thread that reads the terminal cannot be called back: the process ends with it.
+        Ok(()) = tokio::signal::ctrl_c() => std::process::exit(i32::from(crate::exit::INTERRUPTED)),
+    };
+    if matches!(answer.trim(), "y" | "Y" | "yes") { Ok(()) } else { Err(NotApplied::NotAgreed.into()) }
+}

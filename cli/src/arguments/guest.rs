@@ -1,0 +1,183 @@
+//! `supercloud guest ...`
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use supercloud_api::Shape;
+
+use super::{Trial, Watch};
+use crate::values;
+
+/// Verbs of guests.
+#[derive(Debug, Subcommand)]
+pub enum GuestVerb {
+    /// All guests.
+    List,
+    /// One guest.
+    Show {
+        /// Name or id.
+        name: String,
+    },
+    /// Where a guest would go now, and what every host says to it.
+    Placement {
+        /// Name or id.
+        name: String,
+        /// Only this host or cloud.
+        #[arg(long)]
+        place: Option<String>,
+    },
+    /// Makes a guest and starts it.
+    Create(GuestCreateArguments),
+    /// Starts a stopped guest.
+    Start {
+        /// Name or id.
+        name: String,
+        /// A host or a cloud; where its volume is when absent.
+        #[arg(long)]
+        place: Option<String>,
+        /// Whether it is only tried.
+        #[command(flatten)]
+        trial: Trial,
+        /// How to wait.
+        #[command(flatten)]
+        watch: Watch,
+    },
+    /// Stops a guest; its disk is kept.
+    Stop {
+        /// Name or id.
+        name: String,
+        /// Pull the plug at once.
+        #[arg(long)]
+        force: bool,
+        /// Whether it is only tried.
+        #[command(flatten)]
+        trial: Trial,
+        /// How to wait.
+        #[command(flatten)]
+        watch: Watch,
+    },
+    /// Moves a running guest live: with its memory, disk, address and connections.
+    Migrate {
+        /// Name or id.
+        name: String,
+        /// A host or a cloud.
+        #[arg(long)]
+        to: String,
+        /// At most this much of the link, in Mbit/s.
+        #[arg(long)]
+        bandwidth_mbps: Option<u64>,
+        /// The pause that is aimed at, in milliseconds.
+        #[arg(long)]
+        max_downtime_ms: Option<u64>,
+        /// Give up when the switch has not come by then, in seconds.
+        #[arg(long)]
+        deadline: Option<u64>,
+        /// Do not slow the guest down when it writes faster than the link carries.
+        #[arg(long)]
+        no_auto_converge: bool,
+        /// Say what would be done, and do nothing.
+        #[arg(long)]
+        dry_run: bool,
+        /// Why, for the audit trail.
+        #[arg(long)]
+        reason: Option<String>,
+        /// How to wait.
+        #[command(flatten)]
+        watch: Watch,
+    },
+    /// Suspends a guest into the image store; nothing runs any more, nothing is lost.
+    Freeze {
+        /// Name or id.
+        name: String,
+        /// Whether it is only tried.
+        #[command(flatten)]
+        trial: Trial,
+        /// How to wait.
+        #[command(flatten)]
+        watch: Watch,
+    },
+    /// Resumes a frozen guest, anywhere, once.
+    Thaw {
+        /// Name or id.
+        name: String,
+        /// A host or a cloud; anywhere with room when absent.
+        #[arg(long)]
+        to: Option<String>,
+        /// Whether it is only tried.
+        #[command(flatten)]
+        trial: Trial,
+        /// How to wait.
+        #[command(flatten)]
+        watch: Watch,
+    },
+    /// Lets price policies move the guest, or not.
+    FollowPrices {
+        /// Name or id.
+        name: String,
+        /// `true` or `false`.
+        #[arg(action = clap::ArgAction::Set)]
+        follow: bool,
+    },
+    /// Deletes a guest that does not run, with its disk and address.
+    Delete {
+        /// Name or id.
+        name: String,
+        /// Whether it is only tried.
+        #[command(flatten)]
+        trial: Trial,
+        /// How to wait.
+        #[command(flatten)]
+        watch: Watch,
+    },
+}
+
+/// Options of `guest create`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  supercloud guest create web --image debian --vcpus 1 --memory 512 --network lan \
+    --place aws-east --cloud-init user-data.yaml")]
+pub struct GuestCreateArguments {
+    /// Its name.
+    pub name: String,
+    /// The image its disk starts from.
+    #[arg(long)]
+    pub image: String,
+    /// Virtual CPUs and memory in one word: 2x1024 (MiB), 2x4G; in place of --vcpus and --memory.
+    #[arg(long, value_name = "VCPUSxMEMORY", value_parser = values::shape, conflicts_with_all = ["vcpus", "memory"])]
+    pub shape: Option<Shape>,
+    /// Virtual CPUs.
+    #[arg(long, default_value_t = 1)]
+    pub vcpus: u32,
+    /// Memory in MiB.
+    #[arg(long, default_value_t = 512)]
+    pub memory: u64,
+    /// The network it is attached to.
+    #[arg(long)]
+    pub network: String,
+    /// Its address there; the first free one when absent.
+    #[arg(long)]
+    pub ipv4: Option<std::net::Ipv4Addr>,
+    /// A host or a cloud; anywhere with room when absent.
+    #[arg(long)]
+    pub place: Option<String>,
+    /// The disk's size in GiB; that of the image when absent.
+    #[arg(long)]
+    pub disk: Option<u64>,
+    /// A file with cloud-init user-data.
+    #[arg(long)]
+    pub cloud_init: Option<PathBuf>,
+    /// Appended to the image's kernel command line.
+    #[arg(long)]
+    pub cmdline_extra: Option<String>,
+    /// Let price policies move it.
+    #[arg(long)]
+    pub follow_prices: bool,
+    /// Make it, but do not start it.
+    #[arg(long)]
+    pub no_start: bool,
+    /// Whether it is only tried.
+    #[command(flatten)]
+    pub trial: Trial,
+    /// How to wait.
+    #[command(flatten)]
+    pub watch: Watch,
+}

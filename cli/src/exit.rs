@@ -1,0 +1,115 @@
+//! How a command ends, and the exit codes that tell of it.
+
+use std::process::ExitCode;
+
+use supercloud_api::{Operation, client::ClientError, ids::OperationId};
+
+/// A local fault, or the controller cannot be reached.
+pub const FAULT: u8 = 1;
+/// Wrong usage (clap's own code, too); of `apply --dry-run`: something would change.
+pub const USAGE: u8 = 2;
+/// The controller refused.
+pub const REFUSED: u8 = 3;
+/// An operation did not end as it should.
+pub const OPERATION_FAILED: u8 = 4;
+/// `apply`: what cannot be changed in place.
+pub const UNCHANGEABLE: u8 = 5;
+/// As the shell tells of a process that SIGINT ended.
+pub const INTERRUPTED: u8 = 130;
+/// As the shell tells of a process that SIGPIPE ended.
+pub const NO_READER: u8 = 141;
+
+/// What `--help` says of them.
+pub const HELP: &str = "\
+Exit codes:
+    0  done
+    1  the controller cannot be reached, or a local fault
+    2  wrong usage; `apply --dry-run`: something would change
+    3  the controller refused
+    4  the operation failed or was rolled back
+    5  `apply`: the file asks for what cannot be changed in place; nothing was done
+  130  watching was interrupted; the operation goes on
+  141  nobody reads the output any more";
+
+/// An operation that did not end as it should.
+#[derive(Debug)]
+pub struct OperationFailed(pub Box<Operation>);
+
+impl std::fmt::Display for OperationFailed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Operation { id, phase, .. } = &*self.0;
+        write!(f, "operation {id} ended as {}", supercloud_cli::progress::phase_name(*phase))?;
+        match self.0.failure() {
+            Some(problem) => write!(f, ": {}", problem.detail),
+            None => Ok(()),
+        }
+    }
+}
+
+impl std::error::Error for OperationFailed {}
+
+/// The user no longer looks at an operation, which goes on.
+#[derive(Debug)]
+pub struct WatchLeft(pub OperationId);
+
+impl std::fmt::Display for WatchLeft {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self(id) = self;
+        write!(
+            f,
+            "no longer watched; it goes on. Look again: supercloud operation watch {id}; end it: supercloud operation cancel {id}"
+        )
+    }
+}
+
+impl std::error::Error for WatchLeft {}
+
+/// How `apply` ends when it has not done what the file says.
+#[derive(Debug, thiserror::Error)]
+pub enum NotApplied {
+    /// Steps that a dry run found.
+    #[error("{0} changes would be made")]
+    WouldChange(usize),
+    /// Things that cannot be had.
+    #[error("{0} things cannot be changed in place; nothing was done")]
+    Unchangeable(usize),
+    /// Nobody can be asked.
+    #[error("without a terminal to ask at, --yes is needed")]
+    NobodyToAsk,
+    /// The answer was no.
+    #[error("nothing was done")]
+    NotAgreed,
+}
+
+/// Says what went wrong, and gives its code.
+pub fn tell(error: &anyhow::Error) -> ExitCode {
+    match error.downcast_ref::<NotApplied>() {
+        // What a dry run found is no error.
+        Some(found @ NotApplied::WouldChange(_)) => eprintln!("{found}"),
+        _ => eprintln!("error: {error:#}"),
+    }
+    if let Some(ClientError::Problem(problem)) = error.downcast_ref::<ClientError>()
+        && problem.retryable
+    {
+        eprintln!("hint: this may pass by itself; try again later");
+    }
+    ExitCode::from(code(error))
+}
+
+fn code(error: &anyhow::Error) -> u8 {
+    if error.downcast_ref::<OperationFailed>().is_some() {
+        return OPERATION_FAILED;
+    }
+    if error.downcast_ref::<WatchLeft>().is_some() {
+        return INTERRUPTED;
+    }
+    match error.downcast_ref::<NotApplied>() {
+        Some(NotApplied::WouldChange(_) | NotApplied::NobodyToAsk) => return USAGE,
+        Some(NotApplied::Unchangeable(_)) => return UNCHANGEABLE,
+        Some(NotApplied::NotAgreed) | None => {}
+    }
+    match error.downcast_ref::<ClientError>() {
+        Some(ClientError::Problem(_)) => REFUSED,
+        _ => FAULT,
+    }
+}
