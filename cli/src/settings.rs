@@ -13,19 +13,19 @@ use crate::contexts::{Context, Contexts};
 #[derive(Debug, Clone, Default, Args)]
 pub struct Connection {
     /// The controller's URL.
-    #[arg(long, global = true, env = "SUPERCLOUD_URL")]
+    #[arg(long, global = true, help_heading = "Controller", env = "SUPERCLOUD_URL")]
     pub url: Option<String>,
     /// A file that holds the token's secret.
-    #[arg(long, global = true, env = "SUPERCLOUD_TOKEN_FILE")]
+    #[arg(long, global = true, help_heading = "Controller", env = "SUPERCLOUD_TOKEN_FILE")]
     pub token_file: Option<PathBuf>,
     /// The controller's CA (PEM).
-    #[arg(long, global = true, env = "SUPERCLOUD_CA")]
+    #[arg(long, global = true, help_heading = "Controller", env = "SUPERCLOUD_CA")]
     pub ca: Option<PathBuf>,
     /// The project for names and listings, when the token is good for all.
-    #[arg(long, global = true, env = "SUPERCLOUD_PROJECT")]
+    #[arg(long, global = true, help_heading = "Controller", env = "SUPERCLOUD_PROJECT")]
     pub project: Option<String>,
     /// The context for this command, instead of the one in use (see `supercloud context`).
-    #[arg(long, global = true, env = "SUPERCLOUD_CONTEXT", value_name = "NAME")]
+    #[arg(long, global = true, help_heading = "Controller", env = "SUPERCLOUD_CONTEXT", value_name = "NAME")]
     pub context: Option<String>,
 }
 

@@ -75,12 +75,14 @@ impl Drop for Stopped {
     }
 }
 
-/// The terminal as it was before, whatever happens: also the library's panic hook sees to it.
+/// The terminal as it was before, whatever happens: in a panic the library's hook has seen to it before the message is written.
 struct Restored;
 
 impl Drop for Restored {
     fn drop(&mut self) {
-        ratatui::restore();
+        if !std::thread::panicking() {
+            ratatui::restore();
+        }
     }
 }
 
