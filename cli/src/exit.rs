@@ -68,10 +68,10 @@ impl std::error::Error for WatchLeft {}
 #[derive(Debug, thiserror::Error)]
 pub enum NotApplied {
     /// Steps that a dry run found.
-    #[error("{0} changes would be made")]
+    #[error("steps that would be done: {0}")]
     WouldChange(usize),
     /// Things that cannot be had.
-    #[error("{0} things cannot be changed in place; nothing was done")]
+    #[error("what cannot be had as the file says: {0}; nothing was done")]
     Unchangeable(usize),
     /// Nobody can be asked.
     #[error("without a terminal to ask at, --yes is needed")]

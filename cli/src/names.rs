@@ -40,7 +40,7 @@ fn noun(kind: &str) -> Option<&'static str> {
 
 async fn names_of(client: &Client, noun: &str, ids: BTreeSet<&str>) -> Vec<(String, String)> {
     let things: Vec<Value> = if ids.len() > ONE_BY_ONE_AT_MOST {
-        client.list(&format!("/v1/{noun}")).await.unwrap_or_default()
+        client.list(&format!("/v1/{noun}?limit=1000")).await.unwrap_or_default()
     } else {
         let reads = ids.iter().map(|id| async move { client.get::<Value>(&format!("/v1/{noun}/{id}")).await });
         futures::future::join_all(reads).await.into_iter().filter_map(Result::ok).collect()

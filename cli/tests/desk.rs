@@ -158,6 +158,14 @@ fn a_run_that_broke_off_is_gone_on_with() {
     far.fail_next("POST /v1/images/");
     let (code, _, said) = apply();
     assert!(code == 3 && said.contains("goes on from here"), "{said}");
+    // Pieces of two files make no image.
+    let about = home.path().join("disk.raw").metadata().unwrap();
+    std::fs::write(home.path().join("disk.raw"), [8_u8; 8192]).unwrap();
+    let (code, out, _) = apply();
+    assert!(code == 5 && out.contains("half uploaded"), "{out}");
+    std::fs::write(home.path().join("disk.raw"), [7_u8; 4096]).unwrap();
+    let disk = std::fs::File::options().write(true).open(home.path().join("disk.raw")).unwrap();
+    disk.set_modified(about.modified().unwrap()).unwrap();
     let (code, out, said) = apply();
     assert!(code == 0 && out.contains("go on importing"), "{out}{said}");
     assert_eq!((far.uploaded(), far.guest_names()), (4096, vec!["web".to_owned()]), "uploaded once");

@@ -151,7 +151,7 @@ impl<'a> Carrier<'a> {
                     cmdline: wanted.cmdline.clone(),
                 };
                 let image = self.client.create_image(&body).await?;
-                self.note(&image.id, step, None)?;
+                self.note(&image.id, step, wanted.files.clone())?;
                 image
             }
         };

@@ -141,6 +141,8 @@ pub struct WantedImage {
     pub initrd: Option<PathBuf>,
     /// Its command line.
     pub cmdline: Option<String>,
+    /// The sizes and times of change of its files, as one word; absent where one of them is not there.
+    pub files: Option<String>,
 }
 
 /// A guest that shall be there.
@@ -297,6 +299,13 @@ fn read(path: &Path, most: u64) -> Result<String, FleetError> {
     if length as u64 > most { Err(FleetError::TooLong { path: path_text(), most }) } else { Ok(text) }
 }
 
+/// What tells a file from what it was before: its size and its time of change.
+fn version(path: &Path) -> Option<String> {
+    let about = path.metadata().ok()?;
+    let changed = about.modified().ok()?.duration_since(std::time::UNIX_EPOCH).ok()?;
+    Some(format!("{}@{}", about.len(), changed.as_nanos()))
+}
+
 /// Turns a file's entries into things, and notes what is wrong with a line.
 struct Reader<'a> {
     text: &'a str,
@@ -365,13 +374,10 @@ impl Reader<'_> {
             return Err(self.wrong(&entry.name, Kind::Image, "initrd and cmdline need a kernel"));
         }
         let beside = |path: PathBuf| self.folder.join(path);
-        Ok(WantedImage {
-            key,
-            disk: beside(entry.disk),
-            kernel: entry.kernel.map(beside),
-            initrd: entry.initrd.map(beside),
-            cmdline: entry.cmdline,
-        })
+        let (disk, kernel, initrd) = (beside(entry.disk), entry.kernel.map(beside), entry.initrd.map(beside));
+        let paths = [Some(&disk), kernel.as_ref(), initrd.as_ref()];
+        let files = paths.iter().flatten().map(|path| version(path)).collect::<Option<Vec<String>>>();
+        Ok(WantedImage { key, disk, kernel, initrd, cmdline: entry.cmdline, files: files.map(|files| files.join(" ")) })
     }
 }
 

@@ -32,7 +32,8 @@ pub struct MadeThing {
     /// Its name.
     #[serde(flatten)]
     pub key: Key,
-    /// Of a guest: the hash of what the API does not show (see `WantedGuest::hidden_inputs`).
+    /// Of a guest: the hash of what the API does not show (see `WantedGuest::hidden_inputs`). Of an image: which files it was
+    /// uploaded from (see `WantedImage::files`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hidden_inputs: Option<String>,
 }

@@ -67,6 +67,9 @@ pub async fn run(client: &Client, output: Output, arguments: &ApplyArguments) ->
     };
     let folder = path.parent().unwrap_or_else(|| std::path::Path::new("."));
     let fleet = Fleet::load(&text, folder, project).with_context(in_file)?;
+    // Two runs of one file would each make what the other one makes, and forget what it made.
+    let lock = std::fs::File::open(path).with_context(|| format!("opening {}", path.display()))?;
+    lock.try_lock().with_context(|| format!("another apply of {} is under way", path.display()))?;
     let made_path = Made::path(path);
     let mut made = Made::read(&made_path)?;
     let mut changes = 0;
@@ -82,7 +85,7 @@ pub async fn run(client: &Client, output: Output, arguments: &ApplyArguments) ->
                 if changes == 0 {
                     "nothing to change".into()
                 } else {
-                    format!("{changes} steps done; all is as the file says")
+                    format!("{} done; all is as the file says", steps(changes))
                 }
             );
             return Ok(());
@@ -164,12 +167,16 @@ fn tell(output: Output, plan: &Plan, is_first: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn steps(count: usize) -> String {
+    if count == 1 { "1 step".into() } else { format!("{count} steps") }
+}
+
 /// Asks whether to go on.
-async fn agree(steps: usize) -> anyhow::Result<()> {
+async fn agree(count: usize) -> anyhow::Result<()> {
     if !std::io::stdin().is_terminal() {
         return Err(NotApplied::NobodyToAsk.into());
     }
-    eprint!("do these {steps} steps? [y/N] ");
+    eprint!("do {}? [y/N] ", steps(count));
     let answer = tokio::task::spawn_blocking(|| {
         let mut answer = String::new();
         std::io::stdin().read_line(&mut answer).map(|_| answer)

@@ -257,7 +257,18 @@ impl<'a> Planner<'a> {
         let id = Some(image.id.to_string());
         match image.state {
             ImageState::Ready => {}
-            ImageState::Uploading => self.step(WAVE_BASE, Kind::Image, key, id, Action::Import { goes_on: true }, from),
+            // Pieces of two files make no image: it must be our upload, of what the files still are.
+            ImageState::Uploading if self.is_our_upload(image, wanted) => {
+                self.step(WAVE_BASE, Kind::Image, key, id, Action::Import { goes_on: true }, from);
+            }
+            ImageState::Uploading => {
+                let detail = format!(
+                    "is half uploaded, by somebody else or from files that have changed since; wait, or \
+                     `supercloud --project {} image delete {}` and apply again",
+                    key.project, key.name
+                );
+                self.refuse(Kind::Image, key, "state", detail);
+            }
             ImageState::Importing => match self.actual.imports.iter().find(|(of, _)| *of == image.id) {
                 Some((_, operation)) => {
                     let action = Action::Await { operation: *operation };
@@ -273,6 +284,11 @@ impl<'a> Planner<'a> {
                 self.refuse(Kind::Image, key, "state", detail);
             }
         }
+    }
+
+    fn is_our_upload(&self, image: &Image, wanted: &WantedImage) -> bool {
+        let made = self.made.things.get(&image.id.to_string());
+        made.is_some_and(|made| made.hidden_inputs.is_some() && made.hidden_inputs == wanted.files)
     }
 
     /// What a guest refers to must be there, or be in the file.

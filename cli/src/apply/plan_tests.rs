@@ -187,7 +187,7 @@ impl World {
                     uploaded: vec![],
                     created_at_ms: 0,
                 };
-                self.note(&image.id, step, None);
+                self.note(&image.id, step, wanted.files.clone());
                 self.actual.images.push(image);
             }
             (Kind::Image, Action::Import { goes_on: true }) => {
@@ -346,10 +346,20 @@ fn an_operation_under_way_is_waited_for_first() {
 #[test]
 fn images_go_on_where_they_stopped() {
     let mut world = World::new();
-    world.converge(&fleet(BASE), false);
+    let mut fleet_of_files = fleet(BASE);
+    fleet_of_files.images[0].files = Some("5@1".into());
+    world.converge(&fleet_of_files, false);
     let image = world.actual.images[0].id;
     world.actual.images[0].state = ImageState::Uploading;
-    assert_eq!(world.plan(&fleet(BASE), false).steps[0].action, Action::Import { goes_on: true });
+    assert_eq!(world.plan(&fleet_of_files, false).steps[0].action, Action::Import { goes_on: true });
+    // From another file, or somebody else's: pieces of two make no image.
+    for other in [Some("5@2".into()), None] {
+        fleet_of_files.images[0].files = other;
+        let plan = world.plan(&fleet_of_files, false);
+        assert!(plan.steps.is_empty() && plan.refusals[0].detail.contains("half uploaded"), "{plan:?}");
+    }
+    world.made = Made::default();
+    assert_eq!(world.plan(&fleet_of_files, false).refusals.len(), 1);
     world.actual.images[0].state = ImageState::Failed;
     assert!(world.plan(&fleet(BASE), false).refusals[0].detail.contains("image delete debian"));
     world.actual.images[0].state = ImageState::Importing;

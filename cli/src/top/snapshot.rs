@@ -43,7 +43,12 @@ impl Snapshot {
     /// # Errors
     /// As every call.
     pub async fn take(client: &Client) -> Result<Self, ClientError> {
-        let (hosts, guests, markets) = tokio::try_join!(client.hosts(), client.guests(), client.markets())?;
+        // The largest pages: this is asked for again and again.
+        let (hosts, guests, markets) = tokio::try_join!(
+            client.list::<Host>("/v1/hosts?limit=1000"),
+            client.list::<Guest>("/v1/guests?limit=1000"),
+            client.list::<Market>("/v1/markets?limit=1000"),
+        )?;
         // Rentings are for those who see all projects: for others hosts have no price.
         let rented = names::rented_in(client, &markets).await;
         let under_way: BTreeSet<OperationId> = guests.iter().filter_map(|guest| guest.operation).collect();
