@@ -3,14 +3,18 @@
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 /// A leaf of CPUID that lists features, and the registers that do: eax, ebx, ecx, edx.
-const FEATURES: [(u32, u32, [bool; 4]); 8] = [
+const FEATURES: [(u32, u32, [bool; 4]); 11] = [
     (0x1, 0, [false, false, true, true]),
     (0x7, 0, [false, true, true, true]),
     (0x7, 1, [true, false, false, true]),
+    (0x7, 2, [false, false, false, true]),
+    // Registers that XSAVE saves, low and high half.
+    (0xd, 0, [true, false, false, true]),
     (0xd, 1, [true, false, false, false]),
     (0x8000_0001, 0, [false, false, true, true]),
     (0x8000_0007, 0, [false, false, false, true]),
     (0x8000_0008, 0, [false, true, false, false]),
+    (0x8000_0021, 0, [true, false, false, false]),
     // KVM's own: clocks and other services.
     (0x4000_0001, 0, [true, false, false, false]),
 ];
@@ -26,7 +30,7 @@ const fn ignored(leaf: u32, register: usize) -> u32 {
     }
 }
 
-/// The first features that a guest has and that are not supported, in words; `None` when there are none.
+/// The first features that a guest has and that are not supported (or more physical memory than can be), in words; `None` when there are none.
 #[must_use]
 pub fn lacking(guest: &[kvm_cpuid_entry2], supported: &[kvm_cpuid_entry2]) -> Option<String> {
     let registers = |all: &[kvm_cpuid_entry2], leaf, index| {
@@ -45,7 +49,9 @@ pub fn lacking(guest: &[kvm_cpuid_entry2], supported: &[kvm_cpuid_entry2]) -> Op
             }
         }
     }
-    None
+    let width = |all: &[kvm_cpuid_entry2]| registers(all, 0x8000_0008, 0)[0] & 0xff;
+    let (has, can) = (width(guest), width(supported));
+    (has > can).then(|| format!("physical addresses of {has} bits; it has {can}"))
 }
 
 #[cfg(test)]
@@ -67,6 +73,9 @@ mod tests {
         let said = lacking(&[leaf(7, 0, [0, 0x1_00ff, 0, 0])], &supported);
         assert_eq!(said.as_deref(), Some("CPUID 0x7.0 ebx bits 0x10000"));
         assert!(lacking(&supported, &[]).is_some());
+        let wide = |bits: u32| [leaf(0x8000_0008, 0, [0x3000 + bits, 0, 0, 0])];
+        assert_eq!(lacking(&wide(39), &wide(46)), None);
+        assert!(lacking(&wide(46), &wide(39)).is_some_and(|said| said.contains("46 bits")));
     }
 
     proptest! {
