@@ -250,13 +250,15 @@ impl Body {
 
     fn save(&self, vcpus: &[VcpuFd]) -> Result<MachineState, VmmError> {
         let devices = self.devices.iter().map(|device| device.lock().unwrap_or_else(PoisonError::into_inner).save());
+        let save = |(fd, cpuid): (&VcpuFd, &Vec<_>)| state::vcpu::save(self.vm.kvm(), fd, cpuid.clone());
+        let mut saved: Vec<_> = vcpus.iter().zip(&self.cpuid).map(save).collect::<Result<_, _>>()?;
+        let chips = Chips::save(&self.vm)?;
+        for (fd, vcpu) in vcpus.iter().zip(&mut saved) {
+            state::vcpu::read_tsc(fd, vcpu)?;
+        }
         Ok(MachineState {
-            vcpus: vcpus
-                .iter()
-                .zip(&self.cpuid)
-                .map(|(fd, cpuid)| state::vcpu::save(self.vm.kvm(), fd, cpuid.clone()))
-                .collect::<Result<_, _>>()?,
-            chips: Chips::save(&self.vm)?,
+            vcpus: saved,
+            chips,
             serial: self.serial.lock().unwrap_or_else(PoisonError::into_inner).save(),
             devices: devices.collect::<Result<_, _>>()?,
         })
@@ -307,11 +309,12 @@ impl Incoming {
             fds.push(vm.create_vcpu(index)?);
         }
         saved.chips.restore_chips(vm)?;
+        let age_ns = saved.chips.age_ns();
         for (fd, vcpu) in fds.iter().zip(&saved.vcpus) {
-            vcpu.restore(fd)?;
+            vcpu.restore(vm.kvm(), fd, age_ns)?;
             body.cpuid.push(vcpu.cpuid.clone());
         }
-        saved.chips.restore_clock(vm)?;
+        saved.chips.restore_clock(vm, age_ns)?;
         for (device, saved) in body.devices.iter().zip(&saved.devices) {
             device.lock().unwrap_or_else(PoisonError::into_inner).restore(saved)?;
         }

@@ -223,6 +223,10 @@ impl Thread {
         loop {
             match state.wanted {
                 Wanted::Running => {
+                    if !state.active[self.index] {
+                        // A guest that watches its own progress shall know why there was none; one without kvmclock cannot.
+                        let _ = self.fd.kvmclock_ctrl();
+                    }
                     state.active[self.index] = true;
                     return true;
                 }

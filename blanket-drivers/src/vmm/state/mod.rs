@@ -6,6 +6,8 @@
 pub mod cpuid;
 pub mod vcpu;
 
+use std::time::SystemTime;
+
 use kvm_bindings::{
     KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
 };
@@ -15,7 +17,9 @@ use super::{VmmError, kvm::Vm, kvm_error, legacy::SerialState, virtio::transport
 pub use vcpu::VcpuState;
 
 /// The version of [`MachineState`]. A machine takes this one and all before it.
-pub const VERSION: u16 = 1;
+///
+/// 1: the first. 2: the wall time, by which the TSC is moved on, and kvmclock where KVM does not know the wall time.
+pub const VERSION: u16 = 2;
 
 /// A machine that stands still, without its memory.
 #[derive(Debug, Serialize, Deserialize)]
@@ -39,6 +43,9 @@ pub struct Chips {
     pub irqchips: Vec<kvm_irqchip>,
     /// kvmclock.
     pub clock: kvm_clock_data,
+    /// The host's wall time when that was read, in nanoseconds since 1970; 0 where it is not known.
+    #[serde(default)]
+    pub wall_ns: u64,
 }
 
 const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
@@ -61,7 +68,7 @@ impl Chips {
         };
         let irqchips = CHIPS.into_iter().map(chip).collect::<Result<_, _>>()?;
         let clock = vm.fd().get_clock().map_err(kvm_error("read the guests' clock"))?;
-        Ok(Self { irqchips, clock })
+        Ok(Self { irqchips, clock, wall_ns: wall_ns() })
     }
 
     /// Writes the interrupt chips.
@@ -75,11 +82,24 @@ impl Chips {
         Ok(())
     }
 
-    /// Sets kvmclock, when the vCPUs have their TSC: where both ends know the wall time, it goes on from where it would be by
-    /// now, so that wall time in the guest is right; else from where it stood. Either way it never goes back.
-    pub(super) fn restore_clock(&self, vm: &Vm) -> Result<(), VmmError> {
-        // Of the flags that are read, only this one can be written (Documentation/virt/kvm/api.rst, 4.30).
-        let clock = kvm_clock_data { flags: self.clock.flags & KVM_CLOCK_REALTIME, ..self.clock };
-        vm.fd().set_clock(&clock).map_err(kvm_error("set the guests' clock"))
+    /// How long ago it was read by the wall clocks of both hosts, in nanoseconds; nothing when that is not known, or a clock is
+    /// wrong so that it would have been later than now.
+    pub(super) fn age_ns(&self) -> u64 {
+        if self.wall_ns == 0 { 0 } else { wall_ns().saturating_sub(self.wall_ns) }
     }
+
+    /// Sets kvmclock, when the vCPUs have their TSC: it goes on from where it would be by now, so that wall time in the guest is
+    /// right. It never goes back.
+    pub(super) fn restore_clock(&self, vm: &Vm, age_ns: u64) -> Result<(), VmmError> {
+        // Of the flags that are read, only this one can be written (Documentation/virt/kvm/api.rst, 4.30). With it KVM itself
+        // adds what has passed by the wall clock.
+        let flags = self.clock.flags & KVM_CLOCK_REALTIME;
+        let clock = if flags == 0 { self.clock.clock.saturating_add(age_ns) } else { self.clock.clock };
+        vm.fd().set_clock(&kvm_clock_data { flags, clock, ..self.clock }).map_err(kvm_error("set the guests' clock"))
+    }
+}
+
+fn wall_ns() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(0)
 }
