@@ -5,6 +5,7 @@
 //! > {"id": 3, "do": "send", "max_downtime_ms": 200}      < {"id": 3, "state": "sending"}
 //!                                      < {"event": "progress", "state": "sending", "progress": {...}}
 //!                                      < {"event": "sent", "state": "sent", "progress": {...}}
+//!                                      < {"event": "stream", "state": "running"}
 //! > {"id": 2, "do": "dance"}           < {"error": "..."} and the connection is closed
 //!                                      < {"event": "powered_off", "state": "ended"}
 //! ```
@@ -43,7 +44,7 @@ pub enum Verb {
     Pause,
     /// Send it over the stream while it runs.
     Send,
-    /// Give up sending it; it runs on.
+    /// Give up sending it; it runs on. Give up receiving it.
     Cancel,
     /// End the process.
     End,
@@ -68,6 +69,8 @@ pub struct Request {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
+    /// It comes over the stream, or a stream for it is waited for.
+    Arriving,
     /// It does not run, and can.
     Paused,
     /// It runs.
@@ -94,8 +97,14 @@ pub enum Event {
     Progress,
     /// It was sent.
     Sent,
-    /// It was not sent, and is as it was before.
+    /// It was not sent, and runs on if it ran before and nobody asked for a pause meanwhile.
     NotSent,
+    /// It has come over the stream, and waits.
+    Arrived,
+    /// It has not come, and nothing of it is here.
+    NotArrived,
+    /// There is a new stream.
+    Stream,
 }
 
 /// A line to the client.
@@ -173,20 +182,38 @@ impl Client {
 /// # Errors
 /// When there is no thread, or the socket does not listen.
 pub fn listen(socket: OwnedFd, inputs: &Sender<Input>) -> io::Result<()> {
+    let inputs = inputs.clone();
+    let mut number = 0;
+    accept("control", socket, move |stream| {
+        number += 1;
+        greet(number, stream, &inputs);
+    })
+}
+
+/// Accepts streams by which the guest comes and leaves, likewise.
+///
+/// # Errors
+/// As [`listen`].
+pub fn listen_for_streams(socket: OwnedFd, inputs: &Sender<Input>) -> io::Result<()> {
+    let inputs = inputs.clone();
+    accept("streams", socket, move |stream| {
+        // The owner is there as long as the process is.
+        let _ = inputs.send(Input::Stream(stream));
+    })
+}
+
+fn accept(name: &str, socket: OwnedFd, mut take: impl FnMut(UnixStream) + Send + 'static) -> io::Result<()> {
     let listener = UnixListener::from(socket);
     listener.local_addr()?;
-    let inputs = inputs.clone();
     let accept = move || {
         // Each error is one of a client's; the owner of the process ends it when there is nothing to listen to any more.
-        let mut number = 0;
         while let Ok((stream, _)) = listener.accept() {
             if is_ours(&stream) {
-                number += 1;
-                greet(number, stream, &inputs);
+                take(stream);
             }
         }
     };
-    std::thread::Builder::new().name("control".to_owned()).spawn(accept).map(drop)
+    std::thread::Builder::new().name(name.to_owned()).spawn(accept).map(drop)
 }
 
 fn greet(number: u64, stream: UnixStream, inputs: &Sender<Input>) {

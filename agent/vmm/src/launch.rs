@@ -4,7 +4,10 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs::File,
     io,
-    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+    os::{
+        fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+        unix::net::UnixStream,
+    },
 };
 
 use serde::Deserialize;
@@ -85,6 +88,8 @@ pub struct Wiring {
     pub control: Option<RawFd>,
     /// A connected socket by which the guest comes and leaves.
     pub stream: Option<RawFd>,
+    /// A listening unix socket: who connects to it is the stream from then on.
+    pub streams: Option<RawFd>,
 }
 
 impl Launch {
@@ -111,8 +116,9 @@ impl Launch {
         if *has_initrd != launch.wiring.initrd.is_some() {
             return refuse("initrd", "it is there when the guest has none, or the other way round");
         }
-        if launch.arrives && (launch.wiring.stream.is_none() || launch.wiring.control.is_none()) {
-            return refuse("stream", "a guest that arrives needs it, and 'control' to be let run");
+        let has_stream = launch.wiring.stream.is_some() || launch.wiring.streams.is_some();
+        if launch.arrives && !(has_stream && launch.wiring.control.is_some()) {
+            return refuse("stream", "a guest that arrives needs it (or 'streams'), and 'control' to be let run");
         }
         let disks: BTreeSet<_> = launch.spec.devices.disks.iter().map(|disk| &disk.name).collect();
         let cards: BTreeSet<_> = launch.spec.devices.nics.iter().map(|nic| &nic.name).collect();
@@ -136,7 +142,8 @@ pub struct Held {
     pub console_out: Option<File>,
     pub console_in: Option<File>,
     pub control: Option<OwnedFd>,
-    pub stream: Option<File>,
+    pub stream: Option<UnixStream>,
+    pub streams: Option<OwnedFd>,
 }
 
 impl Held {
@@ -158,6 +165,7 @@ impl Held {
         let taps: BTreeMap<String, File> = map(&wiring.taps, &mut take)?;
         let stream = wiring.stream.map(|fd| take("stream", fd)).transpose()?;
         let control = wiring.control.map(|fd| take("control", fd)).transpose()?;
+        let streams = wiring.streams.map(|fd| take("streams", fd)).transpose()?;
         let console_out = wiring.console_out.map(|fd| take("console_out", fd)).transpose()?;
         let console_in = match (&console_out, wiring.console_in) {
             (Some(out), Some(fd)) if fd == out.as_raw_fd() => {
@@ -168,8 +176,10 @@ impl Held {
         for file in taps.values().chain(&console_out).chain(&console_in) {
             set_nonblocking(file)?;
         }
-        let control = control.map(OwnedFd::from);
-        Ok(Self { kvm, kernel, initrd, disks, taps, console_out, console_in, control, stream })
+        let (control, streams) = (control.map(OwnedFd::from), streams.map(OwnedFd::from));
+        // Of another family it works as well: nothing is asked of it that not every stream socket does.
+        let stream = stream.map(|socket| UnixStream::from(OwnedFd::from(socket)));
+        Ok(Self { kvm, kernel, initrd, disks, taps, console_out, console_in, control, stream, streams })
     }
 }
 

@@ -1,15 +1,15 @@
 //! `supercloud-vmm`: one guest on `/dev/kvm`, in a process of its own.
 //!
-//! Whoever starts it hands over every descriptor that it will ever have: `/dev/kvm`, kernel, disks, taps, console, and a
-//! listening control socket. What the guest is (`spec`) and which descriptor is what (`wiring`) are one JSON text:
+//! Whoever starts it hands over every descriptor that it will ever have: `/dev/kvm`, kernel, disks, taps, console, and the
+//! listening sockets of control and streams. What the guest is (`spec`) and which descriptor is what (`wiring`) are one JSON text:
 //!
 //! ```sh
 //! supercloud-vmm --launch '{"spec": {...}, "wiring": {"kvm": 3, "kernel": 4, "disks": {"root": 5}, "console_out": 1}}' \
 //!   3<>/dev/kvm 4<vmlinuz 5<>disk.raw
 //! ```
 //!
-//! With `"arrives": true` the guest does not boot: it comes over the stream (`"stream"` in the wiring, a connected socket) from
-//! another process that was asked to `send` it, and waits for `resume`.
+//! With `"arrives": true` the guest does not boot: it comes over the stream (`"stream"` in the wiring, a connected socket, or who
+//! connects to the listening socket `"streams"`) from another process that was asked to `send` it, and waits for `resume`.
 //!
 //! With a control socket the guest waits for `resume`; without one it runs at once, and the process ends with it: exit
 //! code 0 when it switched itself off, 1 when it cannot go on. A guest that resets is booted again.

@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     io::{self, Read as _},
+    net::Shutdown,
     os::{
         fd::{AsRawFd as _, FromRawFd as _, IntoRawFd as _},
         unix::net::UnixStream,
@@ -16,11 +17,9 @@ use kvm_ioctls::Kvm;
 use supercloud_blanket::{
     device::{Boot, Console, MachineSpec},
     vmm::{
-        Incoming, Machine, MachineConfig, Outcome,
+        Machine, MachineConfig, Outcome,
         boot::BootFiles,
         legacy::{SerialPort, Sink},
-        travel as stream,
-        travel::TravelError,
         virtio::{self, Device, block::RawFile},
     },
 };
@@ -28,7 +27,7 @@ use supercloud_blanket::{
 use crate::{
     control::{self, Client, Event, Line, Progress, Request, State, Verb},
     launch::Held,
-    travel::{self, Arrival, Sending},
+    travel::{self, Arrival, Parts, Received, Receiving, Sending},
 };
 
 /// What comes to the owner.
@@ -44,6 +43,10 @@ pub enum Input {
     Progress(Progress),
     /// The machine is back from being sent.
     Traveled(Box<Arrival>),
+    /// Somebody has connected a stream.
+    Stream(UnixStream),
+    /// The machine has come, or not.
+    Received(Box<Received>),
 }
 
 /// The serial port of the machine that is there now.
@@ -62,6 +65,12 @@ struct Owner<'a> {
     sending: Option<Sending>,
     /// What happened to the guest meanwhile.
     missed: Option<Outcome>,
+    /// The request for a pause meanwhile, or for its resume before it has come: the client's number, and the request's.
+    asked: Option<(u64, u64)>,
+    /// While the machine comes over the stream.
+    receiving: Option<Receiving>,
+    /// Streams can be connected.
+    has_streams: bool,
 }
 
 /// Runs the guest to its end.
@@ -72,6 +81,7 @@ pub fn run(spec: &MachineSpec, arrives: bool, mut held: Held) -> anyhow::Result<
     let (sender, receiver) = mpsc::channel();
     let control = held.control.take();
     let has_control = control.is_some();
+    let streams = held.streams.take();
     let serial = CurrentSerial::default();
     if let (Console::Serial, Some(input)) = (spec.devices.console, held.console_in.take_if(|_| is_serial(spec))) {
         feed_serial(input, Arc::clone(&serial))?;
@@ -87,14 +97,21 @@ pub fn run(spec: &MachineSpec, arrives: bool, mut held: Held) -> anyhow::Result<
         client: Client::default(),
         sending: None,
         missed: None,
+        asked: None,
+        receiving: None,
+        has_streams: streams.is_some(),
     };
     if arrives {
-        owner.arrive().context("receiving the guest")?;
+        owner.state = State::Arriving;
+        owner.receive().context("receiving the guest")?;
     } else {
         owner.boot().context("starting the guest")?;
     }
+    if let Some(socket) = streams {
+        control::listen_for_streams(socket, &sender).context("listening for streams")?;
+    }
     match control {
-        // Only now: a client that is answered has a guest.
+        // Only now: a client that is answered has a guest, or will have one.
         Some(socket) => control::listen(socket, &sender).context("listening for clients")?,
         None => owner.resume(),
     }
@@ -104,7 +121,7 @@ pub fn run(spec: &MachineSpec, arrives: bool, mut held: Held) -> anyhow::Result<
         match input {
             Input::Client(number, stream) => owner.client.replace(number, stream),
             Input::Request(number, request) => {
-                if owner.client.is(number) && owner.answer(request) {
+                if owner.client.is(number) && owner.answer(number, request) {
                     return Ok(ExitCode::SUCCESS);
                 }
             }
@@ -121,6 +138,8 @@ pub fn run(spec: &MachineSpec, arrives: bool, mut held: Held) -> anyhow::Result<
                     owner.client.tell(&Line { event, state, progress: Some(progress), ..Line::default() });
                 }
             }
+            Input::Stream(stream) => owner.connect(stream)?,
+            Input::Received(received) => owner.received(*received)?,
             Input::Traveled(arrival) => {
                 let code = owner.traveled(*arrival);
                 if let (Some(code), false) = (code, has_control) {
@@ -150,15 +169,73 @@ impl Owner<'_> {
         self.take_up(booted)
     }
 
-    /// The machine that comes over the stream; it waits.
-    fn arrive(&mut self) -> anyhow::Result<()> {
-        let from = self.held.stream.as_ref().context("there is no stream")?;
-        let (kvm, config, devices) = (self.kvm()?, self.config()?, self.devices()?);
-        let sink = self.serial_sink()?;
-        // What the other end says of the machine is compared with what it shall be.
-        let make = |_| Ok(Incoming::new(kvm, config, sink, devices)?);
-        let arrived = stream::receive(from, make)?;
-        self.take_up(arrived)
+    /// Begins to take the machine from the stream, where there is one.
+    fn receive(&mut self) -> anyhow::Result<()> {
+        let Some(stream) = &self.held.stream else { return Ok(()) };
+        let parts =
+            Parts { kvm: self.kvm()?, config: self.config()?, console: self.serial_sink()?, devices: self.devices()? };
+        self.receiving = Some(Receiving::start(stream, parts, self.inputs.clone())?);
+        Ok(())
+    }
+
+    /// The machine that came waits; where none came, the next stream may bring it.
+    fn received(&mut self, received: Received) -> anyhow::Result<()> {
+        self.receiving = None;
+        let asked = self.asked.take();
+        if self.state != State::Arriving {
+            return Ok(());
+        }
+        let (event, error) = match received {
+            Ok(arrived) => {
+                self.take_up(arrived)?;
+                self.state = State::Paused;
+                (Event::Arrived, None)
+            }
+            Err(error) => {
+                self.drop_stream();
+                if !self.has_streams {
+                    return Err(error).context("receiving the guest");
+                }
+                (Event::NotArrived, Some(format!("{:#}", anyhow::Error::from(error))))
+            }
+        };
+        self.client.tell(&Line {
+            event: Some(event),
+            state: Some(self.state),
+            error: error.clone(),
+            ..Line::default()
+        });
+        if self.state == State::Paused && asked.is_some() {
+            self.resume();
+        }
+        self.answer_late(asked, error);
+        Ok(())
+    }
+
+    /// Answers a request that had to wait, if who asked is still there.
+    fn answer_late(&mut self, asked: Option<(u64, u64)>, error: Option<String>) {
+        if let Some((_, id)) = asked.filter(|(number, _)| self.client.is(*number)) {
+            self.client.tell(&Line { id: Some(id), state: Some(self.state), error, ..Line::default() });
+        }
+    }
+
+    /// Takes a new stream in place of the one before, which nobody uses just now.
+    fn connect(&mut self, stream: UnixStream) -> anyhow::Result<()> {
+        if self.sending.is_some() || self.receiving.is_some() || self.state == State::Ended {
+            // Closed: who connected it finds out.
+            return Ok(());
+        }
+        self.drop_stream();
+        self.held.stream = Some(stream);
+        self.client.tell(&Line { event: Some(Event::Stream), state: Some(self.state), ..Line::default() });
+        if self.state == State::Arriving { self.receive().context("receiving the guest") } else { Ok(()) }
+    }
+
+    /// Lets go of a stream, so that the other end hears of it whoever else has it.
+    fn drop_stream(&mut self) {
+        if let Some(old) = self.held.stream.take() {
+            let _ = old.shutdown(Shutdown::Both);
+        }
     }
 
     fn kvm(&self) -> anyhow::Result<Kvm> {
@@ -230,11 +307,19 @@ impl Owner<'_> {
     }
 
     /// Does what is asked for; whether the process shall end.
-    fn answer(&mut self, request: Request) -> bool {
+    fn answer(&mut self, client: u64, request: Request) -> bool {
         let mut error = None;
         let has_limits = request.max_downtime_ms.is_some() || request.max_bytes_per_s.is_some();
         match (request.verb, self.state) {
             (verb, _) if has_limits && verb != Verb::Send => error = Some("limits are for 'send' only".to_owned()),
+            // Answered when it has come, or when it is back.
+            (Verb::Resume, State::Arriving) | (Verb::Pause, State::Sending) if self.asked.is_none() => {
+                self.asked = Some((client, request.id));
+                if let Some(sending) = &self.sending {
+                    sending.cancel();
+                }
+                return false;
+            }
             (Verb::Status, _)
             | (Verb::Resume, State::Running)
             | (Verb::Pause, State::Paused | State::Sent)
@@ -248,12 +333,16 @@ impl Owner<'_> {
             (Verb::Resume | Verb::Pause, State::Sending) => {
                 error = Some("it is being sent; cancel that first".to_owned())
             }
+            (Verb::Resume | Verb::Pause | Verb::Send, State::Arriving) => {
+                error = Some("it has not come yet".to_owned())
+            }
             (Verb::Send, State::Running | State::Paused | State::Sent) => {
                 error = self.send(&request).err().map(|failed| format!("{failed:#}"));
             }
-            (Verb::Cancel, _) => match &self.sending {
-                Some(sending) => sending.cancel(),
-                None => error = Some("it is not being sent".to_owned()),
+            (Verb::Cancel, _) => match (&self.sending, &self.receiving) {
+                (Some(sending), _) => sending.cancel(),
+                (None, Some(receiving)) => receiving.cancel(),
+                (None, None) => error = Some("it is not being sent or received".to_owned()),
             },
             (Verb::Pause, State::Running) => match self.machine.as_ref().map(Machine::pause) {
                 Some(Err(failed)) => error = Some(failed.to_string()),
@@ -267,19 +356,11 @@ impl Owner<'_> {
     fn send(&mut self, request: &Request) -> anyhow::Result<()> {
         let stream = self.held.stream.as_ref().context("there is no stream, or it broke")?;
         let stream = stream.try_clone().context("copying a descriptor")?;
-        let machine = self.machine.take().context("there is no machine")?;
         let was_running = self.state == State::Running;
-        match Sending::start(machine, stream, request, was_running, self.inputs.clone()) {
-            Ok(sending) => {
-                self.sending = Some(sending);
-                self.state = State::Sending;
-                Ok(())
-            }
-            Err(error) => {
-                self.state = State::Ended;
-                Err(error)
-            }
-        }
+        let sending = Sending::start(&mut self.machine, stream, request, was_running, self.inputs.clone())?;
+        self.sending = Some(sending);
+        self.state = State::Sending;
+        Ok(())
     }
 
     /// The machine is back; what the process would exit with if nobody controlled it.
@@ -297,20 +378,30 @@ impl Owner<'_> {
                 Line { event: Some(Event::Sent), progress, ..Line::default() }
             }
             Err(error) => {
-                // A frame may have been cut off: what comes next would not be understood.
-                if !matches!(error, TravelError::Cancelled | TravelError::NoConvergence(_) | TravelError::Machine(_)) {
-                    self.held.stream = None;
+                // Cut off in a frame: what comes next would not be understood.
+                if !error.leaves_stream_whole() {
+                    self.drop_stream();
                 }
                 // Also when it was paused already: nobody else has all of it.
-                if was_running && self.missed.is_none() {
+                if was_running && self.missed.is_none() && self.asked.is_none() {
                     self.resume();
                 }
                 let error = Some(format!("{:#}", anyhow::Error::from(error)));
                 Line { event: Some(Event::NotSent), error, ..Line::default() }
             }
         };
+        let asked = self.asked.take();
+        let mut failed = None;
+        if asked.is_some() && self.missed.is_none() && self.state == State::Paused {
+            // It may run still: it was paused only if it had come that far.
+            failed = self.machine.as_ref().and_then(|machine| machine.pause().err()).map(|error| error.to_string());
+            if failed.is_some() && was_running {
+                self.resume();
+            }
+        }
         self.client.tell(&Line { state: Some(self.state), ..line });
-        if was_running && self.missed.is_some() {
+        self.answer_late(asked, failed);
+        if was_running && self.missed.is_some() && asked.is_none() {
             self.state = State::Running;
         }
         self.missed.take().and_then(|outcome| self.take(outcome))

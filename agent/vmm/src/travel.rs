@@ -1,22 +1,25 @@
-//! Sending the guest: on a thread of its own, which has the machine meanwhile.
+//! Sending and receiving the guest: on a thread of its own, which has the machine meanwhile.
 
 use std::{
-    fs::File,
+    net::Shutdown,
     ops::ControlFlow,
-    os::{fd::OwnedFd, unix::net::UnixStream},
+    os::unix::net::UnixStream,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
-        mpsc::Sender,
+        mpsc::{Receiver, Sender},
     },
     time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
+use kvm_ioctls::Kvm;
 use supercloud_blanket::vmm::{
-    Machine,
+    Incoming, Machine, MachineConfig, Outcome,
+    legacy::Sink,
     memory::PAGE_BYTES,
     travel::{self, Limits, Sent, TravelError},
+    virtio::Device,
 };
 
 use crate::{
@@ -24,8 +27,8 @@ use crate::{
     owner::Input,
 };
 
-/// A stream that takes nothing for so long is given up: the guest may be standing still.
-const STALL: Duration = Duration::from_secs(10);
+/// How often it is asked, while the stream takes nothing, whether the guest is still to be sent.
+const ASK_EVERY: Duration = Duration::from_millis(100);
 
 /// How often a client hears how far it is.
 const TELL_EVERY: Duration = Duration::from_millis(200);
@@ -48,13 +51,13 @@ pub struct Sending {
 }
 
 impl Sending {
-    /// Begins.
+    /// Begins, and takes the machine.
     ///
     /// # Errors
-    /// When there is no thread; then the machine is gone.
+    /// When there is no thread or the stream is none; then the machine is not taken.
     pub fn start(
-        mut machine: Machine,
-        stream: File,
+        machine: &mut Option<Machine>,
+        stream: UnixStream,
         request: &Request,
         was_running: bool,
         inputs: Sender<Input>,
@@ -65,11 +68,12 @@ impl Sending {
             max_bytes_per_s: request.max_bytes_per_s,
             ..usual
         };
-        let stream = UnixStream::from(OwnedFd::from(stream));
-        stream.set_write_timeout(Some(STALL)).context("bounding the stream's patience")?;
+        stream.set_write_timeout(Some(ASK_EVERY)).context("bounding the stream's patience")?;
         let is_cancelled = Arc::new(AtomicBool::new(false));
         let cancelled = Arc::clone(&is_cancelled);
+        let (give, take) = std::sync::mpsc::channel::<Machine>();
         let work = move || {
+            let Ok(mut machine) = take.recv() else { return };
             let mut told = Instant::now();
             let mut watch = |progress: &travel::Progress| {
                 if told.elapsed() >= TELL_EVERY {
@@ -82,12 +86,56 @@ impl Sending {
             let _ = inputs.send(Input::Traveled(Box::new(Arrival { machine, outcome })));
         };
         std::thread::Builder::new().name("travel".to_owned()).spawn(work).context("beginning a thread")?;
+        // The thread waits for it.
+        let _ = give.send(machine.take().context("there is no machine")?);
         Ok(Self { is_cancelled, was_running })
     }
 
     /// Asks it to give up.
     pub fn cancel(&self) {
         self.is_cancelled.store(true, Ordering::Relaxed);
+    }
+}
+
+/// What a machine is made of before it has come.
+pub struct Parts {
+    pub kvm: Kvm,
+    pub config: MachineConfig,
+    pub console: Sink,
+    pub devices: Vec<Device>,
+}
+
+/// A guest that came, and what tells how its run ends; or why it did not come.
+pub type Received = Result<(Machine, Receiver<Outcome>), TravelError>;
+
+/// A guest that is being received.
+#[derive(Debug)]
+pub struct Receiving {
+    stream: UnixStream,
+}
+
+impl Receiving {
+    /// Begins.
+    ///
+    /// # Errors
+    /// When there is no thread, or no descriptor.
+    pub fn start(stream: &UnixStream, parts: Parts, inputs: Sender<Input>) -> anyhow::Result<Self> {
+        let copy = || stream.try_clone().context("copying a descriptor");
+        let (from, stream) = (copy()?, copy()?);
+        let Parts { kvm, config, console, devices } = parts;
+        let work = move || {
+            // What the other end says of the machine is compared with what it shall be.
+            let make = |_| Ok(Incoming::new(kvm, config, console, devices)?);
+            let _ = inputs.send(Input::Received(Box::new(travel::receive(&from, make))));
+        };
+        std::thread::Builder::new().name("travel".to_owned()).spawn(work).context("beginning a thread")?;
+        Ok(Self { stream })
+    }
+
+    /// Gives it up: it ends soon, as a stream that was cut off.
+    pub fn cancel(&self) {
+        // One that is closed already ends by itself.
+        let _ = self.stream.shutdown(Shutdown::Both);
     }
 }
 

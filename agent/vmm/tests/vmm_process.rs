@@ -36,10 +36,15 @@ fn inheritable(fd: &impl std::os::fd::AsRawFd) -> RawFd {
 }
 
 fn start(control: Option<&UnixListener>) -> Vmm {
-    start_with(control, None, false)
+    start_with(control, None, None, false)
 }
 
-fn start_with(control: Option<&UnixListener>, stream: Option<&UnixStream>, arrives: bool) -> Vmm {
+fn start_with(
+    control: Option<&UnixListener>,
+    stream: Option<&UnixStream>,
+    streams: Option<&UnixListener>,
+    arrives: bool,
+) -> Vmm {
     let (ours, theirs) = UnixStream::pair().unwrap();
     ours.set_read_timeout(Some(PATIENCE)).unwrap();
     let kvm = File::options().read(true).write(true).open("/dev/kvm").unwrap();
@@ -54,6 +59,10 @@ fn start_with(control: Option<&UnixListener>, stream: Option<&UnixStream>, arriv
     if let Some(stream) = stream {
         fds.push(inheritable(stream));
         wiring["stream"] = fds[fds.len() - 1].into();
+    }
+    if let Some(streams) = streams {
+        fds.push(inheritable(streams));
+        wiring["streams"] = fds[fds.len() - 1].into();
     }
     let launch = json!({
         "spec": {
@@ -211,7 +220,7 @@ fn a_guest_goes_from_process_to_process_and_back() {
     let bind = |name: &str| (folder.path().join(name), UnixListener::bind(folder.path().join(name)).unwrap());
     let (here_path, here_control) = bind("here");
     let (here_stream, there_stream) = UnixStream::pair().unwrap();
-    let mut here = start_with(Some(&here_control), Some(&here_stream), false);
+    let mut here = start_with(Some(&here_control), Some(&here_stream), None, false);
     let mut client = Client::connect(&here_path);
     assert_eq!(client.ask(1, "resume")["state"], "running");
     here.await_text("hello ramdisk");
@@ -220,13 +229,16 @@ fn a_guest_goes_from_process_to_process_and_back() {
 
     // Over there it waits, and here it stands still but is kept.
     let (there_path, there_control) = bind("there");
-    let mut there = start_with(Some(&there_control), Some(&there_stream), true);
+    let mut there = start_with(Some(&there_control), Some(&there_stream), None, true);
     let sent = outcome_of(&mut client, &json!({"id": 2, "do": "send", "max_downtime_ms": 500}));
     assert_eq!((&sent["event"], &sent["state"]), (&json!("sent"), &json!("sent")), "{sent}");
     assert!(sent["progress"]["sent_bytes"].as_u64() > Some(1000) && sent["progress"]["paused_ms"].is_u64(), "{sent}");
+    // Asked early, it runs as soon as it has come; that it came may be told before.
     let mut far = Client::connect(&there_path);
-    assert_eq!(far.ask(1, "status")["state"], "paused");
-    assert_eq!(far.ask(2, "resume")["state"], "running");
+    far.say(&json!({"id": 2, "do": "resume"}).to_string());
+    let lines: Vec<_> = std::iter::from_fn(|| far.line()).take_while(|line| line["event"] == "arrived").collect();
+    assert!(lines.len() <= 1, "{lines:?}");
+    assert_eq!(far.ask(1, "status")["state"], "running");
     there.type_in("def");
     there.await_text("def");
     assert_eq!(client.ask(3, "end")["state"], "ended");
@@ -256,7 +268,7 @@ fn sending_can_be_given_up_and_begun_again_on_the_same_stream() {
     let path = folder.path().join("control");
     let control = UnixListener::bind(&path).unwrap();
     let (stream, mut ours) = UnixStream::pair().unwrap();
-    let mut vmm = start_with(Some(&control), Some(&stream), false);
+    let mut vmm = start_with(Some(&control), Some(&stream), None, false);
     let mut client = Client::connect(&path);
     for (request, word) in [
         (json!({"id": 1, "do": "cancel"}), "not being sent"),
@@ -297,4 +309,112 @@ fn sending_can_be_given_up_and_begun_again_on_the_same_stream() {
     assert_eq!(client.ask(6, "resume")["state"], "running");
     vmm.type_in("still here".replace(['t', 'r'], "_").as_str());
     vmm.await_text("s_ill he_e");
+}
+
+/// The next line that tells of this.
+fn event(client: &mut Client, name: &str) -> Value {
+    loop {
+        let line = client.line().unwrap();
+        if line["event"] == name {
+            return line;
+        }
+    }
+}
+
+#[test]
+fn a_stream_that_takes_nothing_is_left_at_once_and_another_one_serves() {
+    if !runs_guests("a_stream_that_takes_nothing_is_left_at_once_and_another_one_serves") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (path, streams_path) = (folder.path().join("control"), folder.path().join("streams"));
+    let control = UnixListener::bind(&path).unwrap();
+    let streams = UnixListener::bind(&streams_path).unwrap();
+    let (stream, silent) = UnixStream::pair().unwrap();
+    // It is full before the guest is.
+    stream.set_nonblocking(true).unwrap();
+    while (&stream).write(&[0; 4096]).is_ok() {}
+    stream.set_nonblocking(false).unwrap();
+    let mut vmm = start_with(Some(&control), Some(&stream), Some(&streams), false);
+    let mut client = Client::connect(&path);
+    client.ask(1, "resume");
+    vmm.await_text("hello ramdisk");
+
+    // A pause does not wait for a stream that will never take anything, and the guest then stands still.
+    assert_eq!(client.ask(2, "send")["state"], "sending");
+    client.say(&json!({"id": 3, "do": "pause"}).to_string());
+    let failed = event(&mut client, "not_sent");
+    assert!(failed["error"].as_str().unwrap().contains("did not take"), "{failed}");
+    assert_eq!(client.line().unwrap(), json!({"id": 3, "state": "paused"}));
+    let refused = client.ask(4, "send");
+    assert!(refused["error"].as_str().unwrap().contains("no stream"), "{refused}");
+    assert_eq!(client.ask(5, "resume")["state"], "running");
+    drop(silent);
+
+    // An agent that was started anew has none of the old descriptors.
+    let mut second = Client::connect(&path);
+    assert_eq!(second.ask(1, "status")["state"], "running");
+    let mut ours = UnixStream::connect(&streams_path).unwrap();
+    assert_eq!(event(&mut second, "stream"), json!({"event": "stream", "state": "running"}));
+    let reads = std::thread::spawn(move || {
+        let mut kinds = Vec::new();
+        while kinds.last() != Some(&5) {
+            kinds.push(supercloud_api::frame::read_frame_blocking(&mut ours).unwrap().kind);
+        }
+    });
+    let sent = outcome_of(&mut second, &json!({"id": 1, "do": "send"}));
+    assert_eq!((&sent["event"], &sent["state"]), (&json!("sent"), &json!("sent")), "{sent}");
+    reads.join().unwrap();
+    assert_eq!(second.ask(2, "resume")["state"], "running");
+    vmm.type_in("xyz");
+    vmm.await_text("xyz");
+}
+
+#[test]
+fn what_does_not_arrive_can_arrive_by_the_next_stream() {
+    if !runs_guests("what_does_not_arrive_can_arrive_by_the_next_stream") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let bind = |name: &str| (folder.path().join(name), UnixListener::bind(folder.path().join(name)).unwrap());
+    let (here_path, here_control) = bind("here");
+    let (here_streams_path, here_streams) = bind("here-streams");
+    let mut here = start_with(Some(&here_control), None, Some(&here_streams), false);
+    let mut client = Client::connect(&here_path);
+    client.ask(1, "resume");
+    here.await_text("hello ramdisk");
+
+    let (there_path, there_control) = bind("there");
+    let (there_streams_path, there_streams) = bind("there-streams");
+    let mut there = start_with(Some(&there_control), None, Some(&there_streams), true);
+    let mut far = Client::connect(&there_path);
+    assert_eq!(far.ask(1, "status")["state"], "arriving");
+    assert!(far.ask(2, "pause")["error"].is_string());
+    // Nonsense, a stream that ends, and one that nothing comes over until it is not wanted any more.
+    for (bytes, is_cancelled) in [(&b"nonsense that is no frame"[..], false), (&[1, 0][..], false), (&[][..], true)] {
+        let mut stream = UnixStream::connect(&there_streams_path).unwrap();
+        event(&mut far, "stream");
+        stream.write_all(bytes).unwrap();
+        if is_cancelled {
+            assert_eq!(far.ask(3, "cancel")["state"], "arriving");
+        } else {
+            stream.shutdown(std::net::Shutdown::Write).unwrap();
+        }
+        let failed = event(&mut far, "not_arrived");
+        assert_eq!(failed["state"], "arriving", "{failed}");
+        assert!(failed["error"].is_string(), "{failed}");
+    }
+    let mut from = UnixStream::connect(&here_streams_path).unwrap();
+    event(&mut client, "stream");
+    let mut to = UnixStream::connect(&there_streams_path).unwrap();
+    event(&mut far, "stream");
+    let relay = std::thread::spawn(move || std::io::copy(&mut from, &mut to));
+    let sent = outcome_of(&mut client, &json!({"id": 2, "do": "send"}));
+    assert_eq!(sent["event"], "sent", "{sent}");
+    assert_eq!(event(&mut far, "arrived")["state"], "paused");
+    assert_eq!(client.ask(3, "end")["state"], "ended");
+    relay.join().unwrap().unwrap();
+    assert_eq!(far.ask(4, "resume")["state"], "running");
+    there.type_in("xyz");
+    there.await_text("xyz");
 }

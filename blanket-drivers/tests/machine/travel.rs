@@ -42,6 +42,29 @@ fn on(_: &Progress) -> ControlFlow<()> {
     ControlFlow::Continue(())
 }
 
+/// A stream that becomes slow when the first round is over; notes the kinds of its frames.
+#[derive(Default)]
+struct Slow {
+    kinds: Vec<u8>,
+}
+
+impl std::io::Write for Slow {
+    #[expect(clippy::disallowed_methods, reason = "it is a slow stream")]
+    fn write(&mut self, frame: &[u8]) -> std::io::Result<usize> {
+        let is_slow = self.kinds.last() == Some(&3);
+        // A frame begins with its kind.
+        self.kinds.push(frame[0]);
+        if is_slow {
+            std::thread::sleep(Duration::from_millis(2100));
+        }
+        Ok(frame.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
 /// What a machine would send if it were sent now: the frames.
 fn recorded(machine: &mut Machine) -> Vec<Frame> {
     let mut bytes = Vec::new();
@@ -184,6 +207,29 @@ fn what_does_not_converge_or_is_not_wanted_or_breaks_lets_the_guest_run_on() {
     let broken = send(&mut machine, ours, &Limits::default(), &mut on);
     gone.join().unwrap().unwrap();
     assert!(matches!(broken, Err(TravelError::Frame(_))), "{broken:?}");
+    runs_on(&machine);
+
+    // A stream that takes nothing: it can be cancelled in the middle of a frame, and is of no use then.
+    let (mut ours, silent) = UnixStream::pair().unwrap();
+    ours.set_write_timeout(Some(Duration::from_millis(50))).unwrap();
+    while ours.write_all(&[0; 4096]).is_ok() {}
+    let mut asked = 0;
+    let stalled = send(&mut machine, ours, &Limits::default(), &mut |_| {
+        asked += 1;
+        if asked < 3 { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    });
+    drop(silent);
+    assert!(matches!(stalled, Err(TravelError::Stalled(_))), "{stalled:?}");
+    assert!(!stalled.is_err_and(|error| error.leaves_stream_whole()));
+    runs_on(&machine);
+
+    // It stands still for longer than was predicted: it is told that it was given up, and runs on.
+    let limits = Limits { max_downtime_ms: 200, ..Limits::default() };
+    let mut slow = Slow::default();
+    let overdue = send(&mut machine, &mut slow, &limits, &mut on);
+    assert!(matches!(overdue, Err(TravelError::Overdue(_))), "{overdue:?}");
+    assert_eq!(slow.kinds.last(), Some(&6), "{:?}", slow.kinds);
+    machine.resume();
     runs_on(&machine);
     // After all of it, a move that is let through still gives the whole.
     let mut wire = Vec::new();

@@ -21,6 +21,15 @@ impl Default for Limits {
     }
 }
 
+impl Limits {
+    /// When the prediction was wrong (a link that stalls, a guest that wrote more at the end), the guest is let run on after
+    /// so many milliseconds of standing still: ten times what is allowed, and two seconds at least.
+    #[must_use]
+    pub fn longest_pause_ms(&self) -> u64 {
+        self.max_downtime_ms.saturating_mul(10).max(2000)
+    }
+}
+
 /// What was seen of the rounds so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Seen {

@@ -79,6 +79,20 @@ pub enum TravelError {
     /// The other end gave it up.
     #[error("the other end gave it up")]
     GivenUp,
+    /// The stream did not take a frame until it was given up.
+    #[error("the stream did not take what it was given for {} ms", .0.as_millis())]
+    Stalled(std::time::Duration),
+    /// The guest stood still for longer than it may, whatever was predicted.
+    #[error("not all of it was on the stream when the guest had stood still for {} ms", .0.as_millis())]
+    Overdue(std::time::Duration),
+}
+
+impl TravelError {
+    /// Whether the stream on which a machine was sent ends with a whole frame, so that it can be sent on it again.
+    #[must_use]
+    pub const fn leaves_stream_whole(&self) -> bool {
+        matches!(self, Self::Cancelled | Self::NoConvergence(_) | Self::Machine(_) | Self::Overdue(_))
+    }
 }
 
 impl From<std::io::Error> for TravelError {

@@ -1,7 +1,7 @@
 //! Sending a machine while its guest runs.
 
 use std::{
-    io::Write,
+    io::{self, Write},
     ops::ControlFlow,
     time::{Duration, Instant},
 };
@@ -21,6 +21,14 @@ use crate::vmm::{Machine, state};
 const FRAME_BYTES: usize = 64 << 10;
 /// What the state takes, as long as it is not known: a vCPU's share.
 const STATE_BYTES_PER_VCPU: u64 = 24 << 10;
+/// A stream that takes nothing for so long is given up.
+const STALL: Duration = Duration::from_secs(10);
+/// The same where only the other end is to be told that it was given up.
+const STALL_AT_END: Duration = Duration::from_millis(500);
+/// A frame that takes longer is cut off when the machine is not to be sent any more; a faster one is finished.
+const SLOW_FRAME: Duration = Duration::from_secs(1);
+/// How long is waited at once for the limit of bytes per second.
+const PACE: Duration = Duration::from_millis(50);
 
 /// How far it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -52,10 +60,11 @@ pub struct Sent {
 /// find out who may run it. On an error the guest runs on, if it ran before, unless it was paused already: then
 /// [`Machine::resume`] lets it run on.
 ///
-/// `watch` is called often; it can cancel.
+/// `watch` is called often; it can cancel. Where `to` gives a write up after a moment (`WouldBlock`, `TimedOut`; a socket with a
+/// timeout), it is called meanwhile too, and a stream that takes nothing is given up after a while.
 ///
 /// # Errors
-/// [`TravelError`].
+/// [`TravelError`]. After those of which [`TravelError::leaves_stream_whole`] says so, the same stream can be used again.
 pub fn send(
     machine: &mut Machine,
     to: impl Write,
@@ -65,10 +74,8 @@ pub fn send(
     machine.note_writes(true)?;
     let mut sender = Sender::new(to, limits, watch)?;
     let outcome = sender.run(machine, limits);
-    if outcome.is_err() {
-        // The other end hears it from the stream's end, if it does not hear this.
-        let _ = sender.send(kind::ABORT, &[]);
-    }
+    // The guest may be standing still meanwhile: it is told in a moment or not at all.
+    let outcome = outcome.map_err(|why| if why.leaves_stream_whole() { sender.give_up(why) } else { why });
     // When END is on the wire the machine is somebody else's to decide about, whatever becomes of the notes here.
     let _ = machine.note_writes(false);
     outcome
@@ -83,6 +90,10 @@ struct Sender<'a, W> {
     bytes_per_s: Option<u64>,
     paced_since: Instant,
     paced_bytes: u64,
+    /// Since the guest stands still: when it has stood still for long enough, and for how long that is.
+    give_up_at: Option<(Instant, Duration)>,
+    /// Nobody needs to be asked any more.
+    is_given_up: bool,
     watch: &'a mut dyn FnMut(&Progress) -> ControlFlow<()>,
 }
 
@@ -101,6 +112,8 @@ impl<'a, W: Write> Sender<'a, W> {
             bytes_per_s: limits.max_bytes_per_s,
             paced_since: Instant::now(),
             paced_bytes: 0,
+            give_up_at: None,
+            is_given_up: false,
             watch,
         })
     }
@@ -137,6 +150,8 @@ impl<'a, W: Write> Sender<'a, W> {
             }
         }
         let paused = Instant::now();
+        let longest = Duration::from_millis(limits.longest_pause_ms());
+        self.give_up_at = paused.checked_add(longest).map(|at| (at, longest));
         let state = machine.save()?;
         // What was written until then, and what devices finished while they were stopped.
         pages.extend(machine.take_written()?);
@@ -179,10 +194,21 @@ impl<'a, W: Write> Sender<'a, W> {
         frame.clear();
         self.frame = frame;
         self.progress.forms = self.packer.forms;
+        self.look()
+    }
+
+    /// Whether it is still wanted, and the guest does not stand still for too long.
+    fn look(&mut self) -> Result<(), TravelError> {
+        if self.is_given_up {
+            return Ok(());
+        }
         if (self.watch)(&self.progress).is_break() {
             return Err(TravelError::Cancelled);
         }
-        Ok(())
+        match self.give_up_at {
+            Some((at, longest)) if Instant::now() >= at => Err(TravelError::Overdue(longest)),
+            _ => Ok(()),
+        }
     }
 
     fn json(&mut self, kind: u16, body: &impl Serialize) -> Result<(), TravelError> {
@@ -193,24 +219,55 @@ impl<'a, W: Write> Sender<'a, W> {
     fn send(&mut self, kind: u16, payload: &[u8]) -> Result<(), TravelError> {
         let bytes = Frame { kind, version: VERSION, payload: payload.to_vec() }.to_bytes()?;
         self.hash.update(&bytes);
-        self.to.write_all(&bytes)?;
+        self.write_whole(&bytes)?;
         self.progress.sent_bytes += bytes.len() as u64;
-        self.pace(bytes.len() as u64);
+        // When END is out nothing may fail any more.
+        if kind == kind::END || self.is_given_up { Ok(()) } else { self.pace(bytes.len() as u64) }
+    }
+
+    /// Tells the other end; why it was given up, or that the stream is cut off now.
+    fn give_up(&mut self, why: TravelError) -> TravelError {
+        self.is_given_up = true;
+        self.send(kind::ABORT, &[]).err().unwrap_or(why)
+    }
+
+    /// Writes all of it; what is cut off in between is never "cancelled", as nobody could read on there.
+    fn write_whole(&mut self, mut left: &[u8]) -> Result<(), TravelError> {
+        use io::ErrorKind::{Interrupted, TimedOut, WouldBlock};
+        let patience = if self.is_given_up { STALL_AT_END } else { STALL };
+        let begun = Instant::now();
+        let mut taken_at = begun;
+        while !left.is_empty() {
+            match self.to.write(left) {
+                Ok(0) => return Err(io::Error::from(io::ErrorKind::WriteZero).into()),
+                Ok(count) => (left, taken_at) = (&left[count..], Instant::now()),
+                Err(error) if matches!(error.kind(), Interrupted | WouldBlock | TimedOut) => {}
+                Err(error) => return Err(error.into()),
+            }
+            let is_stalled = taken_at.elapsed() >= PACE;
+            let is_slow = !left.is_empty() && (is_stalled || begun.elapsed() >= SLOW_FRAME);
+            if is_slow && (taken_at.elapsed() >= patience || self.look().is_err()) {
+                return Err(TravelError::Stalled(begun.elapsed()));
+            }
+        }
         Ok(())
     }
 
     /// Waits until no more was sent than the limit allows since it last had to wait.
     #[expect(clippy::disallowed_methods, reason = "a thread that sends a machine and does nothing else")]
-    fn pace(&mut self, bytes: u64) {
-        let Some(limit) = self.bytes_per_s.filter(|limit| *limit > 0) else { return };
+    fn pace(&mut self, bytes: u64) -> Result<(), TravelError> {
+        let Some(limit) = self.bytes_per_s.filter(|limit| *limit > 0) else { return Ok(()) };
         self.paced_bytes += bytes;
         let due = Duration::from_secs_f64(self.paced_bytes as f64 / limit as f64);
-        let passed = self.paced_since.elapsed();
-        if due > passed {
-            std::thread::sleep(due - passed);
-        } else if passed > due + Duration::from_millis(100) {
+        if self.paced_since.elapsed() > due + Duration::from_millis(100) {
             // What was not used is not saved up.
             (self.paced_since, self.paced_bytes) = (Instant::now(), 0);
+            return Ok(());
         }
+        while let Some(left) = due.checked_sub(self.paced_since.elapsed()).filter(|left| !left.is_zero()) {
+            self.look()?;
+            std::thread::sleep(left.min(PACE));
+        }
+        Ok(())
     }
 }
