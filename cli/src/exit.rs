@@ -76,6 +76,9 @@ pub enum NotApplied {
     /// Nobody can be asked.
     #[error("without a terminal to ask at, --yes is needed")]
     NobodyToAsk,
+    /// The user does not wait.
+    #[error("interrupted; what was begun goes on, and the same command goes on from here")]
+    Interrupted,
     /// The answer was no.
     #[error("nothing was done")]
     NotAgreed,
@@ -106,6 +109,7 @@ fn code(error: &anyhow::Error) -> u8 {
     match error.downcast_ref::<NotApplied>() {
         Some(NotApplied::WouldChange(_) | NotApplied::NobodyToAsk) => return USAGE,
         Some(NotApplied::Unchangeable(_)) => return UNCHANGEABLE,
+        Some(NotApplied::Interrupted) => return INTERRUPTED,
         Some(NotApplied::NotAgreed) | None => {}
     }
     match error.downcast_ref::<ClientError>() {

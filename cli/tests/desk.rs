@@ -183,6 +183,30 @@ fn a_run_that_broke_off_is_gone_on_with() {
 }
 
 #[test]
+fn an_interrupt_ends_the_run_and_not_what_was_begun() {
+    let home = tempfile::tempdir().unwrap();
+    let far = Far::start();
+    far.hold_operations();
+    let guests = |names: [&str; 2]| {
+        names.map(|name| {
+            format!("[[guest]]\nname = \"{name}\"\nimage = \"debian\"\nnetwork = \"lan\"\nshape = \"1x512\"\n")
+        })
+    };
+    let base = FLEET.split("[[image]]").next().unwrap();
+    let image = "[[image]]\nname = \"debian\"\ndisk = \"disk.raw\"\n";
+    std::fs::write(home.path().join("disk.raw"), [7_u8; 4096]).unwrap();
+    // Two images are imported at once: one interrupt is enough.
+    let text = format!("{base}{image}{}{}", image.replace("debian", "other"), guests(["one", "two"]).concat());
+    std::fs::write(home.path().join("fleet.toml"), text).unwrap();
+    let mut child =
+        supercloud(home.path(), &["apply", "-f", "fleet.toml", "--url", &far.url, "--yes"]).spawn().unwrap();
+    far.wait_until_watched();
+    Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert_eq!((far.uploaded(), far.guest_names().len()), (8192, 0), "no more was begun");
+}
+
+#[test]
 fn what_is_wrong_in_a_fleet_is_said_with_its_line_before_anything_is_asked() {
     let home = tempfile::tempdir().unwrap();
     std::fs::write(home.path().join("fleet.toml"), FLEET.replace("cidr", "cird")).unwrap();

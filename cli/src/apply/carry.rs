@@ -13,7 +13,10 @@ use super::{
     made::{Made, MadeThing},
     plan::{Action, Step},
 };
-use crate::{exit::OperationFailed, show, uploads};
+use crate::{
+    exit::{OperationFailed, WatchLeft},
+    show, uploads,
+};
 
 /// Why a move is asked for, in the audit trail.
 const REASON: &str = "supercloud apply";
@@ -57,8 +60,11 @@ impl<'a> Carrier<'a> {
                 }
             }
             for (step, operation) in begun {
-                let ended = self.wait(step, operation).await;
-                trouble = trouble.or(ended.err());
+                match self.wait(step, operation).await {
+                    // Who looks no longer looks at none of them.
+                    Err(error) if error.is::<WatchLeft>() => return Err(error),
+                    ended => trouble = trouble.or(ended.err()),
+                }
             }
             if let Some(trouble) = trouble {
                 return Err(

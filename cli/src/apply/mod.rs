@@ -96,7 +96,12 @@ pub async fn run(client: &Client, output: Output, arguments: &ApplyArguments) ->
         if !arguments.yes {
             agree(plan.steps.len()).await?;
         }
-        Carrier::new(&everywhere, &fleet, &mut made, &made_path).carry(&plan.steps).await?;
+        let mut carrier = Carrier::new(&everywhere, &fleet, &mut made, &made_path);
+        tokio::select! {
+            carried = carrier.carry(&plan.steps) => carried?,
+            // Once somebody has listened for it, an interrupt ends nothing by itself any more.
+            Ok(()) = tokio::signal::ctrl_c() => return Err(NotApplied::Interrupted.into()),
+        }
         changes += plan.steps.len();
     }
     bail!("it is still not as the file says after {ROUNDS_AT_MOST} rounds; somebody else changes the same things")
