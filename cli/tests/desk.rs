@@ -8,7 +8,7 @@ mod far;
 use std::{
     os::unix::fs::PermissionsExt as _,
     path::Path,
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
 };
 
 use far::Far;
@@ -18,7 +18,7 @@ fn supercloud(home: &Path, arguments: &[&str]) -> Command {
     for name in ["URL", "TOKEN", "TOKEN_FILE", "CA", "PROJECT", "CONTEXT"] {
         command.env_remove(format!("SUPERCLOUD_{name}"));
     }
-    command.env("XDG_CONFIG_HOME", home).current_dir(home).args(arguments).stdin(std::process::Stdio::null());
+    command.env("XDG_CONFIG_HOME", home).current_dir(home).args(arguments).stdin(Stdio::null());
     command
 }
 
@@ -34,7 +34,7 @@ fn a_context_says_where_the_controller_is_and_keeps_its_secret() {
     let (first, second) = (Far::start(), Far::start());
     let add = |name: &str, url: &str, secret: &str| {
         let mut command = supercloud(home.path(), &["context", "add", name, "--url", url, "--token-stdin"]);
-        let mut child = command.stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
         std::io::Write::write_all(&mut child.stdin.take().unwrap(), secret.as_bytes()).unwrap();
         assert!(child.wait().unwrap().success());
     };
@@ -198,8 +198,11 @@ fn an_interrupt_ends_the_run_and_not_what_was_begun() {
     // Two images are imported at once: one interrupt is enough.
     let text = format!("{base}{image}{}{}", image.replace("debian", "other"), guests(["one", "two"]).concat());
     std::fs::write(home.path().join("fleet.toml"), text).unwrap();
-    let mut child =
-        supercloud(home.path(), &["apply", "-f", "fleet.toml", "--url", &far.url, "--yes"]).spawn().unwrap();
+    let mut child = supercloud(home.path(), &["apply", "-f", "fleet.toml", "--url", &far.url, "--yes"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
     far.wait_until_watched();
     Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(130));
@@ -259,7 +262,10 @@ fn exit_codes_are_as_the_help_says() {
     assert_eq!(code(&["guest", "stop", "web", "--watch", "--url", &far.url]), 4);
     // 5: `a_fleet_is_made_once_kept_and_pruned`. 130: whoever watches is interrupted.
     far.hold_operations();
-    let mut child = supercloud(home.path(), &["guest", "freeze", "web", "--watch", "--url", &far.url]).spawn().unwrap();
+    let mut child = supercloud(home.path(), &["guest", "freeze", "web", "--watch", "--url", &far.url])
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
     far.wait_until_watched();
     Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(130));

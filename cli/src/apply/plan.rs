@@ -320,11 +320,11 @@ impl<'a> Planner<'a> {
         let Some(guest) = self.find_guest(key) else {
             let place = wanted.place.as_ref().map_or_else(String::new, |place| format!(", at {place}"));
             let detail = format!(
-                "{}x{} of {} on {}{place}{}",
-                wanted.shape.vcpus,
-                supercloud_cli::table::bytes(wanted.shape.memory_bytes),
+                "of {} on {}, {}x{}M{place}{}",
                 wanted.image,
                 wanted.network,
+                wanted.shape.vcpus,
+                wanted.shape.memory_bytes >> 20,
                 if wanted.state == WantedState::Stopped { ", not started" } else { "" },
             );
             self.step(WAVE_GUESTS, Kind::Guest, key, None, Action::Create, detail);

@@ -7,7 +7,7 @@ use ratatui::{
     text::{Line, Span},
     widgets::{Paragraph, Widget as _},
 };
-use supercloud_api::{Guest, GuestState, Host, HostState, Operation, OperationKind};
+use supercloud_api::{Guest, GuestState, Host, HostState, Operation, OperationKind, Tenure};
 use supercloud_cli::{
     progress,
     table::{bytes, duration, time, usd},
@@ -21,8 +21,10 @@ const OLD_MS: u64 = 15_000;
 /// At most so many lines of alarms, and of moves.
 const ALARMS_AT_MOST: usize = 5;
 const MOVES_AT_MOST: usize = 8;
+/// From this width on moves are told in full.
+const WIDE: u16 = 130;
 /// Characters of a bar of memory.
-const BAR: usize = 8;
+const BAR: usize = 6;
 
 const BAD: Style = Style::new().fg(Color::Red).add_modifier(Modifier::BOLD);
 const TITLE: Style = Style::new().fg(Color::Cyan).add_modifier(Modifier::BOLD);
@@ -157,8 +159,9 @@ fn moves(snapshot: &Snapshot, area: Rect, buffer: &mut Buffer) {
             (None, None) => String::new(),
         };
         let left = format!("{} {guest} {way}", verb(operation.kind));
-        let bar = progress::line(operation, progress::share(operation));
-        Line::raw(plain(&format!("{left:<26} {bar}")))
+        let share = progress::share(operation);
+        let told = if area.width < WIDE { short(operation, share) } else { progress::line(operation, share) };
+        Line::raw(plain(&format!("{left:<28} {told}")))
     };
     let mut lines: Vec<Line<'static>> = snapshot.operations.iter().map(line).collect();
     if snapshot.more_operations > 0 {
@@ -171,11 +174,29 @@ fn moves(snapshot: &Snapshot, area: Rect, buffer: &mut Buffer) {
     section(Line::styled(title, TITLE), None, lines, area, buffer);
 }
 
-/// A share as a bar: `###.....`.
-fn bar(used: u64, all: u64) -> String {
-    let share = if all == 0 { 0.0 } else { used as f64 / all as f64 };
-    let filled = ((share.clamp(0.0, 1.0) * BAR as f64).round() as usize).min(BAR);
-    format!("{}{}", "█".repeat(filled), "░".repeat(BAR - filled))
+/// An operation in fewer words than [`progress::line`]: phase, bar, what went over of how much, time left.
+fn short(operation: &Operation, share: f64) -> String {
+    let told = &operation.progress;
+    let mut text = format!("{:<7} {} {:>3.0} %", progress::phase_name(operation.phase), bar(share, 10), share * 100.0);
+    if told.memory_total_bytes > 0 {
+        text.push_str(&format!(" {} sent", bytes(told.memory_sent_bytes)));
+    }
+    match (told.eta_max_ms, told.downtime_ms) {
+        (_, Some(pause)) => text.push_str(&format!(", paused {}", duration(pause))),
+        (Some(most), None) => text.push_str(&format!(", ETA {}", duration(most))),
+        (None, None) => {}
+    }
+    text
+}
+
+/// A share, 0 to 1, as a bar of so many characters.
+fn bar(share: f64, width: usize) -> String {
+    let filled = ((share.clamp(0.0, 1.0) * width as f64).round() as usize).min(width);
+    format!("{}{}", "█".repeat(filled), "░".repeat(width - filled))
+}
+
+fn share_of(used: u64, all: u64) -> f64 {
+    if all == 0 { 0.0 } else { used as f64 / all as f64 }
 }
 
 fn style_of_host(host: &Host) -> Style {
@@ -187,18 +208,20 @@ fn style_of_host(host: &Host) -> Style {
 }
 
 fn hosts(snapshot: &Snapshot, area: Rect, buffer: &mut Buffer) {
-    let header = format!("{:<12} {:<10} {:<8} {:>2} {:<8} {:>8}", "NAME", "CLOUD", "STATE", "G", "MEMORY", "PRICE/H");
+    let header = format!("{:<11} {:<9} {:<6} {:>3} {:<BAR$} {:>8}", "NAME", "CLOUD", "STATE", "G", "MEMORY", "PRICE/H");
     let line = |host: &Host| {
         let guests = snapshot.guests.iter().filter(|guest| guest.host == Some(host.id)).count();
         let price = snapshot.rented.get(&host.id).and_then(|(_, market)| market.as_ref());
         let price = price.map_or_else(|| "-".into(), |market| usd(market.price_nanousd_per_hour));
-        let memory = bar(host.used.memory_bytes, host.capacity.memory_bytes);
+        let memory = bar(share_of(host.used.memory_bytes, host.capacity.memory_bytes), BAR);
         let state = match host.state {
-            HostState::Unreachable => "away".to_owned(),
-            state => word(state),
+            HostState::Up => "up",
+            HostState::Unreachable => "away",
+            HostState::Cordoned => "cordon",
+            HostState::Removed => "gone",
         };
-        let [name, cloud] = [cut(host.name.as_str(), 12), cut(host.cloud_name.as_str(), 10)];
-        Line::styled(format!("{name:<12} {cloud:<10} {state:<8} {guests:>2} {memory} {price:>8}"), style_of_host(host))
+        let [name, cloud] = [cut(host.name.as_str(), 11), cut(host.cloud_name.as_str(), 9)];
+        Line::styled(format!("{name:<11} {cloud:<9} {state:<6} {guests:>3} {memory} {price:>8}"), style_of_host(host))
     };
     let title = Line::styled(format!("Hosts {}", snapshot.hosts.len()), TITLE);
     section(title, Some(header), snapshot.hosts.iter().map(line).collect(), area, buffer);
@@ -211,7 +234,7 @@ fn cut(text: &str, most: usize) -> String {
 
 /// The width that prices take: none where there are none.
 fn prices_width(snapshot: &Snapshot, width: u16) -> u16 {
-    if snapshot.markets.is_empty() { 0 } else { (width / 3).clamp(20, 48).min(width) }
+    if snapshot.markets.is_empty() { 0 } else { (width.saturating_sub(50)).clamp(20, 56).min(width) }
 }
 
 fn prices(snapshot: &Snapshot, area: Rect, buffer: &mut Buffer) {
@@ -220,14 +243,20 @@ fn prices(snapshot: &Snapshot, area: Rect, buffer: &mut Buffer) {
     }
     let mut markets: Vec<_> = snapshot.markets.iter().collect();
     markets.sort_by_key(|market| (market.price_nanousd_per_hour, market.name.clone()));
-    let room = usize::from(area.width).saturating_sub(9).max(8);
+    // The tenure is what tells two markets of one type apart: it is never cut off.
+    let room = usize::from(area.width).saturating_sub(14).max(8);
     let lines = markets.iter().map(|market| {
         let price = usd(market.price_nanousd_per_hour);
         let is_above = market.on_demand_nanousd_per_hour.is_some_and(|most| market.price_nanousd_per_hour > most);
         let style = if is_above { BAD } else { Style::new() };
-        Line::styled(format!("{:<room$} {price:>8}", cut(&plain(&market.name), room)), style)
+        let name = cut(&plain(&format!("{}/{}", market.cloud_name, market.instance_type)), room);
+        let tenure = match market.tenure {
+            Tenure::Spot => "spot",
+            Tenure::OnDemand => "",
+        };
+        Line::styled(format!("{name:<room$} {tenure:<4} {price:>8}"), style)
     });
-    let header = format!("{:<room$} {:>8}", "MARKET", "PRICE/H");
+    let header = format!("{:<room$} {:<4} {:>8}", "MARKET", "", "PRICE/H");
     section(Line::styled("Prices", TITLE), Some(header), lines.collect(), area, buffer);
 }
 

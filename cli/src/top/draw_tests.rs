@@ -38,7 +38,7 @@ fn a_move(of: &Guest, from: &Host, to: &Host) -> Operation {
         "id": OperationId::generate(), "kind": "guest_migrate", "phase": "copy", "guest": of.id, "source": from.id,
         "destination": to.id, "is_cancel_requested": false, "actor": "token:a",
         "progress": { "memory_total_bytes": 1_u64 << 30, "memory_sent_bytes": 1_u64 << 29, "memory_remaining_bytes": 1_u64 << 29,
-            "round": 1, "message": "" },
+            "round": 1, "eta_max_ms": 12_000, "message": "" },
         "request_id": "req-01a1fea9-e617-7305-957c-ad553aef0867", "created_at_ms": 1, "updated_at_ms": 1,
     }))
     .unwrap()
@@ -46,7 +46,7 @@ fn a_move(of: &Guest, from: &Host, to: &Host) -> Operation {
 
 fn market(name: &str, price: u64) -> Market {
     serde_json::from_value(json!({
-        "name": name, "cloud": CloudId::generate(), "cloud_name": "aws-east", "instance_type": "m", "tenure": "spot",
+        "name": name, "cloud": CloudId::generate(), "cloud_name": "aws-east", "instance_type": name.split('/').nth(1), "tenure": "spot",
         "price_nanousd_per_hour": price, "on_demand_nanousd_per_hour": null, "feed_time_ms": 0, "feed_now_ms": 0,
     }))
     .unwrap()
@@ -88,7 +88,7 @@ fn everything_is_on_a_small_screen() {
         "copy",
         "█",
         "Hosts 2",
-        "████░░░░",
+        "███░░░ ",
         "$0.0416",
         "Guests 3",
         "2x1.0GiB",
@@ -96,8 +96,13 @@ fn everything_is_on_a_small_screen() {
     ] {
         assert!(text.contains(part), "{part:?} in\n{text}");
     }
-    let cheap = text.find("aws-east/l/spot").unwrap();
-    assert!(cheap < text.find("aws-east/m/spot").unwrap(), "the cheapest first: {text}");
+    let cheap = text.find("aws-east/l ").unwrap();
+    assert!(cheap < text.find("aws-east/m ").unwrap(), "the cheapest first: {text}");
+    assert!(text.contains("512.0 MiB sent, ETA 12.0 s"), "{text}");
+    assert!(
+        text.lines().any(|line| line.contains("PRICE/H  MARKET") && line.ends_with("PRICE/H")),
+        "nothing is cut off: {text}"
+    );
 }
 
 #[test]
