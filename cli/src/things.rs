@@ -1,10 +1,13 @@
 //! All nouns but `guest`.
 
+use std::time::{Duration, Instant};
+
 use anyhow::bail;
 use futures::StreamExt as _;
 use supercloud_api::{
     CloudCreate, Event, HostPatch, ImageCreate, JoinTokenCreate, NetworkCreate, OperationKind, Page, ProjectCreate,
-    TokenCreate, client::Client,
+    TokenCreate,
+    client::{Client, ClientError},
 };
 use supercloud_cli::{
     fields::Names,
@@ -18,6 +21,11 @@ use crate::{
     },
     listings, names, show, uploads,
 };
+
+/// How long after an event stream broke off it is opened again.
+const STREAM_PAUSE: Duration = Duration::from_secs(1);
+/// How long that is tried: a controller that restarts takes less.
+const LOST_BUDGET: Duration = Duration::from_secs(120);
 
 /// Runs a verb of one of these nouns.
 pub async fn run(client: &Client, output: Output, noun: Noun) -> anyhow::Result<()> {
@@ -217,21 +225,7 @@ async fn events(client: &Client, output: Output, verb: EventVerb) -> anyhow::Res
             let events = all_events(client, after).await?;
             show::print(output, &events, || listings::events(&events))
         }
-        EventVerb::Watch { mut after } => loop {
-            let mut stream = Box::pin(client.events(after).await?);
-            while let Some(event) = stream.next().await {
-                let Ok(event) = event else { break };
-                after = event.seq;
-                match output {
-                    Output::Json | Output::Ndjson => println!("{}", serde_json::to_string(&event)?),
-                    Output::Yaml => print!("---\n{}", supercloud_cli::yaml::render(&serde_json::to_value(&event)?)),
-                    Output::Table | Output::Wide => {
-                        println!("{} {} {} {} {}", event.seq, time(event.at_ms), event.kind, event.actor, event.data);
-                    }
-                }
-            }
-            tokio::time::sleep(std::time::Duration::from_secs(1)).await;
-        },
+        EventVerb::Watch { after } => watch_events(client, output, after).await,
         EventVerb::Verify => {
             let events = all_events(client, 0).await?;
             let (links, count) = (check_links(&events)?, events.len());
@@ -245,6 +239,39 @@ async fn events(client: &Client, output: Output, verb: EventVerb) -> anyhow::Res
             Ok(())
         }
     }
+}
+
+/// Shows events as they come. Where the connection is lost it is made again and goes on after the last one seen.
+async fn watch_events(client: &Client, output: Output, mut after: u64) -> anyhow::Result<()> {
+    let mut heard = None::<Instant>;
+    loop {
+        let stream = match client.events(after).await {
+            Ok(stream) => stream,
+            Err(ClientError::Transport { .. }) if heard.is_some_and(|heard| heard.elapsed() < LOST_BUDGET) => {
+                tokio::time::sleep(STREAM_PAUSE).await;
+                continue;
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let mut stream = Box::pin(stream);
+        while let Some(Ok(event)) = stream.next().await {
+            after = event.seq;
+            show_event(output, &event)?;
+        }
+        heard = Some(Instant::now());
+        tokio::time::sleep(STREAM_PAUSE).await;
+    }
+}
+
+fn show_event(output: Output, event: &Event) -> anyhow::Result<()> {
+    match output {
+        Output::Json | Output::Ndjson => println!("{}", serde_json::to_string(event)?),
+        Output::Yaml => print!("---\n{}", supercloud_cli::yaml::render(&serde_json::to_value(event)?)),
+        Output::Table | Output::Wide => {
+            println!("{} {} {} {} {}", event.seq, time(event.at_ms), event.kind, event.actor, event.data);
+        }
+    }
+    Ok(())
 }
 
 /// Checks each event whose predecessor is there, too; how many these are (the first of all has none and counts).

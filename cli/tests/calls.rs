@@ -10,10 +10,11 @@ use std::{
     sync::mpsc,
 };
 
-/// What arrived: the request line, the idempotency key, the body.
+/// What arrived: the request line, the idempotency key, the last event seen, the body.
 struct Arrived {
     line: String,
     key: Option<String>,
+    after: Option<String>,
     body: String,
 }
 
@@ -45,8 +46,8 @@ fn far_side(answers: Vec<Option<(u16, &'static str)>>) -> (String, mpsc::Receive
             let length = header("content-length").map_or(0, |length| length.parse().unwrap());
             let mut body = vec![0; length];
             reader.read_exact(&mut body).unwrap();
-            let (line, key) = (lines[0].clone(), header("idempotency-key"));
-            sender.send(Arrived { line, key, body: String::from_utf8(body).unwrap() }).unwrap();
+            let (line, key, after) = (lines[0].clone(), header("idempotency-key"), header("last-event-id"));
+            sender.send(Arrived { line, key, after, body: String::from_utf8(body).unwrap() }).unwrap();
             if let Some((status, text)) = answer {
                 let length = if text == CUT_OFF { text.len() + 100 } else { text.len() };
                 let head = format!("HTTP/1.1 {status} x\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n");
@@ -129,6 +130,21 @@ fn a_call_that_had_no_answer_is_sent_again_with_its_key() {
         assert!(first.key.is_some());
         assert_eq!(first.key, second.key);
     }
+}
+
+#[test]
+fn events_go_on_after_a_lost_connection() {
+    let event = |seq: u64| {
+        let event = serde_json::json!({ "seq": seq, "at_ms": 1, "kind": "host.up", "actor": "system",
+            "request_id": "req-01a1fea9-e617-7305-957c-ad553aef0867", "data": {}, "previous_hash": "", "hash": "" });
+        Some((200, &*format!("id: {seq}\ndata: {event}\n\n").leak()))
+    };
+    let refusal = r#"{"type":"x","code":"forbidden","title":"x","status":403,"detail":"no more","retryable":false}"#;
+    let (url, arrived) = far_side(vec![event(1), None, event(2), Some((403, refusal))]);
+    let called = supercloud(&url, &["event", "watch", "-o", "ndjson"]);
+    let seen = String::from_utf8_lossy(&called.stdout).lines().map(|line| line[..8].to_owned()).collect::<Vec<_>>();
+    assert_eq!((called.status.code(), seen), (Some(3), vec!["{\"seq\":1".to_owned(), "{\"seq\":2".to_owned()]));
+    assert_eq!(arrived.iter().map(|arrived| arrived.after.unwrap()).collect::<Vec<_>>(), ["0", "1", "1", "2"]);
 }
 
 #[test]
