@@ -230,6 +230,44 @@ fn top_prints_one_picture_as_text() {
     assert!(code == 1 && out.is_empty() && said.contains("--once"), "{said}");
 }
 
+/// On a terminal of its own (`script` makes it): drawn, ended by a key or a signal, and left as it was.
+#[test]
+fn top_leaves_the_terminal_as_it_was() {
+    const ENTER: &[u8] = b"\x1b[?1049h";
+    const LEAVE: &[u8] = b"\x1b[?1049l";
+    let far = Far::start();
+    far.add_guest("web");
+    for key in ["q", "\u{3}"] {
+        let home = tempfile::tempdir().unwrap();
+        let call = format!("stty rows 24 cols 80; exec {} top --url {}", env!("CARGO_BIN_EXE_supercloud"), far.url);
+        let mut script = Command::new("script");
+        script.args(["-qec", &call, "/dev/null"]).env("TERM", "xterm").env("XDG_CONFIG_HOME", home.path());
+        for name in ["URL", "TOKEN", "TOKEN_FILE", "CA", "PROJECT", "CONTEXT"] {
+            script.env_remove(format!("SUPERCLOUD_{name}"));
+        }
+        let mut child = script.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let (mut keys, mut screen) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        let (mut seen, mut piece) = (Vec::new(), [0; 4096]);
+        let has = |seen: &[u8], what: &[u8]| seen.windows(what.len()).rposition(|window| window == what);
+        let mut is_told = false;
+        loop {
+            let length = std::io::Read::read(&mut screen, &mut piece).unwrap();
+            if length == 0 {
+                break;
+            }
+            seen.extend_from_slice(&piece[..length]);
+            if !is_told && has(&seen, b"Guests").is_some() {
+                is_told = true;
+                std::io::Write::write_all(&mut keys, key.as_bytes()).unwrap();
+            }
+        }
+        assert_eq!(child.wait().unwrap().code(), Some(0), "{}", String::from_utf8_lossy(&seen));
+        let (entered, left) = (has(&seen, ENTER).unwrap(), has(&seen, LEAVE).unwrap());
+        assert!(entered < left && seen.len() - left < 32, "nothing is drawn after it was left");
+        assert!(has(&seen, b"\x1b[?25h").unwrap() > has(&seen, b"\x1b[?25l").unwrap(), "the cursor is there again");
+    }
+}
+
 #[test]
 fn wide_tables_tell_more_and_one_thing_tells_names() {
     let home = tempfile::tempdir().unwrap();

@@ -96,6 +96,8 @@ pub async fn run(client: &Client, output: Output, arguments: &ApplyArguments) ->
         if !arguments.yes {
             agree(plan.steps.len()).await?;
         }
+        // Where what is made cannot be noted, nothing is made.
+        made.write(&made_path)?;
         let mut carrier = Carrier::new(&everywhere, &fleet, &mut made, &made_path);
         tokio::select! {
             carried = carrier.carry(&plan.steps) => carried?,
