@@ -309,12 +309,11 @@ impl Incoming {
             fds.push(vm.create_vcpu(index)?);
         }
         saved.chips.restore_chips(vm)?;
-        let age_ns = saved.chips.age_ns();
         for (fd, vcpu) in fds.iter().zip(&saved.vcpus) {
-            vcpu.restore(vm.kvm(), fd, age_ns)?;
+            vcpu.restore(vm.kvm(), fd, || saved.chips.age_ns())?;
             body.cpuid.push(vcpu.cpuid.clone());
         }
-        saved.chips.restore_clock(vm, age_ns)?;
+        saved.chips.restore_clock(vm)?;
         for (device, saved) in body.devices.iter().zip(&saved.devices) {
             device.lock().unwrap_or_else(PoisonError::into_inner).restore(saved)?;
         }

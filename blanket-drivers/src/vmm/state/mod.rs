@@ -90,11 +90,11 @@ impl Chips {
 
     /// Sets kvmclock, when the vCPUs have their TSC: it goes on from where it would be by now, so that wall time in the guest is
     /// right. It never goes back.
-    pub(super) fn restore_clock(&self, vm: &Vm, age_ns: u64) -> Result<(), VmmError> {
+    pub(super) fn restore_clock(&self, vm: &Vm) -> Result<(), VmmError> {
         // Of the flags that are read, only this one can be written (Documentation/virt/kvm/api.rst, 4.30). With it KVM itself
         // adds what has passed by the wall clock.
         let flags = self.clock.flags & KVM_CLOCK_REALTIME;
-        let clock = if flags == 0 { self.clock.clock.saturating_add(age_ns) } else { self.clock.clock };
+        let clock = if flags == 0 { self.clock.clock.saturating_add(self.age_ns()) } else { self.clock.clock };
         vm.fd().set_clock(&kvm_clock_data { flags, clock, ..self.clock }).map_err(kvm_error("set the guests' clock"))
     }
 }

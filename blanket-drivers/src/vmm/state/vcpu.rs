@@ -137,12 +137,12 @@ fn write_msrs(vcpu: &VcpuFd, msrs: &[kvm_msr_entry]) -> Result<(), VmmError> {
 }
 
 impl VcpuState {
-    /// Makes a vCPU that has just been made into this one, `age_ns` nanoseconds after it was read: its TSC has counted
+    /// Makes a vCPU that has just been made into this one, which was read `age_ns()` nanoseconds ago: its TSC has counted
     /// meanwhile, like the guests' clock, so that a guest that tells the time by it is right too.
     ///
     /// # Errors
     /// [`VmmError::State`] when it is not possible here, else when KVM refuses.
-    pub fn restore(&self, kvm: &Kvm, vcpu: &VcpuFd, age_ns: u64) -> Result<(), VmmError> {
+    pub fn restore(&self, kvm: &Kvm, vcpu: &VcpuFd, age_ns: impl Fn() -> u64) -> Result<(), VmmError> {
         if self.cpuid.len() > KVM_MAX_CPUID_ENTRIES || self.msrs.len() > MAX_MSRS {
             return Err(refused("a vCPU has more registers than there are"));
         }
@@ -171,7 +171,7 @@ impl VcpuState {
         vcpu.set_lapic(&self.lapic).map_err(kvm_error(write))?;
         let mut msrs = self.msrs.clone();
         for msr in msrs.iter_mut().filter(|msr| msr.index == TSC) {
-            msr.data = moved_on(msr.data, self.tsc_khz.unwrap_or(0), age_ns);
+            msr.data = moved_on(msr.data, self.tsc_khz.unwrap_or(0), age_ns());
         }
         write_msrs(vcpu, &msrs)?;
         vcpu.set_vcpu_events(&self.events).map_err(kvm_error(write))
