@@ -15,6 +15,11 @@ pub fn boot_ms() -> u64 {
     read_ns(libc::CLOCK_BOOTTIME) / 1_000_000
 }
 
+/// Milliseconds since 1970.
+pub fn wall_ms() -> u64 {
+    read_ns(libc::CLOCK_REALTIME) / 1_000_000
+}
+
 /// Counts how often a clock was seen going back.
 #[derive(Debug, Default)]
 pub struct ClockWatch {

@@ -9,6 +9,7 @@
 //! | `verified`, `verify_bad` | server | records 1..=n read back from the disk, records found wrong |
 //! | `write_errors` | server | failed writes or flushes |
 //! | `streams` | server | streams being served |
+//! | `wall_ms` | server | milliseconds since 1970 |
 //! | `sabotaged` | server | faults made on purpose |
 //! | `connected` | client | whether the stream stands |
 //! | `connects`, `resets` | client | streams opened; streams that ended in any way |

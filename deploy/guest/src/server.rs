@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::clock::{ClockWatch, boot_ms, sleep_ms};
+use crate::clock::{ClockWatch, boot_ms, sleep_ms, wall_ms};
 use crate::journal::{Journal, Verdict};
 use crate::memory::{self, MemoryStats};
 use crate::report::{self, Report};
@@ -61,6 +61,7 @@ impl State {
             .number("mem_checked", load(&self.memory.checked))
             .number("mem_bad", load(&self.memory.bad))
             .number("clock_back", self.clocks.times_back())
+            .number("wall_ms", wall_ms())
             .number("sabotaged", self.faults.made())
             .finish()
     }

@@ -25,6 +25,7 @@ pub mod command;
 pub mod demo;
 pub mod fleet;
 pub mod host_init;
+pub mod host_vm;
 pub mod image;
 pub mod interrupt;
 pub mod lab;

@@ -42,15 +42,27 @@ impl Kernel {
 /// # Errors
 /// When the package can neither be downloaded nor found in the cache.
 pub fn cloud() -> Result<Kernel, ImageError> {
+    with_modules("kernel", &modules::WANTED)
+}
+
+/// The same kernel with the modules that a host VM loads: its own disk, KVM on AMD's processors, taps.
+///
+/// # Errors
+/// As [`cloud`].
+pub fn cloud_for_hosts() -> Result<Kernel, ImageError> {
+    with_modules("host-kernel", &modules::WANTED_BY_HOSTS)
+}
+
+fn with_modules(kind: &str, wanted: &[&str]) -> Result<Kernel, ImageError> {
     let newest = || -> Result<Kernel, ImageError> {
         let package = dependency("linux-image-cloud-amd64", "linux-image-")?;
         let version = candidate(&package)?;
-        let key = cache::key(&[LAYOUT, package.as_bytes(), version.as_bytes()]);
-        Ok(Kernel { dir: cache::get_or_build("kernel", &key, |dir| build(&package, dir))? })
+        let key = cache::key(&[LAYOUT, package.as_bytes(), version.as_bytes(), wanted.join(" ").as_bytes()]);
+        Ok(Kernel { dir: cache::get_or_build(kind, &key, |dir| build(&package, wanted, dir))? })
     };
     newest().or_else(|error| {
         // Without the archive (no network, lists out of date) the last kernel is as good.
-        cache::built("kernel").into_iter().next().map(|dir| Kernel { dir }).ok_or(error)
+        cache::built(kind).into_iter().next().map(|dir| Kernel { dir }).ok_or(error)
     })
 }
 
@@ -89,7 +101,7 @@ pub(crate) fn download(package: &str, dir: &Path) -> Result<PathBuf, ImageError>
     found.ok_or_else(|| ImageError::Missing(format!("apt-get download left no file of {package}")))
 }
 
-fn build(package: &str, dir: &Path) -> Result<(), ImageError> {
+fn build(package: &str, wanted: &[&str], dir: &Path) -> Result<(), ImageError> {
     let file = download(package, dir)?;
     let tree = dir.join("tree");
     Run::new("dpkg-deb")
@@ -109,7 +121,7 @@ fn build(package: &str, dir: &Path) -> Result<(), ImageError> {
     let folder = dir.join("modules");
     fs::create_dir(&folder).map_err(io_at("make", &folder))?;
     let mut names = String::new();
-    for path in modules::in_order(&tree.join("lib/modules"), &modules::WANTED)? {
+    for path in modules::in_order(&tree.join("lib/modules"), wanted)? {
         let Some(name) = path.file_name() else { continue };
         fs::copy(&path, folder.join(name)).map_err(io_at("copy", &path))?;
         names.push_str(&format!("{}\n", name.to_string_lossy()));

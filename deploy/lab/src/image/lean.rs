@@ -59,18 +59,25 @@ fn guest_program() -> Result<PathBuf, ImageError> {
     if let Some(path) = std::env::var_os("SUPERCLOUD_GUEST") {
         return Ok(PathBuf::from(path));
     }
-    let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../guest/Cargo.toml");
+    static_program("../guest", "supercloud-guest", &[])
+}
+
+/// A program of the source tree that this program was built from, linked statically. `which` says what of its crate, where
+/// that has several programs.
+pub(crate) fn static_program(folder: &str, name: &str, which: &[&str]) -> Result<PathBuf, ImageError> {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder).join("Cargo.toml");
     let target = crate::lab::program_dir().join("../static");
     Run::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
         .args(["rustc", "--quiet", "--manifest-path"])
         .arg(&manifest)
         .arg("--target-dir")
         .arg(&target)
+        .args(which)
         .args(["--", "-C", "target-feature=+crt-static", "-C", "strip=symbols"])
         .budget(Duration::from_secs(900))
         .ok()
-        .map_err(running("building the guest program"))?;
-    Ok(target.join("debug/supercloud-guest"))
+        .map_err(running("building a program without libraries"))?;
+    Ok(target.join("debug").join(name))
 }
 
 fn build(kernel: &Kernel, program: &[u8], dir: &Path) -> Result<(), ImageError> {
@@ -126,7 +133,7 @@ pub(crate) fn make_ext4(tree: &Path, file: &Path, mib: u32) -> Result<(), ImageE
 }
 
 /// Whether an ELF file asks for no interpreter (no program header of type `PT_INTERP`).
-fn is_static(elf: &[u8]) -> bool {
+pub(crate) fn is_static(elf: &[u8]) -> bool {
     const PT_INTERP: [u8; 4] = [3, 0, 0, 0];
     let number = |at: usize, bytes: usize| -> Option<usize> {
         let mut word = [0; 8];

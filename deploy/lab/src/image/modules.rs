@@ -10,6 +10,10 @@ use super::{ImageError, io_at};
 pub const WANTED: [&str; 8] =
     ["virtio_pci", "virtio_blk", "virtio_net", "virtio_rng", "virtio_balloon", "virtio_console", "button", "evdev"];
 
+/// What a host VM needs: disks and cards of each hardware, `/dev/kvm` on the processor that QEMU emulates, taps and a switch.
+pub const WANTED_BY_HOSTS: [&str; 8] =
+    ["virtio_pci", "virtio_blk", "virtio_net", "nvme", "vmxnet3", "kvm_amd", "tun", "bridge"];
+
 /// All modules below a folder: name with underscores -> file.
 fn index(folder: &Path, into: &mut BTreeMap<String, PathBuf>) -> Result<(), ImageError> {
     for entry in fs::read_dir(folder).map_err(io_at("list", folder))?.flatten() {
