@@ -97,6 +97,8 @@ pub enum HandoverMessage {
         /// Which.
         channel: Channel,
     },
+    /// Source: the guest has stopped, the last of its memory is on its way; the volumes are sealed when all of it is across.
+    Draining,
     /// Source: the guest is paused, memory and device state are across, the volumes are sealed at epoch e.
     Performed {
         /// The back end's own data, base64.
@@ -118,4 +120,7 @@ pub enum HandoverMessage {
     },
     /// Either: still there.
     Alive,
+    /// What a later version says, and this one can do without.
+    #[serde(other)]
+    Other,
 }

@@ -23,7 +23,7 @@ use supercloud_blanket::{
     backend::{BackendEvent, GuestEvent, PauseReason},
 };
 use supercloud_ids::GuestId;
-use tokio::sync::{Semaphore, broadcast};
+use tokio::sync::{Semaphore, broadcast, watch};
 use tracing::{debug, info, warn};
 use virt::{connect::Connect, domain::Domain, sys};
 
@@ -46,6 +46,8 @@ pub(crate) struct EventSink {
     sender: broadcast::Sender<BackendEvent>,
     /// When each guest was last paused by the end of its copy.
     departed_at: Mutex<HashMap<GuestId, Instant>>,
+    /// Counts those pauses.
+    departures: watch::Sender<u64>,
 }
 
 impl EventSink {
@@ -63,8 +65,15 @@ impl EventSink {
                 pauses.remove(&oldest);
             }
             pauses.insert(guest, Instant::now());
+            drop(pauses);
+            self.departures.send_modify(|count| *count += 1);
         }
         self.send(BackendEvent::Guest { guest, what });
+    }
+
+    /// Changes whenever a guest is paused by the end of its copy.
+    pub(crate) fn departures(&self) -> watch::Receiver<u64> {
+        self.departures.subscribe()
     }
 
     /// Whether the guest was seen to be paused by the end of its copy.
@@ -108,7 +117,7 @@ impl Connection {
     pub(crate) fn new(uri: String) -> Arc<Self> {
         start_event_loop();
         let (sender, _) = broadcast::channel(EVENT_ROOM);
-        let sink = Arc::new(EventSink { sender, departed_at: Mutex::default() });
+        let sink = Arc::new(EventSink { sender, departed_at: Mutex::default(), departures: watch::Sender::new(0) });
         Arc::new(Self {
             uri,
             open: Mutex::new(None),

@@ -51,6 +51,7 @@ impl Job {
         let Self { connection, guest, what, budget, is_cancelled } = self;
         let mut work = std::pin::pin!(connection.run(what, work));
         let mut figures = std::pin::pin!(watch_figures(&connection, guest, progress));
+        let mut departures = connection.sink.departures();
         let mut end = std::pin::pin!(tokio::time::sleep_until(Instant::now() + budget));
         let mut is_overdue = false;
         let result = loop {
@@ -66,6 +67,12 @@ impl Job {
                     // Already over or not begun is fine: then the work itself ends.
                     let _ = abort(&connection, guest).await;
                     end.as_mut().reset(Instant::now() + ABORT_BUDGET);
+                }
+                // The sink lives as long as the connection. At once: others use the time in which the guest stands still.
+                Ok(()) = departures.changed() => {
+                    if connection.sink.has_departed(guest) {
+                        progress.send_modify(|last| last.phase = last.phase.max(TransferPhase::Drain));
+                    }
                 }
                 () = &mut figures => {}
             }

@@ -23,6 +23,7 @@ use tokio::{
     task::JoinSet,
     time::{Instant, MissedTickBehavior, interval},
 };
+use tokio_util::task::AbortOnDropHandle;
 
 use super::{Fact, Job, JobError, PROGRESS_EVERY, file_error, in_time, prepare};
 use crate::{
@@ -230,11 +231,22 @@ async fn arrive(
     let at = Instant::now();
     job.tell(Fact::Arrived { at, paused_for: performed.paused_for }).await;
     // The guest stands still everywhere now: both at once, while the stream's last bytes are still carried.
-    let adopt = in_time("the volumes' maps", ADOPT_BUDGET, adopt(job, plan, copy, &performed.volumes));
-    let complete = async { live.complete(job.guest, performed.cookie).await.map_err(JobError::from) };
-    let (stamps, info) = job.unless_cancelled(async { tokio::try_join!(adopt, complete) }).await?;
+    let adopt = async {
+        let stamps = in_time("the volumes' maps", ADOPT_BUDGET, adopt(job, plan, copy, &performed.volumes)).await?;
+        Ok((stamps, at.elapsed()))
+    };
+    let complete = async {
+        let info = live.complete(job.guest, performed.cookie).await.map_err(JobError::from)?;
+        Ok((info, at.elapsed()))
+    };
+    let ((stamps, adopted), (info, completed)) =
+        job.unless_cancelled(async { tokio::try_join!(adopt, complete) }).await?;
     drop(streams);
-    tracing::info!(guest = %job.guest, operation = %job.operation, ?info, "everything of the guest is here");
+    let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    tracing::info!(
+        guest = %job.guest, operation = %job.operation, ?info, paused_before_ms = ms(performed.paused_for),
+        adopted_ms = ms(adopted), completed_ms = ms(completed), "everything of the guest is here"
+    );
     Ok(stamps)
 }
 
@@ -373,9 +385,11 @@ async fn performed(
 ) -> Result<Performed, JobError> {
     let mut ticks = interval(PROGRESS_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut _learning = None;
     loop {
         tokio::select! {
             event = next_event(peer) => match event? {
+                MeetingEvent::Message(HandoverMessage::Draining) => _learning = Some(learn(copy)),
                 MeetingEvent::Memory(stream) => {
                     streams.spawn(carry(*stream, listen.to_owned(), job.host.qemu));
                 }
@@ -400,6 +414,19 @@ async fn performed(
             }
         }
     }
+}
+
+/// Has the volumes ask for their maps while the last of the memory comes. Only for speed.
+fn learn(copy: &CopyRecord) -> AbortOnDropHandle<()> {
+    let homes = copy.volumes.clone();
+    AbortOnDropHandle::new(tokio::spawn(async move {
+        let ask = async |home: crate::volumes::VolumeHome| {
+            if let Err(error) = home.client().learn_map().await {
+                tracing::debug!(volume = %home.volume, %error, "the map was not asked for ahead");
+            }
+        };
+        futures::future::join_all(homes.into_iter().map(ask)).await;
+    }))
 }
 
 async fn carry(stream: DataStream, listen: std::path::PathBuf, qemu: Account) -> std::io::Result<(u64, u64)> {

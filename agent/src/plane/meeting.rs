@@ -391,7 +391,7 @@ impl Task {
             control.heard_at = Instant::now();
         }
         match message {
-            HandoverMessage::Alive => {}
+            HandoverMessage::Alive | HandoverMessage::Other => {}
             HandoverMessage::DialMe { channel } => {
                 if self.dials.len() < MAX_BRIDGES {
                     self.dial(channel, Purpose::Asked);

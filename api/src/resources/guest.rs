@@ -162,7 +162,7 @@ pub struct GuestMigrate {
     /// At most this much of the link, in bits per second; unlimited when absent.
     #[serde(default)]
     pub bandwidth_bps: Option<u64>,
-    /// The pause that is aimed at; 300 when absent.
+    /// The pause that is aimed at, the hand-over included, in milliseconds; 300 when absent.
     #[serde(default)]
     pub max_downtime_ms: Option<u64>,
     /// Slow the guest down step by step when it writes memory faster than the link carries.

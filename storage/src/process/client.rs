@@ -166,6 +166,11 @@ impl VolumeClient {
         self.order(ControlRequestV1::WarmDigests).await
     }
 
+    /// See [`ControlRequestV1::LearnMap`].
+    pub async fn learn_map(&self) -> Result<(), ClientError> {
+        self.order(ControlRequestV1::LearnMap).await
+    }
+
     /// See [`ControlRequestV1::PreCopy`].
     pub async fn pre_copy(&self, bandwidth_bytes_per_s: Option<u64>) -> Result<(), ClientError> {
         self.order(ControlRequestV1::PreCopy { bandwidth_bytes_per_s }).await

@@ -32,8 +32,11 @@ pub enum ControlRequestV1 {
         /// The epoch that goes on.
         epoch: Epoch,
     },
-    /// At the source, some time before `Seal`: compute digests now, so that `Seal` has little left to hash.
+    /// At the source, some time before `Seal`: make durable and hash now what `Seal` would have to.
     WarmDigests,
+    /// At the destination, when the source's guest has stopped: pull no more ahead, and ask for the source's map now, so
+    /// that `Adopt` has nothing left to ask.
+    LearnMap,
     /// At the destination, before the switch: pull blocks from the source while it runs (`hot-standby`). Goes on,
     /// pass by pass, until `StopPreCopy` or `Adopt`.
     PreCopy {

@@ -119,7 +119,15 @@ impl Desk {
             ControlRequestV1::Activate { epoch } => volume.activate(epoch).await?,
             ControlRequestV1::Seal { epoch } => return Ok(ControlAnswerV1::Sealed(volume.seal(epoch).await?)),
             ControlRequestV1::Unseal { epoch } => volume.unseal(epoch).await?,
-            ControlRequestV1::WarmDigests => volume.warm_digests().await?,
+            ControlRequestV1::WarmDigests => {
+                volume.flush().await?;
+                volume.warm_digests().await?;
+            }
+            ControlRequestV1::LearnMap => {
+                volume.role().await_map()?;
+                self.jobs.lock().await.stop_pre_copy().await;
+                volume.learn_map().await?;
+            }
             ControlRequestV1::PreCopy { bandwidth_bytes_per_s } => {
                 volume.role().await_map()?;
                 self.jobs.lock().await.start_pre_copy(bandwidth_bytes_per_s);

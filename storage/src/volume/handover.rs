@@ -151,6 +151,14 @@ impl Volume {
             .await
     }
 
+    /// Asks for what is new in the source's map, and pulls nothing.
+    pub async fn learn_map(&self) -> Result<(), VolumeError> {
+        let source = self.the_source()?;
+        let new = self.inner.source_map.lock().await.update(&*source).await?;
+        tracing::debug!(volume = %self.id(), new, "the source's map was asked for ahead");
+        Ok(())
+    }
+
     /// Takes the map of the sealed source. When it returns, the map is durable here, blocks that were copied ahead and
     /// are still the newest are kept, and the others are pulled when they are needed. The volume may be activated then.
     pub async fn adopt(&self, sealed: SealedMap) -> Result<(), VolumeError> {
@@ -165,8 +173,11 @@ impl Volume {
         let next = role.adopt(sealed.epoch)?;
         let source = self.the_source()?;
         let mut known = inner.source_map.lock().await;
-        known.update(&*source).await?;
         let root = |map: &BlockMap| map.root(inner.params.size_bytes, inner.params.base);
+        // Known already, as a rule, where it was asked for ahead: a round trip less of a guest that stands still.
+        if root(&known.map) != Some(sealed.root) {
+            known.update(&*source).await?;
+        }
         if root(&known.map) != Some(sealed.root) {
             // What was told while the source ran can be out of date after a crash of it: ask for all of it again.
             tracing::info!(volume = %self.id(), "the source's map differs from the announced one; asking for all of it");

@@ -1124,7 +1124,7 @@ export interface components {
             deadline_ms?: number | null;
             /**
              * Format: int64
-             * @description The pause that is aimed at; 300 when absent.
+             * @description The pause that is aimed at, the hand-over included, in milliseconds; 300 when absent.
              */
             max_downtime_ms?: number | null;
             /** @description Why, for the audit trail; at most 256 bytes. */

@@ -253,6 +253,34 @@ fn world_with_stamps(world: &World) -> Vec<u8> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_map_that_was_learnt_ahead_is_not_asked_for_again() {
+    for writes_after in [false, true] {
+        let world = World::new(true).await;
+        let source = world.active(SimDisk::new()).await;
+        write_stamp(&source, 5, 7).await;
+        let link = Link::to(&source);
+        let (_, target) = standby(&world, &link).await;
+        target.learn_map().await.unwrap();
+        if writes_after {
+            write_stamp(&source, 5, 8).await;
+        }
+        let sealed = source.seal(Epoch(1)).await.unwrap();
+        link.cut();
+        let adopted = target.adopt(sealed).await;
+        if writes_after {
+            assert!(matches!(adopted, Err(VolumeError::Source(_))), "{adopted:?}");
+            link.heal();
+            target.adopt(sealed).await.unwrap();
+        } else {
+            adopted.unwrap();
+            link.heal();
+        }
+        target.activate(Epoch(2)).await.unwrap();
+        assert!(read_all(&target).await == read_all(&source_content(&source).await).await);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn zeros_over_a_stale_copy_are_zeros() {
     let world = World::new(true).await;
     let source = world.active(SimDisk::new()).await;
