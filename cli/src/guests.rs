@@ -182,11 +182,20 @@ fn print_plan(output: Output, operation: &Operation) -> anyhow::Result<()> {
         table.row([check.name.clone(), if check.is_ok { "yes" } else { "NO" }.into(), check.detail.clone()]);
     }
     print!("{}", table.render());
-    let name = plan.destination_name.as_ref().map_or_else(|| "nowhere".into(), ToString::to_string);
-    println!(
-        "would go to {name}; expected {} in {}",
-        plan.predicted_bytes.map_or_else(|| "?".into(), bytes),
-        plan.predicted_ms.map_or_else(|| "?".into(), duration)
-    );
+    let Some(name) = &plan.destination_name else {
+        println!("would not be done");
+        return Ok(());
+    };
+    let expected = match (plan.predicted_bytes, plan.predicted_ms) {
+        (Some(count), Some(ms)) => format!("; expected {} in {}", bytes(count), duration(ms)),
+        (Some(count), None) => {
+            format!(
+                "; expected {}; how long depends on the link, whose rate is not known (with --bandwidth-mbps it is told)",
+                bytes(count)
+            )
+        }
+        _ => String::new(),
+    };
+    println!("would go to {name}{expected}");
     Ok(())
 }

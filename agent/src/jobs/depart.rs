@@ -224,7 +224,7 @@ async fn depart(
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut failure = None;
     let (mut last, mut moved_at) = ((TransferPhase::Setup, 0, 0), Instant::now());
-    let (mut is_drain_said, mut has_whole_pause) = (false, false);
+    let (mut is_drain_said, mut _allowing) = (false, None);
     // From here on the copy's end is always awaited: who is dropped in the middle leaves libvirt's job running.
     let ended = loop {
         tokio::select! {
@@ -254,12 +254,8 @@ async fn depart(
             _ = ticks.tick() => {
                 let told = *transfer.progress.borrow();
                 job.show(progress(&told));
-                if told.iteration > ROUNDS_FOR_LESS && !has_whole_pause {
-                    has_whole_pause = true;
-                    let limits = CopyLimits { bandwidth_bytes_per_s: None, max_downtime_ms: Some(max_downtime_ms) };
-                    if let Err(error) = live.set_limits(guest, limits).await {
-                        tracing::debug!(%guest, error = crate::chain(&error), "the copy's limits cannot be changed now");
-                    }
+                if told.iteration > ROUNDS_FOR_LESS && _allowing.is_none() {
+                    _allowing = Some(allow_pause(job, max_downtime_ms));
                 }
                 let mark = (told.phase, told.iteration, told.memory_processed_bytes);
                 if mark != last {
@@ -293,6 +289,18 @@ async fn depart(
 /// How long the last pages may take, so that the whole pause is what is aimed at; never less than a third of it.
 fn pause_for_pages_ms(whole_ms: u64) -> u64 {
     whole_ms.saturating_sub(HAND_OVER_MS).max(whole_ms.div_ceil(3)).max(1)
+}
+
+/// Gives the copy that is under way another pause to aim at; beside it, whose end nothing may delay.
+fn allow_pause(job: &Job, max_downtime_ms: u64) -> AbortOnDropHandle<()> {
+    let (host, guest) = (job.host.clone(), job.guest);
+    AbortOnDropHandle::new(tokio::spawn(async move {
+        let Ok(live) = host.backend.live_migration() else { return };
+        let limits = CopyLimits { bandwidth_bytes_per_s: None, max_downtime_ms: Some(max_downtime_ms) };
+        if let Err(error) = live.set_limits(guest, limits).await {
+            tracing::debug!(%guest, error = crate::chain(&error), "the copy's limits cannot be changed now");
+        }
+    }))
 }
 
 /// Has volumes make durable and hash what sealing them would have to while the guest stands still. Only for speed.

@@ -78,7 +78,14 @@ pub fn apply(attached: &mut Attached, after: OwnerRecord, told: Told<'_>) -> boo
     }
     let is_lost_or_found = before.alarm().is_some() || before.stamp() != after.stamp();
     if after.alarm().is_some() || is_lost_or_found {
-        attached.guest.guest.alarm = after.alarm().map(|alarm| alarm.to_string());
+        let guest = &mut attached.guest.guest;
+        guest.alarm = after.alarm().map(|alarm| match told.owner_host {
+            Some(host) => format!(
+                "its running copy at {} is gone; `supercloud guest start {}` starts it again from its volumes",
+                host.name, guest.name
+            ),
+            None => alarm.to_string(),
+        });
     }
     fix_compat_class(&mut attached.guest, &after, told.details);
     if let Some(operation) = &mut attached.operation {
