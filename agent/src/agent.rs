@@ -35,6 +35,7 @@ use crate::{
     metadata,
     plane::{self, DataPlane},
     ports::Switch,
+    sweeper::{self, SweepBell},
     volumes::VolumeRunner,
 };
 
@@ -178,7 +179,9 @@ pub async fn run(parts: Parts, cancel: CancellationToken) -> Result<(), AgentErr
     tasks.spawn(metadata::serve(host.clone(), guests.clone(), cancel.clone()));
     tasks.spawn(renew(host.clone(), guests.clone(), identity_tx, material_tx, cancel.clone()));
     tasks.spawn(link::run(guests.clone(), identity_rx, queues, events_tx, cancel.clone()));
-    tasks.spawn(dispatch(host.clone(), guests.clone(), events, key_tx, view_tx, cancel.clone()));
+    let bell = SweepBell::default();
+    tasks.spawn(sweeper::run(host.clone(), bell.clone(), cancel.clone()));
+    tasks.spawn(dispatch(host.clone(), guests.clone(), events, key_tx, view_tx, bell, cancel.clone()));
     tracing::info!(host = %host_id, "the agent runs");
     cancel.cancelled().await;
     guests.leave().await;
@@ -260,6 +263,7 @@ async fn dispatch(
     mut events: mpsc::Receiver<LinkEvent>,
     ticket_key: watch::Sender<Option<String>>,
     views: watch::Sender<Option<OverlayView>>,
+    bell: SweepBell,
     cancel: CancellationToken,
 ) {
     let mut told = None;
@@ -291,17 +295,17 @@ async fn dispatch(
                 cancel.cancel();
                 return;
             }
-            Some(LinkEvent::Directive(directive)) => direct(&host, &guests, &views, &mut told, directive),
+            Some(LinkEvent::Directive(directive)) => direct(&guests, &views, &mut told, &bell, directive),
         }
     }
 }
 
 /// `told` is the newest revision of an overlay view in this session.
 fn direct(
-    host: &Host,
     guests: &Guests,
     views: &watch::Sender<Option<OverlayView>>,
     told: &mut Option<u64>,
+    bell: &SweepBell,
     directive: Directive,
 ) {
     match directive {
@@ -325,10 +329,11 @@ fn direct(
             tracing::debug!(revision, "a piece that the link should have put together")
         }
         Directive::DropFreeze { freeze, project, memory_root } => {
-            // Chunks may belong to other content, too: what is not named by anything any more is found by a sweep over
-            // all manifests, which the store does not have yet.
-            tracing::debug!(host = %host.id, %freeze, %project, memory_root, "a freeze is over; its chunks stay in the store");
+            // Its chunks may belong to other content, too: a sweep finds what nothing names any more.
+            tracing::debug!(%freeze, %project, memory_root, "a freeze is over");
+            bell.project(project);
         }
+        Directive::SweepStore => bell.all(),
     }
 }
 

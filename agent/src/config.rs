@@ -9,11 +9,16 @@
 //!
 //! [ovs]
 //! run_dir = "/run/openvswitch"
+//!
+//! [sweep]                                          # of store_dir: what nothing names any more is removed
+//! every_s = 3600                                   # 0: only when somebody asks for it, or a freeze is over
+//! grace_s = 3600                                   # what was written more lately is left alone
 //! ```
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use serde::{Deserialize, Serialize};
@@ -119,6 +124,41 @@ pub struct Config {
     /// The switch.
     #[serde(default)]
     pub ovs: Ovs,
+    /// How the chunk store is swept.
+    #[serde(default)]
+    pub sweep: Sweep,
+}
+
+/// How the cloud's chunk store is swept of what nothing names any more.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sweep {
+    /// How often, in seconds; 0: only when somebody asks for it, or a freeze is over.
+    #[serde(default = "an_hour")]
+    pub every_s: u32,
+    /// What was written more lately than so many seconds is left alone.
+    #[serde(default = "an_hour")]
+    pub grace_s: u32,
+}
+
+impl Default for Sweep {
+    fn default() -> Self {
+        Self { every_s: an_hour(), grace_s: an_hour() }
+    }
+}
+
+impl Sweep {
+    /// How often.
+    #[must_use]
+    pub fn every(&self) -> Option<Duration> {
+        (self.every_s > 0).then(|| Duration::from_secs(self.every_s.into()))
+    }
+
+    /// What is younger is left alone.
+    #[must_use]
+    pub fn grace(&self) -> Duration {
+        Duration::from_secs(self.grace_s.into())
+    }
 }
 
 /// What is offered to guests.
@@ -192,6 +232,10 @@ pub enum DatapathChoice {
     System,
     /// In the kernel where it is offered.
     Probe,
+}
+
+fn an_hour() -> u32 {
+    3600
 }
 
 fn data_dir() -> PathBuf {

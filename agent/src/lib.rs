@@ -40,6 +40,7 @@ pub mod plane;
 pub mod ports;
 pub mod seed;
 pub mod socket;
+pub mod sweeper;
 pub mod volumes;
 
 /// An error with all its causes, for logs and problems: `what: why: why`.

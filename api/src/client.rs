@@ -9,11 +9,11 @@ use serde::{Serialize, de::DeserializeOwned};
 use supercloud_ids::{OperationId, RentingId, RequestId};
 
 use crate::{
-    Cloud, CloudCreate, Event, FeedClock, Freeze, Guest, GuestCreate, GuestFreeze, GuestMigrate, GuestPatch,
-    GuestStart, GuestStop, GuestThaw, Host, HostPatch, HostRent, Image, ImageCreate, ImageImport, ImagePart,
-    JoinRequest, JoinResponse, JoinToken, JoinTokenCreate, Ledger, Market, Network, NetworkCreate, Operation, Page,
-    Placement, Port, PriceSeries, Problem, Project, ProjectCreate, Renting, Token, TokenCreate, TokenSecret, Volume,
-    WhoAmI,
+    ChunkStore, Cloud, CloudCreate, Event, FeedClock, Freeze, Guest, GuestCreate, GuestFreeze, GuestMigrate,
+    GuestPatch, GuestStart, GuestStop, GuestThaw, Host, HostPatch, HostRent, Image, ImageCreate, ImageImport,
+    ImagePart, JoinRequest, JoinResponse, JoinToken, JoinTokenCreate, Ledger, Market, Network, NetworkCreate,
+    Operation, Page, Placement, Port, PriceSeries, Problem, Project, ProjectCreate, Renting, Token, TokenCreate,
+    TokenSecret, Volume, WhoAmI,
 };
 
 /// How long one attempt of a request may take when it does not say otherwise.
@@ -389,6 +389,10 @@ calls! {
     clouds() -> Vec<Cloud> = list("/v1/clouds");
     /// Makes a cloud known.
     create_cloud(body: &CloudCreate) -> Cloud = post("/v1/clouds", body);
+    /// All chunk stores.
+    stores() -> Vec<ChunkStore> = list("/v1/stores");
+    /// Has a store swept now: `controller`, or a cloud.
+    sweep_store(store: &str) -> ChunkStore = post(format!("/v1/stores/{store}/sweep"), &serde_json::json!({}));
     /// All hosts.
     hosts() -> Vec<Host> = list("/v1/hosts");
     /// One host, by name or id.

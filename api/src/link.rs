@@ -20,6 +20,8 @@
 //! guest's description, tickets, where to find chunks) travels as the order's [`Assignment`]. "Start", "stop", "migrate",
 //! "freeze", "thaw" are all kinds of one operation: [`supercloud_handover::OperationKind`].
 
+mod store;
+
 use std::{
     fmt,
     net::{Ipv4Addr, SocketAddr},
@@ -35,6 +37,8 @@ use crate::{
     CompatClass, FrozenVolume, Name, Operation, Problem, Progress, Propagation, Room, Shape,
     guest_call::{GuestCall, GuestStanding},
 };
+
+pub use self::store::{HistoryMark, ManifestPart, StoreRoot, StoreSwept};
 
 /// The version of every payload of this link.
 pub const VERSION: u16 = 1;
@@ -413,6 +417,8 @@ pub enum Directive {
         /// Root of the memory state.
         memory_root: String,
     },
+    /// Sweep the cloud's chunk store now. Told only to hosts that have asked [`Query::StoreRoots`]: older ones do not know it.
+    SweepStore,
 }
 
 // ---------------------------------------------------------------------------------------------- agent -> controller
@@ -441,6 +447,33 @@ pub enum Query {
     ChunkSources {
         /// The guest.
         guest: GuestId,
+    },
+    /// What lives in a project, for the sweep of a cloud's chunk store: one page of it.
+    StoreRoots {
+        /// The project.
+        project: ProjectId,
+        /// What the last sweep of this store saw of the controller's history: refused when that does not contain it.
+        seen: Option<HistoryMark>,
+        /// A host whose sweep did not end: whether it is gone for good is told.
+        holder: Option<String>,
+        /// The page after this root; absent: the first one.
+        after: Option<String>,
+    },
+    /// The names in a part of a manifest, for a sweep. Hosts do not have every project's key.
+    StoreNames {
+        /// The project.
+        project: ProjectId,
+        /// Which part.
+        part: ManifestPart,
+        /// The chunk's name, hex.
+        name: String,
+        /// The sealed chunk, hex; absent: the controller's own copy.
+        sealed: Option<String>,
+    },
+    /// What a sweep did; only told.
+    StoreSwept {
+        /// What.
+        swept: StoreSwept,
     },
     /// A fresh certificate for a new key.
     RenewCertificate {
@@ -480,6 +513,26 @@ pub enum Answer {
         /// In the order in which they are to be asked, with fresh tickets.
         sources: Vec<ChunkSource>,
     },
+    /// To [`Query::StoreRoots`].
+    StoreRoots {
+        /// The roots of this page, in order.
+        roots: Vec<StoreRoot>,
+        /// Whether there are more.
+        more: bool,
+        /// How long the oldest operation has been at work that may be writing content of the project.
+        oldest_writer_ms: Option<u64>,
+        /// The newest place in the controller's history.
+        mark: HistoryMark,
+        /// Whether the holder was removed by an operator.
+        is_holder_gone: bool,
+    },
+    /// To [`Query::StoreNames`].
+    StoreNames {
+        /// The names one after the other, hex; absent: there is no such chunk, or it is damaged.
+        names: Option<String>,
+    },
+    /// To [`Query::StoreSwept`].
+    Noted,
     /// To [`Query::RenewCertificate`].
     Certificate {
         /// PEM.

@@ -70,6 +70,9 @@ pub enum Noun {
     /// Provider regions or zones.
     #[command(subcommand)]
     Cloud(CloudVerb),
+    /// Where the chunks of images, volumes and freezes lie: a cloud's, and the controller's own.
+    #[command(subcommand)]
+    Store(StoreVerb),
     /// Tenants.
     #[command(subcommand)]
     Project(ProjectVerb),
@@ -271,6 +274,18 @@ pub enum CloudVerb {
         /// The driver that rents hosts there.
         #[arg(long, default_value = "static")]
         provider: String,
+    },
+}
+
+/// Verbs of chunk stores.
+#[derive(Debug, Subcommand)]
+pub enum StoreVerb {
+    /// All stores, with what the last sweeps found.
+    List,
+    /// Has a store swept now: what no image, volume or freeze names any more is removed, unless it was written lately.
+    Sweep {
+        /// A cloud, or `controller`.
+        name: String,
     },
 }
 

@@ -11,13 +11,13 @@ use supercloud_api::{
 };
 use supercloud_cli::{
     fields::Names,
-    table::{Table, time, usd},
+    table::{Table, bytes, time, usd},
 };
 
 use crate::{
     arguments::{
         CloudVerb, EventVerb, HostVerb, ImageVerb, ListShow, MarketVerb, NetworkVerb, Noun, OperationVerb, Output,
-        ProjectVerb, TokenVerb, Watch,
+        ProjectVerb, StoreVerb, TokenVerb, Watch,
     },
     listings, names, show, uploads,
 };
@@ -32,6 +32,7 @@ pub async fn run(client: &Client, output: Output, noun: Noun) -> anyhow::Result<
     match noun {
         Noun::Host(verb) => hosts(client, output, verb).await,
         Noun::Cloud(verb) => clouds(client, output, verb).await,
+        Noun::Store(verb) => stores(client, output, verb).await,
         Noun::Project(verb) => projects(client, output, verb).await,
         Noun::Token(verb) => tokens(client, output, verb).await,
         Noun::Image(verb) => images(client, output, verb).await,
@@ -103,6 +104,31 @@ async fn clouds(client: &Client, output: Output, verb: CloudVerb) -> anyhow::Res
         }
         CloudVerb::Create { name, provider } => {
             show::print_one(output, &client.create_cloud(&CloudCreate { name: name.parse()?, provider }).await?)
+        }
+    }
+}
+
+async fn stores(client: &Client, output: Output, verb: StoreVerb) -> anyhow::Result<()> {
+    match verb {
+        StoreVerb::List => {
+            let stores = client.stores().await?;
+            show::print(output, &stores, || {
+                let mut table = Table::new(["NAME", "CHUNKS", "FREED", "FAILED SWEEPS"]);
+                for store in &stores {
+                    table.row([
+                        store.name.clone(),
+                        store.bytes.map_or_else(|| "-".to_owned(), bytes),
+                        bytes(store.freed_bytes),
+                        store.failed_sweeps.to_string(),
+                    ]);
+                }
+                table
+            })
+        }
+        StoreVerb::Sweep { name } => {
+            let store = client.sweep_store(&name).await?;
+            eprintln!("{} is being swept; `supercloud event list` tells what was removed", store.name);
+            show::print_one(output, &store)
         }
     }
 }

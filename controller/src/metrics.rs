@@ -17,6 +17,7 @@ use supercloud_api::{
 
 use crate::{
     app::Parts,
+    operations::sweeps::{StoreCount, StoreOf},
     state::{GuestRecord, HostRecord, OperationRecord, Seen, StateError, Stored},
 };
 
@@ -269,6 +270,32 @@ impl Metrics {
             "Volumes that stand on what lies in this cloud, and are not used there.",
             &series,
         );
+        let stores = parts.sweeps.counts();
+        let label = |store: &StoreOf| match store {
+            StoreOf::Controller => "{store=\"controller\"}".to_owned(),
+            StoreOf::Cloud(id) => {
+                let name = clouds.iter().find(|cloud| cloud.id == *id).map(|cloud| cloud.name.to_string());
+                format!("{{store=\"{}\"}}", name.unwrap_or_else(|| id.to_string()))
+            }
+        };
+        let series = |value: fn(&StoreCount) -> u64| -> Vec<(String, u64)> {
+            stores.iter().map(|(store, count)| (label(store), value(count))).collect()
+        };
+        gauge(
+            "supercloud_chunk_store_bytes",
+            "Bytes of chunks in a store after its last sweep.",
+            &series(|count| count.bytes.values().sum()),
+        );
+        let mut counter = |name: &str, help: &str, series: &[(String, u64)]| {
+            let _infallible = writeln!(out, "# HELP {name} {help}\n# TYPE {name} counter");
+            for (labels, value) in series {
+                let _infallible = writeln!(out, "{name}{labels} {value}");
+            }
+        };
+        let freed = series(|count| count.freed_bytes);
+        counter("supercloud_chunk_store_freed_bytes_total", "Bytes that sweeps have removed from a store.", &freed);
+        let failures = series(|count| count.failures);
+        counter("supercloud_chunk_store_sweep_failures_total", "Sweeps that did not come to their end.", &failures);
         self.render_counts(&mut out);
         Ok(out)
     }

@@ -53,6 +53,13 @@ impl Places {
         durable::make_folder_of(&self.incoming(), qemu)
     }
 
+    /// The chunk store of the seed disk. Of its own: what lies in the cloud's store is swept when the controller's records do
+    /// not name it, and they know nothing of seed disks.
+    #[must_use]
+    pub fn seed_store(&self) -> PathBuf {
+        self.folder.join("seed-store")
+    }
+
     /// The record.
     #[must_use]
     pub fn record(&self) -> PathBuf {

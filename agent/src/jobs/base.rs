@@ -13,6 +13,7 @@ use supercloud_storage::{
     key::{ChunkKind, ChunkName, ContentRoot},
     manifest::{Manifest, ManifestError},
     source::ChunkReader,
+    sweep,
 };
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
@@ -83,6 +84,8 @@ enum BaseError {
     Missing(usize),
     #[error("the disk is full but for its reserve")]
     Full,
+    #[error("the store is being swept")]
+    Swept,
 }
 
 impl Work {
@@ -97,8 +100,10 @@ impl Work {
 
     async fn attempt(&self) -> Result<(), BaseError> {
         let lacking = self.lacking().await?;
-        self.tell(lacking.len());
         let count = lacking.len();
+        if count > 0 {
+            self.tell(count);
+        }
         let mut fetched = futures::stream::iter(lacking).map(|name| self.fetch(name)).buffer_unordered(AT_ONCE);
         let mut left = count;
         while let Some(result) = fetched.next().await {
@@ -114,6 +119,10 @@ impl Work {
         }
         // Reading and keeping are two things: what counts is what is in the store now.
         let still = if count == 0 { 0 } else { self.lacking().await?.len() };
+        // What was counted may have been condemned before this guest came; a sweep that begins later knows of it.
+        if sweep::is_sweeping(&self.host.store, self.reader.keys().project()).await? {
+            return Err(BaseError::Swept);
+        }
         self.tell(still);
         match still {
             0 => Ok(()),
@@ -147,6 +156,8 @@ impl Work {
         let mut lacking = Vec::new();
         for root in &self.roots {
             let manifest = Manifest::load(&self.reader, *root).await?;
+            // The list itself is a part of what must be here.
+            manifest.store(self.reader.keys(), &self.host.store).await?;
             for (_, name) in manifest.chunks() {
                 if !self.host.store.exists(ObjectKey::chunk(project, &name)).await? {
                     lacking.push(name);

@@ -9,6 +9,7 @@ use supercloud_api::{
 use supercloud_handover::{DestinationPlan, VolumeStamp};
 use supercloud_ids::Epoch;
 use supercloud_storage::{
+    backend::{DirStore, StoreError},
     key::{ContentRoot, DataKeys, ProjectKey},
     process::{KeySource, NbdMode, StartRole, VolumeProcessConfig, control::RoleStatus},
     source::ChunkReader,
@@ -70,7 +71,8 @@ pub async fn prepare(
         }
     }
     if let Some(home) = &copy.seed {
-        let base = seed::store(&copy.spec, &keys(copy), &host.store, &job.places.folder, &job.cancel).await?;
+        let store = seed_store(job).await?;
+        let base = seed::store(&copy.spec, &keys(copy), &store, &job.places.folder, &job.cancel).await?;
         configure(job, copy, home, base.size_bytes, Some(base.root), VolumeOrigin::Fresh, plan.from.epoch).await?;
         host.runner.ensure(home).await?;
     }
@@ -78,6 +80,20 @@ pub async fn prepare(
         host.switch.attach(port.port, port.mtu).await?;
     }
     Ok(())
+}
+
+async fn seed_store(job: &Job) -> Result<DirStore, JobError> {
+    let (folder, user) = (job.places.seed_store(), job.host.runner.user);
+    let made = tokio::task::spawn_blocking(move || {
+        let shared = durable::make_folder(&folder).and_then(|()| durable::share_store(&folder, user));
+        shared.map_err(std::io::Error::other).map_err(file_error("make", &folder))?;
+        let content = |source: StoreError| JobError::Content {
+            what: "a place for the seed disk",
+            source: Box::new(source.into()),
+        };
+        DirStore::open(&folder).map_err(content)
+    });
+    made.await?
 }
 
 async fn prepare_volume(
@@ -128,7 +144,10 @@ async fn configure(
         start: if is_peer { StartRole::Standby } else { StartRole::Active { epoch: from } },
         data_folder: home.data(),
         run_folder: home.run.clone(),
-        store_folder: job.host.config.store_dir.clone(),
+        store_folder: match &copy.seed {
+            Some(seed) if seed.volume == home.volume => job.places.seed_store(),
+            _ => job.host.config.store_dir.clone(),
+        },
         key: KeySource::File(home.key_file()),
         peer_dial: is_peer.then(|| home.peer_dial()),
         chunk_dial: Some(job.places.chunk_socket()),

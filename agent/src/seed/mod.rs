@@ -60,7 +60,7 @@ pub fn image(spec: &GuestSpec) -> Vec<u8> {
     )
 }
 
-/// Brings the seed disk of a guest into the cloud's store.
+/// Brings the seed disk of a guest into a store.
 ///
 /// # Errors
 /// When disk or store fail.

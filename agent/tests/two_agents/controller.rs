@@ -21,13 +21,17 @@ use supercloud_api::{
         self, AbortReason, BeginRequest, DestinationOrder, OperationKind, Order, OrderBody, Owner, OwnerRecord, Phase,
         Report, SourceOrder, WhenOpen,
     },
-    ids::{CloudId, GuestId, HostId, OperationId, VolumeId},
+    ids::{CloudId, GuestId, HostId, OperationId, ProjectId, VolumeId},
     link::{
         self, Answer, Assignment, ChunkSource, Directive, Envelope, FrozenContent, GuestSpec, Hello, MigrationOptions,
         Notice, Outcome, Peer, Query, Welcome, kind,
     },
     ticket::{Party, Signer, Ticket},
     tls, unix_ms,
+};
+use supercloud_storage::{
+    key::{ChunkKind, DataKeys, ProjectKey},
+    manifest::names_of,
 };
 use tokio::{net::TcpListener, sync::mpsc};
 use tokio_rustls::TlsAcceptor;
@@ -75,6 +79,8 @@ struct State {
     tickets_have_aged: bool,
     /// What each host said last of a guest.
     reports: HashMap<(HostId, GuestId), link::GuestReport>,
+    /// What sweeps of stores told.
+    swept: Vec<(HostId, link::StoreSwept)>,
     /// How often sources were asked for since.
     asked_for_sources: u32,
     /// Of the moves that begin, in bits per second.
@@ -92,6 +98,24 @@ pub struct Controller {
 
 fn party(state: &State, host: HostId) -> Party {
     Party { host: Some(host), certificate_sha256: state.hosts[&host].certificate_sha256.clone() }
+}
+
+/// What the guests of a project stand on, and its freeze if none has thawed it.
+fn live(state: &State, project: ProjectId) -> Answer {
+    let specs = state.specs.values().filter(|spec| spec.project == project);
+    let mut roots: std::collections::BTreeSet<String> =
+        specs.clone().flat_map(|spec| &spec.volumes).filter_map(|volume| volume.base_root.clone()).collect();
+    let is_frozen = |spec: &GuestSpec| matches!(state.records[&spec.guest].owner, Owner::Frozen(_));
+    if let (true, Some((content, _))) = (specs.clone().any(is_frozen), &state.frozen) {
+        roots.insert(content.memory.root.clone());
+    }
+    Answer::StoreRoots {
+        roots: roots.into_iter().map(|root| link::StoreRoot { root, is_home: true }).collect(),
+        more: false,
+        oldest_writer_ms: None,
+        mark: link::HistoryMark { seq: 0, hash: String::new() },
+        is_holder_gone: false,
+    }
 }
 
 impl Controller {
@@ -119,6 +143,7 @@ impl Controller {
                 cut: HashSet::new(),
                 removed: HashSet::new(),
                 frozen: None,
+                swept: Vec::new(),
                 progress: HashMap::new(),
                 problems: Vec::new(),
                 discarded: HashSet::new(),
@@ -317,6 +342,20 @@ impl Controller {
         if let Some(link) = self.state().links.get(&host) {
             let _ = link.send(Directive::Discard { guest });
         }
+    }
+
+    pub fn project(&self, guest: GuestId) -> ProjectId {
+        self.state().specs[&guest].project
+    }
+
+    pub fn direct(&self, host: HostId, directive: Directive) {
+        self.state().links[&host].send(directive).unwrap();
+    }
+
+    /// What the sweeps of a host's store told.
+    pub fn swept(&self, host: HostId) -> Vec<link::StoreSwept> {
+        let of_host = |(at, swept): &(HostId, link::StoreSwept)| (*at == host).then(|| swept.clone());
+        self.state().swept.iter().filter_map(of_host).collect()
     }
 
     async fn repeat(self: Arc<Self>) {
@@ -538,6 +577,23 @@ impl Controller {
             Query::ChunkSources { guest } => {
                 state.asked_for_sources += 1;
                 Outcome::Ok(Answer::ChunkSources { sources: self.chunk_sources(&state, guest, host, false) })
+            }
+            Query::StoreRoots { project, .. } => Outcome::Ok(live(&state, project)),
+            Query::StoreNames { project, part, name, sealed } => {
+                let spec = state.specs.values().find(|spec| spec.project == project).unwrap();
+                let keys = DataKeys::derive(project, &ProjectKey::from_bytes(spec.project_key.0));
+                let kind = match part {
+                    link::ManifestPart::Root => ChunkKind::Root,
+                    link::ManifestPart::Leaf => ChunkKind::Leaf,
+                };
+                let sealed = sealed.map(|sealed| hex::decode(sealed).unwrap());
+                let names = sealed.and_then(|sealed| names_of(&keys, kind, name.parse().unwrap(), &sealed).ok());
+                let names = names.map(|names| names.iter().map(ToString::to_string).collect());
+                Outcome::Ok(Answer::StoreNames { names })
+            }
+            Query::StoreSwept { swept } => {
+                state.swept.push((host, swept));
+                Outcome::Ok(Answer::Noted)
             }
             Query::GuestToken { .. } | Query::GuestCall { .. } => {
                 Outcome::Err(Problem::new(Code::Forbidden, "not here"))

@@ -10,4 +10,5 @@ mod hypervisor;
 mod lab;
 mod moves;
 mod nbd;
+mod sweeps;
 mod wire;

@@ -120,6 +120,21 @@ pub struct Host {
     pub created_at_ms: u64,
 }
 
+/// A chunk store: the controller's own, in which images lie, or a cloud's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ChunkStore {
+    /// `controller`, or the cloud's name.
+    pub name: String,
+    /// The cloud; absent: the controller's own.
+    pub cloud: Option<CloudId>,
+    /// Bytes of chunks after the last sweep of each project; absent: not swept since the controller's start.
+    pub bytes: Option<u64>,
+    /// Bytes that sweeps have removed since the controller's start.
+    pub freed_bytes: u64,
+    /// Sweeps that did not come to their end since the controller's start; events tell why.
+    pub failed_sweeps: u64,
+}
+
 /// Asks for a one-time token with which an agent may join.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

@@ -72,6 +72,7 @@ pub(super) async fn start(parts: &Parts) -> Result<Arc<Engine>, StartError> {
         progress: parts.progress.clone(),
         store: Arc::clone(&store),
         uploads: config.uploads_dir(),
+        sweeps: parts.sweeps.clone(),
     });
     let chunks = ChunkServer::new(store, &parts.keys.tickets.0.public_key_hex(), &certificate_sha256);
     let handler: Arc<dyn LinkHandler> = Arc::clone(&engine) as _;

@@ -32,7 +32,7 @@ use crate::{
     ledger::Clerk,
     markets::MarketsError,
     metrics::Metrics,
-    operations::progress::ProgressBoard,
+    operations::{progress::ProgressBoard, sweeps::SweepBoard},
     price_board::Markets,
     renting::{self, Place, PlaceParts, ProviderConfigError, Providers},
     rest,
@@ -65,6 +65,8 @@ pub struct Parts {
     pub renting_wake: Arc<Notify>,
     /// How far operations are, newer than their records.
     pub progress: ProgressBoard,
+    /// Where sweeps of chunk stores are asked for, and counted.
+    pub sweeps: SweepBoard,
     /// What agents are told to dial; known once the link listens.
     pub link_address: Arc<OnceLock<String>>,
     /// Cancelled when the controller ends.
@@ -210,6 +212,7 @@ impl Controller {
             providers,
             renting_wake: Arc::default(),
             progress: ProgressBoard::default(),
+            sweeps: SweepBoard::default(),
             link_address: Arc::default(),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),

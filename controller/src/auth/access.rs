@@ -92,6 +92,8 @@ pub const ROUTES: &[Route] = &[
     route(Method::GET, "/v1/rentings/{renting}", Access::ReadAll),
     route(Method::POST, "/v1/rentings/{renting}/return", Access::System),
     route(Method::POST, "/v1/rentings/{renting}/join-token", Access::System),
+    route(Method::GET, "/v1/stores", Access::ReadAll),
+    route(Method::POST, "/v1/stores/{store}/sweep", Access::System),
     route(Method::GET, "/v1/hosts", Access::Read),
     route(Method::GET, "/v1/hosts/{host}", Access::Read),
     route(Method::PATCH, "/v1/hosts/{host}", Access::System),

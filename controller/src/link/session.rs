@@ -194,7 +194,11 @@ impl Queries {
         };
         let places = match query {
             Query::GuestToken { .. } | Query::GuestCall { .. } => &self.of_guests,
-            Query::ChunkSources { .. } | Query::RenewCertificate { .. } => &self.own,
+            Query::ChunkSources { .. }
+            | Query::StoreRoots { .. }
+            | Query::StoreNames { .. }
+            | Query::StoreSwept { .. }
+            | Query::RenewCertificate { .. } => &self.own,
         };
         let Ok(place) = Arc::clone(places).try_acquire_owned() else {
             let detail = "too many queries of this host are being answered; try again in a second";

@@ -118,6 +118,13 @@ impl LinkHandler for Engine {
                 Query::GuestToken { guest, epoch } => self.guest_token(host, guest, epoch).await,
                 Query::GuestCall { guest, epoch, call } => self.guest_call(host, guest, epoch, call).await,
                 Query::ChunkSources { guest } => self.fresh_chunk_sources(host, guest).await,
+                Query::StoreRoots { project, seen, holder, after } => {
+                    self.store_roots(host, project, seen, holder, after).await
+                }
+                Query::StoreNames { project, part, name, sealed } => {
+                    self.store_names(project, part, &name, sealed).await
+                }
+                Query::StoreSwept { swept } => self.store_swept(host, swept).await,
                 Query::RenewCertificate { csr_pem } => {
                     let certificate_pem = self
                         .authority

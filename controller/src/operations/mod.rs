@@ -21,6 +21,7 @@ mod import;
 pub mod progress;
 mod repeats;
 mod report;
+pub mod sweeps;
 
 use std::{
     collections::{HashMap, HashSet},
@@ -48,6 +49,7 @@ use crate::{
 };
 pub use guest_door::{GuestDoor, not_owned};
 use progress::ProgressBoard;
+use sweeps::SweepBoard;
 
 /// How often the engine does what it repeats, and how long things may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -146,6 +148,8 @@ pub struct Engine {
     /// When this engine was made (wall time).
     began_ms: u64,
     pub(crate) pace: Pace,
+    /// Where sweeps are asked for.
+    pub(crate) sweeps: SweepBoard,
     /// What carries out what guests ask.
     guest_door: OnceLock<Arc<dyn GuestDoor>>,
 }
@@ -184,6 +188,8 @@ pub struct Parts {
     pub store: Arc<DirStore>,
     /// Where REST puts uploads.
     pub uploads: PathBuf,
+    /// Where REST asks for sweeps of stores.
+    pub sweeps: SweepBoard,
 }
 
 /// Imports that may wait.
@@ -200,7 +206,7 @@ impl Engine {
     #[must_use]
     pub fn at_pace(parts: Parts, pace: Pace) -> (Arc<Self>, mpsc::Receiver<OperationId>) {
         let (imports, queue) = mpsc::channel(IMPORTS_AT_MOST);
-        let Parts { state, sessions, live, keys, authority, reach, progress, store, uploads } = parts;
+        let Parts { state, sessions, live, keys, authority, reach, progress, store, uploads, sweeps } = parts;
         let overlay = Arc::new(Notify::new());
         let queued = Mutex::default();
         let engine = Self {
@@ -222,6 +228,7 @@ impl Engine {
             happenings: happenings::Happenings::default(),
             began_ms: supercloud_api::unix_ms(),
             pace,
+            sweeps,
             guest_door: OnceLock::new(),
         };
         (Arc::new(engine), queue)
@@ -235,6 +242,7 @@ impl Engine {
             self.flush(cancel.clone()),
             self.push_overlay(cancel.clone()),
             self.write_happenings(cancel.clone()),
+            self.sweep_stores(cancel.clone()),
             self.import_all(imports, cancel),
         );
     }

@@ -29,6 +29,7 @@ mod reply;
 mod serve;
 mod session;
 mod shares;
+mod stores;
 mod system;
 mod tokens;
 mod uploads;
@@ -99,6 +100,8 @@ pub fn router(api: Api) -> Router {
         .route("/v1/rentings/{renting}", get(rentings::read))
         .route("/v1/rentings/{renting}/return", post(rentings::give_back))
         .route("/v1/rentings/{renting}/join-token", post(rentings::new_join_token))
+        .route("/v1/stores", get(stores::list))
+        .route("/v1/stores/{store}/sweep", post(stores::sweep))
         .route("/v1/hosts", get(hosts::list))
         .route("/v1/hosts/{host}", get(hosts::read).patch(hosts::change).delete(hosts::remove))
         .route("/v1/join-tokens", post(join::create_token))

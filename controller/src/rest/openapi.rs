@@ -17,7 +17,7 @@ use super::{
     clouds, events, guest_create, guest_operations, guest_placement, guests, hosts, images, join, ledger, networks,
     operations,
 };
-use super::{projects, rentings, session, system, tokens, volumes};
+use super::{projects, rentings, session, stores, system, tokens, volumes};
 use crate::auth::{Access, ROUTES, Route};
 
 #[derive(utoipa::OpenApi)]
@@ -48,6 +48,8 @@ use crate::auth::{Access, ROUTES, Route};
         rentings::read,
         rentings::give_back,
         rentings::new_join_token,
+        stores::list,
+        stores::sweep,
         hosts::list,
         hosts::read,
         hosts::change,

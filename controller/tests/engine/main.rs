@@ -15,4 +15,5 @@ mod images;
 mod ledger;
 mod losses;
 mod moves;
+mod sweeps;
 mod undo;

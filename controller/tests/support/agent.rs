@@ -395,6 +395,7 @@ impl Agent {
                     frozen.is_dropped = true;
                 }
             }
+            Directive::SweepStore => self.violate("it is told to sweep, and has never asked what lives"),
         }
     }
 

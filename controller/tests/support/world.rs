@@ -23,7 +23,7 @@ use supercloud_controller::{
     ca::Authority,
     keys::Keys,
     link::{self, ChunkServer, LinkHandler, Sessions},
-    operations::{Engine, Pace, Parts, Reach, progress::ProgressBoard},
+    operations::{Engine, Pace, Parts, Reach, progress::ProgressBoard, sweeps::SweepBoard},
     state::{
         Change, Context, EventDraft, GuestRecord, HostRecord, LiveHosts, OperationRecord, ProjectRecord, State,
         StateError, Stored, Work, keys as places, retry_conflicts,
@@ -58,6 +58,7 @@ pub fn pace() -> Pace {
 
 /// A controller that runs.
 pub struct Running {
+    pub engine: Arc<Engine>,
     pub state: State,
     pub chunks: Arc<DirStore>,
     store: Arc<SledStore>,
@@ -158,6 +159,7 @@ impl World {
                 certificate_sha256: certificate_sha256.clone(),
             },
             progress: ProgressBoard::default(),
+            sweeps: SweepBoard::default(),
             store: Arc::clone(&chunks),
             uploads: self.folder.path().join("uploads"),
         };
@@ -169,7 +171,7 @@ impl World {
         let mut tasks = JoinSet::new();
         tasks.spawn(link::serve(listener, Arc::new(server), sessions, handler, chunk_server, cancel.clone()));
         tasks.spawn(Arc::clone(&engine).run(imports, cancel.clone()));
-        self.controller = Some(Running { state, chunks, store, tasks, cancel });
+        self.controller = Some(Running { engine, state, chunks, store, tasks, cancel });
         self.address.send_replace(address);
     }
 

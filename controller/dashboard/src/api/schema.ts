@@ -791,6 +791,40 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/stores": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** All chunk stores, the controller's own first. */
+        get: operations["stores_list"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/stores/{store}/sweep": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** Has a store swept now: what no image, volume or freeze names any more is removed. Events tell what was. */
+        post: operations["stores_sweep"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/tokens": {
         parameters: {
             query?: never;
@@ -881,6 +915,27 @@ export interface paths {
 export type webhooks = Record<string, never>;
 export interface components {
     schemas: {
+        /** @description A chunk store: the controller's own, in which images lie, or a cloud's. */
+        ChunkStore: {
+            /**
+             * Format: int64
+             * @description Bytes of chunks after the last sweep of each project; absent: not swept since the controller's start.
+             */
+            bytes?: number | null;
+            cloud?: null | components["schemas"]["CloudId"];
+            /**
+             * Format: int64
+             * @description Sweeps that did not come to their end since the controller's start; events tell why.
+             */
+            failed_sweeps: number;
+            /**
+             * Format: int64
+             * @description Bytes that sweeps have removed since the controller's start.
+             */
+            freed_bytes: number;
+            /** @description `controller`, or the cloud's name. */
+            name: string;
+        };
         /** @description A provider region or zone in which hosts are rented. */
         Cloud: {
             /**
@@ -1599,6 +1654,32 @@ export interface components {
          * @enum {string}
          */
         OperationKind: "image_import" | "guest_start" | "guest_stop" | "guest_delete" | "guest_migrate" | "guest_freeze" | "guest_thaw" | "host_rent" | "host_return";
+        /** @description One page of a listing. `next_page`, when present, is passed back as `?page=`. */
+        Page_ChunkStore: {
+            /** @description The items of this page, ordered by id. */
+            items: {
+                /**
+                 * Format: int64
+                 * @description Bytes of chunks after the last sweep of each project; absent: not swept since the controller's start.
+                 */
+                bytes?: number | null;
+                cloud?: null | components["schemas"]["CloudId"];
+                /**
+                 * Format: int64
+                 * @description Sweeps that did not come to their end since the controller's start; events tell why.
+                 */
+                failed_sweeps: number;
+                /**
+                 * Format: int64
+                 * @description Bytes that sweeps have removed since the controller's start.
+                 */
+                freed_bytes: number;
+                /** @description `controller`, or the cloud's name. */
+                name: string;
+            }[];
+            /** @description Where the next page starts; absent on the last one. */
+            next_page?: string | null;
+        };
         /** @description One page of a listing. `next_page`, when present, is passed back as `?page=`. */
         Page_Cloud: {
             /** @description The items of this page, ordered by id. */
@@ -4803,6 +4884,78 @@ export interface operations {
                     [name: string]: unknown;
                 };
                 content?: never;
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    stores_list: {
+        parameters: {
+            query?: {
+                /** @description Items of the page, 1 to 1000; 100 when absent. */
+                limit?: number;
+                /** @description `next_page` of the page before. */
+                page?: string;
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+            };
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Page_ChunkStore"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    stores_sweep: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+            };
+            header?: {
+                /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
+                "Idempotency-Key"?: string;
+            };
+            path: {
+                /** @description Its id, or its name where it has one. */
+                store: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            202: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ChunkStore"];
+                };
             };
             /** @description A problem (RFC 9457) */
             default: {

@@ -1,0 +1,251 @@
+//! Sweeps the cloud's chunk store: now and then, when a freeze is over, and when the controller says so. What lives is asked
+//! of the controller; without it nothing is removed. See [`supercloud_storage::sweep`].
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use rand::Rng as _;
+use supercloud_api::link::{Answer, HistoryMark, ManifestPart, Query, StoreSwept};
+use supercloud_ids::ProjectId;
+use supercloud_storage::{
+    backend::ObjectStore,
+    key::{ChunkKind, ChunkName, ContentRoot},
+    sweep::{self, Authority, AuthorityError, Live, Mark, SweepError, SweepOptions, Swept},
+};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use crate::{host::Host, link::LinkHandle};
+
+/// How long the controller may take to answer.
+const ANSWER_BUDGET: Duration = Duration::from_secs(30);
+/// Between two batches of deletions.
+const PAUSE: Duration = Duration::from_millis(50);
+/// Freezes that end together are swept together.
+const GATHER: Duration = Duration::from_secs(5);
+/// After a start, before the first look: the time of a restart belongs to guests.
+const FIRST_AFTER: Duration = Duration::from_secs(60);
+
+/// What is asked of the sweeper. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct SweepBell(Arc<Bell>);
+
+#[derive(Debug, Default)]
+struct Bell {
+    asked: Mutex<Asked>,
+    ring: Notify,
+}
+
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Asked {
+    all: bool,
+    projects: BTreeSet<ProjectId>,
+}
+
+impl SweepBell {
+    /// Everything is to be swept.
+    pub fn all(&self) {
+        self.with(|asked| asked.all = true);
+        self.0.ring.notify_one();
+    }
+
+    /// A project is to be swept.
+    pub fn project(&self, project: ProjectId) {
+        self.with(|asked| {
+            asked.projects.insert(project);
+        });
+        self.0.ring.notify_one();
+    }
+
+    fn with<T>(&self, work: impl FnOnce(&mut Asked) -> T) -> T {
+        work(&mut self.0.asked.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// Sweeps until cancelled.
+pub async fn run(host: Arc<Host>, bell: SweepBell, cancel: CancellationToken) {
+    let every = host.config.sweep.every();
+    let mut next = every.map(|_| FIRST_AFTER);
+    loop {
+        let due = async {
+            match next {
+                // Hosts that share a store come one after the other.
+                Some(next) => {
+                    let share = rand::rng().random_range(0.8..1.2);
+                    tokio::time::sleep(next.mul_f64(share)).await;
+                }
+                None => std::future::pending().await,
+            }
+        };
+        let asked = tokio::select! {
+            () = cancel.cancelled() => return,
+            () = due => Asked { all: true, ..Asked::default() },
+            () = bell.0.ring.notified() => {
+                tokio::select! {
+                    () = cancel.cancelled() => return,
+                    () = tokio::time::sleep(GATHER) => {}
+                }
+                bell.with(std::mem::take)
+            }
+        };
+        next = every;
+        sweep_asked(&host, &asked, &cancel).await;
+    }
+}
+
+async fn sweep_asked(host: &Host, asked: &Asked, cancel: &CancellationToken) {
+    let store: Arc<dyn ObjectStore> = Arc::new(host.store.clone());
+    let projects = match sweep::projects(&*store).await {
+        Ok(projects) => projects,
+        Err(error) => return tracing::warn!(error = crate::chain(&error), "the chunk store cannot be swept"),
+    };
+    let authority = LinkAuthority { link: host.link.clone() };
+    let options = SweepOptions { holder: host.id.to_string(), grace: host.config.sweep.grace(), pause: PAUSE };
+    for project in projects.into_iter().filter(|project| asked.all || asked.projects.contains(project)) {
+        if cancel.is_cancelled() || !*host.link.connected().borrow() {
+            return;
+        }
+        let done = sweep::sweep_project(&store, project, &authority, &options, cancel).await;
+        match &done {
+            Ok(swept) => tracing::info!(%project, ?swept, "the chunk store is swept"),
+            // Another host of this cloud is at it.
+            Err(SweepError::Held { holder }) => {
+                tracing::info!(%project, holder, "the chunk store is not swept: another sweep has not ended");
+                continue;
+            }
+            Err(SweepError::Cancelled) => return,
+            Err(error) => tracing::warn!(%project, error = crate::chain(error), "the chunk store is not swept"),
+        }
+        let query = Query::StoreSwept { swept: told(project, &done) };
+        if let Err(error) = host.link.query(query, ANSWER_BUDGET).await {
+            tracing::debug!(%project, error = crate::chain(&error), "the controller does not hear of the sweep");
+        }
+    }
+}
+
+fn told(project: ProjectId, done: &Result<Swept, SweepError>) -> StoreSwept {
+    let swept = done.as_ref().copied().unwrap_or_default();
+    StoreSwept {
+        project,
+        seen_chunks: swept.seen_chunks,
+        seen_bytes: swept.seen_bytes,
+        freed_chunks: swept.freed_chunks,
+        freed_bytes: swept.freed_bytes,
+        young_chunks: swept.young_chunks,
+        problem: done.as_ref().err().map(|error| crate::chain(error)),
+    }
+}
+
+/// The controller, over the link.
+struct LinkAuthority {
+    link: LinkHandle,
+}
+
+impl fmt::Debug for LinkAuthority {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("LinkAuthority(..)")
+    }
+}
+
+fn unclear(what: &str) -> AuthorityError {
+    AuthorityError(format!("the controller's answer is not understood: {what}"))
+}
+
+impl LinkAuthority {
+    async fn ask(&self, query: Query) -> Result<Answer, AuthorityError> {
+        let answer = self.link.query(query, ANSWER_BUDGET).await;
+        answer.map_err(|error| AuthorityError(crate::chain(&error)))
+    }
+
+    async fn all_live(
+        &self,
+        project: ProjectId,
+        seen: Option<&Mark>,
+        holder: Option<&str>,
+    ) -> Result<Live, AuthorityError> {
+        let seen = seen.map(|mark| HistoryMark { seq: mark.seq, hash: mark.hash.clone() });
+        let mut all = BTreeMap::new();
+        let mut after: Option<String> = None;
+        // Of the first page too: who wrote then may have ended before the last, with a root that belongs on the first.
+        let mut oldest_writer_ms: Option<u64> = None;
+        loop {
+            let holder = holder.map(str::to_owned);
+            let query = Query::StoreRoots { project, seen: seen.clone(), holder, after: after.clone() };
+            let answer = self.ask(query).await?;
+            let Answer::StoreRoots { roots, more, oldest_writer_ms: oldest, mark, is_holder_gone } = answer else {
+                return Err(unclear("something else"));
+            };
+            oldest_writer_ms = oldest_writer_ms.max(oldest);
+            let last = roots.last().map(|last| last.root.clone());
+            for live in roots {
+                let root: ContentRoot = live.root.parse().map_err(|_| unclear("a root"))?;
+                all.insert(root, live.is_home);
+            }
+            if !more {
+                return Ok(Live {
+                    roots: all,
+                    oldest_writer: oldest_writer_ms.map(Duration::from_millis),
+                    mark: Mark { seq: mark.seq, hash: mark.hash },
+                    is_holder_gone,
+                });
+            }
+            // Else it would be asked for ever.
+            if last.is_none() || last <= after {
+                return Err(unclear("a page that leads nowhere"));
+            }
+            after = last;
+        }
+    }
+
+    async fn names_in(
+        &self,
+        project: ProjectId,
+        part: ManifestPart,
+        name: ChunkName,
+        sealed: Option<Bytes>,
+    ) -> Result<Option<Vec<ChunkName>>, AuthorityError> {
+        let query = Query::StoreNames { project, part, name: name.to_string(), sealed: sealed.map(hex::encode) };
+        let Answer::StoreNames { names } = self.ask(query).await? else { return Err(unclear("something else")) };
+        let Some(names) = names else { return Ok(None) };
+        let names = hex::decode(names).map_err(|_| unclear("names"))?;
+        let (names, rest) = names.as_chunks::<32>();
+        if !rest.is_empty() {
+            return Err(unclear("names"));
+        }
+        Ok(Some(names.iter().map(|name| ChunkName(*name)).collect()))
+    }
+}
+
+impl Authority for LinkAuthority {
+    fn live<'a>(
+        &'a self,
+        project: ProjectId,
+        seen: Option<&'a Mark>,
+        holder: Option<&'a str>,
+    ) -> BoxFuture<'a, Result<Live, AuthorityError>> {
+        Box::pin(self.all_live(project, seen, holder))
+    }
+
+    fn names(
+        &self,
+        project: ProjectId,
+        kind: ChunkKind,
+        name: ChunkName,
+        sealed: Option<Bytes>,
+    ) -> BoxFuture<'_, Result<Option<Vec<ChunkName>>, AuthorityError>> {
+        Box::pin(async move {
+            let part = match kind {
+                ChunkKind::Root => ManifestPart::Root,
+                ChunkKind::Leaf => ManifestPart::Leaf,
+                ChunkKind::Data => return Ok(Some(Vec::new())),
+            };
+            self.names_in(project, part, name, sealed).await
+        })
+    }
+}

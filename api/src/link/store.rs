@@ -1,0 +1,51 @@
+//! What is said about sweeps of chunk stores.
+
+use serde::{Deserialize, Serialize};
+use supercloud_ids::ProjectId;
+
+/// A place in the controller's history: an event of its chain.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HistoryMark {
+    /// The event's number.
+    pub seq: u64,
+    /// Its hash.
+    pub hash: String,
+}
+
+/// The root of a manifest that something names.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreRoot {
+    /// The root, hex.
+    pub root: String,
+    /// Whether the asking host's cloud has to have it.
+    pub is_home: bool,
+}
+
+/// A part of a manifest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ManifestPart {
+    /// Names leaves.
+    Root,
+    /// Names data.
+    Leaf,
+}
+
+/// What the sweep of one project of a cloud's store did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreSwept {
+    /// The project.
+    pub project: ProjectId,
+    /// Chunks that were there.
+    pub seen_chunks: u64,
+    /// Their bytes.
+    pub seen_bytes: u64,
+    /// Of these, chunks that were removed.
+    pub freed_chunks: u64,
+    /// Their bytes.
+    pub freed_bytes: u64,
+    /// Chunks that nothing names and that are too young to be removed.
+    pub young_chunks: u64,
+    /// Why it did not come to its end, if it did not.
+    pub problem: Option<String>,
+}
