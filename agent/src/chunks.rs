@@ -282,6 +282,10 @@ impl ObjectStore for Far {
         read_only()
     }
 
+    fn refresh(&self, _keys: Vec<ObjectKey>) -> StoreFuture<'_, Vec<ObjectKey>> {
+        read_only()
+    }
+
     fn get(&self, key: ObjectKey, cap: usize) -> StoreFuture<'_, Bytes> {
         Box::pin(async move {
             // A chunk's key ends with its name: see `ObjectKey::chunk`.

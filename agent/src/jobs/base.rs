@@ -9,7 +9,7 @@ use futures::StreamExt as _;
 use supercloud_ids::GuestId;
 use supercloud_storage::{
     BLOCK_BYTES,
-    backend::{ObjectKey, ObjectStore as _, StoreError},
+    backend::StoreError,
     key::{ChunkKind, ChunkName, ContentRoot},
     manifest::{Manifest, ManifestError},
     source::ChunkReader,
@@ -25,6 +25,8 @@ use crate::{chunks::ChunkSources, config::free_disk_bytes, guest::record::CopyRe
 const AT_ONCE: usize = 4;
 /// Between attempts; doubled up to the second.
 const PAUSES: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(300));
+/// How often a freeze tries.
+const ATTEMPTS: u32 = 3;
 
 /// The work on one guest's bases. Ends when it is dropped.
 pub struct BaseFetch {
@@ -74,18 +76,64 @@ struct Work {
     told: watch::Sender<Option<u64>>,
 }
 
+/// Why not all of a base is here.
 #[derive(Debug, thiserror::Error)]
-enum BaseError {
+pub enum BaseError {
+    /// Its manifest, or the place for it.
     #[error("the list of its blocks cannot be had")]
     Manifest(#[from] ManifestError),
+    /// The place for its blocks.
     #[error("this cloud's store does not answer")]
     Store(#[from] StoreError),
+    /// So many of its blocks.
     #[error("{0} blocks cannot be had now")]
     Missing(usize),
+    /// Room for it.
     #[error("the disk is full but for its reserve")]
     Full,
-    #[error("the store is being swept")]
-    Swept,
+}
+
+/// Brings all of the bases here, for a freeze: what it stores names their blocks, and from then on this cloud's store is
+/// where they are looked for. `tell` gets the bytes that are missing.
+///
+/// # Errors
+/// When they cannot be had after some attempts.
+pub async fn complete(
+    guest: GuestId,
+    copy: &CopyRecord,
+    sources: Option<&Arc<ChunkSources>>,
+    host: &Arc<Host>,
+    tell: impl Fn(u64),
+) -> Result<(), BaseError> {
+    let reader = match sources {
+        Some(sources) => sources.reader(keys(copy), &host.store),
+        None => ChunkReader::of_store(keys(copy), Arc::new(host.store.clone())),
+    };
+    let (told, mut missing) = watch::channel(None);
+    let work = Work { guest, roots: roots(copy), reader, host: host.clone(), told };
+    let attempts = async {
+        for _ in 1..ATTEMPTS {
+            match work.attempt().await {
+                Ok(()) => return Ok(()),
+                Err(error) => tracing::warn!(%guest, error = crate::chain(&error), "its base is not all here yet"),
+            }
+            tokio::time::sleep(PAUSES.0).await;
+        }
+        work.attempt().await
+    };
+    let show = async {
+        while missing.changed().await.is_ok() {
+            if let Some(bytes) = *missing.borrow_and_update() {
+                tell(bytes);
+            }
+        }
+        // The sender lives as long as the attempts.
+        std::future::pending::<std::convert::Infallible>().await
+    };
+    tokio::select! {
+        done = attempts => done,
+        never = show => match never {},
+    }
 }
 
 impl Work {
@@ -119,10 +167,6 @@ impl Work {
         }
         // Reading and keeping are two things: what counts is what is in the store now.
         let still = if count == 0 { 0 } else { self.lacking().await?.len() };
-        // What was counted may have been condemned before this guest came; a sweep that begins later knows of it.
-        if sweep::is_sweeping(&self.host.store, self.reader.keys().project()).await? {
-            return Err(BaseError::Swept);
-        }
         self.tell(still);
         match still {
             0 => Ok(()),
@@ -150,22 +194,17 @@ impl Work {
         }
     }
 
-    /// Chunks of the bases that the cloud's store has not, each once.
+    /// Chunks of the bases that the cloud's store has not, each once; no sweep takes the others.
     async fn lacking(&self) -> Result<Vec<ChunkName>, BaseError> {
-        let project = self.reader.keys().project();
-        let mut lacking = Vec::new();
+        let mut names = Vec::new();
         for root in &self.roots {
             let manifest = Manifest::load(&self.reader, *root).await?;
-            // The list itself is a part of what must be here.
+            // The list itself is a part of what must be here, and comes first: by it sweeps know what is needed.
             manifest.store(self.reader.keys(), &self.host.store).await?;
-            for (_, name) in manifest.chunks() {
-                if !self.host.store.exists(ObjectKey::chunk(project, &name)).await? {
-                    lacking.push(name);
-                }
-            }
+            names.extend(manifest.chunks().map(|(_, name)| name));
         }
-        lacking.sort_unstable();
-        lacking.dedup();
-        Ok(lacking)
+        names.sort_unstable();
+        names.dedup();
+        Ok(sweep::count_on(&self.host.store, self.reader.keys().project(), &names).await?)
     }
 }

@@ -16,16 +16,19 @@ use supercloud_storage::{
 };
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
-use super::{Fact, Job, JobError, Outcome, PROGRESS_EVERY, depart, prepare};
-use crate::guest::record::{CopyRecord, Spooled};
+use super::{Fact, Job, JobError, Outcome, PROGRESS_EVERY, base, depart, prepare};
+use crate::{
+    chunks::ChunkSources,
+    guest::record::{CopyRecord, Spooled},
+};
 
 /// What a saved memory may take beyond the guest's memory: device state, the hypervisor's own header.
 const EXTRA_BYTES: u64 = 64 << 20;
 
 /// Suspends the guest into a file; tells `GuestPaused` or `CopyFailed`, and what became of the guest.
-pub async fn suspend(job: Job, copy: CopyRecord) -> Outcome {
+pub async fn suspend(job: Job, copy: CopyRecord, sources: Option<Arc<ChunkSources>>) -> Outcome {
     let operation = job.operation;
-    let saved = save(&job, &copy).await;
+    let saved = save(&job, &copy, sources.as_ref()).await;
     let outcome = match &saved {
         Ok(spooled) => Outcome::Saved(spooled.clone()),
         Err(error) => not_saved(&job, error).await,
@@ -41,7 +44,7 @@ pub async fn suspend(job: Job, copy: CopyRecord) -> Outcome {
 
 /// After a save that failed: the guest is where it was, or nobody knows yet.
 async fn not_saved(job: &Job, error: &JobError) -> Outcome {
-    if matches!(error, JobError::Refused(_)) {
+    if matches!(error, JobError::Refused(_) | JobError::Base(_)) {
         return Outcome::NotSaved;
     }
     match job.host.backend.status(job.guest).await {
@@ -57,8 +60,10 @@ async fn fail(job: &Job, error: &JobError) {
     job.tell(Fact::Event(LocalEvent::Source(SourceEvent::CopyFailed { operation }))).await;
 }
 
-async fn save(job: &Job, copy: &CopyRecord) -> Result<Spooled, JobError> {
+async fn save(job: &Job, copy: &CopyRecord, sources: Option<&Arc<ChunkSources>>) -> Result<Spooled, JobError> {
     prepare::check_disk(job, copy.spec.shape.memory_bytes.saturating_add(EXTRA_BYTES)).await?;
+    // While the guest still runs: it may take long, and may fail.
+    job.unless_cancelled(bring_base(job, copy, sources)).await?;
     if job.cancel.is_cancelled() {
         return Err(JobError::Cancelled);
     }
@@ -88,11 +93,27 @@ async fn save(job: &Job, copy: &CopyRecord) -> Result<Spooled, JobError> {
     Ok(Spooled { operation: job.operation, format: frozen.format, bytes: frozen.bytes })
 }
 
+/// The freeze makes this cloud's store the place of all that the volumes are made of, also of what they stand on.
+async fn bring_base(job: &Job, copy: &CopyRecord, sources: Option<&Arc<ChunkSources>>) -> Result<(), JobError> {
+    let tell = |missing_bytes| {
+        job.show(Progress {
+            message: format!("bringing what the disk stands on into this cloud's store: {missing_bytes} bytes to go"),
+            ..Progress::default()
+        });
+    };
+    Ok(base::complete(job.guest, copy, sources, &job.host, tell).await?)
+}
+
 /// Brings memory and volumes into the store; tells `FreezeStored` or `CopyFailed`. Can be repeated: what is stored already
 /// is found.
-pub async fn store(job: Job, copy: CopyRecord, spooled: Spooled, freeze: FreezeId) {
+pub async fn store(job: Job, copy: CopyRecord, spooled: Spooled, freeze: FreezeId, sources: Option<Arc<ChunkSources>>) {
     let operation = job.operation;
-    match job.unless_cancelled(store_all(&job, &copy, &spooled, freeze)).await {
+    let work = async {
+        // Once more: it may be another agent's run, and long after.
+        bring_base(&job, &copy, sources.as_ref()).await?;
+        store_all(&job, &copy, &spooled, freeze).await
+    };
+    match job.unless_cancelled(work).await {
         Ok(content) => {
             job.tell(Fact::Frozen(Box::new(content))).await;
             job.tell(Fact::Event(LocalEvent::Source(SourceEvent::FreezeStored { operation }))).await;

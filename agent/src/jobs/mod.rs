@@ -71,6 +71,9 @@ pub enum JobError {
     /// A chunk of the store.
     #[error("a chunk cannot be had")]
     Chunk(#[from] Box<ReadError>),
+    /// What the volumes stand on.
+    #[error("what its disk stands on cannot be brought into this cloud's store")]
+    Base(#[from] base::BaseError),
     /// A file.
     #[error("cannot {what} {path}")]
     File {
@@ -120,7 +123,8 @@ impl JobError {
             Self::Backend(BackendError::Failed { .. } | BackendError::Away { .. } | BackendError::Deadline { .. })
             | Self::Volumes(_)
             | Self::Volume { .. }
-            | Self::Port(_) => Code::HostUnavailable,
+            | Self::Port(_)
+            | Self::Base(_) => Code::HostUnavailable,
             _ => Code::Internal,
         };
         Problem::new(code, crate::chain(self))

@@ -142,7 +142,15 @@ impl Engine {
         let mut oldest: Option<u64> = None;
         for id in self.state.active_operations().await? {
             let Some(record) = self.state.read::<OperationRecord>(&id).await? else { continue };
-            let writes = matches!(record.work, Work::ImageImport { .. } | Work::GuestFreeze { .. });
+            // Who starts, thaws or moves a guest brings what it stands on into the store of the cloud to which it comes.
+            let writes = match record.work {
+                Work::ImageImport { .. }
+                | Work::GuestFreeze { .. }
+                | Work::GuestThaw { .. }
+                | Work::GuestStart
+                | Work::GuestMigrate { .. } => true,
+                Work::GuestStop { .. } | Work::GuestDelete | Work::HostRent | Work::HostReturn => false,
+            };
             if writes && record.operation.project == Some(project) {
                 let age = unix_ms().saturating_sub(record.operation.created_at_ms);
                 oldest = oldest.max(Some(age));

@@ -87,6 +87,16 @@ impl ObjectStore for MemStore {
         })
     }
 
+    fn refresh(&self, keys: Vec<ObjectKey>) -> StoreFuture<'_, Vec<ObjectKey>> {
+        Box::pin(async move {
+            self.up()?;
+            let objects = self.objects.lock().unwrap();
+            let (there, missing): (Vec<_>, Vec<_>) = keys.into_iter().partition(|key| objects.contains_key(key));
+            there.iter().for_each(|key| self.stamp(key));
+            Ok(missing)
+        })
+    }
+
     fn stat(&self, key: ObjectKey) -> StoreFuture<'_, Option<ObjectEntry>> {
         Box::pin(async move {
             self.up()?;
@@ -133,4 +143,9 @@ impl ObjectStore for MemStore {
                 .collect())
         })
     }
+}
+
+#[tokio::test]
+async fn it_is_a_store() {
+    super::conformance::conforms(std::sync::Arc::new(MemStore::default()), Duration::ZERO, false).await;
 }

@@ -1,5 +1,7 @@
 //! Object stores: where sealed chunks lie. A store sees names and sealed bytes, nothing else.
 
+#[cfg(test)]
+mod conformance;
 mod dir;
 #[cfg(test)]
 pub(crate) mod mem;
@@ -176,6 +178,9 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     /// Stores several objects unless they are there, cheaper than one by one; returns how many were new. Those that are
     /// there are refreshed: as old as if they had been put now.
     fn put_batch(&self, objects: Vec<(ObjectKey, Bytes)>) -> StoreFuture<'_, usize>;
+
+    /// Makes objects as young as if they had been put now; returns those that are not there.
+    fn refresh(&self, keys: Vec<ObjectKey>) -> StoreFuture<'_, Vec<ObjectKey>>;
 
     /// Reads an object of at most `cap` bytes.
     fn get(&self, key: ObjectKey, cap: usize) -> StoreFuture<'_, Bytes>;

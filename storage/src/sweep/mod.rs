@@ -21,6 +21,9 @@
 //!   the stamp just before. For that, a writer looks for an intent *after* each put ([`put_chunks`]), and puts again when
 //!   one that names the chunk is gone. Either its put came before the intent was written (then 7 sees the young stamp), or
 //!   it sees the intent.
+//! - *Found, not written* (what a guest stands on, when it comes back to a cloud in which it was before): its manifest is put
+//!   first, then the chunks are refreshed, then an intent is looked for ([`count_on`]). A sweep that began before has them
+//!   young, or the intent is seen; one that begins later finds the manifest, whose root a volume names.
 //! - *Becomes live after 6 without having been written lately*: impossible but for a root that a writer publishes, see above.
 //!
 //! **Crashes.** A sweep that dies leaves at most its intent, which holds up only writers of the very chunks that it names.
@@ -52,7 +55,7 @@ use serde::{Deserialize, Serialize};
 use supercloud_ids::ProjectId;
 use tokio_util::sync::CancellationToken;
 
-pub use self::intent::{is_sweeping, put_chunks};
+pub use self::intent::{count_on, put_chunks};
 use self::{
     intent::Intent,
     reach::{Reach, Tree},

@@ -52,6 +52,8 @@ pub(super) struct Leaf {
 pub(super) struct Tree {
     roots: BTreeMap<ContentRoot, bool>,
     leaves: HashMap<ChunkName, Leaf>,
+    /// Roots whose manifests neither the store nor the authority had.
+    absent: HashSet<ContentRoot>,
 }
 
 impl Tree {
@@ -69,19 +71,27 @@ impl Tree {
     ) -> Result<Vec<Leaf>, SweepError> {
         let mut new = Vec::new();
         for (root, is_home) in roots {
-            // A root that has come home is read again: it was allowed to be absent before.
-            if self.roots.get(root).is_some_and(|was_home| *was_home || !is_home) {
+            // A root that has come home is read again: it was allowed to be absent before. So is one that was absent:
+            // a guest that stands on it may have come to this cloud.
+            let was_home = self.roots.get(root).copied();
+            let is_absent = self.absent.contains(root);
+            if was_home.is_some_and(|was_home| was_home || !is_home) && !is_absent {
                 continue;
             }
-            let names = names(store, authority, project, ChunkKind::Root, root.as_chunk()).await?;
-            let Some(names) = names else {
+            let chunk = root.as_chunk();
+            if is_absent && !is_home && !store.exists(ObjectKey::chunk(project, &chunk)).await? {
+                continue;
+            }
+            let Some(names) = names(store, authority, project, ChunkKind::Root, chunk).await? else {
                 if *is_home {
-                    return Err(SweepError::Manifest { root: *root, chunk: root.as_chunk() });
+                    return Err(SweepError::Manifest { root: *root, chunk });
                 }
                 // Nobody has read this content by this store; its data is elsewhere.
+                self.absent.insert(*root);
                 self.roots.insert(*root, *is_home);
                 continue;
             };
+            self.absent.remove(root);
             for name in names {
                 let leaf = Leaf { name, root: *root, is_home: *is_home };
                 if self.leaves.get(&name).is_none_or(|known| leaf.is_home && !known.is_home) {

@@ -17,6 +17,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::{EffectError, Followed, source};
 use crate::{
+    chunks::ChunkSources,
     guest::{
         actor::{Actor, Met, Running},
         record::{CopyRecord, VolumeOrigin},
@@ -68,7 +69,7 @@ impl Actor {
         let job = self.job(operation);
         if let OperationKind::Freeze { .. } = plan.kind {
             self.note_spooling(operation).await.map_err(|error| internal(&crate::chain(&error)))?;
-            self.jobs.leave = Some(Self::start(&job.clone(), freeze::suspend(job, copy)));
+            self.jobs.leave = Some(Self::start(&job.clone(), freeze::suspend(job, copy, self.chunk_sources())));
             return Ok(());
         }
         let assignment = self.record.assignment.as_ref().filter(|assignment| assignment.operation == operation);
@@ -200,6 +201,10 @@ impl Actor {
         Ok(operation.map(sealed).unwrap_or_default())
     }
 
+    fn chunk_sources(&self) -> Option<Arc<ChunkSources>> {
+        self.sources.as_ref().map(|(sources, _)| Arc::clone(sources))
+    }
+
     pub(in crate::guest) fn store_freeze(&mut self, operation: OperationId, freeze: FreezeId) {
         if Self::is_at_it(self.jobs.store.as_ref(), operation) {
             return;
@@ -209,7 +214,8 @@ impl Actor {
             return;
         };
         let job = self.job(operation);
-        self.jobs.store = Some(Self::start(&job.clone(), freeze::store(job, copy, spooled, freeze)));
+        self.jobs.store =
+            Some(Self::start(&job.clone(), freeze::store(job, copy, spooled, freeze, self.chunk_sources())));
     }
 
     pub(in crate::guest) async fn resume_source(&mut self, epoch: Epoch) -> Followed {
