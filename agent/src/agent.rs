@@ -14,7 +14,6 @@ use supercloud_api::{
 };
 use supercloud_blanket::Backend;
 use supercloud_sdn::view::OverlayView;
-use supercloud_storage::backend::{DirStore, StoreError};
 use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},
@@ -24,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     accounts::{Account, AccountError},
+    cloud_store::{CloudStore, CloudStoreError},
     config::Config,
     durable::{self, DurableError},
     farewell,
@@ -68,7 +68,7 @@ pub enum AgentError {
     Folders(#[from] DurableError),
     /// The chunk store.
     #[error("the cloud's chunk store cannot be opened")]
-    Store(#[from] StoreError),
+    Store(#[from] CloudStoreError),
     /// The data plane's address.
     #[error("cannot listen at {address}")]
     Listen {
@@ -197,7 +197,7 @@ pub async fn run(parts: Parts, cancel: CancellationToken) -> Result<(), AgentErr
     Ok(())
 }
 
-async fn open_folders(config: &Config, volume: Account) -> Result<(DirStore, supercloud_api::Room), AgentError> {
+async fn open_folders(config: &Config, volume: Account) -> Result<(CloudStore, supercloud_api::Room), AgentError> {
     let config = config.clone();
     tokio::task::spawn_blocking(move || {
         for folder in [&config.data_dir, &config.run_dir, &config.guests_dir()] {
@@ -208,7 +208,7 @@ async fn open_folders(config: &Config, volume: Account) -> Result<(DirStore, sup
         }
         durable::make_folder(&config.store_dir)?;
         durable::share_store(&config.store_dir, volume)?;
-        Ok((DirStore::open(&config.store_dir)?, config.room()))
+        Ok((CloudStore::open(&config)?, config.room()))
     })
     .await?
 }

@@ -1,6 +1,6 @@
 //! Chunks of this cloud and of others.
 //!
-//! - Served: `Channel::Chunks` from the cloud's directory store, to whoever shows a ticket for the project.
+//! - Served: `Channel::Chunks` from the cloud's store, to whoever shows a ticket for the project.
 //! - Fetched: what the cloud lacks is asked of the guest's chunk sources in order. Volume processes reach them by a
 //!   socket of the agent's (`chunk.sock`); the agent itself by [`ChunkSources::reader`]. Either keeps what it got. When no
 //!   source gives a chunk, the controller is asked where it can be had now ([`ChunkPlaces`]).
@@ -21,7 +21,7 @@ use bytes::Bytes;
 use supercloud_api::link::{Answer, ChunkSource as Place, Query};
 use supercloud_ids::{GuestId, ProjectId};
 use supercloud_storage::{
-    backend::{DirStore, ObjectEntry, ObjectKey, ObjectStore, PutOutcome, StoreError, StoreFuture},
+    backend::{ObjectEntry, ObjectKey, ObjectStore, PutOutcome, StoreError, StoreFuture},
     key::{ChunkName, DataKeys},
     peer::{
         Dial, DialFuture, Stream,
@@ -34,6 +34,7 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
     accounts::Account,
+    cloud_store::CloudStore,
     link::LinkHandle,
     plane::{DataPlane, DataStream},
     socket,
@@ -43,10 +44,10 @@ use crate::{
 const CONNECTIONS: usize = 64;
 
 /// Serves the cloud's chunks of one project on a connection of the data plane.
-pub async fn serve(store: DirStore, project: ProjectId, stream: DataStream, cancel: &CancellationToken) {
+pub async fn serve(store: Arc<dyn ObjectStore>, project: ProjectId, stream: DataStream, cancel: &CancellationToken) {
     let projects = ServedProjects::default();
     projects.add(project);
-    if let Err(error) = serve_chunks(Arc::new(store), projects, stream, cancel).await {
+    if let Err(error) = serve_chunks(store, projects, stream, cancel).await {
         tracing::debug!(%project, %error, "a chunk connection broke");
     }
 }
@@ -155,6 +156,8 @@ pub struct ChunkSources {
     plane: DataPlane,
     project: ProjectId,
     places: ChunkPlaces,
+    /// The cloud's bucket, if it has one: asked before all others.
+    bucket: Option<StoreSource>,
     /// One for each place in the list, made when it is first asked.
     clients: Mutex<HashMap<SocketAddr, Arc<ChunkClient>>>,
     /// Sealed bytes that this host's volume processes got from other clouds through the chunk socket.
@@ -168,20 +171,36 @@ impl fmt::Debug for ChunkSources {
 }
 
 impl ChunkSources {
-    /// For a project; `places` may change.
+    /// For a project of a host in the cloud of `store`; `places` may change.
     #[must_use]
-    pub fn new(plane: DataPlane, project: ProjectId, places: ChunkPlaces) -> Self {
-        Self { plane, project, places, clients: Mutex::default(), served_bytes: AtomicU64::new(0) }
+    pub fn new(plane: DataPlane, project: ProjectId, places: ChunkPlaces, store: &CloudStore) -> Self {
+        let bucket = store.bucket().map(|bucket| StoreSource::new(project, Arc::clone(bucket)));
+        Self { plane, project, places, bucket, clients: Mutex::default(), served_bytes: AtomicU64::new(0) }
     }
 
-    /// A reader for the agent itself: the cloud's store, then these; keeps what it got.
+    /// A reader for the agent itself: this host's folder, the cloud's bucket, then these; keeps what it got in the folder.
     #[must_use]
-    pub fn reader(self: &Arc<Self>, keys: Arc<DataKeys>, store: &DirStore) -> ChunkReader {
-        let near: Arc<dyn ChunkSource> = Arc::new(StoreSource::new(self.project, Arc::new(store.clone())));
+    pub fn reader(self: &Arc<Self>, keys: Arc<DataKeys>, store: &CloudStore) -> ChunkReader {
+        let near: Arc<dyn ChunkSource> = Arc::new(StoreSource::new(self.project, Arc::new(store.near().clone())));
+        let bucket = self.bucket.clone().map(|bucket| Arc::new(bucket) as Arc<dyn ChunkSource>);
+        self.reader_of(keys, std::iter::once(near).chain(bucket))
+    }
+
+    /// A reader that keeps what it got in what counts as the cloud's store.
+    #[must_use]
+    pub fn home_reader(self: &Arc<Self>, keys: Arc<DataKeys>, store: &CloudStore) -> ChunkReader {
+        self.reader_of(keys, home_sources(self.project, store).into_iter())
+    }
+
+    fn reader_of(
+        self: &Arc<Self>,
+        keys: Arc<DataKeys>,
+        first: impl Iterator<Item = Arc<dyn ChunkSource>>,
+    ) -> ChunkReader {
         // One by one, so that a damaged copy at one place is passed over; then all of them, as the controller names them now.
         let nth = |index| Arc::new(Nth { sources: Arc::clone(self), index }) as Arc<dyn ChunkSource>;
         let all = Arc::clone(self) as Arc<dyn ChunkSource>;
-        ChunkReader::new(keys, std::iter::once(near).chain((0..SOURCES_AT_MOST).map(nth)).chain([all]).collect())
+        ChunkReader::new(keys, first.chain((0..SOURCES_AT_MOST).map(nth)).chain([all]).collect())
     }
 
     /// Sealed bytes that volume processes got from other clouds so far.
@@ -212,6 +231,16 @@ impl ChunkSources {
 
     async fn ask_all(&self, name: ChunkName) -> Result<Bytes, StoreError> {
         let mut failure = StoreError::NotFound { key: ObjectKey::chunk(self.project, &name) };
+        if let Some(bucket) = &self.bucket {
+            match bucket.sealed(name).await {
+                Ok(sealed) => return Ok(sealed),
+                Err(StoreError::NotFound { .. }) => {}
+                Err(error) => {
+                    tracing::warn!(%error, "the cloud's bucket does not give a chunk; other places are asked");
+                    failure = error;
+                }
+            }
+        }
         for client in self.clients() {
             match client.sealed(name).await {
                 Ok(sealed) => return Ok(sealed),
@@ -233,6 +262,13 @@ impl ChunkSources {
             Err(failure) => Err(failure),
         }
     }
+}
+
+/// The places of this cloud's chunks, that of what counts as its store first.
+pub fn home_sources(project: ProjectId, store: &CloudStore) -> Vec<Arc<dyn ChunkSource>> {
+    let near: Arc<dyn ObjectStore> = Arc::new(store.near().clone());
+    let stores = store.bucket().cloned().into_iter().chain([near]);
+    stores.map(|store| Arc::new(StoreSource::new(project, store)) as Arc<dyn ChunkSource>).collect()
 }
 
 impl ChunkSource for ChunkSources {

@@ -10,6 +10,12 @@
 //! [ovs]
 //! run_dir = "/run/openvswitch"
 //!
+//! [bucket]                                         # instead of a shared folder; see [`BucketConfig`]
+//! bucket = "my-chunks"
+//! prefix = "west-1"
+//! endpoint = "https://s3.example"                  # none: AWS
+//! credentials_file = "/etc/supercloud/bucket-credentials"
+//!
 //! [sweep]                                          # of store_dir: what nothing names any more is removed
 //! every_s = 3600                                   # 0: only when somebody asks for it, or a freeze is over
 //! grace_s = 3600                                   # what was written more lately is left alone
@@ -29,6 +35,7 @@ use supercloud_sdn::{
 };
 
 use supercloud_ids::HostId;
+use supercloud_storage::backend::BucketConfig;
 
 use crate::accounts::{Account, AccountError};
 
@@ -76,9 +83,13 @@ pub struct Config {
     /// Sockets; at most 60 bytes long.
     #[serde(default = "run_dir")]
     pub run_dir: PathBuf,
-    /// The cloud's chunk store: a folder, shared by the hosts of one cloud.
+    /// The cloud's chunk store: a folder, shared by the hosts of one cloud. With a bucket: this host's own folder for what
+    /// comes from it and goes there.
     #[serde(default = "store_dir")]
     pub store_dir: PathBuf,
+    /// The bucket that is the cloud's chunk store; the same for all its hosts.
+    #[serde(default)]
+    pub bucket: Option<BucketConfig>,
     /// The controller's REST address, needed to join.
     pub controller_url: String,
     /// Where the controller takes agents' links (`host:port`); what the controller said at the join when absent.
@@ -307,6 +318,11 @@ impl Config {
                 return wrong(field, format!("'{}' must be an absolute path of plain characters", path.display()));
             }
         }
+        if let Some(bucket) = &self.bucket
+            && let Err(error) = bucket.validate()
+        {
+            return wrong("bucket", crate::chain(&error));
+        }
         if self.run_dir.as_os_str().len() > MAX_RUN_DIR_BYTES {
             return wrong("run_dir", format!("must have at most {MAX_RUN_DIR_BYTES} bytes: sockets lie below it"));
         }
@@ -445,6 +461,8 @@ mod tests {
             ("data_dir = 'x'", "data_dir"),
             ("store_dir = '/a b'", "store_dir"),
             ("data_address = '0.0.0.0:1'", "data_address"),
+            ("[bucket]\nbucket = 'a/b'", "bucket"),
+            ("[bucket]\nbucket = 'abc'\nendpoint = 'http://s3.example'", "bucket"),
             ("overlay_address = '10.0.0.1'", "overlay_address"),
             (&format!("run_dir = '/{}'", "r".repeat(60)), "run_dir"),
         ] {
@@ -460,5 +478,7 @@ mod tests {
         );
         parse(&with("overlay_address = '10.0.0.1'\ninsecure_overlay = true")).unwrap();
         parse(&with("overlay_address = '198.19.3.1'")).unwrap();
+        let bucket = parse(&with("[bucket]\nbucket = 'abc'\nprefix = 'west-1'")).unwrap().bucket.unwrap();
+        assert_eq!((bucket.region.as_str(), bucket.credentials_file), ("us-east-1", None));
     }
 }

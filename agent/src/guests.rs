@@ -213,7 +213,7 @@ impl Router for Guests {
                 self.chunk_connections.spawn(incoming.refuse(not_here("too many connections ask for chunks")));
                 return;
             }
-            let (store, cancel) = (self.host.store.clone(), self.cancel.clone());
+            let (store, cancel) = (self.host.store.home(), self.cancel.clone());
             self.chunk_connections.spawn(async move {
                 match incoming.accept().await {
                     Ok(stream) => chunks::serve(store, project, stream, &cancel).await,

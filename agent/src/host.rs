@@ -9,11 +9,10 @@ use std::{
 use supercloud_api::{Code, CompatClass, Problem, Room, Shape};
 use supercloud_blanket::Backend;
 use supercloud_ids::{GuestId, HostId};
-use supercloud_storage::backend::DirStore;
 
 use crate::{
-    accounts::Account, config::Config, guest::record::Places, link::LinkHandle, plane::DataPlane, ports::Switch,
-    volumes::VolumeRunner,
+    accounts::Account, cloud_store::CloudStore, config::Config, guest::record::Places, link::LinkHandle,
+    plane::DataPlane, ports::Switch, volumes::VolumeRunner,
 };
 
 /// The services of a host.
@@ -37,7 +36,7 @@ pub struct Host {
     /// The controller.
     pub link: LinkHandle,
     /// The cloud's chunks.
-    pub store: DirStore,
+    pub store: CloudStore,
     /// Who takes how much room.
     pub ledger: Ledger,
 }

@@ -24,6 +24,7 @@
 pub mod accounts;
 pub mod agent;
 pub mod chunks;
+pub mod cloud_store;
 pub mod config;
 pub mod confinement;
 pub mod durable;

@@ -1,5 +1,7 @@
 //! Sweeps the cloud's chunk store: now and then, when a freeze is over, and when the controller says so. What lives is asked
 //! of the controller; without it nothing is removed. See [`supercloud_storage::sweep`].
+//!
+//! Where the cloud's store is a bucket, this host's folder is swept beside it: what lives may be there, and need not.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -100,18 +102,30 @@ pub async fn run(host: Arc<Host>, bell: SweepBell, cancel: CancellationToken) {
 }
 
 async fn sweep_asked(host: &Host, asked: &Asked, cancel: &CancellationToken) {
-    let store: Arc<dyn ObjectStore> = Arc::new(host.store.clone());
+    let authority = |is_home| LinkAuthority { link: host.link.clone(), is_home };
+    sweep_store(host, host.store.home(), &authority(true), asked, cancel).await;
+    if host.store.bucket().is_some() {
+        sweep_store(host, Arc::new(host.store.near().clone()), &authority(false), asked, cancel).await;
+    }
+}
+
+async fn sweep_store(
+    host: &Host,
+    store: Arc<dyn ObjectStore>,
+    authority: &LinkAuthority,
+    asked: &Asked,
+    cancel: &CancellationToken,
+) {
     let projects = match sweep::projects(&*store).await {
         Ok(projects) => projects,
         Err(error) => return tracing::warn!(error = crate::chain(&error), "the chunk store cannot be swept"),
     };
-    let authority = LinkAuthority { link: host.link.clone() };
     let options = SweepOptions { holder: host.id.to_string(), grace: host.config.sweep.grace(), pause: PAUSE };
     for project in projects.into_iter().filter(|project| asked.all || asked.projects.contains(project)) {
         if cancel.is_cancelled() || !*host.link.connected().borrow() {
             return;
         }
-        let done = sweep::sweep_project(&store, project, &authority, &options, cancel).await;
+        let done = sweep::sweep_project(&store, project, authority, &options, cancel).await;
         match &done {
             Ok(swept) => tracing::info!(%project, ?swept, "the chunk store is swept"),
             // Another host of this cloud is at it.
@@ -121,6 +135,9 @@ async fn sweep_asked(host: &Host, asked: &Asked, cancel: &CancellationToken) {
             }
             Err(SweepError::Cancelled) => return,
             Err(error) => tracing::warn!(%project, error = crate::chain(error), "the chunk store is not swept"),
+        }
+        if !authority.is_home {
+            continue;
         }
         let query = Query::StoreSwept { swept: told(project, &done) };
         if let Err(error) = host.link.query(query, ANSWER_BUDGET).await {
@@ -145,6 +162,8 @@ fn told(project: ProjectId, done: &Result<Swept, SweepError>) -> StoreSwept {
 /// The controller, over the link.
 struct LinkAuthority {
     link: LinkHandle,
+    /// Whether of the cloud's store; else of a folder that has to have nothing.
+    is_home: bool,
 }
 
 impl fmt::Debug for LinkAuthority {
@@ -185,7 +204,7 @@ impl LinkAuthority {
             let last = roots.last().map(|last| last.root.clone());
             for live in roots {
                 let root: ContentRoot = live.root.parse().map_err(|_| unclear("a root"))?;
-                all.insert(root, live.is_home);
+                all.insert(root, live.is_home && self.is_home);
             }
             if !more {
                 return Ok(Live {

@@ -10,7 +10,7 @@ use supercloud_ids::GuestId;
 use supercloud_storage::{
     BLOCK_BYTES,
     backend::StoreError,
-    key::{ChunkKind, ChunkName, ContentRoot},
+    key::{ChunkKind, ChunkName, ContentRoot, DataKeys},
     manifest::{Manifest, ManifestError},
     source::ChunkReader,
     sweep,
@@ -19,7 +19,12 @@ use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::prepare::{DISK_RESERVE_BYTES, keys};
-use crate::{chunks::ChunkSources, config::free_disk_bytes, guest::record::CopyRecord, host::Host};
+use crate::{
+    chunks::{ChunkSources, home_sources},
+    config::free_disk_bytes,
+    guest::record::CopyRecord,
+    host::Host,
+};
 
 /// Chunks on their way at once: enough to fill a line of some latency, few enough to leave room for the guest's own reads.
 const AT_ONCE: usize = 4;
@@ -44,7 +49,7 @@ impl BaseFetch {
         let work = Work {
             guest,
             roots: roots.clone(),
-            reader: sources.reader(keys(copy), &host.store),
+            reader: sources.home_reader(keys(copy), &host.store),
             host: host.clone(),
             told,
         };
@@ -64,7 +69,9 @@ impl BaseFetch {
     }
 }
 
-fn roots(copy: &CopyRecord) -> Vec<ContentRoot> {
+/// What the volumes of a copy stand on.
+#[must_use]
+pub fn roots(copy: &CopyRecord) -> Vec<ContentRoot> {
     copy.spec.volumes.iter().filter_map(|volume| volume.base_root.as_deref()?.parse().ok()).collect()
 }
 
@@ -93,46 +100,61 @@ pub enum BaseError {
     Full,
 }
 
-/// Brings all of the bases here, for a freeze: what it stores names their blocks, and from then on this cloud's store is
-/// where they are looked for. `tell` gets the bytes that are missing.
-///
-/// # Errors
-/// When they cannot be had after some attempts.
-pub async fn complete(
-    guest: GuestId,
-    copy: &CopyRecord,
-    sources: Option<&Arc<ChunkSources>>,
-    host: &Arc<Host>,
-    tell: impl Fn(u64),
-) -> Result<(), BaseError> {
-    let reader = match sources {
-        Some(sources) => sources.reader(keys(copy), &host.store),
-        None => ChunkReader::of_store(keys(copy), Arc::new(host.store.clone())),
-    };
-    let (told, mut missing) = watch::channel(None);
-    let work = Work { guest, roots: roots(copy), reader, host: host.clone(), told };
-    let attempts = async {
-        for _ in 1..ATTEMPTS {
-            match work.attempt().await {
-                Ok(()) => return Ok(()),
-                Err(error) => tracing::warn!(%guest, error = crate::chain(&error), "its base is not all here yet"),
+/// Content that a freeze is made of.
+pub struct Bringing {
+    /// Whose.
+    pub guest: GuestId,
+    /// What.
+    pub roots: Vec<ContentRoot>,
+    /// What it is read with.
+    pub keys: Arc<DataKeys>,
+}
+
+impl Bringing {
+    /// Brings all of it into what counts as this cloud's store, which is where it is looked for from the freeze on. `tell`
+    /// gets the bytes that are missing.
+    ///
+    /// # Errors
+    /// When it cannot be had after some attempts.
+    pub async fn complete(
+        self,
+        sources: Option<&Arc<ChunkSources>>,
+        host: &Arc<Host>,
+        tell: impl Fn(u64),
+    ) -> Result<(), BaseError> {
+        let Self { guest, roots, keys } = self;
+        let reader = match sources {
+            Some(sources) => sources.home_reader(keys, &host.store),
+            None => {
+                let sources = home_sources(keys.project(), &host.store);
+                ChunkReader::new(keys, sources)
             }
-            tokio::time::sleep(PAUSES.0).await;
-        }
-        work.attempt().await
-    };
-    let show = async {
-        while missing.changed().await.is_ok() {
-            if let Some(bytes) = *missing.borrow_and_update() {
-                tell(bytes);
+        };
+        let (told, mut missing) = watch::channel(None);
+        let work = Work { guest, roots, reader, host: host.clone(), told };
+        let attempts = async {
+            for _ in 1..ATTEMPTS {
+                match work.attempt().await {
+                    Ok(()) => return Ok(()),
+                    Err(error) => tracing::warn!(%guest, error = crate::chain(&error), "its base is not all here yet"),
+                }
+                tokio::time::sleep(PAUSES.0).await;
             }
+            work.attempt().await
+        };
+        let show = async {
+            while missing.changed().await.is_ok() {
+                if let Some(bytes) = *missing.borrow_and_update() {
+                    tell(bytes);
+                }
+            }
+            // The sender lives as long as the attempts.
+            std::future::pending::<std::convert::Infallible>().await
+        };
+        tokio::select! {
+            done = attempts => done,
+            never = show => match never {},
         }
-        // The sender lives as long as the attempts.
-        std::future::pending::<std::convert::Infallible>().await
-    };
-    tokio::select! {
-        done = attempts => done,
-        never = show => match never {},
     }
 }
 
@@ -180,10 +202,12 @@ impl Work {
 
     /// Whether the chunk came. An error ends the attempt.
     async fn fetch(&self, name: ChunkName) -> Result<bool, BaseError> {
-        let folder = self.host.config.store_dir.clone();
-        let free = tokio::task::spawn_blocking(move || free_disk_bytes(&folder)).await.unwrap_or(0);
-        if free < DISK_RESERVE_BYTES {
-            return Err(BaseError::Full);
+        if self.host.store.bucket().is_none() {
+            let folder = self.host.config.store_dir.clone();
+            let free = tokio::task::spawn_blocking(move || free_disk_bytes(&folder)).await.unwrap_or(0);
+            if free < DISK_RESERVE_BYTES {
+                return Err(BaseError::Full);
+            }
         }
         match self.reader.read(ChunkKind::Data, name).await {
             Ok(_) => Ok(true),
@@ -196,15 +220,16 @@ impl Work {
 
     /// Chunks of the bases that the cloud's store has not, each once; no sweep takes the others.
     async fn lacking(&self) -> Result<Vec<ChunkName>, BaseError> {
+        let store = self.host.store.home();
         let mut names = Vec::new();
         for root in &self.roots {
             let manifest = Manifest::load(&self.reader, *root).await?;
             // The list itself is a part of what must be here, and comes first: by it sweeps know what is needed.
-            manifest.store(self.reader.keys(), &self.host.store).await?;
+            manifest.store(self.reader.keys(), &*store).await?;
             names.extend(manifest.chunks().map(|(_, name)| name));
         }
         names.sort_unstable();
         names.dedup();
-        Ok(sweep::count_on(&self.host.store, self.reader.keys().project(), &names).await?)
+        Ok(sweep::count_on(&*store, self.reader.keys().project(), &names).await?)
     }
 }

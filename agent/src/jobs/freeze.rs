@@ -11,7 +11,7 @@ use supercloud_blanket::{BackendError, backend::RunState};
 use supercloud_handover::{LocalEvent, SourceEvent};
 use supercloud_ids::FreezeId;
 use supercloud_storage::{
-    backend::ObjectStore,
+    key::ContentRoot,
     transfer::{DiskFormat, ImportOptions, import_image},
 };
 use tokio::time::{Instant, MissedTickBehavior, interval};
@@ -44,7 +44,7 @@ pub async fn suspend(job: Job, copy: CopyRecord, sources: Option<Arc<ChunkSource
 
 /// After a save that failed: the guest is where it was, or nobody knows yet.
 async fn not_saved(job: &Job, error: &JobError) -> Outcome {
-    if matches!(error, JobError::Refused(_) | JobError::Base(_)) {
+    if matches!(error, JobError::Refused(_) | JobError::Base { .. }) {
         return Outcome::NotSaved;
     }
     match job.host.backend.status(job.guest).await {
@@ -95,13 +95,27 @@ async fn save(job: &Job, copy: &CopyRecord, sources: Option<&Arc<ChunkSources>>)
 
 /// The freeze makes this cloud's store the place of all that the volumes are made of, also of what they stand on.
 async fn bring_base(job: &Job, copy: &CopyRecord, sources: Option<&Arc<ChunkSources>>) -> Result<(), JobError> {
+    bring(job, copy, base::roots(copy), sources, "what the disk stands on").await
+}
+
+async fn bring(
+    job: &Job,
+    copy: &CopyRecord,
+    roots: Vec<ContentRoot>,
+    sources: Option<&Arc<ChunkSources>>,
+    what: &'static str,
+) -> Result<(), JobError> {
     let tell = |missing_bytes| {
         job.show(Progress {
-            message: format!("bringing what the disk stands on into this cloud's store: {missing_bytes} bytes to go"),
+            message: format!("bringing {what} into this cloud's store: {missing_bytes} bytes to go"),
             ..Progress::default()
         });
     };
-    Ok(base::complete(job.guest, copy, sources, &job.host, tell).await?)
+    let bringing = base::Bringing { guest: job.guest, roots, keys: prepare::keys(copy) };
+    bringing
+        .complete(sources, &job.host, tell)
+        .await
+        .map_err(|source| JobError::Base { what, source: Box::new(source) })
 }
 
 /// Brings memory and volumes into the store; tells `FreezeStored` or `CopyFailed`. Can be repeated: what is stored already
@@ -111,7 +125,7 @@ pub async fn store(job: Job, copy: CopyRecord, spooled: Spooled, freeze: FreezeI
     let work = async {
         // Once more: it may be another agent's run, and long after.
         bring_base(&job, &copy, sources.as_ref()).await?;
-        store_all(&job, &copy, &spooled, freeze).await
+        store_all(&job, &copy, &spooled, freeze, sources.as_ref()).await
     };
     match job.unless_cancelled(work).await {
         Ok(content) => {
@@ -128,6 +142,7 @@ async fn store_all(
     copy: &CopyRecord,
     spooled: &Spooled,
     freeze: FreezeId,
+    sources: Option<&Arc<ChunkSources>>,
 ) -> Result<FrozenContent, JobError> {
     let mut volumes = Vec::new();
     for home in &copy.volumes {
@@ -141,6 +156,10 @@ async fn store_all(
             })
             .await
             .map_err(|source| JobError::Volume { what: "go into the store", source })?;
+        if job.host.store.bucket().is_some() {
+            // A volume process knows this host's folder only.
+            bring(job, copy, vec![published.root], sources, "the disk").await?;
+        }
         let (root, stored_bytes) = (published.root.to_string(), published.stored_bytes);
         volumes.push(FrozenVolume { volume: home.volume, root, stored_bytes });
     }
@@ -151,7 +170,7 @@ async fn store_all(
         work_folder: job.places.folder.clone(),
         convert_budget: Duration::from_secs(1),
     };
-    let store: Arc<dyn ObjectStore> = Arc::new(job.host.store.clone());
+    let store = job.host.store.home();
     let mut shown = Instant::now();
     let imported = import_image(&path, &options, prepare::keys(copy), store, &job.cancel, |progress| {
         if shown.elapsed() >= PROGRESS_EVERY {

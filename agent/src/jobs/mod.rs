@@ -71,9 +71,15 @@ pub enum JobError {
     /// A chunk of the store.
     #[error("a chunk cannot be had")]
     Chunk(#[from] Box<ReadError>),
-    /// What the volumes stand on.
-    #[error("what its disk stands on cannot be brought into this cloud's store")]
-    Base(#[from] base::BaseError),
+    /// What a freeze is made of.
+    #[error("{what} cannot be brought into this cloud's store")]
+    Base {
+        /// What.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: Box<base::BaseError>,
+    },
     /// A file.
     #[error("cannot {what} {path}")]
     File {
@@ -124,7 +130,7 @@ impl JobError {
             | Self::Volumes(_)
             | Self::Volume { .. }
             | Self::Port(_)
-            | Self::Base(_) => Code::HostUnavailable,
+            | Self::Base { .. } => Code::HostUnavailable,
             _ => Code::Internal,
         };
         Problem::new(code, crate::chain(self))

@@ -223,6 +223,11 @@ fn free_address() -> SocketAddr {
 impl Lab {
     /// Hosts in clouds of their own; `dialable` says which of them others can dial.
     pub async fn begin(dialable: &[bool]) -> Self {
+        Self::begin_with(dialable, |_, _| {}).await
+    }
+
+    /// The same, where the configuration of each host is changed.
+    pub async fn begin_with(dialable: &[bool], change: impl Fn(usize, &mut Config)) -> Self {
         let filter = tracing_subscriber::EnvFilter::try_from_default_env()
             .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
         // The first test of the process wins.
@@ -262,6 +267,7 @@ impl Lab {
             }))
             .unwrap();
             config.ovs.metadata_port.clear();
+            change(index, &mut config);
             config.check().unwrap();
             let host = TestHost {
                 id,

@@ -15,7 +15,7 @@ use supercloud_storage::{
 use crate::lab::Lab;
 
 /// Every file of a store; all are made an hour older.
-fn aged(folder: &Path) -> BTreeSet<PathBuf> {
+pub fn aged(folder: &Path) -> BTreeSet<PathBuf> {
     let mut files = BTreeSet::new();
     for entry in std::fs::read_dir(folder).unwrap().flatten() {
         if entry.path().is_dir() {

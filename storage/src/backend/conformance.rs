@@ -69,7 +69,7 @@ async fn batches_store_what_is_new(store: &dyn ObjectStore) {
     let absent = key(project, "b/none");
     let mut keys: Vec<_> = all.iter().map(|(key, _)| key.clone()).collect();
     keys.insert(3, absent.clone());
-    assert_eq!(store.refresh(keys).await.unwrap(), [absent.clone()]);
+    assert_eq!(store.refresh(keys).await.unwrap(), std::slice::from_ref(&absent));
     assert!(!store.exists(absent).await.unwrap(), "a refresh makes nothing");
 }
 

@@ -1,5 +1,6 @@
 //! Object stores: where sealed chunks lie. A store sees names and sealed bytes, nothing else.
 
+mod bucket;
 #[cfg(test)]
 mod conformance;
 mod dir;
@@ -18,6 +19,7 @@ use std::{
 use bytes::Bytes;
 use supercloud_ids::ProjectId;
 
+pub use self::bucket::{BucketConfig, BucketError, BucketStore};
 pub use self::dir::DirStore;
 use crate::key::ChunkName;
 

@@ -129,7 +129,7 @@ impl Actor {
     /// Serves other clouds' chunks to this guest's volume processes.
     pub(in crate::guest) fn offer_chunks(&mut self, copy: &CopyRecord) -> Result<Arc<ChunkSources>, EffectError> {
         let places = self.chunk_places.clone();
-        let sources = Arc::new(ChunkSources::new(self.host.plane.clone(), copy.spec.project, places));
+        let sources = Arc::new(ChunkSources::new(self.host.plane.clone(), copy.spec.project, places, &self.host.store));
         // The old socket's task first: it would remove nothing, but must not answer any more.
         self.sources = None;
         let task = chunks::offer(sources.clone(), &self.places.chunk_socket(), self.host.runner.user)
