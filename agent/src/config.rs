@@ -17,7 +17,8 @@
 //! credentials_file = "/etc/supercloud/bucket-credentials"
 //!
 //! [sweep]                                          # of store_dir: what nothing names any more is removed
-//! every_s = 3600                                   # 0: only when somebody asks for it, or a freeze is over
+//! every_s = 0                                      # how often; 0: only when somebody asks for it
+//! after_freezes = false                            # also when a freeze is over
 //! grace_s = 3600                                   # what was written more lately is left alone
 //! ```
 
@@ -144,9 +145,13 @@ pub struct Config {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Sweep {
-    /// How often, in seconds; 0: only when somebody asks for it, or a freeze is over.
-    #[serde(default = "an_hour")]
+    /// How often, in seconds; 0: only when somebody asks for it. Not by itself unless that is wanted: a controller whose store
+    /// was brought back from a backup may not name what guests stand on that run.
+    #[serde(default)]
     pub every_s: u32,
+    /// Whether the end of a freeze asks for it, too.
+    #[serde(default)]
+    pub after_freezes: bool,
     /// What was written more lately than so many seconds is left alone.
     #[serde(default = "an_hour")]
     pub grace_s: u32,
@@ -154,7 +159,7 @@ pub struct Sweep {
 
 impl Default for Sweep {
     fn default() -> Self {
-        Self { every_s: an_hour(), grace_s: an_hour() }
+        Self { every_s: 0, after_freezes: false, grace_s: an_hour() }
     }
 }
 

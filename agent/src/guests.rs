@@ -249,6 +249,7 @@ impl Facts for Guests {
             guests: self.rows(),
             volumes: Vec::new(),
             view_revision: host.switch.revision(),
+            takes_sweeps: true,
         }
     }
 

@@ -1,4 +1,5 @@
-//! Sweeps the cloud's chunk store: now and then, when a freeze is over, and when the controller says so. What lives is asked
+//! Sweeps the cloud's chunk store when the controller says so; where the configuration wants it also now and then, and when a
+//! freeze is over. What lives is asked
 //! of the controller; without it nothing is removed. See [`supercloud_storage::sweep`].
 //!
 //! Where the cloud's store is a bucket, this host's folder is swept beside it: what lives may be there, and need not.
@@ -20,7 +21,7 @@ use supercloud_storage::{
     key::{ChunkKind, ChunkName, ContentRoot},
     sweep::{self, Authority, AuthorityError, Live, Mark, SweepError, SweepOptions, Swept},
 };
-use tokio::sync::Notify;
+use tokio::{sync::Notify, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::{host::Host, link::LinkHandle};
@@ -73,30 +74,34 @@ impl SweepBell {
 /// Sweeps until cancelled.
 pub async fn run(host: Arc<Host>, bell: SweepBell, cancel: CancellationToken) {
     let every = host.config.sweep.every();
-    let mut next = every.map(|_| FIRST_AFTER);
+    // Hosts that share a store come one after the other.
+    let after = |time: Duration| Instant::now() + time.mul_f64(rand::rng().random_range(0.8..1.2));
+    let mut next = every.map(|_| after(FIRST_AFTER));
     loop {
         let due = async {
             match next {
-                // Hosts that share a store come one after the other.
-                Some(next) => {
-                    let share = rand::rng().random_range(0.8..1.2);
-                    tokio::time::sleep(next.mul_f64(share)).await;
-                }
+                Some(next) => tokio::time::sleep_until(next).await,
                 None => std::future::pending().await,
             }
         };
         let asked = tokio::select! {
             () = cancel.cancelled() => return,
-            () = due => Asked { all: true, ..Asked::default() },
+            () = due => {
+                next = every.map(after);
+                Asked { all: true, ..Asked::default() }
+            }
             () = bell.0.ring.notified() => {
                 tokio::select! {
                     () = cancel.cancelled() => return,
                     () = tokio::time::sleep(GATHER) => {}
                 }
-                bell.with(std::mem::take)
+                let asked = bell.with(std::mem::take);
+                if !asked.all && !host.config.sweep.after_freezes {
+                    continue;
+                }
+                asked
             }
         };
-        next = every;
         sweep_asked(&host, &asked, &cancel).await;
     }
 }

@@ -91,6 +91,9 @@ pub enum HandoverMessage {
     Prepared {
         /// The back end's own data, base64.
         cookie: String,
+        /// It knows [`HandoverMessage::Draining`]; an older agent would take that for the end of the connection.
+        #[serde(default)]
+        takes_draining: bool,
     },
     /// Destination: dial me this channel (asked of the side that can dial).
     DialMe {

@@ -157,6 +157,9 @@ pub struct Hello {
     pub volumes: Vec<VolumeId>,
     /// The revision of the overlay view that it has applied; told for the log, nothing is decided by it.
     pub view_revision: u64,
+    /// It knows [`Directive::SweepStore`].
+    #[serde(default)]
+    pub takes_sweeps: bool,
 }
 
 /// The controller's answer to a [`Hello`].

@@ -202,7 +202,7 @@ async fn depart(
     let cookie = job.unless_cancelled(begin(job, epoch)).await?;
     peer.handle.say(HandoverMessage::Begin { operation, guest, epoch, cookie: encode(&cookie) }).await;
     let prepared = in_time("the destination's readiness", PREPARED_BUDGET, prepared(peer));
-    let cookie = job.unless_cancelled(prepared).await?;
+    let (cookie, takes_draining) = job.unless_cancelled(prepared).await?;
     let ready_after = began.elapsed();
     // So that sealing has little left to hash while the guest is paused. Only for speed: beside the copy, which is longer.
     let mut warming = warm(volumes);
@@ -247,7 +247,9 @@ async fn depart(
                 if transfer.progress.borrow_and_update().phase >= TransferPhase::Drain {
                     // The last pages are on their way; meanwhile both sides make ready what is asked of them next.
                     is_drain_said = true;
-                    peer.handle.say(HandoverMessage::Draining).await;
+                    if takes_draining {
+                        peer.handle.say(HandoverMessage::Draining).await;
+                    }
                     warming = warm(volumes);
                 }
             }
@@ -297,8 +299,9 @@ fn allow_pause(job: &Job, max_downtime_ms: u64) -> AbortOnDropHandle<()> {
     AbortOnDropHandle::new(tokio::spawn(async move {
         let Ok(live) = host.backend.live_migration() else { return };
         let limits = CopyLimits { bandwidth_bytes_per_s: None, max_downtime_ms: Some(max_downtime_ms) };
-        if let Err(error) = live.set_limits(guest, limits).await {
+        while let Err(error) = live.set_limits(guest, limits).await {
             tracing::debug!(%guest, error = crate::chain(&error), "the copy's limits cannot be changed now");
+            tokio::time::sleep(PROGRESS_EVERY).await;
         }
     }))
 }
@@ -352,11 +355,13 @@ async fn copied_ahead<L: Future<Output = Result<bool, JobError>>>(
     }
 }
 
-/// Waits for the destination's hypervisor.
-async fn prepared(peer: &mut Peer) -> Result<Cookie, JobError> {
+/// Waits for the destination's hypervisor; also whether that agent can be told of the drain.
+async fn prepared(peer: &mut Peer) -> Result<(Cookie, bool), JobError> {
     loop {
         match peer.events.recv().await.ok_or(JobError::Lost)? {
-            MeetingEvent::Message(HandoverMessage::Prepared { cookie }) => return decode(&cookie),
+            MeetingEvent::Message(HandoverMessage::Prepared { cookie, takes_draining }) => {
+                return Ok((decode(&cookie)?, takes_draining));
+            }
             MeetingEvent::Message(HandoverMessage::Failed { problem }) => return Err(JobError::Peer(problem)),
             MeetingEvent::Lost => return Err(JobError::Lost),
             _ => {}

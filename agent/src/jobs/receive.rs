@@ -225,7 +225,8 @@ async fn arrive(
     let _ = tokio::fs::remove_file(&listen).await;
     // Awaited whatever becomes of the job: half started it would be left.
     let cookie = live.prepare(copy.launch.clone(), cookie, listen.clone()).await?;
-    peer.handle.say(HandoverMessage::Prepared { cookie: ENCODING.encode(cookie.as_bytes()) }).await;
+    let cookie = ENCODING.encode(cookie.as_bytes());
+    peer.handle.say(HandoverMessage::Prepared { cookie, takes_draining: true }).await;
     let mut streams = JoinSet::new();
     let performed = job.unless_cancelled(performed(job, copy, peer, &listen, &mut streams)).await?;
     let at = Instant::now();

@@ -261,7 +261,7 @@ impl Lab {
                 "volume_user": volume_user(),
                 "data_listen": data_listen,
                 "data_address": data_address,
-                "sweep": { "every_s": 0, "grace_s": 0 },
+                "sweep": { "every_s": 0, "after_freezes": true, "grace_s": 0 },
                 "volume_program": env!("CARGO_BIN_EXE_supercloud-volume"),
                 "capacity": { "vcpus": 8, "memory_bytes": 8_u64 << 30, "disk_bytes": 64_u64 << 30 },
             }))

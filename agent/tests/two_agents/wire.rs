@@ -156,6 +156,7 @@ impl Facts for Nothing {
             guests: Vec::new(),
             volumes: Vec::new(),
             view_revision: 0,
+            takes_sweeps: false,
         }
     }
 

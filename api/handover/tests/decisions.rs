@@ -211,6 +211,9 @@ fn a_lost_destination_after_the_switch_is_an_alarm_and_the_source_is_kept() {
     let (record, grant) = granted(grant_switch(&record, n.c, &request(&record)));
     assert_eq!((grant.owner, grant.epoch), (Owner::Host(n.c), Epoch(6)));
     assert_eq!(record.check(), Ok(()));
+    assert_eq!(note_host_lost(&record, n.b).record, None, "what it was lost with is what it starts without");
+    let other = note_host_lost(&record, n.a);
+    assert_eq!(other.record.and_then(|record| record.last).map(|last| last.phase), Some(Phase::Failed));
 }
 
 /// Two guests of one group that move together.

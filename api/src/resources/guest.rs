@@ -162,7 +162,8 @@ pub struct GuestMigrate {
     /// At most this much of the link, in bits per second; unlimited when absent.
     #[serde(default)]
     pub bandwidth_bps: Option<u64>,
-    /// The pause that is aimed at, the hand-over included, in milliseconds; 300 when absent.
+    /// The pause that is aimed at, in milliseconds; 300 when absent. The hand-over has its share of it, except for a guest that does
+    /// not come to such a pause in six rounds: its last pages may take all of it.
     #[serde(default)]
     pub max_downtime_ms: Option<u64>,
     /// Slow the guest down step by step when it writes memory faster than the link carries.

@@ -59,6 +59,13 @@ pub async fn run(client: &Client, output: Output, arguments: &ApplyArguments) ->
     let in_file = || format!("in {}", path.display());
     let text = Fleet::read(path)?;
     let said = Fleet::default_project(&text).with_context(in_file)?;
+    if arguments.prune && said.is_none() {
+        // Under another --project, context or token every thing of an earlier run would be one that the file has no more.
+        anyhow::bail!(
+            "--prune needs `default_project = \"NAME\"` in {}: without it the project at hand decides which guests are the file's",
+            path.display()
+        );
+    }
     // The file names projects itself: listings are of all that the token sees.
     let everywhere = Client::new(ClientConfig { project: None, ..client.config().clone() })?;
     let project = match said {

@@ -79,7 +79,13 @@ pub fn apply(attached: &mut Attached, after: OwnerRecord, told: Told<'_>) -> boo
     let is_lost_or_found = before.alarm().is_some() || before.stamp() != after.stamp();
     if after.alarm().is_some() || is_lost_or_found {
         let guest = &mut attached.guest.guest;
+        let is_disk_lost = |host| after.holders.iter().any(|holder| holder.host == host && holder.lost);
         guest.alarm = after.alarm().map(|alarm| match told.owner_host {
+            Some(host) if is_disk_lost(host.id) => format!(
+                "its running copy is gone with {}, and what it had written to the disk there; `supercloud guest start {}` starts \
+                 it from its image",
+                host.name, guest.name
+            ),
             Some(host) => format!(
                 "its running copy at {} is gone; `supercloud guest start {}` starts it again from its volumes",
                 host.name, guest.name
@@ -233,7 +239,7 @@ fn advance(operation: &mut Operation, after: &OwnerRecord, details: &ReportDetai
     }
     if now == Phase::Failed && operation.error.is_none() {
         let why = match after.alarm() {
-            Some(alarm) => format!("{alarm}; start the guest again from its volumes"),
+            Some(alarm) => format!("{alarm}; the guest's alarm says from what it can start again"),
             None => "a host that held blocks which are still needed was lost after the switch".to_owned(),
         };
         operation.error = Some(Problem::new(Code::Internal, why));

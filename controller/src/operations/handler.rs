@@ -63,6 +63,7 @@ impl LinkHandler for Engine {
             }
             let record = self.welcome(host, &certificate_sha256, &hello).await?;
             self.live.seen(host, LiveHost { last_seen_ms: unix_ms(), used: record.used });
+            self.sweeps.note_capable(host, hello.takes_sweeps);
             let owned = self.owned_by(host).await.map_err(|error| internal(&error.into()))?;
             Ok(Welcome {
                 host_name: record.name,

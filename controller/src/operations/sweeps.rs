@@ -37,10 +37,6 @@ use crate::{
 
 /// Roots in one answer: with their JSON less than half a frame.
 const ROOTS_AT_ONCE: usize = 4000;
-/// How often the controller's own store is swept.
-const OWN_EVERY: Duration = Duration::from_secs(3600);
-/// Not at once: the time of a restart belongs to hosts that come back.
-const OWN_FIRST: Duration = Duration::from_secs(120);
 /// What was written to the controller's own store more lately than this is left alone.
 const OWN_GRACE: Duration = Duration::from_secs(3600);
 /// Between two batches of deletions.
@@ -74,7 +70,7 @@ pub struct StoreCount {
 struct Board {
     asked: BTreeSet<StoreOf>,
     counts: BTreeMap<StoreOf, StoreCount>,
-    /// Hosts that know of sweeps, because they have asked.
+    /// Hosts that take orders to sweep, as they said when they came.
     capable: HashSet<HostId>,
     told: HashMap<(HostId, ProjectId), Instant>,
 }
@@ -94,6 +90,17 @@ impl SweepBoard {
     #[must_use]
     pub fn counts(&self) -> BTreeMap<StoreOf, StoreCount> {
         self.with(|board| board.counts.clone())
+    }
+
+    /// What a host said of itself when it came.
+    pub(super) fn note_capable(&self, host: HostId, is_capable: bool) {
+        self.with(|board| if is_capable { board.capable.insert(host) } else { board.capable.remove(&host) });
+    }
+
+    /// Whether a host takes orders to sweep.
+    #[must_use]
+    pub fn takes_orders(&self, host: HostId) -> bool {
+        self.with(|board| board.capable.contains(&host))
     }
 
     fn with<T>(&self, work: impl FnOnce(&mut Board) -> T) -> T {
@@ -205,7 +212,6 @@ impl Engine {
         holder: Option<String>,
         after: Option<String>,
     ) -> Result<Answer, Problem> {
-        self.sweeps.with(|board| board.capable.insert(host));
         let here = self.state.need::<HostRecord>(&host).await.map_err(|error| internal(&error.into()))?;
         let is_gone = match holder.map(|holder| holder.parse::<HostId>()) {
             Some(Ok(holder)) => self.is_removed(holder).await.map_err(|error| internal(&error))?,
@@ -343,20 +349,18 @@ impl Engine {
         Ok(())
     }
 
-    /// Sweeps the controller's own store now and then, and passes on what is asked of clouds, until cancelled.
+    /// Sweeps the controller's own store when that is asked for, and passes on what is asked of clouds, until cancelled. Nothing is
+    /// swept unasked: after a restored backup the records may not name what guests stand on.
     pub(super) async fn sweep_stores(self: &Arc<Self>, cancel: CancellationToken) {
-        let mut next = Instant::now() + OWN_FIRST;
         loop {
             let asked = tokio::select! {
                 () = cancel.cancelled() => return,
-                () = tokio::time::sleep_until(next) => BTreeSet::from([StoreOf::Controller]),
                 () = self.sweeps.0.1.notified() => self.sweeps.with(|board| std::mem::take(&mut board.asked)),
             };
             for store in asked {
                 match store {
                     StoreOf::Controller => {
                         self.sweep_own(OWN_GRACE, &cancel).await;
-                        next = Instant::now() + OWN_EVERY;
                     }
                     StoreOf::Cloud(cloud) => {
                         if let Err(error) = self.send_sweep(cloud).await {
@@ -371,7 +375,7 @@ impl Engine {
     async fn send_sweep(&self, cloud: CloudId) -> Result<(), EngineError> {
         for host in self.state.list::<HostRecord>().await? {
             let id = host.host.id;
-            if host.host.cloud == cloud && self.sweeps.with(|board| board.capable.contains(&id)) {
+            if host.host.cloud == cloud && self.sweeps.takes_orders(id) {
                 self.sessions.send(id, Directive::SweepStore);
             }
         }

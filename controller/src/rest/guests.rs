@@ -20,8 +20,12 @@ use crate::{
 async fn shown(parts: &Parts, record: &GuestRecord) -> Result<Guest, Failure> {
     let mut guest = record.guest.clone();
     if let Owner::Host(host) = record.owner.owner {
-        if let (None, Some(silent)) = (&guest.alarm, parts.hosts.away_for(host, Instant::now())) {
-            guest.alarm = parts.state.read::<HostRecord>(&host).await?.and_then(|record| away(&record.host, silent));
+        if let Some(silent) = parts.hosts.away_for(host, Instant::now()) {
+            let away = parts.state.read::<HostRecord>(&host).await?.and_then(|record| away(&record.host, silent));
+            guest.alarm = match (guest.alarm, away) {
+                (Some(before), Some(away)) => Some(format!("{away}; before that: {before}")),
+                (before, away) => away.or(before),
+            };
         }
         let told = parts.hosts.base_missing_bytes(host, guest.id, record.owner.epoch);
         // What was durable before a restart of the controller holds; else only the host knows.
@@ -35,17 +39,22 @@ async fn shown(parts: &Parts, record: &GuestRecord) -> Result<Guest, Failure> {
 
 /// How long a host's link may be down before its guests' owners are told: agents dial again within seconds.
 const AWAY_PATIENCE: Duration = Duration::from_secs(10);
+/// And before they are told what can be done: a machine that starts anew is back by then.
+const GONE_PATIENCE: Duration = Duration::from_secs(600);
 
 /// What is to be said of a guest whose host has had no link to the controller for so long.
 fn away(host: &Host, silent: Duration) -> Option<String> {
     let name = &host.name;
-    (silent >= AWAY_PATIENCE).then(|| {
-        format!(
-            "its host {name} has been away for {} s: whether the guest runs is not known; if that host is gone for good, \
-             `supercloud host remove {name}` lets the guest start elsewhere",
-            silent.as_secs()
-        )
-    })
+    let advice = match silent >= GONE_PATIENCE {
+        false => String::new(),
+        true => format!(
+            "; what it has written is on the disk of {name} alone: only if that is gone for good, `supercloud host remove {name} \
+             --force` gives it up, and the guest can start elsewhere from its image"
+        ),
+    };
+    let seconds = silent.as_secs();
+    (silent >= AWAY_PATIENCE)
+        .then(|| format!("its host {name} has been away for {seconds} s: whether the guest runs is not known{advice}"))
 }
 
 /// Whether all that the guest's volumes stand on is known to be in its own cloud.
@@ -109,4 +118,25 @@ pub async fn change(
         asker.commit(&api.parts, now.guest.project, change, Reply::ok(&shown(&api.parts, &now).await?)?).await
     })
     .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_told_that_a_host_is_away_is_not_sent_into_losing_its_disks() {
+        let host: Host = serde_json::from_value(serde_json::json!({
+            "id": supercloud_api::ids::HostId::generate(), "name": "h1", "cloud": supercloud_api::ids::CloudId::generate(),
+            "cloud_name": "west", "state": "unreachable", "data_address": null, "overlay_address": null, "overlay_index": 1,
+            "capacity": { "vcpus": 1, "memory_bytes": 1, "disk_bytes": 1 }, "used": { "vcpus": 0, "memory_bytes": 0, "disk_bytes": 0 },
+            "compat_classes": [], "probe": {}, "agent_version": "", "certificate_sha256": "", "last_seen_ms": 0, "created_at_ms": 0,
+        }))
+        .unwrap();
+        assert_eq!(away(&host, Duration::from_secs(9)), None);
+        let soon = away(&host, Duration::from_secs(11)).unwrap();
+        assert!(soon.contains("h1 has been away for 11 s") && !soon.contains("remove"), "{soon}");
+        let late = away(&host, Duration::from_secs(601)).unwrap();
+        assert!(late.contains("on the disk of h1 alone") && late.contains("--force"), "{late}");
+    }
 }

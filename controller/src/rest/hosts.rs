@@ -74,8 +74,10 @@ pub async fn change(
 /// What only this host has, as sentences: blocks and volumes of guests that it does not run, and the last way into its cloud's store.
 async fn only_here(api: &Api, host: &Host, guests: &[Stored<GuestRecord>]) -> Result<Vec<String>, Failure> {
     let mut found = Vec::new();
-    for record in guests.iter().filter(|record| record.owner.owner != Owner::Host(host.id)) {
-        if record.owner.holders.iter().any(|holder| holder.host == host.id && holder.needed && !holder.lost) {
+    for record in guests {
+        if record.owner.owner == Owner::Host(host.id) {
+            found.push(format!("what guest {} has written to its disk", record.guest.name));
+        } else if record.owner.holders.iter().any(|holder| holder.host == host.id && holder.needed && !holder.lost) {
             found.push(format!("disk blocks of guest {}", record.guest.name));
         }
     }
@@ -126,8 +128,8 @@ pub(super) async fn removal(
         return Err(Failure::new(
             Code::WrongState,
             format!(
-                "only this host has: {list}. Wait until moves have finished, start or thaw those guests elsewhere, or give all \
-                 this up with ?force=true"
+                "only this host has: {list}. Wait until it is back or until moves have finished, start or thaw those guests \
+                 elsewhere, or give all this up with ?force=true: such guests then start from their images"
             ),
         ));
     }

@@ -47,9 +47,12 @@ pub async fn sweep(State(api): State<Api>, asker: Asker, Path(store): Path<Strin
     } else {
         let cloud = asker.find::<Cloud>(&api.parts, &Ref::from(store)).await?;
         let hosts = api.parts.state.list::<HostRecord>().await?;
-        let is_there = |host: &HostRecord| host.host.cloud == cloud.id && api.parts.hosts.get(host.host.id).is_some();
+        let is_there = |host: &HostRecord| {
+            let id = host.host.id;
+            host.host.cloud == cloud.id && api.parts.hosts.get(id).is_some() && api.parts.sweeps.takes_orders(id)
+        };
         if !hosts.iter().any(|host| is_there(host)) {
-            let why = format!("no host of cloud {} is connected: its hosts sweep its store", cloud.name);
+            let why = format!("no host of cloud {} that sweeps its store is connected", cloud.name);
             return Err(Failure::new(Code::WrongState, why));
         }
         (StoreOf::Cloud(cloud.id), Some(cloud.value))

@@ -157,6 +157,7 @@ impl Seat {
             guests,
             volumes: Vec::new(),
             view_revision: 0,
+            takes_sweeps: false,
         }
     }
 }

@@ -1179,7 +1179,8 @@ export interface components {
             deadline_ms?: number | null;
             /**
              * Format: int64
-             * @description The pause that is aimed at, the hand-over included, in milliseconds; 300 when absent.
+             * @description The pause that is aimed at, in milliseconds; 300 when absent. The hand-over has its share of it, except for a guest that does
+             *     not come to such a pause in six rounds: its last pages may take all of it.
              */
             max_downtime_ms?: number | null;
             /** @description Why, for the audit trail; at most 256 bytes. */

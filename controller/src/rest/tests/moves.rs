@@ -200,7 +200,9 @@ async fn a_host_goes_only_when_nothing_can_run_on_there() {
     let admin = test.admin_client();
     assert_eq!(problem(admin.remove_host("east-1", false).await).code, Code::WrongState);
     test.parts().hosts.gone(world.hosts[0].id);
-    let removed = admin.remove_host("east-1", false).await.unwrap();
+    let refused = problem(admin.remove_host("east-1", false).await);
+    assert!(refused.detail.contains("what guest web has written to its disk"), "{}", refused.detail);
+    let removed = admin.remove_host("east-1", true).await.unwrap();
     assert_eq!(removed.state, supercloud_api::HostState::Removed);
     assert_eq!(problem(admin.host("east-1").await).code, Code::NotFound, "the name is free again");
     assert_eq!(admin.host(&removed.id.to_string()).await.unwrap().id, removed.id);
