@@ -412,22 +412,6 @@ impl Lab {
         Ok(site.boot(&self.program, &self.hosts_file())?)
     }
 
-    /// The daemons that [`Lab::spawn`] ever started in a site, by name.
-    ///
-    /// # Errors
-    /// When there is no such host or its folder cannot be read.
-    pub fn remembered(&self, name: &str) -> Result<Vec<String>, LabError> {
-        let dir = self.host(name)?.dir;
-        let io = |source| StateError::Io { what: "read", path: dir.display().to_string(), source };
-        let mut names = Vec::new();
-        for entry in fs::read_dir(&dir).map_err(io)? {
-            let file = entry.map_err(io)?.file_name().to_string_lossy().into_owned();
-            names.extend(file.strip_prefix("daemon-").and_then(|rest| rest.strip_suffix(".json")).map(str::to_owned));
-        }
-        names.sort();
-        Ok(names)
-    }
-
     /// Sends a signal to processes of a host; how many there were.
     ///
     /// # Errors

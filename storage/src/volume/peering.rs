@@ -97,7 +97,7 @@ impl Volume {
                 bare.iter()
                     .skip(worker * share)
                     .take(share)
-                    .try_for_each(|&block| inner.digested(block, true).map(drop))
+                    .try_for_each(|&block| inner.digested(block, false).map(drop))
             })
         });
         futures::future::try_join_all(work).await.map(drop)

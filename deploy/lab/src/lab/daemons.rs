@@ -1,6 +1,10 @@
 //! The daemons of a site: started, started again, forgotten.
 
-use std::{fs, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use super::{Lab, LabError};
 use crate::{
@@ -10,6 +14,14 @@ use crate::{
     state::{self, StateError},
 };
 
+const PREFIX: &str = "daemon-";
+const SUFFIX: &str = ".json";
+
+/// Where it is remembered how a daemon of a site was started.
+fn kept_at(site: &Path, name: &str) -> PathBuf {
+    site.join(format!("{PREFIX}{name}{SUFFIX}"))
+}
+
 impl Lab {
     /// Starts a daemon in a site and remembers how, for [`Lab::restart`].
     ///
@@ -17,7 +29,7 @@ impl Lab {
     /// When one of its name runs already, or it cannot be started.
     pub fn spawn(&self, site: &str, process: &ProcessSpec) -> Result<i32, LabError> {
         let site = self.host(site)?;
-        let path = site.dir.join(format!("daemon-{}.json", process.name));
+        let path = kept_at(&site.dir, &process.name);
         let text = serde_json::to_string_pretty(process).map_err(|error| StateError::Io {
             what: "write",
             path: path.display().to_string(),
@@ -33,7 +45,7 @@ impl Lab {
     /// When it was never started or does not start.
     pub fn restart(&self, site: &str, name: &str) -> Result<i32, LabError> {
         let site = self.host(site)?;
-        let path = site.dir.join(format!("daemon-{name}.json"));
+        let path = kept_at(&site.dir, name);
         let io = |source| StateError::Io { what: "read", path: path.display().to_string(), source };
         let text = fs::read(&path).map_err(io)?;
         let process: ProcessSpec = serde_json::from_slice(&text).map_err(|error| io(error.into()))?;
@@ -41,12 +53,28 @@ impl Lab {
         Ok(site.spawn(process)?)
     }
 
+    /// The daemons that [`Lab::spawn`] ever started in a site, by name.
+    ///
+    /// # Errors
+    /// When there is no such host or its folder cannot be read.
+    pub fn remembered(&self, name: &str) -> Result<Vec<String>, LabError> {
+        let dir = self.host(name)?.dir;
+        let io = |source| StateError::Io { what: "read", path: dir.display().to_string(), source };
+        let mut names = Vec::new();
+        for entry in fs::read_dir(&dir).map_err(io)? {
+            let file = entry.map_err(io)?.file_name().to_string_lossy().into_owned();
+            names.extend(file.strip_prefix(PREFIX).and_then(|rest| rest.strip_suffix(SUFFIX)).map(str::to_owned));
+        }
+        names.sort();
+        Ok(names)
+    }
+
     /// A daemon that was ended for good is not started again when its host boots.
     ///
     /// # Errors
     /// When there is no such host or its folder cannot be written.
     pub fn forget(&self, site: &str, name: &str) -> Result<(), LabError> {
-        let path = self.host(site)?.dir.join(format!("daemon-{name}.json"));
+        let path = kept_at(&self.host(site)?.dir, name);
         match fs::remove_file(&path) {
             Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
                 Err(StateError::Io { what: "remove", path: path.display().to_string(), source }.into())
