@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::{Cluster, Demand, Domain, Host, HostNumber, Kind, Load, Objective, Room, Rule, domain_of};
+use super::{Cluster, Demand, Domain, Domains, Host, HostNumber, Kind, Load, Objective, Room, Rule, domain_of};
 use crate::placement::Refusal;
 
 /// What a host costs and how loaded it would be: lower is better, field by field.
@@ -31,11 +31,11 @@ impl Cluster {
     /// The best host for a guest, if any passes all filters. The same cluster and demand give the same answer.
     #[must_use]
     pub fn place(&self, demand: &Demand, objective: &Objective) -> Option<HostNumber> {
-        self.best(demand, objective, 1).first().map(|(_, host)| *host)
+        self.best(demand, objective, true).first().map(|(_, host)| *host)
     }
 
-    /// Of every kind the best `per_kind` hosts, best first.
-    pub(super) fn best(&self, demand: &Demand, objective: &Objective, per_kind: usize) -> Vec<(Score, HostNumber)> {
+    /// Every host that passes, or with `is_one` only the best; best first.
+    pub(super) fn best(&self, demand: &Demand, objective: &Objective, is_one: bool) -> Vec<(Score, HostNumber)> {
         if let Some(number) = demand.host {
             let Some(host) = self.hosts.get(&number) else { return Vec::new() };
             let is_good = self.refuse(demand, number, host).is_none();
@@ -46,34 +46,30 @@ impl Cluster {
             return Vec::new();
         }
         let mut found: Vec<(Score, HostNumber)> = Vec::new();
-        let need = demand.room.memory_bytes;
         for (kind, open) in self.kinds.iter().zip(&self.open) {
             if open.is_empty() || !kind.capacity.holds(&demand.room) || self.refuse_kind(demand, kind).is_some() {
                 continue;
             }
             let cost = self.cost(demand, objective, kind);
-            // The best of a kind cannot be better than its cost; with one host wanted, a dearer kind need not be looked at.
-            if per_kind == 1 && found.first().is_some_and(|(best, _)| cost > best.cost_nanousd_per_hour) {
+            let so_far = if is_one { found.first().copied() } else { None };
+            // The best of a kind cannot be better than its cost: a dearer kind need not be looked at.
+            if so_far.is_some_and(|(best, _)| cost > best.cost_nanousd_per_hour)
+                || demand.groups.iter().any(|group| self.refuse_group_in(*group, &kind.domains))
+            {
                 continue;
             }
-            let with_room = open.range((need, 0)..);
-            let mut taken = 0;
-            let mut take = |(free, not_number): &(u64, u32)| {
-                let number = !*not_number;
-                let Some(host) = self.hosts.get(&number) else { return false };
-                if self.refuse_host(demand, number, host).is_none() {
-                    found.push((score_of(cost, objective.load, *free, number), number));
-                    taken += 1;
+            let passes = |number: HostNumber| {
+                self.hosts.get(&number).is_some_and(|host| self.refuse_host(demand, number, host).is_none())
+            };
+            let scored = |free, number| (score_of(cost, objective.load, free, number), number);
+            if is_one {
+                let is_better = |free, number| so_far.is_none_or(|so_far| scored(free, number) < so_far);
+                if let Some((free, number)) = open.best(&demand.room, objective.load, is_better, passes) {
+                    found = vec![scored(free, number)];
                 }
-                taken >= per_kind
-            };
-            match objective.load {
-                Load::Spread => with_room.rev().any(&mut take),
-                Load::Consolidate => with_room.clone().any(&mut take),
-            };
-            if per_kind == 1 {
-                found.sort_unstable();
-                found.truncate(1);
+            } else {
+                let all = open.all(&demand.room).filter(|(_, number)| passes(*number));
+                found.extend(all.map(|(free, number)| scored(free, number)));
             }
         }
         found.sort_unstable();
@@ -101,7 +97,7 @@ impl Cluster {
         score_of(cost, objective.load, host.free().memory_bytes, number)
     }
 
-    fn cost(&self, demand: &Demand, objective: &Objective, kind: &Kind) -> u64 {
+    pub(super) fn cost(&self, demand: &Demand, objective: &Objective, kind: &Kind) -> u64 {
         let zone = kind.domains[2];
         let rent = if objective.has_rent {
             // The larger share of vCPUs and memory: that much of the host nobody else can have.
@@ -192,13 +188,20 @@ impl Cluster {
         if let Some(refusal) = lacks(&host.free(), &demand.room) {
             return Some(refusal);
         }
-        demand.groups.iter().find_map(|group| self.refuse_group(*group, number, host))
+        demand.groups.iter().find_map(|group| self.refuse_group(*group, number, &host.spec.domains))
     }
 
-    fn refuse_group(&self, group: u32, number: HostNumber, host: &Host) -> Option<Refusal> {
+    /// A group's rule refuses all hosts of these domains. Rules by host are looked at host by host.
+    fn refuse_group_in(&self, group: u32, domains: &Domains) -> bool {
+        let rule = self.groups.get(&group).and_then(|there| there.rule);
+        rule.is_some_and(|rule| rule.domain() != Domain::Host)
+            && self.refuse_group(group, HostNumber::MAX, domains).is_some()
+    }
+
+    fn refuse_group(&self, group: u32, number: HostNumber, domains: &Domains) -> Option<Refusal> {
         let there = self.groups.get(&group)?;
         let rule = there.rule?;
-        let here = there.members.get(&domain_of(rule.domain(), &host.spec.domains, number)).copied().unwrap_or(0);
+        let here = there.members.get(&domain_of(rule.domain(), domains, number)).copied().unwrap_or(0);
         match rule {
             Rule::Apart { domain, most } if here >= most => Some(Refusal::Crowded { domain, here, most }),
             Rule::Together { domain } if here == 0 && !there.members.is_empty() => Some(Refusal::Elsewhere(domain)),

@@ -84,7 +84,7 @@ impl Cluster {
         let mut trials: Vec<Trial> = Vec::with_capacity(order.len());
         loop {
             let Some(i) = order.get(trials.len()) else { return self.placed(gang) };
-            let found = self.best(&gang[*i].1, objective, usize::MAX);
+            let found = self.best(&gang[*i].1, objective, false);
             trials.push(Trial { left: found.into_iter().rev().map(|(_, host)| host).collect() });
             // The last guest takes its next host; when it has none left, the one before it does.
             loop {

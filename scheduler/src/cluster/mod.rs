@@ -3,14 +3,18 @@
 //!
 //! ## The index
 //! Hosts that are the same in all that a decision asks except for what is free on them (fault domains, classes, price,
-//! capacity, project) form a **kind**. Filters and costs of a kind are worked out once per decision; within a kind, hosts
-//! are ordered by free memory, so that the first that passes from the wanted end is the best of its kind. Adding, removing
-//! and loading a host changes one entry. There is no scan of all hosts unless one asks for an explanation.
+//! capacity, project) form a **kind**. Filters and costs of a kind are worked out once per decision, also those of groups
+//! that keep apart or together by anything wider than a host; within a kind, hosts are ordered by free memory, so that the
+//! first that passes from the wanted end is the best of its kind. Where memory is free and vCPUs are not, a second order,
+//! by free vCPUs first, spares the look at each of them. Adding, removing and loading a host changes one entry of each.
+//! There is no scan of all hosts unless one asks for an explanation.
 //!
 //! Names of domains, classes, projects, groups and places are numbers here; who calls keeps the names.
 
 mod decide;
 mod gang;
+mod index;
+mod moves;
 pub mod rent;
 #[cfg(test)]
 mod tests;
@@ -24,6 +28,7 @@ use serde::Serialize;
 
 pub use decide::{Explained, Score};
 pub use gang::{Gang, GangBudget};
+pub use moves::{Move, Moves};
 
 use crate::money::NanoUsd;
 
@@ -303,8 +308,8 @@ pub struct Cluster {
     next: HostNumber,
     kinds: Vec<Kind>,
     kind_numbers: HashMap<Kind, usize>,
-    /// Open hosts of each kind by (free memory, complement of the number).
-    open: Vec<BTreeSet<(u64, u32)>>,
+    /// Open hosts of each kind.
+    open: Vec<index::Open>,
     guests: HashMap<GuestNumber, Placed>,
     on_host: HashMap<HostNumber, BTreeSet<GuestNumber>>,
     groups: HashMap<u32, Group>,
@@ -341,19 +346,19 @@ impl Cluster {
         let number = self.kinds.len();
         self.kind_numbers.insert(kind.clone(), number);
         self.kinds.push(kind);
-        self.open.push(BTreeSet::new());
+        self.open.push(index::Open::default());
         number
     }
 
     fn index(&mut self, number: HostNumber) {
         if let Some(host) = self.hosts.get(&number).filter(|host| host.is_open()) {
-            self.open[host.kind].insert((host.free().memory_bytes, !number));
+            self.open[host.kind].insert(&host.free(), number);
         }
     }
 
     fn unindex(&mut self, number: HostNumber) {
         if let Some(host) = self.hosts.get(&number) {
-            self.open[host.kind].remove(&(host.free().memory_bytes, !number));
+            self.open[host.kind].remove(&host.free(), number);
         }
     }
 

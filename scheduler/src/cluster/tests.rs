@@ -186,12 +186,14 @@ fn demands() -> impl Strategy<Value = Demand> {
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
         2 => (1u64..32, 0u32..4, 0u64..4).prop_map(|(gib, zone, price)| Step::Add(gib, zone, price)),
+        // Many of one kind.
+        4 => (0u32..2).prop_map(|zone| Step::Add(24, zone, 1)),
         6 => demands().prop_map(Step::Place),
         2 => (0usize..100).prop_map(Step::Release),
         1 => (0usize..100).prop_map(Step::Flip),
         1 => (0usize..100).prop_map(Step::Remove),
     ];
-    prop::collection::vec(step, 1..60)
+    prop::collection::vec(step, 1..120)
 }
 
 fn ruled() -> Cluster {
@@ -212,8 +214,122 @@ fn ruled() -> Cluster {
     cluster
 }
 
+#[test]
+fn where_vcpus_are_short_the_best_of_those_that_have_them_is_found() {
+    for load in [Load::Spread, Load::Consolidate] {
+        let mut cluster = Cluster::default();
+        for i in 0..200u32 {
+            let number = cluster.add_host(host("h", 64, 0));
+            // Most are empty of memory use and full of vCPUs.
+            let taken = if i % 10 == 7 { room(i / 10 % 4, u64::from(i / 20) % 7) } else { room(4, u64::from(i) % 9) };
+            cluster.assign(u64::from(i), &Demand { room: taken, ..Demand::default() }, number).unwrap();
+        }
+        let objective = Objective { load, ..Objective::default() };
+        for vcpus in 1..=3 {
+            let demand = Demand { room: room(vcpus, 1), ..Demand::default() };
+            assert_eq!(
+                cluster.place(&demand, &objective),
+                slow_place(&cluster, &demand, &objective),
+                "{load:?} {vcpus}"
+            );
+        }
+    }
+}
+
+fn as_demands(guests: impl IntoIterator<Item = (GuestNumber, Demand)>) -> HashMap<GuestNumber, Demand> {
+    guests.into_iter().collect()
+}
+
+#[test]
+fn a_drained_host_is_empty_and_a_group_that_stays_together_leaves_as_a_whole_or_not_at_all() {
+    let mut cluster = Cluster::default();
+    for (i, zone) in [0, 0, 1, 1].into_iter().enumerate() {
+        cluster.add_host(host(&format!("h{i}"), 8, zone));
+    }
+    cluster.set_rule(1, Rule::Together { domain: Domain::Zone }).unwrap();
+    let member = Demand { groups: vec![1], ..demand(6) };
+    let demands = as_demands([(1, member.clone()), (2, member.clone()), (3, demand(2)), (4, demand(3))]);
+    cluster.assign(1, &member, 0).unwrap();
+    cluster.assign(2, &member, 1).unwrap();
+    cluster.assign(3, &demands[&3], 0).unwrap();
+    cluster.assign(4, &demands[&4], 3).unwrap();
+    // The other zone has room for one of the two only.
+    let mut trial = cluster.clone();
+    let moves = trial.drain(&[0, 1], &demands, &Objective::default(), GangBudget::default());
+    assert_eq!(moves, Moves { moves: vec![Move { guest: 3, from: 0, to: 2 }], stuck: vec![1, 2] });
+    assert_eq!((trial.host_of(1), trial.host_of(2)), (Some(0), Some(1)));
+    cluster.release(4).unwrap();
+    let moves = cluster.drain(&[0, 1], &demands, &Objective::default(), GangBudget::default());
+    assert_eq!(moves.stuck, vec![]);
+    assert!(cluster.guests_on(0).is_empty() && cluster.guests_on(1).is_empty());
+    assert!(cluster.hosts().all(|(number, spec)| spec.is_cordoned == (number < 2)), "they take no new ones");
+}
+
+#[test]
+fn an_empty_host_gets_its_share_and_even_loads_stay_as_they_are() {
+    let mut cluster = Cluster::default();
+    for i in 0..5 {
+        cluster.add_host(HostSpec { capacity: room(100, 20), ..host(&format!("h{i}"), 20, 0) });
+    }
+    let demands = as_demands((0..40).map(|guest| (guest, demand(2))));
+    for (guest, demand) in &demands {
+        cluster.assign(*guest, demand, (*guest % 4) as u32).unwrap();
+    }
+    let moves = cluster.rebalance(100, usize::MAX, &demands, &Objective::default());
+    assert_eq!(moves.moves.len(), 8, "{moves:?}");
+    assert!((0..5).all(|number| cluster.guests_on(number).len() == 8));
+    assert_eq!(cluster.rebalance(100, usize::MAX, &demands, &Objective::default()), Moves::default());
+    let mut again = cluster.clone();
+    again.assign(99, &demand(2), 0).unwrap();
+    again.release(4).unwrap();
+    assert_eq!(again.rebalance(100, 0, &demands, &Objective::default()), Moves::default(), "no more than asked for");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(1500))]
+
+    /// Every move of a plan has room and breaks no rule when those before it are done; what is stuck stays; and
+    /// afterwards no host that was drained has anything but what is stuck.
+    #[test]
+    fn moves_can_be_made_in_their_order(
+        hosts in prop::collection::vec((2u64..20, 0u32..4), 2..8), guests in prop::collection::vec((demands(), 0usize..8), 0..25),
+        drained in 0usize..3, band in 0u32..400,
+    ) {
+        let mut cluster = ruled();
+        for (gib, zone) in hosts {
+            cluster.add_host(HostSpec { classes: vec![0, 1, 2], ..host("h", gib, zone) });
+        }
+        let mut demands = HashMap::new();
+        for (guest, (demand, _)) in guests.into_iter().enumerate() {
+            if let Some(at) = cluster.place(&demand, &Objective::default()) {
+                cluster.assign(guest as u64, &demand, at).unwrap();
+                demands.insert(guest as u64, demand);
+            }
+        }
+        let closed: Vec<HostNumber> = cluster.hosts().map(|(number, _)| number).take(drained).collect();
+        let before = cluster.clone();
+        let leaving = cluster.drain(&closed, &demands, &Objective::default(), GangBudget(200));
+        for number in &closed {
+            prop_assert!(cluster.guests_on(*number).iter().all(|guest| leaving.stuck.contains(guest)));
+        }
+        let even = cluster.rebalance(band, 50, &demands, &Objective::default());
+        let mut replay = before;
+        for number in &closed {
+            replay.change_host(*number, |spec| spec.is_cordoned = true).unwrap();
+        }
+        // Of a group that stays together, the first to go is elsewhere than the rest: that rule is for the set as a whole.
+        let alone = |demand: &Demand| Demand { groups: demand.groups.iter().copied().filter(|g| *g != 2).collect(), ..demand.clone() };
+        for one in leaving.moves.iter().chain(&even.moves) {
+            prop_assert_eq!(replay.release(one.guest), Ok(one.from));
+            let demand = alone(&demands[&one.guest]);
+            let there = Demand { host: Some(one.to), ..demand };
+            prop_assert_eq!(replay.place(&there, &Objective::default()), Some(one.to));
+            replay.assign(one.guest, &demands[&one.guest], one.to).unwrap();
+        }
+        for guest in demands.keys() {
+            prop_assert_eq!(replay.host_of(*guest), cluster.host_of(*guest));
+        }
+    }
 
     /// Whatever happens to a cluster, the indexes give the very host that looking at all of them gives, rooms never
     /// go below nothing by a placement, and rules hold.
@@ -315,120 +431,4 @@ fn any_way(cluster: &mut Cluster, gang: &[(GuestNumber, Demand)]) -> bool {
     })
 }
 
-mod renting {
-    use super::{super::rent::*, *};
-    use crate::sim::{fleet::Fleet, hazard::SplitMix};
-
-    fn offer(vcpus: u32, gib: u64, price: u64) -> Offer {
-        Offer { room: room(vcpus, gib), price: NanoUsd(price), most: u32::MAX }
-    }
-
-    /// The cheapest way to rent, by trying every partition of the needs.
-    fn best(needs: &[Room], offers: &[Offer]) -> Option<u64> {
-        fn put(i: usize, needs: &[Room], groups: &mut Vec<Room>, offers: &[Offer]) -> Option<u64> {
-            let Some(need) = needs.get(i) else {
-                let price = |load: &Room| offers.iter().filter(|o| o.room.holds(load)).map(|o| o.price.0).min();
-                return groups.iter().map(price).sum();
-            };
-            let mut least = None;
-            for g in 0..=groups.len() {
-                if g == groups.len() {
-                    groups.push(*need)
-                } else {
-                    groups[g] = groups[g].plus(need)
-                }
-                let found = put(i + 1, needs, groups, offers);
-                if g + 1 == groups.len() && groups[g] == *need {
-                    groups.pop();
-                } else {
-                    groups[g] = groups[g].less(need)
-                }
-                least = [least, found].into_iter().flatten().min();
-            }
-            least
-        }
-        put(0, needs, &mut Vec::new(), offers)
-    }
-
-    fn check(needs: &[Room], offers: &[Offer], hosts: &[Rented]) {
-        let mut seen: Vec<usize> = hosts.iter().flat_map(|host| host.needs.clone()).collect();
-        seen.sort_unstable();
-        assert_eq!(seen, (0..needs.len()).collect::<Vec<_>>(), "each stands on one host");
-        for host in hosts {
-            let load = host.needs.iter().fold(Room::default(), |sum, need| sum.plus(&needs[*need]));
-            assert!(offers[host.offer].room.holds(&load) && !host.needs.is_empty());
-        }
-        for (o, offer) in offers.iter().enumerate() {
-            assert!(hosts.iter().filter(|host| host.offer == o).count() as u64 <= u64::from(offer.most));
-        }
-    }
-
-    #[test]
-    fn what_fits_nowhere_or_runs_out_is_said() {
-        assert_eq!(rent(&[room(1, 9)], &[offer(4, 8, 1)]), None);
-        let one = Offer { most: 1, ..offer(4, 8, 1) };
-        assert_eq!(rent(&[room(1, 8), room(1, 8)], &[one]), None);
-        assert_eq!(rent(&[], &[one]), Some(vec![]));
-        assert_eq!(lower_bound(&[], &[]), NanoUsd(0));
-    }
-
-    #[test]
-    fn one_large_host_is_rented_where_it_is_cheaper_than_many_small_ones() {
-        let offers = [offer(1, 2, 30), offer(8, 16, 100)];
-        let hosts = rent(&[room(1, 2); 8], &offers).unwrap();
-        assert_eq!((hosts.len(), cost(&hosts, &offers)), (1, NanoUsd(100)));
-        let hosts = rent(&[room(1, 2); 9], &offers).unwrap();
-        assert_eq!(cost(&hosts, &offers), NanoUsd(130), "the ninth gets a small one");
-    }
-
-    /// The seed fleet on list prices, and seeded fleets of 60 guests: near the bound.
-    #[test]
-    fn real_fleets_are_packed_near_the_bound() {
-        // m5, c5 and r5 of 2021, large to 4xlarge, USD/1000 per hour.
-        let offers: Vec<Offer> = (1u32..=8)
-            .filter(|n| n.is_power_of_two())
-            .flat_map(|n| {
-                let of = |gib: u64, price: u64| offer(2 * n, gib * u64::from(n), price * u64::from(n));
-                [of(8, 96), of(4, 85), of(16, 126)]
-            })
-            .collect();
-        let ratio = |needs: &[Room]| {
-            let hosts = rent(needs, &offers).unwrap();
-            check(needs, &offers, &hosts);
-            cost(&hosts, &offers).0 as f64 / lower_bound(needs, &offers).0 as f64
-        };
-        let shipped: Vec<Room> = (Fleet::default().guests().iter())
-            .map(|guest| Room { vcpus: guest.vcpus, memory_bytes: guest.load.memory_bytes, disk_bytes: 0 })
-            .collect();
-        let found = ratio(&shipped);
-        assert!(found <= 1.15, "the shipped fleet: {found}");
-        let mut random = SplitMix(7);
-        for _ in 0..50 {
-            let needs: Vec<Room> =
-                (0..60).map(|_| room(1 + random.below(4) as u32, 1 + random.below(24) as u64)).collect();
-            let found = ratio(&needs);
-            assert!(found <= 1.15, "{found}");
-        }
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(500))]
-
-        /// The packing is valid, never below the bound, nor is the best one; and never far from the best.
-        #[test]
-        fn renting_is_valid_and_between_the_bound_and_a_host_for_each(
-            needs in prop::collection::vec((1u32..5, 1u64..9), 1..6),
-            offers in prop::collection::vec((4u32..9, 8u64..17, 10u64..100), 1..4),
-        ) {
-            let needs: Vec<Room> = needs.into_iter().map(|(vcpus, gib)| room(vcpus, gib)).collect();
-            let offers: Vec<Offer> = offers.into_iter().map(|(vcpus, gib, price)| offer(vcpus, gib, price)).collect();
-            let hosts = rent(&needs, &offers).unwrap();
-            check(&needs, &offers, &hosts);
-            let (paid, bound, best) = (cost(&hosts, &offers).0, lower_bound(&needs, &offers).0, best(&needs, &offers).unwrap());
-            prop_assert!(bound <= best && best <= paid, "{bound} {best} {paid}");
-            let cheapest = offers.iter().map(|offer| offer.price.0).min().unwrap();
-            prop_assert!(paid <= cheapest * needs.len() as u64);
-            prop_assert!(paid <= 2 * best, "{paid} against {best}");
-        }
-    }
-}
+mod renting;
