@@ -7,14 +7,20 @@
 //!                                      < {"event": "sent", "state": "sent", "progress": {...}}
 //!                                      < {"event": "stream", "state": "running"}
 //! > {"id": 2, "do": "dance"}           < {"error": "..."} and the connection is closed
+//!                                      < {"event": "disk_lost", "state": "running", "disk": "root"}
+//! > {"id": 4, "do": "disk", "disk": "root"} + a socket  < {"id": 4, "state": "running"}
 //!                                      < {"event": "powered_off", "state": "ended"}
 //! ```
+//!
+//! With `disk` and `stream` comes a connected unix socket (`SCM_RIGHTS`, unix(7), in the message that ends the line): the new way to
+//! the volume process of a disk, the way by which the guest leaves or comes.
 //!
 //! The socket outlives its clients, so that an agent that was restarted finds the guest again; there is one client at a
 //! time, a new one replaces the one before, and only the user that runs this process (or root) may be one.
 
 use std::{
-    io::{self, BufRead as _, BufReader, Read as _, Write as _},
+    fs::File,
+    io::{self, Write as _},
     os::{
         fd::{AsRawFd as _, OwnedFd},
         unix::net::{UnixListener, UnixStream},
@@ -24,11 +30,12 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket as _;
 
 use crate::owner::Input;
 
 /// Longest request.
-const MAX_LINE_BYTES: u64 = 4096;
+const MAX_LINE_BYTES: usize = 4096;
 /// A client that does not read is dropped.
 const WRITE_BUDGET: Duration = Duration::from_secs(5);
 
@@ -44,14 +51,20 @@ pub enum Verb {
     Pause,
     /// Send it over the stream while it runs.
     Send,
+    /// Change the limits of sending it, while it is being sent.
+    Limits,
     /// Give up sending it; it runs on. Give up receiving it.
     Cancel,
+    /// Take the socket that comes with this as the way by which the guest leaves or comes.
+    Stream,
+    /// Take the socket that comes with this as the way to a disk.
+    Disk,
     /// End the process.
     End,
 }
 
 /// A request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Request {
     /// By which its answer is known.
@@ -59,10 +72,12 @@ pub struct Request {
     /// What.
     #[serde(rename = "do")]
     pub verb: Verb,
-    /// Of `send`: how long the guest may stand still, in milliseconds.
+    /// Of `send` and `limits`: how long the guest may stand still, in milliseconds.
     pub max_downtime_ms: Option<u64>,
-    /// Of `send`: bytes per second on the stream at most.
+    /// Likewise: bytes per second on the stream at most.
     pub max_bytes_per_s: Option<u64>,
+    /// Of `disk`: its name.
+    pub disk: Option<String>,
 }
 
 /// How the guest is.
@@ -84,7 +99,7 @@ pub enum State {
 }
 
 /// What happened to the guest.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Event {
     /// It reset itself and boots again.
@@ -105,6 +120,12 @@ pub enum Event {
     NotArrived,
     /// There is a new stream.
     Stream,
+    /// The way to a disk broke; what the guest wants of it waits for another.
+    DiskLost,
+    /// A disk answers with errors; what the guest wants of it is tried again and again.
+    DiskRefused,
+    /// It answers again.
+    DiskAnswers,
 }
 
 /// A line to the client.
@@ -122,6 +143,15 @@ pub struct Line {
     /// How far it is with sending it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub progress: Option<Progress>,
+    /// Of an ended guest, in the answer to `status`: how it ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ended: Option<Event>,
+    /// The disk that something happened to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk: Option<String>,
+    /// In the answer to `status`: disks to which there is no way.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub lost: Vec<String>,
     /// Why what was asked for was not done, or what happened.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
@@ -231,17 +261,11 @@ fn greet(number: u64, stream: UnixStream, inputs: &Sender<Input>) {
 }
 
 fn read_requests(number: u64, stream: UnixStream, inputs: &Sender<Input>) {
-    let Ok(back) = stream.try_clone() else { return };
-    let mut reader = BufReader::new(stream);
-    loop {
-        let mut line = String::new();
-        let Ok(count) = reader.by_ref().take(MAX_LINE_BYTES).read_line(&mut line) else { break };
-        if count == 0 {
-            break;
-        }
-        match serde_json::from_str::<Request>(&line) {
+    let mut lines = Lines { stream, bytes: Vec::new(), socket: None };
+    while let Some((line, socket)) = lines.next() {
+        match serde_json::from_slice::<Request>(&line) {
             Ok(request) => {
-                if inputs.send(Input::Request(number, request)).is_err() {
+                if inputs.send(Input::Request(number, request, socket)).is_err() {
                     break;
                 }
             }
@@ -249,12 +273,48 @@ fn read_requests(number: u64, stream: UnixStream, inputs: &Sender<Input>) {
                 let line = Line { error: Some(error.to_string()), ..Line::default() };
                 let mut text = serde_json::to_vec(&line).unwrap_or_default();
                 text.push(b'\n');
-                let _ = (&back).write_all(&text);
+                let _ = (&lines.stream).write_all(&text);
                 break;
             }
         }
     }
-    let _ = back.shutdown(std::net::Shutdown::Both);
+    let _ = lines.stream.shutdown(std::net::Shutdown::Both);
+}
+
+/// Lines, and the sockets that came with them.
+struct Lines {
+    stream: UnixStream,
+    bytes: Vec<u8>,
+    socket: Option<File>,
+}
+
+impl Lines {
+    /// The next line, with the last socket that came in or before its end; a line that is too long is cut there.
+    fn next(&mut self) -> Option<(Vec<u8>, Option<UnixStream>)> {
+        loop {
+            let end = self.bytes.iter().position(|byte| *byte == b'\n').map(|at| at + 1);
+            if let Some(end) = end.or_else(|| (self.bytes.len() >= MAX_LINE_BYTES).then_some(MAX_LINE_BYTES)) {
+                let rest = self.bytes.split_off(end);
+                let line = std::mem::replace(&mut self.bytes, rest);
+                // One that is no socket fails at its first use.
+                let socket = self.socket.take().map(|file| UnixStream::from(OwnedFd::from(file)));
+                return Some((line, socket));
+            }
+            let mut piece = [0; 1024];
+            let (count, socket) = match self.stream.recv_with_fd(&mut piece) {
+                Ok(got) => got,
+                Err(error) if error.errno() == libc::EINTR => continue,
+                Err(_) => return None,
+            };
+            if let Some(socket) = socket {
+                self.socket = Some(socket);
+            }
+            if count == 0 {
+                return None;
+            }
+            self.bytes.extend_from_slice(&piece[..count]);
+        }
+    }
 }
 
 /// Whether the client runs as our own user, or as root.
@@ -282,7 +342,10 @@ mod tests {
     #[test]
     fn requests_are_read_strictly() {
         let good = serde_json::from_str::<Request>(r#"{"id": 7, "do": "pause"}"#).unwrap();
-        assert_eq!(good, Request { id: 7, verb: Verb::Pause, max_downtime_ms: None, max_bytes_per_s: None });
+        assert_eq!(
+            good,
+            Request { id: 7, verb: Verb::Pause, max_downtime_ms: None, max_bytes_per_s: None, disk: None }
+        );
         let send = serde_json::from_str::<Request>(r#"{"id": 7, "do": "send", "max_downtime_ms": 20}"#).unwrap();
         assert_eq!(send.max_downtime_ms, Some(20));
         for bad in [

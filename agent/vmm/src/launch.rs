@@ -74,7 +74,7 @@ pub struct Wiring {
     pub kernel: RawFd,
     /// The initial ramdisk.
     pub initrd: Option<RawFd>,
-    /// Disks by their names.
+    /// Disks by their names: files, or connected sockets of volume processes, which speak NBD.
     #[serde(default)]
     pub disks: BTreeMap<String, RawFd>,
     /// Taps by the names of their cards: opened with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`.
@@ -116,9 +116,8 @@ impl Launch {
         if *has_initrd != launch.wiring.initrd.is_some() {
             return refuse("initrd", "it is there when the guest has none, or the other way round");
         }
-        let has_stream = launch.wiring.stream.is_some() || launch.wiring.streams.is_some();
-        if launch.arrives && !(has_stream && launch.wiring.control.is_some()) {
-            return refuse("stream", "a guest that arrives needs it (or 'streams'), and 'control' to be let run");
+        if launch.arrives && launch.wiring.control.is_none() {
+            return refuse("control", "a guest that arrives needs it to be let run");
         }
         let disks: BTreeSet<_> = launch.spec.devices.disks.iter().map(|disk| &disk.name).collect();
         let cards: BTreeSet<_> = launch.spec.devices.nics.iter().map(|nic| &nic.name).collect();
@@ -131,13 +130,30 @@ impl Launch {
     }
 }
 
+/// What holds a disk's bytes.
+#[derive(Debug)]
+pub enum DiskEnd {
+    /// A file or a block device.
+    File(File),
+    /// A volume process.
+    Volume(UnixStream),
+}
+
+impl DiskEnd {
+    fn new(file: File) -> Result<Self, LaunchError> {
+        use std::os::unix::fs::FileTypeExt as _;
+        let kind = file.metadata().map_err(|source| LaunchError::Io { name: "disks".to_owned(), source })?.file_type();
+        Ok(if kind.is_socket() { Self::Volume(UnixStream::from(OwnedFd::from(file))) } else { Self::File(file) })
+    }
+}
+
 /// All descriptors of the process, by what they are.
 #[derive(Debug)]
 pub struct Held {
     pub kvm: File,
     pub kernel: File,
     pub initrd: Option<File>,
-    pub disks: BTreeMap<String, File>,
+    pub disks: BTreeMap<String, DiskEnd>,
     pub taps: BTreeMap<String, File>,
     pub console_out: Option<File>,
     pub console_in: Option<File>,
@@ -161,7 +177,9 @@ impl Held {
         let kvm = take("kvm", wiring.kvm)?;
         let kernel = take("kernel", wiring.kernel)?;
         let initrd = wiring.initrd.map(|fd| take("initrd", fd)).transpose()?;
-        let disks = map(&wiring.disks, &mut take)?;
+        let disks: BTreeMap<String, File> = map(&wiring.disks, &mut take)?;
+        let disks = disks.into_iter().map(|(name, file)| DiskEnd::new(file).map(|end| (name, end)));
+        let disks = disks.collect::<Result<_, LaunchError>>()?;
         let taps: BTreeMap<String, File> = map(&wiring.taps, &mut take)?;
         let stream = wiring.stream.map(|fd| take("stream", fd)).transpose()?;
         let control = wiring.control.map(|fd| take("control", fd)).transpose()?;
@@ -232,7 +250,7 @@ mod tests {
         assert!(Launch::parse(&text(|_| {})).is_ok());
         type Spoil = fn(&mut serde_json::Value);
         let cases: [(&str, Spoil); 8] = [
-            ("stream", |v| v["arrives"] = true.into()),
+            ("control", |v| v["arrives"] = true.into()),
             ("another back end", |v| v["spec"]["class"]["back_end"] = "libvirt".into()),
             ("balloon", |v| v["spec"]["devices"]["has_balloon"] = true.into()),
             ("booting from a disk", |v| v["spec"]["boot"] = serde_json::json!({"from": "disk"})),

@@ -15,6 +15,7 @@
 //! code 0 when it switched itself off, 1 when it cannot go on. A guest that resets is booted again.
 
 mod control;
+mod disks;
 mod launch;
 mod owner;
 mod travel;

@@ -20,12 +20,13 @@ use supercloud_blanket::{
         Machine, MachineConfig, Outcome,
         boot::BootFiles,
         legacy::{SerialPort, Sink},
-        virtio::{self, Device, block::RawFile},
+        virtio::{self, Device, nbd::LinkNews},
     },
 };
 
 use crate::{
     control::{self, Client, Event, Line, Progress, Request, State, Verb},
+    disks::Disks,
     launch::Held,
     travel::{self, Arrival, Parts, Received, Receiving, Sending},
 };
@@ -36,7 +37,7 @@ pub enum Input {
     /// A client is there, by its number.
     Client(u64, UnixStream),
     /// That one asks for something.
-    Request(u64, Request),
+    Request(u64, Request, Option<UnixStream>),
     /// A run has come to its end; the number is that of the boot, so that a late word of the one before counts for nothing.
     Outcome(u64, Outcome),
     /// So far it is with sending the guest.
@@ -47,6 +48,10 @@ pub enum Input {
     Stream(UnixStream),
     /// The machine has come, or not.
     Received(Box<Received>),
+    /// Something happened to the way to a disk.
+    Disk(String, LinkNews),
+    /// A client's new way to a disk is taken, or not: the client's number, the request's, and why not.
+    Attached(u64, u64, String, Option<String>),
 }
 
 /// The serial port of the machine that is there now.
@@ -55,6 +60,9 @@ type CurrentSerial = Arc<Mutex<Option<Arc<Mutex<SerialPort>>>>>;
 struct Owner<'a> {
     spec: &'a MachineSpec,
     held: Held,
+    disks: Disks,
+    /// How the guest ended.
+    ended: Option<Event>,
     inputs: mpsc::Sender<Input>,
     serial: CurrentSerial,
     machine: Option<Machine>,
@@ -69,8 +77,8 @@ struct Owner<'a> {
     asked: Option<(u64, u64)>,
     /// While the machine comes over the stream.
     receiving: Option<Receiving>,
-    /// Streams can be connected.
-    has_streams: bool,
+    /// Another stream can come.
+    takes_streams: bool,
 }
 
 /// Runs the guest to its end.
@@ -86,9 +94,12 @@ pub fn run(spec: &MachineSpec, arrives: bool, mut held: Held) -> anyhow::Result<
     if let (Console::Serial, Some(input)) = (spec.devices.console, held.console_in.take_if(|_| is_serial(spec))) {
         feed_serial(input, Arc::clone(&serial))?;
     }
+    let disks = Disks::new(std::mem::take(&mut held.disks), &sender)?;
     let mut owner = Owner {
         spec,
         held,
+        disks,
+        ended: None,
         inputs: sender.clone(),
         serial,
         machine: None,
@@ -99,7 +110,7 @@ pub fn run(spec: &MachineSpec, arrives: bool, mut held: Held) -> anyhow::Result<
         missed: None,
         asked: None,
         receiving: None,
-        has_streams: streams.is_some(),
+        takes_streams: streams.is_some() || has_control,
     };
     if arrives {
         owner.state = State::Arriving;
@@ -120,10 +131,21 @@ pub fn run(spec: &MachineSpec, arrives: bool, mut held: Held) -> anyhow::Result<
         let Ok(input) = receiver.recv() else { return Ok(ExitCode::FAILURE) };
         match input {
             Input::Client(number, stream) => owner.client.replace(number, stream),
-            Input::Request(number, request) => {
-                if owner.client.is(number) && owner.answer(number, request) {
+            Input::Request(number, request, socket) => {
+                if owner.client.is(number) && owner.answer(number, &request, socket) {
                     return Ok(ExitCode::SUCCESS);
                 }
+            }
+            Input::Disk(disk, news) => {
+                let (event, error) = owner.disks.hear_of(&disk, news);
+                let state = Some(owner.state);
+                owner.client.tell(&Line { event: Some(event), state, disk: Some(disk), error, ..Line::default() });
+            }
+            Input::Attached(number, id, disk, error) => {
+                if error.is_some() {
+                    owner.disks.lose(disk);
+                }
+                owner.answer_late(Some((number, id)), error);
             }
             Input::Outcome(boot, outcome) if boot == owner.boots && owner.state != State::Ended => {
                 let code = owner.take(outcome);
@@ -193,7 +215,7 @@ impl Owner<'_> {
             }
             Err(error) => {
                 self.drop_stream();
-                if !self.has_streams {
+                if !self.takes_streams {
                     return Err(error).context("receiving the guest");
                 }
                 (Event::NotArrived, Some(format!("{:#}", anyhow::Error::from(error))))
@@ -219,15 +241,24 @@ impl Owner<'_> {
         }
     }
 
-    /// Takes a new stream in place of the one before, which nobody uses just now.
+    /// Takes who connected as the stream, in place of the one before, if nobody uses that just now.
     fn connect(&mut self, stream: UnixStream) -> anyhow::Result<()> {
         if self.sending.is_some() || self.receiving.is_some() || self.state == State::Ended {
             // Closed: who connected it finds out.
             return Ok(());
         }
+        self.take_stream(Some(stream))?;
+        self.client.tell(&Line { event: Some(Event::Stream), state: Some(self.state), ..Line::default() });
+        Ok(())
+    }
+
+    fn take_stream(&mut self, stream: Option<UnixStream>) -> anyhow::Result<()> {
+        let stream = stream.context("no socket came with it")?;
+        anyhow::ensure!(self.state != State::Ended, "the guest has ended");
+        anyhow::ensure!(self.sending.is_none() && self.receiving.is_none(), "there is a stream, and it is being used");
+        stream.set_nonblocking(false).context("setting up the stream")?;
         self.drop_stream();
         self.held.stream = Some(stream);
-        self.client.tell(&Line { event: Some(Event::Stream), state: Some(self.state), ..Line::default() });
         if self.state == State::Arriving { self.receive().context("receiving the guest") } else { Ok(()) }
     }
 
@@ -280,9 +311,8 @@ impl Owner<'_> {
         let clone = |file: &File| file.try_clone().context("copying a descriptor");
         let mut devices = Vec::new();
         for disk in &self.spec.devices.disks {
-            let file = self.held.disks.get(&disk.name).with_context(|| format!("disk '{}'", disk.name))?;
-            let backend = RawFile::new(clone(file)?).with_context(|| format!("disk '{}'", disk.name))?;
-            devices.push(virtio::block::device(Box::new(backend), &disk.name, disk.is_read_only));
+            let backend = self.disks.backend(&disk.name)?;
+            devices.push(virtio::block::device(backend, &disk.name, disk.is_read_only));
         }
         for nic in &self.spec.devices.nics {
             let tap = self.held.taps.get(&nic.name).with_context(|| format!("card '{}'", nic.name))?;
@@ -307,11 +337,16 @@ impl Owner<'_> {
     }
 
     /// Does what is asked for; whether the process shall end.
-    fn answer(&mut self, client: u64, request: Request) -> bool {
+    fn answer(&mut self, client: u64, request: &Request, socket: Option<UnixStream>) -> bool {
         let mut error = None;
         let has_limits = request.max_downtime_ms.is_some() || request.max_bytes_per_s.is_some();
         match (request.verb, self.state) {
-            (verb, _) if has_limits && verb != Verb::Send => error = Some("limits are for 'send' only".to_owned()),
+            (verb, _) if has_limits && !matches!(verb, Verb::Send | Verb::Limits) => {
+                error = Some("limits are for 'send' and 'limits' only".to_owned());
+            }
+            (verb, _) if request.disk.is_some() && verb != Verb::Disk => {
+                error = Some("a disk is for 'disk' only".to_owned());
+            }
             // Answered when it has come, or when it is back.
             (Verb::Resume, State::Arriving) | (Verb::Pause, State::Sending) if self.asked.is_none() => {
                 self.asked = Some((client, request.id));
@@ -320,6 +355,12 @@ impl Owner<'_> {
                 }
                 return false;
             }
+            (Verb::Disk, _) => match self.disks.attach(client, request, socket, &self.inputs) {
+                // Answered when hands were shaken.
+                None => return false,
+                why => error = why,
+            },
+            (Verb::Stream, _) => error = self.take_stream(socket).err().map(|failed| format!("{failed:#}")),
             (Verb::Status, _)
             | (Verb::Resume, State::Running)
             | (Verb::Pause, State::Paused | State::Sent)
@@ -337,8 +378,12 @@ impl Owner<'_> {
                 error = Some("it has not come yet".to_owned())
             }
             (Verb::Send, State::Running | State::Paused | State::Sent) => {
-                error = self.send(&request).err().map(|failed| format!("{failed:#}"));
+                error = self.send(request).err().map(|failed| format!("{failed:#}"));
             }
+            (Verb::Limits, _) => match &self.sending {
+                Some(sending) => sending.limit(request),
+                None => error = Some("it is not being sent".to_owned()),
+            },
             (Verb::Cancel, _) => match (&self.sending, &self.receiving) {
                 (Some(sending), _) => sending.cancel(),
                 (None, Some(receiving)) => receiving.cancel(),
@@ -349,7 +394,11 @@ impl Owner<'_> {
                 _ => self.state = State::Paused,
             },
         }
-        self.client.tell(&Line { id: Some(request.id), state: Some(self.state), error, ..Line::default() });
+        let (id, state) = (Some(request.id), Some(self.state));
+        let is_status = request.verb == Verb::Status;
+        let lost = if is_status { self.disks.lost() } else { Vec::new() };
+        let ended = self.ended.filter(|_| is_status);
+        self.client.tell(&Line { id, state, error, ended, lost, ..Line::default() });
         request.verb == Verb::End
     }
 
@@ -438,6 +487,7 @@ impl Owner<'_> {
             // Memory and disks are let go; the socket stays until somebody has heard of it.
             self.machine = None;
             self.state = State::Ended;
+            self.ended = Some(event);
             if let Some(error) = &error {
                 eprintln!("supercloud-vmm: {error}");
             }

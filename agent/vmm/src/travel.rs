@@ -5,7 +5,7 @@ use std::{
     ops::ControlFlow,
     os::unix::net::UnixStream,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
         mpsc::{Receiver, Sender},
     },
@@ -46,6 +46,7 @@ pub struct Arrival {
 #[derive(Debug)]
 pub struct Sending {
     is_cancelled: Arc<AtomicBool>,
+    limits: Arc<Mutex<Limits>>,
     /// It ran when it was asked for.
     pub was_running: bool,
 }
@@ -62,12 +63,8 @@ impl Sending {
         was_running: bool,
         inputs: Sender<Input>,
     ) -> anyhow::Result<Self> {
-        let usual = Limits::default();
-        let limits = Limits {
-            max_downtime_ms: request.max_downtime_ms.unwrap_or(usual.max_downtime_ms),
-            max_bytes_per_s: request.max_bytes_per_s,
-            ..usual
-        };
+        let limits = Arc::new(Mutex::new(changed(Limits::default(), request)));
+        let asked = Arc::clone(&limits);
         stream.set_write_timeout(Some(ASK_EVERY)).context("bounding the stream's patience")?;
         let is_cancelled = Arc::new(AtomicBool::new(false));
         let cancelled = Arc::clone(&is_cancelled);
@@ -82,18 +79,33 @@ impl Sending {
                 }
                 if cancelled.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
             };
+            let limits = || *asked.lock().unwrap_or_else(PoisonError::into_inner);
             let outcome = travel::send(&mut machine, &stream, &limits, &mut watch);
             let _ = inputs.send(Input::Traveled(Box::new(Arrival { machine, outcome })));
         };
         std::thread::Builder::new().name("travel".to_owned()).spawn(work).context("beginning a thread")?;
         // The thread waits for it.
         let _ = give.send(machine.take().context("there is no machine")?);
-        Ok(Self { is_cancelled, was_running })
+        Ok(Self { is_cancelled, limits, was_running })
+    }
+
+    /// Changes what the request names of its limits.
+    pub fn limit(&self, request: &Request) {
+        let mut limits = self.limits.lock().unwrap_or_else(PoisonError::into_inner);
+        *limits = changed(*limits, request);
     }
 
     /// Asks it to give up.
     pub fn cancel(&self) {
         self.is_cancelled.store(true, Ordering::Relaxed);
+    }
+}
+
+fn changed(limits: Limits, request: &Request) -> Limits {
+    Limits {
+        max_downtime_ms: request.max_downtime_ms.unwrap_or(limits.max_downtime_ms),
+        max_bytes_per_s: request.max_bytes_per_s.or(limits.max_bytes_per_s),
+        ..limits
     }
 }
 

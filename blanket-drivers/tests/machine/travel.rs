@@ -68,7 +68,7 @@ impl std::io::Write for Slow {
 /// What a machine would send if it were sent now: the frames.
 fn recorded(machine: &mut Machine) -> Vec<Frame> {
     let mut bytes = Vec::new();
-    send(machine, &mut bytes, &Limits::default(), &mut on).unwrap();
+    send(machine, &mut bytes, &Limits::default, &mut on).unwrap();
     let mut from = bytes.as_slice();
     std::iter::from_fn(|| read_frame_blocking(&mut from).ok()).collect()
 }
@@ -93,7 +93,7 @@ fn a_guest_that_writes_all_the_while_arrives_whole() {
         let there = std::thread::spawn(move || receive(theirs, make));
         let mut rounds = 0;
         let limits = Limits { max_downtime_ms: 50, ..Limits::default() };
-        let sent = send(&mut machine, ours, &limits, &mut |progress| {
+        let sent = send(&mut machine, ours, &|| limits, &mut |progress| {
             assert!(progress.round >= rounds, "forward only");
             rounds = progress.round;
             ControlFlow::Continue(())
@@ -187,24 +187,23 @@ fn what_does_not_converge_or_is_not_wanted_or_breaks_lets_the_guest_run_on() {
     };
     // Nothing fits into no time at all.
     let limits = Limits { max_downtime_ms: 0, max_rounds: 3, max_bytes_per_s: Some(4 << 20) };
-    let outcome = send(&mut machine, std::io::sink(), &limits, &mut on);
+    let outcome = send(&mut machine, std::io::sink(), &|| limits, &mut on);
     let Err(TravelError::NoConvergence(why)) = outcome else { panic!("{outcome:?}") };
     assert_eq!((why.rounds, why.max_downtime_ms), (3, 0));
     assert!(why.predicted_downtime_ms > 0 && why.to_string().contains("after 3 rounds"), "{why}");
     runs_on(&machine);
 
-    let cancelled =
-        send(&mut machine, std::io::sink(), &Limits::default(), &mut |progress| match progress.sent_bytes {
-            0..10_000 => ControlFlow::Continue(()),
-            _ => ControlFlow::Break(()),
-        });
+    let cancelled = send(&mut machine, std::io::sink(), &Limits::default, &mut |progress| match progress.sent_bytes {
+        0..10_000 => ControlFlow::Continue(()),
+        _ => ControlFlow::Break(()),
+    });
     assert!(matches!(cancelled, Err(TravelError::Cancelled)), "{cancelled:?}");
     runs_on(&machine);
 
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     theirs.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let gone = std::thread::spawn(move || theirs.read_exact(&mut [0; 5000]));
-    let broken = send(&mut machine, ours, &Limits::default(), &mut on);
+    let broken = send(&mut machine, ours, &Limits::default, &mut on);
     gone.join().unwrap().unwrap();
     assert!(matches!(broken, Err(TravelError::Frame(_))), "{broken:?}");
     runs_on(&machine);
@@ -214,7 +213,7 @@ fn what_does_not_converge_or_is_not_wanted_or_breaks_lets_the_guest_run_on() {
     ours.set_write_timeout(Some(Duration::from_millis(50))).unwrap();
     while ours.write_all(&[0; 4096]).is_ok() {}
     let mut asked = 0;
-    let stalled = send(&mut machine, ours, &Limits::default(), &mut |_| {
+    let stalled = send(&mut machine, ours, &Limits::default, &mut |_| {
         asked += 1;
         if asked < 3 { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     });
@@ -226,14 +225,14 @@ fn what_does_not_converge_or_is_not_wanted_or_breaks_lets_the_guest_run_on() {
     // It stands still for longer than was predicted: it is told that it was given up, and runs on.
     let limits = Limits { max_downtime_ms: 200, ..Limits::default() };
     let mut slow = Slow::default();
-    let overdue = send(&mut machine, &mut slow, &limits, &mut on);
+    let overdue = send(&mut machine, &mut slow, &|| limits, &mut on);
     assert!(matches!(overdue, Err(TravelError::Overdue(_))), "{overdue:?}");
     assert_eq!(slow.kinds.last(), Some(&6), "{:?}", slow.kinds);
     machine.resume();
     runs_on(&machine);
     // After all of it, a move that is let through still gives the whole.
     let mut wire = Vec::new();
-    send(&mut machine, wire.by_ref(), &Limits::default(), &mut on).unwrap();
+    send(&mut machine, wire.by_ref(), &Limits::default, &mut on).unwrap();
     let (moved, _) = receive(wire.as_slice(), make).unwrap();
     moved.resume();
     runs_on(&moved);

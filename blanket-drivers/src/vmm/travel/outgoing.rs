@@ -60,7 +60,7 @@ pub struct Sent {
 /// find out who may run it. On an error the guest runs on, if it ran before, unless it was paused already: then
 /// [`Machine::resume`] lets it run on.
 ///
-/// `watch` is called often; it can cancel. Where `to` gives a write up after a moment (`WouldBlock`, `TimedOut`; a socket with a
+/// `limits` is asked each time that it matters, so that they can be changed meanwhile. `watch` is called often; it can cancel. Where `to` gives a write up after a moment (`WouldBlock`, `TimedOut`; a socket with a
 /// timeout), it is called meanwhile too, and a stream that takes nothing is given up after a while.
 ///
 /// # Errors
@@ -68,12 +68,12 @@ pub struct Sent {
 pub fn send(
     machine: &mut Machine,
     to: impl Write,
-    limits: &Limits,
+    limits: &dyn Fn() -> Limits,
     watch: &mut dyn FnMut(&Progress) -> ControlFlow<()>,
 ) -> Result<Sent, TravelError> {
     machine.note_writes(true)?;
     let mut sender = Sender::new(to, limits, watch)?;
-    let outcome = sender.run(machine, limits);
+    let outcome = sender.run(machine);
     // The guest may be standing still meanwhile: it is told in a moment or not at all.
     let outcome = outcome.map_err(|why| if why.leaves_stream_whole() { sender.give_up(why) } else { why });
     // When END is on the wire the machine is somebody else's to decide about, whatever becomes of the notes here.
@@ -87,7 +87,7 @@ struct Sender<'a, W> {
     packer: Packer,
     frame: Vec<u8>,
     progress: Progress,
-    bytes_per_s: Option<u64>,
+    limits: &'a dyn Fn() -> Limits,
     paced_since: Instant,
     paced_bytes: u64,
     /// Since the guest stands still: when it has stood still for long enough, and for how long that is.
@@ -100,7 +100,7 @@ struct Sender<'a, W> {
 impl<'a, W: Write> Sender<'a, W> {
     fn new(
         to: W,
-        limits: &Limits,
+        limits: &'a dyn Fn() -> Limits,
         watch: &'a mut dyn FnMut(&Progress) -> ControlFlow<()>,
     ) -> Result<Self, TravelError> {
         Ok(Self {
@@ -109,7 +109,7 @@ impl<'a, W: Write> Sender<'a, W> {
             packer: Packer::new()?,
             frame: Vec::with_capacity(FRAME_BYTES + MOST_BYTES),
             progress: Progress::default(),
-            bytes_per_s: limits.max_bytes_per_s,
+            limits,
             paced_since: Instant::now(),
             paced_bytes: 0,
             give_up_at: None,
@@ -118,7 +118,7 @@ impl<'a, W: Write> Sender<'a, W> {
         })
     }
 
-    fn run(&mut self, machine: &mut Machine, limits: &Limits) -> Result<Sent, TravelError> {
+    fn run(&mut self, machine: &mut Machine) -> Result<Sent, TravelError> {
         let config = machine.config();
         let hello = Hello { vcpus: config.vcpus, memory_bytes: config.memory_bytes, state_version: state::VERSION };
         self.json(kind::HELLO, &hello)?;
@@ -143,14 +143,14 @@ impl<'a, W: Write> Sender<'a, W> {
                 took_us,
                 state_bytes: STATE_BYTES_PER_VCPU * u64::from(config.vcpus),
             };
-            match converge::next(limits, &seen) {
+            match converge::next(&(self.limits)(), &seen) {
                 Next::Copy => {}
                 Next::Switch => break,
                 Next::GiveUp(why) => return Err(TravelError::NoConvergence(why)),
             }
         }
         let paused = Instant::now();
-        let longest = Duration::from_millis(limits.longest_pause_ms());
+        let longest = Duration::from_millis((self.limits)().longest_pause_ms());
         self.give_up_at = paused.checked_add(longest).map(|at| (at, longest));
         let state = machine.save()?;
         // What was written until then, and what devices finished while they were stopped.
@@ -256,7 +256,7 @@ impl<'a, W: Write> Sender<'a, W> {
     /// Waits until no more was sent than the limit allows since it last had to wait.
     #[expect(clippy::disallowed_methods, reason = "a thread that sends a machine and does nothing else")]
     fn pace(&mut self, bytes: u64) -> Result<(), TravelError> {
-        let Some(limit) = self.bytes_per_s.filter(|limit| *limit > 0) else { return Ok(()) };
+        let Some(limit) = (self.limits)().max_bytes_per_s.filter(|limit| *limit > 0) else { return Ok(()) };
         self.paced_bytes += bytes;
         let due = Duration::from_secs_f64(self.paced_bytes as f64 / limit as f64);
         if self.paced_since.elapsed() > due + Duration::from_millis(100) {

@@ -8,12 +8,18 @@ use std::{
     collections::BTreeMap,
     fs::File,
     io::{self, Seek as _, SeekFrom},
-    os::fd::{AsFd as _, BorrowedFd},
+    os::fd::AsFd as _,
+    sync::Arc,
 };
 
-use vm_memory::{Bytes as _, GuestAddress};
+use serde::{Deserialize, Serialize};
+use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _};
 
-use super::{Device, Handler, Next, Ring, Segments, ring::Chain, worker::BUDGET};
+use super::{
+    Device, Handler, Next, Ring, Segment, Segments,
+    ring::Chain,
+    worker::{BUDGET, Wakers},
+};
 use crate::vmm::Ram;
 
 /// Unit of places and lengths.
@@ -38,7 +44,8 @@ const STATUS_IO_ERROR: u8 = 1;
 const STATUS_UNSUPPORTED: u8 = 2;
 
 /// What is asked of a back end.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum BlockOperation {
     /// Fill guest memory from the disk.
     Read {
@@ -56,6 +63,18 @@ pub enum BlockOperation {
     },
     /// Make durable what was written and acknowledged before.
     Flush,
+}
+
+impl BlockOperation {
+    /// The guest memory that it touches.
+    #[must_use]
+    pub fn segments(&self) -> &[Segment] {
+        match self {
+            Self::Read { to, .. } => &to.0,
+            Self::Write { from, .. } => &from.0,
+            Self::Flush => &[],
+        }
+    }
 }
 
 /// By which a request comes back: no two that are in flight have the same.
@@ -77,18 +96,21 @@ pub trait BlockBackend: Send {
 
     /// Takes a request. Places and lengths were checked: within the disk, whole sectors, at most about 16 MiB, in guest
     /// memory. It may be done at once or later; either way it comes out of [`BlockBackend::done`].
-    fn submit(&mut self, id: RequestId, operation: BlockOperation, ram: &Ram);
+    fn submit(&mut self, id: RequestId, operation: BlockOperation, ram: &Arc<Ram>);
 
     /// The next request that is done, if there is one; does not wait.
     fn done(&mut self) -> Option<Completion>;
 
-    /// What can be read when requests are done; `None` of one that does everything at once.
-    fn source(&self) -> Option<BorrowedFd<'_>> {
-        None
+    /// What there is to wait for while requests are in flight; nothing of one that does everything at once.
+    fn wakers(&self) -> Wakers<'_> {
+        Wakers::default()
     }
 
-    /// Waits until nothing is in flight any more; afterwards nothing touches guest memory.
-    fn drain(&mut self) {}
+    /// Waits a moment for what is in flight, and gives up what does not come: it can be submitted again, here or elsewhere.
+    /// Nothing touches guest memory afterwards.
+    fn drain(&mut self) -> Vec<(RequestId, BlockOperation)> {
+        Vec::new()
+    }
 }
 
 /// A disk in a file, read and written at once.
@@ -138,7 +160,7 @@ impl BlockBackend for RawFile {
         self.bytes
     }
 
-    fn submit(&mut self, id: RequestId, operation: BlockOperation, ram: &Ram) {
+    fn submit(&mut self, id: RequestId, operation: BlockOperation, ram: &Arc<Ram>) {
         let result = self.run(&operation, ram);
         self.done.push(Completion { id, result });
     }
@@ -149,11 +171,36 @@ impl BlockBackend for RawFile {
 }
 
 /// A request that the back end has.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct InFlight {
+    #[serde(with = "address")]
     status: GuestAddress,
     /// What is written into the guest's buffers when it goes well, the status aside.
     written: u32,
+}
+
+/// A request that was put aside while the device stood still. Nothing of it was answered, so it can be done again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Aside {
+    id: RequestId,
+    answer: InFlight,
+    operation: BlockOperation,
+}
+
+/// Addresses as numbers.
+pub(super) mod address {
+    use serde::{Deserialize as _, Deserializer, Serializer};
+    use vm_memory::GuestAddress;
+
+    pub fn serialize<S: Serializer>(address: &GuestAddress, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_u64(address.0)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<GuestAddress, D::Error> {
+        u64::deserialize(from).map(GuestAddress)
+    }
 }
 
 struct Block {
@@ -163,6 +210,8 @@ struct Block {
     id: [u8; ID_BYTES],
     /// By the head of their chain, which no other request in flight has.
     in_flight: BTreeMap<RequestId, InFlight>,
+    /// To be submitted again when the device is served.
+    aside: Vec<Aside>,
 }
 
 /// What a chain asks for.
@@ -193,7 +242,7 @@ pub fn device(backend: Box<dyn BlockBackend>, serial: &str, is_read_only: bool) 
         features: F_SIZE_MAX | F_SEG_MAX | F_FLUSH | read_only,
         queues: vec![QUEUE_SIZE],
         config,
-        handler: Box::new(Block { backend, sectors, is_read_only, id, in_flight: BTreeMap::new() }),
+        handler: Box::new(Block { backend, sectors, is_read_only, id, in_flight: BTreeMap::new(), aside: Vec::new() }),
     }
 }
 
@@ -249,8 +298,7 @@ impl Block {
                     _ => 0,
                 };
                 self.in_flight.insert(head, InFlight { status, written });
-                let ram = std::sync::Arc::clone(ring.ram());
-                self.backend.submit(head, operation, &ram);
+                self.backend.submit(head, operation, ring.ram());
             }
             Asked::Id(to) => {
                 let written = to.write(ring.ram(), &self.id);
@@ -278,10 +326,41 @@ fn answer(ring: &mut Ring, head: u16, status: GuestAddress, code: u8, written: u
     ring.finish(head, written + 1);
 }
 
+impl Block {
+    /// Submits again what was put aside; what a saved state tells of it may be anything.
+    fn take_up(&mut self, ring: &mut Ring) {
+        let ram = Arc::clone(ring.ram());
+        let is_there = |segment: &Segment| {
+            segment.bytes > 0 && usize::try_from(segment.bytes).is_ok_and(|bytes| ram.check_range(segment.at, bytes))
+        };
+        for Aside { id, answer, operation } in std::mem::take(&mut self.aside) {
+            let bytes: u64 = operation.segments().iter().map(|segment| u64::from(segment.bytes)).sum();
+            let end = match &operation {
+                BlockOperation::Read { offset, .. } | BlockOperation::Write { offset, .. } => offset.checked_add(bytes),
+                BlockOperation::Flush => Some(0),
+            };
+            let is_allowed = !(self.is_read_only && matches!(operation, BlockOperation::Write { .. }));
+            let is_good = is_allowed
+                && bytes <= MAX_REQUEST_BYTES
+                && end.is_some_and(|end| end <= self.sectors * SECTOR_BYTES)
+                && operation.segments().iter().all(is_there)
+                && ram.check_range(answer.status, 1)
+                && !self.in_flight.contains_key(&id);
+            if is_good {
+                self.in_flight.insert(id, answer);
+                self.backend.submit(id, operation, &ram);
+            }
+        }
+    }
+}
+
 impl Handler for Block {
     fn serve(&mut self, rings: &mut [Option<Ring>]) -> Next {
         let Some(Some(ring)) = rings.first_mut() else { return Next::Wait };
         ring.spare_kicks();
+        if !self.aside.is_empty() {
+            self.take_up(ring);
+        }
         self.finish(ring);
         for _ in 0..BUDGET {
             // No more than a queue has entries can be in flight; a guest that hands the same out twice waits.
@@ -297,15 +376,46 @@ impl Handler for Block {
         Next::Again
     }
 
-    fn source(&self) -> Option<BorrowedFd<'_>> {
-        self.backend.source()
+    fn wakers(&self) -> Wakers<'_> {
+        self.backend.wakers()
+    }
+
+    fn save(&self) -> Vec<u8> {
+        if self.aside.is_empty() {
+            return Vec::new();
+        }
+        // Plain numbers and lists: this does not fail.
+        serde_json::to_vec(&self.aside).unwrap_or_default()
+    }
+
+    fn restore(&mut self, saved: &[u8]) -> bool {
+        if saved.is_empty() {
+            return true;
+        }
+        match serde_json::from_slice::<Vec<Aside>>(saved) {
+            Ok(aside) if aside.len() <= usize::from(QUEUE_SIZE) => {
+                self.aside = aside;
+                true
+            }
+            _ => false,
+        }
     }
 
     fn settle(&mut self, rings: &mut [Option<Ring>]) {
-        self.backend.drain();
+        let left = self.backend.drain();
         if let Some(Some(ring)) = rings.first_mut() {
             self.finish(ring);
         }
+        let left = left.into_iter();
+        self.aside.extend(left.filter_map(|(id, operation)| {
+            let answer = *self.in_flight.get(&id)?;
+            Some(Aside { id, answer, operation })
+        }));
+        self.in_flight.clear();
+    }
+
+    fn forget(&mut self) {
+        self.aside.clear();
         self.in_flight.clear();
     }
 }

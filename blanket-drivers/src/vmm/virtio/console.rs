@@ -1,12 +1,11 @@
 //! A console (virtio 1.2, 5.3) with one port: `hvc0` in the guest.
 
-use std::{
-    fs::File,
-    io::Read as _,
-    os::fd::{AsFd as _, BorrowedFd},
-};
+use std::{fs::File, io::Read as _, os::fd::AsFd as _};
 
-use super::{Device, Handler, Next, Ring, worker::BUDGET};
+use super::{
+    Device, Handler, Next, Ring,
+    worker::{BUDGET, Wakers},
+};
 use crate::vmm::legacy::Sink;
 
 const RECEIVE: usize = 0;
@@ -112,8 +111,8 @@ impl Handler for Console {
         fits
     }
 
-    fn source(&self) -> Option<BorrowedFd<'_>> {
+    fn wakers(&self) -> Wakers<'_> {
         // Not while the guest has no room: it kicks when it has.
-        self.input.as_ref().filter(|_| self.is_receiving && self.waiting.is_empty()).map(File::as_fd)
+        Wakers::readable(self.input.as_ref().filter(|_| self.is_receiving && self.waiting.is_empty()).map(File::as_fd))
     }
 }

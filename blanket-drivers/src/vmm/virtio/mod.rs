@@ -7,9 +7,11 @@
 //! | [`ring`] | a queue's chains as checked segments of guest memory |
 //! | [`worker`] | the thread of a device; stopping it between two requests is how a device is paused and reset |
 //! | [`block`], [`net`], [`console`], [`rng`] | the devices |
+//! | [`nbd`] | a disk's bytes, where a volume process serves them |
 
 pub mod block;
 pub mod console;
+pub mod nbd;
 pub mod net;
 pub mod phase;
 pub mod ring;
@@ -22,7 +24,7 @@ mod tests;
 
 pub use ring::{Ring, Segment, Segments};
 pub use transport::VirtioPci;
-pub use worker::{Handler, Next};
+pub use worker::{Handler, Next, Wakers};
 
 /// Feature bit: virtio 1.0 or later, which is the only kind that we speak.
 pub const F_VERSION_1: u64 = 1 << 32;

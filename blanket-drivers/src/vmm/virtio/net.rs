@@ -4,10 +4,13 @@
 use std::{
     fs::File,
     io::{self, Read as _, Write as _},
-    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd},
+    os::fd::{AsFd as _, AsRawFd as _},
 };
 
-use super::{Device, Handler, Next, Ring, worker::BUDGET};
+use super::{
+    Device, Handler, Next, Ring,
+    worker::{BUDGET, Wakers},
+};
 use crate::device::Mac;
 
 const RECEIVE: usize = 0;
@@ -148,8 +151,8 @@ impl Handler for Net {
         next
     }
 
-    fn source(&self) -> Option<BorrowedFd<'_>> {
+    fn wakers(&self) -> Wakers<'_> {
         // Not while the guest has no room: it kicks when it has.
-        (self.is_receiving && self.waiting.is_none()).then(|| self.tap.as_fd())
+        Wakers::readable((self.is_receiving && self.waiting.is_none()).then(|| self.tap.as_fd()))
     }
 }

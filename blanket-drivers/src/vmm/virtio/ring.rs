@@ -5,22 +5,25 @@
 
 use std::sync::{Arc, atomic::Ordering};
 
+use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueT as _};
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _};
 
 use crate::vmm::{Ram, pci::Msix};
 
 /// A range of guest memory that is all there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Segment {
     /// First address.
+    #[serde(with = "super::block::address")]
     pub at: GuestAddress,
     /// Length, not zero.
     pub bytes: u32,
 }
 
 /// Segments one after the other.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Segments(pub Vec<Segment>);
 
 impl Segments {

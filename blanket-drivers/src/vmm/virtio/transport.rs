@@ -273,7 +273,10 @@ impl VirtioPci {
     fn stop(&mut self) {
         self.pause();
         self.work = match std::mem::replace(&mut self.work, Work::Lost) {
-            Work::Paused(handler, _) => Work::Idle(handler),
+            Work::Paused(mut handler, _) => {
+                handler.forget();
+                Work::Idle(handler)
+            }
             other => other,
         };
     }

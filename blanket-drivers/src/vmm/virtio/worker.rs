@@ -7,6 +7,7 @@ use std::{
     io,
     os::fd::{AsRawFd as _, BorrowedFd},
     thread::JoinHandle,
+    time::Duration,
 };
 
 use vmm_sys_util::eventfd::EventFd;
@@ -22,6 +23,45 @@ pub enum Next {
     Again,
 }
 
+/// What wakes a device's thread besides its queues.
+#[derive(Debug, Default)]
+pub struct Wakers<'a> {
+    /// Descriptors, and the events of `poll(2)` that are waited for.
+    pub events: Vec<(BorrowedFd<'a>, libc::c_short)>,
+    /// It is woken after so long in any case.
+    pub after: Option<Duration>,
+}
+
+impl<'a> Wakers<'a> {
+    /// What can be read.
+    #[must_use]
+    pub fn readable(source: Option<BorrowedFd<'a>>) -> Self {
+        Self { events: source.into_iter().map(|fd| (fd, libc::POLLIN)).collect(), after: None }
+    }
+
+    /// Waits for any of them, and for those of `also` to be readable; at most `after`.
+    ///
+    /// # Errors
+    /// When the system cannot wait.
+    pub(super) fn wait<'b>(&self, also: impl Iterator<Item = BorrowedFd<'b>>) -> io::Result<()> {
+        let also = also.map(|fd| (fd.as_raw_fd(), libc::POLLIN));
+        let events = self.events.iter().map(|(fd, events)| (fd.as_raw_fd(), *events));
+        let mut polled: Vec<_> =
+            also.chain(events).map(|(fd, events)| libc::pollfd { fd, events, revents: 0 }).collect();
+        let count = libc::nfds_t::try_from(polled.len()).unwrap_or(0);
+        // Rounded up: who is woken too early would only wait again.
+        let ms = |time: Duration| libc::c_int::try_from(time.as_micros().div_ceil(1000)).unwrap_or(libc::c_int::MAX);
+        let timeout = self.after.map_or(-1, ms);
+        // SAFETY: the pointer and the count are those of a vector that lives until the call returns.
+        if unsafe { libc::poll(polled.as_mut_ptr(), count, timeout) } >= 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        // Woken for nothing: whoever waits looks again.
+        if error.kind() == io::ErrorKind::Interrupted { Ok(()) } else { Err(error) }
+    }
+}
+
 /// What a device does with its queues. Not called while the device is paused.
 pub trait Handler: Send {
     /// Hears which features were agreed, before the first [`Handler::serve`].
@@ -32,9 +72,9 @@ pub trait Handler: Send {
     /// Serves what there is, at most about [`BUDGET`] requests. To wait for a ring it asks that ring for kicks.
     fn serve(&mut self, rings: &mut [Option<Ring>]) -> Next;
 
-    /// A descriptor that wakes the thread when it can be read, if one should now.
-    fn source(&self) -> Option<BorrowedFd<'_>> {
-        None
+    /// What wakes the thread now, besides notifications of its queues.
+    fn wakers(&self) -> Wakers<'_> {
+        Wakers::default()
     }
 
     /// What it holds between two requests that is not in guest memory, when it is not served.
@@ -47,10 +87,13 @@ pub trait Handler: Send {
         saved.is_empty()
     }
 
-    /// Finishes what is in flight: nothing may touch guest memory after this.
+    /// Finishes what is in flight, or puts it aside until it is served again: nothing may touch guest memory after this.
     fn settle(&mut self, rings: &mut [Option<Ring>]) {
         let _ = rings;
     }
+
+    /// Its queues are gone, and with them what was put aside.
+    fn forget(&mut self) {}
 }
 
 /// Requests of one round: how long a device may not be stopped.
@@ -115,26 +158,18 @@ fn live(mut handler: Box<dyn Handler>, mut rings: Vec<Option<Ring>>, kicks: &[Ev
         if stop.read().is_ok() {
             break;
         }
-        if next == Next::Wait && wait(kicks, stop, handler.source()).is_err() {
-            break;
+        if next == Next::Wait {
+            let fds = kicks.iter().chain([stop]).map(borrow);
+            if handler.wakers().wait(fds).is_err() {
+                break;
+            }
         }
     }
     handler.settle(&mut rings);
     (handler, rings)
 }
 
-fn wait(kicks: &[EventFd], stop: &EventFd, source: Option<BorrowedFd<'_>>) -> io::Result<()> {
-    let fds = kicks.iter().chain([stop]).map(|event| event.as_raw_fd()).chain(source.map(|fd| fd.as_raw_fd()));
-    let mut polled: Vec<libc::pollfd> = fds.map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 }).collect();
-    loop {
-        let count = libc::nfds_t::try_from(polled.len()).unwrap_or(0);
-        // SAFETY: the pointer and the count are those of a vector that lives until the call returns.
-        if unsafe { libc::poll(polled.as_mut_ptr(), count, -1) } >= 0 {
-            return Ok(());
-        }
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::Interrupted {
-            return Err(error);
-        }
-    }
+fn borrow(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor is open as long as the event lives, from which it is borrowed.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }

@@ -136,6 +136,11 @@ impl Driver {
         self.write(28, &1u16.to_le_bytes());
     }
 
+    /// Entries of each queue, before the device is brought up.
+    pub fn set_size(&mut self, size: u16) {
+        self.size = size;
+    }
+
     pub fn queues(&mut self) -> u16 {
         u16::from_le_bytes(self.read(18))
     }

@@ -1,6 +1,7 @@
 //! Devices as a driver in a guest sees them, good ones and bad ones.
 
 mod driver;
+mod nbd;
 mod saved;
 
 use std::{
