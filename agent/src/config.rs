@@ -114,14 +114,20 @@ pub struct Config {
     /// Tunnels are not encrypted yet: outside of the lab's addresses (198.18.0.0/15) this must be said explicitly.
     #[serde(default)]
     pub insecure_overlay: bool,
+    /// What runs guests here.
+    #[serde(default)]
+    pub back_end: BackEnd,
+    /// The program that runs a guest of back end `kvm`; beside this one when absent.
+    #[serde(default)]
+    pub vmm_program: Option<PathBuf>,
     /// libvirt's connection URI.
     #[serde(default = "libvirt_uri")]
     pub libvirt_uri: String,
     /// Where libvirtd writes its guests' pid files, to tell their processes.
     #[serde(default)]
     pub libvirt_pid_dir: Option<PathBuf>,
-    /// The user as which libvirtd runs QEMU (`user` in its qemu.conf): disks, kernels and streams are made reachable for it
-    /// alone.
+    /// The user as which guests' processes run (of back end `libvirt`: `user` in libvirtd's qemu.conf): disks, kernels and
+    /// streams are made reachable for it alone.
     #[serde(default = "qemu_user")]
     pub qemu_user: String,
     /// The user that volume processes become; it needs no rights on this host, and no other use.
@@ -139,6 +145,17 @@ pub struct Config {
     /// How the chunk store is swept.
     #[serde(default)]
     pub sweep: Sweep,
+}
+
+/// What runs guests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BackEnd {
+    /// QEMU, by libvirtd: with hardware virtualization or without.
+    #[default]
+    Libvirt,
+    /// Our own VMM on `/dev/kvm`.
+    Kvm,
 }
 
 /// How the cloud's chunk store is swept of what nothing names any more.
@@ -351,12 +368,15 @@ impl Config {
         Ok(())
     }
 
-    /// The user as which QEMU runs. Blocking.
+    /// The user as which guests' processes run. Blocking.
     ///
     /// # Errors
     /// When this machine has none of that name.
     pub fn qemu_account(&self) -> Result<Account, AccountError> {
-        let remedy = "install libvirt-daemon-system, or say the `user` of libvirt's qemu.conf";
+        let remedy = match self.back_end {
+            BackEnd::Libvirt => "install libvirt-daemon-system, or say the `user` of libvirt's qemu.conf",
+            BackEnd::Kvm => "make it (adduser --system --group NAME), or say another one",
+        };
         Account::named("qemu_user", &self.qemu_user, remedy)
     }
 
@@ -411,11 +431,19 @@ impl Config {
     /// The program that serves a volume.
     #[must_use]
     pub fn volume_program(&self) -> PathBuf {
-        self.volume_program.clone().unwrap_or_else(|| {
-            let own = std::env::current_exe().unwrap_or_default();
-            own.with_file_name("supercloud-volume")
-        })
+        self.volume_program.clone().unwrap_or_else(|| beside("supercloud-volume"))
     }
+
+    /// The program that runs a guest of back end `kvm`.
+    #[must_use]
+    pub fn vmm_program(&self) -> PathBuf {
+        self.vmm_program.clone().unwrap_or_else(|| beside("supercloud-vmm"))
+    }
+}
+
+/// A program that lies where this one does.
+fn beside(name: &str) -> PathBuf {
+    std::env::current_exe().unwrap_or_default().with_file_name(name)
 }
 
 fn total_memory_bytes() -> u64 {

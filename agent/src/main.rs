@@ -6,13 +6,17 @@ use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use supercloud_agent::{
     agent::{self, AgentError, Parts},
-    config::Config,
+    config::{BackEnd, Config},
     durable,
     identity::Identity,
     join,
     ports::{NoSwitch, OvsSwitch, Switch},
 };
-use supercloud_blanket::probe::{self, ProbeReport};
+use supercloud_blanket::{
+    Backend,
+    probe::{self, ProbeReport},
+};
+use supercloud_kvm::{KvmBackend, KvmConfig};
 use supercloud_libvirt::{Accelerator, LibvirtBackend, LibvirtConfig};
 use supercloud_sdn::switch::SwitchDriver;
 use tokio::signal::unix::{SignalKind, signal};
@@ -129,7 +133,7 @@ async fn live(config: Config, cancel: CancellationToken) -> anyhow::Result<()> {
     let report = tokio::task::spawn_blocking(|| probe::probe(PROBE_BUDGET)).await.context("the probe died")?;
     tracing::info!(substrate = ?report.substrate, "probed");
     let Some(switch) = unless(&cancel, open_switch(&config, &identity)).await else { return Ok(()) };
-    let backend = Arc::new(LibvirtBackend::new(libvirt_config(&config, &report)));
+    let Some(backend) = unless(&cancel, open_backend(&config, &report)).await.transpose()? else { return Ok(()) };
     let probe = serde_json::to_value(&report)?;
     agent::run(Parts { config, identity, backend, switch, probe }, cancel).await?;
     Ok(())
@@ -181,6 +185,23 @@ async fn open_switch(config: &Config, identity: &Identity) -> Arc<dyn Switch> {
                 tracing::warn!(error = supercloud_agent::chain(&error), "the switch is not there yet");
                 tokio::time::sleep(SWITCH_RETRY).await;
             }
+        }
+    }
+}
+
+async fn open_backend(config: &Config, report: &ProbeReport) -> anyhow::Result<Arc<dyn Backend>> {
+    match config.back_end {
+        BackEnd::Libvirt => Ok(Arc::new(LibvirtBackend::new(libvirt_config(config, report)))),
+        BackEnd::Kvm => {
+            if !report.substrate.runs_plain_guests() {
+                tracing::warn!(substrate = ?report.substrate, "guests will hardly run: this host's /dev/kvm is not what it should be");
+            }
+            let asked = config.clone();
+            let account =
+                tokio::task::spawn_blocking(move || asked.qemu_account()).await.context("a worker died")??;
+            let run_dir = config.run_dir.join("vmm");
+            let kvm = KvmConfig::new(config.vmm_program(), run_dir, (account.uid, account.gid));
+            Ok(Arc::new(KvmBackend::open(kvm).await.context("back end 'kvm' cannot be used")?))
         }
     }
 }

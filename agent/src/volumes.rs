@@ -3,13 +3,13 @@
 
 use std::{
     io,
-    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::Stdio,
     time::Duration,
 };
 
 use serde::{Deserialize, Serialize};
+use supercloud_blanket::lasting::{self, Lasting};
 use supercloud_ids::VolumeId;
 use supercloud_storage::process::{ClientError, ConfigError, VolumeClient, VolumeProcessConfig, control::VolumeStatus};
 
@@ -22,8 +22,6 @@ use crate::{
 const START_BUDGET: Duration = Duration::from_secs(45);
 /// How long a process that is there may take to answer before it is taken for hung.
 const ANSWER_BUDGET: Duration = Duration::from_secs(10);
-/// How long a process may take to end by itself.
-const END_BUDGET: Duration = Duration::from_secs(10);
 /// A log larger than this is begun anew at the next start.
 const MAX_LOG_BYTES: u64 = 1 << 20;
 
@@ -83,40 +81,6 @@ pub enum VolumesError {
     /// A worker thread died.
     #[error("a worker died")]
     Worker(#[from] tokio::task::JoinError),
-}
-
-/// Which process serves a volume; the start time tells it from another that got the same number.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-struct ProcessRecord {
-    pid: u32,
-    /// Field 22 of `/proc/<pid>/stat` (proc(5)): clock ticks after boot.
-    started: u64,
-}
-
-impl ProcessRecord {
-    fn of(pid: u32) -> Option<Self> {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // The command, in parentheses, may hold anything, closing parentheses too.
-        let rest = &stat[stat.rfind(')')? + 1..];
-        let mut fields = rest.split_ascii_whitespace();
-        if fields.next()? == "Z" {
-            return None;
-        }
-        Some(Self { pid, started: fields.nth(18)?.parse().ok()? })
-    }
-
-    fn is_alive(self) -> bool {
-        Self::of(self.pid) == Some(self)
-    }
-
-    fn signal(self, signal: libc::c_int) {
-        if self.is_alive()
-            && let Ok(pid) = libc::pid_t::try_from(self.pid)
-        {
-            // SAFETY: a plain system call without pointers; that the number still names our process was just checked.
-            let _ = unsafe { libc::kill(pid, signal) };
-        }
-    }
 }
 
 /// Where the files and sockets of one volume are on this host.
@@ -179,7 +143,7 @@ impl VolumeHome {
         VolumeClient::new(self.run.join("control.sock"))
     }
 
-    fn record(&self) -> Option<ProcessRecord> {
+    fn record(&self) -> Option<Lasting> {
         durable::read_json(&self.process_file()).ok().flatten()
     }
 
@@ -247,7 +211,7 @@ impl VolumeRunner {
                 return Ok(status);
             }
             tracing::warn!(volume = %home.volume, pid = record.pid, "a volume process does not answer; it is started anew");
-            end(record).await;
+            record.end().await;
         }
         self.start(home).await
     }
@@ -286,7 +250,7 @@ impl VolumeRunner {
         }
         let home = home.clone();
         if let Some(record) = tokio::task::spawn_blocking(move || home.record()).await? {
-            end(record).await;
+            record.end().await;
         }
         Ok(())
     }
@@ -325,7 +289,7 @@ impl VolumeRunner {
             tokio::task::spawn_blocking(move || home.record()).await?
         };
         if let Some(record) = record {
-            end(record).await;
+            record.end().await;
         }
         let at = home.clone();
         tokio::task::spawn_blocking(move || {
@@ -363,40 +327,12 @@ impl VolumeRunner {
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
-        // SAFETY: between fork and exec only setsid and prctl are called: plain system calls, which touch no memory of this
-        // process and take no locks (signal-safety(7)).
-        unsafe {
-            command.pre_exec(|| {
-                // A session of its own: no signal of the agent's terminal or process group reaches it.
-                if libc::setsid() < 0 {
-                    return Err(io::Error::last_os_error());
-                }
-                // Nothing that it starts, should it ever, gains rights (prctl(2)).
-                match libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) {
-                    0 => Ok(()),
-                    _ => Err(io::Error::last_os_error()),
-                }
-            });
-        }
+        lasting::detach(&mut command, &[]);
         let child = tokio::process::Command::from(command).kill_on_drop(false).spawn()?;
-        if let Some(record) = child.id().and_then(ProcessRecord::of) {
+        if let Some(record) = child.id().and_then(Lasting::of) {
             durable::write_json(&home.process_file(), &record).map_err(io::Error::other)?;
         }
         Ok(child)
-    }
-}
-
-/// Ends a process: asks, waits, kills.
-async fn end(record: ProcessRecord) {
-    for signal in [libc::SIGTERM, libc::SIGKILL] {
-        record.signal(signal);
-        let deadline = tokio::time::Instant::now() + END_BUDGET;
-        while record.is_alive() {
-            if tokio::time::Instant::now() >= deadline {
-                break;
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
     }
 }
 
@@ -409,14 +345,6 @@ fn last_words(log: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_process_is_known_by_number_and_start() {
-        let own = ProcessRecord::of(std::process::id()).unwrap();
-        assert!(own.is_alive());
-        assert!(!ProcessRecord { started: own.started + 1, ..own }.is_alive());
-        assert_eq!(ProcessRecord::of(u32::MAX), None);
-    }
 
     #[tokio::test]
     async fn a_program_that_ends_at_once_is_told_with_its_last_words() {

@@ -270,6 +270,9 @@ pub trait Backend: Send + Sync {
     /// Its name, as in [`CompatClass::back_end`].
     fn name(&self) -> &'static str;
 
+    /// Whether its guests have a memory balloon.
+    fn has_balloon(&self) -> bool;
+
     /// What it can do on this host; asked of the hypervisor, not assumed.
     fn capabilities(&self) -> BoxFuture<'_, BackendResult<Capabilities>>;
 

@@ -10,6 +10,7 @@
 //! | [`backend`] | [`Backend`]: start, stop, pause, find again, freeze, thaw; typed errors; refusal by name |
 //! | [`migrate`] | [`LiveMigration`]: the two halves of a live move, with the caller's decision between them |
 //! | [`probe`] | what the substrate really is, by measuring |
+//! | [`lasting`] | processes that outlive who starts them, and are found again |
 //! | [`vmm`] | a virtual machine monitor of our own on `/dev/kvm`, as a library |
 //!
 //! ```text
@@ -22,6 +23,7 @@
 pub mod backend;
 pub mod device;
 pub mod host;
+pub mod lasting;
 pub mod migrate;
 pub mod probe;
 mod signal;

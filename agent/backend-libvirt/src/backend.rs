@@ -415,6 +415,10 @@ impl Backend for LibvirtBackend {
         BACK_END
     }
 
+    fn has_balloon(&self) -> bool {
+        true
+    }
+
     fn capabilities(&self) -> BoxFuture<'_, BackendResult<Capabilities>> {
         Box::pin(self.ask_capabilities())
     }

@@ -38,6 +38,7 @@ pub fn describe(
     places: &Places,
     cache: &Path,
     origin: VolumeOrigin,
+    has_balloon: bool,
 ) -> Result<CopyRecord, Problem> {
     let bad = |detail: String| Problem::new(Code::BadRequest, detail);
     if spec.guest != plan.guest {
@@ -84,7 +85,7 @@ pub fn describe(
         memory_bytes: spec.shape.memory_bytes,
         boot,
         clock: Clock::Utc,
-        devices: GuestDevices { disks, nics, console: Console::Serial, has_rng: true, has_balloon: true },
+        devices: GuestDevices { disks, nics, console: Console::Serial, has_rng: true, has_balloon },
     };
     let launch = Launch { guest: plan.guest, epoch: plan.epoch(), spec: machine, host };
     launch.check().map_err(|error| bad(error.to_string()))?;
@@ -172,7 +173,8 @@ pub(crate) mod tests {
         let guest = GuestId::generate();
         let places = Places::new(Path::new("/d"), Path::new("/r"), guest);
         let spec = spec(guest);
-        let copy = describe(&plan(guest), &spec, &class(), &places, Path::new("/c"), VolumeOrigin::Fresh).unwrap();
+        let copy =
+            describe(&plan(guest), &spec, &class(), &places, Path::new("/c"), VolumeOrigin::Fresh, true).unwrap();
         assert_eq!(copy.epoch, Epoch(1));
         assert_eq!(copy.launch.host.taps["net0"], tap_name(spec.ports[0].port));
         assert_eq!(copy.launch.spec.devices.disks.len(), 2);
@@ -185,7 +187,8 @@ pub(crate) mod tests {
             initrd_root: None,
             cmdline: "console=ttyS0".into(),
         };
-        let copy = describe(&plan(guest), &kernel, &class(), &places, Path::new("/c"), VolumeOrigin::Fresh).unwrap();
+        let copy =
+            describe(&plan(guest), &kernel, &class(), &places, Path::new("/c"), VolumeOrigin::Fresh, true).unwrap();
         assert_eq!(copy.launch.host.kernel.as_deref(), Some(Path::new("/c/ab")));
         assert!(copy.seed.is_none());
     }
@@ -195,7 +198,7 @@ pub(crate) mod tests {
         let guest = GuestId::generate();
         let places = Places::new(Path::new("/d"), Path::new("/r"), guest);
         let go = |spec: &GuestSpec| {
-            describe(&plan(guest), spec, &class(), &places, Path::new("/c"), VolumeOrigin::Fresh)
+            describe(&plan(guest), spec, &class(), &places, Path::new("/c"), VolumeOrigin::Fresh, true)
                 .map(drop)
                 .unwrap_err()
                 .detail

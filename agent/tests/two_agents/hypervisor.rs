@@ -290,6 +290,10 @@ impl Backend for Hypervisor {
         "test"
     }
 
+    fn has_balloon(&self) -> bool {
+        true
+    }
+
     fn capabilities(&self) -> BoxFuture<'_, BackendResult<Capabilities>> {
         Box::pin(async {
             Ok(Capabilities {

@@ -57,6 +57,10 @@ pub enum Verb {
     Cancel,
     /// Take the socket that comes with this as the way by which the guest leaves or comes.
     Stream,
+    /// Let that way go.
+    HangUp,
+    /// Press its reset button.
+    Reset,
     /// Take the socket that comes with this as the way to a disk.
     Disk,
     /// End the process.
@@ -168,6 +172,8 @@ pub struct Progress {
     pub left_bytes: u64,
     /// Bytes of guest memory a second that the guest wrote in the last round.
     pub dirty_bytes_per_s: u64,
+    /// The guest stands still, or is about to.
+    pub is_last: bool,
     /// How long the guest stood still until all was on the stream, in milliseconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub paused_ms: Option<u64>,
@@ -232,7 +238,11 @@ pub fn listen_for_streams(socket: OwnedFd, inputs: &Sender<Input>) -> io::Result
     })
 }
 
-fn accept(name: &str, socket: OwnedFd, mut take: impl FnMut(UnixStream) + Send + 'static) -> io::Result<()> {
+/// Hands over who connects, if it is one of ours, on a thread of its own.
+///
+/// # Errors
+/// When there is no thread, or the socket does not listen.
+pub fn accept(name: &str, socket: OwnedFd, mut take: impl FnMut(UnixStream) + Send + 'static) -> io::Result<()> {
     let listener = UnixListener::from(socket);
     listener.local_addr()?;
     let accept = move || {

@@ -11,7 +11,7 @@ use std::{
 };
 
 use serde::Deserialize;
-use supercloud_blanket::device::{Boot, MachineSpec, SpecError};
+use supercloud_blanket::device::{Boot, Console, MachineSpec, SpecError};
 
 /// The back end's name in a guest's class.
 pub const BACK_END: &str = "kvm";
@@ -84,6 +84,8 @@ pub struct Wiring {
     pub console_out: Option<RawFd>,
     /// Where its input comes from.
     pub console_in: Option<RawFd>,
+    /// A listening unix socket: who connects to it reads and types along.
+    pub console: Option<RawFd>,
     /// A listening unix socket.
     pub control: Option<RawFd>,
     /// A connected socket by which the guest comes and leaves.
@@ -118,6 +120,12 @@ impl Launch {
         }
         if launch.arrives && launch.wiring.control.is_none() {
             return refuse("control", "a guest that arrives needs it to be let run");
+        }
+        if launch.wiring.console.is_some() && launch.spec.devices.console != Console::Serial {
+            return refuse(
+                "console",
+                "it is for a serial console; a virtio console has 'console_in' and 'console_out'",
+            );
         }
         let disks: BTreeSet<_> = launch.spec.devices.disks.iter().map(|disk| &disk.name).collect();
         let cards: BTreeSet<_> = launch.spec.devices.nics.iter().map(|nic| &nic.name).collect();
@@ -157,6 +165,7 @@ pub struct Held {
     pub taps: BTreeMap<String, File>,
     pub console_out: Option<File>,
     pub console_in: Option<File>,
+    pub console: Option<OwnedFd>,
     pub control: Option<OwnedFd>,
     pub stream: Option<UnixStream>,
     pub streams: Option<OwnedFd>,
@@ -182,6 +191,7 @@ impl Held {
         let disks = disks.collect::<Result<_, LaunchError>>()?;
         let taps: BTreeMap<String, File> = map(&wiring.taps, &mut take)?;
         let stream = wiring.stream.map(|fd| take("stream", fd)).transpose()?;
+        let console = wiring.console.map(|fd| take("console", fd)).transpose()?.map(OwnedFd::from);
         let control = wiring.control.map(|fd| take("control", fd)).transpose()?;
         let streams = wiring.streams.map(|fd| take("streams", fd)).transpose()?;
         let console_out = wiring.console_out.map(|fd| take("console_out", fd)).transpose()?;
@@ -197,7 +207,7 @@ impl Held {
         let (control, streams) = (control.map(OwnedFd::from), streams.map(OwnedFd::from));
         // Of another family it works as well: nothing is asked of it that not every stream socket does.
         let stream = stream.map(|socket| UnixStream::from(OwnedFd::from(socket)));
-        Ok(Self { kvm, kernel, initrd, disks, taps, console_out, console_in, control, stream, streams })
+        Ok(Self { kvm, kernel, initrd, disks, taps, console_out, console_in, console, control, stream, streams })
     }
 }
 

@@ -14,6 +14,7 @@
 //! With a control socket the guest waits for `resume`; without one it runs at once, and the process ends with it: exit
 //! code 0 when it switched itself off, 1 when it cannot go on. A guest that resets is booted again.
 
+mod console;
 mod control;
 mod disks;
 mod launch;

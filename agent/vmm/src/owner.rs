@@ -25,6 +25,7 @@ use supercloud_blanket::{
 };
 
 use crate::{
+    console,
     control::{self, Client, Event, Line, Progress, Request, State, Verb},
     disks::Disks,
     launch::Held,
@@ -61,6 +62,8 @@ struct Owner<'a> {
     spec: &'a MachineSpec,
     held: Held,
     disks: Disks,
+    /// Where a serial console's output goes.
+    console: console::Console,
     /// How the guest ended.
     ended: Option<Event>,
     inputs: mpsc::Sender<Input>,
@@ -95,8 +98,14 @@ pub fn run(spec: &MachineSpec, arrives: bool, mut held: Held) -> anyhow::Result<
         feed_serial(input, Arc::clone(&serial))?;
     }
     let disks = Disks::new(std::mem::take(&mut held.disks), &sender)?;
+    let console = console::Console::new(held.console_out.take_if(|_| is_serial(spec)));
+    if let Some(socket) = held.console.take() {
+        let serial = Arc::clone(&serial);
+        console.listen(socket, move |bytes| feed(&serial, bytes))?;
+    }
     let mut owner = Owner {
         spec,
+        console,
         held,
         disks,
         ended: None,
@@ -303,7 +312,7 @@ impl Owner<'_> {
     }
 
     fn serial_sink(&self) -> anyhow::Result<Sink> {
-        if is_serial(self.spec) { self.output() } else { Ok(Box::new(io::sink())) }
+        if is_serial(self.spec) { Ok(Box::new(self.console.clone())) } else { Ok(Box::new(io::sink())) }
     }
 
     /// The guest's devices, in the order that gives each the same place on the bus everywhere.
@@ -361,6 +370,12 @@ impl Owner<'_> {
                 why => error = why,
             },
             (Verb::Stream, _) => error = self.take_stream(socket).err().map(|failed| format!("{failed:#}")),
+            (Verb::HangUp, _) if self.sending.is_none() && self.receiving.is_none() => self.drop_stream(),
+            (Verb::HangUp, _) => error = Some("the stream is being used; cancel that first".to_owned()),
+            (Verb::Reset, State::Running | State::Paused) => {
+                self.take(Outcome::Reset);
+            }
+            (Verb::Reset, _) => error = Some("it is not here to be reset".to_owned()),
             (Verb::Status, _)
             | (Verb::Resume, State::Running)
             | (Verb::Pause, State::Paused | State::Sent)
@@ -500,7 +515,7 @@ impl Owner<'_> {
 /// Feeds what comes in to the serial port of the machine that is there then. What a guest does not read is lost when too
 /// much of it waits.
 fn feed_serial(mut input: File, serial: CurrentSerial) -> anyhow::Result<()> {
-    let feed = move || {
+    let read = move || {
         let mut bytes = [0; 256];
         loop {
             let mut polled = libc::pollfd { fd: input.as_raw_fd(), events: libc::POLLIN, revents: 0 };
@@ -513,15 +528,20 @@ fn feed_serial(mut input: File, serial: CurrentSerial) -> anyhow::Result<()> {
             match input.read(&mut bytes) {
                 Ok(0) => return,
                 Ok(count) => {
-                    let port = serial.lock().unwrap_or_else(PoisonError::into_inner).clone();
-                    if let Some(port) = port {
-                        port.lock().unwrap_or_else(PoisonError::into_inner).feed(&bytes[..count]);
-                    }
+                    feed(&serial, &bytes[..count]);
                 }
                 Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
                 Err(_) => return,
             }
         }
     };
-    std::thread::Builder::new().name("console-in".to_owned()).spawn(feed).context("beginning a thread").map(drop)
+    std::thread::Builder::new().name("console-in".to_owned()).spawn(read).context("beginning a thread").map(drop)
+}
+
+/// Types into the serial port that is there now.
+fn feed(serial: &CurrentSerial, bytes: &[u8]) {
+    let port = serial.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    if let Some(port) = port {
+        port.lock().unwrap_or_else(PoisonError::into_inner).feed(bytes);
+    }
 }

@@ -71,10 +71,10 @@ impl Sending {
         let (give, take) = std::sync::mpsc::channel::<Machine>();
         let work = move || {
             let Ok(mut machine) = take.recv() else { return };
-            let mut told = Instant::now();
+            let (mut told, mut is_last) = (Instant::now(), false);
             let mut watch = |progress: &travel::Progress| {
-                if told.elapsed() >= TELL_EVERY {
-                    told = Instant::now();
+                if told.elapsed() >= TELL_EVERY || progress.is_last != is_last {
+                    (told, is_last) = (Instant::now(), progress.is_last);
                     let _ = inputs.send(Input::Progress(shown(progress, None)));
                 }
                 if cancelled.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
@@ -158,6 +158,7 @@ pub fn shown(progress: &travel::Progress, paused_for: Option<Duration>) -> Progr
         sent_bytes: progress.sent_bytes,
         left_bytes: progress.left_pages.saturating_mul(PAGE_BYTES),
         dirty_bytes_per_s: progress.dirty_pages_per_s.saturating_mul(PAGE_BYTES),
+        is_last: progress.is_last,
         paused_ms: paused_for.map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
     }
 }

@@ -4,8 +4,8 @@
 //! `Documentation/arch/x86/boot.rst` (64-bit start) and Xen's `docs/misc/pvh.pandoc` (PVH start).
 
 use kvm_bindings::{
-    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, Msrs, kvm_cpuid_entry2, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs,
-    kvm_segment, kvm_sregs,
+    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_fpu, kvm_lapic_state,
+    kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use vm_memory::{Bytes as _, GuestAddress};
@@ -104,6 +104,15 @@ pub fn cpuid(supported: &CpuId, index: u8, vcpus: u8, has_tsc_deadline: bool) ->
         }
     }
     entries
+}
+
+/// The name of what this host's processors can do, as part of a guest's class.
+///
+/// # Errors
+/// When KVM does not say.
+pub fn baseline(kvm: &Kvm) -> Result<String, VmmError> {
+    let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm_error("tell its CPUID"))?;
+    Ok(super::state::cpuid::baseline(supported.as_slice()))
 }
 
 /// Gives a vCPU its CPUID, which it answers, and what firmware would have set: MTRRs, floating point, the local APIC's lines.

@@ -41,7 +41,8 @@ impl Actor {
             Err(error) => return Ok(self.cannot_prepare(operation, Problem::new(Code::WrongState, error.to_string()))),
         };
         let described = self.class(&assignment.spec.compat_class).and_then(|class| {
-            machine::describe(&plan, &assignment.spec, &class, &self.places, &self.host.boot_cache(), origin)
+            let (cache, has_balloon) = (self.host.boot_cache(), self.host.backend.has_balloon());
+            machine::describe(&plan, &assignment.spec, &class, &self.places, &cache, origin, has_balloon)
         });
         let reach = match assignment.peer.as_ref().filter(|_| origin == VolumeOrigin::Peer) {
             Some(peer) => self.check_reach(peer),

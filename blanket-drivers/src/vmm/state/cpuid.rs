@@ -30,16 +30,36 @@ const fn ignored(leaf: u32, register: usize) -> u32 {
     }
 }
 
+fn registers(all: &[kvm_cpuid_entry2], leaf: u32, index: u32) -> [u32; 4] {
+    // Of a leaf without parts the index means nothing.
+    let part =
+        |entry: &kvm_cpuid_entry2| if entry.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX != 0 { entry.index } else { 0 };
+    let found = all.iter().find(|entry| entry.function == leaf && part(entry) == index);
+    found.map_or([0; 4], |entry| [entry.eax, entry.ebx, entry.ecx, entry.edx])
+}
+
+/// A name for what processors can do: the same for two hosts whose features (and maker, and physical addresses) are the same.
+/// 12 digits of a BLAKE3 hash.
+#[must_use]
+pub fn baseline(supported: &[kvm_cpuid_entry2]) -> String {
+    let mut hash = blake3::Hasher::new();
+    let [_, maker @ ..] = registers(supported, 0, 0);
+    for word in maker {
+        hash.update(&word.to_le_bytes());
+    }
+    for (leaf, index, lists) in FEATURES {
+        for (register, word) in registers(supported, leaf, index).into_iter().enumerate() {
+            let word = if lists[register] { word & !ignored(leaf, register) } else { 0 };
+            hash.update(&word.to_le_bytes());
+        }
+    }
+    hash.update(&(registers(supported, 0x8000_0008, 0)[0] & 0xff).to_le_bytes());
+    format!("host-{}", &hash.finalize().to_hex()[..12])
+}
+
 /// The first features that a guest has and that are not supported (or more physical memory than can be), in words; `None` when there are none.
 #[must_use]
 pub fn lacking(guest: &[kvm_cpuid_entry2], supported: &[kvm_cpuid_entry2]) -> Option<String> {
-    let registers = |all: &[kvm_cpuid_entry2], leaf, index| {
-        // Of a leaf without parts the index means nothing.
-        let part =
-            |entry: &kvm_cpuid_entry2| if entry.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX != 0 { entry.index } else { 0 };
-        let found = all.iter().find(|entry| entry.function == leaf && part(entry) == index);
-        found.map_or([0; 4], |entry| [entry.eax, entry.ebx, entry.ecx, entry.edx])
-    };
     for (leaf, index, lists) in FEATURES {
         let (has, can) = (registers(guest, leaf, index), registers(supported, leaf, index));
         for (register, name) in ["eax", "ebx", "ecx", "edx"].into_iter().enumerate() {
@@ -58,6 +78,23 @@ pub fn lacking(guest: &[kvm_cpuid_entry2], supported: &[kvm_cpuid_entry2]) -> Op
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn a_baseline_is_named_after_features_and_nothing_else() {
+        let entry = |function, eax, ecx| kvm_cpuid_entry2 { function, eax, ecx, ..kvm_cpuid_entry2::default() };
+        let plain = [entry(0, 7, 1), entry(1, 5, 1 << 19), entry(0x8000_0008, 48, 0)];
+        let name = baseline(&plain);
+        assert_eq!(name.len(), 17);
+        // Stepping, APIC bits and the number of leaves are no features; a feature, the maker and the width are.
+        assert_eq!(baseline(&[entry(0, 9, 1), entry(1, 6, 1 << 19 | 1 << 27), entry(0x8000_0008, 48, 0)]), name);
+        for other in [
+            [entry(0, 7, 2), entry(1, 5, 1 << 19), entry(0x8000_0008, 48, 0)],
+            [entry(0, 7, 1), entry(1, 5, 1 << 20), entry(0x8000_0008, 48, 0)],
+            [entry(0, 7, 1), entry(1, 5, 1 << 19), entry(0x8000_0008, 46, 0)],
+        ] {
+            assert_ne!(baseline(&other), name);
+        }
+    }
 
     fn leaf(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> kvm_cpuid_entry2 {
         let flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX;

@@ -41,6 +41,8 @@ pub struct Progress {
     pub left_pages: u64,
     /// Pages a second that the guest wrote in the last round; 0 in the first.
     pub dirty_pages_per_s: u64,
+    /// The guest stands still, or is about to: this is the last round.
+    pub is_last: bool,
     /// Pages by form.
     pub forms: Forms,
 }
@@ -149,6 +151,9 @@ impl<'a, W: Write> Sender<'a, W> {
                 Next::GiveUp(why) => return Err(TravelError::NoConvergence(why)),
             }
         }
+        // Told before: who hears of it can make ready what comes next.
+        self.progress.is_last = true;
+        self.look()?;
         let paused = Instant::now();
         let longest = Duration::from_millis((self.limits)().longest_pause_ms());
         self.give_up_at = paused.checked_add(longest).map(|at| (at, longest));

@@ -1,0 +1,526 @@
+//! [`KvmBackend`]: the [`Backend`] trait on processes of our own VMM.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use kvm_ioctls::Kvm;
+use supercloud_blanket::{
+    Backend, BackendError, BackendResult, BoxFuture, CompatClass, Launch, LiveMigration,
+    backend::{
+        BackendEvent, Capabilities, Frozen, GuestEvent, GuestInfo, MemoryStats, PauseReason, RunState, StopMode,
+        StopReason,
+    },
+    device::Boot,
+    migrate::{Transfer, TransferProgress},
+    vmm::cpu,
+};
+use supercloud_ids::{Epoch, GuestId};
+use tokio::sync::{broadcast, watch};
+
+use crate::{
+    ACCELERATOR, BACK_END, KvmConfig, MACHINE_VERSION,
+    control::Request,
+    keeper::Keeper,
+    migration::{self, Leaving},
+    record::{Home, Record, Role},
+    spawn,
+};
+
+/// A guest that is frozen or thawed may take this long.
+const FREEZE_BUDGET: Duration = Duration::from_secs(3600);
+/// A guest that is being frozen shall not be copied in many rounds: it will stand still anyway.
+const FREEZE_DOWNTIME_MS: u64 = 60_000;
+/// The format of [`Backend::freeze`]'s files: the stream of a move.
+const FROZEN_FORMAT: &str = "supercloud-kvm-stream/1";
+
+/// Guests in processes of our own VMM.
+pub struct KvmBackend {
+    pub(crate) config: KvmConfig,
+    baseline: String,
+    keepers: Mutex<BTreeMap<GuestId, Arc<Keeper>>>,
+    events: broadcast::Sender<BackendEvent>,
+    /// Who waits for the streams of guests that come here.
+    pub(crate) arrivals: migration::Arrivals,
+}
+
+/// In words, for errors.
+pub(crate) fn words(state: RunState) -> String {
+    match state {
+        RunState::Running => "running",
+        RunState::ShuttingDown => "shutting down",
+        RunState::Crashed => "ended",
+        RunState::Paused(PauseReason::Asked) => "paused on request",
+        RunState::Paused(PauseReason::Departed) => "paused as the source of a move",
+        RunState::Paused(PauseReason::Incoming) => "still incoming",
+        RunState::Paused(PauseReason::Arrived) => "arrived and waiting for the grant",
+        RunState::Paused(_) => "paused",
+    }
+    .to_owned()
+}
+
+pub(crate) fn failed(what: &'static str) -> impl Fn(io::Error) -> BackendError {
+    move |error| BackendError::Failed { what, detail: error.to_string() }
+}
+
+impl KvmBackend {
+    /// The back end, with the guests that an agent before has left. What was only arriving is ended, and a freeze that was
+    /// broken off rolled back.
+    ///
+    /// # Errors
+    /// When there is no `/dev/kvm`, or the folder cannot be used.
+    pub async fn open(config: KvmConfig) -> BackendResult<Self> {
+        let run_dir = config.run_dir.clone();
+        let what = "use";
+        let found = tokio::task::spawn_blocking(move || {
+            let found = Home::all(&run_dir).map_err(|source| BackendError::File { what, path: run_dir, source })?;
+            let baseline = Kvm::new().map_err(|error| error.to_string());
+            let baseline = baseline.and_then(|kvm| cpu::baseline(&kvm).map_err(|error| error.to_string()));
+            let detail = |detail| BackendError::Failed { what: "ask /dev/kvm what the processors can do", detail };
+            Ok::<_, BackendError>((found, baseline.map_err(detail)?))
+        });
+        let (homes, baseline) = found.await.map_err(|error| failed("look for guests")(io::Error::other(error)))??;
+        let back_end = Self {
+            config,
+            baseline,
+            keepers: Mutex::default(),
+            events: broadcast::Sender::new(256),
+            arrivals: migration::Arrivals::default(),
+        };
+        for home in homes {
+            back_end.find_again(home).await?;
+        }
+        Ok(back_end)
+    }
+
+    fn class(&self) -> CompatClass {
+        CompatClass {
+            back_end: BACK_END.to_owned(),
+            accelerator: ACCELERATOR.to_owned(),
+            machine_version: MACHINE_VERSION.to_owned(),
+            cpu_baseline: self.baseline.clone(),
+        }
+    }
+
+    fn keepers(&self) -> MutexGuard<'_, BTreeMap<GuestId, Arc<Keeper>>> {
+        self.keepers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes up a guest that an agent before has left.
+    async fn find_again(&self, home: Home) -> BackendResult<()> {
+        let guest = home.guest;
+        let at = home.clone();
+        let record = tokio::task::spawn_blocking(move || at.read()).await;
+        let record = match record.map_err(io::Error::other).and_then(|read| read) {
+            Ok(Some(record)) => record,
+            // Its start was broken off before it could run.
+            Ok(None) => return self.forget(home).await,
+            Err(source) => {
+                return Err(BackendError::File { what: "read the record in", path: home.folder, source });
+            }
+        };
+        let keeper = self.keep(home, record.clone());
+        let Some(info) = keeper.info().await? else { return Ok(()) };
+        tracing::info!(%guest, state = ?info.state, "a guest was found again");
+        match (&record.role, info.state) {
+            (_, RunState::Paused(PauseReason::Incoming)) => {
+                keeper.end(StopReason::Failed, self.config.process_budget).await
+            }
+            (Role::Freezing(file), _) if whole(file).await? => {
+                keeper.end(StopReason::Frozen, self.config.process_budget).await
+            }
+            (Role::Freezing(_), state) => {
+                let _ = keeper.ask("cancel a freeze", migration::verb("cancel"), None).await;
+                if state != RunState::Running {
+                    keeper.ask("let a guest run on", migration::verb("resume"), None).await?;
+                }
+                keeper.mark(record.epoch, Role::Owner).await
+            }
+            _ => Ok(()),
+        }
+    }
+
+    async fn forget(&self, home: Home) -> BackendResult<()> {
+        let removed = tokio::task::spawn_blocking(move || home.remove().map_err(|source| (home.folder, source))).await;
+        match removed.map_err(|error| failed("look for guests")(io::Error::other(error)))? {
+            Ok(()) => Ok(()),
+            Err((path, source)) => Err(BackendError::File { what: "remove", path, source }),
+        }
+    }
+
+    fn keep(&self, home: Home, record: Record) -> Arc<Keeper> {
+        let guest = home.guest;
+        let keeper = Arc::new(Keeper::new(home, record, self.events.clone(), self.config.call_budget));
+        self.keepers().insert(guest, Arc::clone(&keeper));
+        keeper
+    }
+
+    /// The guest's process, while it is here.
+    pub(crate) fn keeper(&self, guest: GuestId) -> Option<Arc<Keeper>> {
+        let mut keepers = self.keepers();
+        let keeper = keepers.get(&guest)?;
+        if keeper.seen().gone.is_some() {
+            keepers.remove(&guest);
+            return None;
+        }
+        Some(Arc::clone(keeper))
+    }
+
+    /// Likewise, with its state.
+    pub(crate) async fn expect(&self, guest: GuestId) -> BackendResult<(Arc<Keeper>, RunState)> {
+        let keeper = self.keeper(guest).ok_or(BackendError::NoSuchGuest { guest })?;
+        match keeper.info().await? {
+            Some(info) => Ok((keeper, info.state)),
+            None => Err(BackendError::NoSuchGuest { guest }),
+        }
+    }
+
+    /// Refuses a launch that cannot be, or whose guest is here already.
+    fn admit(&self, launch: &Launch) -> BackendResult<()> {
+        launch.check()?;
+        let lacks = |option: String| Err(BackendError::Unsupported { back_end: BACK_END, option });
+        if launch.spec.class != self.class() {
+            return lacks(format!("class '{}'; it has {} here", launch.spec.class, self.class()));
+        }
+        if launch.spec.boot == Boot::Disk {
+            return lacks("booting from a disk: give the guest an image with a kernel".to_owned());
+        }
+        if launch.spec.devices.has_balloon {
+            return lacks("a memory balloon".to_owned());
+        }
+        match self.keeper(launch.guest) {
+            Some(_) => Err(BackendError::AlreadyThere { guest: launch.guest }),
+            None => Ok(()),
+        }
+    }
+
+    /// Starts the process of a guest that boots when it is let run, or arrives.
+    pub(crate) async fn launch(&self, launch: Launch, arrives: bool) -> BackendResult<Arc<Keeper>> {
+        self.admit(&launch)?;
+        let home = Home::new(&self.config.run_dir, launch.guest);
+        let (config, at) = (self.config.clone(), home.clone());
+        let started = tokio::task::spawn_blocking(move || {
+            let file = |source| BackendError::File { what: "use", path: at.folder.clone(), source };
+            at.make().map_err(file)?;
+            at.begin().map_err(file)?;
+            let process = spawn::start(&config, &at, &launch, arrives)?;
+            let role = if arrives { Role::Incoming } else { Role::Owner };
+            let record = Record { epoch: launch.epoch, launch, role, process };
+            match at.write(&record) {
+                Ok(()) => Ok(record),
+                Err(source) => {
+                    // Nobody would find it again.
+                    process.kill();
+                    Err(file(source))
+                }
+            }
+        });
+        let record = started.await.map_err(|error| failed("start a guest")(io::Error::other(error)))??;
+        let keeper = self.keep(home.clone(), record);
+        let what = "start a guest's process";
+        let seen = keeper.until(what, self.config.process_budget, |seen| seen.state.is_some() || seen.gone.is_some());
+        let failed = match seen.await {
+            Ok(seen) if seen.gone.is_none() => return Ok(keeper),
+            Ok(seen) => BackendError::Failed { what, detail: format!("it ended; it said: {}", seen.said) },
+            Err(error) => error,
+        };
+        keeper.end(StopReason::Failed, self.config.process_budget).await?;
+        self.keepers().remove(&home.guest);
+        Err(failed)
+    }
+
+    async fn start_guest(&self, launch: Launch) -> BackendResult<GuestInfo> {
+        let guest = launch.guest;
+        let keeper = self.launch(launch, false).await?;
+        keeper.ask("start a guest", migration::verb("resume"), None).await?;
+        let _ = self.events.send(BackendEvent::Guest { guest, what: GuestEvent::Started });
+        keeper.info().await?.ok_or(BackendError::NoSuchGuest { guest })
+    }
+
+    async fn resume_guest(&self, guest: GuestId, epoch: Epoch) -> BackendResult<()> {
+        let (keeper, state) = self.expect(guest).await?;
+        match state {
+            RunState::Running => {}
+            RunState::Paused(PauseReason::Asked | PauseReason::Arrived) => {
+                keeper.ask("resume a guest", migration::verb("resume"), None).await?;
+            }
+            state => return Err(BackendError::WrongState { guest, wants: "resume it", is: words(state) }),
+        }
+        // The guest runs: from here on nothing may fail. `begin` writes the mark again before it matters.
+        if let Err(error) = keeper.mark(epoch, Role::Owner).await {
+            tracing::warn!(%guest, %error, "cannot renew a guest's record");
+        }
+        Ok(())
+    }
+
+    fn freeze_guest(&self, guest: GuestId, file: PathBuf) -> Transfer<Frozen> {
+        let (progress, shown) = watch::channel(TransferProgress::default());
+        let budget = self.config.process_budget;
+        let expected = self.keeper(guest);
+        let done = async move {
+            let keeper = expected.ok_or(BackendError::NoSuchGuest { guest })?;
+            let what = "freeze a guest";
+            let there = tokio::fs::try_exists(&file).await.unwrap_or(true);
+            if there {
+                let source = io::ErrorKind::AlreadyExists.into();
+                return Err(BackendError::File { what: "freeze a guest into", path: file, source });
+            }
+            match keeper.info().await?.map(|info| info.state) {
+                Some(RunState::Running) => {}
+                Some(state) => return Err(BackendError::WrongState { guest, wants: "freeze it", is: words(state) }),
+                None => return Err(BackendError::NoSuchGuest { guest }),
+            }
+            let epoch = keeper.record().epoch;
+            keeper.mark(epoch, Role::Freezing(file.clone())).await?;
+            let part = part_of(&file);
+            let frozen = save(&keeper, &file, &part, &progress).await;
+            match frozen {
+                Ok(bytes) => {
+                    // The file is the guest by now, whatever becomes of this process.
+                    keeper.end(StopReason::Frozen, budget).await?;
+                    Ok(Frozen { format: FROZEN_FORMAT.to_owned(), bytes })
+                }
+                Err(error) => {
+                    let _ = tokio::fs::remove_file(&part).await;
+                    // Sent, or paused by a file that took nothing: it runs on.
+                    if keeper.info().await?.is_some_and(|info| info.state != RunState::Running) {
+                        keeper.ask("let a guest run on", migration::verb("resume"), None).await?;
+                    }
+                    keeper.mark(epoch, Role::Owner).await?;
+                    Err(if keeper.is_cancelled() { BackendError::Cancelled { what } } else { error })
+                }
+            }
+        };
+        Transfer { progress: shown, done: Box::pin(done) }
+    }
+
+    async fn thaw_guest(&self, launch: Launch, file: PathBuf, format: String) -> BackendResult<GuestInfo> {
+        if format != FROZEN_FORMAT {
+            let option = format!("frozen guests of format '{}'", format.chars().take(64).collect::<String>());
+            return Err(BackendError::Unsupported { back_end: BACK_END, option });
+        }
+        let guest = launch.guest;
+        let keeper = self.launch(launch, true).await?;
+        let thawed = thaw(&keeper, &file).await;
+        if thawed.is_err() {
+            keeper.end(StopReason::Failed, self.config.process_budget).await?;
+        }
+        thawed?;
+        keeper.info().await?.ok_or(BackendError::NoSuchGuest { guest })
+    }
+}
+
+/// Where a file is written before it is whole.
+fn part_of(file: &Path) -> PathBuf {
+    file.with_extension("part")
+}
+
+async fn whole(file: &Path) -> BackendResult<bool> {
+    let what = "look for a frozen guest in";
+    tokio::fs::try_exists(file).await.map_err(|source| BackendError::File { what, path: file.to_owned(), source })
+}
+
+/// Has the guest sent into the file, durably; its size.
+async fn save(
+    keeper: &Keeper,
+    file: &Path,
+    part: &Path,
+    progress: &watch::Sender<TransferProgress>,
+) -> BackendResult<u64> {
+    let what = "freeze a guest";
+    let (ours, theirs) = UnixStream::pair().map_err(failed(what))?;
+    keeper.ask(what, migration::verb("stream"), Some(theirs.into())).await?;
+    let path = part.to_owned();
+    let write = move || {
+        let mut to = std::fs::File::create(&path)?;
+        let bytes = io::copy(&mut &ours, &mut to)?;
+        to.sync_all()?;
+        Ok(bytes)
+    };
+    let writing = tokio::task::spawn_blocking(write);
+    let send = Request { max_downtime_ms: Some(FREEZE_DOWNTIME_MS), ..migration::verb("send") };
+    let sent = Leaving { keeper, what, budget: FREEZE_BUDGET }.send(send, progress).await;
+    // The process lets its end go, so that the copy ends, too.
+    let closed = keeper.ask(what, migration::verb("hang_up"), None).await;
+    let written: io::Result<u64> = writing.await.map_err(io::Error::other).and_then(|written| written);
+    sent?;
+    closed?;
+    let cannot = |source| BackendError::File { what: "write the frozen guest to", path: part.to_owned(), source };
+    let bytes = written.map_err(cannot)?;
+    let (from, to) = (part.to_owned(), file.to_owned());
+    let finish = move || {
+        std::fs::rename(&from, &to)?;
+        let folder = to.parent().unwrap_or(Path::new("/"));
+        std::fs::File::open(folder)?.sync_all()
+    };
+    tokio::task::spawn_blocking(finish).await.map_err(io::Error::other).and_then(|done| done).map_err(cannot)?;
+    Ok(bytes)
+}
+
+/// Has the guest come out of the file; it stands still.
+async fn thaw(keeper: &Keeper, file: &Path) -> BackendResult<()> {
+    let what = "thaw a guest";
+    let cannot = |source| BackendError::File { what: "read the frozen guest in", path: file.to_owned(), source };
+    let path = file.to_owned();
+    let (ours, theirs) = UnixStream::pair().map_err(failed(what))?;
+    let opened = tokio::task::spawn_blocking(move || std::fs::File::open(path)).await.map_err(io::Error::other);
+    let mut from = opened.and_then(|opened| opened).map_err(cannot)?;
+    keeper.ask(what, migration::verb("stream"), Some(theirs.into())).await?;
+    let reading = tokio::task::spawn_blocking(move || {
+        let copied = io::copy(&mut from, &mut &ours);
+        // Until the other end has closed it: what is on its way is not cut off.
+        let _ = ours.shutdown(std::net::Shutdown::Write);
+        copied
+    });
+    let seen = keeper.until(what, FREEZE_BUDGET, migration::has_come).await?;
+    migration::came(what, keeper, &seen)?;
+    let read = reading.await.map_err(io::Error::other).and_then(|read| read);
+    read.map(drop).map_err(cannot)
+}
+
+impl Backend for KvmBackend {
+    fn name(&self) -> &'static str {
+        BACK_END
+    }
+
+    fn has_balloon(&self) -> bool {
+        false
+    }
+
+    fn capabilities(&self) -> BoxFuture<'_, BackendResult<Capabilities>> {
+        Box::pin(async move {
+            Ok(Capabilities {
+                back_end: BACK_END.to_owned(),
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                classes: vec![self.class()],
+                no_live_migration: None,
+            })
+        })
+    }
+
+    fn start(&self, launch: Launch) -> BoxFuture<'_, BackendResult<GuestInfo>> {
+        Box::pin(self.start_guest(launch))
+    }
+
+    fn stop(&self, guest: GuestId, mode: StopMode) -> BoxFuture<'_, BackendResult<()>> {
+        Box::pin(async move {
+            let Some(keeper) = self.keeper(guest) else { return Ok(()) };
+            // There is no power button to press yet.
+            let _ = mode;
+            keeper.end(StopReason::Killed, self.config.process_budget).await
+        })
+    }
+
+    fn pause(&self, guest: GuestId) -> BoxFuture<'_, BackendResult<()>> {
+        Box::pin(async move {
+            match self.expect(guest).await? {
+                (_, RunState::Paused(_)) => Ok(()),
+                (keeper, RunState::Running) => {
+                    keeper.ask("pause a guest", migration::verb("pause"), None).await.map(drop)
+                }
+                (_, state) => Err(BackendError::WrongState { guest, wants: "pause it", is: words(state) }),
+            }
+        })
+    }
+
+    fn resume(&self, guest: GuestId, epoch: Epoch) -> BoxFuture<'_, BackendResult<()>> {
+        Box::pin(self.resume_guest(guest, epoch))
+    }
+
+    fn reset(&self, guest: GuestId) -> BoxFuture<'_, BackendResult<()>> {
+        Box::pin(async move {
+            let (keeper, _) = self.expect(guest).await?;
+            keeper.ask("reset a guest", migration::verb("reset"), None).await.map(drop)
+        })
+    }
+
+    fn status(&self, guest: GuestId) -> BoxFuture<'_, BackendResult<Option<GuestInfo>>> {
+        Box::pin(async move {
+            match self.keeper(guest) {
+                Some(keeper) => keeper.info().await,
+                None => Ok(None),
+            }
+        })
+    }
+
+    fn how_it_ended(&self, guest: GuestId) -> BoxFuture<'_, BackendResult<Option<StopReason>>> {
+        let home = Home::new(&self.config.run_dir, guest);
+        Box::pin(async move {
+            let read = tokio::task::spawn_blocking(move || home.how_it_ended()).await;
+            read.map_err(io::Error::other).and_then(|read| read).map_err(failed("read how a guest ended"))
+        })
+    }
+
+    fn list(&self) -> BoxFuture<'_, BackendResult<Vec<GuestInfo>>> {
+        Box::pin(async move {
+            let keepers: Vec<_> = self.keepers().values().cloned().collect();
+            let mut all = Vec::new();
+            for keeper in keepers {
+                all.extend(keeper.info().await?);
+            }
+            Ok(all)
+        })
+    }
+
+    fn console(&self, guest: GuestId) -> BoxFuture<'_, BackendResult<PathBuf>> {
+        Box::pin(async move {
+            let (keeper, _) = self.expect(guest).await?;
+            keeper.record().launch.host.console_socket.ok_or_else(|| BackendError::Unsupported {
+                back_end: BACK_END,
+                option: format!("a console socket for guest {guest}, which was started without one"),
+            })
+        })
+    }
+
+    fn memory_stats(&self, guest: GuestId) -> BoxFuture<'_, BackendResult<MemoryStats>> {
+        Box::pin(async move {
+            let (keeper, _) = self.expect(guest).await?;
+            let record = keeper.record();
+            let statm = format!("/proc/{}/statm", record.process.pid);
+            let statm = tokio::fs::read_to_string(statm).await.map_err(failed("read memory figures"))?;
+            // The second of its fields, in pages (proc(5)).
+            let pages: Option<u64> = statm.split_ascii_whitespace().nth(1).and_then(|pages| pages.parse().ok());
+            Ok(MemoryStats {
+                actual_bytes: Some(record.launch.spec.memory_bytes),
+                resident_bytes: pages.map(|pages| pages.saturating_mul(supercloud_blanket::vmm::memory::PAGE_BYTES)),
+                ..MemoryStats::default()
+            })
+        })
+    }
+
+    fn events(&self) -> broadcast::Receiver<BackendEvent> {
+        self.events.subscribe()
+    }
+
+    fn freeze(&self, guest: GuestId, file: PathBuf) -> BackendResult<Transfer<Frozen>> {
+        if !file.is_absolute() || file.file_name().is_none() {
+            let source = io::ErrorKind::InvalidInput.into();
+            return Err(BackendError::File { what: "freeze a guest into", path: file, source });
+        }
+        Ok(self.freeze_guest(guest, file))
+    }
+
+    fn frozen_in(&self, file: PathBuf) -> BoxFuture<'_, BackendResult<Option<Frozen>>> {
+        Box::pin(async move {
+            let what = "look for a frozen guest in";
+            match tokio::fs::metadata(&file).await {
+                Ok(meta) => Ok(Some(Frozen { format: FROZEN_FORMAT.to_owned(), bytes: meta.len() })),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+                Err(source) => Err(BackendError::File { what, path: file, source }),
+            }
+        })
+    }
+
+    fn thaw(&self, launch: Launch, file: PathBuf, format: String) -> BoxFuture<'_, BackendResult<GuestInfo>> {
+        Box::pin(self.thaw_guest(launch, file, format))
+    }
+
+    fn live_migration(&self) -> BackendResult<&dyn LiveMigration> {
+        Ok(self)
+    }
+}

@@ -1,0 +1,452 @@
+//! Who talks to a guest's process: one task per guest, as long as the process is there.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    os::fd::OwnedFd,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use supercloud_blanket::{
+    BackendError, BackendResult,
+    backend::{BackendEvent, GuestEvent, GuestInfo, PauseReason, RunState, StopReason},
+};
+use supercloud_ids::{Epoch, GuestId};
+use tokio::{
+    net::UnixStream,
+    sync::{broadcast, mpsc, oneshot, watch},
+    task::JoinHandle,
+    time::{Instant, sleep, timeout},
+};
+
+use crate::{
+    control::{self, Event, Line, Lines, Progress, Request, Requests, State},
+    record::{Home, Record, Role},
+    spawn,
+};
+
+/// How often a process that hung up but lives is tried again, and a disk without a way.
+const RETRY_EVERY: Duration = Duration::from_millis(250);
+/// A disk may be without a way for so long before anybody is told: its volume process is started anew.
+const STALL_AFTER: Duration = Duration::from_secs(1);
+/// How long a volume process may take to accept.
+const DIAL_BUDGET: Duration = Duration::from_secs(5);
+
+/// What is known of the process now.
+#[derive(Debug, Clone, Default)]
+pub struct Seen {
+    /// How its guest is; `None` before it answered first.
+    pub state: Option<State>,
+    /// It is gone; why.
+    pub gone: Option<StopReason>,
+    /// How far it is with sending the guest.
+    pub progress: Progress,
+    /// How many times a guest came here and did not get through.
+    pub failed_arrivals: u32,
+    /// The last that it said on its standard error, when it is gone.
+    pub said: String,
+    /// Why it was not sent, or did not get through, the last time.
+    pub error: Option<String>,
+}
+
+struct Ask {
+    request: Request,
+    socket: Option<OwnedFd>,
+    answer: oneshot::Sender<Line>,
+}
+
+/// What its user and its task share.
+struct Shared {
+    home: Home,
+    record: Mutex<Record>,
+    /// Why it will be gone, when we end it.
+    reason: Mutex<Option<StopReason>>,
+    is_cancelled: AtomicBool,
+}
+
+impl Shared {
+    /// Says, to who comes after this agent as well, why the process will be gone, before it is.
+    async fn intend(self: &Arc<Self>, reason: StopReason) {
+        *lock(&self.reason) = Some(reason);
+        let shared = Arc::clone(self);
+        let noted = tokio::task::spawn_blocking(move || shared.home.note_end(reason)).await;
+        if let Err(error) = noted.map_err(io::Error::other).and_then(|noted| noted) {
+            tracing::warn!(guest = %self.home.guest, %error, "why a guest's process ends cannot be kept");
+        }
+    }
+}
+
+/// A guest's process.
+pub struct Keeper {
+    shared: Arc<Shared>,
+    asks: mpsc::Sender<Ask>,
+    seen: watch::Receiver<Seen>,
+    budget: Duration,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What an agent may know of a guest whose process says this.
+pub fn run_state(state: State, role: &Role) -> RunState {
+    match (state, role) {
+        (State::Arriving, _) => RunState::Paused(PauseReason::Incoming),
+        (State::Running | State::Sending, _) => RunState::Running,
+        (State::Paused | State::Sent, Role::Freezing(_)) => RunState::Paused(PauseReason::Saving),
+        (State::Paused, Role::Incoming) => RunState::Paused(PauseReason::Arrived),
+        (State::Paused, Role::Owner) => RunState::Paused(PauseReason::Asked),
+        (State::Sent, _) => RunState::Paused(PauseReason::Departed),
+        (State::Ended, _) => RunState::Crashed,
+    }
+}
+
+impl Keeper {
+    /// Begins to talk to a process.
+    pub fn new(home: Home, record: Record, events: broadcast::Sender<BackendEvent>, budget: Duration) -> Self {
+        let shared = Arc::new(Shared {
+            home,
+            record: Mutex::new(record),
+            reason: Mutex::new(None),
+            is_cancelled: AtomicBool::new(false),
+        });
+        let (asks, asked) = mpsc::channel(16);
+        let (sender, seen) = watch::channel(Seen::default());
+        let talk = Talk {
+            shared: Arc::clone(&shared),
+            asked,
+            seen: sender,
+            events,
+            waiting: BTreeMap::new(),
+            next_id: 1,
+            lost: BTreeMap::new(),
+            attaching: BTreeMap::new(),
+            told: BTreeSet::new(),
+        };
+        Self { shared, asks, seen, budget, task: tokio::spawn(talk.run()) }
+    }
+
+    pub fn guest(&self) -> GuestId {
+        self.shared.home.guest
+    }
+
+    pub fn record(&self) -> Record {
+        lock(&self.shared.record).clone()
+    }
+
+    /// Changes what is kept of it, for good.
+    pub async fn mark(&self, epoch: Epoch, role: Role) -> BackendResult<()> {
+        let shared = Arc::clone(&self.shared);
+        let write = move || {
+            let mut record = lock(&shared.record);
+            let new = Record { epoch, role, ..record.clone() };
+            if new != *record {
+                shared.home.write(&new)?;
+                *record = new;
+            }
+            io::Result::Ok(())
+        };
+        let written = tokio::task::spawn_blocking(write).await.map_err(io::Error::other).and_then(|written| written);
+        let path = self.shared.home.folder.clone();
+        written.map_err(|source| BackendError::File { what: "keep a record in", path, source })
+    }
+
+    /// Whether the copy that goes on was cancelled by its user.
+    pub fn is_cancelled(&self) -> bool {
+        self.shared.is_cancelled.load(Ordering::Acquire)
+    }
+
+    pub fn set_cancelled(&self, is_cancelled: bool) {
+        self.shared.is_cancelled.store(is_cancelled, Ordering::Release);
+    }
+
+    pub fn seen(&self) -> Seen {
+        self.seen.borrow().clone()
+    }
+
+    /// The guest as it is; `None` when it is gone. Waits for the process's first word.
+    pub async fn info(&self) -> BackendResult<Option<GuestInfo>> {
+        let what = "hear from a guest's process";
+        let seen = self.until(what, self.budget, |seen| seen.state.is_some() || seen.gone.is_some()).await?;
+        let Some(state) = seen.state.filter(|_| seen.gone.is_none()) else { return Ok(None) };
+        let record = self.record();
+        let state = run_state(state, &record.role);
+        Ok(Some(GuestInfo { guest: self.guest(), epoch: record.epoch, state, pid: Some(record.process.pid) }))
+    }
+
+    /// Waits until it is so.
+    pub async fn until(
+        &self,
+        what: &'static str,
+        budget: Duration,
+        is_so: impl FnMut(&Seen) -> bool,
+    ) -> BackendResult<Seen> {
+        let mut seen = self.seen.clone();
+        let late =
+            |_| BackendError::Deadline { what, budget_ms: u64::try_from(budget.as_millis()).unwrap_or(u64::MAX) };
+        let found = timeout(budget, seen.wait_for(is_so)).await.map_err(late)?;
+        // The task goes with the guest's process, or with this keeper.
+        found.map(|seen| seen.clone()).map_err(|_| BackendError::NoSuchGuest { guest: self.guest() })
+    }
+
+    /// Asks the process for something.
+    pub async fn ask(&self, what: &'static str, request: Request, socket: Option<OwnedFd>) -> BackendResult<Line> {
+        let (answer, answered) = oneshot::channel();
+        let gone = || BackendError::NoSuchGuest { guest: self.guest() };
+        let ask = async {
+            self.asks.send(Ask { request, socket, answer }).await.map_err(|_| gone())?;
+            let detail = "its process hung up".to_owned();
+            answered.await.map_err(|_| BackendError::Away { what, detail })
+        };
+        let budget_ms = u64::try_from(self.budget.as_millis()).unwrap_or(u64::MAX);
+        let line = timeout(self.budget, ask).await.map_err(|_| BackendError::Deadline { what, budget_ms })??;
+        match line.error {
+            Some(detail) => Err(BackendError::Failed { what, detail: detail.chars().take(1024).collect() }),
+            None => Ok(line),
+        }
+    }
+
+    /// Ends the process, and waits until it is gone.
+    pub async fn end(&self, reason: StopReason, budget: Duration) -> BackendResult<()> {
+        self.shared.intend(reason).await;
+        let asked = self.ask("end a guest's process", Request { verb: "end", ..Request::default() }, None).await;
+        if asked.is_err() {
+            // It does not hear, or is gone already.
+            self.record().process.end().await;
+        }
+        self.until("end a guest's process", budget, |seen| seen.gone.is_some()).await.map(drop)
+    }
+}
+
+/// The task's own.
+struct Talk {
+    shared: Arc<Shared>,
+    asked: mpsc::Receiver<Ask>,
+    seen: watch::Sender<Seen>,
+    events: broadcast::Sender<BackendEvent>,
+    waiting: BTreeMap<u64, oneshot::Sender<Line>>,
+    next_id: u64,
+    /// Disks without a way, and since when.
+    lost: BTreeMap<String, Instant>,
+    /// New ways that are being taken, by the numbers of requests.
+    attaching: BTreeMap<u64, String>,
+    /// Those of which others were told.
+    told: BTreeSet<String>,
+}
+
+impl Talk {
+    async fn run(mut self) {
+        let process = lock(&self.shared.record).process;
+        while process.is_alive() {
+            match control::connect(&self.shared.home.control()).await {
+                Ok((requests, lines)) => {
+                    if let Err(error) = self.talk(&requests, lines).await {
+                        tracing::warn!(guest = %self.shared.home.guest, %error, "the talk with a guest's process broke off");
+                    }
+                    // Who waits for an answer hears that there is none; what is lost is told again.
+                    self.waiting.clear();
+                    self.attaching.clear();
+                }
+                Err(error) => {
+                    tracing::debug!(guest = %self.shared.home.guest, %error, "a guest's process does not listen");
+                }
+            }
+            sleep(RETRY_EVERY).await;
+        }
+        self.is_gone().await;
+    }
+
+    async fn talk(&mut self, requests: &Requests, mut lines: Lines) -> io::Result<()> {
+        self.say(requests, Request { verb: "status", ..Request::default() }, None, None).await?;
+        loop {
+            let retry = async {
+                match self.lost.is_empty() {
+                    true => std::future::pending().await,
+                    false => sleep(RETRY_EVERY).await,
+                }
+            };
+            tokio::select! {
+                line = lines.next() => match line? {
+                    Some(line) => {
+                        if let Some(reason) = self.hear(line) {
+                            // Of no use to anybody any more.
+                            self.shared.intend(reason).await;
+                            self.say(requests, Request { verb: "end", ..Request::default() }, None, None).await?;
+                        }
+                    }
+                    None => return Ok(()),
+                },
+                ask = self.asked.recv() => match ask {
+                    Some(Ask { request, socket, answer }) => self.say(requests, request, socket, Some(answer)).await?,
+                    None => return Ok(()),
+                },
+                () = retry => self.mend(requests).await?,
+            }
+        }
+    }
+
+    async fn say(
+        &mut self,
+        requests: &Requests,
+        mut request: Request,
+        socket: Option<OwnedFd>,
+        answer: Option<oneshot::Sender<Line>>,
+    ) -> io::Result<()> {
+        request.id = self.next_id;
+        self.next_id += 1;
+        if let Some(answer) = answer {
+            self.waiting.retain(|_, waiting| !waiting.is_closed());
+            self.waiting.insert(request.id, answer);
+        }
+        requests.say(&request, socket).await
+    }
+
+    fn tell(&self, what: GuestEvent) {
+        // Nobody may listen.
+        let _ = self.events.send(BackendEvent::Guest { guest: self.shared.home.guest, what });
+    }
+
+    /// Takes a line; how the guest ended, if it has by itself.
+    fn hear(&mut self, line: Line) -> Option<StopReason> {
+        if let Some(state) = line.state {
+            self.note(&line, state);
+        }
+        if let Some(disk) = line.id.and_then(|id| self.attaching.remove(&id)) {
+            match &line.error {
+                None => self.goes_on(&disk),
+                Some(error) => {
+                    tracing::warn!(guest = %self.shared.home.guest, disk, error, "a new way to a disk is not taken");
+                    self.lost.entry(disk).or_insert_with(Instant::now);
+                }
+            }
+        }
+        for disk in &line.lost {
+            self.lost.entry(disk.clone()).or_insert_with(Instant::now);
+        }
+        match line.event {
+            Some(Event::Rebooted) => self.tell(GuestEvent::Rebooted),
+            Some(Event::DiskLost) => {
+                self.lost.entry(line.disk.clone().unwrap_or_default()).or_insert_with(Instant::now);
+            }
+            Some(Event::DiskRefused) => self.stalls(line.disk.clone().unwrap_or_default()),
+            Some(Event::DiskAnswers) => self.goes_on(line.disk.as_deref().unwrap_or_default()),
+            _ => {}
+        }
+        let ended = line.event.or(line.ended).filter(|event| matches!(event, Event::PoweredOff | Event::Broken));
+        if let Some(answer) = line.id.and_then(|id| self.waiting.remove(&id)) {
+            // Who asked may have gone.
+            let _ = answer.send(line);
+        }
+        // Unless we are ending it anyway.
+        let reason = if ended? == Event::PoweredOff { StopReason::PoweredOff } else { StopReason::Crashed };
+        lock(&self.shared.reason).is_none().then_some(reason)
+    }
+
+    fn note(&self, line: &Line, state: State) {
+        self.seen.send_modify(|seen| {
+            seen.state = Some(state);
+            if let Some(progress) = line.progress {
+                seen.progress = progress;
+            }
+            match line.event {
+                Some(Event::NotSent) => seen.error.clone_from(&line.error),
+                Some(Event::NotArrived) => {
+                    seen.failed_arrivals += 1;
+                    seen.error.clone_from(&line.error);
+                }
+                _ => {}
+            }
+        });
+    }
+
+    fn stalls(&mut self, disk: String) {
+        if self.told.insert(disk.clone()) {
+            self.tell(GuestEvent::DiskError { disk });
+        }
+    }
+
+    fn goes_on(&mut self, disk: &str) {
+        if self.told.remove(disk) && self.told.is_empty() {
+            self.tell(GuestEvent::Resumed);
+        }
+    }
+
+    /// Brings another way to each disk that has none, once its volume process is there again.
+    async fn mend(&mut self, requests: &Requests) -> io::Result<()> {
+        for (disk, since) in self.lost.clone() {
+            let at = lock(&self.shared.record).launch.host.disks.get(&disk).map(|at| at.socket.clone());
+            let Some(at) = at else {
+                self.lost.remove(&disk);
+                continue;
+            };
+            match timeout(DIAL_BUDGET, UnixStream::connect(&at)).await {
+                Ok(Ok(stream)) => {
+                    let socket = stream.into_std()?.into();
+                    let request = Request { verb: "disk", disk: Some(disk.clone()), ..Request::default() };
+                    self.attaching.insert(self.next_id, disk.clone());
+                    self.lost.remove(&disk);
+                    self.say(requests, request, Some(socket), None).await?;
+                }
+                Ok(Err(_)) | Err(_) if since.elapsed() >= STALL_AFTER => self.stalls(disk),
+                Ok(Err(_)) | Err(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    async fn is_gone(&self) {
+        let shared = Arc::clone(&self.shared);
+        let leave = move || {
+            let home = &shared.home;
+            let said = spawn::last_words(home);
+            // An agent before may have known.
+            let known = lock(&shared.reason).or_else(|| home.how_it_ended().ok().flatten());
+            let reason = known.unwrap_or_else(|| {
+                tracing::error!(guest = %home.guest, said, "a guest's process died");
+                StopReason::Crashed
+            });
+            // A folder that stays is found, and removed, by the next one that looks.
+            if let Err(error) = home.note_end(reason).and_then(|()| home.remove()) {
+                tracing::warn!(guest = %home.guest, %error, "what is left of a guest's process cannot be removed");
+            }
+            (reason, said)
+        };
+        let (reason, said) =
+            tokio::task::spawn_blocking(leave).await.unwrap_or_else(|error| (StopReason::Failed, error.to_string()));
+        self.seen.send_modify(|seen| {
+            seen.gone = Some(reason);
+            seen.said = said;
+        });
+        self.tell(GuestEvent::Stopped(reason));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_process_says_is_understood_by_what_its_guest_is() {
+        let role = Role::Freezing("/f".into());
+        assert_eq!(run_state(State::Sent, &Role::Owner), RunState::Paused(PauseReason::Departed));
+        assert_eq!(run_state(State::Sent, &role), RunState::Paused(PauseReason::Saving));
+        assert_eq!(run_state(State::Paused, &Role::Incoming), RunState::Paused(PauseReason::Arrived));
+        assert_eq!(run_state(State::Paused, &Role::Owner), RunState::Paused(PauseReason::Asked));
+        assert_eq!(run_state(State::Arriving, &Role::Incoming), RunState::Paused(PauseReason::Incoming));
+        for role in [Role::Owner, Role::Incoming, role] {
+            assert_eq!(run_state(State::Running, &role), RunState::Running);
+            assert_eq!(run_state(State::Sending, &role), RunState::Running);
+        }
+    }
+}
