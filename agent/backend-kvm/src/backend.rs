@@ -16,7 +16,6 @@ use supercloud_blanket::{
         BackendEvent, Capabilities, Frozen, GuestEvent, GuestInfo, MemoryStats, PauseReason, RunState, StopMode,
         StopReason,
     },
-    device::Boot,
     migrate::{Transfer, TransferProgress},
     vmm::cpu,
 };
@@ -186,9 +185,6 @@ impl KvmBackend {
         let lacks = |option: String| Err(BackendError::Unsupported { back_end: BACK_END, option });
         if launch.spec.class != self.class() {
             return lacks(format!("class '{}'; it has {} here", launch.spec.class, self.class()));
-        }
-        if launch.spec.boot == Boot::Disk {
-            return lacks("booting from a disk: give the guest an image with a kernel".to_owned());
         }
         if launch.spec.devices.has_balloon {
             return lacks("a memory balloon".to_owned());

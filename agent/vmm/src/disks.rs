@@ -8,9 +8,15 @@ use std::{
 };
 
 use anyhow::Context as _;
-use supercloud_blanket::vmm::virtio::{
-    block::{BlockBackend, RawFile},
-    nbd::{LinkNews, NbdLink},
+use supercloud_blanket::vmm::{
+    boot::{
+        BootFiles,
+        disk::{self, DiskFile},
+    },
+    virtio::{
+        block::{BlockBackend, RawFile},
+        nbd::{LinkNews, NbdLink},
+    },
 };
 
 use crate::{
@@ -70,6 +76,25 @@ impl Disks {
                 Box::new(RawFile::new(file).with_context(|| format!("disk '{name}'"))?)
             }
         })
+    }
+
+    /// What the disk's own boot loader would boot.
+    ///
+    /// # Errors
+    /// When there is no such disk, or nothing that is understood on it.
+    pub fn boot_files(&self, name: &str) -> anyhow::Result<BootFiles> {
+        let end = self.ends.get(name).with_context(|| format!("there is nothing for disk '{name}'"))?;
+        let files = match end {
+            End::Volume(link) => disk::files(link.reader()),
+            End::File(file) => {
+                let file = file.try_clone().context("copying a descriptor")?;
+                let bytes = RawFile::new(file.try_clone().context("copying a descriptor")?)
+                    .with_context(|| format!("disk '{name}'"))?
+                    .bytes();
+                disk::files(DiskFile(file, bytes))
+            }
+        };
+        files.with_context(|| format!("disk '{name}'"))
     }
 
     /// Something happened to the way to a disk; what a client is told of it.

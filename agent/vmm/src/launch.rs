@@ -70,8 +70,8 @@ pub struct Launch {
 pub struct Wiring {
     /// `/dev/kvm`.
     pub kvm: RawFd,
-    /// The kernel.
-    pub kernel: RawFd,
+    /// The kernel, of a guest that does not boot from its first disk.
+    pub kernel: Option<RawFd>,
     /// The initial ramdisk.
     pub initrd: Option<RawFd>,
     /// Disks by their names: files, or connected sockets of volume processes, which speak NBD.
@@ -111,12 +111,17 @@ impl Launch {
         if launch.spec.devices.has_balloon {
             return Err(LaunchError::Lacks("the memory balloon"));
         }
-        let Boot::Kernel { has_initrd, .. } = &launch.spec.boot else {
-            return Err(LaunchError::Lacks("booting from a disk"));
-        };
         let refuse = |name: &str, why| Err(LaunchError::Descriptor { name: name.to_owned(), why });
-        if *has_initrd != launch.wiring.initrd.is_some() {
-            return refuse("initrd", "it is there when the guest has none, or the other way round");
+        let (has_kernel, has_initrd) = match &launch.spec.boot {
+            Boot::Kernel { has_initrd, .. } => (true, *has_initrd),
+            Boot::Disk => (false, false),
+        };
+        for (name, wanted, given) in
+            [("kernel", has_kernel, launch.wiring.kernel), ("initrd", has_initrd, launch.wiring.initrd)]
+        {
+            if wanted != given.is_some() {
+                return refuse(name, "it is there when the guest has none, or the other way round");
+            }
         }
         if launch.arrives && launch.wiring.control.is_none() {
             return refuse("control", "a guest that arrives needs it to be let run");
@@ -159,7 +164,7 @@ impl DiskEnd {
 #[derive(Debug)]
 pub struct Held {
     pub kvm: File,
-    pub kernel: File,
+    pub kernel: Option<File>,
     pub initrd: Option<File>,
     pub disks: BTreeMap<String, DiskEnd>,
     pub taps: BTreeMap<String, File>,
@@ -184,7 +189,7 @@ impl Held {
             all.iter().map(|(name, fd)| Ok((name.clone(), take(name, *fd)?))).collect::<Result<_, LaunchError>>()
         };
         let kvm = take("kvm", wiring.kvm)?;
-        let kernel = take("kernel", wiring.kernel)?;
+        let kernel = wiring.kernel.map(|fd| take("kernel", fd)).transpose()?;
         let initrd = wiring.initrd.map(|fd| take("initrd", fd)).transpose()?;
         let disks: BTreeMap<String, File> = map(&wiring.disks, &mut take)?;
         let disks = disks.into_iter().map(|(name, file)| DiskEnd::new(file).map(|end| (name, end)));
@@ -263,7 +268,7 @@ mod tests {
             ("control", |v| v["arrives"] = true.into()),
             ("another back end", |v| v["spec"]["class"]["back_end"] = "libvirt".into()),
             ("balloon", |v| v["spec"]["devices"]["has_balloon"] = true.into()),
-            ("booting from a disk", |v| v["spec"]["boot"] = serde_json::json!({"from": "disk"})),
+            ("kernel", |v| v["spec"]["boot"] = serde_json::json!({"from": "disk"})),
             ("initrd", |v| v["wiring"]["initrd"] = 6.into()),
             ("disks", |v| v["wiring"]["disks"] = serde_json::json!({"root": 5, "more": 6})),
             ("taps", |v| v["wiring"]["taps"] = serde_json::json!({"eth0": 7})),

@@ -189,12 +189,18 @@ impl Owner<'_> {
     /// A new machine out of the same descriptors.
     fn boot(&mut self) -> anyhow::Result<()> {
         self.machine = None;
-        let Boot::Kernel { cmdline, .. } = &self.spec.boot else { anyhow::bail!("the guest boots from a disk") };
         let clone = |file: &File| file.try_clone().context("copying a descriptor");
-        let files = BootFiles {
-            kernel: clone(&self.held.kernel)?,
-            initrd: self.held.initrd.as_ref().map(clone).transpose()?,
-            cmdline: cmdline.clone(),
+        let files = match &self.spec.boot {
+            Boot::Kernel { cmdline, .. } => BootFiles {
+                kernel: clone(self.held.kernel.as_ref().context("there is no kernel")?)?,
+                initrd: self.held.initrd.as_ref().map(clone).transpose()?,
+                cmdline: cmdline.clone(),
+            },
+            // Each time anew: the guest may have another kernel by now.
+            Boot::Disk => {
+                let first = self.spec.devices.disks.first().context("there is no disk to boot from")?;
+                self.disks.boot_files(&first.name)?
+            }
         };
         let booted = Machine::boot(self.kvm()?, self.config()?, &files, self.serial_sink()?, self.devices()?)?;
         self.take_up(booted)

@@ -248,7 +248,7 @@ async fn what_is_lacking_or_away_is_named_and_leaves_nothing() {
     type Spoil = fn(&mut Launch);
     let cases: [(&str, Spoil); 7] = [
         ("balloon", |launch| launch.spec.devices.has_balloon = true),
-        ("disk", |launch| launch.spec.boot = Boot::Disk),
+        ("/nowhere/nbd", |launch| launch.spec.boot = Boot::Disk),
         ("host-other", |launch| launch.spec.class.cpu_baseline = "host-other".to_owned()),
         ("libvirt-qemu", |launch| launch.spec.class.back_end = "libvirt-qemu".to_owned()),
         ("/nowhere/kernel", |launch| launch.host.kernel = Some("/nowhere/kernel".into())),

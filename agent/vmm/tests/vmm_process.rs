@@ -198,6 +198,68 @@ fn a_client_controls_a_guest_and_another_one_finds_it_again() {
     assert_eq!(vmm.child.wait().unwrap().code(), Some(0));
 }
 
+/// A disk with a configuration of GRUB, this program as its kernel, and this ramdisk; `None` where the tool is missing.
+fn disk(ramdisk: &str) -> Option<Vec<u8>> {
+    let folder = tempfile::tempdir().unwrap();
+    let (tree, image) = (folder.path().join("tree"), folder.path().join("image"));
+    std::fs::create_dir_all(tree.join("boot/grub")).unwrap();
+    let mut kernel = Vec::new();
+    let mut program = elf(TALK);
+    std::io::Seek::rewind(&mut program).unwrap();
+    program.read_to_end(&mut kernel).unwrap();
+    std::fs::write(tree.join("vmlinuz"), kernel).unwrap();
+    std::fs::write(tree.join("initrd.img"), ramdisk).unwrap();
+    let config = "menuentry 'TALK' {\n linux /vmlinuz from disk \n initrd /initrd.img\n}\n";
+    std::fs::write(tree.join("boot/grub/grub.cfg"), config).unwrap();
+    let tool = ["/sbin/mke2fs", "/usr/sbin/mke2fs"].into_iter().find(|tool| Path::new(tool).exists())?;
+    let mut command = Command::new(tool);
+    let made = command.args(["-q", "-F", "-t", "ext4", "-d"]).arg(&tree).arg(&image).arg("4096K");
+    assert!(made.stdout(Stdio::null()).status().unwrap().success());
+    Some(std::fs::read(image).unwrap())
+}
+
+#[test]
+fn a_guest_boots_what_its_disk_says_then() {
+    if !runs_guests("a_guest_boots_what_its_disk_says_then") {
+        return;
+    }
+    let (Some(first), Some(second)) = (disk("one."), disk("two.")) else {
+        println!("SKIPPED: no mke2fs here");
+        return;
+    };
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&first).unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    ours.set_read_timeout(Some(PATIENCE)).unwrap();
+    let kvm = File::options().read(true).write(true).open("/dev/kvm").unwrap();
+    let fds = [inheritable(&kvm), inheritable(&file), inheritable(&theirs)];
+    let launch = json!({
+        "spec": {
+            "class": {"back_end": "kvm", "accelerator": "kvm", "machine_version": "1", "cpu_baseline": "host"},
+            "vcpus": 1, "memory_bytes": 64 << 20, "boot": {"from": "disk"},
+            "devices": {"disks": [{"name": "root"}], "nics": [], "has_balloon": false},
+        },
+        "wiring": {"kvm": fds[0], "disks": {"root": fds[1]}, "console_out": fds[2], "console_in": fds[2]},
+    });
+    let child = Command::new(env!("CARGO_BIN_EXE_supercloud-vmm"))
+        .args(["--launch", &launch.to_string()])
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap();
+    for fd in fds {
+        // SAFETY: the copies were made above and are nobody else's.
+        drop(unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(fd) });
+    }
+    let mut vmm = Vmm { child, console: ours, heard: String::new() };
+    vmm.await_text("from diskone.");
+    // Its kernel, or what comes with it, was upgraded meanwhile.
+    std::os::unix::fs::FileExt::write_all_at(&file, &second, 0).unwrap();
+    vmm.type_in("r");
+    vmm.await_text("from disktwo.");
+    vmm.type_in("o");
+    assert_eq!(vmm.child.wait().unwrap().code(), Some(0));
+}
+
 /// The answer to a request, and then the first event that is not of its progress.
 fn outcome_of(client: &mut Client, request: &Value) -> Value {
     client.say(&request.to_string());

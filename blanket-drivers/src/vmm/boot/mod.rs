@@ -4,6 +4,7 @@
 //! checked against the file and against guest memory before a byte is read.
 
 pub mod bzimage;
+pub mod disk;
 pub mod elf;
 
 use std::{
@@ -44,6 +45,12 @@ pub enum BootError {
         bytes: usize,
         /// What the kernel takes.
         most: usize,
+    },
+    /// The guest's disk does not say what to boot.
+    #[error("the disk cannot be booted: {what}")]
+    Disk {
+        /// Why not.
+        what: String,
     },
     /// A file cannot be read.
     #[error("reading {what}")]

@@ -6,6 +6,7 @@
 //! one. What a server cannot do now (its disk is full, a block is away) is asked for again every second.
 
 mod handshake;
+mod reader;
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -28,6 +29,8 @@ use super::{
     block::{BlockBackend, BlockOperation, Completion, RequestId},
 };
 use crate::vmm::Ram;
+
+pub use reader::NbdReader;
 
 const REQUEST_MAGIC: u32 = 0x2560_9513;
 const REPLY_MAGIC: u32 = 0x6744_6698;
@@ -111,6 +114,12 @@ impl NbdLink {
         stream.set_nonblocking(true)?;
         *self.0.next() = Some(stream);
         self.0.bell.write(1)
+    }
+
+    /// Reads it, while there is no device.
+    #[must_use]
+    pub fn reader(&self) -> NbdReader {
+        NbdReader(Arc::clone(&self.0))
     }
 
     /// A disk of it, for a new device. There is one at a time: the one before is gone.
@@ -365,13 +374,17 @@ fn header(id: RequestId, operation: &BlockOperation) -> [u8; REQUEST_BYTES] {
         BlockOperation::Write { offset, .. } => (CMD_WRITE, *offset),
         BlockOperation::Flush => (CMD_FLUSH, 0),
     };
+    // At most about 16 MiB (see BlockBackend::submit).
+    request(command, id, offset, u32::try_from(bytes).unwrap_or(0))
+}
+
+fn request(command: u16, id: RequestId, offset: u64, bytes: u32) -> [u8; REQUEST_BYTES] {
     let mut header = [0; REQUEST_BYTES];
     header[..4].copy_from_slice(&REQUEST_MAGIC.to_be_bytes());
     header[6..8].copy_from_slice(&command.to_be_bytes());
     header[8..16].copy_from_slice(&u64::from(id).to_be_bytes());
     header[16..24].copy_from_slice(&offset.to_be_bytes());
-    // At most about 16 MiB (see BlockBackend::submit).
-    header[24..].copy_from_slice(&u32::try_from(bytes).unwrap_or(0).to_be_bytes());
+    header[24..].copy_from_slice(&bytes.to_be_bytes());
     header
 }
 
