@@ -406,8 +406,14 @@ impl Backend for KvmBackend {
     fn stop(&self, guest: GuestId, mode: StopMode) -> BoxFuture<'_, BackendResult<()>> {
         Box::pin(async move {
             let Some(keeper) = self.keeper(guest) else { return Ok(()) };
-            // There is no power button to press yet.
-            let _ = mode;
+            if let StopMode::Graceful { budget } = mode {
+                // A guest that stands still cannot answer its power button, and one that refuses it is ended as well.
+                let pressed = keeper.ask("press a guest's power button", migration::verb("power_button"), None).await;
+                let is_gone = keeper.until("switch a guest off", budget, |seen| seen.gone.is_some());
+                if pressed.is_ok() && is_gone.await.is_ok() {
+                    return Ok(());
+                }
+            }
             keeper.end(StopReason::Killed, self.config.process_budget).await
         })
     }

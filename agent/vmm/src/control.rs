@@ -61,6 +61,8 @@ pub enum Verb {
     HangUp,
     /// Press its reset button.
     Reset,
+    /// Press its power button.
+    PowerButton,
     /// Take the socket that comes with this as the way to a disk.
     Disk,
     /// End the process.

@@ -14,6 +14,7 @@
 //! With a control socket the guest waits for `resume`; without one it runs at once, and the process ends with it: exit
 //! code 0 when it switched itself off, 1 when it cannot go on. A guest that resets is booted again.
 
+mod confine;
 mod console;
 mod control;
 mod disks;
@@ -39,5 +40,6 @@ fn main() -> anyhow::Result<ExitCode> {
     let cli = Cli::parse();
     let launch = launch::Launch::parse(&cli.launch).context("reading --launch")?;
     let held = launch::Held::take(&launch).context("taking the descriptors")?;
+    confine::confine().context("confining the process")?;
     owner::run(&launch.spec, launch.arrives, held)
 }

@@ -381,6 +381,11 @@ impl Owner<'_> {
             (Verb::Reset, State::Running | State::Paused) => {
                 self.take(Outcome::Reset);
             }
+            (Verb::PowerButton, State::Running) => {
+                let pressed = self.machine.as_ref().map(Machine::press_power_button);
+                error = pressed.and_then(Result::err).map(|failed| failed.to_string());
+            }
+            (Verb::PowerButton, _) => error = Some("it does not run".to_owned()),
             (Verb::Reset, _) => error = Some("it is not here to be reset".to_owned()),
             (Verb::Status, _)
             | (Verb::Resume, State::Running)

@@ -233,6 +233,10 @@ async fn a_process_that_is_killed_is_seen_by_this_agent_or_the_next() {
         timeout(PATIENCE, gone).await.unwrap();
         assert_eq!(host.back_end.how_it_ended(guest).await.unwrap(), Some(StopReason::Crashed));
     }
+    // A program that does not listen for its power button is ended when the time is over.
+    let guest = host.started().await;
+    host.back_end.stop(guest, StopMode::Graceful { budget: Duration::from_millis(200) }).await.unwrap();
+    assert_eq!((host.state(guest).await, host.back_end.list().await.unwrap()), (None, Vec::new()));
     let guest = host.started().await;
     host.back_end.stop(guest, StopMode::Kill).await.unwrap();
     host.back_end.stop(guest, StopMode::Kill).await.unwrap();

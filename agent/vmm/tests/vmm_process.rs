@@ -167,6 +167,11 @@ fn a_client_controls_a_guest_and_another_one_finds_it_again() {
     assert_eq!(client.ask(1, "status"), json!({"id": 1, "state": "paused"}));
     assert_eq!(client.ask(2, "resume")["state"], "running");
     vmm.await_text("hello ramdisk");
+    // Each of its threads, the guest's processors among them, is under the filter of system calls.
+    for task in std::fs::read_dir(format!("/proc/{}/task", vmm.child.id())).unwrap() {
+        let status = std::fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+        assert!(status.contains("Seccomp:\t2\n") && status.contains("NoNewPrivs:\t1\n"), "{status}");
+    }
     assert_eq!(client.ask(3, "pause")["state"], "paused");
     vmm.type_in("x");
     assert_eq!(client.ask(4, "pause")["state"], "paused");

@@ -142,6 +142,26 @@ fn dsdt() -> Sdt {
     )
     .to_aml_bytes(&mut body);
 
+    // Without fixed events, the button is one of the generic ones (ACPI 6.4, 5.6.9).
+    let button = aml::Path::new("\\_SB_.PWRB");
+    aml::Device::new(
+        "_SB_.PWRB".into(),
+        vec![&name("_HID", &aml::EISAName::new("PNP0C0C")), &name("_UID", &aml::ZERO)],
+    )
+    .to_aml_bytes(&mut body);
+    let line = aml::Interrupt::new(true, true, false, false, layout::POWER_BUTTON_IRQ);
+    const PRESSED: u8 = 0x80;
+    aml::Device::new(
+        "_SB_.GED_".into(),
+        vec![
+            &name("_HID", &"ACPI0013"),
+            &name("_UID", &aml::ZERO),
+            &name("_CRS", &aml::ResourceTemplate::new(vec![&line])),
+            &aml::Method::new("_EVT".into(), 1, true, vec![&aml::Notify::new(&button, &PRESSED)]),
+        ],
+    )
+    .to_aml_bytes(&mut body);
+
     name("_S5_", &aml::Package::new(vec![&layout::SLEEP_TYPE_OFF])).to_aml_bytes(&mut body);
 
     let mut table = Sdt::new(*b"DSDT", 36, 2, OEM, TABLE, REVISION);

@@ -57,6 +57,8 @@ pub const KVM_TSS: u64 = KVM_IDENTITY + 0x1000;
 pub const SERIAL: u16 = 0x3f8;
 /// Its interrupt.
 pub const SERIAL_IRQ: u32 = 4;
+/// The interrupt of the power button.
+pub const POWER_BUTTON_IRQ: u32 = 5;
 /// The old keyboard controller: only its reset command.
 pub const I8042: u16 = 0x60;
 /// ACPI's sleep control, sleep status and reset registers, a byte each.

@@ -187,6 +187,14 @@ impl Machine {
         Ok(())
     }
 
+    /// Presses its power button: a guest that listens switches itself off in order.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn press_power_button(&self) -> Result<(), VmmError> {
+        self.body.vm.pulse(layout::POWER_BUTTON_IRQ)
+    }
+
     /// The guest's memory.
     #[must_use]
     pub fn ram(&self) -> &Ram {
