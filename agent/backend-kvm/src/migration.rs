@@ -35,7 +35,7 @@ use tokio::{
 };
 
 use crate::{
-    BACK_END, KvmBackend,
+    KvmBackend,
     backend::{failed, words},
     control::{Progress, Request, State},
     keeper::{Keeper, Seen},
@@ -325,10 +325,6 @@ impl LiveMigration for KvmBackend {
         options: CopyOptions,
     ) -> BackendResult<Transfer<Performed>> {
         check(&cookie)?;
-        if options.auto_converge {
-            let option = "auto_converge: guests are not slowed down".to_owned();
-            return Err(BackendError::Unsupported { back_end: BACK_END, option });
-        }
         let keeper = self.keeper(guest).ok_or(BackendError::NoSuchGuest { guest })?;
         let (sender, progress) = watch::channel(TransferProgress::default());
         let done = async move {
