@@ -25,6 +25,7 @@ use crate::{
     accounts::{Account, AccountError},
     cloud_store::{CloudStore, CloudStoreError},
     config::Config,
+    consoles::Consoles,
     durable::{self, DurableError},
     farewell,
     guest::GuestMessage,
@@ -181,7 +182,14 @@ pub async fn run(parts: Parts, cancel: CancellationToken) -> Result<(), AgentErr
     tasks.spawn(link::run(guests.clone(), identity_rx, queues, events_tx, cancel.clone()));
     let bell = SweepBell::default();
     tasks.spawn(sweeper::run(host.clone(), bell.clone(), cancel.clone()));
-    tasks.spawn(dispatch(host.clone(), guests.clone(), events, key_tx, view_tx, bell, cancel.clone()));
+    let routes = Routes {
+        guests: guests.clone(),
+        ticket_key: key_tx,
+        views: view_tx,
+        bell,
+        consoles: Consoles::new(host.clone()),
+    };
+    tasks.spawn(dispatch(host.clone(), routes, events, cancel.clone()));
     tracing::info!(host = %host_id, "the agent runs");
     cancel.cancelled().await;
     guests.leave().await;
@@ -256,16 +264,17 @@ async fn classes(backend: &dyn Backend, config: &Config, cancel: &CancellationTo
     }
 }
 
-/// Takes what the link brings to where it belongs.
-async fn dispatch(
-    host: Arc<Host>,
+/// Where what the link brings belongs.
+struct Routes {
     guests: Arc<Guests>,
-    mut events: mpsc::Receiver<LinkEvent>,
     ticket_key: watch::Sender<Option<String>>,
     views: watch::Sender<Option<OverlayView>>,
     bell: SweepBell,
-    cancel: CancellationToken,
-) {
+    consoles: Consoles,
+}
+
+/// Takes it there.
+async fn dispatch(host: Arc<Host>, routes: Routes, mut events: mpsc::Receiver<LinkEvent>, cancel: CancellationToken) {
     let mut told = None;
     loop {
         let event = tokio::select! {
@@ -274,13 +283,16 @@ async fn dispatch(
         };
         match event {
             None => return,
-            Some(LinkEvent::Down) => tracing::info!("the controller is away; guests go on"),
+            Some(LinkEvent::Down) => {
+                tracing::info!("the controller is away; guests go on");
+                routes.consoles.close_all();
+            }
             Some(LinkEvent::Up(welcome)) => {
                 // Revisions are compared within one session only: a controller that was killed may have told of one that it
                 // had not written down, and a store that was restored begins at a lower one.
                 told = None;
-                ticket_key.send_replace(Some(welcome.ticket_key));
-                guests.link_up(&welcome.owned);
+                routes.ticket_key.send_replace(Some(welcome.ticket_key));
+                routes.guests.link_up(&welcome.owned);
             }
             Some(LinkEvent::Removed(problem)) => {
                 tracing::error!(%problem, "the controller has removed this host; its guests are ended");
@@ -295,19 +307,14 @@ async fn dispatch(
                 cancel.cancel();
                 return;
             }
-            Some(LinkEvent::Directive(directive)) => direct(&guests, &views, &mut told, &bell, directive),
+            Some(LinkEvent::Directive(directive)) => direct(&routes, &mut told, directive),
         }
     }
 }
 
 /// `told` is the newest revision of an overlay view in this session.
-fn direct(
-    guests: &Guests,
-    views: &watch::Sender<Option<OverlayView>>,
-    told: &mut Option<u64>,
-    bell: &SweepBell,
-    directive: Directive,
-) {
+fn direct(routes: &Routes, told: &mut Option<u64>, directive: Directive) {
+    let Routes { guests, views, bell, consoles, .. } = routes;
     match directive {
         Directive::Order { guest, order, assignment } => {
             guests.tell(guest, GuestMessage::Order { order, assignment });
@@ -334,6 +341,7 @@ fn direct(
             bell.project(project);
         }
         Directive::SweepStore => bell.all(),
+        Directive::Console { console, order } => consoles.order(console, order),
     }
 }
 

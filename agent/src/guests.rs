@@ -250,6 +250,7 @@ impl Facts for Guests {
             volumes: Vec::new(),
             view_revision: host.switch.revision(),
             takes_sweeps: true,
+            takes_consoles: true,
         }
     }
 

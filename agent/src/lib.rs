@@ -27,6 +27,7 @@ pub mod chunks;
 pub mod cloud_store;
 pub mod config;
 pub mod confinement;
+pub mod consoles;
 pub mod durable;
 pub mod farewell;
 pub mod guest;

@@ -298,6 +298,42 @@ impl Client {
         }
     }
 
+    /// What a guest's console says, from a little before now on, and the number by which it is typed into. The stream ends when
+    /// the guest leaves its host, when somebody else opens the console, or with the connection.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    pub async fn console(
+        &self,
+        guest: &str,
+    ) -> Result<(u64, impl Stream<Item = Result<bytes::Bytes>> + Send + Unpin + use<>)> {
+        let path = format!("/v1/guests/{guest}/console");
+        let url = self.url(&path);
+        let response = self.request(Method::GET, &path).send().await;
+        let response = response.map_err(|source| ClientError::Transport { url: url.clone(), source })?;
+        if response.status() != StatusCode::OK {
+            return Err(refusal(url, response).await);
+        }
+        let number = response.headers().get("supercloud-console").and_then(|value| value.to_str().ok()?.parse().ok());
+        let what = || "it does not tell the console's number".to_owned();
+        let number = number.ok_or_else(|| ClientError::Unexpected { url: url.clone(), what: what() })?;
+        let pieces = response
+            .bytes_stream()
+            .map(move |piece| piece.map_err(|source| ClientError::Transport { url: url.clone(), source }));
+        Ok((number, pieces))
+    }
+
+    /// Types into a console, at most [`crate::link::MAX_CONSOLE_BYTES`]. Tried once: what arrives twice is typed twice.
+    ///
+    /// # Errors
+    /// As every call: see [`ClientError`].
+    pub async fn type_into_console(&self, guest: &str, console: u64, data: &[u8]) -> Result<()> {
+        use base64::Engine as _;
+        let path = format!("/v1/guests/{guest}/console/{console}/input");
+        let body = crate::ConsoleInput { data: base64::engine::general_purpose::STANDARD.encode(data) };
+        self.once(&path, self.request(Method::POST, &path).json(&body)).await.map(drop)
+    }
+
     /// The event stream from after `after`; ends when the connection does (call again with the last `seq`).
     ///
     /// # Errors
@@ -314,16 +350,21 @@ impl Client {
             .await
             .map_err(|source| ClientError::Transport { url: url.clone(), source })?;
         if response.status() != StatusCode::OK {
-            let status = response.status();
-            let body = response.bytes().await.unwrap_or_default();
-            return Err(serde_json::from_slice(&body)
-                .map_or_else(|_| ClientError::Unexpected { url, what: status.to_string() }, ClientError::Problem));
+            return Err(refusal(url, response).await);
         }
         let lines = response
             .bytes_stream()
             .map(move |piece| piece.map_err(|source| ClientError::Transport { url: transport_url.clone(), source }));
         Ok(sse_events(lines))
     }
+}
+
+/// Why a stream was not opened.
+async fn refusal(url: String, response: reqwest::Response) -> ClientError {
+    let status = response.status();
+    let body = response.bytes().await.unwrap_or_default();
+    serde_json::from_slice(&body)
+        .map_or_else(|_| ClientError::Unexpected { url, what: status.to_string() }, ClientError::Problem)
 }
 
 fn is_worth_a_retry(error: &ClientError) -> bool {

@@ -20,6 +20,7 @@
 //! guest's description, tickets, where to find chunks) travels as the order's [`Assignment`]. "Start", "stop", "migrate",
 //! "freeze", "thaw" are all kinds of one operation: [`supercloud_handover::OperationKind`].
 
+mod console;
 mod store;
 
 use std::{
@@ -38,6 +39,7 @@ use crate::{
     guest_call::{GuestCall, GuestStanding},
 };
 
+pub use self::console::{ConsoleBytes, ConsoleNews, ConsoleOrder, MAX_CONSOLE_BYTES};
 pub use self::store::{HistoryMark, ManifestPart, StoreRoot, StoreSwept};
 
 /// The version of every payload of this link.
@@ -160,6 +162,9 @@ pub struct Hello {
     /// It knows [`Directive::SweepStore`].
     #[serde(default)]
     pub takes_sweeps: bool,
+    /// It knows [`Directive::Console`].
+    #[serde(default)]
+    pub takes_consoles: bool,
 }
 
 /// The controller's answer to a [`Hello`].
@@ -422,6 +427,13 @@ pub enum Directive {
     },
     /// Sweep the cloud's chunk store now. Told only to hosts that have asked [`Query::StoreRoots`]: older ones do not know it.
     SweepStore,
+    /// A guest's console. Told only to hosts that said [`Hello::takes_consoles`].
+    Console {
+        /// By which it is known.
+        console: u64,
+        /// What is to be done.
+        order: ConsoleOrder,
+    },
 }
 
 // ---------------------------------------------------------------------------------------------- agent -> controller
@@ -611,6 +623,13 @@ pub enum Notice {
     Discarded {
         /// The guest.
         guest: GuestId,
+    },
+    /// Of a console that the controller opened.
+    Console {
+        /// Which.
+        console: u64,
+        /// What.
+        news: ConsoleNews,
     },
 }
 

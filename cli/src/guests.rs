@@ -13,7 +13,7 @@ use supercloud_cli::{
 
 use crate::{
     arguments::{GuestCreateArguments, GuestVerb, Output},
-    listings, names, show,
+    console, listings, names, show,
 };
 
 /// Runs a verb.
@@ -28,6 +28,7 @@ pub async fn run(client: &Client, output: Output, verb: GuestVerb) -> anyhow::Re
             };
             print_placement(output, &found)
         }
+        GuestVerb::Console { name, read_only } => console::run(client, &name, read_only).await,
         GuestVerb::Create(arguments) => create(client, output, arguments).await,
         GuestVerb::Start { name, place, trial, watch } => {
             let body = GuestStart { place: place.map(Into::into) };

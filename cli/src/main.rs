@@ -4,6 +4,7 @@
 
 mod apply;
 mod arguments;
+mod console;
 mod contexts;
 mod direct;
 mod exit;

@@ -71,6 +71,7 @@ struct State {
     pub progress: HashMap<OperationId, supercloud_api::Progress>,
     problems: Vec<supercloud_api::Problem>,
     discarded: HashSet<GuestId>,
+    consoles: Vec<(HostId, u64, link::ConsoleNews)>,
     events: Vec<link::GuestEventKind>,
     hook: Option<Hook>,
     /// Queries that are still to be left unanswered, with a broken link.
@@ -147,6 +148,7 @@ impl Controller {
                 progress: HashMap::new(),
                 problems: Vec::new(),
                 discarded: HashSet::new(),
+                consoles: Vec::new(),
                 events: Vec::new(),
                 hook: None,
                 queries_to_lose: 0,
@@ -353,6 +355,12 @@ impl Controller {
     }
 
     /// What the sweeps of a host's store told.
+    /// What consoles told, in order.
+    pub fn consoles(&self, host: HostId) -> Vec<(u64, link::ConsoleNews)> {
+        let told = &self.state().consoles;
+        told.iter().filter(|(from, ..)| *from == host).map(|(_, console, news)| (*console, news.clone())).collect()
+    }
+
     pub fn swept(&self, host: HostId) -> Vec<link::StoreSwept> {
         let of_host = |(at, swept): &(HostId, link::StoreSwept)| (*at == host).then(|| swept.clone());
         self.state().swept.iter().filter_map(of_host).collect()
@@ -646,6 +654,7 @@ impl Controller {
             Notice::Discarded { guest } => {
                 self.state().discarded.insert(guest);
             }
+            Notice::Console { console, news } => self.state().consoles.push((host, console, news)),
             Notice::GuestEvent { event, .. } => self.state().events.push(event),
             Notice::Heartbeat { guests, .. } => {
                 let mut state = self.state();

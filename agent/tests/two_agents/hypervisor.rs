@@ -391,7 +391,11 @@ impl Backend for Hypervisor {
     }
 
     fn console(&self, guest: GuestId) -> BoxFuture<'_, BackendResult<PathBuf>> {
-        Box::pin(async move { Err(BackendError::NoSuchGuest { guest }) })
+        Box::pin(async move {
+            let guests = self.0.guests.lock().await;
+            let found = guests.get(&guest).and_then(|found| found.launch.host.console_socket.clone());
+            found.ok_or(BackendError::NoSuchGuest { guest })
+        })
     }
 
     fn memory_stats(&self, _guest: GuestId) -> BoxFuture<'_, BackendResult<MemoryStats>> {

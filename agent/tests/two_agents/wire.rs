@@ -157,6 +157,7 @@ impl Facts for Nothing {
             volumes: Vec::new(),
             view_revision: 0,
             takes_sweeps: false,
+            takes_consoles: false,
         }
     }
 

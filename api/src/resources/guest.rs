@@ -228,6 +228,14 @@ pub struct GuestPatch {
     pub follow_prices: Option<bool>,
 }
 
+/// What is typed into a console.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ConsoleInput {
+    /// Bytes, base64; at most 16 KiB of them.
+    pub data: String,
+}
+
 /// A guest suspended into the image store.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Freeze {

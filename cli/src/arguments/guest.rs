@@ -28,6 +28,17 @@ pub enum GuestVerb {
     },
     /// Makes a guest and starts it.
     Create(GuestCreateArguments),
+    /// Shows a guest's serial console and types into it; Ctrl-] ends it.
+    #[command(after_help = "Examples:\n  supercloud guest console web                 # Ctrl-] ends it\n  \
+        supercloud guest console web --read-only | tee boot.log\n\nIt stays with the guest while that moves. Of several \
+        that look at one guest, the newest sees it.")]
+    Console {
+        /// Name or id.
+        name: String,
+        /// Only look; nothing is typed, and any input is left alone.
+        #[arg(long, short)]
+        read_only: bool,
+    },
     /// Starts a stopped guest.
     Start {
         /// Name or id.

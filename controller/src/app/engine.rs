@@ -10,7 +10,7 @@ use super::{Parts, StartError};
 use crate::{
     chain,
     ledger::{self, ProviderPrices},
-    link::{self, ChunkServer, LinkHandler, Sessions},
+    link::{self, ChunkServer, LinkHandler},
     markets::FeedMarkets,
     operations::{self, Engine, Reach},
 };
@@ -61,7 +61,7 @@ pub(super) async fn start(parts: &Parts) -> Result<Arc<Engine>, StartError> {
         (None, 0) => format!("{}:{port}", config.names[0]),
         _ => config.link_address(),
     };
-    let sessions = Sessions::default();
+    let sessions = parts.sessions.clone();
     let (engine, imports) = Engine::new(operations::Parts {
         state: parts.state.clone(),
         sessions: sessions.clone(),
@@ -73,6 +73,7 @@ pub(super) async fn start(parts: &Parts) -> Result<Arc<Engine>, StartError> {
         store: Arc::clone(&store),
         uploads: config.uploads_dir(),
         sweeps: parts.sweeps.clone(),
+        consoles: parts.consoles.clone(),
     });
     let chunks = ChunkServer::new(store, &parts.keys.tickets.0.public_key_hex(), &certificate_sha256);
     let handler: Arc<dyn LinkHandler> = Arc::clone(&engine) as _;

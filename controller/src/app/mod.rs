@@ -28,8 +28,10 @@ use open::OpenStore;
 use crate::{
     auth::{self, BootstrapError},
     ca::{Authority, CaError},
+    consoles::Consoles,
     keys::{KeyFileError, Keys},
     ledger::Clerk,
+    link::Sessions,
     markets::MarketsError,
     metrics::Metrics,
     operations::{progress::ProgressBoard, sweeps::SweepBoard},
@@ -55,6 +57,10 @@ pub struct Parts {
     pub authority: Arc<Authority>,
     /// The connected hosts.
     pub hosts: LiveHosts,
+    /// The agents' links.
+    pub sessions: Sessions,
+    /// Consoles that somebody looks at.
+    pub consoles: Consoles,
     /// Where a price feed posts its board.
     pub markets: Markets,
     /// Keeps prices for the ledger.
@@ -201,12 +207,15 @@ impl Controller {
         let markets = Markets::default();
         let own_hosts = config.feed.as_ref().map_or(Tenure::Spot, |feed| feed.own_hosts);
         let clerk = Clerk::new(state.clone(), markets.clone(), own_hosts);
+        let sessions = Sessions::default();
         let parts = Parts {
             config,
             state,
             keys: Arc::new(keys),
             authority: Arc::new(authority),
             hosts: LiveHosts::default(),
+            consoles: Consoles::new(sessions.clone()),
+            sessions,
             markets,
             clerk,
             providers,

@@ -128,6 +128,9 @@ pub const ROUTES: &[Route] = &[
     route(Method::DELETE, "/v1/guests/{guest}", Access::Change),
     // Hosts are named in it: as readable as these are.
     route(Method::GET, "/v1/guests/{guest}/placement", Access::Read),
+    // What a guest says on its console may be a secret.
+    route(Method::GET, "/v1/guests/{guest}/console", Access::Change),
+    route(Method::POST, "/v1/guests/{guest}/console/{console}/input", Access::Change),
     route(Method::POST, "/v1/guests/{guest}/start", Access::Change),
     route(Method::POST, "/v1/guests/{guest}/stop", Access::Change),
     route(Method::POST, "/v1/guests/{guest}/migrate", Access::MoveOwn),

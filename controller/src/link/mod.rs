@@ -165,6 +165,12 @@ impl Sessions {
         })
     }
 
+    /// A session that nobody has dialled; what is sent to it.
+    #[cfg(test)]
+    pub(crate) fn open_for_tests(&self, host: HostId) -> mpsc::Receiver<Directive> {
+        self.open(host, CancellationToken::new()).1.directives
+    }
+
     /// Forgets a session; true when it was the host's newest.
     fn close(&self, host: HostId, serial: u64) -> bool {
         self.with(|open| {

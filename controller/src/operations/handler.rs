@@ -64,6 +64,7 @@ impl LinkHandler for Engine {
             let record = self.welcome(host, &certificate_sha256, &hello).await?;
             self.live.seen(host, LiveHost { last_seen_ms: unix_ms(), used: record.used });
             self.sweeps.note_capable(host, hello.takes_sweeps);
+            self.consoles.note_capable(host, hello.takes_consoles);
             let owned = self.owned_by(host).await.map_err(|error| internal(&error.into()))?;
             Ok(Welcome {
                 host_name: record.name,
@@ -105,6 +106,10 @@ impl LinkHandler for Engine {
                     self.guest_event(host, guest, epoch, event, times.into()).await
                 }
                 Notice::Discarded { guest } => self.discarded(host, guest).await,
+                Notice::Console { console, news } => {
+                    self.consoles.told(host, console, news);
+                    Ok(())
+                }
             };
             if let Err(error) = done {
                 // Reports are repeated by the agent until they have had their effect.
@@ -139,6 +144,7 @@ impl LinkHandler for Engine {
 
     fn closed(&self, host: HostId) -> BoxFuture<'_, ()> {
         Box::pin(async move {
+            self.consoles.host_gone(host);
             let last_seen_ms = self.live.gone(host).map(|live| live.last_seen_ms);
             let context = Context::actor(format!("host:{host}"), RequestId::generate());
             let written = retry_conflicts(|| async {

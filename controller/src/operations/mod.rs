@@ -43,6 +43,7 @@ use tracing::{info, warn};
 use crate::{
     ca::Authority,
     chain,
+    consoles::Consoles,
     keys::Keys,
     link::Sessions,
     state::{AsConflict, GuestRecord, HostRecord, LiveHosts, OperationRecord, Seen, State, StateError, Work},
@@ -150,6 +151,7 @@ pub struct Engine {
     pub(crate) pace: Pace,
     /// Where sweeps are asked for.
     pub(crate) sweeps: SweepBoard,
+    pub(crate) consoles: Consoles,
     /// What carries out what guests ask.
     guest_door: OnceLock<Arc<dyn GuestDoor>>,
 }
@@ -190,6 +192,8 @@ pub struct Parts {
     pub uploads: PathBuf,
     /// Where REST asks for sweeps of stores.
     pub sweeps: SweepBoard,
+    /// Consoles that somebody looks at.
+    pub consoles: Consoles,
 }
 
 /// Imports that may wait.
@@ -206,7 +210,7 @@ impl Engine {
     #[must_use]
     pub fn at_pace(parts: Parts, pace: Pace) -> (Arc<Self>, mpsc::Receiver<OperationId>) {
         let (imports, queue) = mpsc::channel(IMPORTS_AT_MOST);
-        let Parts { state, sessions, live, keys, authority, reach, progress, store, uploads, sweeps } = parts;
+        let Parts { state, sessions, live, keys, authority, reach, progress, store, uploads, sweeps, consoles } = parts;
         let overlay = Arc::new(Notify::new());
         let queued = Mutex::default();
         let engine = Self {
@@ -229,6 +233,7 @@ impl Engine {
             began_ms: supercloud_api::unix_ms(),
             pace,
             sweeps,
+            consoles,
             guest_door: OnceLock::new(),
         };
         (Arc::new(engine), queue)

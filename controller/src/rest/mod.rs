@@ -9,6 +9,7 @@ mod clouds;
 mod events;
 mod gate;
 mod guest_calls;
+mod guest_console;
 mod guest_create;
 mod guest_operations;
 mod guest_placement;
@@ -62,6 +63,8 @@ pub struct Api {
     pub metrics: Metrics,
     uploads: uploads::Uploads,
     streams: events::Streams,
+    /// Consoles that are looked at.
+    consoles: shares::Shares,
     /// Requests that place guests decide one after the other: they would only make each other decide anew.
     placing: Arc<Mutex<()>>,
     /// The ledger is reckoned up for one after the other: it may take all of a core.
@@ -77,6 +80,7 @@ impl Api {
             metrics: metrics.clone(),
             uploads: uploads::Uploads::new(parts.config.uploads_dir()),
             streams: events::Streams::default(),
+            consoles: shares::Shares::default(),
             placing: Arc::default(),
             reckoning: Arc::default(),
         }
@@ -125,6 +129,8 @@ pub fn router(api: Api) -> Router {
         .route("/v1/guests", get(guests::list).post(guest_create::create))
         .route("/v1/guests/{guest}", patch(guests::change).get(guests::read).delete(guest_operations::remove))
         .route("/v1/guests/{guest}/placement", get(guest_placement::read))
+        .route("/v1/guests/{guest}/console", get(guest_console::open))
+        .route("/v1/guests/{guest}/console/{console}/input", post(guest_console::input))
         .route("/v1/guests/{guest}/start", post(guest_operations::start))
         .route("/v1/guests/{guest}/stop", post(guest_operations::stop))
         .route("/v1/guests/{guest}/migrate", post(guest_operations::migrate))

@@ -14,8 +14,8 @@ use utoipa::{
 };
 
 use super::{
-    clouds, events, guest_create, guest_operations, guest_placement, guests, hosts, images, join, ledger, networks,
-    operations,
+    clouds, events, guest_console, guest_create, guest_operations, guest_placement, guests, hosts, images, join,
+    ledger, networks, operations,
 };
 use super::{projects, rentings, session, stores, system, tokens, volumes};
 use crate::auth::{Access, ROUTES, Route};
@@ -80,6 +80,8 @@ use crate::auth::{Access, ROUTES, Route};
         guests::change,
         guest_create::create,
         guest_placement::read,
+        guest_console::open,
+        guest_console::input,
         guest_operations::start,
         guest_operations::stop,
         guest_operations::migrate,

@@ -158,6 +158,7 @@ impl Seat {
             volumes: Vec::new(),
             view_revision: 0,
             takes_sweeps: false,
+            takes_consoles: false,
         }
     }
 }
@@ -378,6 +379,7 @@ impl Agent {
                 lock(&self.seat.disk).view = Some(view);
             }
             Directive::OverlayPiece { .. } => self.violate("a small view comes in pieces"),
+            Directive::Console { .. } => self.violate("it never said that it shows consoles"),
             Directive::Discard { guest } => {
                 if lock(&self.seat.faults).stalled.contains(&Stage::Discard) {
                     return;

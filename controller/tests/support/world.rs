@@ -21,6 +21,7 @@ use supercloud_api::{
 };
 use supercloud_controller::{
     ca::Authority,
+    consoles::Consoles,
     keys::Keys,
     link::{self, ChunkServer, LinkHandler, Sessions},
     operations::{Engine, Pace, Parts, Reach, progress::ProgressBoard, sweeps::SweepBoard},
@@ -160,6 +161,7 @@ impl World {
             },
             progress: ProgressBoard::default(),
             sweeps: SweepBoard::default(),
+            consoles: Consoles::new(sessions.clone()),
             store: Arc::clone(&chunks),
             uploads: self.folder.path().join("uploads"),
         };
