@@ -87,7 +87,7 @@ impl block::BlockBackend for Part {
         DISK_BYTES
     }
 
-    fn submit(&mut self, id: block::RequestId, operation: block::BlockOperation, ram: &Ram) {
+    fn submit(&mut self, id: block::RequestId, operation: block::BlockOperation, ram: &Arc<Ram>) {
         let end = match &operation {
             block::BlockOperation::Read { offset, to } => offset + to.bytes(),
             block::BlockOperation::Write { .. } => panic!("a read-only disk is written"),
