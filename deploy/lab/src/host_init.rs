@@ -11,12 +11,16 @@
 //! ```
 //!
 //! It is not bound to the life of whoever started it: a lab outlives the command that made it.
+//!
+//! In a host that is a VM the same is served by its first process, on a serial line ([`serve_channel`]), whose other end is a unix socket
+//! of QEMU's. There a client may find what was left of another one's answer: requests and answers are lines that begin with a number.
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -27,7 +31,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::command::pause;
+use crate::command::{pause, wait_for};
+use crate::fleet::{config, console};
 
 /// Longest line on the socket.
 const LINE_CAP: u64 = 1 << 20;
@@ -65,7 +70,23 @@ pub struct ProcessSpec {
 enum Request {
     Spawn { process: ProcessSpec },
     Status,
+    Run { argv: Vec<String>, seconds: u64 },
+    Write { path: PathBuf, text: String },
 }
+
+/// What a command inside did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// Its exit status; that of a shell when it was killed by a signal.
+    pub status: i32,
+    /// What it wrote to its standard output; the first [`OUTPUT_CAP`] bytes.
+    pub out: String,
+    /// Likewise, its standard error.
+    pub err: String,
+}
+
+/// What is kept of a command's output.
+pub const OUTPUT_CAP: u64 = 128 << 10;
 
 /// A daemon's state.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -82,6 +103,8 @@ enum Answer {
     Refused { error: String },
     Spawned { pid: i32 },
     Status { processes: BTreeMap<String, ProcessStatus> },
+    Ran { ran: Outcome },
+    Written { written: bool },
 }
 
 /// A host's init that does not do what it was asked.
@@ -101,20 +124,58 @@ pub enum HostError {
     Refused(String),
 }
 
-fn ask(socket: &Path, request: &Request) -> Result<Answer, HostError> {
+/// How long a request that only looks or starts something may take; a host that is translated is slow, and answers one at a time.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+fn ask(socket: &Path, request: &Request, patience: Duration) -> Result<Answer, HostError> {
     let io = |source| HostError::Io { path: socket.display().to_string(), source };
     let mut stream = UnixStream::connect(socket).map_err(io)?;
-    stream.set_read_timeout(Some(Duration::from_secs(10))).map_err(io)?;
-    stream.set_write_timeout(Some(Duration::from_secs(10))).map_err(io)?;
-    let mut line = serde_json::to_string(request).map_err(|error| io(error.into()))?;
-    line.push('\n');
-    stream.write_all(line.as_bytes()).map_err(io)?;
-    let mut text = String::new();
-    BufReader::new(stream.take(LINE_CAP)).read_line(&mut text).map_err(io)?;
-    match serde_json::from_str(&text) {
-        Ok(Answer::Refused { error }) => Err(HostError::Refused(error)),
-        Ok(answer) => Ok(answer),
-        Err(error) => Err(io(error.into())),
+    stream.set_read_timeout(Some(patience)).map_err(io)?;
+    stream.set_write_timeout(Some(PATIENCE)).map_err(io)?;
+    let number = uuid::Uuid::new_v4().as_u64_pair().0;
+    let text = serde_json::to_string(request).map_err(|error| io(error.into()))?;
+    // What an earlier client may have left of a line is ended first.
+    stream.write_all(format!("\n{number} {text}\n").as_bytes()).map_err(io)?;
+    let mut lines = BufReader::new(stream.take(LINE_CAP));
+    loop {
+        let mut line = String::new();
+        if lines.read_line(&mut line).map_err(io)? == 0 {
+            return Err(io(io::ErrorKind::UnexpectedEof.into()));
+        }
+        let Some(answer) = numbered(&line).filter(|(of, _)| *of == number).map(|(_, text)| text) else { continue };
+        return match serde_json::from_str(answer) {
+            Ok(Answer::Refused { error }) => Err(HostError::Refused(error)),
+            Ok(answer) => Ok(answer),
+            Err(error) => Err(io(error.into())),
+        };
+    }
+}
+
+fn numbered(line: &str) -> Option<(u64, &str)> {
+    let (number, text) = line.trim().split_once(' ')?;
+    Some((number.parse().ok()?, text))
+}
+
+/// Runs a command in the host whose init serves `socket`, to its end; killed there when it runs past `budget`.
+///
+/// # Errors
+/// When the init does not answer or the command cannot be started.
+pub fn run(socket: &Path, argv: &[String], budget: Duration) -> Result<Outcome, HostError> {
+    let request = Request::Run { argv: argv.to_vec(), seconds: budget.as_secs().max(1) };
+    match ask(socket, &request, budget + PATIENCE)? {
+        Answer::Ran { ran } => Ok(ran),
+        _ => Err(HostError::Refused("unexpected answer".to_owned())),
+    }
+}
+
+/// Writes a small file in the host whose init serves `socket`, for its superuser only.
+///
+/// # Errors
+/// When the init does not answer or it cannot be written.
+pub fn write(socket: &Path, path: &Path, text: &str) -> Result<(), HostError> {
+    match ask(socket, &Request::Write { path: path.to_owned(), text: text.to_owned() }, PATIENCE)? {
+        Answer::Written { written: true } => Ok(()),
+        _ => Err(HostError::Refused("unexpected answer".to_owned())),
     }
 }
 
@@ -123,7 +184,7 @@ fn ask(socket: &Path, request: &Request) -> Result<Answer, HostError> {
 /// # Errors
 /// When the init does not answer, one of that name runs already, or the program cannot be started.
 pub fn spawn(socket: &Path, process: ProcessSpec) -> Result<i32, HostError> {
-    match ask(socket, &Request::Spawn { process })? {
+    match ask(socket, &Request::Spawn { process }, PATIENCE)? {
         Answer::Spawned { pid } => Ok(pid),
         _ => Err(HostError::Refused("unexpected answer".to_owned())),
     }
@@ -134,7 +195,7 @@ pub fn spawn(socket: &Path, process: ProcessSpec) -> Result<i32, HostError> {
 /// # Errors
 /// When the init does not answer.
 pub fn status(socket: &Path) -> Result<BTreeMap<String, ProcessStatus>, HostError> {
-    match ask(socket, &Request::Status)? {
+    match ask(socket, &Request::Status, PATIENCE)? {
         Answer::Status { processes } => Ok(processes),
         _ => Err(HostError::Refused("unexpected answer".to_owned())),
     }
@@ -272,6 +333,32 @@ impl Table {
         Ok(pid)
     }
 
+    /// Runs a command to its end. Who reaps it is [`Table::reap_for_ever`], like everything else; so it is remembered as a process of a
+    /// name of its own until then.
+    fn run(&self, argv: &[String], budget: Duration) -> Result<Outcome, String> {
+        let name = format!("run-{}", uuid::Uuid::new_v4());
+        let [out, err] = ["out", "err"].map(|kind| std::env::temp_dir().join(format!("{name}.{kind}")));
+        let limited = ["timeout", "-k", "2"].map(str::to_owned).into_iter().chain([budget.as_secs().to_string()]);
+        let shell = ["sh", "-c", "out=$1; shift; exec \"$@\" >$out", "sh"].map(str::to_owned).into_iter();
+        let argv = shell.chain([out.display().to_string()]).chain(limited).chain(argv.iter().cloned());
+        let process = ProcessSpec { name: name.clone(), argv: argv.collect(), env: Vec::new(), log: err.clone() };
+        self.spawn(&process)?;
+        let ended = wait_for(budget + Duration::from_secs(10), || self.lock().get(&name)?.ended.clone());
+        self.lock().remove(&name);
+        let said = |path: &Path| {
+            let mut bytes = Vec::new();
+            let read = File::open(path).and_then(|file| file.take(OUTPUT_CAP).read_to_end(&mut bytes));
+            // It lies in memory, and goes with the host at the latest.
+            let _ = fs::remove_file(path);
+            read.map_or_else(|error| error.to_string(), |_| String::from_utf8_lossy(&bytes).into_owned())
+        };
+        let (out, err) = (said(&out), said(&err));
+        let ended = ended.ok_or_else(|| format!("it does not end; it said {out}{err}"))?;
+        let number = |prefix: &str| ended.strip_prefix(prefix)?.parse::<i32>().ok();
+        let status = number("exit status ").or_else(|| number("killed by signal ").map(|signal| 128 + signal));
+        Ok(Outcome { status: status.unwrap_or(1), out, err })
+    }
+
     /// Reaps the host's daemons and all orphans.
     fn reap_for_ever(&self) {
         loop {
@@ -311,20 +398,86 @@ fn describe_end(status: libc::c_int) -> String {
 fn serve(stream: &UnixStream, table: &Table) -> Option<()> {
     stream.set_read_timeout(Some(Duration::from_secs(30))).ok()?;
     stream.set_write_timeout(Some(Duration::from_secs(10))).ok()?;
-    let mut line = String::new();
-    BufReader::new(stream.take(LINE_CAP)).read_line(&mut line).ok()?;
-    let answer = match serde_json::from_str(&line) {
-        Ok(Request::Spawn { process }) => match table.spawn(&process) {
-            Ok(pid) => Answer::Spawned { pid },
-            Err(error) => Answer::Refused { error },
-        },
+    for line in BufReader::new(stream.take(LINE_CAP)).lines() {
+        if let Some(answer) = answer(&line.ok()?, table) {
+            let mut writer = stream;
+            return writer.write_all(answer.as_bytes()).ok();
+        }
+    }
+    None
+}
+
+/// The answer to a line, with its end; none to a line without a number.
+fn answer(line: &str, table: &Table) -> Option<String> {
+    let (number, text) = numbered(line)?;
+    let refused = |error: String| Answer::Refused { error };
+    let answer = match serde_json::from_str(text) {
+        Ok(Request::Spawn { process }) => table.spawn(&process).map_or_else(refused, |pid| Answer::Spawned { pid }),
         Ok(Request::Status) => Answer::Status { processes: table.lock().clone() },
-        Err(error) => Answer::Refused { error: format!("not a request: {error}") },
+        Ok(Request::Run { argv, seconds }) => {
+            table.run(&argv, Duration::from_secs(seconds)).map_or_else(refused, |ran| Answer::Ran { ran })
+        }
+        Ok(Request::Write { path, text }) => write_file(&path, &text)
+            .map_or_else(|error| refused(error.to_string()), |()| Answer::Written { written: true }),
+        Err(error) => refused(format!("not a request: {error}")),
     };
-    let mut text = serde_json::to_string(&answer).ok()?;
-    text.push('\n');
-    let mut writer = stream;
-    writer.write_all(text.as_bytes()).ok()
+    Some(format!("{number} {}\n", serde_json::to_string(&answer).ok()?))
+}
+
+fn write_file(path: &Path, text: &str) -> io::Result<()> {
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(path)?;
+    file.write_all(text.as_bytes())?;
+    file.sync_all()
+}
+
+/// Where daemons of a host that is a VM write what [`serve_channel`] forwards: in memory, so that it is new in each life.
+pub const FORWARDED_LOG: &str = "/run/agent.log";
+
+/// Serves a host on a serial line until it is switched off, and tells the agent's log and what its guests say on two others.
+///
+/// # Errors
+/// When a line cannot be opened or ends.
+pub fn serve_channel(line: &Path, log: &Path, told: &Path) -> io::Result<()> {
+    let device = open_line(line)?;
+    let (mut log, mut told) = (open_line(log)?, open_line(told)?);
+    std::thread::spawn(move || console::forward_log(Path::new(FORWARDED_LOG), &mut log));
+    std::thread::spawn(move || console::forward(Path::new(config::GUESTS_DIR), &mut told));
+    let table: &'static Table = Box::leak(Box::default());
+    std::thread::spawn(|| table.reap_for_ever());
+    let writer: &'static Mutex<File> = Box::leak(Box::new(Mutex::new(device.try_clone()?)));
+    let mut reader = BufReader::new(device);
+    loop {
+        let mut text = Vec::new();
+        if (&mut reader).take(LINE_CAP).read_until(b'\n', &mut text)? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        // A long command does not keep others waiting.
+        std::thread::spawn(move || {
+            let answer = answer(&String::from_utf8_lossy(&text), table)?;
+            writer.lock().unwrap_or_else(PoisonError::into_inner).write_all(answer.as_bytes()).ok()
+        });
+    }
+}
+
+/// A serial line that carries bytes as they are: no echo, no editing, no control characters, and no hanging up.
+fn open_line(line: &Path) -> io::Result<File> {
+    // It must not become this process' terminal.
+    let device = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NOCTTY).open(line)?;
+    // SAFETY: all-zero is a valid termios, which the call fills in.
+    let mut terms: libc::termios = unsafe { std::mem::zeroed() };
+    // SAFETY: the descriptor is open, and `terms` is valid for the calls.
+    let done = unsafe {
+        if libc::tcgetattr(device.as_raw_fd(), &raw mut terms) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        libc::cfmakeraw(&raw mut terms);
+        terms.c_cflag |= libc::CLOCAL | libc::CREAD;
+        libc::tcsetattr(device.as_raw_fd(), libc::TCSANOW, &raw const terms)
+    };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(device) }
 }
 
 /// Starts a host's init with the lab's own program and waits until it serves its socket; its pid as seen from here.

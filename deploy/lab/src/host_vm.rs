@@ -33,9 +33,26 @@ use crate::{
 /// The guest's address on its network with the host VMs. `nest` knows it too.
 pub const GUEST_ADDRESS: &str = "10.0.0.1";
 
-const BUSYBOX: &str = "/bin/busybox";
+pub(crate) const BUSYBOX: &str = "/bin/busybox";
 /// Memory of a host VM; its initramfs lies in it.
 const HOST_MIB: u32 = 1024;
+
+/// The machine itself: a translated processor of AMD's, whose virtualization QEMU emulates.
+pub(crate) const QEMU: [&str; 13] = [
+    "qemu-system-x86_64",
+    "-accel",
+    "tcg,thread=multi",
+    "-cpu",
+    "EPYC",
+    "-M",
+    "q35",
+    "-display",
+    "none",
+    "-nodefaults",
+    "-no-reboot",
+    "-monitor",
+    "none",
+];
 
 /// What a host VM does, once it is up. `/plan` sets its address, its disk and its steps.
 const INIT: &str = r#"#!/bin/busybox sh
@@ -58,35 +75,60 @@ poweroff -f
 "#;
 
 /// The devices that a host VM is given by what runs it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Hardware {
     /// As in QEMU's own clouds: virtio-net, virtio-blk.
     Virtio,
     /// As in others: vmxnet3, NVMe.
     Vmware,
+    /// As on a machine of Intel's chips: e1000e, AHCI. Kernels for clouds know neither.
+    Intel,
 }
 
 impl Hardware {
-    const fn card(self) -> &'static str {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Virtio, Self::Vmware, Self::Intel];
+
+    /// Whether a kernel for clouds knows its devices.
+    #[must_use]
+    pub const fn is_of_clouds(self) -> bool {
+        !matches!(self, Self::Intel)
+    }
+
+    pub(crate) const fn card(self) -> &'static str {
         match self {
             Self::Virtio => "virtio-net-pci",
             Self::Vmware => "vmxnet3",
+            Self::Intel => "e1000e",
         }
     }
 
-    const fn disk(self) -> &'static str {
+    pub(crate) const fn disk(self) -> &'static str {
         match self {
             Self::Virtio => "virtio-blk-pci",
-            Self::Vmware => "nvme,serial=guest",
+            Self::Vmware => "nvme,serial=host",
+            Self::Intel => "ide-hd,bus=ide.0",
         }
     }
 
     /// The disk inside.
-    const fn disk_path(self) -> &'static str {
+    pub(crate) const fn disk_path(self) -> &'static str {
         match self {
             Self::Virtio => "/dev/vda",
             Self::Vmware => "/dev/nvme0n1",
+            Self::Intel => "/dev/sda",
         }
+    }
+}
+
+impl std::fmt::Display for Hardware {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Virtio => "virtio-net + virtio-blk",
+            Self::Vmware => "vmxnet3 + NVMe",
+            Self::Intel => "e1000e + AHCI",
+        })
     }
 }
 
@@ -164,10 +206,11 @@ impl HostVm {
         write(&initrd, &initramfs(&host, &image, plan)?)?;
         let console = folder.join(format!("{}.console", plan.name));
         write(&console, b"")?;
-        let mut command = Command::new("qemu-system-x86_64");
+        let [program, options @ ..] = QEMU;
+        let mut command = Command::new(program);
         command
-            .args(["-accel", "tcg,thread=multi", "-cpu", "EPYC", "-M", "q35", "-m", &HOST_MIB.to_string()])
-            .args(["-display", "none", "-monitor", "none", "-nodefaults", "-no-reboot"])
+            .args(options)
+            .args(["-m", &HOST_MIB.to_string()])
             .arg("-kernel")
             .arg(host.image())
             .arg("-initrd")
@@ -231,7 +274,7 @@ impl HostVm {
 
 /// The host VM's kernel. On a busy machine it would come to distrust the translated processor's TSC, and measure it wrongly: it is
 /// this machine's own, and is told what that counts.
-fn cmdline() -> String {
+pub(crate) fn cmdline() -> String {
     let told = tsc_khz().map_or_else(String::new, |khz| format!(" tsc_early_khz={khz} hpet=disable pmtmr=0"));
     format!("console=ttyS0 quiet loglevel=3 mitigations=off panic=-1 tsc=reliable{told}")
 }
@@ -252,7 +295,7 @@ fn tsc_khz() -> Option<u64> {
     None
 }
 
-fn write(path: &Path, bytes: &[u8]) -> Result<(), ImageError> {
+pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<(), ImageError> {
     fs::write(path, bytes).map_err(io_at("write", path))
 }
 

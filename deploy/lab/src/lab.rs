@@ -151,8 +151,11 @@ fn check_tools(spec: &LabSpec) -> Result<(), LabError> {
     if spec.switch {
         tools.extend(["ovs-vswitchd", "ovsdb-server", "ovsdb-tool", "ovs-vsctl"]);
     }
-    if spec.libvirt {
+    if spec.libvirt && spec.hosts.iter().any(|host| host.vm.is_none()) {
         tools.push("libvirtd");
+    }
+    if spec.hosts.iter().any(|host| host.vm.is_some()) {
+        tools.extend(["qemu-system-x86_64", "mmdebstrap", "mke2fs", "strip"]);
     }
     let path = crate::command::path_with_sbin();
     let is_there = |tool: &str| path.split(':').any(|dir| Path::new(dir).join(tool).is_file());

@@ -44,6 +44,9 @@ enum Verb {
         /// A lab in TOML instead of the three clouds (name, [[hosts]], [[links]])
         #[arg(long, value_name = "FILE")]
         spec: Option<PathBuf>,
+        /// What the hosts of the three clouds are
+        #[arg(long, value_enum, default_value = "namespaces", conflicts_with = "spec")]
+        hosts: Hosts,
     },
     /// Remove the lab, whatever state it is in
     Down {
@@ -116,6 +119,17 @@ enum Verb {
         #[arg(long)]
         namespace: String,
     },
+    /// (internal) Runs a command in a host that is a VM
+    #[command(hide = true)]
+    InVm {
+        #[arg(long)]
+        channel: PathBuf,
+        /// Seconds
+        #[arg(long, default_value_t = 600)]
+        budget: u64,
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
     /// (internal) A lab host's first process
     #[command(hide = true)]
     HostInit {
@@ -123,7 +137,17 @@ enum Verb {
         stage_one: Option<PathBuf>,
         #[arg(long)]
         stage_two: Option<PathBuf>,
+        #[arg(long, num_args = 3, value_names = ["CHANNEL", "LOG", "GUESTS"])]
+        lines: Vec<PathBuf>,
     },
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Hosts {
+    /// Of this machine's kernel
+    Namespaces,
+    /// Virtual machines with a kernel of their own, each of other hardware, translated by QEMU: slow
+    Vm,
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -155,7 +179,7 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let attach = || Lab::attach(&cli.lab);
     match cli.verb {
-        Verb::Up { spec } => up(&cli.lab, spec.as_deref())?,
+        Verb::Up { spec, hosts } => up(&cli.lab, spec.as_deref(), hosts)?,
         Verb::Down { all } => {
             let root = state::default_root();
             if all {
@@ -194,16 +218,23 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         }
         Verb::HostInit { stage_one: Some(setup), .. } => println!("{}", host_init::stage_one(&setup)?),
         Verb::HostInit { stage_two: Some(setup), .. } => host_init::stage_two(&setup)?,
-        Verb::HostInit { .. } => bail!("this is an internal command"),
+        Verb::InVm { channel, budget, command } => return in_vm(&channel, &command, budget),
+        Verb::HostInit { lines, .. } => match lines.as_slice() {
+            [channel, log, guests] => host_init::serve_channel(channel, log, guests)?,
+            _ => bail!("this is an internal command"),
+        },
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn up(name: &str, spec: Option<&Path>) -> anyhow::Result<()> {
+fn up(name: &str, spec: Option<&Path>, hosts: Hosts) -> anyhow::Result<()> {
     let spec: LabSpec = match spec {
         Some(path) => toml::from_str(&fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?)
             .with_context(|| format!("{} is not a lab", path.display()))?,
-        None => LabSpec::three_clouds(name),
+        None => match hosts {
+            Hosts::Namespaces => LabSpec::three_clouds(name),
+            Hosts::Vm => LabSpec::three_clouds_of_vms(name),
+        },
     };
     let mut lab = Lab::start(spec)?;
     lab.keep();
@@ -271,11 +302,25 @@ fn ppm(percent: f64) -> anyhow::Result<u32> {
 
 /// Becomes the command inside the host, with this terminal.
 fn exec(lab: &Lab, host: &str, command: &[String]) -> anyhow::Result<ExitCode> {
-    let Some(init) = lab.host(host)?.init() else { bail!("the host {host} is down") };
+    let site = lab.host(host)?;
+    let Some(init) = site.init() else { bail!("the host {host} is down") };
+    if let Some(channel) = site.vm_channel() {
+        return in_vm(&channel, command, IN_VM_S);
+    }
     let error = std::process::Command::new("nsenter")
         .args(["-t", &init.pid.to_string(), "-m", "-u", "-i", "-n", "-p", "--"])
         .args(command)
         .env("PATH", supercloud_lab::command::path_with_sbin())
         .exec();
     Err(error).context("running nsenter")
+}
+
+/// How long a command in a VM may take that a person has typed, in seconds.
+const IN_VM_S: u64 = 600;
+
+fn in_vm(channel: &Path, command: &[String], seconds: u64) -> anyhow::Result<ExitCode> {
+    let ran = host_init::run(channel, command, std::time::Duration::from_secs(seconds))?;
+    std::io::stdout().write_all(ran.out.as_bytes())?;
+    std::io::stderr().write_all(ran.err.as_bytes())?;
+    Ok(ExitCode::from(u8::try_from(ran.status).unwrap_or(1)))
 }

@@ -16,10 +16,14 @@ use thiserror::Error;
 use crate::addressing::{LabIndex, Segment, mac_text};
 use crate::command::{CommandError, Run, wait_for};
 use crate::host_init::{self, HostError, HostSetup, ProcessSpec, ProcessStatus};
+use crate::host_vm::Hardware;
+use crate::image::ImageError;
 use crate::netns;
 use crate::process::{self, ProcessId};
 use crate::spec::{CONTROLLER, Datapath, LabSpec};
 use crate::state::{self, StateDir, StateError};
+
+mod vm;
 
 /// A site that cannot be set up.
 #[derive(Debug, Error)]
@@ -49,6 +53,15 @@ pub enum SiteError {
     /// A folder or file failed.
     #[error(transparent)]
     State(#[from] StateError),
+    /// The disk or kernel of a host that is a VM cannot be had.
+    #[error("{site}: making its VM")]
+    Image {
+        /// The site.
+        site: String,
+        /// Why.
+        #[source]
+        source: Box<ImageError>,
+    },
     /// A daemon did not come up.
     #[error("{site}: {name} did not come up: {said}")]
     Daemon {
@@ -109,6 +122,7 @@ pub struct Site {
     datapath: Datapath,
     has_switch: bool,
     has_libvirt: bool,
+    vm: Option<Hardware>,
 }
 
 impl Site {
@@ -116,6 +130,7 @@ impl Site {
     #[must_use]
     pub fn new(spec: &LabSpec, index: LabIndex, state: &StateDir, name: &str) -> Option<Self> {
         let is_host = name != CONTROLLER;
+        let vm = spec.hosts.iter().find(|host| host.name == name).and_then(|host| host.vm);
         Some(Self {
             name: name.to_owned(),
             number: spec.site_number(name).ok()?,
@@ -129,7 +144,8 @@ impl Site {
                 .map(|host| state.join(&format!("clouds/{}/store", host.cloud))),
             datapath: spec.datapath,
             has_switch: is_host && spec.switch,
-            has_libvirt: is_host && spec.libvirt,
+            has_libvirt: is_host && spec.libvirt && vm.is_none(),
+            vm,
         })
     }
 
@@ -184,8 +200,10 @@ impl Site {
         let wan = self.index.wan_namespace();
         for segment in self.segments() {
             let (near, far) = (segment.host_interface(), segment.wan_interface(self.number));
-            let mac = mac_text(self.index.mac(self.number, *segment));
-            let pair = format!("link add {near} address {mac} type veth peer name {far} netns {wan}");
+            // A VM's card has this address: its cable has another.
+            let mac = self.index.mac(self.number, *segment);
+            let address = if self.vm.is_some() { String::new() } else { format!("address {} ", mac_text(mac)) };
+            let pair = format!("link add {near} {address}type veth peer name {far} netns {wan}");
             netns::ip(&self.namespace, &pair).map_err(&failed)?;
             netns::ip(&wan, &format!("link set {far} up")).map_err(&failed)?;
             for (namespace, interface) in [(&self.namespace, near), (&wan, far.as_str())] {
@@ -209,6 +227,9 @@ impl Site {
         self.prepare_folders(hosts_file)?;
         self.configure_network()?;
         self.start_init(program)?;
+        if let Some(hardware) = self.vm {
+            return self.start_vm(hardware);
+        }
         if self.has_switch {
             self.start_switch()?;
         }
@@ -269,6 +290,9 @@ impl Site {
                 netns::ip(&self.namespace, &format!("link del {link}")).map_err(&failed)?;
             }
         }
+        if self.vm.is_some() {
+            return self.bridge_vm();
+        }
         netns::ip(&self.namespace, "addr flush dev eth0").map_err(&failed)?;
         netns::ip(&self.namespace, &format!("addr add {}/24 dev eth0", self.address())).map_err(&failed)?;
         netns::ip(&self.namespace, "link set eth0 up").map_err(&failed)?;
@@ -323,7 +347,11 @@ impl Site {
     /// # Errors
     /// When one runs already or it cannot be started.
     pub fn spawn(&self, process: ProcessSpec) -> Result<i32, SiteError> {
-        host_init::spawn(&self.init_socket(), process).map_err(self.host("starting a daemon"))
+        let (socket, process) = match self.vm {
+            Some(_) => (self.channel(), Self::in_vm(process)),
+            None => (self.init_socket(), process),
+        };
+        host_init::spawn(&socket, process).map_err(self.host("starting a daemon"))
     }
 
     /// The daemons that were started in the site, also those that have ended.
@@ -331,7 +359,8 @@ impl Site {
     /// # Errors
     /// When the site is down.
     pub fn daemons(&self) -> Result<BTreeMap<String, ProcessStatus>, SiteError> {
-        host_init::status(&self.init_socket()).map_err(self.host("asking for its daemons"))
+        let socket = if self.vm.is_some() { self.channel() } else { self.init_socket() };
+        host_init::status(&socket).map_err(self.host("asking for its daemons"))
     }
 
     /// All processes of the site but its init, also those that its daemons have started.
@@ -359,6 +388,9 @@ impl Site {
     pub fn run(&self, argv: &[&str], budget: Duration) -> Result<Run, SiteError> {
         let gone = || SiteError::Daemon { site: self.name.clone(), name: "its init", said: "it is not running".into() };
         let init = self.init().ok_or_else(gone)?;
+        if self.vm.is_some() {
+            return Ok(self.run_in_vm(argv, budget));
+        }
         // `timeout` runs inside too, so that the command itself ends, not only our way to it.
         Ok(Run::new("nsenter")
             .args(["-t", &init.pid.to_string(), "-m", "-u", "-i", "-n", "-p", "--"])

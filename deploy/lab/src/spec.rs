@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::host_vm::Hardware;
+
 /// The site name under which the controller is attached to the WAN.
 pub const CONTROLLER: &str = "controller";
 
@@ -117,6 +119,9 @@ pub struct HostSpec {
     pub name: String,
     /// The cloud that it is rented in.
     pub cloud: String,
+    /// What it is made of when it is a virtual machine, and not a handful of this machine's namespaces.
+    #[serde(default)]
+    pub vm: Option<Hardware>,
 }
 
 /// Which packet engine the hosts' switches use.
@@ -167,7 +172,7 @@ impl LabSpec {
     /// The demo's lab: `aws-east`, `gcp-west` and `home`, 40/90/140 ms apart at 200 Mbit/s; the controller sits near `home`.
     #[must_use]
     pub fn three_clouds(name: &str) -> Self {
-        let host = |host: &str| HostSpec { name: host.to_owned(), cloud: host.to_owned() };
+        let host = |host: &str| HostSpec { name: host.to_owned(), cloud: host.to_owned(), vm: None };
         let link = |a: &str, b: &str, rtt_ms| LinkSpec {
             a: a.to_owned(),
             b: b.to_owned(),
@@ -187,10 +192,20 @@ impl LabSpec {
         }
     }
 
+    /// The same three clouds, each of other hardware, with a VM for a host in each.
+    #[must_use]
+    pub fn three_clouds_of_vms(name: &str) -> Self {
+        let mut spec = Self::three_clouds(name);
+        for (host, hardware) in spec.hosts.iter_mut().zip(Hardware::ALL) {
+            host.vm = Some(hardware);
+        }
+        spec
+    }
+
     /// `count` hosts `h1`, `h2`, ... in one cloud each (`c1`, ...), joined by default links.
     #[must_use]
     pub fn plain(name: &str, count: usize) -> Self {
-        let hosts = (1..=count).map(|i| HostSpec { name: format!("h{i}"), cloud: format!("c{i}") }).collect();
+        let hosts = (1..=count).map(|i| HostSpec { name: format!("h{i}"), cloud: format!("c{i}"), vm: None }).collect();
         Self { hosts, ..Self::empty(name) }
     }
 

@@ -34,6 +34,7 @@ use crate::spec::LabSpec;
 const EXAMPLES: &str = "Examples:
   supercloud-lab demo                              the whole story, then everything is cleaned up
   supercloud-lab demo --keep                       leave it up to play with
+  supercloud-lab demo --nested                     in hosts that are virtual machines themselves
   supercloud-lab demo --json result.json           the table and the verdict as JSON, too
   supercloud-lab demo --links aws-east:home=80/50/0.1
   supercloud-lab demo --sabotage writes            show that the verdict can fail
@@ -59,6 +60,9 @@ pub struct Options {
     /// The lab's name (that of --lab when absent)
     #[arg(long)]
     pub name: Option<String>,
+    /// Hosts that are virtual machines, each of other hardware, with our own VMM in them; slow: their processors are translated
+    #[arg(long)]
+    pub nested: bool,
     /// One live move only
     #[arg(long)]
     pub quick: bool,
@@ -96,7 +100,12 @@ impl Sabotage {
 /// When the runtime cannot be started or the options make no sense.
 pub fn run(name: &str, options: &Options) -> anyhow::Result<ExitCode> {
     let name = options.name.clone().unwrap_or_else(|| name.to_owned());
-    let mut spec = LabSpec::three_clouds(&name);
+    let mut spec = if options.nested { LabSpec::three_clouds_of_vms(&name) } else { LabSpec::three_clouds(&name) };
+    if options.nested
+        && let Some(why) = crate::host_vm::missing()
+    {
+        anyhow::bail!("--nested: {why}");
+    }
     options.links.iter().for_each(|link| link.apply(&mut spec));
     spec.check()?;
     if let Some(folder) = options.json.as_deref().and_then(Path::parent)

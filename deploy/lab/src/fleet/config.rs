@@ -12,6 +12,8 @@ use crate::site::{STORE_DIR, Site};
 pub const CONTROLLER_DIR: &str = "/var/lib/supercloud/controller";
 /// The agent's folder, inside a host.
 pub const AGENT_DIR: &str = "/var/lib/supercloud/agent";
+/// Where an agent keeps its guests, inside a host.
+pub const GUESTS_DIR: &str = "/var/lib/supercloud/agent/guests";
 /// Settings, inside every site.
 pub const SETTINGS_DIR: &str = "/etc/supercloud";
 /// Logs, inside every site.
@@ -77,6 +79,8 @@ struct AgentFile {
     data_listen: String,
     data_address: String,
     overlay_address: Ipv4Addr,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    back_end: Option<&'static str>,
     capacity: CapacityFile,
     ovs: OvsFile,
 }
@@ -91,6 +95,8 @@ struct CapacityFile {
 #[derive(Serialize)]
 struct OvsFile {
     run_dir: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    datapath: Option<&'static str>,
     blocked: Vec<String>,
 }
 
@@ -101,6 +107,10 @@ struct OvsFile {
 pub fn agent(site: &Site) -> Result<String, toml::ser::Error> {
     let index = site.index;
     let lab = index.get();
+    let is_vm = site.hardware().is_some();
+    // A host VM holds its guests' memory, its own, and the agent's; a namespace host is this machine: what counts there is that a lab
+    // fits into 8 GiB.
+    let (vcpus, memory_bytes, disk_bytes) = if is_vm { (4, 512 << 20, 2 << 30) } else { (8, 2 << 30, 20 << 30) };
     toml::to_string(&AgentFile {
         data_dir: AGENT_DIR,
         run_dir: "/run/supercloud",
@@ -110,10 +120,11 @@ pub fn agent(site: &Site) -> Result<String, toml::ser::Error> {
         data_listen: format!("0.0.0.0:{DATA_PORT}"),
         data_address: format!("{}:{DATA_PORT}", site.address()),
         overlay_address: site.overlay_address(),
-        // Guests are small and emulated: what counts is that a lab fits into 8 GiB.
-        capacity: CapacityFile { vcpus: 8, memory_bytes: 2 << 30, disk_bytes: 20 << 30 },
+        back_end: is_vm.then_some("kvm"),
+        capacity: CapacityFile { vcpus, memory_bytes, disk_bytes },
         ovs: OvsFile {
             run_dir: "/run/openvswitch",
+            datapath: is_vm.then_some("system"),
             blocked: vec![format!("198.18.{lab}.0/24"), format!("198.19.{lab}.0/24")],
         },
     })
@@ -173,6 +184,11 @@ mod tests {
         let table: toml::Table = agent(&site).unwrap().parse().unwrap();
         assert_eq!(table["overlay_address"].as_str(), Some("198.19.7.3"));
         assert_eq!(table["ovs"]["blocked"].as_array().map(Vec::len), Some(2));
+
+        let spec = LabSpec::three_clouds_of_vms("x");
+        let site = Site::new(&spec, index, &StateDir::new(std::path::Path::new("/nowhere"), "x"), "home").unwrap();
+        let table: toml::Table = agent(&site).unwrap().parse().unwrap();
+        assert_eq!((table["back_end"].as_str(), table["ovs"]["datapath"].as_str()), (Some("kvm"), Some("system")));
 
         let policy = CheapestWithHysteresis::default();
         let table: toml::Table = spotd(index, &policy, 1).unwrap().parse().unwrap();

@@ -4,7 +4,7 @@
 //! The lean guest's program prints one line per half second, `@sc {...}`. A guest's console is a log on the host where it
 //! runs, so that the lines of a guest that moves lie on several hosts; a line that was cut by the move is skipped.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write as _};
 use std::os::unix::fs::MetadataExt;
@@ -16,6 +16,8 @@ use serde::Deserialize;
 const LINE_CAP: usize = 64 << 10;
 /// Bytes read of one log in one look.
 const READ_CAP: u64 = 4 << 20;
+/// How often consoles are looked at in a host that is a VM.
+const FORWARD_EVERY: std::time::Duration = std::time::Duration::from_millis(500);
 /// Lines of other kinds that are kept, for messages.
 const OTHER_CAP: usize = 12;
 
@@ -138,12 +140,18 @@ fn parse(line: &str) -> Option<Said> {
 struct Follower {
     host: String,
     path: PathBuf,
+    /// Where the lines of several guests lie in one file: what this one's begin with.
+    prefix: String,
     file: Option<(File, u64)>,
     offset: u64,
     rest: Vec<u8>,
 }
 
 impl Follower {
+    fn new(host: String, path: PathBuf, prefix: String) -> Self {
+        Self { host, path, prefix, file: None, offset: 0, rest: Vec::new() }
+    }
+
     fn look(&mut self, mut line: impl FnMut(&str)) -> io::Result<()> {
         let there = std::fs::metadata(&self.path).ok().map(|meta| meta.ino());
         if self.file.as_ref().map(|(_, inode)| *inode) != there || self.file.is_none() {
@@ -170,7 +178,9 @@ impl Follower {
         self.offset += got as u64;
         while let Some(end) = self.rest.iter().position(|byte| *byte == b'\n') {
             let whole: Vec<u8> = self.rest.drain(..=end).collect();
-            line(String::from_utf8_lossy(&whole).trim_end());
+            if let Some(own) = String::from_utf8_lossy(&whole).strip_prefix(&self.prefix) {
+                line(own.trim_end());
+            }
         }
         if self.rest.len() > LINE_CAP {
             self.rest.clear();
@@ -191,8 +201,22 @@ impl Console {
     /// Follows these logs: (host, path). None of them need be there yet.
     #[must_use]
     pub fn new(logs: impl IntoIterator<Item = (String, PathBuf)>) -> Self {
-        let follow = |(host, path)| Follower { host, path, file: None, offset: 0, rest: Vec::new() };
-        Self { logs: logs.into_iter().map(follow).collect(), other: VecDeque::new(), transcript: None }
+        let logs = logs.into_iter().map(|(host, path)| Follower::new(host, path, String::new()));
+        Self { logs: logs.collect(), other: VecDeque::new(), transcript: None }
+    }
+
+    /// Also follows this log.
+    #[must_use]
+    pub fn with_log(mut self, host: String, path: PathBuf) -> Self {
+        self.logs.push(Follower::new(host, path, String::new()));
+        self
+    }
+
+    /// Also follows what a host that is a VM forwards of this guest's console ([`forward`]).
+    #[must_use]
+    pub fn with_forwarded(mut self, host: String, path: PathBuf, guest: &str) -> Self {
+        self.logs.push(Follower::new(host, path, format!("{guest} ")));
+        self
     }
 
     /// Also writes every line down, with its host before it: an agent deletes a console with its guest's copy.
@@ -241,6 +265,35 @@ impl Console {
     }
 }
 
+/// Writes the lines of all consoles of guests (`<guests>/<guest>/console.log`) to `to`, each after its guest's name, from now on and
+/// for ever: a host that is a VM has no other way to show them while they are said.
+pub fn forward(guests: &Path, to: &mut impl io::Write) {
+    let mut known: BTreeMap<String, Follower> = BTreeMap::new();
+    loop {
+        for entry in std::fs::read_dir(guests).into_iter().flatten().flatten() {
+            let guest = entry.file_name().to_string_lossy().into_owned();
+            let log = || Follower::new(String::new(), entry.path().join("console.log"), String::new());
+            known.entry(guest).or_insert_with(log);
+        }
+        for (guest, log) in &mut known {
+            // One that cannot be read or told now: the next look tries again, or it was the last.
+            let _ = log.look(|line| drop(to.write_all(format!("{guest} {line}\n").as_bytes())));
+        }
+        known.retain(|guest, _| guests.join(guest).exists());
+        crate::command::pause(FORWARD_EVERY);
+    }
+}
+
+/// Writes the lines of a log to `to`, from now on and for ever.
+pub fn forward_log(log: &Path, to: &mut impl io::Write) {
+    let mut log = Follower::new(String::new(), log.to_owned(), String::new());
+    loop {
+        // As above.
+        let _ = log.look(|line| drop(to.write_all(format!("{line}\n").as_bytes())));
+        crate::command::pause(FORWARD_EVERY);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -271,6 +324,16 @@ mod tests {
         assert!(matches!(parse(traveller), Some(Said::Traveller(stats)) if stats.there == "b" && stats.retries == 2));
         assert_eq!(parse("@sc {\"role\":\"init\",\"waiting\":\"no DHCP answer\"}"), None);
         assert_eq!(parse("[    0.1] Linux version"), None);
+    }
+
+    #[test]
+    fn forwarded_lines_are_told_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("told");
+        std::fs::write(&path, format!("g1 {}\ng11 {}\ng1 boot\n", server(1), server(2))).unwrap();
+        let mut console = Console::new([]).with_forwarded("a".into(), path, "g1");
+        assert_eq!(times(&console.poll()), [1]);
+        assert_eq!(console.other_lines(), ["a: boot"]);
     }
 
     #[test]

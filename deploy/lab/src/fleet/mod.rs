@@ -37,7 +37,7 @@ pub use error::{FleetError, LogTail, LogTails};
 pub use work::GuestSpec;
 
 use crate::host_init::ProcessSpec;
-use crate::lab::{Lab, program_dir};
+use crate::lab::{Lab, LabError, program_dir};
 use crate::site::Site;
 use crate::spec::{CONTROLLER, LabSpec};
 use crate::state;
@@ -50,6 +50,10 @@ pub const PROJECT: &str = "demo";
 
 /// How long a daemon may take to come up on a loaded machine.
 const DAEMON_BUDGET: Duration = Duration::from_secs(60);
+/// How many times longer everything may take where hosts are VMs that are translated.
+const VM_PATIENCE: u32 = 5;
+/// How often the first process of such a host is asked.
+const VM_LOOK_EVERY: Duration = Duration::from_secs(2);
 /// How often something is looked at that cannot be waited for.
 pub(crate) const LOOK_EVERY: Duration = Duration::from_millis(100);
 
@@ -171,10 +175,16 @@ impl Fleet {
                 JoinTokenCreate { host_name: name(&host.name)?, cloud: host.cloud.as_str().into(), expires_in_s: 900 };
             let token =
                 self.admin.create_join_token(&body).await.map_err(|source| self.call("making a join token", source))?;
-            let settings = Settings(&site);
-            settings.write("join-token", &format!("{}\n", token.token))?;
-            settings.write("agent.toml", &config::agent(&site)?)?;
-            spawn(&self.lab, &host.name, daemon("agent", "supercloud-agent", "agent.toml", &site, &self.log)).await?;
+            let agent = daemon("agent", "supercloud-agent", "agent.toml", &site, &self.log);
+            let about = config::agent(&site)?;
+            // A host VM takes its time for a file.
+            blocking(move || {
+                let settings = Settings(&site);
+                settings.write("join-token", &format!("{}\n", token.token))?;
+                settings.write("agent.toml", &about)
+            })
+            .await??;
+            spawn(&self.lab, &host.name, agent).await?;
         }
         for host in &hosts {
             self.await_host_up(&host.name).await?;
@@ -187,7 +197,8 @@ impl Fleet {
     /// # Errors
     /// When it has ended, or is not up in time.
     pub async fn await_host_up(&self, host: &str) -> Result<Host> {
-        let mut waiting = Waiting::new(format!("host {host} (state up)"), DAEMON_BUDGET);
+        let is_vm = self.lab.host(host)?.hardware().is_some();
+        let mut waiting = Waiting::new(format!("host {host} (state up)"), self.patient(DAEMON_BUDGET));
         loop {
             match self.admin.host(host).await {
                 Ok(known) if known.state == HostState::Up => return Ok(known),
@@ -196,6 +207,10 @@ impl Fleet {
                 Err(source) => return Err(self.call("asking for a host", source)),
             }
             check_running(&self.lab, host, "agent").await?;
+            if is_vm {
+                // Each look costs a translated machine more than the agent's own work.
+                tokio::time::sleep(VM_LOOK_EVERY).await;
+            }
             waiting.pause(|| log_of(&self.lab, host, "agent")).await?;
         }
     }
@@ -234,6 +249,18 @@ impl Fleet {
             }
             waiting.pause(|| log_of(&self.lab, CONTROLLER, "spotd")).await?;
         }
+    }
+
+    /// Whether a host of it is a VM.
+    #[must_use]
+    pub fn is_of_vms(&self) -> bool {
+        self.lab.spec().hosts.iter().any(|host| host.vm.is_some())
+    }
+
+    /// What is time enough in hosts of this machine's own speed, for the hosts that there are.
+    #[must_use]
+    pub fn patient(&self, budget: Duration) -> Duration {
+        if self.is_of_vms() { budget * VM_PATIENCE } else { budget }
     }
 
     /// The lab: its links can be cut, its hosts killed.
@@ -306,14 +333,19 @@ impl Fleet {
     /// # Errors
     /// When that file cannot be made.
     pub fn console(&self, guest: GuestId) -> Result<Console> {
-        let mut logs = Vec::new();
+        let mut console = Console::new([]);
         for host in &self.lab.spec().hosts {
-            let inside = format!("{}/guests/{guest}/console.log", config::AGENT_DIR);
-            let path = self.lab.host(&host.name)?.outside(&inside).unwrap_or_default();
-            logs.push((host.name.clone(), path));
+            let site = self.lab.host(&host.name)?;
+            console = match site.vm_guests() {
+                Some(told) => console.with_forwarded(host.name.clone(), told, &guest.to_string()),
+                None => {
+                    let inside = format!("{}/{guest}/console.log", config::GUESTS_DIR);
+                    console.with_log(host.name.clone(), site.outside(&inside).unwrap_or_default())
+                }
+            };
         }
         let path = self.lab.path(&format!("logs/{guest}.console"));
-        Console::new(logs).with_transcript(&path).map_err(|source| FleetError::Read { path, source })
+        console.with_transcript(&path).map_err(|source| FleetError::Read { path, source })
     }
 
     /// Takes everything down and says what could not be.
@@ -390,8 +422,8 @@ struct Settings<'a>(&'a Site);
 
 impl Settings<'_> {
     fn write(&self, file: &str, text: &str) -> Result<()> {
-        let path = self.0.outside(&format!("{}/{file}", config::SETTINGS_DIR)).unwrap_or_default();
-        Ok(state::write_private(&path, text)?)
+        let written = self.0.write_settings(&format!("{}/{file}", config::SETTINGS_DIR), text);
+        Ok(written.map_err(LabError::from)?)
     }
 }
 

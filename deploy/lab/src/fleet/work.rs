@@ -19,6 +19,8 @@ use crate::process::ProcessId;
 const PIECE_BYTES: usize = 4 << 20;
 /// How long an operation may take: emulated guests on two busy cores.
 const OPERATION_BUDGET: Duration = Duration::from_secs(240);
+/// How long a guest may stand still for a move between hosts that are translated.
+const VM_MAX_DOWNTIME_MS: u64 = 3000;
 /// How long the policy may take to decide, once the feed is where it must.
 const DECISION_BUDGET: Duration = Duration::from_secs(60);
 
@@ -163,7 +165,8 @@ impl Fleet {
         let body = GuestMigrate {
             to: to.into(),
             bandwidth_bps: None,
-            max_downtime_ms: None,
+            // What takes a fraction of a second elsewhere takes seconds where every page is copied by a translated processor.
+            max_downtime_ms: self.is_of_vms().then_some(VM_MAX_DOWNTIME_MS),
             auto_converge: true,
             deadline_ms: None,
             reason: None,
@@ -234,7 +237,7 @@ impl Fleet {
     /// # Errors
     /// When none comes in time.
     pub async fn await_foreign_move(&self, guest: &Guest, known: &[Operation]) -> Result<Operation> {
-        let mut waiting = Waiting::new("the price policy's decision", DECISION_BUDGET);
+        let mut waiting = Waiting::new("the price policy's decision", self.patient(DECISION_BUDGET));
         loop {
             let operations = self.operations().await?;
             let is_new = |operation: &&Operation| !known.iter().any(|old| old.id == operation.id);
@@ -260,7 +263,8 @@ impl Fleet {
         mut watch: impl FnMut(&Operation),
     ) -> Result<Operation> {
         watch(&operation);
-        let ended = match self.client.wait(operation.id, OPERATION_BUDGET, &mut watch).await {
+        let budget = self.patient(OPERATION_BUDGET);
+        let ended = match self.client.wait(operation.id, budget, &mut watch).await {
             Ok(ended) => ended,
             Err(supercloud_api::client::ClientError::StillRunning(id)) => {
                 let last = self.client.operation(id).await.unwrap_or(operation);
@@ -270,7 +274,7 @@ impl Fleet {
                     last.progress.message
                 );
                 let logs = self.logs_of_operation(&last);
-                return Err(FleetError::Deadline { what, seconds: OPERATION_BUDGET.as_secs(), logs });
+                return Err(FleetError::Deadline { what, seconds: budget.as_secs(), logs });
             }
             Err(source) => return Err(self.call(what, source)),
         };

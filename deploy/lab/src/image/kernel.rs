@@ -12,6 +12,10 @@ const DOWNLOAD_BUDGET: Duration = Duration::from_secs(600);
 /// Changed whenever what is kept of a package changes.
 const LAYOUT: &[u8] = b"kernel-3";
 
+/// The package that names the newest kernel for clouds, and the one for the newest kernel for all machines.
+const CLOUD: &str = "linux-image-cloud-amd64";
+const ALL: &str = "linux-image-amd64";
+
 /// An unpacked kernel.
 #[derive(Debug, Clone)]
 pub struct Kernel {
@@ -42,7 +46,7 @@ impl Kernel {
 /// # Errors
 /// When the package can neither be downloaded nor found in the cache.
 pub fn cloud() -> Result<Kernel, ImageError> {
-    with_modules("kernel", &modules::WANTED)
+    with_modules("kernel", CLOUD, &modules::WANTED)
 }
 
 /// The same kernel with the modules that a host VM loads: its own disk, KVM on AMD's processors, taps.
@@ -50,12 +54,22 @@ pub fn cloud() -> Result<Kernel, ImageError> {
 /// # Errors
 /// As [`cloud`].
 pub fn cloud_for_hosts() -> Result<Kernel, ImageError> {
-    with_modules("host-kernel", &modules::WANTED_BY_HOSTS)
+    with_modules("host-kernel", CLOUD, &modules::WANTED_BY_HOSTS)
 }
 
-fn with_modules(kind: &str, wanted: &[&str]) -> Result<Kernel, ImageError> {
+/// A kernel for host VMs with agents: the cloud kernel, or the one for all machines, which also knows cards and disks that no cloud
+/// has any more.
+///
+/// # Errors
+/// As [`cloud`].
+pub fn for_agents_hosts(is_for_clouds: bool) -> Result<Kernel, ImageError> {
+    let (kind, package) = if is_for_clouds { ("agent-kernel", CLOUD) } else { ("agent-big-kernel", ALL) };
+    with_modules(kind, package, &modules::WANTED_BY_AGENTS_HOSTS)
+}
+
+fn with_modules(kind: &str, newest_of: &str, wanted: &[&str]) -> Result<Kernel, ImageError> {
     let newest = || -> Result<Kernel, ImageError> {
-        let package = dependency("linux-image-cloud-amd64", "linux-image-")?;
+        let package = dependency(newest_of, "linux-image-")?;
         let version = candidate(&package)?;
         let key = cache::key(&[LAYOUT, package.as_bytes(), version.as_bytes(), wanted.join(" ").as_bytes()]);
         Ok(Kernel { dir: cache::get_or_build(kind, &key, |dir| build(&package, wanted, dir))? })

@@ -12,6 +12,7 @@ pub mod cache;
 pub mod cpio;
 pub mod distro;
 pub mod grub;
+pub mod host;
 pub mod kernel;
 pub mod lean;
 pub mod modules;

@@ -14,6 +14,28 @@ pub const WANTED: [&str; 8] =
 pub const WANTED_BY_HOSTS: [&str; 8] =
     ["virtio_pci", "virtio_blk", "virtio_net", "nvme", "vmxnet3", "kvm_amd", "tun", "bridge"];
 
+/// What a host VM needs in which an agent runs: the same, the third hardware, a file system, and a switch in the kernel with its tunnels.
+pub const WANTED_BY_AGENTS_HOSTS: [&str; 18] = [
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_net",
+    "nvme",
+    "vmxnet3",
+    "ahci",
+    "sd_mod",
+    "e1000e",
+    "crc32c_generic",
+    "ext4",
+    "kvm_amd",
+    "tun",
+    "vhost_net",
+    "openvswitch",
+    "vport_vxlan",
+    "vport_geneve",
+    "sch_netem",
+    "sch_htb",
+];
+
 /// All modules below a folder: name with underscores -> file.
 fn index(folder: &Path, into: &mut BTreeMap<String, PathBuf>) -> Result<(), ImageError> {
     for entry in fs::read_dir(folder).map_err(io_at("list", folder))?.flatten() {

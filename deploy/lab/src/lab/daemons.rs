@@ -8,7 +8,7 @@ use std::{
 
 use super::{Lab, LabError};
 use crate::{
-    command::wait_for,
+    command::{Run, wait_for},
     host_init::ProcessSpec,
     site::{Site, SiteError},
     state::{self, StateError},
@@ -16,6 +16,9 @@ use crate::{
 
 const PREFIX: &str = "daemon-";
 const SUFFIX: &str = ".json";
+
+/// How long a signal may take to be sent in a VM.
+const QUICK: Duration = Duration::from_secs(20);
 
 /// Where it is remembered how a daemon of a site was started.
 fn kept_at(site: &Path, name: &str) -> PathBuf {
@@ -87,6 +90,11 @@ impl Lab {
         let ended = wait_for(Duration::from_secs(20), || {
             let running = site.daemons().ok()?.remove(name).filter(|status| status.ended.is_none());
             let Some(running) = running else { return Some(()) };
+            if site.hardware().is_some() {
+                // One that has ended by itself is as good.
+                let _ = site.run(&["kill", "-9", &running.pid.to_string()], QUICK).map(Run::ok);
+                return None;
+            }
             for process in site.processes().iter().filter(|process| process.inner_pid() == Some(running.pid)) {
                 // One that has ended by itself is as good.
                 let _ = process.signal(libc::SIGKILL);
