@@ -84,6 +84,9 @@ pub struct Progress {
     /// The guest stands still, or is about to.
     #[serde(default)]
     pub is_last: bool,
+    /// By how much the guest is slowed down, percent.
+    #[serde(default)]
+    pub throttle_percent: u8,
     /// How long it stood still until all was on the stream, in milliseconds.
     pub paused_ms: Option<u64>,
 }
@@ -124,6 +127,9 @@ pub struct Request {
     /// Bytes per second on the stream at most.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_bytes_per_s: Option<u64>,
+    /// The guest may be slowed down.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub may_throttle: Option<bool>,
     /// The disk.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk: Option<String>,

@@ -205,7 +205,7 @@ fn advance(last: &TransferProgress, now: &Progress, memory_bytes: u64, elapsed: 
         dirty_bytes_per_s: now.dirty_bytes_per_s,
         bandwidth_bytes_per_s: now.sent_bytes.saturating_mul(1000) / elapsed_ms.max(1),
         expected_downtime_ms: last.expected_downtime_ms,
-        throttle_percent: 0,
+        throttle_percent: now.throttle_percent.into(),
         elapsed_ms: elapsed_ms.max(last.elapsed_ms),
     }
 }
@@ -334,6 +334,7 @@ impl LiveMigration for KvmBackend {
             let send = Request {
                 max_downtime_ms: options.max_downtime_ms.map(|ms| ms.max(1)),
                 max_bytes_per_s: options.bandwidth_bytes_per_s,
+                may_throttle: options.auto_converge.then_some(true),
                 ..verb("send")
             };
             let sent = Leaving { keeper: &keeper, what, budget: options.budget }.send(send, &sender).await?;

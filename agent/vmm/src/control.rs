@@ -82,6 +82,8 @@ pub struct Request {
     pub max_downtime_ms: Option<u64>,
     /// Likewise: bytes per second on the stream at most.
     pub max_bytes_per_s: Option<u64>,
+    /// Of `send`: the guest may be slowed down when else it would write faster than it is sent.
+    pub may_throttle: Option<bool>,
     /// Of `disk`: its name.
     pub disk: Option<String>,
 }
@@ -176,6 +178,8 @@ pub struct Progress {
     pub dirty_bytes_per_s: u64,
     /// The guest stands still, or is about to.
     pub is_last: bool,
+    /// By how much the guest is slowed down, percent.
+    pub throttle_percent: u8,
     /// How long the guest stood still until all was on the stream, in milliseconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub paused_ms: Option<u64>,
@@ -356,7 +360,14 @@ mod tests {
         let good = serde_json::from_str::<Request>(r#"{"id": 7, "do": "pause"}"#).unwrap();
         assert_eq!(
             good,
-            Request { id: 7, verb: Verb::Pause, max_downtime_ms: None, max_bytes_per_s: None, disk: None }
+            Request {
+                id: 7,
+                verb: Verb::Pause,
+                max_downtime_ms: None,
+                max_bytes_per_s: None,
+                may_throttle: None,
+                disk: None
+            }
         );
         let send = serde_json::from_str::<Request>(r#"{"id": 7, "do": "send", "max_downtime_ms": 20}"#).unwrap();
         assert_eq!(send.max_downtime_ms, Some(20));

@@ -354,7 +354,8 @@ impl Owner<'_> {
     /// Does what is asked for; whether the process shall end.
     fn answer(&mut self, client: u64, request: &Request, socket: Option<UnixStream>) -> bool {
         let mut error = None;
-        let has_limits = request.max_downtime_ms.is_some() || request.max_bytes_per_s.is_some();
+        let has_limits =
+            request.max_downtime_ms.is_some() || request.max_bytes_per_s.is_some() || request.may_throttle.is_some();
         match (request.verb, self.state) {
             (verb, _) if has_limits && !matches!(verb, Verb::Send | Verb::Limits) => {
                 error = Some("limits are for 'send' and 'limits' only".to_owned());

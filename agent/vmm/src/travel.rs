@@ -105,6 +105,7 @@ fn changed(limits: Limits, request: &Request) -> Limits {
     Limits {
         max_downtime_ms: request.max_downtime_ms.unwrap_or(limits.max_downtime_ms),
         max_bytes_per_s: request.max_bytes_per_s.or(limits.max_bytes_per_s),
+        may_throttle: request.may_throttle.unwrap_or(limits.may_throttle),
         ..limits
     }
 }
@@ -159,6 +160,7 @@ pub fn shown(progress: &travel::Progress, paused_for: Option<Duration>) -> Progr
         left_bytes: progress.left_pages.saturating_mul(PAGE_BYTES),
         dirty_bytes_per_s: progress.dirty_pages_per_s.saturating_mul(PAGE_BYTES),
         is_last: progress.is_last,
+        throttle_percent: progress.throttle_percent,
         paused_ms: paused_for.map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
     }
 }

@@ -1,9 +1,12 @@
 //! A whole machine: memory, vCPUs, devices.
 
-use std::sync::{
-    Arc, Mutex, PoisonError,
-    atomic::{AtomicBool, Ordering},
-    mpsc,
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    time::Duration,
 };
 
 use kvm_bindings::kvm_cpuid_entry2;
@@ -24,6 +27,9 @@ use super::{
     vcpu::{Buses, Vcpus},
     virtio::{Device, VirtioPci, transport},
 };
+
+/// A guest that is slowed down stands still for a part of each of these.
+const SLOW_PERIOD: Duration = Duration::from_millis(50);
 
 /// How a machine's run came to its end.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -185,6 +191,28 @@ impl Machine {
             device.lock().unwrap_or_else(PoisonError::into_inner).pause();
         }
         Ok(())
+    }
+
+    /// Whether the guest runs.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        !self.vcpus.are_parked()
+    }
+
+    /// Slows the guest, which runs, down: it stands still for so many percent of the time, until `is_over`. Its devices go on.
+    #[expect(clippy::disallowed_methods, reason = "a thread that slows a guest down and does nothing else")]
+    pub(super) fn slow_down(&self, percent: u8, is_over: &AtomicBool) {
+        let part = |percent: u8| SLOW_PERIOD * u32::from(percent) / 100;
+        while !is_over.load(Ordering::Acquire) {
+            let paused = self.vcpus.pause();
+            std::thread::sleep(part(percent));
+            self.vcpus.resume();
+            if paused.is_err() {
+                // It cannot be slowed down; whoever pauses it in earnest is told why.
+                return;
+            }
+            std::thread::sleep(part(100 - percent.min(100)));
+        }
     }
 
     /// Presses its power button: a guest that listens switches itself off in order.

@@ -186,11 +186,32 @@ fn what_does_not_converge_or_is_not_wanted_or_breaks_lets_the_guest_run_on() {
         wait_until(|| word(machine.ram(), DIRTY_ROUNDS) > before + 1, || format!("rounds after {before}"));
     };
     // Nothing fits into no time at all.
-    let limits = Limits { max_downtime_ms: 0, max_rounds: 3, max_bytes_per_s: Some(4 << 20) };
+    let limits = Limits { max_downtime_ms: 0, max_rounds: 3, max_bytes_per_s: Some(4 << 20), ..Limits::default() };
     let outcome = send(&mut machine, std::io::sink(), &|| limits, &mut on);
     let Err(TravelError::NoConvergence(why)) = outcome else { panic!("{outcome:?}") };
     assert_eq!((why.rounds, why.max_downtime_ms), (3, 0));
     assert!(why.predicted_downtime_ms > 0 && why.to_string().contains("after 3 rounds"), "{why}");
+    runs_on(&machine);
+
+    // Nor if it is slowed down; which it is, more each time, and only as long as it is sent.
+    let ram = machine.ram().clone();
+    // On a busy machine it would write nothing in a round, and there would be nothing to send in the next one.
+    let writes_on = |progress: &Progress| {
+        if !progress.is_last {
+            let before = word(&ram, DIRTY_ROUNDS);
+            wait_until(|| word(&ram, DIRTY_ROUNDS) > before, || format!("round after {before}"));
+        }
+    };
+    let slowed = Limits { max_rounds: 5, may_throttle: true, ..limits };
+    let mut percents = Vec::new();
+    let outcome = send(&mut machine, std::io::sink(), &|| slowed, &mut |progress| {
+        percents.push(progress.throttle_percent);
+        writes_on(progress);
+        ControlFlow::Continue(())
+    });
+    let Err(TravelError::NoConvergence(_)) = outcome else { panic!("{outcome:?}") };
+    assert!(percents.is_sorted() && percents.contains(&20), "{percents:?}");
+    assert!(machine.is_running());
     runs_on(&machine);
 
     let cancelled = send(&mut machine, std::io::sink(), &Limits::default, &mut |progress| match progress.sent_bytes {
@@ -230,13 +251,8 @@ fn what_does_not_converge_or_is_not_wanted_or_breaks_lets_the_guest_run_on() {
     // It stands still for longer than was predicted: it is told that it was given up, and runs on.
     let limits = Limits { max_downtime_ms: 200, ..Limits::default() };
     let mut slow = Slow::default();
-    let ram = machine.ram().clone();
     let overdue = send(&mut machine, &mut slow, &|| limits, &mut |progress| {
-        // On a busy machine it would write nothing in the first round, and there would be nothing for the last one to send.
-        if !progress.is_last {
-            let before = word(&ram, DIRTY_ROUNDS);
-            wait_until(|| word(&ram, DIRTY_ROUNDS) > before, || format!("round after {before}"));
-        }
+        writes_on(progress);
         ControlFlow::Continue(())
     });
     assert!(matches!(overdue, Err(TravelError::Overdue(_))), "{overdue:?}");

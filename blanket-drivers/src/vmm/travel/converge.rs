@@ -13,11 +13,13 @@ pub struct Limits {
     pub max_rounds: u32,
     /// Bytes per second on the wire; `None`: as fast as it takes them.
     pub max_bytes_per_s: Option<u64>,
+    /// The guest may be slowed down when else it would not converge.
+    pub may_throttle: bool,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { max_downtime_ms: 300, max_rounds: 30, max_bytes_per_s: None }
+        Self { max_downtime_ms: 300, max_rounds: 30, max_bytes_per_s: None, may_throttle: false }
     }
 }
 
@@ -109,6 +111,24 @@ pub fn next(limits: &Limits, seen: &Seen) -> Next {
     Next::Copy
 }
 
+/// By how much the guest is slowed down at first, what is added each time, and the most; percent of its time.
+const FIRST_PERCENT: u8 = 20;
+const MORE_PERCENT: u8 = 15;
+const MOST_PERCENT: u8 = 95;
+
+/// By how much the guest is to be slowed down in the next round, in percent of its time, after a round in which it was slowed down
+/// by `percent`: more each time that it has written more than half of what was sent meanwhile (as QEMU's auto-converge judges),
+/// never less.
+#[must_use]
+pub fn throttle(limits: &Limits, seen: &Seen, percent: u8) -> u8 {
+    let is_behind = seen.rounds >= 2 && seen.dirty_pages.saturating_mul(2) > seen.sent_pages;
+    match (limits.may_throttle && is_behind, percent) {
+        (false, percent) => percent,
+        (true, 0) => FIRST_PERCENT,
+        (true, percent) => percent.saturating_add(MORE_PERCENT).min(MOST_PERCENT),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -128,7 +148,7 @@ mod tests {
 
     #[test]
     fn it_switches_when_the_rest_fits_and_not_before() {
-        let limits = Limits { max_downtime_ms: 100, max_rounds: 3, max_bytes_per_s: None };
+        let limits = Limits { max_downtime_ms: 100, max_rounds: 3, ..Limits::default() };
         assert_eq!(predicted_downtime_ms(&seen(500)), 100);
         assert_eq!(next(&limits, &seen(500)), Next::Switch);
         assert_eq!(next(&limits, &seen(511)), Next::Copy);
@@ -136,6 +156,23 @@ mod tests {
         let Next::GiveUp(why) = next(&limits, &late) else { panic!() };
         assert_eq!((why.predicted_downtime_ms, why.rounds), (2050, 3));
         assert_eq!(next(&limits, &Seen { rounds: 3, ..seen(0) }), Next::Switch);
+    }
+
+    #[test]
+    fn a_guest_is_slowed_down_only_if_that_is_allowed_and_it_is_behind() {
+        let limits = Limits { may_throttle: true, ..Limits::default() };
+        let behind = Seen { rounds: 2, ..seen(5001) };
+        assert_eq!(throttle(&Limits::default(), &behind, 0), 0);
+        assert_eq!(throttle(&limits, &Seen { rounds: 1, ..behind }, 0), 0);
+        assert_eq!(throttle(&limits, &Seen { dirty_pages: 5000, ..behind }, 35), 35);
+        let mut percent = 0;
+        let steps: Vec<u8> = std::iter::from_fn(|| {
+            percent = throttle(&limits, &behind, percent);
+            Some(percent)
+        })
+        .take(8)
+        .collect();
+        assert_eq!(steps, [20, 35, 50, 65, 80, 95, 95, 95]);
     }
 
     proptest! {

@@ -3,6 +3,7 @@
 use std::{
     io::{self, Write},
     ops::ControlFlow,
+    sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
@@ -43,6 +44,8 @@ pub struct Progress {
     pub dirty_pages_per_s: u64,
     /// The guest stands still, or is about to: this is the last round.
     pub is_last: bool,
+    /// By how much the guest is slowed down, percent.
+    pub throttle_percent: u8,
     /// Pages by form.
     pub forms: Forms,
 }
@@ -125,11 +128,24 @@ impl<'a, W: Write> Sender<'a, W> {
         let hello = Hello { vcpus: config.vcpus, memory_bytes: config.memory_bytes, state_version: state::VERSION };
         self.json(kind::HELLO, &hello)?;
         let mut pages = machine.page_numbers();
+        let is_running = machine.is_running();
         let mut began;
         loop {
             began = Instant::now();
             let before = (self.packer.forms, self.progress.sent_bytes);
-            self.round(machine, &pages)?;
+            match self.progress.throttle_percent {
+                0 => self.round(machine, &pages)?,
+                percent => {
+                    let is_over = AtomicBool::new(false);
+                    let slowed: &Machine = machine;
+                    std::thread::scope(|scope| {
+                        scope.spawn(|| slowed.slow_down(percent, &is_over));
+                        let sent = self.round(slowed, &pages);
+                        is_over.store(true, Ordering::Release);
+                        sent
+                    })?;
+                }
+            }
             // Pages of zeros take nothing; what a guest writes is rarely that.
             let filled = |forms: Forms| forms.raw + forms.compressed;
             let sent_pages = filled(self.packer.forms) - filled(before.0);
@@ -145,8 +161,13 @@ impl<'a, W: Write> Sender<'a, W> {
                 took_us,
                 state_bytes: STATE_BYTES_PER_VCPU * u64::from(config.vcpus),
             };
-            match converge::next(&(self.limits)(), &seen) {
-                Next::Copy => {}
+            let limits = (self.limits)();
+            match converge::next(&limits, &seen) {
+                Next::Copy => {
+                    let percent = converge::throttle(&limits, &seen, self.progress.throttle_percent);
+                    // A guest that does not run is as slow as can be.
+                    self.progress.throttle_percent = if is_running { percent } else { 0 };
+                }
                 Next::Switch => break,
                 Next::GiveUp(why) => return Err(TravelError::NoConvergence(why)),
             }
