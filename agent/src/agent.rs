@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     accounts::{Account, AccountError},
+    checker::{self, Check},
     cloud_store::{CloudStore, CloudStoreError},
     config::Config,
     consoles::Consoles,
@@ -30,7 +31,8 @@ use crate::{
     farewell,
     guest::GuestMessage,
     guests::Guests,
-    host::{Host, Ledger},
+    holdings::{self, Holdings},
+    host::{Brought, Host, Ledger},
     identity::{Identity, IdentityError, Material, Request},
     link::{self, LinkEvent, LinkHandle},
     metadata,
@@ -158,6 +160,8 @@ pub async fn run(parts: Parts, cancel: CancellationToken) -> Result<(), AgentErr
         link: link.clone(),
         store,
         ledger: Ledger::new(room),
+        holdings: Holdings::default(),
+        brought: Brought::default(),
         config,
     });
     let removed = || AgentError::Removed { folder: host.config.data_dir.display().to_string() };
@@ -181,12 +185,16 @@ pub async fn run(parts: Parts, cancel: CancellationToken) -> Result<(), AgentErr
     tasks.spawn(renew(host.clone(), guests.clone(), identity_tx, material_tx, cancel.clone()));
     tasks.spawn(link::run(guests.clone(), identity_rx, queues, events_tx, cancel.clone()));
     let bell = SweepBell::default();
+    let (checks, asked_checks) = checker::queue();
+    tasks.spawn(checker::run(host.clone(), asked_checks, cancel.clone()));
+    tasks.spawn(holdings::run(host.clone(), cancel.clone()));
     tasks.spawn(sweeper::run(host.clone(), bell.clone(), cancel.clone()));
     let routes = Routes {
         guests: guests.clone(),
         ticket_key: key_tx,
         views: view_tx,
         bell,
+        checks,
         consoles: Consoles::new(host.clone()),
     };
     tasks.spawn(dispatch(host.clone(), routes, events, cancel.clone()));
@@ -270,6 +278,7 @@ struct Routes {
     ticket_key: watch::Sender<Option<String>>,
     views: watch::Sender<Option<OverlayView>>,
     bell: SweepBell,
+    checks: mpsc::Sender<Check>,
     consoles: Consoles,
 }
 
@@ -314,9 +323,12 @@ async fn dispatch(host: Arc<Host>, routes: Routes, mut events: mpsc::Receiver<Li
 
 /// `told` is the newest revision of an overlay view in this session.
 fn direct(routes: &Routes, told: &mut Option<u64>, directive: Directive) {
-    let Routes { guests, views, bell, consoles, .. } = routes;
+    let Routes { guests, views, bell, checks, consoles, .. } = routes;
     match directive {
-        Directive::Order { guest, order, assignment } => {
+        Directive::Order { guest, order, assignment, mark } => {
+            if let Some(mark) = mark {
+                guests.note(guest, mark);
+            }
             guests.tell(guest, GuestMessage::Order { order, assignment });
         }
         Directive::Discard { guest } => guests.tell(guest, GuestMessage::Discard),
@@ -341,6 +353,11 @@ fn direct(routes: &Routes, told: &mut Option<u64>, directive: Directive) {
             bell.project(project);
         }
         Directive::SweepStore => bell.all(),
+        Directive::CheckVolume { guest, volume, bytes_per_s } => {
+            if checks.try_send(Check { guest, volume, bytes_per_s }).is_err() {
+                tracing::warn!(%guest, %volume, "too many checks wait: this one is not made");
+            }
+        }
         Directive::Console { console, order } => consoles.order(console, order),
     }
 }

@@ -162,8 +162,7 @@ pub enum BackEnd {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Sweep {
-    /// How often, in seconds; 0: only when somebody asks for it. Not by itself unless that is wanted: a controller whose store
-    /// was brought back from a backup may not name what guests stand on that run.
+    /// How often, in seconds; 0: only when somebody asks for it, as the controller does every hour unless it is told otherwise.
     #[serde(default)]
     pub every_s: u32,
     /// Whether the end of a freeze asks for it, too.

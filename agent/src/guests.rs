@@ -8,7 +8,7 @@ use std::{
 
 use supercloud_api::{
     data::Channel,
-    link::{GuestReport, Hello, Notice},
+    link::{GuestReport, Hello, HistoryMark, Notice},
 };
 use supercloud_blanket::backend::BackendEvent;
 use supercloud_ids::{Epoch, GuestId, PortId};
@@ -119,7 +119,10 @@ impl Guests {
             tokio::select! {
                 () = self.cancel.cancelled() => return,
                 guest = ended.recv() => match guest {
-                    Some(guest) => drop(self.lock().remove(&guest)),
+                    Some(guest) => {
+                        drop(self.lock().remove(&guest));
+                        self.host.holdings.forget(guest);
+                    }
                     None => return,
                 },
             }
@@ -149,6 +152,11 @@ impl Guests {
         for handle in self.lock().values() {
             handle.tell(GuestMessage::Look);
         }
+    }
+
+    /// The controller ordered something about a guest, at this place in its history.
+    pub fn note(&self, guest: GuestId, mark: HistoryMark) {
+        self.host.holdings.note(guest, mark);
     }
 
     /// How the guests are.
@@ -251,6 +259,8 @@ impl Facts for Guests {
             view_revision: host.switch.revision(),
             takes_sweeps: true,
             takes_consoles: true,
+            knows_predictive: true,
+            takes_checks: true,
         }
     }
 

@@ -4,15 +4,17 @@ use std::{
     collections::HashMap,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
 };
 
 use supercloud_api::{Code, CompatClass, Problem, Room, Shape};
 use supercloud_blanket::Backend;
 use supercloud_ids::{GuestId, HostId};
+use supercloud_storage::key::ContentRoot;
 
 use crate::{
-    accounts::Account, cloud_store::CloudStore, config::Config, guest::record::Places, link::LinkHandle,
-    plane::DataPlane, ports::Switch, volumes::VolumeRunner,
+    accounts::Account, cloud_store::CloudStore, config::Config, guest::record::Places, holdings::Holdings,
+    link::LinkHandle, plane::DataPlane, ports::Switch, volumes::VolumeRunner,
 };
 
 /// The services of a host.
@@ -39,6 +41,34 @@ pub struct Host {
     pub store: CloudStore,
     /// Who takes how much room.
     pub ledger: Ledger,
+    /// What its guests stand on, to be said in the chunk store.
+    pub holdings: Holdings,
+    /// What freezes have brought into the cloud's store.
+    pub brought: Brought,
+}
+
+/// Content that was brought into the cloud's store, or counted on there, by this process lately. It need not be looked for once
+/// more while a guest stands still: no sweep takes within its grace what was refreshed, and a freeze is told to it besides.
+#[derive(Debug, Default)]
+pub struct Brought(Mutex<HashMap<ContentRoot, Instant>>);
+
+impl Brought {
+    /// Less than any sweep's grace; in a bucket what is younger than half an hour would only be looked at.
+    const LATELY: Duration = Duration::from_secs(1200);
+
+    /// All of these is there now.
+    pub fn note(&self, roots: impl IntoIterator<Item = ContentRoot>) {
+        let mut brought = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        brought.retain(|_, at| at.elapsed() < Self::LATELY);
+        brought.extend(roots.into_iter().map(|root| (root, Instant::now())));
+    }
+
+    /// Whether it was there a moment ago.
+    #[must_use]
+    pub fn is_lately(&self, root: &ContentRoot) -> bool {
+        let brought = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        brought.get(root).is_some_and(|at| at.elapsed() < Self::LATELY)
+    }
 }
 
 impl Host {

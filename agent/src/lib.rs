@@ -23,6 +23,7 @@
 
 pub mod accounts;
 pub mod agent;
+pub mod checker;
 pub mod chunks;
 pub mod cloud_store;
 pub mod config;
@@ -32,6 +33,7 @@ pub mod durable;
 pub mod farewell;
 pub mod guest;
 pub mod guests;
+pub mod holdings;
 pub mod host;
 pub mod identity;
 pub mod jobs;

@@ -1,6 +1,6 @@
 //! Sweeps the cloud's chunk store when the controller says so; where the configuration wants it also now and then, and when a
-//! freeze is over. What lives is asked
-//! of the controller; without it nothing is removed. See [`supercloud_storage::sweep`].
+//! freeze is over. What lives is asked of the controller; without it nothing is removed. What hosts [hold](crate::holdings)
+//! lives besides. See [`supercloud_storage::sweep`].
 //!
 //! Where the cloud's store is a bucket, this host's folder is swept beside it: what lives may be there, and need not.
 
@@ -14,17 +14,23 @@ use std::{
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use rand::Rng as _;
-use supercloud_api::link::{Answer, HistoryMark, ManifestPart, Query, StoreSwept};
+use supercloud_api::{
+    Code,
+    link::{Answer, HistoryMark, ManifestPart, Query, StoreSwept},
+};
 use supercloud_ids::ProjectId;
 use supercloud_storage::{
     backend::ObjectStore,
     key::{ChunkKind, ChunkName, ContentRoot},
-    sweep::{self, Authority, AuthorityError, Live, Mark, SweepError, SweepOptions, Swept},
+    sweep::{self, Asked as Question, Authority, AuthorityError, Live, Mark, SweepError, SweepOptions, Swept},
 };
 use tokio::{sync::Notify, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-use crate::{host::Host, link::LinkHandle};
+use crate::{
+    host::Host,
+    link::{LinkHandle, QueryError},
+};
 
 /// How long the controller may take to answer.
 const ANSWER_BUDGET: Duration = Duration::from_secs(30);
@@ -138,6 +144,10 @@ async fn sweep_store(
                 tracing::info!(%project, holder, "the chunk store is not swept: another sweep has not ended");
                 continue;
             }
+            Err(SweepError::Authority(AuthorityError::NotYourTurn(why))) => {
+                tracing::info!(%project, why, "the chunk store is not swept by this host");
+                return;
+            }
             Err(SweepError::Cancelled) => return,
             Err(error) => tracing::warn!(%project, error = crate::chain(error), "the chunk store is not swept"),
         }
@@ -178,33 +188,46 @@ impl fmt::Debug for LinkAuthority {
 }
 
 fn unclear(what: &str) -> AuthorityError {
-    AuthorityError(format!("the controller's answer is not understood: {what}"))
+    AuthorityError::Refused(format!("the controller's answer is not understood: {what}"))
 }
 
 impl LinkAuthority {
     async fn ask(&self, query: Query) -> Result<Answer, AuthorityError> {
         let answer = self.link.query(query, ANSWER_BUDGET).await;
-        answer.map_err(|error| AuthorityError(crate::chain(&error)))
+        answer.map_err(|error| match error {
+            QueryError::Refused(problem) if problem.code == Code::OperationInProgress => {
+                AuthorityError::NotYourTurn(problem.detail)
+            }
+            error => AuthorityError::Refused(crate::chain(&error)),
+        })
     }
 
-    async fn all_live(
-        &self,
-        project: ProjectId,
-        seen: Option<&Mark>,
-        holder: Option<&str>,
-    ) -> Result<Live, AuthorityError> {
-        let seen = seen.map(|mark| HistoryMark { seq: mark.seq, hash: mark.hash.clone() });
+    async fn all_live(&self, project: ProjectId, asked: &Question) -> Result<Live, AuthorityError> {
+        let mut marks = asked.seen.iter().map(|mark| HistoryMark { seq: mark.seq, hash: mark.hash.clone() });
+        let (seen, also_seen) = (marks.next(), marks.collect::<Vec<_>>());
+        // As a controller of the version before understands it: of one holder.
+        let holder = Some(asked.holders.clone()).filter(|holders| holders.len() == 1).and_then(|mut one| one.pop());
+        let mut all_gone = BTreeSet::new();
         let mut all = BTreeMap::new();
         let mut after: Option<String> = None;
         // Of the first page too: who wrote then may have ended before the last, with a root that belongs on the first.
         let mut oldest_writer_ms: Option<u64> = None;
         loop {
-            let holder = holder.map(str::to_owned);
-            let query = Query::StoreRoots { project, seen: seen.clone(), holder, after: after.clone() };
+            let query = Query::StoreRoots {
+                project,
+                seen: seen.clone(),
+                holder: holder.clone(),
+                after: after.clone(),
+                also_seen: also_seen.clone(),
+                holders: asked.holders.clone(),
+            };
             let answer = self.ask(query).await?;
-            let Answer::StoreRoots { roots, more, oldest_writer_ms: oldest, mark, is_holder_gone } = answer else {
+            let Answer::StoreRoots { roots, more, oldest_writer_ms: oldest, mark, is_holder_gone, gone } = answer
+            else {
                 return Err(unclear("something else"));
             };
+            all_gone.extend(gone);
+            all_gone.extend(holder.clone().filter(|_| is_holder_gone));
             oldest_writer_ms = oldest_writer_ms.max(oldest);
             let last = roots.last().map(|last| last.root.clone());
             for live in roots {
@@ -216,7 +239,7 @@ impl LinkAuthority {
                     roots: all,
                     oldest_writer: oldest_writer_ms.map(Duration::from_millis),
                     mark: Mark { seq: mark.seq, hash: mark.hash },
-                    is_holder_gone,
+                    gone: all_gone,
                 });
             }
             // Else it would be asked for ever.
@@ -247,13 +270,8 @@ impl LinkAuthority {
 }
 
 impl Authority for LinkAuthority {
-    fn live<'a>(
-        &'a self,
-        project: ProjectId,
-        seen: Option<&'a Mark>,
-        holder: Option<&'a str>,
-    ) -> BoxFuture<'a, Result<Live, AuthorityError>> {
-        Box::pin(self.all_live(project, seen, holder))
+    fn live<'a>(&'a self, project: ProjectId, asked: &'a Question) -> BoxFuture<'a, Result<Live, AuthorityError>> {
+        Box::pin(self.all_live(project, asked))
     }
 
     fn names(

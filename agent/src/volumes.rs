@@ -99,6 +99,12 @@ impl VolumeHome {
         self.folder.join("config.json")
     }
 
+    /// What it stands on, as its configuration says. Blocking.
+    #[must_use]
+    pub fn base(&self) -> Option<supercloud_storage::key::ContentRoot> {
+        VolumeProcessConfig::from_file(&self.config_file()).ok()?.base
+    }
+
     fn process_file(&self) -> PathBuf {
         self.folder.join("process.json")
     }

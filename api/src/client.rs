@@ -432,8 +432,10 @@ calls! {
     create_cloud(body: &CloudCreate) -> Cloud = post("/v1/clouds", body);
     /// All chunk stores.
     stores() -> Vec<ChunkStore> = list("/v1/stores");
-    /// Has a store swept now: `controller`, or a cloud.
-    sweep_store(store: &str) -> ChunkStore = post(format!("/v1/stores/{store}/sweep"), &serde_json::json!({}));
+    /// Has a store swept now: `controller`, or a cloud. `force`: also by records that were brought back from a backup.
+    sweep_store(store: &str, force: bool) -> ChunkStore = post(format!("/v1/stores/{store}/sweep?force={force}"), &serde_json::json!({}));
+    /// Has a volume checked: everything that it stands on is read, and mended where that can be.
+    check_volume(volume: &str, bytes_per_s: u64) -> Volume = post(format!("/v1/volumes/{volume}/check?bytes_per_s={bytes_per_s}"), &serde_json::json!({}));
     /// All hosts.
     hosts() -> Vec<Host> = list("/v1/hosts");
     /// One host, by name or id.

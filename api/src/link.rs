@@ -40,7 +40,7 @@ use crate::{
 };
 
 pub use self::console::{ConsoleBytes, ConsoleNews, ConsoleOrder, MAX_CONSOLE_BYTES};
-pub use self::store::{HistoryMark, ManifestPart, StoreRoot, StoreSwept};
+pub use self::store::{ChunksChecked, HistoryMark, ManifestPart, StoreRoot, StoreSwept, VolumeChecked};
 
 /// The version of every payload of this link.
 pub const VERSION: u16 = 1;
@@ -165,6 +165,12 @@ pub struct Hello {
     /// It knows [`Directive::Console`].
     #[serde(default)]
     pub takes_consoles: bool,
+    /// It knows [`Propagation::Predictive`].
+    #[serde(default)]
+    pub knows_predictive: bool,
+    /// It knows [`Directive::CheckVolume`].
+    #[serde(default)]
+    pub takes_checks: bool,
 }
 
 /// The controller's answer to a [`Hello`].
@@ -392,6 +398,9 @@ pub enum Directive {
         order: OrderBody,
         /// What is needed to carry it out: always with `Prepare` and `Begin`, and with `Granted` of a start.
         assignment: Option<Box<Assignment>>,
+        /// The newest place in the controller's history: what it says of this cloud's store must not be older.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        mark: Option<HistoryMark>,
     },
     /// The overlay as this host must know it: the JSON of the sdn library's view.
     Overlay {
@@ -434,6 +443,15 @@ pub enum Directive {
         /// What is to be done.
         order: ConsoleOrder,
     },
+    /// Read everything that a volume here stands on, and mend what can be mended. Told only to hosts that take checks.
+    CheckVolume {
+        /// The guest.
+        guest: GuestId,
+        /// Its volume.
+        volume: VolumeId,
+        /// How fast it may read, in bytes per second.
+        bytes_per_s: u64,
+    },
 }
 
 // ---------------------------------------------------------------------------------------------- agent -> controller
@@ -473,6 +491,12 @@ pub enum Query {
         holder: Option<String>,
         /// The page after this root; absent: the first one.
         after: Option<String>,
+        /// More that must be in the history: places of which hosts that use this store have been told.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        also_seen: Vec<HistoryMark>,
+        /// More hosts of which it is told whether they are gone for good: those that hold something in this store.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        holders: Vec<String>,
     },
     /// The names in a part of a manifest, for a sweep. Hosts do not have every project's key.
     StoreNames {
@@ -489,6 +513,11 @@ pub enum Query {
     StoreSwept {
         /// What.
         swept: StoreSwept,
+    },
+    /// What a check of a volume found; only told.
+    VolumeChecked {
+        /// What.
+        checked: VolumeChecked,
     },
     /// A fresh certificate for a new key.
     RenewCertificate {
@@ -540,13 +569,16 @@ pub enum Answer {
         mark: HistoryMark,
         /// Whether the holder was removed by an operator.
         is_holder_gone: bool,
+        /// Of the holders, those that were.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        gone: Vec<String>,
     },
     /// To [`Query::StoreNames`].
     StoreNames {
         /// The names one after the other, hex; absent: there is no such chunk, or it is damaged.
         names: Option<String>,
     },
-    /// To [`Query::StoreSwept`].
+    /// To [`Query::StoreSwept`] and [`Query::VolumeChecked`].
     Noted,
     /// To [`Query::RenewCertificate`].
     Certificate {

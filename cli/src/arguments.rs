@@ -84,7 +84,7 @@ pub enum Noun {
     Image(ImageVerb),
     /// Guests' disks.
     #[command(subcommand)]
-    Volume(ListShow),
+    Volume(VolumeVerb),
     /// Private networks.
     #[command(subcommand)]
     Network(NetworkVerb),
@@ -163,18 +163,6 @@ pub struct Trial {
     /// Say what would be done, and do nothing.
     #[arg(long)]
     pub dry_run: bool,
-}
-
-/// Verbs of what can only be looked at.
-#[derive(Debug, Subcommand)]
-pub enum ListShow {
-    /// All of them.
-    List,
-    /// One of them.
-    Show {
-        /// Name or id.
-        name: String,
-    },
 }
 
 /// Verbs of hosts.
@@ -277,6 +265,26 @@ pub enum CloudVerb {
     },
 }
 
+/// Verbs of volumes.
+#[derive(Debug, Subcommand)]
+pub enum VolumeVerb {
+    /// All of them.
+    List,
+    /// One.
+    Show {
+        /// Its name or id.
+        name: String,
+    },
+    /// Has all read that it stands on, in its cloud's store; what is missing or damaged is mended where it can be had elsewhere.
+    Check {
+        /// Its name or id.
+        name: String,
+        /// How fast to read, in millions of bytes per second.
+        #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=100_000))]
+        megabytes_per_s: u64,
+    },
+}
+
 /// Verbs of chunk stores.
 #[derive(Debug, Subcommand)]
 pub enum StoreVerb {
@@ -286,6 +294,10 @@ pub enum StoreVerb {
     Sweep {
         /// A cloud, or `controller`.
         name: String,
+        /// The controller's records were brought back from a backup, and all guests that run are known again: what hosts were
+        /// told by the controller before counts no more.
+        #[arg(long)]
+        accept_records: bool,
     },
 }
 

@@ -16,8 +16,8 @@ use supercloud_cli::{
 
 use crate::{
     arguments::{
-        CloudVerb, EventVerb, HostVerb, ImageVerb, ListShow, MarketVerb, NetworkVerb, Noun, OperationVerb, Output,
-        ProjectVerb, StoreVerb, TokenVerb, Watch,
+        CloudVerb, EventVerb, HostVerb, ImageVerb, MarketVerb, NetworkVerb, Noun, OperationVerb, Output, ProjectVerb,
+        StoreVerb, TokenVerb, VolumeVerb, Watch,
     },
     listings, names, show, uploads,
 };
@@ -125,8 +125,8 @@ async fn stores(client: &Client, output: Output, verb: StoreVerb) -> anyhow::Res
                 table
             })
         }
-        StoreVerb::Sweep { name } => {
-            let store = client.sweep_store(&name).await?;
+        StoreVerb::Sweep { name, accept_records } => {
+            let store = client.sweep_store(&name, accept_records).await?;
             eprintln!("{} is being swept; `supercloud event list` tells what was removed", store.name);
             show::print_one(output, &store)
         }
@@ -196,14 +196,19 @@ async fn images(client: &Client, output: Output, verb: ImageVerb) -> anyhow::Res
     }
 }
 
-async fn volumes(client: &Client, output: Output, verb: ListShow) -> anyhow::Result<()> {
+async fn volumes(client: &Client, output: Output, verb: VolumeVerb) -> anyhow::Result<()> {
     match verb {
-        ListShow::List => {
+        VolumeVerb::List => {
             let volumes = client.volumes().await?;
             let names = wide_names(client, output, &volumes).await?;
             show::print(output, &volumes, || listings::volumes(&volumes, &names))
         }
-        ListShow::Show { name } => show::print_named(client, output, &client.volume(&name).await?).await,
+        VolumeVerb::Show { name } => show::print_named(client, output, &client.volume(&name).await?).await,
+        VolumeVerb::Check { name, megabytes_per_s } => {
+            let volume = client.check_volume(&name, megabytes_per_s * 1_000_000).await?;
+            eprintln!("{} is being checked; `supercloud event list` tells what was found", volume.name);
+            show::print_named(client, output, &volume).await
+        }
     }
 }
 

@@ -27,6 +27,8 @@ pub mod manifest;
 pub mod nbd;
 pub mod peer;
 pub mod process;
+pub mod propagation;
+pub mod scrub;
 pub mod source;
 mod sparse;
 pub mod sweep;

@@ -138,6 +138,12 @@ pub struct Fields<'a> {
 }
 
 impl<'a> Fields<'a> {
+    /// The fields of bytes that came in a frame of this kind.
+    #[must_use]
+    pub const fn of(kind: u16, rest: &'a [u8]) -> Self {
+        Self { kind, rest }
+    }
+
     fn short(&self) -> WireError {
         self.malformed("it ends too early")
     }

@@ -18,6 +18,7 @@ use supercloud_storage::{
         control::{RefusalCode, RoleStatus},
         run,
     },
+    propagation::trace::{Touch, Trace},
     source::ChunkReader,
     transfer::{ImportOptions, export_raw, import_image},
 };
@@ -312,7 +313,7 @@ async fn a_volume_moves_between_two_hosts_and_back_of_a_refused_switch() {
         let (uri, back) = (target.uri(), world.path("back.raw"));
         tokio::spawn(async move { tool("nbdcopy", &[&uri, text(&back)]).await })
     };
-    target.client.pre_copy(None).await.unwrap();
+    target.client.pre_copy(None, false).await.unwrap();
     while target.client.status().await.unwrap().pre_copy.passes < 2 {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
@@ -372,7 +373,7 @@ async fn bad_orders_are_refused_and_change_nothing() {
         (host.client.activate(Epoch(4)).await, RefusalCode::Epoch),
         (host.client.unseal(Epoch(6)).await, RefusalCode::Epoch),
         (host.client.seal(Epoch(4)).await.map(drop), RefusalCode::Epoch),
-        (host.client.pre_copy(None).await, RefusalCode::Role),
+        (host.client.pre_copy(None, false).await, RefusalCode::Role),
         (host.client.shutdown(true, false).await, RefusalCode::Role),
     ] {
         assert!(matches!(&request, Err(ClientError::Refused(r)) if r.code == code), "{request:?}");
@@ -387,6 +388,30 @@ async fn bad_orders_are_refused_and_change_nothing() {
     host.client.shutdown(true, true).await.unwrap();
     host.task.await.unwrap().unwrap();
     assert!(!host.config.data_folder.exists());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn what_a_guest_does_with_its_blocks_is_recorded_on_request() {
+    let world = World::new();
+    let (root, raw) = world.image("a").await;
+    let mut config = world.config("a", StartRole::Active { epoch: Epoch(1) });
+    config.base = Some(root);
+    let host = Host::start(config).await;
+    host.client.trace(3600).await.unwrap();
+    // In place of the other.
+    host.client.trace(3).await.unwrap();
+    tool("qemu-img", &["compare", "-f", "raw", "-F", "raw", text(&raw), &host.uri()]).await;
+    let file = host.config.data_folder.join("trace");
+    while !file.exists() {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let trace = Trace::decode(&std::fs::read(&file).unwrap()).unwrap();
+    assert_eq!(u64::from(trace.blocks), SIZE.div_ceil(64 << 10));
+    assert!(trace.changed.is_empty(), "nothing differs from the base");
+    assert!(!trace.events.is_empty() && trace.events.iter().all(|event| event.touch == Touch::Read));
+    host.client.shutdown(true, true).await.unwrap();
+    host.task.await.unwrap().unwrap();
+    assert!(!host.config.data_folder.exists(), "its trace is deleted with it");
 }
 
 /// Not a test of its own: what [`a_killed_process_loses_nothing_acknowledged`] runs as another process.

@@ -23,7 +23,7 @@ use supercloud_storage::{
     key::{ChunkKind, ChunkName, ContentRoot, DataKeys, ProjectKey},
     manifest::{self, Manifest},
     source::ChunkReader,
-    sweep::{self, Authority, AuthorityError, Live, Mark, SweepOptions},
+    sweep::{self, Asked, Authority, AuthorityError, Live, Mark, SweepOptions},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -56,19 +56,14 @@ fn keys(project: ProjectId) -> Arc<DataKeys> {
 struct FileAuthority(PathBuf);
 
 impl Authority for FileAuthority {
-    fn live<'a>(
-        &'a self,
-        _: ProjectId,
-        _: Option<&'a Mark>,
-        _: Option<&'a str>,
-    ) -> BoxFuture<'a, Result<Live, AuthorityError>> {
+    fn live<'a>(&'a self, _: ProjectId, _: &'a Asked) -> BoxFuture<'a, Result<Live, AuthorityError>> {
         Box::pin(async move {
             let records = Records::read(&self.0);
             Ok(Live {
                 roots: records.roots.into_iter().map(|root| (root, true)).collect::<BTreeMap<_, _>>(),
                 oldest_writer: records.writing_since.map(|since| since.elapsed().unwrap_or_default()),
                 mark: Mark { seq: 0, hash: String::new() },
-                is_holder_gone: false,
+                gone: BTreeSet::new(),
             })
         })
     }

@@ -52,6 +52,7 @@ impl BaseFetch {
             reader: sources.home_reader(keys(copy), &host.store),
             host: host.clone(),
             told,
+            looked: watch::Sender::new((0, 0)),
         };
         Self { roots, missing, _task: AbortOnDropHandle::new(tokio::spawn(work.run())) }
     }
@@ -81,6 +82,17 @@ struct Work {
     reader: ChunkReader,
     host: Arc<Host>,
     told: watch::Sender<Option<u64>>,
+    /// How many chunks the store was asked for, of how many.
+    looked: watch::Sender<(usize, usize)>,
+}
+
+/// What is told while a base is brought.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Telling {
+    /// The store was asked for so many chunks, of so many: in a bucket that takes its time.
+    Looked(usize, usize),
+    /// So many bytes are missing.
+    Missing(u64),
 }
 
 /// Why not all of a base is here.
@@ -111,8 +123,7 @@ pub struct Bringing {
 }
 
 impl Bringing {
-    /// Brings all of it into what counts as this cloud's store, which is where it is looked for from the freeze on. `tell`
-    /// gets the bytes that are missing.
+    /// Brings all of it into what counts as this cloud's store, which is where it is looked for from the freeze on.
     ///
     /// # Errors
     /// When it cannot be had after some attempts.
@@ -120,7 +131,7 @@ impl Bringing {
         self,
         sources: Option<&Arc<ChunkSources>>,
         host: &Arc<Host>,
-        tell: impl Fn(u64),
+        tell: impl Fn(Telling),
     ) -> Result<(), BaseError> {
         let Self { guest, roots, keys } = self;
         let reader = match sources {
@@ -131,7 +142,8 @@ impl Bringing {
             }
         };
         let (told, mut missing) = watch::channel(None);
-        let work = Work { guest, roots, reader, host: host.clone(), told };
+        let (looked, mut looking) = watch::channel((0, 0));
+        let work = Work { guest, roots, reader, host: host.clone(), told, looked };
         let attempts = async {
             for _ in 1..ATTEMPTS {
                 match work.attempt().await {
@@ -143,13 +155,19 @@ impl Bringing {
             work.attempt().await
         };
         let show = async {
-            while missing.changed().await.is_ok() {
-                if let Some(bytes) = *missing.borrow_and_update() {
-                    tell(bytes);
+            // The senders live as long as the attempts.
+            loop {
+                tokio::select! {
+                    Ok(()) = missing.changed() => if let Some(bytes) = *missing.borrow_and_update() {
+                        tell(Telling::Missing(bytes));
+                    },
+                    Ok(()) = looking.changed() => {
+                        let (looked, all) = *looking.borrow_and_update();
+                        tell(Telling::Looked(looked, all));
+                    }
+                    else => break std::future::pending::<std::convert::Infallible>().await,
                 }
             }
-            // The sender lives as long as the attempts.
-            std::future::pending::<std::convert::Infallible>().await
         };
         tokio::select! {
             done = attempts => done,
@@ -230,6 +248,9 @@ impl Work {
         }
         names.sort_unstable();
         names.dedup();
-        Ok(sweep::count_on(&*store, self.reader.keys().project(), &names).await?)
+        let tell = |looked| {
+            self.looked.send_replace((looked, names.len()));
+        };
+        Ok(sweep::count_on_telling(&*store, self.reader.keys().project(), &names, tell).await?)
     }
 }

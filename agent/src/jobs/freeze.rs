@@ -105,17 +105,26 @@ async fn bring(
     sources: Option<&Arc<ChunkSources>>,
     what: &'static str,
 ) -> Result<(), JobError> {
-    let tell = |missing_bytes| {
-        job.show(Progress {
-            message: format!("bringing {what} into this cloud's store: {missing_bytes} bytes to go"),
-            ..Progress::default()
-        });
+    if roots.iter().all(|root| job.host.brought.is_lately(root)) {
+        return Ok(());
+    }
+    let tell = |telling| {
+        let message = match telling {
+            base::Telling::Looked(looked, all) => {
+                format!("looking for {what} in this cloud's store: chunk {looked} of {all}")
+            }
+            base::Telling::Missing(bytes) => format!("bringing {what} into this cloud's store: {bytes} bytes to go"),
+        };
+        job.show(Progress { message, ..Progress::default() });
     };
+    let brought = roots.clone();
     let bringing = base::Bringing { guest: job.guest, roots, keys: prepare::keys(copy) };
     bringing
         .complete(sources, &job.host, tell)
         .await
-        .map_err(|source| JobError::Base { what, source: Box::new(source) })
+        .map_err(|source| JobError::Base { what, source: Box::new(source) })?;
+    job.host.brought.note(brought);
+    Ok(())
 }
 
 /// Brings memory and volumes into the store; tells `FreezeStored` or `CopyFailed`. Can be repeated: what is stored already

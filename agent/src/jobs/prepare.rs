@@ -59,6 +59,7 @@ pub async fn prepare(
     sources: &Arc<ChunkSources>,
 ) -> Result<(), JobError> {
     let host = &job.host;
+    host.holdings.expect(copy);
     let disk_bytes = copy.spec.volumes.iter().map(|volume| volume.size_bytes).sum();
     host.ledger.reserve(job.guest, copy.spec.shape, disk_bytes).map_err(JobError::Refused)?;
     for (home, spec) in copy.volumes.iter().zip(&copy.spec.volumes) {

@@ -315,11 +315,16 @@ async fn copy_ahead(
     peer: &mut Peer,
 ) -> Result<(), JobError> {
     let specs = copy.volumes.iter().zip(&copy.spec.volumes);
-    let ahead: Vec<VolumeClient> =
-        specs.filter(|(_, spec)| spec.propagation == Propagation::HotStandby).map(|(home, _)| home.client()).collect();
-    for client in &ahead {
-        let started = client.pre_copy(bandwidth_bytes_per_s).await;
+    let mut ahead: Vec<VolumeClient> = Vec::new();
+    for (home, spec) in specs {
+        let is_predictive = match spec.propagation {
+            Propagation::OnDemand => continue,
+            Propagation::HotStandby => false,
+            Propagation::Predictive => true,
+        };
+        let started = home.client().pre_copy(bandwidth_bytes_per_s, is_predictive).await;
         started.map_err(|source| JobError::Volume { what: "copy ahead", source })?;
+        ahead.push(home.client());
     }
     let mut ticks = interval(PROGRESS_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);

@@ -63,6 +63,8 @@ pub enum Verdict {
 struct State {
     records: HashMap<GuestId, OwnerRecord>,
     specs: HashMap<GuestId, GuestSpec>,
+    /// To sweeps: as if nothing were known.
+    is_forgetful: bool,
     hosts: BTreeMap<HostId, HostInfo>,
     links: HashMap<HostId, mpsc::UnboundedSender<Directive>>,
     cut: HashSet<HostId>,
@@ -82,6 +84,8 @@ struct State {
     reports: HashMap<(HostId, GuestId), link::GuestReport>,
     /// What sweeps of stores told.
     swept: Vec<(HostId, link::StoreSwept)>,
+    /// What checks of volumes told.
+    checked: Vec<(HostId, link::VolumeChecked)>,
     /// How often sources were asked for since.
     asked_for_sources: u32,
     /// Of the moves that begin, in bits per second.
@@ -110,12 +114,16 @@ fn live(state: &State, project: ProjectId) -> Answer {
     if let (true, Some((content, _))) = (specs.clone().any(is_frozen), &state.frozen) {
         roots.insert(content.memory.root.clone());
     }
+    if state.is_forgetful {
+        roots.clear();
+    }
     Answer::StoreRoots {
         roots: roots.into_iter().map(|root| link::StoreRoot { root, is_home: true }).collect(),
         more: false,
         oldest_writer_ms: None,
         mark: link::HistoryMark { seq: 0, hash: String::new() },
         is_holder_gone: false,
+        gone: Vec::new(),
     }
 }
 
@@ -139,6 +147,8 @@ impl Controller {
             state: Mutex::new(State {
                 records: HashMap::new(),
                 specs: HashMap::new(),
+                is_forgetful: false,
+                checked: Vec::new(),
                 hosts: BTreeMap::new(),
                 links: HashMap::new(),
                 cut: HashSet::new(),
@@ -340,6 +350,11 @@ impl Controller {
         }
     }
 
+    /// Sweeps are told of nothing that lives, as by records that came from a backup.
+    pub fn forget_all(&self) {
+        self.state().is_forgetful = true;
+    }
+
     pub fn discard(&self, host: HostId, guest: GuestId) {
         if let Some(link) = self.state().links.get(&host) {
             let _ = link.send(Directive::Discard { guest });
@@ -352,6 +367,16 @@ impl Controller {
 
     pub fn direct(&self, host: HostId, directive: Directive) {
         self.state().links[&host].send(directive).unwrap();
+    }
+
+    /// What checks of volumes told.
+    pub fn checked(&self, host: HostId) -> Vec<link::VolumeChecked> {
+        let of_host = |(at, checked): &(HostId, link::VolumeChecked)| (*at == host).then(|| checked.clone());
+        self.state().checked.iter().filter_map(of_host).collect()
+    }
+
+    pub fn volume(&self, guest: GuestId) -> VolumeId {
+        self.state().specs[&guest].volumes[0].volume
     }
 
     /// What the sweeps of a host's store told.
@@ -392,7 +417,7 @@ impl Controller {
         };
         let assignment =
             operation.map(|(operation, kind)| Box::new(self.assignment(state, guest, order.to, operation, kind)));
-        let _ = link.send(Directive::Order { guest, order: order.body, assignment });
+        let _ = link.send(Directive::Order { guest, order: order.body, assignment, mark: None });
     }
 
     fn assignment(
@@ -598,6 +623,10 @@ impl Controller {
                 let names = sealed.and_then(|sealed| names_of(&keys, kind, name.parse().unwrap(), &sealed).ok());
                 let names = names.map(|names| names.iter().map(ToString::to_string).collect());
                 Outcome::Ok(Answer::StoreNames { names })
+            }
+            Query::VolumeChecked { checked } => {
+                state.checked.push((host, checked));
+                Outcome::Ok(Answer::Noted)
             }
             Query::StoreSwept { swept } => {
                 state.swept.push((host, swept));

@@ -158,6 +158,8 @@ impl Facts for Nothing {
             view_revision: 0,
             takes_sweeps: false,
             takes_consoles: false,
+            knows_predictive: false,
+            takes_checks: false,
         }
     }
 

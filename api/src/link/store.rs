@@ -1,7 +1,7 @@
 //! What is said about sweeps of chunk stores.
 
 use serde::{Deserialize, Serialize};
-use supercloud_ids::ProjectId;
+use supercloud_ids::{GuestId, ProjectId, VolumeId};
 
 /// A place in the controller's history: an event of its chain.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,6 +46,39 @@ pub struct StoreSwept {
     pub freed_bytes: u64,
     /// Chunks that nothing names and that are too young to be removed.
     pub young_chunks: u64,
+    /// Why it did not come to its end, if it did not.
+    pub problem: Option<String>,
+}
+
+/// What a check of a volume found.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ChunksChecked {
+    /// Chunks that it stands on.
+    pub chunks: u64,
+    /// Bytes that were read and are right.
+    pub sound_bytes: u64,
+    /// Chunks that its cloud's store lacked and has now.
+    pub fetched: u64,
+    /// Chunks that were damaged there and are whole now.
+    pub repaired: u64,
+    /// Chunks that are nowhere.
+    pub missing: u64,
+    /// Chunks that are damaged and nowhere whole.
+    pub damaged: u64,
+    /// Names of some of the last two, hex.
+    pub lost: Vec<String>,
+}
+
+/// A check of a volume has ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeChecked {
+    /// The guest.
+    pub guest: GuestId,
+    /// The volume.
+    pub volume: VolumeId,
+    /// What it found.
+    pub found: ChunksChecked,
     /// Why it did not come to its end, if it did not.
     pub problem: Option<String>,
 }

@@ -127,6 +127,9 @@ pub enum Propagation {
     /// Before the switch, as far as they do not change any more; the rest as with `on-demand`.
     #[default]
     HotStandby,
+    /// Before the switch those that will probably not be written again before it, by how the guest has used its blocks so far;
+    /// then the rest, what it will probably touch soonest first. Where a host of the version before takes part: `hot-standby`.
+    Predictive,
 }
 
 /// A guest's writable disk.

@@ -40,6 +40,9 @@ pub struct Config {
     /// A price feed to replay.
     #[serde(default)]
     pub feed: Option<FeedConfig>,
+    /// How chunk stores are swept.
+    #[serde(default)]
+    pub sweep: SweepConfig,
     /// Who rents hosts to us.
     #[serde(default)]
     pub providers: Vec<ProviderConfig>,
@@ -60,6 +63,28 @@ pub enum StoreConfig {
     Sled,
     /// In these etcd servers of one cluster.
     Etcd(Vec<String>),
+}
+
+/// How chunk stores, the controller's own and those of clouds, are swept of what nothing names any more.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SweepConfig {
+    /// How often, in seconds; 0: only when somebody asks for it.
+    pub every_s: u32,
+}
+
+impl Default for SweepConfig {
+    fn default() -> Self {
+        Self { every_s: 3600 }
+    }
+}
+
+impl SweepConfig {
+    /// How often.
+    #[must_use]
+    pub fn every(&self) -> Option<std::time::Duration> {
+        (self.every_s > 0).then(|| std::time::Duration::from_secs(self.every_s.into()))
+    }
 }
 
 /// A price feed to replay.
@@ -256,6 +281,9 @@ mod tests {
         assert_eq!(config.link_address(), "localhost:8444");
         assert_eq!(config.api_url(), "https://localhost:8443");
         assert_eq!(config.store, StoreConfig::Sled);
+        assert_eq!(config.sweep.every().map(|every| every.as_secs()), Some(3600));
+        let never = Config::parse("data_dir = '/x'\n[sweep]\nevery_s = 0\n", "c").unwrap();
+        assert_eq!(never.sweep.every(), None);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use crate::{
     ledger::{self, ProviderPrices},
     link::{self, ChunkServer, LinkHandler},
     markets::FeedMarkets,
-    operations::{self, Engine, Reach},
+    operations::{self, Engine, Pace, Reach},
 };
 
 /// Starts the engine and all that belongs to it.
@@ -62,7 +62,8 @@ pub(super) async fn start(parts: &Parts) -> Result<Arc<Engine>, StartError> {
         _ => config.link_address(),
     };
     let sessions = parts.sessions.clone();
-    let (engine, imports) = Engine::new(operations::Parts {
+    let pace = Pace { sweep: config.sweep.every(), ..Pace::default() };
+    let parts_of_engine = operations::Parts {
         state: parts.state.clone(),
         sessions: sessions.clone(),
         live: parts.hosts.clone(),
@@ -74,7 +75,9 @@ pub(super) async fn start(parts: &Parts) -> Result<Arc<Engine>, StartError> {
         uploads: config.uploads_dir(),
         sweeps: parts.sweeps.clone(),
         consoles: parts.consoles.clone(),
-    });
+        checks: parts.checks.clone(),
+    };
+    let (engine, imports) = Engine::at_pace(parts_of_engine, pace);
     let chunks = ChunkServer::new(store, &parts.keys.tickets.0.public_key_hex(), &certificate_sha256);
     let handler: Arc<dyn LinkHandler> = Arc::clone(&engine) as _;
     parts.spawn("agent links", link::serve(listener, Arc::new(server), sessions, handler, chunks, parts.stop.clone()));

@@ -34,7 +34,7 @@ use crate::{
     link::Sessions,
     markets::MarketsError,
     metrics::Metrics,
-    operations::{progress::ProgressBoard, sweeps::SweepBoard},
+    operations::{checks::CheckBoard, progress::ProgressBoard, sweeps::SweepBoard},
     price_board::Markets,
     renting::{self, Place, PlaceParts, ProviderConfigError, Providers},
     rest,
@@ -73,6 +73,8 @@ pub struct Parts {
     pub progress: ProgressBoard,
     /// Where sweeps of chunk stores are asked for, and counted.
     pub sweeps: SweepBoard,
+    /// Where checks of volumes are asked for.
+    pub checks: CheckBoard,
     /// What agents are told to dial; known once the link listens.
     pub link_address: Arc<OnceLock<String>>,
     /// Cancelled when the controller ends.
@@ -222,6 +224,7 @@ impl Controller {
             renting_wake: Arc::default(),
             progress: ProgressBoard::default(),
             sweeps: SweepBoard::default(),
+            checks: CheckBoard::default(),
             link_address: Arc::default(),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),

@@ -115,6 +115,7 @@ pub const ROUTES: &[Route] = &[
     route(Method::POST, "/v1/images/{image}/import", Access::Change),
     route(Method::GET, "/v1/volumes", Access::Read),
     route(Method::GET, "/v1/volumes/{volume}", Access::Read),
+    route(Method::POST, "/v1/volumes/{volume}/check", Access::Change),
     route(Method::GET, "/v1/networks", Access::Read),
     route(Method::POST, "/v1/networks", Access::Change),
     route(Method::GET, "/v1/networks/{network}", Access::Read),

@@ -198,6 +198,7 @@ impl Queries {
             | Query::StoreRoots { .. }
             | Query::StoreNames { .. }
             | Query::StoreSwept { .. }
+            | Query::VolumeChecked { .. }
             | Query::RenewCertificate { .. } => &self.own,
         };
         let Ok(place) = Arc::clone(places).try_acquire_owned() else {

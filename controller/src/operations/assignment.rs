@@ -1,9 +1,9 @@
 //! What an agent needs to carry out an order: the guest as it must be run, permissions, where chunks are.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, sync::PoisonError};
 
 use supercloud_api::{
-    Code, Freeze, Host, Image, ImagePart, Network, Port, Problem, Volume,
+    Code, Freeze, Host, Image, ImagePart, Network, Port, Problem, Propagation, Volume,
     handover::{DestinationOrder, Order, OrderBody, SourceOrder},
     ids::{CloudId, GuestId, HostId, OperationId},
     link::{
@@ -58,7 +58,7 @@ impl Engine {
         };
         Ok(Some(Assignment {
             operation,
-            spec: self.spec(guest, &volumes).await?,
+            spec: self.understood(self.spec(guest, &volumes).await?, order.to, peer.as_ref()),
             peer,
             ticket,
             chunk_sources,
@@ -244,6 +244,18 @@ impl Engine {
         let broken = |why: String| EngineError::Broken(format!("link_address '{text}' cannot be resolved: {why}"));
         let mut found = tokio::net::lookup_host(text).await.map_err(|error| broken(error.to_string()))?;
         found.next().ok_or_else(|| broken("no address".into()))
+    }
+
+    /// A specification as these hosts understand it: one of the version before knows no `predictive`.
+    fn understood(&self, mut spec: GuestSpec, to: HostId, peer: Option<&Peer>) -> GuestSpec {
+        let hosts = std::iter::once(to).chain(peer.map(|peer| peer.host));
+        let knowing = self.knows_predictive.lock().unwrap_or_else(PoisonError::into_inner);
+        if !hosts.into_iter().all(|host| knowing.contains(&host)) {
+            for volume in spec.volumes.iter_mut().filter(|volume| volume.propagation == Propagation::Predictive) {
+                volume.propagation = Propagation::HotStandby;
+            }
+        }
+        spec
     }
 
     /// The guest as it must be run, the same wherever it runs.

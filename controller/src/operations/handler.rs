@@ -13,7 +13,7 @@ use supercloud_api::{
 use tokio::time::Instant;
 use tracing::warn;
 
-use super::{Engine, EngineError, is_plausible_class};
+use super::{Engine, EngineError, is_plausible_class, sweeps::RootsAsked};
 use crate::{
     chain,
     link::{LinkHandler, Unwelcome},
@@ -65,6 +65,16 @@ impl LinkHandler for Engine {
             self.live.seen(host, LiveHost { last_seen_ms: unix_ms(), used: record.used });
             self.sweeps.note_capable(host, hello.takes_sweeps);
             self.consoles.note_capable(host, hello.takes_consoles);
+            self.checks.note_capable(host, hello.takes_checks);
+            {
+                let mut knowing = self.knows_predictive.lock().unwrap_or_else(PoisonError::into_inner);
+                if hello.knows_predictive {
+                    knowing.insert(host)
+                } else {
+                    knowing.remove(&host)
+                };
+            }
+            self.doubt_guests(host, &hello.guests).await.map_err(|error| internal(&error))?;
             let owned = self.owned_by(host).await.map_err(|error| internal(&error.into()))?;
             Ok(Welcome {
                 host_name: record.name,
@@ -124,12 +134,15 @@ impl LinkHandler for Engine {
                 Query::GuestToken { guest, epoch } => self.guest_token(host, guest, epoch).await,
                 Query::GuestCall { guest, epoch, call } => self.guest_call(host, guest, epoch, call).await,
                 Query::ChunkSources { guest } => self.fresh_chunk_sources(host, guest).await,
-                Query::StoreRoots { project, seen, holder, after } => {
-                    self.store_roots(host, project, seen, holder, after).await
+                Query::StoreRoots { project, seen, holder, after, also_seen, holders } => {
+                    let asked =
+                        RootsAsked { seen: seen.into_iter().chain(also_seen).collect(), holder, holders, after };
+                    self.store_roots(host, project, asked).await
                 }
                 Query::StoreNames { project, part, name, sealed } => {
-                    self.store_names(project, part, &name, sealed).await
+                    self.store_names(host, project, part, &name, sealed).await
                 }
+                Query::VolumeChecked { checked } => self.volume_checked(host, checked).await,
                 Query::StoreSwept { swept } => self.store_swept(host, swept).await,
                 Query::RenewCertificate { csr_pem } => {
                     let certificate_pem = self
@@ -145,6 +158,7 @@ impl LinkHandler for Engine {
     fn closed(&self, host: HostId) -> BoxFuture<'_, ()> {
         Box::pin(async move {
             self.consoles.host_gone(host);
+            self.sweeps.guard(|guard| guard.end_turn(host));
             let last_seen_ms = self.live.gone(host).map(|live| live.last_seen_ms);
             let context = Context::actor(format!("host:{host}"), RequestId::generate());
             let written = retry_conflicts(|| async {
@@ -208,7 +222,11 @@ impl Engine {
         let before = match self.state.read::<HostRecord>(&host).await {
             Ok(Some(before)) if before.is_removed => before,
             // A host of which nothing is known may be known again when the right store is back: nothing of it must end.
-            Ok(_) => return Problem::new(Code::Forbidden, "this host is not known").into(),
+            Ok(None) => {
+                self.sweeps.guard(|guard| guard.note_stranger(host, Instant::now().into_std()));
+                return Problem::new(Code::Forbidden, "this host is not known").into();
+            }
+            Ok(Some(_)) => return Problem::new(Code::Forbidden, "this host is not known").into(),
             Err(error) => return internal(&error.into()).into(),
         };
         let name = &before.host.name;
@@ -267,6 +285,7 @@ impl Engine {
         let told = |report: &GuestReport| Some((report.guest, report.epoch, report.base_missing_bytes?));
         let now = std::time::Instant::now();
         self.live.note_bases(host, reports.iter().filter_map(told), now);
+        self.doubt_guests(host, &reports).await?;
         for report in reports {
             let Some(before) = self.state.read::<GuestRecord>(&report.guest).await? else { continue };
             if !before.owner.is_owned_by(host, report.epoch) {

@@ -11,6 +11,7 @@
 //! ended. Orders are repeated every [`Pace::repeat`] while something is open; reports are checked by the pure protocol.
 
 mod assignment;
+pub mod checks;
 mod delete;
 pub mod effects;
 mod follow_up;
@@ -21,6 +22,8 @@ mod import;
 pub mod progress;
 mod repeats;
 mod report;
+mod sweep_doubts;
+mod sweep_guard;
 pub mod sweeps;
 
 use std::{
@@ -48,6 +51,7 @@ use crate::{
     link::Sessions,
     state::{AsConflict, GuestRecord, HostRecord, LiveHosts, OperationRecord, Seen, State, StateError, Work},
 };
+use checks::CheckBoard;
 pub use guest_door::{GuestDoor, not_owned};
 use progress::ProgressBoard;
 use sweeps::SweepBoard;
@@ -73,6 +77,8 @@ pub struct Pace {
     pub freeze_budget: Duration,
     /// How long a guest that moves may be paused before the switch: then its source gets it back.
     pub switch_budget: Duration,
+    /// All chunk stores are swept this often; never unasked when absent.
+    pub sweep: Option<Duration>,
 }
 
 impl Default for Pace {
@@ -87,6 +93,7 @@ impl Default for Pace {
             copy_budget: Duration::from_secs(30 * 60),
             freeze_budget: Duration::from_secs(300),
             switch_budget: Duration::from_secs(120),
+            sweep: Some(Duration::from_secs(3600)),
         }
     }
 }
@@ -152,6 +159,10 @@ pub struct Engine {
     /// Where sweeps are asked for.
     pub(crate) sweeps: SweepBoard,
     pub(crate) consoles: Consoles,
+    /// Where checks of volumes are asked for.
+    pub(crate) checks: CheckBoard,
+    /// Hosts that know `predictive`, as they said when they came.
+    knows_predictive: Mutex<HashSet<HostId>>,
     /// What carries out what guests ask.
     guest_door: OnceLock<Arc<dyn GuestDoor>>,
 }
@@ -194,6 +205,8 @@ pub struct Parts {
     pub sweeps: SweepBoard,
     /// Consoles that somebody looks at.
     pub consoles: Consoles,
+    /// Where REST asks for checks of volumes.
+    pub checks: CheckBoard,
 }
 
 /// Imports that may wait.
@@ -210,7 +223,8 @@ impl Engine {
     #[must_use]
     pub fn at_pace(parts: Parts, pace: Pace) -> (Arc<Self>, mpsc::Receiver<OperationId>) {
         let (imports, queue) = mpsc::channel(IMPORTS_AT_MOST);
-        let Parts { state, sessions, live, keys, authority, reach, progress, store, uploads, sweeps, consoles } = parts;
+        let Parts { state, sessions, live, keys, authority, reach, progress, store, uploads, sweeps, consoles, checks } =
+            parts;
         let overlay = Arc::new(Notify::new());
         let queued = Mutex::default();
         let engine = Self {
@@ -234,6 +248,8 @@ impl Engine {
             pace,
             sweeps,
             consoles,
+            checks,
+            knows_predictive: Mutex::default(),
             guest_door: OnceLock::new(),
         };
         (Arc::new(engine), queue)
@@ -248,6 +264,7 @@ impl Engine {
             self.push_overlay(cancel.clone()),
             self.write_happenings(cancel.clone()),
             self.sweep_stores(cancel.clone()),
+            self.send_checks(cancel.clone()),
             self.import_all(imports, cancel),
         );
     }

@@ -8,7 +8,7 @@ use supercloud_api::{
         self, AbortReason, Accepted, Alarm, BeginRequest, GroupNeed, Order, OwnerRecord, Report, VolumeStamp, WhenOpen,
     },
     ids::{GuestId, HostId, OperationId, RequestId},
-    link::{Directive, ReportDetails},
+    link::{Directive, HistoryMark, ReportDetails},
     unix_ms,
 };
 use supercloud_storage::key::ContentRoot;
@@ -206,11 +206,17 @@ impl Engine {
         if !self.sessions.is_open(order.to) {
             return None;
         }
-        match self.assignment_for(guest, &order).await {
-            Ok(assignment) => Some(Directive::Order {
+        let ready = async {
+            let head = self.state.head().await?;
+            let mark = Some(HistoryMark { seq: head.seq, hash: head.hash });
+            Ok::<_, EngineError>((self.assignment_for(guest, &order).await?, mark))
+        };
+        match ready.await {
+            Ok((assignment, mark)) => Some(Directive::Order {
                 guest: guest.guest.id,
                 order: order.body,
                 assignment: assignment.map(Box::new),
+                mark,
             }),
             Err(error) => {
                 warn!(guest = %guest.guest.id, host = %order.to, "an order cannot be sent now: {}", crate::chain(&error));

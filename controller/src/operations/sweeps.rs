@@ -13,7 +13,7 @@ use std::{
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use supercloud_api::{
-    Code, Freeze, Image, Problem, Volume,
+    Cloud, Code, Freeze, Image, Problem, Volume,
     ids::{CloudId, HostId, ProjectId, RequestId},
     link::{Answer, Directive, HistoryMark, ManifestPart, StoreRoot, StoreSwept},
     unix_ms,
@@ -23,18 +23,20 @@ use supercloud_storage::{
     chunk::MAX_SEALED_BYTES,
     key::{ChunkKind, ChunkName, ContentRoot, DataKeys, ProjectKey},
     manifest,
-    sweep::{self, Authority, AuthorityError, Live, Mark, SweepError, SweepOptions},
+    sweep::{self, Asked, Authority, AuthorityError, Live, Mark, SweepError, SweepOptions},
 };
 use tokio::{sync::Notify, time::Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::{Engine, EngineError, handler::internal};
+use super::{Engine, EngineError, handler::internal, sweep_guard::Guard};
 use crate::{
     chain,
     state::{Change, Context, EventDraft, Head, HostRecord, OperationRecord, ProjectRecord, Work},
 };
 
+/// Hosts of which one store may tell.
+const HOLDERS_AT_MOST: usize = 1001;
 /// Roots in one answer: with their JSON less than half a frame.
 const ROOTS_AT_ONCE: usize = 4000;
 /// What was written to the controller's own store more lately than this is left alone.
@@ -73,6 +75,18 @@ struct Board {
     /// Hosts that take orders to sweep, as they said when they came.
     capable: HashSet<HostId>,
     told: HashMap<(HostId, ProjectId), Instant>,
+    guard: Guard,
+    /// Which of a cloud's hosts was asked last.
+    rounds: HashMap<CloudId, HostId>,
+}
+
+/// What a host asks about the roots of a project.
+#[derive(Debug, Default)]
+pub(super) struct RootsAsked {
+    pub(super) seen: Vec<HistoryMark>,
+    pub(super) holder: Option<String>,
+    pub(super) holders: Vec<String>,
+    pub(super) after: Option<String>,
 }
 
 /// Where sweeps are asked for, and counted. Cheap to clone.
@@ -101,6 +115,22 @@ impl SweepBoard {
     #[must_use]
     pub fn takes_orders(&self, host: HostId) -> bool {
         self.with(|board| board.capable.contains(&host))
+    }
+
+    /// What is known of the fleet.
+    pub(super) fn guard<T>(&self, work: impl FnOnce(&mut Guard) -> T) -> T {
+        self.with(|board| work(&mut board.guard))
+    }
+
+    /// Hosts were told of places that are in no history of ours.
+    pub(crate) fn note_foreign(&self, marks: impl Iterator<Item = HistoryMark>) {
+        self.guard(|guard| guard.note_foreign(marks));
+    }
+
+    /// Places in other histories that hosts were told of and that do not count any more, because an operator says so.
+    #[must_use]
+    pub fn take_foreign(&self) -> Vec<HistoryMark> {
+        self.guard(Guard::take_foreign)
     }
 
     fn with<T>(&self, work: impl FnOnce(&mut Board) -> T) -> T {
@@ -195,7 +225,7 @@ impl Engine {
     }
 
     /// Whether a mark is in this history.
-    async fn is_in_history(&self, mark: &HistoryMark) -> Result<bool, EngineError> {
+    pub(super) async fn is_in_history(&self, mark: &HistoryMark) -> Result<bool, EngineError> {
         if mark.seq == 0 {
             return Ok(mark.hash == Head::default().hash);
         }
@@ -208,16 +238,23 @@ impl Engine {
         &self,
         host: HostId,
         project: ProjectId,
-        seen: Option<HistoryMark>,
-        holder: Option<String>,
-        after: Option<String>,
+        asked: RootsAsked,
     ) -> Result<Answer, Problem> {
-        let here = self.state.need::<HostRecord>(&host).await.map_err(|error| internal(&error.into()))?;
-        let is_gone = match holder.map(|holder| holder.parse::<HostId>()) {
-            Some(Ok(holder)) => self.is_removed(holder).await.map_err(|error| internal(&error))?,
-            _ => false,
-        };
-        let (roots, oldest, mark) = self.live_checked(project, StoreOf::Cloud(here.host.cloud), seen.as_ref()).await?;
+        let RootsAsked { seen, holder, holders, after } = asked;
+        if seen.len().max(holders.len()) > HOLDERS_AT_MOST {
+            return Err(Problem::new(Code::BadRequest, "too many hosts hold something in this store"));
+        }
+        let cloud = self.take_turn(host).await?;
+        let mut gone = Vec::new();
+        for name in holders.into_iter().chain(holder.clone()) {
+            if let Ok(host) = name.parse::<HostId>()
+                && self.is_removed(host).await.map_err(|error| internal(&error))?
+            {
+                gone.push(name);
+            }
+        }
+        let is_gone = holder.is_some_and(|holder| gone.contains(&holder));
+        let (roots, oldest, mark) = self.live_checked(project, StoreOf::Cloud(cloud), &seen).await?;
         let after = match after.map(|after| after.parse::<ContentRoot>()) {
             Some(Err(_)) => return Err(Problem::new(Code::BadRequest, "after: this is no root")),
             Some(Ok(after)) => Some(after),
@@ -232,6 +269,7 @@ impl Engine {
             oldest_writer_ms: oldest.map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX)),
             mark,
             is_holder_gone: is_gone,
+            gone,
         })
     }
 
@@ -244,18 +282,23 @@ impl Engine {
         &self,
         project: ProjectId,
         here: StoreOf,
-        seen: Option<&HistoryMark>,
+        seen: &[HistoryMark],
     ) -> Result<(BTreeMap<ContentRoot, bool>, Option<Duration>, HistoryMark), Problem> {
         let read = async {
-            if let Some(seen) = seen
-                && !self.is_in_history(seen).await?
-            {
-                return Ok(Err("these records are not those by which this store was swept last (an older copy was \
-                               brought back?): nothing in it is removed"));
+            if let Some(doubt) = self.doubt().await? {
+                return Ok(Err(doubt));
+            }
+            if let Some(foreign) = self.foreign(seen).await?.first() {
+                return Ok(Err(format!(
+                    "event {} of which hosts of this store were told is not in this controller's history (an older copy of \
+                     its records was brought back?): nothing is removed. When every guest that runs is known again, say \
+                     `supercloud store sweep NAME --accept-records`",
+                    foreign.seq
+                )));
             }
             // A project that is merely not known (see above) keeps everything.
             if self.state.read::<ProjectRecord>(&project).await?.is_none() {
-                return Ok(Err("this project is not known: nothing of it is removed"));
+                return Ok(Err("this project is not known: nothing of it is removed".to_owned()));
             }
             let head = self.state.head().await?;
             let (roots, oldest) = self.live_content(project, here).await?;
@@ -271,11 +314,14 @@ impl Engine {
     /// The names in a part of a manifest.
     pub(super) async fn store_names(
         &self,
+        host: HostId,
         project: ProjectId,
         part: ManifestPart,
         name: &str,
         sealed: Option<String>,
     ) -> Result<Answer, Problem> {
+        // Only to the host that sweeps: nobody else has any use for it.
+        self.take_turn(host).await?;
         let bad = |what: &str| Problem::new(Code::BadRequest, format!("{what}: not hexadecimal, or of a wrong length"));
         let name: ChunkName = name.parse().map_err(|_| bad("name"))?;
         let sealed = sealed.map(hex::decode).transpose().map_err(|_| bad("sealed"))?;
@@ -349,13 +395,33 @@ impl Engine {
         Ok(())
     }
 
-    /// Sweeps the controller's own store when that is asked for, and passes on what is asked of clouds, until cancelled. Nothing is
-    /// swept unasked: after a restored backup the records may not name what guests stand on.
+    /// Sweeps the controller's own store, and has hosts sweep those of their clouds, when that is asked for and now and then,
+    /// until cancelled.
     pub(super) async fn sweep_stores(self: &Arc<Self>, cancel: CancellationToken) {
+        let mut next = self.pace.sweep.map(|every| Instant::now() + every);
         loop {
+            let due = async {
+                match next {
+                    Some(next) => tokio::time::sleep_until(next).await,
+                    None => std::future::pending().await,
+                }
+            };
             let asked = tokio::select! {
                 () = cancel.cancelled() => return,
                 () = self.sweeps.0.1.notified() => self.sweeps.with(|board| std::mem::take(&mut board.asked)),
+                () = due => {
+                    next = self.pace.sweep.map(|every| Instant::now() + every);
+                    match self.state.list::<Cloud>().await {
+                        Ok(clouds) => {
+                            let clouds = clouds.iter().map(|cloud| StoreOf::Cloud(cloud.id));
+                            std::iter::once(StoreOf::Controller).chain(clouds).collect()
+                        }
+                        Err(error) => {
+                            warn!("which stores there are cannot be read: {}", chain(&error));
+                            continue;
+                        }
+                    }
+                }
             };
             for store in asked {
                 match store {
@@ -373,17 +439,37 @@ impl Engine {
     }
 
     async fn send_sweep(&self, cloud: CloudId) -> Result<(), EngineError> {
-        for host in self.state.list::<HostRecord>().await? {
-            let id = host.host.id;
-            if host.host.cloud == cloud && self.sweeps.takes_orders(id) {
-                self.sessions.send(id, Directive::SweepStore);
-            }
+        let hosts = self.state.list::<HostRecord>().await?;
+        let is_able = |host: HostId| self.sweeps.takes_orders(host) && self.sessions.is_open(host);
+        let able: BTreeSet<HostId> = hosts
+            .iter()
+            .map(|host| &host.host)
+            .filter(|host| host.cloud == cloud && is_able(host.id))
+            .map(|host| host.id)
+            .collect();
+        // One at a time, in turn: one that cannot reach the store must not be the only one that tries.
+        let last = self.sweeps.with(|board| board.rounds.get(&cloud).copied());
+        let next = able.iter().find(|host| last.is_none_or(|last| **host > last)).or(able.first());
+        if let Some(next) = next {
+            self.sweeps.with(|board| board.rounds.insert(cloud, *next));
+            self.sessions.send(*next, Directive::SweepStore);
         }
         Ok(())
     }
 
     /// Sweeps the controller's own store.
     pub async fn sweep_own(self: &Arc<Self>, grace: Duration, cancel: &CancellationToken) {
+        let doubt = match self.own_doubt().await {
+            Ok(doubt) => doubt,
+            Err(error) => Some(chain(&error)),
+        };
+        if let Some(doubt) = doubt {
+            warn!("the controller's chunks are not swept: {doubt}");
+            if let Err(error) = self.tell_own_doubt(&doubt).await {
+                warn!("that chunks were not swept cannot be written: {}", chain(&error));
+            }
+            return;
+        }
         let store: Arc<dyn ObjectStore> = Arc::clone(&self.store) as _;
         let projects = match sweep::projects(&*store).await {
             Ok(projects) => projects,
@@ -425,18 +511,15 @@ impl fmt::Debug for OwnRecords {
 }
 
 impl Authority for OwnRecords {
-    fn live<'a>(
-        &'a self,
-        project: ProjectId,
-        seen: Option<&'a Mark>,
-        _holder: Option<&'a str>,
-    ) -> BoxFuture<'a, Result<Live, AuthorityError>> {
+    fn live<'a>(&'a self, project: ProjectId, asked: &'a Asked) -> BoxFuture<'a, Result<Live, AuthorityError>> {
         Box::pin(async move {
-            let seen = seen.map(|mark| HistoryMark { seq: mark.seq, hash: mark.hash.clone() });
-            let live = self.0.live_checked(project, StoreOf::Controller, seen.as_ref()).await;
-            let (roots, oldest_writer, mark) = live.map_err(|problem| AuthorityError(problem.detail))?;
+            let marks = asked.seen.iter();
+            let seen: Vec<HistoryMark> =
+                marks.map(|mark| HistoryMark { seq: mark.seq, hash: mark.hash.clone() }).collect();
+            let live = self.0.live_checked(project, StoreOf::Controller, &seen).await;
+            let (roots, oldest_writer, mark) = live.map_err(|problem| AuthorityError::Refused(problem.detail))?;
             let mark = Mark { seq: mark.seq, hash: mark.hash };
-            Ok(Live { roots, oldest_writer, mark, is_holder_gone: false })
+            Ok(Live { roots, oldest_writer, mark, gone: BTreeSet::new() })
         })
     }
 
@@ -449,7 +532,7 @@ impl Authority for OwnRecords {
     ) -> BoxFuture<'_, Result<Option<Vec<ChunkName>>, AuthorityError>> {
         Box::pin(async move {
             let names = self.0.names_in(project, kind, name, sealed).await;
-            names.map_err(|error| AuthorityError(chain(&error)))
+            names.map_err(|error| AuthorityError::Refused(chain(&error)))
         })
     }
 }

@@ -40,6 +40,8 @@ pub struct Params {
     /// Give up what is lost by it.
     #[serde(default)]
     pub force: bool,
+    /// How fast something may read, in bytes per second.
+    pub bytes_per_s: Option<u64>,
     /// Only tell what would happen.
     #[serde(default)]
     pub dry_run: bool,

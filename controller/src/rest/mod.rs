@@ -120,6 +120,7 @@ pub fn router(api: Api) -> Router {
         .route("/v1/images/{image}/import", post(images::import))
         .route("/v1/volumes", get(volumes::list))
         .route("/v1/volumes/{volume}", get(volumes::read))
+        .route("/v1/volumes/{volume}/check", post(volumes::check))
         .route("/v1/freezes", get(volumes::list_freezes))
         .route("/v1/freezes/{freeze}", get(volumes::read_freeze))
         .route("/v1/networks", get(networks::list).post(networks::create))

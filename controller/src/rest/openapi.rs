@@ -67,6 +67,7 @@ use crate::auth::{Access, ROUTES, Route};
         images::import,
         volumes::list,
         volumes::read,
+        volumes::check,
         volumes::list_freezes,
         volumes::read_freeze,
         networks::list,

@@ -4,14 +4,16 @@ use axum::{
     extract::{Path, State},
     http::StatusCode,
 };
-use supercloud_api::{ChunkStore, Cloud, Code, Page, Ref};
+use supercloud_api::{ChunkStore, Cloud, Code, Page, Ref, unix_ms};
 
 use super::{Api, Asker, Failure, Reply};
 use crate::{
     operations::sweeps::{StoreCount, StoreOf},
-    state::HostRecord,
+    state::{AcceptedMark, Change, EventDraft, HostRecord, Record as _},
 };
 
+/// A transaction holds no more.
+const ACCEPTED_AT_ONCE: usize = 64;
 /// The name of the controller's own store.
 const OWN: &str = "controller";
 
@@ -39,7 +41,27 @@ pub async fn list(State(api): State<Api>, asker: Asker) -> Result<Reply, Failure
     Reply::ok(&Page { items, next_page })
 }
 
-/// Has a store swept now: what no image, volume or freeze names any more is removed. Events tell what was.
+/// An operator says that these records count, though hosts were told of events that are not in them.
+async fn accept_records(api: &Api, asker: &Asker) -> Result<(), Failure> {
+    let mut change = Change::new();
+    let mut accepted = Vec::new();
+    for mark in api.parts.sweeps.take_foreign() {
+        let mark = AcceptedMark { seq: mark.seq, hash: mark.hash, accepted_at_ms: unix_ms() };
+        if api.parts.state.read::<AcceptedMark>(&mark.id()).await?.is_none() && accepted.len() < ACCEPTED_AT_ONCE {
+            change.create(&mark);
+            accepted.push(mark.seq);
+        }
+    }
+    if !accepted.is_empty() {
+        change.event(EventDraft::new("store.records_accepted").data(serde_json::json!({ "events": accepted })));
+        api.parts.state.commit(&asker.context(None), change).await?;
+    }
+    Ok(())
+}
+
+/// Has a store swept now: what no image, volume or freeze names any more is removed. Events tell what was. With `force` also
+/// when hosts of the store were told of events that are not in this controller's history (its records were brought back from
+/// a backup): those of which it has been told since its start do not count from then on.
 #[utoipa::path(post, path = "/v1/stores/{store}/sweep", tag = "clouds", responses((status = 202, body = ChunkStore)))]
 pub async fn sweep(State(api): State<Api>, asker: Asker, Path(store): Path<String>) -> Result<Reply, Failure> {
     let (of, cloud) = if store == OWN {
@@ -57,6 +79,9 @@ pub async fn sweep(State(api): State<Api>, asker: Asker, Path(store): Path<Strin
         }
         (StoreOf::Cloud(cloud.id), Some(cloud.value))
     };
+    if asker.params.force {
+        accept_records(&api, &asker).await?;
+    }
     api.parts.sweeps.ask(of);
     Reply::json(StatusCode::ACCEPTED, &shown(cloud.as_ref(), api.parts.sweeps.counts().get(&of)))
 }

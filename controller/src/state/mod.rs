@@ -19,6 +19,7 @@
 //! | `addresses/<network>/<ip>` | id of the port that has this address |
 //! | `macs/<mac>` | id of the port that has this hardware address |
 //! | `guests/<id>` | [`GuestRecord`]: with its ownership record |
+//! | `accepted-marks/<seq>-<hash>` | [`AcceptedMark`]: of another history; it does not stop sweeps |
 //! | `deleted-guests/<id>` | [`DeletedGuest`]: what hosts still have of it may go |
 //! | `guest-seeds/<id>` | [`GuestSeed`]: cloud-init user-data, kernel arguments |
 //! | `freezes/<id>` | [`Freeze`](supercloud_api::Freeze) |
@@ -69,8 +70,8 @@ pub use follow::{Follower, Seen};
 pub use live::{LiveHost, LiveHosts};
 pub use named::Named;
 pub use record::{
-    AnswerRecord, DeletedGuest, GuestRecord, GuestSeed, HostRecord, JoinRecord, OperationRecord, ProjectRecord, Record,
-    RentingRecord, TokenRecord, Work,
+    AcceptedMark, AnswerRecord, DeletedGuest, GuestRecord, GuestSeed, HostRecord, JoinRecord, OperationRecord,
+    ProjectRecord, Record, RentingRecord, TokenRecord, Work,
 };
 
 /// The version of the layout that this program writes.

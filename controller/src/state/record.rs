@@ -55,6 +55,7 @@ records! {
     Freeze, FreezeId, "freezes", |r| r.id;
     OperationRecord, OperationId, "operations", |r| r.operation.id;
     JoinRecord, String, "join", |r| r.secret_sha256.clone();
+    AcceptedMark, String, "accepted-marks", |r| AcceptedMark::key(r.seq, &r.hash);
     RentingRecord, RentingId, "rentings", |r| r.renting.id;
 }
 
@@ -115,6 +116,26 @@ pub struct DeletedGuest {
     pub guest: GuestId,
     /// When, in milliseconds since 1970.
     pub deleted_at_ms: u64,
+}
+
+/// A place in a history that is not this one, of which hosts were told before these records were brought back from a backup: an
+/// operator has said that it does not stop sweeps any more.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AcceptedMark {
+    /// The event's number there.
+    pub seq: u64,
+    /// Its hash, hexadecimal.
+    pub hash: String,
+    /// When an operator said so, in milliseconds since 1970.
+    pub accepted_at_ms: u64,
+}
+
+impl AcceptedMark {
+    /// Where it is kept.
+    #[must_use]
+    pub fn key(seq: u64, hash: &str) -> String {
+        format!("{seq:020}-{hash}")
+    }
 }
 
 /// A guest with its ownership.

@@ -14,7 +14,7 @@ use supercloud_api::{
 };
 use supercloud_controller::{
     link::LinkHandler as _,
-    state::{Change, Context},
+    state::{AcceptedMark, Change, Context},
 };
 use supercloud_storage::{
     backend::{ObjectKey, ObjectStore},
@@ -61,8 +61,12 @@ async fn ask(world: &World, host: HostId, query: Query) -> Result<Answer, Proble
     world.controller.as_ref().unwrap().engine.query(host, query).await
 }
 
+fn of_roots(project: ProjectId, seen: Option<HistoryMark>) -> Query {
+    Query::StoreRoots { project, seen, holder: None, after: None, also_seen: Vec::new(), holders: Vec::new() }
+}
+
 async fn roots(world: &World, host: HostId, seen: Option<HistoryMark>) -> Result<(Vec<StoreRoot>, HistoryMark), Code> {
-    let query = Query::StoreRoots { project: world.project, seen, holder: None, after: None };
+    let query = of_roots(world.project, seen);
     match ask(world, host, query).await {
         Ok(Answer::StoreRoots { roots, more: false, mark, is_holder_gone: false, .. }) => Ok((roots, mark)),
         Ok(other) => panic!("{other:?}"),
@@ -145,8 +149,26 @@ async fn hosts_are_told_what_lives_and_an_older_copy_of_the_records_is_not_belie
     assert!(roots(&world, host, Some(mark.clone())).await.is_ok());
     let other = HistoryMark { hash: root(9), ..mark.clone() };
     assert_eq!(roots(&world, host, Some(other)).await.unwrap_err(), Code::WrongState);
-    let later = HistoryMark { seq: mark.seq + 1000, ..mark };
-    assert_eq!(roots(&world, host, Some(later)).await.unwrap_err(), Code::WrongState);
+    let later = HistoryMark { seq: mark.seq + 1000, ..mark.clone() };
+    assert_eq!(roots(&world, host, Some(later.clone())).await.unwrap_err(), Code::WrongState);
+    // One of several is enough; an operator may say that it does not count.
+    let Query::StoreRoots { project, holder, after, holders, .. } = of_roots(world.project, None) else { panic!() };
+    let also_seen = vec![mark.clone(), later.clone()];
+    let query = Query::StoreRoots { project, seen: Some(mark), holder, after, also_seen, holders };
+    assert_eq!(ask(&world, host, query.clone()).await.unwrap_err().code, Code::WrongState);
+    let foreign = world.controller.as_ref().unwrap().sweeps.take_foreign();
+    assert!(foreign.contains(&later), "{foreign:?}");
+    let accepted = AcceptedMark { seq: later.seq, hash: later.hash, accepted_at_ms: 1 };
+    world
+        .state()
+        .commit(&Context::system(), {
+            let mut change = Change::new();
+            change.create(&accepted);
+            change
+        })
+        .await
+        .unwrap();
+    assert!(ask(&world, host, query).await.is_ok());
 
     // The controller opens the parts of its own manifests for who has no key, and nothing that is damaged.
     let query =
@@ -171,7 +193,7 @@ async fn hosts_are_told_what_lives_and_an_older_copy_of_the_records_is_not_belie
     }
 
     // Of a project that is not known everything stays.
-    let unknown = Query::StoreRoots { project: ProjectId::generate(), seen: None, holder: None, after: None };
+    let unknown = of_roots(ProjectId::generate(), None);
     assert_eq!(ask(&world, host, unknown).await.unwrap_err().code, Code::WrongState);
     let swept = StoreSwept {
         project: world.project,
@@ -198,6 +220,8 @@ async fn roots_come_in_pages_and_a_removed_host_is_gone() {
         seen: None,
         holder: Some(holder.to_string()),
         after,
+        also_seen: Vec::new(),
+        holders: Vec::new(),
     };
     let (other, after) = (world.id(1), hex::encode([0xff; 32]));
     for (query, gone) in [(ask_for(other, Some(after)), false), (ask_for(HostId::generate(), None), false)] {
@@ -211,4 +235,56 @@ async fn roots_come_in_pages_and_a_removed_host_is_gone() {
     world.remove_host(1).await;
     let answer = ask(&world, host, query).await.unwrap();
     assert!(matches!(answer, Answer::StoreRoots { is_holder_gone: true, .. }), "{answer:?}");
+}
+
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap().flatten() {
+        let to = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            copy(&entry.path(), &to);
+        } else {
+            std::fs::copy(entry.path(), to).unwrap();
+        }
+    }
+}
+
+/// The records come back from a backup: an image was imported, and a guest started, since.
+#[tokio::test(flavor = "multi_thread")]
+async fn records_that_do_not_know_what_hosts_hold_sweep_nothing() {
+    let mut world = World::new(seed("sweep-restored", 73), 1).await;
+    let (state, backup) = (world.folder.path().join("state"), world.folder.path().join("backup"));
+    // Its content is nowhere: nothing would be swept while it is there.
+    delete(&world, world.image).await;
+    world.stop_controller().await;
+    copy(&state, &backup);
+    world.start_controller().await;
+    let (image, operation) = world.import(&[7; 300_000], Some(DiskFormat::Raw)).await;
+    world.done(operation).await;
+    world.image = image;
+    let guest = world.guest().await;
+    let operation = world.start(guest, 0).await;
+    world.done(operation).await;
+    let before = chunks(&world).await;
+    world.stop_controller().await;
+    std::fs::remove_dir_all(&state).unwrap();
+    std::fs::rename(&backup, &state).unwrap();
+    world.start_controller().await;
+    // Before the host is back nothing goes, and nothing when it is.
+    sweep(&world).await;
+    assert_eq!(chunks(&world).await, before);
+    let host = world.id(0);
+    world
+        .until("the host is back", async |world| {
+            let answer = ask(world, host, of_roots(world.project, None)).await;
+            answer.is_err_and(|problem| problem.detail.contains(&guest.to_string()))
+        })
+        .await;
+    sweep(&world).await;
+    assert_eq!(chunks(&world).await, before);
+    let (events, _) = world.state().events(0, 1000).await.unwrap();
+    let told = events.iter().filter(|event| event.kind == "store.not_swept");
+    let problems: Vec<String> = told.map(|event| event.data["problem"].to_string()).collect();
+    assert_eq!(problems.len(), 2);
+    assert!(problems[0].contains("has told nothing") && problems[1].contains(&guest.to_string()), "{problems:?}");
 }

@@ -159,6 +159,8 @@ impl Seat {
             view_revision: 0,
             takes_sweeps: false,
             takes_consoles: false,
+            knows_predictive: false,
+            takes_checks: false,
         }
     }
 }
@@ -345,7 +347,7 @@ impl Agent {
     fn obey(&mut self, directive: Directive) {
         let host = self.seat.host;
         match directive {
-            Directive::Order { guest, order, assignment } => {
+            Directive::Order { guest, order, assignment, .. } => {
                 self.check_order(guest, &order, assignment.as_deref());
                 let mut disk = lock(&self.seat.disk);
                 let kept = disk.guests.entry(guest).or_insert_with(|| Kept {
@@ -393,6 +395,7 @@ impl Agent {
                 lock(&self.seat.disk).guests.remove(&guest);
                 self.outbox.push_back(Notice::Discarded { guest });
             }
+            Directive::CheckVolume { .. } => {}
             Directive::DropFreeze { freeze, .. } => {
                 if let Some(frozen) = lock(&self.seat.ground).frozen.get_mut(&freeze) {
                     frozen.is_dropped = true;

@@ -62,6 +62,7 @@ pub struct Running {
     pub engine: Arc<Engine>,
     pub state: State,
     pub chunks: Arc<DirStore>,
+    pub sweeps: SweepBoard,
     store: Arc<SledStore>,
     tasks: JoinSet<()>,
     cancel: CancellationToken,
@@ -148,6 +149,7 @@ impl World {
         let ca = std::slice::from_ref(authority.certificate());
         let server = tls::server_config(ca, identity, &[tls::ALPN_AGENT, tls::ALPN_DATA]).unwrap();
         let sessions = Sessions::default();
+        let sweeps = SweepBoard::default();
         let parts = Parts {
             state: state.clone(),
             sessions: sessions.clone(),
@@ -160,8 +162,9 @@ impl World {
                 certificate_sha256: certificate_sha256.clone(),
             },
             progress: ProgressBoard::default(),
-            sweeps: SweepBoard::default(),
             consoles: Consoles::new(sessions.clone()),
+            sweeps: sweeps.clone(),
+            checks: Default::default(),
             store: Arc::clone(&chunks),
             uploads: self.folder.path().join("uploads"),
         };
@@ -173,7 +176,7 @@ impl World {
         let mut tasks = JoinSet::new();
         tasks.spawn(link::serve(listener, Arc::new(server), sessions, handler, chunk_server, cancel.clone()));
         tasks.spawn(Arc::clone(&engine).run(imports, cancel.clone()));
-        self.controller = Some(Running { engine, state, chunks, store, tasks, cancel });
+        self.controller = Some(Running { engine, state, chunks, sweeps, store, tasks, cancel });
         self.address.send_replace(address);
     }
 

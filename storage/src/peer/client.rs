@@ -170,6 +170,15 @@ impl BlockSource for PeerClient {
         })
     }
 
+    fn history(&self) -> FetchFuture<'_, Option<bytes::Bytes>> {
+        Box::pin(async move {
+            match self.call(Priority::Background, |request| Message::GetHistory { request }).await? {
+                Message::History { told, .. } => Ok(Some(told)),
+                other => Err(unexpected(&other)),
+            }
+        })
+    }
+
     fn released(&self) -> FetchFuture<'_, ()> {
         Box::pin(async move {
             match self.call(Priority::Demand, |request| Message::Released { request }).await? {
@@ -300,6 +309,7 @@ async fn converse(
             let request = match &message {
                 Message::Map { request, .. }
                 | Message::Block { request, .. }
+                | Message::History { request, .. }
                 | Message::Done { request }
                 | Message::Refused { request, .. } => *request,
                 _ => return "the source sent a question".into(),

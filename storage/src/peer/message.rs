@@ -79,6 +79,18 @@ pub enum Message {
         /// Number of the request.
         request: u64,
     },
+    /// Ask what the guest did with its blocks.
+    GetHistory {
+        /// Number of the request.
+        request: u64,
+    },
+    /// What it did.
+    History {
+        /// Number of the request.
+        request: u64,
+        /// As [`crate::propagation::History`] encodes it.
+        told: Bytes,
+    },
     /// Done; nothing to tell.
     Done {
         /// Number of the request.
@@ -101,6 +113,8 @@ const BLOCK: u16 = 5;
 const RELEASED: u16 = 6;
 const DONE: u16 = 7;
 const REFUSED: u16 = 8;
+const GET_HISTORY: u16 = 9;
+const HISTORY: u16 = 10;
 const VERSION: u16 = 1;
 
 /// How a block's data travels.
@@ -182,6 +196,15 @@ impl Message {
                 out.put_u64_le(*request);
                 RELEASED
             }
+            Self::GetHistory { request } => {
+                out.put_u64_le(*request);
+                GET_HISTORY
+            }
+            Self::History { request, told } => {
+                out.put_u64_le(*request);
+                out.put_slice(told);
+                HISTORY
+            }
             Self::Done { request } => {
                 out.put_u64_le(*request);
                 DONE
@@ -226,6 +249,12 @@ impl Message {
             }
             BLOCK => return decode_block(fields),
             RELEASED => Self::Released { request: fields.u64()? },
+            GET_HISTORY => Self::GetHistory { request: fields.u64()? },
+            HISTORY => {
+                let request = fields.u64()?;
+                // Looked into by who asked for it.
+                return Ok(Self::History { request, told: Bytes::copy_from_slice(fields.rest()) });
+            }
             DONE => Self::Done { request: fields.u64()? },
             REFUSED => {
                 let request = fields.u64()?;

@@ -151,7 +151,15 @@ async fn respond(volume: &Volume, message: Message, frames: &mpsc::Sender<Frame>
             };
             let _ = frames.send(answer.encode()).await;
         }
+        Message::GetHistory { request } => {
+            let answer = match volume.history_for_peer().await {
+                Ok(told) => Message::History { request, told },
+                Err(error) => refused(request, &error),
+            };
+            let _ = frames.send(answer.encode()).await;
+        }
         Message::Hello(_)
+        | Message::History { .. }
         | Message::Map { .. }
         | Message::Block { .. }
         | Message::Done { .. }

@@ -172,8 +172,13 @@ impl VolumeClient {
     }
 
     /// See [`ControlRequestV1::PreCopy`].
-    pub async fn pre_copy(&self, bandwidth_bytes_per_s: Option<u64>) -> Result<(), ClientError> {
-        self.order(ControlRequestV1::PreCopy { bandwidth_bytes_per_s }).await
+    pub async fn pre_copy(&self, bandwidth_bytes_per_s: Option<u64>, is_predictive: bool) -> Result<(), ClientError> {
+        self.order(ControlRequestV1::PreCopy { bandwidth_bytes_per_s, is_predictive }).await
+    }
+
+    /// See [`ControlRequestV1::Trace`].
+    pub async fn trace(&self, seconds: u32) -> Result<(), ClientError> {
+        self.order(ControlRequestV1::Trace { seconds }).await
     }
 
     /// See [`ControlRequestV1::StopPreCopy`].

@@ -42,6 +42,16 @@ pub enum ControlRequestV1 {
     PreCopy {
         /// At most this many bytes of blocks per second; no limit when none.
         bandwidth_bytes_per_s: Option<u64>,
+        /// Pull what is worth it only (`predictive`), not all. Said only when it is so: a process of the version before does not
+        /// know it, and refuses.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        is_predictive: bool,
+    },
+    /// Record what the guest does with its blocks from now on for so many seconds, then write it as `trace` into the
+    /// volume's folder; in place of what is being recorded.
+    Trace {
+        /// How long.
+        seconds: u32,
     },
     /// End the pre-copy; what was pulled stays.
     StopPreCopy,

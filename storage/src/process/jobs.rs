@@ -1,6 +1,6 @@
 //! What runs in the background on the agent's order: pre-copy, fetch, publish. One of each at most.
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{future::Future, path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::{sync::watch, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 use super::control::{PreCopyStatus, PublishStatus};
 use crate::{
     backend::ObjectStore,
-    volume::{FetchLimit, Volume, VolumeError, chain},
+    volume::{Ahead, FetchLimit, Volume, VolumeError, chain},
 };
 
 /// The pause after the source could not be asked.
@@ -46,6 +46,7 @@ pub(super) struct Jobs {
     pre_copy: Option<Job>,
     fetch: Option<Job>,
     publish: Option<Job>,
+    trace: Option<Job>,
     pre_copy_limit: Arc<FetchLimit>,
     fetch_limit: Arc<FetchLimit>,
     pre_copy_status: Arc<watch::Sender<PreCopyStatus>>,
@@ -64,6 +65,7 @@ impl Jobs {
             pre_copy: None,
             fetch: None,
             publish: None,
+            trace: None,
             pre_copy_limit: Arc::default(),
             fetch_limit: Arc::default(),
             pre_copy_status: Arc::new(watch::Sender::new(PreCopyStatus::default())),
@@ -83,7 +85,7 @@ impl Jobs {
         is_running(self.fetch.as_ref())
     }
 
-    pub(super) fn start_pre_copy(&mut self, bytes_per_s: Option<u64>) {
+    pub(super) fn start_pre_copy(&mut self, bytes_per_s: Option<u64>, ahead: Ahead) {
         self.pre_copy_limit.set(bytes_per_s);
         if is_running(self.pre_copy.as_ref()) {
             return;
@@ -91,7 +93,7 @@ impl Jobs {
         let (volume, limit, status) = (self.volume.clone(), self.pre_copy_limit.clone(), self.pre_copy_status.clone());
         status.send_replace(PreCopyStatus::default());
         self.pre_copy = Some(Job::start(move |cancel| async move {
-            until(&cancel, "pre-copy", || volume.pre_copy(&limit, &status)).await;
+            until(&cancel, "pre-copy", || volume.pre_copy(&limit, &status, ahead)).await;
         }));
     }
 
@@ -149,7 +151,40 @@ impl Jobs {
         }
     }
 
+    /// Records for so long, then writes the trace into `folder`.
+    pub(super) async fn start_trace(&mut self, folder: PathBuf, length: Duration) {
+        if let Some(job) = self.trace.take() {
+            job.stop().await;
+        }
+        let volume = self.volume.clone();
+        volume.begin_trace();
+        self.trace = Some(Job::start(move |cancel| async move {
+            tokio::select! {
+                () = cancel.cancelled() => {}
+                () = tokio::time::sleep(length) => {}
+            }
+            let Some(trace) = volume.end_trace() else { return };
+            if cancel.is_cancelled() {
+                return;
+            }
+            let events = trace.events.len();
+            let written = tokio::task::spawn_blocking(move || {
+                let (new, path) = (folder.join("trace.new"), folder.join("trace"));
+                std::fs::write(&new, trace.encode()?)?;
+                std::fs::rename(new, path)
+            });
+            match written.await {
+                Ok(Ok(())) => tracing::info!(events, "a trace was recorded"),
+                Ok(Err(error)) => tracing::warn!(%error, "a trace cannot be written"),
+                Err(_) => {}
+            }
+        }));
+    }
+
     pub(super) async fn stop_all(&mut self) {
+        if let Some(job) = self.trace.take() {
+            job.stop().await;
+        }
         self.stop_pre_copy().await;
         self.stop_fetch().await;
         self.stop_publish().await;

@@ -19,7 +19,7 @@ use super::{
 use crate::{
     BLOCK_BYTES,
     volume::{
-        Volume, VolumeError, chain,
+        Ahead, Volume, VolumeError, chain,
         role::{Role, RoleError},
     },
     wire::{Frame, WireError, read_frame, write_frame},
@@ -40,6 +40,8 @@ pub(super) struct Desk {
     pub is_closed: AtomicBool,
 }
 
+/// The longest trace.
+const MAX_TRACE_S: u64 = 3600;
 /// A control connection on which nothing is asked, or an answer is not taken, for so long is closed.
 const CONTROL_IDLE: Duration = Duration::from_secs(600);
 
@@ -128,9 +130,14 @@ impl Desk {
                 self.jobs.lock().await.stop_pre_copy().await;
                 volume.learn_map().await?;
             }
-            ControlRequestV1::PreCopy { bandwidth_bytes_per_s } => {
+            ControlRequestV1::PreCopy { bandwidth_bytes_per_s, is_predictive } => {
                 volume.role().await_map()?;
-                self.jobs.lock().await.start_pre_copy(bandwidth_bytes_per_s);
+                let ahead = if is_predictive { Ahead::Predicted } else { Ahead::All };
+                self.jobs.lock().await.start_pre_copy(bandwidth_bytes_per_s, ahead);
+            }
+            ControlRequestV1::Trace { seconds } => {
+                let length = Duration::from_secs(u64::from(seconds).min(MAX_TRACE_S));
+                self.jobs.lock().await.start_trace(self.config.data_folder.clone(), length).await;
             }
             ControlRequestV1::StopPreCopy => self.jobs.lock().await.stop_pre_copy().await,
             ControlRequestV1::Adopt { sealed } => {

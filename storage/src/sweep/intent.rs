@@ -92,7 +92,20 @@ pub async fn count_on(
     project: ProjectId,
     names: &[ChunkName],
 ) -> Result<Vec<ChunkName>, StoreError> {
-    let mut lacking = Vec::new();
+    count_on_telling(store, project, names, |_| ()).await
+}
+
+/// As [`count_on`]; tells after each batch how many names it has looked at.
+///
+/// # Errors
+/// As [`count_on`].
+pub async fn count_on_telling(
+    store: &dyn ObjectStore,
+    project: ProjectId,
+    names: &[ChunkName],
+    mut tell: impl FnMut(usize) + Send,
+) -> Result<Vec<ChunkName>, StoreError> {
+    let (mut lacking, mut looked) = (Vec::new(), 0);
     for some in names.chunks(COUNTED_AT_ONCE) {
         let keys: Vec<ObjectKey> = some.iter().map(|name| ObjectKey::chunk(project, name)).collect();
         let mut missing = store.refresh(keys.clone()).await?;
@@ -102,6 +115,8 @@ pub async fn count_on(
             missing = store.refresh(keys.clone()).await?;
         }
         lacking.extend(missing.iter().filter_map(ObjectKey::chunk_name));
+        looked += some.len();
+        tell(looked);
     }
     Ok(lacking)
 }

@@ -33,9 +33,10 @@
 //! that is cut off) nothing is condemned and nothing deleted.
 //!
 //! **An older authority.** Records that were brought back from a backup know nothing of what was made since. Each sweep
-//! leaves a [`Mark`] of the records' history in the store and shows it with the next question: an authority whose history
-//! does not contain it refuses.
+//! leaves a [`Mark`] of the records' history in the store, so does each host with what it [holds](hold), and all are shown
+//! with each question: an authority whose history does not contain one of them refuses. What hosts hold lives in any case.
 
+mod held;
 mod intent;
 pub mod plan;
 mod reach;
@@ -43,7 +44,7 @@ mod reach;
 mod tests;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
@@ -55,10 +56,14 @@ use serde::{Deserialize, Serialize};
 use supercloud_ids::ProjectId;
 use tokio_util::sync::CancellationToken;
 
-pub use self::intent::{count_on, put_chunks};
 use self::{
+    held::Lists,
     intent::Intent,
     reach::{Reach, Tree},
+};
+pub use self::{
+    held::{Held, hold, read_held},
+    intent::{count_on, count_on_telling, put_chunks},
 };
 use crate::{
     backend::{ObjectEntry, ObjectKey, ObjectStore, PutOutcome, StoreError},
@@ -75,7 +80,7 @@ const LIST_AT_ONCE: usize = 1000;
 const MARK_BYTES: usize = 512;
 
 /// A place in the history of the authority's records.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Mark {
     /// Number of an event.
     pub seq: u64,
@@ -92,24 +97,35 @@ pub struct Live {
     pub oldest_writer: Option<Duration>,
     /// The newest place in the records' history.
     pub mark: Mark,
-    /// Whether the holder that was asked about is gone for good: it will never delete anything again.
-    pub is_holder_gone: bool,
+    /// Of the holders that were asked about, those that are gone for good: they will never delete anything again, and need
+    /// nothing.
+    pub gone: BTreeSet<String>,
+}
+
+/// What the authority is shown, and asked about.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Asked {
+    /// All of it must be in the history of the records.
+    pub seen: Vec<Mark>,
+    /// Who of these is gone?
+    pub holders: Vec<String>,
 }
 
 /// Why the authority does not answer.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct AuthorityError(pub String);
+pub enum AuthorityError {
+    /// It cannot, or will not.
+    #[error("{0}")]
+    Refused(String),
+    /// Somebody else is sweeping this store: nothing is wrong.
+    #[error("{0}")]
+    NotYourTurn(String),
+}
 
 /// Who knows what lives.
 pub trait Authority: Send + Sync + fmt::Debug {
-    /// What lives in a project now. `seen` must be in the history of the records; `holder` is asked about.
-    fn live<'a>(
-        &'a self,
-        project: ProjectId,
-        seen: Option<&'a Mark>,
-        holder: Option<&'a str>,
-    ) -> BoxFuture<'a, Result<Live, AuthorityError>>;
+    /// What lives in a project now.
+    fn live<'a>(&'a self, project: ProjectId, asked: &'a Asked) -> BoxFuture<'a, Result<Live, AuthorityError>>;
 
     /// The names in a part of a manifest: the leaves of a root, the data of a leaf. `sealed` is the chunk as the store has
     /// it; without it the authority looks in its own store. None when that has it not, or when `sealed` is damaged.
@@ -214,6 +230,7 @@ struct Sweep<'a> {
     options: &'a SweepOptions,
     cancel: &'a CancellationToken,
     mark: Mark,
+    lists: Lists,
     horizon: SystemTime,
     tree: Tree,
     swept: Swept,
@@ -232,10 +249,14 @@ impl<'a> Sweep<'a> {
         cancel: &'a CancellationToken,
     ) -> Result<Self, SweepError> {
         let now = store_now(store, project).await?;
-        let seen = read_mark(store, project).await?;
-        end_former(store, project, authority, seen.as_ref(), &options.holder, now).await?;
+        let mut lists = Lists::default();
+        lists.read(store, project).await?;
+        let mut seen: Vec<Mark> = read_mark(store, project).await?.into_iter().chain(lists.marks().cloned()).collect();
+        seen.sort();
+        seen.dedup();
+        end_former(store, project, authority, &seen, &options.holder, now).await?;
         // After the clock: who begins to write after this question puts after the horizon.
-        let live = authority.live(project, seen.as_ref(), None).await?;
+        let live = ask(store, project, authority, &mut lists, seen).await?;
         let mark = serde_json::to_vec(&live.mark).expect("a number and a text make JSON");
         store.put(sweep_key(project, "seen"), mark.into()).await?;
         let horizon = plan::horizon(now, live.oldest_writer, options.grace, store.stamp_slack());
@@ -246,6 +267,7 @@ impl<'a> Sweep<'a> {
             options,
             cancel,
             mark: live.mark,
+            lists,
             horizon,
             tree: Tree::default(),
             swept: Swept::default(),
@@ -357,13 +379,34 @@ impl<'a> Sweep<'a> {
 
     /// What lives now; what is new is marked, in this pass and in those that follow.
     async fn look_again(&mut self, reach: &mut Reach) -> Result<(), SweepError> {
-        let live = self.authority.live(self.project, Some(&self.mark), None).await?;
+        self.lists.read(self.store, self.project).await?;
+        let seen = std::iter::once(&self.mark).chain(self.lists.marks()).cloned().collect();
+        let live = ask(self.store, self.project, self.authority, &mut self.lists, seen).await?;
         for leaf in self.add_roots(&live.roots).await? {
             self.tree.reach_leaf(self.store, self.authority, self.project, leaf, reach).await?;
         }
         self.tree.reach_trees(reach);
         Ok(())
     }
+}
+
+/// What lives: by the authority's word, and by that of those who hold it.
+async fn ask(
+    store: &dyn ObjectStore,
+    project: ProjectId,
+    authority: &dyn Authority,
+    lists: &mut Lists,
+    seen: Vec<Mark>,
+) -> Result<Live, SweepError> {
+    let holders: Vec<String> = lists.holders().cloned().collect();
+    let mut live = authority.live(project, &Asked { seen, holders: holders.clone() }).await?;
+    for gone in holders.iter().filter(|holder| live.gone.contains(*holder)) {
+        lists.forget(store, project, gone).await?;
+    }
+    for root in lists.roots() {
+        live.roots.entry(root).or_insert(false);
+    }
+    Ok(live)
 }
 
 /// Now, by the store's clock.
@@ -378,7 +421,7 @@ async fn read_mark(store: &dyn ObjectStore, project: ProjectId) -> Result<Option
     match store.get(sweep_key(project, "seen"), MARK_BYTES).await {
         Ok(bytes) => {
             let mark = serde_json::from_slice(&bytes);
-            Ok(Some(mark.map_err(|_| AuthorityError("the mark of the last sweep is damaged".into()))?))
+            Ok(Some(mark.map_err(|_| AuthorityError::Refused("the mark of the last sweep is damaged".into()))?))
         }
         Err(StoreError::NotFound { .. }) => Ok(None),
         Err(error) => Err(error.into()),
@@ -390,13 +433,14 @@ async fn end_former(
     store: &dyn ObjectStore,
     project: ProjectId,
     authority: &dyn Authority,
-    seen: Option<&Mark>,
+    seen: &[Mark],
     holder: &str,
     now: SystemTime,
 ) -> Result<(), SweepError> {
     let key = sweep_key(project, "intent");
     let Some(former) = intent::read(store, project).await? else { return Ok(()) };
-    let is_over = former.holder == holder || authority.live(project, seen, Some(&former.holder)).await?.is_holder_gone;
+    let asked = Asked { seen: seen.to_vec(), holders: vec![former.holder.clone()] };
+    let is_over = former.holder == holder || authority.live(project, &asked).await?.gone.contains(&former.holder);
     let Some(entry) = store.stat(key.clone()).await? else { return Ok(()) };
     let age = now.duration_since(entry.modified).unwrap_or_default();
     if !is_over || age < store.delete_tail() {

@@ -55,20 +55,16 @@ impl State {
 }
 
 impl Authority for Records {
-    fn live<'a>(
-        &'a self,
-        _: ProjectId,
-        seen: Option<&'a Mark>,
-        holder: Option<&'a str>,
-    ) -> BoxFuture<'a, Result<Live, AuthorityError>> {
+    fn live<'a>(&'a self, _: ProjectId, asked: &'a Asked) -> BoxFuture<'a, Result<Live, AuthorityError>> {
         Box::pin(async move {
             self.store.yield_some().await;
             let live = {
                 let state = self.state.lock().unwrap();
-                if let Some(seen) = seen
-                    && usize::try_from(seen.seq).ok().and_then(|seq| state.history.get(seq)) != Some(&seen.hash)
-                {
-                    return Err(AuthorityError("these records are older than the last sweep".into()));
+                let is_known = |seen: &Mark| {
+                    usize::try_from(seen.seq).ok().and_then(|seq| state.history.get(seq)) == Some(&seen.hash)
+                };
+                if !asked.seen.iter().all(is_known) {
+                    return Err(AuthorityError::Refused("these records are older than the last sweep".into()));
                 }
                 let now = self.store.mem.clock_ms.load(Ordering::SeqCst);
                 let oldest = state.writers.values().min();
@@ -77,7 +73,7 @@ impl Authority for Records {
                     roots: state.roots.clone(),
                     oldest_writer: oldest.map(|began| Duration::from_millis(now - began)),
                     mark: Mark { seq: seq as u64, hash: state.history[seq].clone() },
-                    is_holder_gone: holder.is_some_and(|holder| holder.starts_with("gone")),
+                    gone: asked.holders.iter().filter(|holder| holder.starts_with("gone")).cloned().collect(),
                 }
             };
             self.store.yield_some().await;
@@ -548,4 +544,77 @@ async fn nothing_goes_while_a_manifest_that_must_be_here_cannot_be_read() {
     // Of what is at home elsewhere a store may have anything or nothing.
     records.state.lock().unwrap().roots.insert(ContentRoot([9; 32]), false);
     sweep(&records, "a", 0).await.unwrap();
+}
+
+/// Everything by which a sweep knows what lives, taken at one moment and brought back later.
+fn backup(records: &Records) -> State {
+    let state = records.state.lock().unwrap();
+    State { roots: state.roots.clone(), history: state.history.clone(), next: state.next, ..State::default() }
+}
+
+/// An older copy of the records is brought back after the last sweep's mark was made: its history has the mark, and it knows
+/// nothing of what came since.
+#[tokio::test(start_paused = true)]
+async fn what_hosts_hold_outlives_records_that_do_not_know_it() {
+    let records = records(6);
+    let project = records.keys.project();
+    write(&records, vec![1, 2]).await;
+    sweep(&records, "a", 0).await.unwrap();
+    let old = backup(&records);
+    write(&records, vec![3, 4, 5]).await;
+    let new = *records.state.lock().unwrap().roots.keys().find(|root| !old.roots.contains_key(root)).unwrap();
+    let needed = reached(&records, new);
+    let held = |mark| Held { mark, roots: BTreeSet::from([new]) };
+    hold(&*records.store, project, "b", &held(None)).await.unwrap();
+    *records.state.lock().unwrap() = old;
+    records.store.mem.clock_ms.fetch_add(1000, Ordering::SeqCst);
+    // The history goes on, otherwise than before.
+    write(&records, vec![6]).await;
+    records.store.mem.clock_ms.fetch_add(1000, Ordering::SeqCst);
+    assert_eq!(sweep(&records, "a", 0).await.unwrap().freed_chunks, 0);
+    assert!(needed.iter().all(|name| records.store.has(project, name)));
+
+    // One that was told of a place that is not in this history stops the sweep, whatever it needs.
+    let mark = |seq, hash: &str| Some(Mark { seq, hash: hash.into() });
+    for foreign in [mark(2, "other"), mark(900, "h900")] {
+        hold(&*records.store, project, "b", &Held { mark: foreign, roots: BTreeSet::new() }).await.unwrap();
+        let error = sweep(&records, "a", 0).await.unwrap_err();
+        assert!(matches!(error, SweepError::Authority(_)), "{error}");
+    }
+    hold(&*records.store, project, "b", &held(mark(1, "h1"))).await.unwrap();
+    assert_eq!(sweep(&records, "a", 0).await.unwrap().freed_chunks, 0);
+
+    // It is no part of a manifest that must be here.
+    let elsewhere = Held { mark: None, roots: BTreeSet::from([ContentRoot([7; 32])]) };
+    hold(&*records.store, project, "c", &elsewhere).await.unwrap();
+    sweep(&records, "a", 0).await.unwrap();
+    // What cannot be read is not passed over.
+    records.store.put(sweep_key(project, "held-c"), Bytes::from_static(b"{}")).await.unwrap();
+    assert!(matches!(sweep(&records, "a", 0).await.unwrap_err(), SweepError::Authority(_)));
+    records.store.delete(sweep_key(project, "held-c")).await.unwrap();
+
+    // A host that was removed needs nothing; its list goes.
+    hold(&*records.store, project, "gone-d", &held(None)).await.unwrap();
+    hold(&*records.store, project, "b", &Held::default()).await.unwrap();
+    let swept = sweep(&records, "a", 0).await.unwrap();
+    assert_eq!(swept.freed_chunks, needed.len() as u64);
+    assert_eq!(read_held(&*records.store, project, "gone-d").await.unwrap(), None);
+    assert_eq!(read_held(&*records.store, project, "b").await.unwrap(), Some(Held::default()));
+}
+
+/// A host says what it holds between a sweep's first look and its deletions.
+#[tokio::test(start_paused = true)]
+async fn what_is_held_while_it_is_condemned_stays() {
+    let records = records(7);
+    let project = records.keys.project();
+    write(&records, vec![1, 2, 3]).await;
+    let root = *records.state.lock().unwrap().roots.first_key_value().unwrap().0;
+    records.state.lock().unwrap().roots.clear();
+    records.store.mem.clock_ms.fetch_add(1000, Ordering::SeqCst);
+    let store: Arc<dyn ObjectStore> = records.store.clone();
+    let (never, options) = (CancellationToken::new(), options("a", 0));
+    let begun = Sweep::begin(&*store, project, &*records, &options, &never).await.unwrap();
+    hold(&*store, project, "b", &Held { mark: None, roots: BTreeSet::from([root]) }).await.unwrap();
+    assert_eq!(begun.run().await.unwrap().freed_chunks, 0);
+    assert_eq!(reached(&records, root).len(), 5);
 }

@@ -63,6 +63,16 @@ impl SourceMap {
     }
 }
 
+/// Which blocks are pulled before the switch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Ahead {
+    /// All, as often as they change.
+    #[default]
+    All,
+    /// Those that will probably not change any more: [`crate::propagation`].
+    Predicted,
+}
+
 /// Tells how far a pre-copy is.
 pub type PreCopy = watch::Sender<PreCopyStatus>;
 
@@ -73,15 +83,92 @@ impl Volume {
 
     /// Pulls blocks from the running source, pass after pass, until the future is dropped. A volume that has adopted a
     /// map gives it up: the source went on.
-    pub async fn pre_copy(&self, limit: &FetchLimit, status: &PreCopy) -> Result<(), VolumeError> {
+    pub async fn pre_copy(&self, limit: &FetchLimit, status: &PreCopy, ahead: Ahead) -> Result<(), VolumeError> {
         self.inner.change_role(Role::await_map).await?;
+        if ahead == Ahead::Predicted {
+            self.ask_habits().await;
+        }
         loop {
+            if ahead == Ahead::Predicted {
+                self.predicted_pass(limit, status).await?;
+                self.flush().await?;
+                status.send_modify(|status| status.passes += 1);
+                tokio::time::sleep(IDLE_PAUSE).await;
+                continue;
+            }
             let pulled = self.pre_copy_pass(limit, status).await?;
             self.flush().await?;
             status.send_modify(|status| status.passes += 1);
             if pulled == 0 {
                 tokio::time::sleep(IDLE_PAUSE).await;
             }
+        }
+    }
+
+    /// Learns what the guest did with its blocks at the source.
+    async fn ask_habits(&self) {
+        let told = match self.the_source() {
+            Ok(source) => source.history().await.map_err(VolumeError::from),
+            Err(error) => Err(error),
+        };
+        match told {
+            Ok(Some(told)) => self.inner.habits.take(&told),
+            Ok(None) => self.inner.habits.take(&[]),
+            // An older source knows no such question: what is seen of its map from now on must do.
+            Err(error) => {
+                tracing::info!(volume = %self.id(), %error, "the source does not tell how its blocks are used");
+                self.inner.habits.take(&[]);
+            }
+        }
+    }
+
+    /// Pulls what is worth it, in the order in which it is, until nothing is that is not here, or as many blocks came as were
+    /// lacking at the beginning: a guest may write faster than the line carries.
+    async fn predicted_pass(&self, limit: &FetchLimit, status: &PreCopy) -> Result<(), VolumeError> {
+        let source = self.the_source()?;
+        let habits = &self.inner.habits;
+        let mut left: Option<u64> = None;
+        loop {
+            let (plan, count) = {
+                let mut known = self.inner.source_map.lock().await;
+                let before = known.since;
+                known.update(&*source).await?;
+                let state = relock(&self.inner.map);
+                let mut lacking = Vec::new();
+                for (block, entry) in known.map.entries().filter(|(_, entry)| entry.state == BlockState::Remote) {
+                    let ours = state.map.get(block);
+                    if before > 0 && entry.version > before {
+                        habits.note_rewrite(block);
+                    }
+                    if ours.version < entry.version || ours.state == BlockState::Remote {
+                        lacking.push((block, entry.version));
+                    }
+                }
+                drop(state);
+                habits.plan(lacking)
+            };
+            status.send_modify(|status| {
+                status.is_running = true;
+                status.last_pass_blocks = count;
+            });
+            let due = left.get_or_insert(count);
+            if plan.is_empty() || *due == 0 {
+                return Ok(());
+            }
+            let (began, count) = (tokio::time::Instant::now(), plan.len());
+            *due = due.saturating_sub(count as u64);
+            let source = &source;
+            let mut pulls = futures::stream::iter(plan)
+                .map(|(block, version)| async move {
+                    limit.draw(BLOCK_BYTES as u64).await;
+                    let fetched = source.block(block, version, Priority::Background).await?;
+                    self.keep_ahead(block, fetched.version, fetched.data).await
+                })
+                .buffer_unordered(FETCHES_AT_ONCE);
+            while let Some(result) = pulls.next().await {
+                result?;
+            }
+            habits.note_rate(count, began.elapsed());
         }
     }
 

@@ -25,6 +25,7 @@ use crate::{
     BLOCK_BYTES,
     key::{ChunkKind, ChunkName},
     process::control::AlarmCode,
+    propagation::trace::Touch,
 };
 
 /// Blocks fetched at once for one operation.
@@ -93,6 +94,7 @@ impl Volume {
     pub async fn read(&self, offset: u64, len: usize) -> Result<Bytes, VolumeError> {
         let pieces: Arc<[Piece]> = self.pieces(offset, len as u64)?.into();
         let inner = &self.inner;
+        inner.habits.note(pieces.iter().map(|piece| (piece.block, Touch::Read)));
         let mut buffer = loop {
             self.wait_active().await;
             let pieces = pieces.clone();
@@ -143,6 +145,11 @@ impl Volume {
 
     async fn change(&self, offset: u64, len: u64, change: Change, is_fua: bool) -> Result<(), VolumeError> {
         let mut pieces = self.pieces(offset, len)?;
+        let touch = |piece: &Piece| {
+            let is_whole = piece.within.len() >= self.inner.block_len(piece.block);
+            (piece.block, if is_whole { Touch::Fill } else { Touch::Write })
+        };
+        self.inner.habits.note(pieces.iter().map(touch));
         pieces.reverse();
         while !pieces.is_empty() {
             // From the end of a reversed list: in order, without moving the rest.

@@ -23,6 +23,7 @@
 mod base;
 pub mod disk;
 mod flush;
+mod habits;
 mod handover;
 mod hot;
 mod io;
@@ -54,13 +55,14 @@ use tokio_util::task::TaskTracker;
 use self::{
     base::{Cache, InFlight},
     disk::{Disk, DiskFile},
+    habits::Habits,
     hot::HotLog,
     journal::{Journal, Record},
     publish::Snapshot,
     role::{Role, RoleError},
 };
 pub use self::{
-    handover::PreCopy,
+    handover::{Ahead, PreCopy},
     journal::{Identity, JournalError},
     map::{BlockMap, BlockState, Entry},
     peering::PeerBlock,
@@ -76,7 +78,8 @@ use crate::{
 };
 
 /// The files of a volume in its folder, for who deletes it.
-pub const FILE_NAMES: [&str; 7] = ["map.journal", "map.journal.new", "data", "hot.0", "hot.1", "snapshot", "lock"];
+pub const FILE_NAMES: [&str; 9] =
+    ["map.journal", "map.journal.new", "data", "hot.0", "hot.1", "snapshot", "lock", "trace", "trace.new"];
 
 /// Stripes of block locks.
 const STRIPES: usize = 256;
@@ -240,6 +243,7 @@ struct Inner {
     publishing: tokio::sync::Mutex<()>,
     alarm: watch::Sender<Option<Alarm>>,
     counters: Counters,
+    habits: Habits,
     work: TaskTracker,
 }
 
@@ -315,6 +319,7 @@ impl Volume {
             publishing: tokio::sync::Mutex::default(),
             alarm: watch::Sender::new(None),
             counters: Counters::default(),
+            habits: Habits::default(),
             work: TaskTracker::new(),
             params,
         };
@@ -403,6 +408,7 @@ impl Volume {
 
     /// Become the writer at `epoch`; durable when it returns.
     pub async fn activate(&self, epoch: Epoch) -> Result<(), VolumeError> {
+        self.inner.habits.note_activation(self.role());
         self.inner.change_role(|role| role.activate(epoch)).await
     }
 

@@ -77,7 +77,7 @@ impl Volume {
         }
     }
 
-    fn check_serving(&self) -> Result<(), VolumeError> {
+    pub(super) fn check_serving(&self) -> Result<(), VolumeError> {
         let role = self.role();
         if role.may_serve_peers() { Ok(()) } else { Err(RoleError::Role { role, action: "serve peers" }.into()) }
     }

@@ -94,6 +94,10 @@ pub trait BlockSource: Send + Sync + fmt::Debug {
     fn block(&self, block: u32, version: u64, priority: Priority) -> FetchFuture<'_, Fetched>;
     /// Tell the source that everything is durable here.
     fn released(&self) -> FetchFuture<'_, ()>;
+    /// What the guest did with its blocks there, encoded ([`History`](crate::propagation::History)); none where that is not known.
+    fn history(&self) -> FetchFuture<'_, Option<Bytes>> {
+        Box::pin(std::future::ready(Ok(None)))
+    }
 }
 
 /// A limit on bytes per second, shared by all who draw from it; may change at any time.
@@ -133,7 +137,7 @@ impl FetchLimit {
 }
 
 impl Volume {
-    /// Pulls what is at the source, in order of blocks, until nothing is missing and all of it is durable; then tells
+    /// Pulls what is at the source, in order of blocks or, where the guest's habits are known, as they suggest, until nothing is missing and all of it is durable; then tells
     /// the source. What cannot be had is tried again, with the alarm up, for ever: drop the future to pause.
     pub async fn fetch_all(&self, limit: &FetchLimit) -> Result<(), VolumeError> {
         let inner = &self.inner;
@@ -150,6 +154,7 @@ impl Volume {
                 // Written or pulled between the look and the flush: once more.
                 continue;
             }
+            let remote = inner.habits.order_rest(remote);
             let mut pulls = futures::stream::iter(remote)
                 .map(|block| async move {
                     limit.draw(BLOCK_BYTES as u64).await;
@@ -169,6 +174,7 @@ impl Volume {
 impl Inner {
     /// The newest content of a block that was at the source when it was looked at; it is local afterwards.
     pub(super) async fn pull_newest(self: &Arc<Self>, block: u32) -> Result<Bytes, VolumeError> {
+        self.habits.note_wait(block);
         loop {
             if let Some(bytes) = self.pull(block, Priority::Demand).await? {
                 return Ok(bytes);

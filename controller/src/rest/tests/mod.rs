@@ -16,6 +16,7 @@ mod rentings;
 mod rentings_ec2;
 mod roles;
 mod session;
+mod stores;
 
 use std::net::SocketAddr;
 

@@ -4,6 +4,7 @@ pub mod bare;
 pub mod engine;
 pub mod migration;
 pub mod placement;
+pub mod policies;
 pub mod stats;
 
 use std::path::{Path, PathBuf};
@@ -36,6 +37,9 @@ pub struct Options {
     /// Only say which ones there are
     #[arg(long)]
     pub list: bool,
+    /// Traces that `policies` replays instead of generated ones; recorded by volume processes
+    #[arg(long = "trace", value_name = "FILE")]
+    pub traces: Vec<PathBuf>,
     /// How often each side is measured
     #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u32).range(7..=1000))]
     pub runs: u32,
@@ -50,6 +54,8 @@ pub enum Benchmark {
     Migration,
     /// Placement decisions per second in a fleet of 10,000 hosts and 100,000 guests, on one core; no peer
     Placement,
+    /// How blocks follow a volume: the policies in the simulator, on generated traces or on `--trace` files
+    Policies,
 }
 
 /// One row. Numbers are medians; `ratio` is how many times better ours is.
@@ -135,6 +141,27 @@ impl Row {
     }
 }
 
+impl Row {
+    /// A row of one number of which less is better, computed and not measured, that is to be at most this share of the peer's.
+    #[must_use]
+    pub fn computed(metric: &str, ours: f64, peer: f64, peer_name: &str, share: f64) -> Self {
+        let ratio = (ours > 0.0).then(|| peer / ours);
+        Self {
+            metric: metric.to_owned(),
+            ours,
+            peer: Some(peer),
+            ratio,
+            target: format!("<= {share}x"),
+            holds: ours <= share * peer,
+            detail: Detail {
+                ours: format!("{ours:.0}"),
+                peer: format!("{peer:.0} ({peer_name})"),
+                ratio: ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}")),
+            },
+        }
+    }
+}
+
 /// Median, spread and count of a sample.
 fn figure(sample: &Sample) -> Option<String> {
     let (least, most) = sample.spread()?;
@@ -189,6 +216,7 @@ pub fn run(name: &str, options: &Options) -> anyhow::Result<ExitCode> {
         match benchmark {
             Benchmark::Migration => rows.extend(engine::run(options.runs)?),
             Benchmark::Placement => rows.extend(placement::run(options.runs)?),
+            Benchmark::Policies => rows.extend(policies::run(&options.traces)?),
             Benchmark::NamespaceMigration => {
                 let work = migration::run(name.to_owned(), options.runs);
                 match runtime.block_on(guarded(name, work))? {

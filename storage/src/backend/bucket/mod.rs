@@ -36,6 +36,8 @@ use crate::chunk::MAX_SEALED_BYTES;
 
 /// Requests of one batch at once.
 const AT_ONCE: usize = 16;
+/// Looks under way at once: small requests, of which a freeze makes one for each chunk of its base.
+const LOOKS_AT_ONCE: usize = 64;
 /// Entries in one page of a listing, by the protocol.
 const PAGE: usize = 1000;
 /// See [`ObjectStore::stamp_slack`].
@@ -310,7 +312,7 @@ impl ObjectStore for BucketStore {
                 let is_there = self.inner.refresh(&key).await?;
                 Ok::<_, StoreError>((!is_there).then_some(key))
             });
-            let looks = futures::stream::iter(looks).buffer_unordered(AT_ONCE);
+            let looks = futures::stream::iter(looks).buffer_unordered(LOOKS_AT_ONCE);
             looks.try_filter_map(|missing| std::future::ready(Ok(missing))).try_collect().await
         })
     }

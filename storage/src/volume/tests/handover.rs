@@ -20,8 +20,8 @@ use crate::{
     peer::{Dial, DialFuture, Hello, PeerClient, Stream, serve_peer},
     process::control::{AlarmCode, PreCopyStatus},
     volume::{
-        BlockSource, FetchError, FetchFuture, FetchLimit, Fetched, MapPage, Priority, Volume, VolumeError, role::Role,
-        sim::SimDisk,
+        Ahead, BlockSource, FetchError, FetchFuture, FetchLimit, Fetched, MapPage, Priority, Volume, VolumeError,
+        role::Role, sim::SimDisk,
     },
 };
 
@@ -121,7 +121,8 @@ async fn a_volume_moves_under_a_writer_and_nothing_is_lost_or_old() {
         let is_hot = seed % 2 == 0;
         if is_hot {
             let (limit, status) = (FetchLimit::default(), watch::Sender::new(PreCopyStatus::default()));
-            let copy = target.pre_copy(&limit, &status);
+            let ahead = if seed % 4 == 0 { Ahead::Predicted } else { Ahead::All };
+            let copy = target.pre_copy(&limit, &status, ahead);
             let mut passes = status.subscribe();
             tokio::select! {
                 copied = copy => panic!("the pre-copy ended: {copied:?}"),
@@ -224,7 +225,7 @@ async fn copies_that_were_not_durable_at_the_switch_are_pulled_again_after_a_pow
         let (limit, status) = (FetchLimit::default(), watch::Sender::new(PreCopyStatus::default()));
         limit.set(Some(100 * BLOCK_BYTES as u64));
         tokio::select! {
-            copied = target.pre_copy(&limit, &status) => panic!("{copied:?}"),
+            copied = target.pre_copy(&limit, &status, Ahead::All) => panic!("{copied:?}"),
             () = until("some blocks", || target.pulled_bytes().0 > 0) => {}
         }
         target.adopt(source.seal(Epoch(1)).await.unwrap()).await.unwrap();
@@ -292,7 +293,7 @@ async fn zeros_over_a_stale_copy_are_zeros() {
     let (limit, status) = (FetchLimit::default(), watch::Sender::new(PreCopyStatus::default()));
     let mut passes = status.subscribe();
     tokio::select! {
-        copied = target.pre_copy(&limit, &status) => panic!("{copied:?}"),
+        copied = target.pre_copy(&limit, &status, Ahead::All) => panic!("{copied:?}"),
         _ = passes.wait_for(|status| status.passes >= 1) => {}
     }
     // One becomes zeros at the source, one is written again there and zeroed at the destination.
@@ -364,7 +365,7 @@ async fn blocks_copied_ahead_before_a_power_cut_of_the_source_are_not_trusted() 
         let (limit, status) = (FetchLimit::default(), watch::Sender::new(PreCopyStatus::default()));
         let mut passes = status.subscribe();
         tokio::select! {
-            copied = target.pre_copy(&limit, &status) => panic!("{copied:?}"),
+            copied = target.pre_copy(&limit, &status, Ahead::All) => panic!("{copied:?}"),
             _ = passes.wait_for(|status| status.passes >= 1) => {}
         }
         // The source's host loses its power; what the guest finds there now is the truth.
