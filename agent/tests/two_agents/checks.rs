@@ -1,18 +1,23 @@
 //! A volume is checked: what is missing or damaged in its cloud's store is mended from where else it can be had.
 
-use std::path::PathBuf;
-
-use supercloud_api::link::Directive;
+use supercloud_api::{handover::OperationKind, ids::FreezeId, link::Directive};
 use supercloud_ids::{GuestId, VolumeId};
 
-use crate::{lab::Lab, sweeps::aged};
+use supercloud_storage::{backend::ObjectKey, manifest::Manifest};
+
+use crate::lab::Lab;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_damaged_chunk_of_a_guests_base_is_found_and_mended() {
-    let lab = Lab::begin(&[true]).await;
+    let lab = Lab::begin(&[true, true]).await;
     let guest = lab.add_guest();
     lab.start(guest, 0).await;
-    let host = &lab.hosts[0];
+    lab.check(guest).await;
+    // What it stands on from then on is in both clouds.
+    let freeze = FreezeId::generate();
+    lab.done(guest, OperationKind::Freeze { freeze }).await;
+    lab.done(guest, OperationKind::Thaw { freeze, to: lab.hosts[1].id }).await;
+    let host = &lab.hosts[1];
     lab.eventually("its base is here", async || {
         lab.controller.report(host.id, guest).is_some_and(|told| told.base_missing_bytes == Some(0))
     })
@@ -29,11 +34,12 @@ async fn a_damaged_chunk_of_a_guests_base_is_found_and_mended() {
     assert!(problem.is_none() && sound.chunks > 2 && sound.sound_bytes > 0, "{sound:?} {problem:?}");
     assert_eq!(sound.fetched + sound.repaired + sound.missing + sound.damaged, 0);
 
-    // Data, not a list: those are the largest.
-    let mut files: Vec<(u64, PathBuf)> =
-        aged(&host.config.store_dir).into_iter().map(|path| (path.metadata().unwrap().len(), path)).collect();
-    files.sort();
-    let (gone, bad) = (files.pop().unwrap().1, files.pop().unwrap().1);
+    let manifest =
+        Manifest::load(&lab.controller.reader(guest, &host.config.store_dir), lab.controller.base(guest)).await;
+    let names: Vec<_> = manifest.unwrap().chunks().map(|(_, name)| name).collect();
+    let project = lab.controller.project(guest);
+    let path = |name| host.config.store_dir.join(ObjectKey::chunk(project, name).as_str());
+    let (gone, bad) = (path(&names[0]), path(names.iter().find(|name| **name != names[0]).unwrap()));
     let whole = std::fs::read(&bad).unwrap();
     let mut spoiled = whole.clone();
     *spoiled.last_mut().unwrap() ^= 1;

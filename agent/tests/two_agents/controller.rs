@@ -30,8 +30,10 @@ use supercloud_api::{
     tls, unix_ms,
 };
 use supercloud_storage::{
-    key::{ChunkKind, DataKeys, ProjectKey},
+    backend::DirStore,
+    key::{ChunkKind, ContentRoot, DataKeys, ProjectKey},
     manifest::names_of,
+    source::ChunkReader,
 };
 use tokio::{net::TcpListener, sync::mpsc};
 use tokio_rustls::TlsAcceptor;
@@ -373,6 +375,22 @@ impl Controller {
     pub fn checked(&self, host: HostId) -> Vec<link::VolumeChecked> {
         let of_host = |(at, checked): &(HostId, link::VolumeChecked)| (*at == host).then(|| checked.clone());
         self.state().checked.iter().filter_map(of_host).collect()
+    }
+
+    /// What the guest's volume stands on.
+    pub fn base(&self, guest: GuestId) -> ContentRoot {
+        self.state().specs[&guest].volumes[0].base_root.as_ref().unwrap().parse().unwrap()
+    }
+
+    /// Reads the guest's project in a store.
+    pub fn reader(&self, guest: GuestId, store: &std::path::Path) -> ChunkReader {
+        let (project, key) = {
+            let state = self.state();
+            let spec = &state.specs[&guest];
+            (spec.project, spec.project_key.0)
+        };
+        let keys = Arc::new(DataKeys::derive(project, &ProjectKey::from_bytes(key)));
+        ChunkReader::of_store(keys, Arc::new(DirStore::open(store).unwrap()))
     }
 
     pub fn volume(&self, guest: GuestId) -> VolumeId {

@@ -10,7 +10,7 @@ use supercloud_api::{handover::OperationKind, ids::FreezeId, link::Directive};
 use supercloud_storage::{
     backend::{DirStore, ObjectKey},
     key::ChunkName,
-    sweep,
+    manifest, sweep,
 };
 
 use crate::lab::Lab;
@@ -81,6 +81,10 @@ async fn what_a_guest_stands_on_stays_while_a_host_has_it_and_goes_with_it() {
     lab.start(guest, 0).await;
     lab.check(guest).await;
     let host = &lab.hosts[0];
+    // Only then does it stand on anything.
+    let freeze = FreezeId::generate();
+    lab.done(guest, OperationKind::Freeze { freeze }).await;
+    lab.done(guest, OperationKind::Thaw { freeze, to: host.id }).await;
     let project = lab.controller.project(guest);
     lab.eventually("its base is here", async || {
         lab.controller.report(host.id, guest).is_some_and(|told| told.base_missing_bytes == Some(0))
@@ -94,8 +98,11 @@ async fn what_a_guest_stands_on_stays_while_a_host_has_it_and_goes_with_it() {
     lab.controller.direct(host.id, Directive::SweepStore);
     lab.eventually("a sweep has ended", async || lab.controller.swept(host.id).len() == 1).await;
     let swept = lab.controller.swept(host.id).remove(0);
-    assert_eq!((&swept.problem, swept.freed_chunks), (&None, 0));
-    assert!(swept.seen_chunks > 0);
+    let left = swept.seen_chunks - swept.freed_chunks;
+    assert!(swept.problem.is_none() && swept.freed_chunks > 0, "what the memory was in goes: {swept:?}");
+    let base = lab.controller.base(guest);
+    let whole = manifest::verify(&lab.controller.reader(guest, store.root()), base, true).await.unwrap();
+    assert!(whole.chunks > 0 && left > whole.chunks, "{whole:?}, {left}");
     lab.check(guest).await;
 
     lab.controller.discard(host.id, guest);
@@ -105,5 +112,5 @@ async fn what_a_guest_stands_on_stays_while_a_host_has_it_and_goes_with_it() {
     lab.controller.direct(host.id, Directive::SweepStore);
     lab.eventually("another sweep has ended", async || lab.controller.swept(host.id).len() == 2).await;
     let last = lab.controller.swept(host.id).remove(1);
-    assert_eq!((last.problem, last.freed_chunks), (None, swept.seen_chunks));
+    assert_eq!((last.problem, last.seen_chunks, last.freed_chunks), (None, left, left));
 }
