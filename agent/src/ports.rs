@@ -6,7 +6,7 @@ use supercloud_blanket::BoxFuture;
 use supercloud_ids::{Epoch, HostId, PortId};
 use supercloud_sdn::{
     switch::{SwitchDriver, SwitchError},
-    tap::{self, TapError},
+    tap::{self, Reader, TapError},
     view::OverlayView,
 };
 
@@ -82,7 +82,9 @@ impl Switch for OvsSwitch {
         Box::pin(async move {
             let name = tap::tap_name(port);
             let made = name.clone();
-            tokio::task::spawn_blocking(move || tap::create(&made, mtu, None))
+            let is_in_kernel = self.driver.status().borrow().is_in_kernel;
+            let reader = if is_in_kernel { Reader::Kernel } else { Reader::Userspace };
+            tokio::task::spawn_blocking(move || tap::create(&made, mtu, None, reader))
                 .await?
                 .map_err(|source| PortError::Tap { port, source })?;
             self.driver.attach_tap(port, &name).await?;

@@ -4,7 +4,8 @@
 //! Open vSwitch's userspace datapath reads a tap by a packet socket, so the host's kernel sees each frame too and would
 //! answer ARP for the host's addresses and take in what is sent to them. [`create`] therefore seals the tap: strict
 //! reverse-path filter (a tap has no route, so no source passes), no ARP answers, no IPv6, and, where the `nft` command
-//! works, an ingress chain that drops everything (packet sockets come before it).
+//! works, an ingress chain that drops everything (packet sockets come before it). The kernel datapath takes each frame
+//! itself, before the host's stack and *after* that chain: there is none then, or the guest would have no network.
 //!
 //! All functions block; call them on a blocking thread. They act in the network namespace of the calling thread.
 
@@ -40,6 +41,15 @@ pub enum TapError {
         #[source]
         source: io::Error,
     },
+}
+
+/// Who takes a tap's frames.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reader {
+    /// The switch's own process, by a packet socket: the kernel sees them as well.
+    Userspace,
+    /// The kernel's datapath.
+    Kernel,
 }
 
 /// The name of a port's tap: 13 characters.
@@ -105,7 +115,7 @@ fn attach(name: &str) -> Result<OwnedFd, TapError> {
 /// Makes a persistent tap (or takes the one that is there), seals it against the host's network stack, sets its MTU and
 /// brings it up. `owner` is the uid that may open it besides root. A tap in use by a running guest is left as it is,
 /// but for MTU and seal.
-pub fn create(name: &str, mtu: u16, owner: Option<u32>) -> Result<(), TapError> {
+pub fn create(name: &str, mtu: u16, owner: Option<u32>, reader: Reader) -> Result<(), TapError> {
     match attach(name) {
         Ok(fd) => {
             if let Some(uid) = owner {
@@ -117,7 +127,7 @@ pub fn create(name: &str, mtu: u16, owner: Option<u32>) -> Result<(), TapError> 
         Err(TapError::Os { source, .. }) if source.raw_os_error() == Some(libc::EBUSY) && exists(name) => {}
         Err(other) => return Err(other),
     }
-    seal(name)?;
+    seal(name, reader)?;
     set_up(name, Some(mtu))
 }
 
@@ -174,7 +184,7 @@ pub fn set_ipv4(name: &str, addr: Ipv4Addr, prefix_len: u8) -> Result<(), TapErr
     Ok(())
 }
 
-fn seal(name: &str) -> Result<(), TapError> {
+fn seal(name: &str, reader: Reader) -> Result<(), TapError> {
     for (family, setting, value) in [
         ("ipv6", "disable_ipv6", "1"),
         ("ipv4", "arp_ignore", "8"),
@@ -187,6 +197,10 @@ fn seal(name: &str) -> Result<(), TapError> {
         if folder.exists() {
             fs::write(folder.join(setting), value).map_err(failed("sealing", name))?;
         }
+    }
+    if reader == Reader::Kernel {
+        unseal(name);
+        return Ok(());
     }
     let rules = format!(
         "add table netdev {table}\ndelete table netdev {table}\ntable netdev {table} {{\n chain ingress {{\n  type filter \

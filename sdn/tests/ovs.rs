@@ -335,8 +335,8 @@ fn taps_are_sealed_against_the_hosts_own_stack(lab: &Lab, world: &mut World) {
     };
     host.on(async move {
         tokio::task::spawn_blocking(move || {
-            tap::create(sealed, 1450, None).unwrap();
-            tap::create(sealed, 1400, None).unwrap();
+            tap::create(sealed, 1450, None, tap::Reader::Userspace).unwrap();
+            tap::create(sealed, 1400, None, tap::Reader::Userspace).unwrap();
             assert!(tap::exists(sealed));
         })
         .await

@@ -137,6 +137,7 @@ impl Actor {
             Datapath::System => false,
             Datapath::Probe => !has_kernel,
         };
+        self.status.send_modify(|status| status.is_in_kernel = !self.userspace);
         let datapath_type = if self.userspace { "netdev" } else { "system" }.to_owned();
         if let Some(underlay) = &self.config.underlay {
             let spec = BridgeSpec {

@@ -151,6 +151,8 @@ pub struct Applied {
 pub struct SwitchStatus {
     /// Whether it is connected and programmed.
     pub connected: bool,
+    /// The datapath is the kernel's.
+    pub is_in_kernel: bool,
     /// The view's revision in force.
     pub revision: Option<u64>,
     /// Times that the switch was found anew and put right.
