@@ -21,7 +21,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use vm_memory::{Bytes as _, GuestAddress, GuestMemoryError};
+use vm_memory::{GuestAddress, GuestMemoryBackend as _, ReadVolatile as _, VolatileMemoryError, WriteVolatile as _};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
@@ -217,9 +217,22 @@ fn moved(outcome: io::Result<usize>) -> Result<Option<usize>, Broken> {
     }
 }
 
-fn io_of(error: GuestMemoryError) -> io::Error {
+/// One write, of which it is told how much went. (What memory itself offers goes on until all went, and does not tell how much
+/// when the socket is full in between.)
+fn write_once(stream: &UnixStream, ram: &Ram, at: GuestAddress, bytes: usize) -> io::Result<usize> {
+    let slice = ram.get_slice(at, bytes).map_err(io::Error::other)?;
+    stream.as_fd().write_volatile(&slice).map_err(io_of)
+}
+
+/// One read, likewise.
+fn read_once(stream: &UnixStream, ram: &Ram, at: GuestAddress, bytes: usize) -> io::Result<usize> {
+    let mut slice = ram.get_slice(at, bytes).map_err(io::Error::other)?;
+    stream.as_fd().read_volatile(&mut slice).map_err(io_of)
+}
+
+fn io_of(error: VolatileMemoryError) -> io::Error {
     match error {
-        GuestMemoryError::IOError(error) => error,
+        VolatileMemoryError::IOError(error) => error,
         other => io::Error::other(other),
     }
 }
@@ -298,7 +311,7 @@ impl NbdDisk {
             if let Some(BlockOperation::Write { from, .. }) = self.pending.get(&sending.id)
                 && let Some((at, bytes)) = sending.data.next(&from.0)
             {
-                match moved(ram.write_volatile_to(at, &mut stream.as_fd(), bytes).map_err(io_of))? {
+                match moved(write_once(stream, ram, at, bytes))? {
                     Some(count) => sending.data.advance(count, &from.0),
                     None => return Ok(()),
                 }
@@ -322,7 +335,7 @@ impl NbdDisk {
                     self.done.push_back(Completion { id, result: Ok(()) });
                     continue;
                 };
-                match moved(ram.read_volatile_from(at, &mut stream.as_fd(), bytes).map_err(io_of))? {
+                match moved(read_once(stream, ram, at, bytes))? {
                     Some(count) => place.advance(count, &to.0),
                     None => return Ok(()),
                 }

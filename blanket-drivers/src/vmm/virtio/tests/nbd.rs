@@ -102,11 +102,18 @@ impl Server {
 
 /// A pair of ends; hands are shaken at the server's on a thread, which then does the work.
 fn serving<T: Send + 'static>(work: impl FnOnce(Server) -> T + Send + 'static) -> (UnixStream, JoinHandle<T>) {
+    serving_bytes(BYTES, work)
+}
+
+fn serving_bytes<T: Send + 'static>(
+    bytes: usize,
+    work: impl FnOnce(Server) -> T + Send + 'static,
+) -> (UnixStream, JoinHandle<T>) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     theirs.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let thread = std::thread::spawn(move || {
         let mut server = Server(theirs);
-        server.shake_hands(u64::try_from(BYTES).unwrap());
+        server.shake_hands(u64::try_from(bytes).unwrap());
         work(server)
     });
     (ours, thread)
@@ -159,6 +166,56 @@ fn a_served_disk_is_read_written_and_flushed() {
     let mut expected = pattern();
     expected[62 * 512..].fill(0x5a);
     assert_eq!(server.join().unwrap(), expected);
+}
+
+/// Much more than a socket holds: what went in part goes on where it was.
+#[test]
+fn a_server_that_is_slow_to_read_gets_every_byte_once() {
+    const PIECE: u32 = 60 << 10;
+    const SIZE: usize = 4 << 20;
+    let (go, wait) = channel::<()>();
+    let (stream, server) = serving_bytes(SIZE, move |server| {
+        wait.recv().unwrap();
+        server.serve(vec![0; SIZE])
+    });
+    let (link, news) = linked(stream);
+    let mut driver = Driver::new(block::device(Box::new(link.disk()), "disk", false));
+    driver.set_size(128);
+    driver.bring_up(1 << 9);
+    let data = BUFFERS + 0x1_0000;
+    let bytes: Vec<u8> = (0..2 << 20).map(|at: u32| u8::try_from((at * 31 + at / 4093) % 251).unwrap()).collect();
+    driver.put(data, &bytes);
+    // Four requests of eight segments each.
+    for slot in 0..4u16 {
+        let at = BUFFERS + 0x100 * u64::from(slot);
+        let mut header = 1u32.to_le_bytes().to_vec();
+        header.extend([0; 4]);
+        header.extend((u64::from(slot) * 8 * u64::from(PIECE) / 512).to_le_bytes());
+        driver.put(at, &header);
+        let mut parts = vec![readable(at, 16)];
+        parts.extend((0..8).map(|piece| readable(data + u64::from(PIECE) * (8 * u64::from(slot) + piece), PIECE)));
+        parts.push(writable(at + 16, 1));
+        driver.offer(0, 16 * slot, &parts);
+    }
+    driver.kick(0);
+    // Until the socket is full, so that pieces go in part.
+    std::thread::sleep(Duration::from_millis(200));
+    go.send(()).unwrap();
+    let mut heads: Vec<_> = (0..4).map(|_| driver.await_used(0)).collect();
+    heads.sort_unstable();
+    assert_eq!(heads, [(0, 1), (16, 1), (32, 1), (48, 1)]);
+    // And back, in as large pieces.
+    let back = vec![0; 4 * 8 * PIECE as usize];
+    driver.put(data, &back);
+    let mut parts = Vec::from([writable(data, 8 * PIECE)]);
+    parts.extend([writable(data + 8 * u64::from(PIECE), 8 * PIECE)]);
+    assert_eq!(request(&mut driver, 0, 0, &parts), (0, 16 * PIECE + 1));
+    let half = 16 * PIECE as usize;
+    assert!(driver.get(data, half) == bytes[..half]);
+    assert!(news.try_recv().is_err(), "the link was never lost");
+    drop((driver, link));
+    let disk = server.join().unwrap();
+    assert!(disk[..2 * half] == bytes[..2 * half]);
 }
 
 #[test]
