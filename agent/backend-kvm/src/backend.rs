@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     io,
-    os::unix::net::UnixStream,
+    os::unix::{fs::OpenOptionsExt as _, net::UnixStream},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -282,7 +282,20 @@ impl KvmBackend {
                     Ok(Frozen { format: FROZEN_FORMAT.to_owned(), bytes })
                 }
                 Err(error) => {
-                    let _ = tokio::fs::remove_file(&part).await;
+                    // Before it runs on: a file that is there counts as the guest.
+                    for left in [&file, &part] {
+                        match tokio::fs::remove_file(left).await {
+                            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                                let path = left.clone();
+                                return Err(BackendError::File {
+                                    what: "remove what is left of a freeze in",
+                                    path,
+                                    source: error,
+                                });
+                            }
+                            _ => {}
+                        }
+                    }
                     // Sent, or paused by a file that took nothing: it runs on.
                     if keeper.info().await?.is_some_and(|info| info.state != RunState::Running) {
                         keeper.ask("let a guest run on", migration::verb("resume"), None).await?;
@@ -333,7 +346,9 @@ async fn save(
     keeper.ask(what, migration::verb("stream"), Some(theirs.into())).await?;
     let path = part.to_owned();
     let write = move || {
-        let mut to = std::fs::File::create(&path)?;
+        // What a guest has in its memory is nobody else's.
+        let mut options = std::fs::File::options();
+        let mut to = options.write(true).create(true).truncate(true).mode(0o600).open(&path)?;
         let bytes = io::copy(&mut &ours, &mut to)?;
         to.sync_all()?;
         Ok(bytes)

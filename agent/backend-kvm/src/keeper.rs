@@ -20,7 +20,7 @@ use tokio::{
     net::UnixStream,
     sync::{broadcast, mpsc, oneshot, watch},
     task::JoinHandle,
-    time::{Instant, sleep, timeout},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 
 use crate::{
@@ -269,11 +269,13 @@ impl Talk {
 
     async fn talk(&mut self, requests: &Requests, mut lines: Lines) -> io::Result<()> {
         self.say(requests, Request { verb: "status", ..Request::default() }, None, None).await?;
+        // Kept from turn to turn: however much the process says, a disk without a way is tried again.
+        let mut next_try = Instant::now();
         loop {
             let retry = async {
                 match self.lost.is_empty() {
                     true => std::future::pending().await,
-                    false => sleep(RETRY_EVERY).await,
+                    false => sleep_until(next_try).await,
                 }
             };
             tokio::select! {
@@ -291,7 +293,10 @@ impl Talk {
                     Some(Ask { request, socket, answer }) => self.say(requests, request, socket, Some(answer)).await?,
                     None => return Ok(()),
                 },
-                () = retry => self.mend(requests).await?,
+                () = retry => {
+                    self.mend(requests).await?;
+                    next_try = Instant::now() + RETRY_EVERY;
+                }
             }
         }
     }

@@ -14,6 +14,9 @@ use seccompiler::{
 /// Descriptors at once: a few per device, vCPU and client.
 const MAX_DESCRIPTORS: u64 = 1024;
 
+/// Memory that is not the guest's: threads' stacks, buffers, a kernel and a ramdisk while they are loaded.
+const MAX_DATA_BYTES: u64 = 3 << 30;
+
 /// `KVMIO` of linux/kvm.h, the type of all of its requests, where a request has its type.
 const KVM_REQUESTS: (u64, u64) = (0xff00, 0xae00);
 /// `TUNSETVNETHDRSZ` and `TUNSETOFFLOAD` of linux/if_tun.h.
@@ -34,7 +37,6 @@ const PLAIN: &[libc::c_long] = &[
     libc::SYS_fsync,
     libc::SYS_fdatasync,
     libc::SYS_ftruncate,
-    libc::SYS_fcntl,
     libc::SYS_dup,
     libc::SYS_close,
     // Clients, streams, ways to disks.
@@ -79,8 +81,6 @@ const PLAIN: &[libc::c_long] = &[
     libc::SYS_gettid,
     libc::SYS_getpid,
     libc::SYS_geteuid,
-    libc::SYS_tgkill,
-    libc::SYS_tkill,
     libc::SYS_exit,
     libc::SYS_exit_group,
     libc::SYS_getrandom,
@@ -105,7 +105,17 @@ fn program() -> anyhow::Result<BpfProgram> {
     for value in TAP_REQUESTS.into_iter().chain([libc::FIONBIO]) {
         requests.extend(Rules::from(request(SeccompCmpOp::Eq, value))?);
     }
+    // Flags and seals; not whom a signal goes to.
+    let commands =
+        [libc::F_GETFD, libc::F_SETFD, libc::F_GETFL, libc::F_SETFL, libc::F_DUPFD_CLOEXEC, libc::F_ADD_SEALS];
+    let mut flags = Vec::new();
+    for command in commands {
+        flags.extend(rule(1, SeccompCmpOp::Eq, number(command))?);
+    }
     rules.extend([
+        (libc::SYS_fcntl, flags),
+        // All guests' processes of a host may be one user's: a signal goes to threads of this one only.
+        (libc::SYS_tgkill, rule(0, SeccompCmpOp::Eq, std::process::id().into())?),
         (libc::SYS_mmap, without(2, libc::PROT_EXEC)?),
         (libc::SYS_mprotect, without(2, libc::PROT_EXEC)?),
         (libc::SYS_prctl, rule(0, SeccompCmpOp::Eq, number(libc::PR_SET_NAME))?),
@@ -141,6 +151,7 @@ fn checked(what: &'static str, rc: libc::c_int) -> anyhow::Result<()> {
 pub fn confine() -> anyhow::Result<()> {
     limit("forbidding core dumps", libc::RLIMIT_CORE, 0)?;
     limit("bounding its descriptors", libc::RLIMIT_NOFILE, MAX_DESCRIPTORS)?;
+    limit("bounding its own memory", libc::RLIMIT_DATA, MAX_DATA_BYTES)?;
     for (option, value) in [(libc::PR_SET_NO_NEW_PRIVS, 1), (libc::PR_SET_DUMPABLE, 0)] {
         // SAFETY: these options take numbers only.
         checked("giving up rights", unsafe { libc::prctl(option, value, 0, 0, 0) })?;

@@ -8,13 +8,16 @@
 
 use std::{cmp::Ordering, collections::BTreeMap};
 
-/// Largest configuration that is read.
-pub const MAX_TEXT_BYTES: u64 = 1 << 20;
-/// Deepest nesting, most entries.
+/// Largest configuration that is read, and all boot loader entries together.
+pub const MAX_TEXT_BYTES: u64 = 256 << 10;
+/// Deepest nesting, most entries of a menu, most variables.
 const MAX_DEPTH: usize = 32;
-const MAX_ENTRIES: usize = 512;
-/// Longest value of a variable.
-const MAX_VALUE_BYTES: usize = 4096;
+const MAX_ENTRIES: usize = 256;
+const MAX_VARIABLES: usize = 512;
+/// Most words of a statement, and most bytes of them all once variables have their values: a kernel takes 2,047 of a command
+/// line.
+const MAX_WORDS: usize = 256;
+const MAX_STATEMENT_BYTES: usize = 8192;
 
 /// What is to be booted; paths are of the file system that holds the configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -34,7 +37,8 @@ pub type Variables = BTreeMap<String, String>;
 #[must_use]
 pub fn environment(block: &str) -> Variables {
     let lines = block.lines().filter(|line| !line.starts_with('#'));
-    lines.filter_map(|line| line.split_once('=')).map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
+    let pairs = lines.filter_map(|line| line.split_once('=')).take(MAX_VARIABLES);
+    pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -180,69 +184,78 @@ impl Menu {
         menu
     }
 
-    fn expand(&self, word: &Word) -> String {
-        let mut out = String::new();
-        for piece in word {
-            let text = match piece {
-                Piece::Plain(text) => text,
-                Piece::Variable(name) => self.variables.get(name).map_or("", String::as_str),
-            };
-            if out.len() + text.len() <= MAX_VALUE_BYTES {
-                out.push_str(text);
+    /// A statement's words with their variables' values: as much as is believed of one.
+    fn expand(&self, statement: &[Word]) -> Vec<String> {
+        let mut left = MAX_STATEMENT_BYTES;
+        let mut words = Vec::new();
+        for word in statement.iter().take(MAX_WORDS) {
+            let mut out = String::new();
+            for piece in word {
+                let text = match piece {
+                    Piece::Plain(text) => text,
+                    Piece::Variable(name) => self.variables.get(name).map_or("", String::as_str),
+                };
+                if text.len() <= left {
+                    left -= text.len();
+                    out.push_str(text);
+                }
             }
+            words.push(out);
         }
-        out
+        words
     }
 
     fn run(&mut self, statement: &[Word], frames: &mut Vec<Frame>) {
-        let words: Vec<String> = statement.iter().map(|word| self.expand(word)).collect();
-        let Some((first, rest)) = words.split_first() else { return };
-        let is_active = frames.iter().all(|frame| match frame {
-            Frame::If { is_taken, .. } => *is_taken,
-            Frame::Skipped => false,
-            Frame::Entry { .. } | Frame::Menu { .. } => true,
-        });
-        match first.as_str() {
-            "then" | "do" => return self.run(&statement[1..], frames),
-            "if" => {
-                let is_taken = self.test(rest);
-                open(frames, Frame::If { was_taken: is_taken, is_taken });
-                return;
-            }
-            "elif" | "else" => {
-                let is_so = first == "else" || self.test(rest);
-                if let Some(Frame::If { was_taken, is_taken }) = frames.last_mut() {
-                    *is_taken = is_so && !*was_taken;
-                    *was_taken |= *is_taken;
+        let words = self.expand(statement);
+        let mut words = words.as_slice();
+        while let Some((first, rest)) = words.split_first() {
+            let is_active = frames.iter().all(|frame| match frame {
+                Frame::If { is_taken, .. } => *is_taken,
+                Frame::Skipped => false,
+                Frame::Entry { .. } | Frame::Menu { .. } => true,
+            });
+            match first.as_str() {
+                // What follows in the same line is a statement of its own.
+                "then" | "do" => {
+                    words = rest;
+                    continue;
                 }
-                if first == "else" {
-                    self.run(&statement[1..], frames);
+                "if" => {
+                    let is_taken = self.test(rest);
+                    open(frames, Frame::If { was_taken: is_taken, is_taken });
                 }
-                return;
-            }
-            "fi" | "done" | "}" => {
-                if let Some(frame) = frames.pop() {
-                    self.close(frame, frames);
+                "elif" | "else" => {
+                    let is_so = first == "else" || self.test(rest);
+                    if let Some(Frame::If { was_taken, is_taken }) = frames.last_mut() {
+                        *is_taken = is_so && !*was_taken;
+                        *was_taken |= *is_taken;
+                    }
+                    if first == "else" {
+                        words = rest;
+                        continue;
+                    }
                 }
-                return;
+                "fi" | "done" | "}" => {
+                    if let Some(frame) = frames.pop() {
+                        self.close(frame, frames);
+                    }
+                }
+                "for" | "while" | "until" => open(frames, Frame::Skipped),
+                "menuentry" | "submenu" if is_active => {
+                    let (title, id) = named(rest);
+                    open(
+                        frames,
+                        match first.as_str() {
+                            "menuentry" => Frame::Entry { title, id, choice: Choice::default() },
+                            _ => Frame::Menu { title, id, nodes: Vec::new() },
+                        },
+                    );
+                }
+                _ if words.last().is_some_and(|last| last == "{") => open(frames, Frame::Skipped),
+                _ if is_active => self.command(first, rest, frames),
+                _ => {}
             }
-            "for" | "while" | "until" => return open(frames, Frame::Skipped),
-            "menuentry" | "submenu" if is_active => {
-                let (title, id) = named(rest);
-                open(
-                    frames,
-                    match first.as_str() {
-                        "menuentry" => Frame::Entry { title, id, choice: Choice::default() },
-                        _ => Frame::Menu { title, id, nodes: Vec::new() },
-                    },
-                );
-                return;
-            }
-            _ if words.last().is_some_and(|last| last == "{") => return open(frames, Frame::Skipped),
-            _ => {}
-        }
-        if is_active {
-            self.command(first, rest, frames);
+            return;
         }
     }
 
@@ -265,6 +278,7 @@ impl Menu {
         if let Some((name, value)) = assignment.and_then(|text| text.split_once('='))
             && !name.is_empty()
             && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+            && (self.variables.len() < MAX_VARIABLES || self.variables.contains_key(name))
         {
             self.variables.insert(name.to_owned(), value.to_owned());
         }
@@ -315,12 +329,13 @@ impl Menu {
                 match key {
                     "title" => value.clone_into(&mut title),
                     "linux" => value.clone_into(&mut choice.kernel),
-                    "initrd" => choice.initrds.extend(value.split_whitespace().map(str::to_owned)),
-                    "options" => {
-                        let words = statements(value).into_iter().flatten();
-                        let words: Vec<String> = words.map(|word| self.expand(&word)).collect();
+                    "initrd" if choice.initrds.len() < MAX_WORDS => {
+                        choice.initrds.extend(value.split_whitespace().take(MAX_WORDS).map(str::to_owned));
+                    }
+                    "options" if choice.cmdline.len() < MAX_STATEMENT_BYTES => {
+                        let words: Vec<Word> = statements(value).into_iter().flatten().collect();
                         let gap = if choice.cmdline.is_empty() { "" } else { " " };
-                        choice.cmdline = format!("{}{gap}{}", choice.cmdline, words.join(" "));
+                        choice.cmdline = format!("{}{gap}{}", choice.cmdline, self.expand(&words).join(" "));
                     }
                     _ => {}
                 }
@@ -565,6 +580,33 @@ submenu 'Advanced options for Debian GNU/Linux' $menuentry_id_option 'gnulinux-a
         assert_eq!((first.kernel.as_str(), first.cmdline.as_str()), ("/k", "a=$z b c d"));
         assert_eq!(kernel("menuentry empty {\n}\n", &[]), None);
         assert_eq!(kernel("", &[]), None);
+    }
+
+    /// Each would take gigabytes if it were believed.
+    #[test]
+    fn texts_that_grow_without_end_are_cut_off() {
+        let room = usize::try_from(MAX_TEXT_BYTES).unwrap();
+        let long = "x".repeat(4000);
+        let grows = |line: &str| format!("a={long}\nmenuentry m {{\n{line}\n}}").chars().take(room).collect::<String>();
+        let words = " $a".repeat(room / 3);
+        for text in [
+            "then ".repeat(room / 5),
+            "else ".repeat(room / 5),
+            "if ".repeat(room / 3),
+            "{ ".repeat(room / 2),
+            "submenu a { ".repeat(room / 12),
+            "menuentry a { linux /k ; } ; ".repeat(room / 30),
+            (0..room / 8).map(|n| format!("v{n}=1;")).collect(),
+            grows(&format!("linux /k{words}")),
+            grows(&format!("initrd{words}")),
+        ] {
+            let choice = kernel(&text, &[]).unwrap_or_default();
+            let bytes = choice.cmdline.len() + choice.initrds.iter().map(String::len).sum::<usize>();
+            assert!(bytes <= 2 * MAX_STATEMENT_BYTES, "{:.40}: {bytes}", text);
+        }
+        let mut menu = Menu::read(&format!("a={long}"), Variables::new());
+        menu.add_entries(vec![("e".to_owned(), format!("linux /k\noptions{words}\noptions{words}\n"))]);
+        assert!(menu.choice().unwrap().cmdline.len() <= 2 * MAX_STATEMENT_BYTES + MAX_WORDS);
     }
 
     proptest! {

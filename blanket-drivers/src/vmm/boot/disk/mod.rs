@@ -8,7 +8,7 @@ mod grub;
 mod partitions;
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     error::Error,
     fs::File,
     io::{self, Write as _},
@@ -17,17 +17,20 @@ use std::{
         unix::fs::FileExt as _,
     },
     rc::Rc,
+    time::{Duration, Instant},
 };
 
-use ext4_view::{Ext4, Ext4Read};
+use ext4_view::{Ext4, Ext4Error, Ext4Read};
 
 use super::{BootError, BootFiles};
 use grub::{Choice, Menu, Variables};
 use partitions::Part;
 
 /// Largest files that are taken from a disk.
-const MAX_KERNEL_BYTES: u64 = 256 << 20;
-const MAX_INITRD_BYTES: u64 = 1 << 30;
+const MAX_KERNEL_BYTES: u64 = 128 << 20;
+const MAX_INITRD_BYTES: u64 = 512 << 20;
+/// How long looking through a disk may take: blocks may be away, and a file system may have been made to be walked for ever.
+const BUDGET: Duration = Duration::from_secs(120);
 /// Boot loader entries that are looked at.
 const MAX_LOADER_ENTRIES: usize = 256;
 
@@ -79,6 +82,9 @@ const WINDOWS: usize = 32;
 /// A part of a disk, read by windows: file systems are asked for in small pieces, and each may be a round trip.
 struct Windows {
     disk: Rc<RefCell<dyn ReadAt>>,
+    until: Instant,
+    /// Why the disk could not be read, whatever was made of it.
+    trouble: Rc<Cell<Option<io::Error>>>,
     part: Part,
     kept: Vec<(u64, Vec<u8>)>,
 }
@@ -95,7 +101,14 @@ impl Windows {
             let from = number * WINDOW_BYTES;
             let bytes = self.part.bytes.saturating_sub(from).min(WINDOW_BYTES);
             let mut window = vec![0; usize::try_from(bytes).map_err(io::Error::other)?];
-            self.disk.borrow_mut().read_at(self.part.from + from, &mut window)?;
+            let late = || io::Error::new(io::ErrorKind::TimedOut, "looking through the disk takes too long");
+            let in_time = if Instant::now() < self.until { Ok(()) } else { Err(late()) };
+            let read = in_time.and_then(|()| self.disk.borrow_mut().read_at(self.part.from + from, &mut window));
+            if let Err(error) = read {
+                let said = io::Error::new(error.kind(), error.to_string());
+                self.trouble.set(Some(error));
+                return Err(said);
+            }
             self.kept.push((number, window));
         }
         Ok(self.kept.last().map_or(&[], |(_, window)| window))
@@ -106,6 +119,11 @@ impl Ext4Read for Windows {
     fn read(&mut self, start_byte: u64, dst: &mut [u8]) -> Result<(), Box<dyn Error + Send + Sync + 'static>> {
         let end = start_byte.checked_add(dst.len() as u64).filter(|end| *end <= self.part.bytes);
         end.ok_or("beyond the partition's end")?;
+        if Instant::now() >= self.until {
+            // Also when all of it is kept: a file system may have been made to be walked for ever.
+            self.trouble.set(Some(io::Error::new(io::ErrorKind::TimedOut, "looking through the disk takes too long")));
+            return Err("too late".into());
+        }
         let mut done = 0;
         while done < dst.len() {
             let at = start_byte + done as u64;
@@ -134,13 +152,22 @@ pub fn files(disk: impl ReadAt + 'static) -> Result<BootFiles, BootError> {
     let disk: Rc<RefCell<dyn ReadAt>> = Rc::new(RefCell::new(disk));
     let parts = partitions::parts(&mut *disk.borrow_mut());
     let parts = parts.map_err(|source| BootError::Read { what: "the disk's partitions", source })?;
+    let until = Instant::now() + BUDGET;
     let mut seen = Vec::new();
     for part in parts {
-        let windows = Windows { disk: Rc::clone(&disk), part, kept: Vec::new() };
-        let Ok(system) = Ext4::load(Box::new(windows)) else { continue };
-        match menu(&system).and_then(|menu| menu.choice()) {
-            Some(choice) => return take(&system, &choice),
-            None => seen.push(part.from),
+        let trouble = Rc::new(Cell::new(None));
+        let windows = Windows { disk: Rc::clone(&disk), until, trouble: Rc::clone(&trouble), part, kept: Vec::new() };
+        let system = Ext4::load(Box::new(windows));
+        let choice = system.as_ref().ok().and_then(menu).and_then(|menu| menu.choice());
+        let taken = system.as_ref().ok().zip(choice).map(|(system, choice)| take(system, &choice));
+        // Not that there is nothing, but that nobody knows.
+        if let Some(source) = trouble.take() {
+            return Err(BootError::Read { what: "a partition of the disk", source });
+        }
+        match taken {
+            Some(taken) => return taken,
+            None if system.is_ok() => seen.push(part.from),
+            None => {}
         }
     }
     Err(wrong(if seen.is_empty() {
@@ -183,10 +210,14 @@ fn entries(system: &Ext4, root: &str) -> Vec<(String, String)> {
     let mut found = Vec::new();
     for folder in [format!("{root}/loader/entries"), "/boot/loader/entries".to_owned()] {
         let Ok(entries) = system.read_dir(folder.as_str()) else { continue };
+        let mut left = grub::MAX_TEXT_BYTES;
         for entry in entries.flatten().take(MAX_LOADER_ENTRIES) {
             let name = entry.file_name();
             let Some(id) = name.as_str().ok().and_then(|name| name.strip_suffix(".conf")) else { continue };
-            found.extend(text(system, &format!("{folder}/{id}.conf")).map(|text| (id.to_owned(), text)));
+            if let Some(text) = text(system, &format!("{folder}/{id}.conf")).filter(|text| text.len() as u64 <= left) {
+                left -= text.len() as u64;
+                found.push((id.to_owned(), text));
+            }
         }
         if !found.is_empty() {
             break;
@@ -210,7 +241,7 @@ fn take(system: &Ext4, choice: &Choice) -> Result<BootFiles, BootError> {
 
 fn content(system: &Ext4, path: &str, most: u64) -> Result<Vec<u8>, BootError> {
     let shown: String = path.chars().take(200).collect();
-    let cannot = |error: ext4_view::Ext4Error| wrong(format!("{shown}: {error}"));
+    let cannot = |error: Ext4Error| wrong(format!("{shown}: {error}"));
     let size = system.metadata(path).map_err(cannot)?.len();
     if size > most {
         return Err(wrong(format!("{shown} has {size} bytes; at most {most} are read")));

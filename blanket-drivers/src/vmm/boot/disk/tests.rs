@@ -97,6 +97,32 @@ fn what_a_disk_boots_is_found_on_it() {
     assert!(said.contains("/b.img"), "{said}");
 }
 
+/// A disk that cannot be read from some place on.
+struct Failing(Vec<u8>, u64);
+
+impl ReadAt for Failing {
+    fn bytes(&self) -> u64 {
+        self.0.bytes()
+    }
+
+    fn read_at(&mut self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        if offset + buffer.len() as u64 > self.1 {
+            Err(io::ErrorKind::NotConnected.into())
+        } else {
+            self.0.read_at(offset, buffer)
+        }
+    }
+}
+
+#[test]
+fn a_disk_that_cannot_be_read_is_not_one_without_a_kernel() {
+    let Some(root) = system(&debian(), 4096) else { return };
+    for most in [0, 512 << 10, 1 << 20, (1 << 20) + (100 << 10)] {
+        let said = files(Failing(partitioned(&root), most)).unwrap_err();
+        assert!(matches!(said, BootError::Read { .. }), "{most}: {said}");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
     /// A disk that its guest has spoiled is an error, or boots something; it does not panic.
