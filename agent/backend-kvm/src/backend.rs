@@ -204,17 +204,13 @@ impl KvmBackend {
             let file = |source| BackendError::File { what: "use", path: at.folder.clone(), source };
             at.make().map_err(file)?;
             at.begin().map_err(file)?;
-            let process = spawn::start(&config, &at, &launch, arrives)?;
+            let started = spawn::start(&config, &at, &launch, arrives)?;
             let role = if arrives { Role::Incoming } else { Role::Owner };
-            let record = Record { epoch: launch.epoch, launch, role, process };
-            match at.write(&record) {
-                Ok(()) => Ok(record),
-                Err(source) => {
-                    // Nobody would find it again.
-                    process.kill();
-                    Err(file(source))
-                }
-            }
+            let record = Record { epoch: launch.epoch, launch, role, process: started.process };
+            // Before it does anything: what nobody would find again ends by itself.
+            at.write(&record).map_err(file)?;
+            started.begin()?;
+            Ok::<_, BackendError>(record)
         });
         let record = started.await.map_err(|error| failed("start a guest")(io::Error::other(error)))??;
         let keeper = self.keep(home.clone(), record);

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs::File,
-    io,
+    io::{self, Write as _},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
         unix::{
@@ -45,8 +45,27 @@ fn cannot<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> B
     move |source| BackendError::File { what, path: path.to_owned(), source }
 }
 
-/// Starts the process of a guest, which waits to be let run, or to come when it `arrives`.
-pub fn start(config: &KvmConfig, home: &Home, launch: &Launch, arrives: bool) -> BackendResult<Lasting> {
+/// A process that has not heard yet what to do, and does nothing before; it ends when this is dropped.
+pub struct Started {
+    /// Which.
+    pub process: Lasting,
+    text: String,
+    stdin: std::process::ChildStdin,
+}
+
+impl Started {
+    /// Tells it.
+    pub fn begin(mut self) -> BackendResult<()> {
+        let detail = |error: io::Error| BackendError::Failed {
+            what: "tell a guest's process what to run",
+            detail: error.to_string(),
+        };
+        self.stdin.write_all(self.text.as_bytes()).map_err(detail)
+    }
+}
+
+/// Starts the process of a guest, which then waits to be let run, or to come when it `arrives`.
+pub fn start(config: &KvmConfig, home: &Home, launch: &Launch, arrives: bool) -> BackendResult<Started> {
     let mut handed = Handed::default();
     let kvm = Path::new("/dev/kvm");
     let opened = File::options().read(true).write(true).open(kvm).map_err(cannot("open", kvm))?;
@@ -89,10 +108,10 @@ pub fn start(config: &KvmConfig, home: &Home, launch: &Launch, arrives: bool) ->
     let log = append(&log_path).map_err(cannot("open", &log_path))?;
     let mut command = Command::new(&config.program);
     command
-        .args(["--launch", &text])
+        .args(["--launch", "-"])
         .current_dir("/")
         .env_clear()
-        .stdin(Stdio::null())
+        .stdin(Stdio::piped())
         .stdout(log.try_clone().map_err(cannot("open", &log_path))?)
         .stderr(log);
     // SAFETY: geteuid takes no arguments and cannot fail.
@@ -104,12 +123,16 @@ pub fn start(config: &KvmConfig, home: &Home, launch: &Launch, arrives: bool) ->
     lasting::detach(&mut command, &kept);
     // Not waited for any more: it outlives this agent, and while this agent lives, tokio reaps it.
     let child = tokio::process::Command::from(command).kill_on_drop(false).spawn();
-    let child = child.map_err(cannot("start", &config.program))?;
+    let mut child = child.map_err(cannot("start", &config.program))?;
     let failed = || {
         let detail = format!("it ended at once; it said: {}", last_words(home));
         BackendError::Failed { what: "start a guest's process", detail }
     };
-    child.id().and_then(Lasting::of).ok_or_else(failed)
+    let process = child.id().and_then(Lasting::of).ok_or_else(failed)?;
+    let stdin = child.stdin.take().ok_or_else(failed)?.into_owned_fd().map_err(cannot("reach", &config.program))?;
+    // Blocking, as everything here; tokio had made it otherwise.
+    let stdin = std::process::ChildStdin::from(stdin);
+    Ok(Started { process, text, stdin })
 }
 
 /// Listens for this user and root alone; what lay there before is removed.

@@ -16,7 +16,7 @@ use supercloud_blanket::device::{Boot, Console, MachineSpec, SpecError};
 /// The back end's name in a guest's class.
 pub const BACK_END: &str = "kvm";
 /// Longest launch text.
-const MAX_TEXT_BYTES: usize = 64 << 10;
+pub const MAX_TEXT_BYTES: usize = 64 << 10;
 
 /// Why a launch is refused.
 #[derive(Debug, thiserror::Error)]
