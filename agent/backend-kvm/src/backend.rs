@@ -1,7 +1,7 @@
 //! [`KvmBackend`]: the [`Backend`] trait on processes of our own VMM.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     os::unix::{fs::OpenOptionsExt as _, net::UnixStream},
     path::{Path, PathBuf},
@@ -20,11 +20,14 @@ use supercloud_blanket::{
     vmm::cpu,
 };
 use supercloud_ids::{Epoch, GuestId};
-use tokio::sync::{broadcast, watch};
+use tokio::{
+    sync::{broadcast, watch},
+    task::JoinSet,
+};
 
 use crate::{
     ACCELERATOR, BACK_END, KvmConfig, MACHINE_VERSION,
-    control::Request,
+    control::{Request, State},
     keeper::Keeper,
     migration::{self, Leaving},
     record::{Home, Record, Role},
@@ -33,6 +36,8 @@ use crate::{
 
 /// A guest that is frozen or thawed may take this long.
 const FREEZE_BUDGET: Duration = Duration::from_secs(3600);
+/// The pause before something is tried again with a guest that was found again.
+const SETTLE_PAUSE: Duration = Duration::from_secs(2);
 /// A guest that is being frozen shall not be copied in many rounds: it will stand still anyway.
 const FREEZE_DOWNTIME_MS: u64 = 60_000;
 /// The format of [`Backend::freeze`]'s files: the stream of a move.
@@ -44,6 +49,10 @@ pub struct KvmBackend {
     baseline: String,
     keepers: Mutex<BTreeMap<GuestId, Arc<Keeper>>>,
     events: broadcast::Sender<BackendEvent>,
+    /// Guests of which nothing can be said: they may well run.
+    unreadable: Mutex<BTreeSet<GuestId>>,
+    /// What is done for guests that were found again.
+    settling: Mutex<JoinSet<()>>,
     /// Who waits for the streams of guests that come here.
     pub(crate) arrivals: migration::Arrivals,
 }
@@ -89,10 +98,12 @@ impl KvmBackend {
             baseline,
             keepers: Mutex::default(),
             events: broadcast::Sender::new(256),
+            unreadable: Mutex::default(),
+            settling: Mutex::default(),
             arrivals: migration::Arrivals::default(),
         };
         for home in homes {
-            back_end.find_again(home).await?;
+            back_end.find_again(home).await;
         }
         Ok(back_end)
     }
@@ -110,69 +121,75 @@ impl KvmBackend {
         self.keepers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes up a guest that an agent before has left.
-    async fn find_again(&self, home: Home) -> BackendResult<()> {
-        let guest = home.guest;
-        let at = home.clone();
-        let record = tokio::task::spawn_blocking(move || at.read()).await;
-        let record = match record.map_err(io::Error::other).and_then(|read| read) {
+    /// Takes up a guest that an agent before has left. What one guest's process does or leaves out keeps no other from that: what
+    /// there is to do is done beside, as often as it takes, and until then nothing is said of this guest.
+    async fn find_again(&self, home: Home) {
+        let (guest, at) = (home.guest, home.clone());
+        let read = tokio::task::spawn_blocking(move || at.read()).await;
+        let record = match read.map_err(io::Error::other).and_then(|read| read) {
             Ok(Some(record)) => record,
-            // Its start was broken off before it could run.
+            // Its process was never told what to run, and has ended.
             Ok(None) => return self.forget(home).await,
-            Err(source) => {
-                return Err(BackendError::File { what: "read the record in", path: home.folder, source });
+            Err(error) => {
+                tracing::error!(%guest, %error, folder = %home.folder.display(), "the record of a guest's process cannot be read: nothing is done with that guest");
+                self.unreadable().insert(guest);
+                return;
             }
         };
-        let keeper = self.keep(home, record.clone());
-        let Some(info) = keeper.info().await? else { return Ok(()) };
-        tracing::info!(%guest, state = ?info.state, "a guest was found again");
-        match (&record.role, info.state) {
-            (_, RunState::Paused(PauseReason::Incoming)) => {
-                keeper.end(StopReason::Failed, self.config.process_budget).await
+        let (role, epoch) = (record.role.clone(), record.epoch);
+        let keeper = self.keep(home, record, false);
+        let budget = self.config.process_budget;
+        let settle = async move {
+            while let Err(error) = settle(&keeper, &role, epoch, budget).await {
+                tracing::warn!(%guest, %error, "a guest that was found again is not yet as it shall be");
+                tokio::time::sleep(SETTLE_PAUSE).await;
             }
-            (Role::Freezing(file), _) if whole(file).await? => {
-                keeper.end(StopReason::Frozen, self.config.process_budget).await
-            }
-            (Role::Freezing(_), state) => {
-                let _ = keeper.ask("cancel a freeze", migration::verb("cancel"), None).await;
-                if state != RunState::Running {
-                    keeper.ask("let a guest run on", migration::verb("resume"), None).await?;
-                }
-                keeper.mark(record.epoch, Role::Owner).await
-            }
-            _ => Ok(()),
-        }
+            keeper.settled();
+        };
+        self.settling.lock().unwrap_or_else(PoisonError::into_inner).spawn(settle);
     }
 
-    async fn forget(&self, home: Home) -> BackendResult<()> {
-        let removed = tokio::task::spawn_blocking(move || home.remove().map_err(|source| (home.folder, source))).await;
-        match removed.map_err(|error| failed("look for guests")(io::Error::other(error)))? {
-            Ok(()) => Ok(()),
-            Err((path, source)) => Err(BackendError::File { what: "remove", path, source }),
-        }
+    fn unreadable(&self) -> MutexGuard<'_, BTreeSet<GuestId>> {
+        self.unreadable.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn keep(&self, home: Home, record: Record) -> Arc<Keeper> {
+    async fn forget(&self, home: Home) {
         let guest = home.guest;
-        let keeper = Arc::new(Keeper::new(home, record, self.events.clone(), self.config.call_budget));
+        let removed = tokio::task::spawn_blocking(move || home.remove()).await;
+        if let Err(error) = removed.map_err(io::Error::other).and_then(|removed| removed) {
+            tracing::warn!(%guest, %error, "what is left of a guest's process cannot be removed");
+        }
+    }
+
+    fn keep(&self, home: Home, record: Record, is_settled: bool) -> Arc<Keeper> {
+        let guest = home.guest;
+        let keeper = Keeper::new(home, record, self.events.clone(), self.config.call_budget, is_settled);
+        let keeper = Arc::new(keeper);
         self.keepers().insert(guest, Arc::clone(&keeper));
         keeper
     }
 
     /// The guest's process, while it is here.
-    pub(crate) fn keeper(&self, guest: GuestId) -> Option<Arc<Keeper>> {
+    ///
+    /// # Errors
+    /// When nobody can say.
+    pub(crate) fn keeper(&self, guest: GuestId) -> BackendResult<Option<Arc<Keeper>>> {
+        if self.unreadable().contains(&guest) {
+            let detail = format!("its record in {} cannot be read", self.config.run_dir.display());
+            return Err(BackendError::Failed { what: "find a guest's process", detail });
+        }
         let mut keepers = self.keepers();
-        let keeper = keepers.get(&guest)?;
+        let Some(keeper) = keepers.get(&guest) else { return Ok(None) };
         if keeper.seen().gone.is_some() {
             keepers.remove(&guest);
-            return None;
+            return Ok(None);
         }
-        Some(Arc::clone(keeper))
+        Ok(Some(Arc::clone(keeper)))
     }
 
     /// Likewise, with its state.
     pub(crate) async fn expect(&self, guest: GuestId) -> BackendResult<(Arc<Keeper>, RunState)> {
-        let keeper = self.keeper(guest).ok_or(BackendError::NoSuchGuest { guest })?;
+        let keeper = self.keeper(guest)?.ok_or(BackendError::NoSuchGuest { guest })?;
         match keeper.info().await? {
             Some(info) => Ok((keeper, info.state)),
             None => Err(BackendError::NoSuchGuest { guest }),
@@ -189,7 +206,7 @@ impl KvmBackend {
         if launch.spec.devices.has_balloon {
             return lacks("a memory balloon".to_owned());
         }
-        match self.keeper(launch.guest) {
+        match self.keeper(launch.guest)? {
             Some(_) => Err(BackendError::AlreadyThere { guest: launch.guest }),
             None => Ok(()),
         }
@@ -213,7 +230,7 @@ impl KvmBackend {
             Ok::<_, BackendError>(record)
         });
         let record = started.await.map_err(|error| failed("start a guest")(io::Error::other(error)))??;
-        let keeper = self.keep(home.clone(), record);
+        let keeper = self.keep(home.clone(), record, true);
         let what = "start a guest's process";
         let seen = keeper.until(what, self.config.process_budget, |seen| seen.state.is_some() || seen.gone.is_some());
         let failed = match seen.await {
@@ -255,7 +272,7 @@ impl KvmBackend {
         let budget = self.config.process_budget;
         let expected = self.keeper(guest);
         let done = async move {
-            let keeper = expected.ok_or(BackendError::NoSuchGuest { guest })?;
+            let keeper = expected?.ok_or(BackendError::NoSuchGuest { guest })?;
             let what = "freeze a guest";
             let there = tokio::fs::try_exists(&file).await.unwrap_or(true);
             if there {
@@ -279,19 +296,7 @@ impl KvmBackend {
                 }
                 Err(error) => {
                     // Before it runs on: a file that is there counts as the guest.
-                    for left in [&file, &part] {
-                        match tokio::fs::remove_file(left).await {
-                            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                                let path = left.clone();
-                                return Err(BackendError::File {
-                                    what: "remove what is left of a freeze in",
-                                    path,
-                                    source: error,
-                                });
-                            }
-                            _ => {}
-                        }
-                    }
+                    remove_frozen(&file).await?;
                     // Sent, or paused by a file that took nothing: it runs on.
                     if keeper.info().await?.is_some_and(|info| info.state != RunState::Running) {
                         keeper.ask("let a guest run on", migration::verb("resume"), None).await?;
@@ -318,6 +323,41 @@ impl KvmBackend {
         thawed?;
         keeper.info().await?.ok_or(BackendError::NoSuchGuest { guest })
     }
+}
+
+/// Makes of a guest that an agent before has left what it shall be: one that was arriving has not come, and a freeze that did not
+/// come to its end was none.
+async fn settle(keeper: &Keeper, role: &Role, epoch: Epoch, budget: Duration) -> BackendResult<()> {
+    let Some(state) = keeper.state_of_process().await? else { return Ok(()) };
+    let guest = keeper.guest();
+    tracing::info!(%guest, ?state, ?role, "a guest was found again");
+    let Role::Freezing(file) = role else {
+        return if state == State::Arriving { keeper.end(StopReason::Failed, budget).await } else { Ok(()) };
+    };
+    let stands_still = matches!(state, State::Paused | State::Sent);
+    if stands_still && whole(file).await? {
+        return keeper.end(StopReason::Frozen, budget).await;
+    }
+    // It runs, or shall: what there is of a file is not the guest any more.
+    let _ = keeper.ask("cancel a freeze", migration::verb("cancel"), None).await;
+    remove_frozen(file).await?;
+    if stands_still {
+        keeper.ask("let a guest run on", migration::verb("resume"), None).await?;
+    }
+    keeper.mark(epoch, Role::Owner).await
+}
+
+/// Removes what there is of a freeze that was none.
+async fn remove_frozen(file: &Path) -> BackendResult<()> {
+    for left in [file.to_owned(), part_of(file)] {
+        match tokio::fs::remove_file(&left).await {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                return Err(BackendError::File { what: "remove what is left of a freeze in", path: left, source });
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// Where a file is written before it is whole.
@@ -416,7 +456,7 @@ impl Backend for KvmBackend {
 
     fn stop(&self, guest: GuestId, mode: StopMode) -> BoxFuture<'_, BackendResult<()>> {
         Box::pin(async move {
-            let Some(keeper) = self.keeper(guest) else { return Ok(()) };
+            let Some(keeper) = self.keeper(guest)? else { return Ok(()) };
             if let StopMode::Graceful { budget } = mode {
                 // A guest that stands still cannot answer its power button, and one that refuses it is ended as well.
                 let pressed = keeper.ask("press a guest's power button", migration::verb("power_button"), None).await;
@@ -454,7 +494,7 @@ impl Backend for KvmBackend {
 
     fn status(&self, guest: GuestId) -> BoxFuture<'_, BackendResult<Option<GuestInfo>>> {
         Box::pin(async move {
-            match self.keeper(guest) {
+            match self.keeper(guest)? {
                 Some(keeper) => keeper.info().await,
                 None => Ok(None),
             }

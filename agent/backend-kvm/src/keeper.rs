@@ -85,6 +85,7 @@ pub struct Keeper {
     shared: Arc<Shared>,
     asks: mpsc::Sender<Ask>,
     seen: watch::Receiver<Seen>,
+    is_settled: watch::Sender<bool>,
     budget: Duration,
     task: JoinHandle<()>,
 }
@@ -113,8 +114,14 @@ pub fn run_state(state: State, role: &Role) -> RunState {
 }
 
 impl Keeper {
-    /// Begins to talk to a process.
-    pub fn new(home: Home, record: Record, events: broadcast::Sender<BackendEvent>, budget: Duration) -> Self {
+    /// Begins to talk to a process. While it is not settled, nothing is said of its guest.
+    pub fn new(
+        home: Home,
+        record: Record,
+        events: broadcast::Sender<BackendEvent>,
+        budget: Duration,
+        is_settled: bool,
+    ) -> Self {
         let shared = Arc::new(Shared {
             home,
             record: Mutex::new(record),
@@ -134,7 +141,8 @@ impl Keeper {
             attaching: BTreeMap::new(),
             told: BTreeSet::new(),
         };
-        Self { shared, asks, seen, budget, task: tokio::spawn(talk.run()) }
+        let is_settled = watch::Sender::new(is_settled);
+        Self { shared, asks, seen, is_settled, budget, task: tokio::spawn(talk.run()) }
     }
 
     pub fn guest(&self) -> GuestId {
@@ -175,11 +183,28 @@ impl Keeper {
         self.seen.borrow().clone()
     }
 
-    /// The guest as it is; `None` when it is gone. Waits for the process's first word.
-    pub async fn info(&self) -> BackendResult<Option<GuestInfo>> {
+    /// It is as it shall be.
+    pub fn settled(&self) {
+        self.is_settled.send_replace(true);
+    }
+
+    /// What its process says; `None` when it is gone. Waits for the first word.
+    pub async fn state_of_process(&self) -> BackendResult<Option<State>> {
         let what = "hear from a guest's process";
         let seen = self.until(what, self.budget, |seen| seen.state.is_some() || seen.gone.is_some()).await?;
-        let Some(state) = seen.state.filter(|_| seen.gone.is_none()) else { return Ok(None) };
+        Ok(seen.state.filter(|_| seen.gone.is_none()))
+    }
+
+    /// The guest as it is; `None` when it is gone. Waits for the process's first word, and until it is settled.
+    pub async fn info(&self) -> BackendResult<Option<GuestInfo>> {
+        let mut is_settled = self.is_settled.subscribe();
+        let what = "settle a guest that was found again";
+        let budget_ms = u64::try_from(self.budget.as_millis()).unwrap_or(u64::MAX);
+        let settled = timeout(self.budget, is_settled.wait_for(|is_settled| *is_settled)).await;
+        settled
+            .map_err(|_| BackendError::Deadline { what, budget_ms })?
+            .map_err(|_| BackendError::NoSuchGuest { guest: self.guest() })?;
+        let Some(state) = self.state_of_process().await? else { return Ok(None) };
         let record = self.record();
         let state = run_state(state, &record.role);
         Ok(Some(GuestInfo { guest: self.guest(), epoch: record.epoch, state, pid: Some(record.process.pid) }))

@@ -42,6 +42,8 @@ use crate::{
     record::Role,
 };
 
+/// How long a copy that is given up may take to end.
+const CANCEL_BUDGET: Duration = Duration::from_secs(90);
 /// How long the carrier of a stream may take to accept, or to come.
 const DIAL_BUDGET: Duration = Duration::from_secs(10);
 
@@ -157,7 +159,7 @@ impl Leaving<'_> {
             let news =
                 |seen: &Seen| seen.gone.is_some() || seen.state != Some(State::Sending) || seen.progress != before;
             // The process itself gives up a stream that takes nothing.
-            let looked = keeper.until(what, if overdue.is_some() { budget } else { left }, news).await;
+            let looked = keeper.until(what, if overdue.is_some() { CANCEL_BUDGET } else { left }, news).await;
             match looked {
                 Ok(seen) => {
                     shown.send_modify(|last| *last = advance(last, &seen.progress, memory_bytes, began.elapsed()));
@@ -261,7 +263,7 @@ impl KvmBackend {
 
     async fn discard_move(&self, guest: GuestId) -> BackendResult<()> {
         self.arrivals.set(guest, None);
-        let Some(keeper) = self.keeper(guest) else { return Ok(()) };
+        let Some(keeper) = self.keeper(guest)? else { return Ok(()) };
         match keeper.info().await?.map(|info| info.state) {
             None => Ok(()),
             Some(RunState::Paused(PauseReason::Incoming | PauseReason::Arrived) | RunState::Crashed) => {
@@ -272,7 +274,7 @@ impl KvmBackend {
     }
 
     async fn confirm_move(&self, guest: GuestId, verdict: Verdict) -> BackendResult<()> {
-        let Some(keeper) = self.keeper(guest) else {
+        let Some(keeper) = self.keeper(guest)? else {
             return match verdict {
                 Verdict::Release => Ok(()),
                 Verdict::Keep => Err(BackendError::NoSuchGuest { guest }),
@@ -325,7 +327,7 @@ impl LiveMigration for KvmBackend {
         options: CopyOptions,
     ) -> BackendResult<Transfer<Performed>> {
         check(&cookie)?;
-        let keeper = self.keeper(guest).ok_or(BackendError::NoSuchGuest { guest })?;
+        let keeper = self.keeper(guest)?.ok_or(BackendError::NoSuchGuest { guest })?;
         let (sender, progress) = watch::channel(TransferProgress::default());
         let done = async move {
             let what = "copy a guest";
@@ -359,7 +361,7 @@ impl LiveMigration for KvmBackend {
 
     fn cancel(&self, guest: GuestId) -> BoxFuture<'_, BackendResult<()>> {
         Box::pin(async move {
-            let Some(keeper) = self.keeper(guest) else { return Ok(()) };
+            let Some(keeper) = self.keeper(guest)? else { return Ok(()) };
             if keeper.seen().state != Some(State::Sending) {
                 return Ok(());
             }

@@ -35,6 +35,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 struct Host {
     folder: tempfile::TempDir,
     back_end: KvmBackend,
+    call_budget: Duration,
 }
 
 impl Host {
@@ -47,12 +48,13 @@ impl Host {
         std::fs::write(folder.path().join("kernel"), image).unwrap();
         std::fs::write(folder.path().join("initrd"), b"up.").unwrap();
         let back_end = KvmBackend::open(config(&folder)).await.unwrap();
-        Self { folder, back_end }
+        Self { folder, back_end, call_budget: Duration::from_secs(15) }
     }
 
     /// An agent that is killed, and the next one.
     async fn restart(&mut self) {
-        self.back_end = KvmBackend::open(config(&self.folder)).await.unwrap();
+        let config = KvmConfig { call_budget: self.call_budget, ..config(&self.folder) };
+        self.back_end = KvmBackend::open(config).await.unwrap();
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -241,6 +243,42 @@ async fn a_process_that_is_killed_is_seen_by_this_agent_or_the_next() {
     host.back_end.stop(guest, StopMode::Kill).await.unwrap();
     host.back_end.stop(guest, StopMode::Kill).await.unwrap();
     assert_eq!(host.back_end.how_it_ended(guest).await.unwrap(), Some(StopReason::Killed));
+}
+
+/// What one guest's process does keeps no agent from starting, and no other guest from being found.
+#[tokio::test]
+async fn an_agent_starts_whatever_a_guests_process_does() {
+    needs_guests!("an_agent_starts_whatever_a_guests_process_does");
+    let mut host = Host::new().await;
+    let silent = host.started().await;
+    let pid = host.back_end.status(silent).await.unwrap().unwrap().pid.unwrap();
+    let signal = |signal| {
+        // SAFETY: a plain system call; the process is the guest's.
+        unsafe { libc::kill(libc::pid_t::try_from(pid).unwrap(), signal) };
+    };
+    let garbled = host.started().await;
+    let record = host.path("run").join(garbled.to_string()).join("record.json");
+    let good = std::fs::read(&record).unwrap();
+    let talks = host.started().await;
+    signal(libc::SIGSTOP);
+    std::fs::write(&record, b"{\"version\": 99}").unwrap();
+    host.call_budget = Duration::from_millis(500);
+    host.restart().await;
+    assert_eq!(host.state(talks).await, Some(RunState::Running));
+    // They may well run: whoever asks is not told that they are gone.
+    assert!(matches!(host.back_end.status(silent).await, Err(BackendError::Deadline { .. })));
+    assert!(host.back_end.status(garbled).await.unwrap_err().to_string().contains("record"));
+    assert!(host.back_end.start(host.launch(garbled, 2).await).await.is_err());
+    assert!(host.back_end.stop(garbled, StopMode::Kill).await.is_err());
+    signal(libc::SIGCONT);
+    let answers = async {
+        while host.back_end.status(silent).await.is_err() {}
+        host.state(silent).await
+    };
+    assert_eq!(timeout(PATIENCE, answers).await.unwrap(), Some(RunState::Running));
+    std::fs::write(&record, good).unwrap();
+    host.restart().await;
+    assert_eq!(host.state(garbled).await, Some(RunState::Running));
 }
 
 #[tokio::test]
