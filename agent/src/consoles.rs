@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use supercloud_api::link::{ConsoleBytes, ConsoleNews, ConsoleOrder, MAX_CONSOLE_BYTES, Notice};
+use supercloud_api::link::{CONSOLE_TAKEN, ConsoleBytes, ConsoleNews, ConsoleOrder, MAX_CONSOLE_BYTES, Notice};
 use supercloud_ids::{Epoch, GuestId};
 use tokio::{
     io::{AsyncReadExt as _, AsyncSeekExt as _, AsyncWriteExt as _},
@@ -80,7 +80,7 @@ impl Consoles {
         let older: Vec<u64> = shown.iter().filter(|(_, one)| one.guest == guest).map(|(number, _)| *number).collect();
         for number in older {
             shown.remove(&number);
-            self.tell(number, closed("another console of the guest was opened"));
+            self.tell(number, closed(CONSOLE_TAKEN));
         }
         if shown.len() >= MOST {
             self.tell(console, closed("too many consoles of this host are open"));

@@ -61,13 +61,11 @@ pub fn is_peer_allowed(stream: &UnixStream, client: Account) -> bool {
     stream.peer_cred().is_ok_and(|cred| [0, own, client.uid].contains(&cred.uid()))
 }
 
-/// Whether the process at the other end listened as `server`, or as root where that is its user; or is this one (a back end of
-/// the agent's own takes the stream). A folder that belongs to another user may hold a link to anybody's socket under the name
-/// that was dialled.
+/// Whether the process at the other end listened as `server`, or as root where that is its user. A folder that belongs to
+/// another user may hold a link to anybody's socket under the name that was dialled.
 #[must_use]
 pub fn is_server(stream: &UnixStream, server: Account) -> bool {
-    let own = libc::pid_t::try_from(std::process::id()).ok();
-    stream.peer_cred().is_ok_and(|cred| cred.uid() == server.uid || (cred.pid().is_some() && cred.pid() == own))
+    stream.peer_cred().is_ok_and(|cred| cred.uid() == server.uid)
 }
 
 #[cfg(test)]
@@ -86,8 +84,7 @@ mod tests {
             let (client, server) = tokio::join!(UnixStream::connect(&path), listener.accept());
             assert!(is_peer_allowed(&server.unwrap().0, Account::ROOT));
             let (client, stranger) = (client.unwrap(), Account { uid: u32::MAX - 1, gid: 0 });
-            // Another user's, but this very process's.
-            assert!(is_server(&client, stranger));
+            assert!(!is_server(&client, stranger));
             // SAFETY: geteuid takes no arguments and cannot fail.
             assert!(is_server(&client, Account { uid: unsafe { libc::geteuid() }, gid: 0 }));
         }

@@ -39,7 +39,7 @@ use crate::{
     guest_call::{GuestCall, GuestStanding},
 };
 
-pub use self::console::{ConsoleBytes, ConsoleNews, ConsoleOrder, MAX_CONSOLE_BYTES};
+pub use self::console::{CONSOLE_TAKEN, ConsoleBytes, ConsoleNews, ConsoleOrder, MAX_CONSOLE_BYTES};
 pub use self::store::{ChunksChecked, HistoryMark, ManifestPart, StoreRoot, StoreSwept, VolumeChecked};
 
 /// The version of every payload of this link.

@@ -270,6 +270,11 @@ pub trait Backend: Send + Sync {
     /// Its name, as in [`CompatClass::back_end`].
     fn name(&self) -> &'static str;
 
+    /// Whether the streams of guests that come here are taken by the agent's own process; else by one of the guests' user.
+    fn takes_streams_itself(&self) -> bool {
+        false
+    }
+
     /// Whether its guests have a memory balloon.
     fn has_balloon(&self) -> bool;
 

@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use futures::StreamExt as _;
 use supercloud_api::{
     client::{Client, ClientError},
-    link::MAX_CONSOLE_BYTES,
+    link::{CONSOLE_TAKEN, MAX_CONSOLE_BYTES},
 };
 use tokio::{sync::mpsc, time::Instant};
 
@@ -40,6 +40,8 @@ impl Drop for Raw {
 enum Ended {
     /// The user wants no more.
     Escaped,
+    /// Somebody else looks at it now.
+    Taken,
     /// The guest left its host, or the connection broke.
     Lost,
 }
@@ -55,16 +57,29 @@ pub async fn run(client: &Client, guest: &str, read_only: bool) -> anyhow::Resul
     let raw = is_terminal.then(Raw::begin).transpose()?;
     let mut typed = if read_only { None } else { Some(keys()) };
     loop {
-        let ended = look(client, guest, number, &mut pieces, &mut typed).await?;
-        if matches!(ended, Ended::Escaped) {
-            drop(raw);
-            eprintln!();
-            return Ok(());
+        match look(client, guest, number, &mut pieces, &mut typed).await? {
+            Ended::Lost => {}
+            Ended::Escaped => {
+                drop(raw);
+                eprintln!();
+                return Ok(());
+            }
+            Ended::Taken => {
+                drop(raw);
+                anyhow::bail!("somebody else looks at {guest}'s console now; the same command takes it back");
+            }
         }
         // Wherever it is by then.
         let until = Instant::now() + FOLLOW_BUDGET;
         (number, pieces) = loop {
-            tokio::time::sleep(FOLLOW_PAUSE).await;
+            tokio::select! {
+                () = tokio::time::sleep(FOLLOW_PAUSE) => {}
+                () = escaped(&mut typed) => {
+                    drop(raw);
+                    eprintln!();
+                    return Ok(());
+                }
+            }
             match client.console(guest).await {
                 Ok(again) => break again,
                 Err(error) if Instant::now() >= until => return Err(error.into()),
@@ -74,6 +89,18 @@ pub async fn run(client: &Client, guest: &str, read_only: bool) -> anyhow::Resul
     }
 }
 
+/// Waits for the user to want no more; what else is typed meanwhile is typed into nothing.
+async fn escaped(typed: &mut Option<mpsc::Receiver<Vec<u8>>>) {
+    while let Some(keys) = typed {
+        match keys.recv().await {
+            Some(data) if data.contains(&ESCAPE) => return,
+            Some(_) => {}
+            None => *typed = None,
+        }
+    }
+    std::future::pending().await
+}
+
 async fn look(
     client: &Client,
     guest: &str,
@@ -81,6 +108,8 @@ async fn look(
     pieces: &mut (impl futures::Stream<Item = Result<bytes::Bytes, ClientError>> + Unpin),
     typed: &mut Option<mpsc::Receiver<Vec<u8>>>,
 ) -> anyhow::Result<Ended> {
+    let taken = format!("[{CONSOLE_TAKEN}]\r\n");
+    let mut is_taken = false;
     loop {
         let key = async {
             match typed {
@@ -91,9 +120,11 @@ async fn look(
         tokio::select! {
             piece = pieces.next() => match piece {
                 Some(Ok(piece)) => {
+                    is_taken = piece.ends_with(taken.as_bytes());
                     let mut out = std::io::stdout().lock();
                     out.write_all(&piece).and_then(|()| out.flush()).context("writing what the console says")?;
                 }
+                Some(Err(_)) | None if is_taken => return Ok(Ended::Taken),
                 Some(Err(_)) | None => return Ok(Ended::Lost),
             },
             data = key => match data {

@@ -435,6 +435,10 @@ impl Backend for KvmBackend {
         BACK_END
     }
 
+    fn takes_streams_itself(&self) -> bool {
+        true
+    }
+
     fn has_balloon(&self) -> bool {
         false
     }

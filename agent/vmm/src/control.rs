@@ -252,14 +252,21 @@ pub fn accept(name: &str, socket: OwnedFd, mut take: impl FnMut(UnixStream) + Se
     let listener = UnixListener::from(socket);
     listener.local_addr()?;
     let accept = move || {
-        // Each error is one of a client's; the owner of the process ends it when there is nothing to listen to any more.
-        while let Ok((stream, _)) = listener.accept() {
-            if is_ours(&stream) {
-                take(stream);
+        loop {
+            match listener.accept() {
+                Ok((stream, _)) if is_ours(&stream) => take(stream),
+                Ok(_) => {}
+                // Out of descriptors or memory for a moment, or a client that went: there is nobody else who could listen.
+                Err(_) => pause(),
             }
         }
     };
     std::thread::Builder::new().name(name.to_owned()).spawn(accept).map(drop)
+}
+
+#[expect(clippy::disallowed_methods, reason = "a thread that accepts clients and does nothing else")]
+fn pause() {
+    std::thread::sleep(Duration::from_millis(100));
 }
 
 fn greet(number: u64, stream: UnixStream, inputs: &Sender<Input>) {

@@ -39,6 +39,34 @@ enum End {
     Volume(NbdLink),
 }
 
+/// A disk that a guest boots from.
+#[derive(Debug)]
+pub enum BootDisk {
+    /// In a file.
+    File(std::fs::File),
+    /// At a volume process.
+    Volume(NbdLink),
+}
+
+impl BootDisk {
+    /// What the disk's own boot loader would boot. May take minutes: blocks may be away.
+    ///
+    /// # Errors
+    /// When the disk cannot be read, or there is nothing on it that is understood.
+    pub fn files(self) -> anyhow::Result<BootFiles> {
+        let files = match self {
+            Self::Volume(link) => disk::files(link.reader()),
+            Self::File(file) => {
+                let bytes = RawFile::new(file.try_clone().context("copying a descriptor")?)
+                    .context("measuring the disk")?
+                    .bytes();
+                disk::files(DiskFile(file, bytes))
+            }
+        };
+        files.context("looking for what the disk boots")
+    }
+}
+
 impl Disks {
     /// Shakes hands with the volume processes.
     ///
@@ -78,23 +106,16 @@ impl Disks {
         })
     }
 
-    /// What the disk's own boot loader would boot.
+    /// The disk, to be read by a machine that does not run.
     ///
     /// # Errors
-    /// When there is no such disk, or nothing that is understood on it.
-    pub fn boot_files(&self, name: &str) -> anyhow::Result<BootFiles> {
+    /// When there is no such disk, or no descriptor.
+    pub fn boot_disk(&self, name: &str) -> anyhow::Result<BootDisk> {
         let end = self.ends.get(name).with_context(|| format!("there is nothing for disk '{name}'"))?;
-        let files = match end {
-            End::Volume(link) => disk::files(link.reader()),
-            End::File(file) => {
-                let file = file.try_clone().context("copying a descriptor")?;
-                let bytes = RawFile::new(file.try_clone().context("copying a descriptor")?)
-                    .with_context(|| format!("disk '{name}'"))?
-                    .bytes();
-                disk::files(DiskFile(file, bytes))
-            }
-        };
-        files.with_context(|| format!("disk '{name}'"))
+        Ok(match end {
+            End::Volume(link) => BootDisk::Volume(link.clone()),
+            End::File(file) => BootDisk::File(file.try_clone().context("copying a descriptor")?),
+        })
     }
 
     /// Something happened to the way to a disk; what a client is told of it.

@@ -51,6 +51,8 @@ pub enum Input {
     Received(Box<Received>),
     /// Something happened to the way to a disk.
     Disk(String, LinkNews),
+    /// What a guest's disk boots was found, or not; the number is that of the boot, as with outcomes.
+    Found(u64, anyhow::Result<BootFiles>),
     /// A client's new way to a disk is taken, or not: the client's number, the request's, and why not.
     Attached(u64, u64, String, Option<String>),
 }
@@ -125,7 +127,7 @@ pub fn run(spec: &MachineSpec, arrives: bool, mut held: Held) -> anyhow::Result<
         owner.state = State::Arriving;
         owner.receive().context("receiving the guest")?;
     } else {
-        owner.boot().context("starting the guest")?;
+        owner.boot_first().context("starting the guest")?;
     }
     if let Some(socket) = streams {
         control::listen_for_streams(socket, &sender).context("listening for streams")?;
@@ -163,6 +165,13 @@ pub fn run(spec: &MachineSpec, arrives: bool, mut held: Held) -> anyhow::Result<
                 }
             }
             Input::Outcome(..) => {}
+            Input::Found(boot, files) if boot == owner.boots && owner.state != State::Ended => {
+                let code = owner.found(files);
+                if let (Some(code), false) = (code, has_control) {
+                    return Ok(code);
+                }
+            }
+            Input::Found(..) => {}
             Input::Progress(progress) => {
                 let (event, state) = (Some(Event::Progress), Some(owner.state));
                 if owner.sending.is_some() {
@@ -186,23 +195,61 @@ const fn is_serial(spec: &MachineSpec) -> bool {
 }
 
 impl Owner<'_> {
-    /// A new machine out of the same descriptors.
-    fn boot(&mut self) -> anyhow::Result<()> {
+    /// The first machine, before there is a client: who starts the process hears why there is none.
+    fn boot_first(&mut self) -> anyhow::Result<()> {
+        if self.spec.boot != Boot::Disk {
+            return self.boot().map(drop);
+        }
+        let first = self.spec.devices.disks.first().context("there is no disk to boot from")?;
+        let files = self.disks.boot_disk(&first.name)?.files()?;
+        self.boot_from(&files)
+    }
+
+    /// A new machine out of the same descriptors, or the search for what it boots: each time anew, the guest may have another
+    /// kernel on its disk by now. Whether the machine is there.
+    fn boot(&mut self) -> anyhow::Result<bool> {
         self.machine = None;
+        self.boots += 1;
         let clone = |file: &File| file.try_clone().context("copying a descriptor");
-        let files = match &self.spec.boot {
-            Boot::Kernel { cmdline, .. } => BootFiles {
-                kernel: clone(self.held.kernel.as_ref().context("there is no kernel")?)?,
-                initrd: self.held.initrd.as_ref().map(clone).transpose()?,
-                cmdline: cmdline.clone(),
-            },
-            // Each time anew: the guest may have another kernel by now.
+        match &self.spec.boot {
+            Boot::Kernel { cmdline, .. } => {
+                let files = BootFiles {
+                    kernel: clone(self.held.kernel.as_ref().context("there is no kernel")?)?,
+                    initrd: self.held.initrd.as_ref().map(clone).transpose()?,
+                    cmdline: cmdline.clone(),
+                };
+                self.boot_from(&files)?;
+                Ok(true)
+            }
             Boot::Disk => {
                 let first = self.spec.devices.disks.first().context("there is no disk to boot from")?;
-                self.disks.boot_files(&first.name)?
+                let (disk, boot, inputs) = (self.disks.boot_disk(&first.name)?, self.boots, self.inputs.clone());
+                // Beside: clients are answered meanwhile, one of whom may bring the way to the disk.
+                let search = move || {
+                    let _ = inputs.send(Input::Found(boot, disk.files()));
+                };
+                std::thread::Builder::new().name("boot".to_owned()).spawn(search).context("beginning a thread")?;
+                Ok(false)
             }
+        }
+    }
+
+    /// What the disk boots was found, or not; what the process would exit with if nobody controlled it.
+    fn found(&mut self, files: anyhow::Result<BootFiles>) -> Option<ExitCode> {
+        let reason = match files.and_then(|files| self.boot_from(&files)) {
+            Ok(()) => {
+                if self.state == State::Running {
+                    self.resume();
+                }
+                return None;
+            }
+            Err(error) => format!("it cannot boot: {error:#}"),
         };
-        let booted = Machine::boot(self.kvm()?, self.config()?, &files, self.serial_sink()?, self.devices()?)?;
+        self.take(Outcome::Broken { reason })
+    }
+
+    fn boot_from(&mut self, files: &BootFiles) -> anyhow::Result<()> {
+        let booted = Machine::boot(self.kvm()?, self.config()?, files, self.serial_sink()?, self.devices()?)?;
         self.take_up(booted)
     }
 
@@ -298,7 +345,6 @@ impl Owner<'_> {
     fn take_up(&mut self, (machine, outcomes): (Machine, mpsc::Receiver<Outcome>)) -> anyhow::Result<()> {
         *self.serial.lock().unwrap_or_else(PoisonError::into_inner) = Some(machine.serial());
         self.machine = Some(machine);
-        self.boots += 1;
         let (boot, inputs) = (self.boots, self.inputs.clone());
         let forward = move || {
             outcomes
@@ -344,11 +390,12 @@ impl Owner<'_> {
         Ok(devices)
     }
 
+    /// Lets the guest run, at once or when it is there.
     fn resume(&mut self) {
         if let Some(machine) = &self.machine {
             machine.resume();
-            self.state = State::Running;
         }
+        self.state = State::Running;
     }
 
     /// Does what is asked for; whether the process shall end.
@@ -496,8 +543,8 @@ impl Owner<'_> {
                 // Paused in between: a guest that waits for its resume after a reset still waits.
                 let was_running = self.state == State::Running;
                 match self.boot() {
-                    Ok(()) => {
-                        if was_running {
+                    Ok(is_there) => {
+                        if was_running && is_there {
                             self.resume();
                         }
                         (Event::Rebooted, None, None)

@@ -7,6 +7,9 @@ use supercloud_ids::{Epoch, GuestId};
 /// Most bytes of a console that go in one message.
 pub const MAX_CONSOLE_BYTES: usize = 16 << 10;
 
+/// Why a console is closed whose guest somebody else looks at now. Who was shown it does not take it back by itself.
+pub const CONSOLE_TAKEN: &str = "another console of the guest was opened";
+
 /// What a console says or is typed, base64 on the wire; at most [`MAX_CONSOLE_BYTES`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConsoleBytes(pub Vec<u8>);

@@ -196,7 +196,7 @@ impl Machine {
     /// Whether the guest runs.
     #[must_use]
     pub fn is_running(&self) -> bool {
-        !self.vcpus.are_parked()
+        self.vcpus.are_wanted()
     }
 
     /// Slows the guest, which runs, down: it stands still for so many percent of the time, until `is_over`. Its devices go on.

@@ -136,6 +136,12 @@ impl Vcpus {
         self.demand(Wanted::Parked)
     }
 
+    /// Whether the guest runs, or will as soon as its threads have heard of it.
+    #[must_use]
+    pub fn are_wanted(&self) -> bool {
+        matches!(self.shared.lock().wanted, Wanted::Running)
+    }
+
     /// Whether no vCPU runs.
     #[must_use]
     pub fn are_parked(&self) -> bool {

@@ -11,7 +11,10 @@ use std::{
 use proptest::prelude::*;
 
 use super::*;
-use crate::vmm::virtio::nbd::{LinkNews, NbdLink};
+use crate::vmm::{
+    boot::disk::ReadAt as _,
+    virtio::nbd::{LinkNews, NbdLink},
+};
 
 const BYTES: usize = 64 * 512;
 
@@ -170,6 +173,7 @@ fn a_served_disk_is_read_written_and_flushed() {
 
 /// Much more than a socket holds: what went in part goes on where it was.
 #[test]
+#[expect(clippy::disallowed_methods, reason = "a socket that is full tells nobody")]
 fn a_server_that_is_slow_to_read_gets_every_byte_once() {
     const PIECE: u32 = 60 << 10;
     const SIZE: usize = 4 << 20;
@@ -342,6 +346,37 @@ fn a_request_that_hangs_goes_on_at_the_other_end() {
     driver.write(20, &[0]);
     driver.bring_up(1 << 9);
     assert_eq!(request(&mut driver, 0, 1, &[writable(data, 512)]), (0, 513));
+    drop((driver, link));
+    server.join().unwrap();
+}
+
+/// A guest that boots again while its volume process is started anew.
+#[test]
+fn a_disk_is_read_without_a_device_over_whatever_link_there_is() {
+    let (stream, server) = serving(|mut server| {
+        // It answers that it cannot now, then in part, and hangs up.
+        let asked = server.next().unwrap();
+        server.answer(&asked, 5, &[]);
+        let again = server.next().unwrap();
+        server.answer(&again, 0, &pattern()[..10]);
+        asked == again
+    });
+    let (link, news) = linked(stream);
+    let mut reader = link.reader();
+    let reading = std::thread::spawn(move || {
+        let mut bytes = vec![0; 1000];
+        reader.read_at(512, &mut bytes).map(|()| (bytes, reader.bytes()))
+    });
+    assert_eq!(news.recv().unwrap(), LinkNews::Lost);
+    assert!(server.join().unwrap());
+    let (stream, server) = serving(|server| server.serve(pattern()));
+    link.replace(stream).unwrap();
+    let (bytes, size) = reading.join().unwrap().unwrap();
+    assert_eq!((bytes.as_slice(), size), (&pattern()[512..1512], BYTES as u64));
+    // The device that follows uses the same link.
+    let mut driver = Driver::new(block::device(Box::new(link.disk()), "disk", false));
+    driver.bring_up(1 << 9);
+    assert_eq!(request(&mut driver, 0, 0, &[writable(BUFFERS + 0x1_0000, 512)]), (0, 513));
     drop((driver, link));
     server.join().unwrap();
 }
