@@ -1,5 +1,7 @@
 //! `supercloud simulate`: policies on recorded markets, beside baselines and the offline optimum.
 
+mod deadlines;
+
 use std::{
     collections::BTreeMap,
     fs::File,
@@ -31,15 +33,28 @@ const DAY_MS: u64 = 86_400_000;
     supercloud simulate --trace sample\n  \
     supercloud simulate --trace prices-2015-us-east-1.csv.gz --policy smart-spot\n  \
     supercloud simulate --trace prices-2021-us-east-1.csv.gz --capacity capacity.csv --resource intel_64 --notice 30\n  \
-    supercloud simulate --trace prices.csv --policy mine.toml --policy smart-spot --part second -o json\n\n\
+    supercloud simulate --trace prices.csv --policy mine.toml --policy smart-spot --part second -o json\n  \
+    supercloud simulate --work-hours 24 --deadline-hours 28 --capacity capacity.csv --part second\n\n\
     A policy file: kind = \"smart-spot\" or \"cheapest\", name = \"mine\", and that policy's settings, for example\n  \
     kind = \"smart-spot\"\n  name = \"patient\"\n  horizon_ms = 86400000\n\n\
     Prices: CSV timestamp_utc,zone,instance_type,usd_per_hour (also .gz). `--trace sample` is generated, not recorded:\n  \
     its prices swing about a mean without interruptions, so that following them saves little.")]
 pub struct Simulate {
     /// Recorded spot prices; `sample`: a generated one.
-    #[arg(long)]
-    trace: PathBuf,
+    #[arg(long, required_unless_present = "work_hours", conflicts_with = "work_hours")]
+    trace: Option<PathBuf>,
+    /// Instead of a fleet, jobs of so many hours of work, one begun every four hours of each recording of `--capacity`.
+    #[arg(long, requires_all = ["deadline_hours", "capacity"], value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    work_hours: Option<u32>,
+    /// The hours in which a job must be done.
+    #[arg(long, requires = "work_hours", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    deadline_hours: Option<u32>,
+    /// How long a job stands still when it changes hosts, in seconds; rounded up to ticks.
+    #[arg(long, default_value_t = 300, requires = "work_hours", value_parser = clap::value_parser!(u64).range(0..=36_000))]
+    change: u64,
+    /// What spot costs a job, in thousandths of on-demand: recordings of capacity have no prices.
+    #[arg(long, default_value_t = 300, requires = "work_hours", value_parser = clap::value_parser!(u32).range(0..=1000))]
+    spot_permille: u32,
     /// Instance types and their on-demand prices; without it the ones that ship.
     #[arg(long)]
     catalogue: Option<PathBuf>,
@@ -82,6 +97,13 @@ pub struct Simulate {
     ledger: Option<PathBuf>,
 }
 
+impl Simulate {
+    /// The recording; of jobs there is none.
+    fn trace(&self) -> &Path {
+        self.trace.as_deref().unwrap_or(Path::new(""))
+    }
+}
+
 /// How markets work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum RegimeName {
@@ -114,6 +136,9 @@ struct Report {
 
 /// Replays and reports.
 pub fn run(arguments: &Simulate, output: Output) -> anyhow::Result<()> {
+    if arguments.work_hours.is_some() {
+        return deadlines::run(arguments, output);
+    }
     let policies = if arguments.policy.is_empty() {
         vec![policy("smart-spot")?, policy("cheapest")?]
     } else {
@@ -205,10 +230,10 @@ fn grid(arguments: &Simulate) -> anyhow::Result<Grid> {
         RegimeName::Auction => Regime::Auction,
         RegimeName::Capacity => Regime::Capacity,
     });
-    let trace: Trace = if arguments.trace == Path::new("sample") {
+    let trace: Trace = if arguments.trace() == Path::new("sample") {
         recorded::sample(&types, arguments.seed)
     } else {
-        let path = &arguments.trace;
+        let path = arguments.trace();
         recorded::prices(&read(path)?, &types, regime).with_context(|| format!("in {}", path.display()))?
     };
     let runs = match &arguments.capacity {
@@ -258,8 +283,8 @@ fn replay(
         floor: optimum::floor(grid, guests, settings),
         is_measured: grid.has_interruptions,
         about: json!({
-            "trace": arguments.trace.display().to_string(),
-            "is_generated": arguments.trace == Path::new("sample"),
+            "trace": arguments.trace().display().to_string(),
+            "is_generated": arguments.trace() == Path::new("sample"),
             "regime": grid.regime,
             "start_ms": grid.start_ms,
             "hours": grid.length_ms() / 3_600_000,

@@ -70,6 +70,38 @@ fn policies_and_fleets_of_ones_own_are_read() {
 }
 
 #[test]
+fn jobs_with_deadlines_are_replayed_on_recorded_capacity() {
+    let path = scratch("jobs").join("capacity.csv");
+    let mut text = "trace,zone,resource,gap_seconds,start_offset_seconds,instances_available\n".to_owned();
+    // Two hours there, one away, for a hundred hours.
+    for step in 0..67_u32 {
+        text.push_str(&format!("t,z,gpu,60,{},{}\n", step / 2 * 10_800 + step % 2 * 7200, 1 - step % 2));
+    }
+    text.push_str("t,z,gpu,60,363600,end\n");
+    std::fs::write(&path, text).unwrap();
+    let path = path.to_str().unwrap();
+    let jobs = ["--work-hours", "8", "--deadline-hours", "12", "--capacity", path];
+    let report = json(&jobs);
+    let share = |name: &str| report["policies"][name]["vs_optimum"].as_f64().unwrap();
+    assert!(1.0 <= share("deadline") && share("deadline") < share("uniform-progress"), "{report}");
+    assert!(share("uniform-progress") < share("on-demand"));
+    for name in ["deadline", "uniform-progress", "latest-start", "on-demand"] {
+        assert_eq!(report["policies"][name]["missed_deadlines"], 0, "{name}");
+    }
+    assert!(simulate(&jobs).unwrap().contains("offline optimum"));
+    for (wrong, what) in [
+        (vec!["--work-hours", "8"], "deadline-hours"),
+        (vec!["--work-hours", "12", "--deadline-hours", "12", "--capacity", path], "do not fit"),
+        (vec!["--work-hours", "8", "--deadline-hours", "400", "--capacity", path], "too long"),
+        (vec!["--work-hours", "8", "--deadline-hours", "200", "--capacity", path], "no recording"),
+        (vec!["--seed", "1"], "--trace"),
+    ] {
+        let error = simulate(&wrong).unwrap_err();
+        assert!(error.contains(what), "{wrong:?}: {error}");
+    }
+}
+
+#[test]
 fn what_is_wrong_is_said_with_file_and_line() {
     let folder = scratch("wrong");
     let write = |name: &str, text: &str| {

@@ -216,6 +216,19 @@ pub fn prices(
 /// # Errors
 /// What is wrong and in which line.
 pub fn capacity(text: &str, resource: Option<&str>) -> Result<CapacityRuns, RecordedError> {
+    let series = capacity_series(text, resource)?;
+    let runs = CapacityRuns::learn(series.iter().map(Vec::as_slice));
+    if runs.is_usable() { Ok(runs) } else { Err(RecordedError::Empty) }
+}
+
+/// Steps of one recording: when (milliseconds), and whether capacity was there from then on. The last closes it.
+pub type CapacitySteps = Vec<(u64, bool)>;
+
+/// Reads the same probes as they are.
+///
+/// # Errors
+/// What is wrong and in which line.
+pub fn capacity_series(text: &str, resource: Option<&str>) -> Result<Vec<CapacitySteps>, RecordedError> {
     const HEADER: &str = "trace,zone,resource,gap_seconds,start_offset_seconds,instances_available";
     let mut series: BTreeMap<[&str; 3], Vec<(u64, bool)>> = BTreeMap::new();
     for row in rows::<6>(text, HEADER)? {
@@ -236,8 +249,7 @@ pub fn capacity(text: &str, resource: Option<&str>) -> Result<CapacityRuns, Reco
         }
         points.push((at_ms, is_there));
     }
-    let runs = CapacityRuns::learn(series.values().map(Vec::as_slice));
-    if runs.is_usable() { Ok(runs) } else { Err(RecordedError::Empty) }
+    Ok(series.into_values().collect())
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@
 //! keep spare hosts ready.
 //! Both hosts are paid while a guest moves. Money: one ledger line per instance-hour or move, rounded once.
 
+pub mod deadline;
 mod engine;
 pub mod fleet;
 mod grid;
