@@ -6,6 +6,9 @@
 #[path = "../../../blanket-drivers/tests/machine/guest.rs"]
 mod guest;
 
+#[path = "support/boot_disk.rs"]
+mod boot_disk;
+
 use std::{
     fs::File,
     io::{BufRead as _, BufReader, Read as _, Write as _},
@@ -203,32 +206,12 @@ fn a_client_controls_a_guest_and_another_one_finds_it_again() {
     assert_eq!(vmm.child.wait().unwrap().code(), Some(0));
 }
 
-/// A disk with a configuration of GRUB, this program as its kernel, and this ramdisk; `None` where the tool is missing.
-fn disk(ramdisk: &str) -> Option<Vec<u8>> {
-    let folder = tempfile::tempdir().unwrap();
-    let (tree, image) = (folder.path().join("tree"), folder.path().join("image"));
-    std::fs::create_dir_all(tree.join("boot/grub")).unwrap();
-    let mut kernel = Vec::new();
-    let mut program = elf(TALK);
-    std::io::Seek::rewind(&mut program).unwrap();
-    program.read_to_end(&mut kernel).unwrap();
-    std::fs::write(tree.join("vmlinuz"), kernel).unwrap();
-    std::fs::write(tree.join("initrd.img"), ramdisk).unwrap();
-    let config = "menuentry 'TALK' {\n linux /vmlinuz from disk \n initrd /initrd.img\n}\n";
-    std::fs::write(tree.join("boot/grub/grub.cfg"), config).unwrap();
-    let tool = ["/sbin/mke2fs", "/usr/sbin/mke2fs"].into_iter().find(|tool| Path::new(tool).exists())?;
-    let mut command = Command::new(tool);
-    let made = command.args(["-q", "-F", "-t", "ext4", "-d"]).arg(&tree).arg(&image).arg("4096K");
-    assert!(made.stdout(Stdio::null()).status().unwrap().success());
-    Some(std::fs::read(image).unwrap())
-}
-
 #[test]
 fn a_guest_boots_what_its_disk_says_then() {
     if !runs_guests("a_guest_boots_what_its_disk_says_then") {
         return;
     }
-    let (Some(first), Some(second)) = (disk("one."), disk("two.")) else {
+    let (Some(first), Some(second)) = (boot_disk::disk("one."), boot_disk::disk("two.")) else {
         println!("SKIPPED: no mke2fs here");
         return;
     };

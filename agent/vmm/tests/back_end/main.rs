@@ -3,8 +3,12 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 #[expect(dead_code, reason = "shared with the library's own tests, which use more of it")]
-#[path = "../../../blanket-drivers/tests/machine/guest.rs"]
+#[path = "../../../../blanket-drivers/tests/machine/guest.rs"]
 mod guest;
+
+#[path = "../support/boot_disk.rs"]
+mod boot_disk;
+mod disks;
 
 use std::{
     io::{Read as _, Seek as _},
