@@ -162,7 +162,14 @@ impl Consoles {
         }
     }
 
-    fn close(&self, number: u64) {
+    /// Whether somebody looks at it.
+    #[must_use]
+    pub fn is_shown(&self, number: u64) -> bool {
+        self.board().shown.contains_key(&number)
+    }
+
+    /// Shows it no more.
+    pub fn close(&self, number: u64) {
         let shown = self.board().shown.remove(&number);
         if let Some(shown) = shown {
             self.order(shown.host, number, ConsoleOrder::Close);
@@ -210,6 +217,7 @@ mod tests {
         assert_eq!(consoles.typed(guest, number, data()), Err(ConsoleError::Over));
         let second = consoles.open(host, guest, Epoch(1)).unwrap();
         orders.recv().await.unwrap();
+        assert!(consoles.is_shown(second.number));
         drop(second);
         assert!(matches!(orders.recv().await, Some(Directive::Console { order: ConsoleOrder::Close, .. })));
         let mut third = consoles.open(host, guest, Epoch(1)).unwrap();

@@ -10,7 +10,11 @@ use axum::{
 };
 use bytes::Bytes;
 use futures::StreamExt as _;
-use supercloud_api::{Code, Event, Page, Role, ids::ProjectId, unix_ms};
+use supercloud_api::{
+    Code, Event, Page, Role,
+    ids::{ProjectId, TokenId},
+    unix_ms,
+};
 use supercloud_store::{Change, WatchItem};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
@@ -149,6 +153,12 @@ struct Feed {
     last: u64,
 }
 
+/// Whether a stream that a token opened is still its: it was neither revoked nor has it expired.
+pub(super) async fn may_go_on(parts: &Parts, token: TokenId) -> Result<bool, StateError> {
+    let token = parts.state.read::<TokenRecord>(&token).await?;
+    Ok(token.is_some_and(|record| record.token.expires_at_ms.is_none_or(|at| unix_ms() < at)))
+}
+
 impl Feed {
     async fn run(mut self, _place: (OwnedSemaphorePermit, Share)) {
         // Says at once that the stream is open.
@@ -181,11 +191,6 @@ impl Feed {
         self.send(Bytes::from(format!("id: {}\nevent: {}\ndata: {data}\n\n", event.seq, event.kind))).await
     }
 
-    async fn may_go_on(&self) -> Result<bool, StateError> {
-        let token = self.parts.state.read::<TokenRecord>(&self.caller.token.id).await?;
-        Ok(token.is_some_and(|record| record.token.expires_at_ms.is_none_or(|at| unix_ms() < at)))
-    }
-
     async fn feed(&mut self) -> Result<(), StateError> {
         let mut tick = tokio::time::interval(KEEP_ALIVE);
         tick.reset();
@@ -207,7 +212,7 @@ impl Feed {
             loop {
                 tokio::select! {
                     _ = tick.tick() => {
-                        if !self.may_go_on().await? || !self.send(Bytes::from_static(b": alive\n\n")).await {
+                        if !may_go_on(&self.parts, self.caller.token.id).await? || !self.send(Bytes::from_static(b": alive\n\n")).await {
                             return Ok(());
                         }
                     }

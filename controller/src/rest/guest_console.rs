@@ -4,6 +4,7 @@ use std::{
     convert::Infallible,
     pin::Pin,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use axum::{
@@ -16,11 +17,13 @@ use bytes::Bytes;
 use futures::Stream;
 use supercloud_api::{Code, ConsoleInput, Ref, handover::Owner, link::ConsoleBytes};
 
-use super::{Api, Asker, Failure, Reply, body, shares::Share};
+use super::{Api, Asker, Failure, Reply, body, events::may_go_on, shares::Share};
 use crate::consoles::{Console, ConsoleError};
 
 /// Consoles that one token may look at at once.
 const CONSOLES_OF_ONE: usize = 16;
+/// The token that opened a console is looked at again this often.
+const LOOK_EVERY: Duration = Duration::from_secs(15);
 /// Where the console's number is told.
 const CONSOLE: HeaderName = HeaderName::from_static("supercloud-console");
 
@@ -52,6 +55,15 @@ pub async fn open(State(api): State<Api>, asker: Asker, Path(guest): Path<String
     let too_many = || Failure::new(Code::TooManyRequests, "too many consoles are open");
     let share = api.consoles.take(&asker.caller()?.token, CONSOLES_OF_ONE).ok_or_else(too_many)?;
     let console = api.parts.consoles.open(host, found.guest.id, found.owner.epoch).map_err(failure)?;
+    let (parts, number, token) = (api.parts.clone(), console.number, asker.caller()?.token.id);
+    api.parts.spawn("console", async move {
+        while parts.consoles.is_shown(number) {
+            tokio::time::sleep(LOOK_EVERY).await;
+            if !matches!(may_go_on(&parts, token).await, Ok(true)) {
+                parts.consoles.close(number);
+            }
+        }
+    });
     let headers = [
         (header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream")),
         (HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no")),
