@@ -6,14 +6,14 @@ use std::time::{Duration, Instant};
 use futures::{Stream, StreamExt as _};
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde::{Serialize, de::DeserializeOwned};
-use supercloud_ids::{OperationId, RentingId, RequestId};
+use supercloud_ids::{OperationId, PlanId, RentingId, RequestId};
 
 use crate::{
-    ChunkStore, Cloud, CloudCreate, Event, FeedClock, Freeze, Guest, GuestCreate, GuestFreeze, GuestMigrate,
-    GuestPatch, GuestStart, GuestStop, GuestThaw, Host, HostPatch, HostRent, Image, ImageCreate, ImageImport,
-    ImagePart, JoinRequest, JoinResponse, JoinToken, JoinTokenCreate, Ledger, Market, Network, NetworkCreate,
-    Operation, Page, Placement, Port, PriceSeries, Problem, Project, ProjectCreate, Renting, Token, TokenCreate,
-    TokenSecret, Volume, WhoAmI,
+    ChunkStore, Cloud, CloudCreate, Event, FeedClock, FleetPlan, FleetPlanCreate, Freeze, Guest, GuestCreate,
+    GuestFreeze, GuestMigrate, GuestPatch, GuestStart, GuestStop, GuestThaw, Host, HostPatch, HostRent, Image,
+    ImageCreate, ImageImport, ImagePart, JoinRequest, JoinResponse, JoinToken, JoinTokenCreate, Ledger, Market,
+    Network, NetworkCreate, Operation, Page, Placement, Port, PriceSeries, Problem, Project, ProjectCreate, Renting,
+    Token, TokenCreate, TokenSecret, Volume, WhoAmI,
 };
 
 /// How long one attempt of a request may take when it does not say otherwise.
@@ -484,6 +484,18 @@ calls! {
     return_renting(renting: RentingId, force: bool) -> Operation = post(format!("/v1/rentings/{renting}/return?force={force}"), &());
     /// The join token of a reserved machine on which the agent is started by hand.
     renting_join_token(renting: RentingId) -> JoinToken = post(format!("/v1/rentings/{renting}/join-token"), &());
+    /// All plans that are kept, oldest first.
+    plans() -> Vec<FleetPlan> = list("/v1/plans");
+    /// One plan.
+    plan(plan: PlanId) -> FleetPlan = get(format!("/v1/plans/{plan}"));
+    /// Makes a plan; a dry run does not keep it. Nothing moves before it is applied.
+    create_plan(body: &FleetPlanCreate, dry_run: bool) -> FleetPlan = post(format!("/v1/plans?dry_run={dry_run}"), body);
+    /// Has a plan carried out.
+    apply_plan(plan: PlanId, dry_run: bool) -> FleetPlan = post(format!("/v1/plans/{plan}/apply?dry_run={dry_run}"), &());
+    /// Has a plan stop; what is done stays.
+    cancel_plan(plan: PlanId) -> FleetPlan = post(format!("/v1/plans/{plan}/cancel"), &());
+    /// Has a plan that has come to rest taken back.
+    undo_plan(plan: PlanId, dry_run: bool) -> FleetPlan = post(format!("/v1/plans/{plan}/undo?dry_run={dry_run}"), &());
     /// All networks.
     networks() -> Vec<Network> = list("/v1/networks");
     /// One network.

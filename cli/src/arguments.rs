@@ -1,6 +1,7 @@
 //! The command line: `supercloud NOUN VERB`.
 
 mod guest;
+mod plan;
 
 use std::path::PathBuf;
 
@@ -8,6 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use supercloud_api::Role;
 
 pub use guest::{GuestCreateArguments, GuestVerb};
+pub use plan::{PlanAim, PlanVerb};
 
 use crate::{settings::Connection, values};
 
@@ -97,6 +99,9 @@ pub enum Noun {
     /// Long-running pieces of work.
     #[command(subcommand)]
     Operation(OperationVerb),
+    /// Moves of many guests, decided together: looked at first, then applied; cancelled, or taken back.
+    #[command(subcommand)]
+    Plan(PlanVerb),
     /// What happened.
     #[command(subcommand)]
     Event(EventVerb),

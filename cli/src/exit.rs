@@ -2,7 +2,11 @@
 
 use std::process::ExitCode;
 
-use supercloud_api::{Operation, client::ClientError, ids::OperationId};
+use supercloud_api::{
+    Operation,
+    client::ClientError,
+    ids::{OperationId, PlanId},
+};
 
 /// A local fault, or the controller cannot be reached.
 pub const FAULT: u8 = 1;
@@ -26,7 +30,7 @@ Exit codes:
     1  the controller cannot be reached, or a local fault
     2  wrong usage; `apply --dry-run`: something would change
     3  the controller refused
-    4  the operation failed or was rolled back
+    4  the operation failed or was rolled back; a plan failed
     5  `apply`: the file asks for what cannot be changed in place; nothing was done
   130  watching was interrupted; the operation goes on
   141  nobody reads the output any more";
@@ -47,6 +51,11 @@ impl std::fmt::Display for OperationFailed {
 }
 
 impl std::error::Error for OperationFailed {}
+
+/// A plan that has come to rest with steps that are not as they should be.
+#[derive(Debug, thiserror::Error)]
+#[error("plan {0} ended as failed: see its steps; `supercloud plan undo {0}` takes back what was done")]
+pub struct PlanFailed(pub PlanId);
 
 /// The user no longer looks at an operation, which goes on.
 #[derive(Debug)]
@@ -100,7 +109,7 @@ pub fn tell(error: &anyhow::Error) -> ExitCode {
 }
 
 fn code(error: &anyhow::Error) -> u8 {
-    if error.downcast_ref::<OperationFailed>().is_some() {
+    if error.downcast_ref::<OperationFailed>().is_some() || error.downcast_ref::<PlanFailed>().is_some() {
         return OPERATION_FAILED;
     }
     if error.downcast_ref::<WatchLeft>().is_some() {

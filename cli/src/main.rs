@@ -13,6 +13,7 @@ mod guests;
 mod ledger;
 mod listings;
 mod names;
+mod plans;
 mod rentings;
 mod settings;
 mod show;

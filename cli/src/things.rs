@@ -40,6 +40,7 @@ pub async fn run(client: &Client, output: Output, noun: Noun) -> anyhow::Result<
         Noun::Network(verb) => networks(client, output, verb).await,
         Noun::Migration(verb) => operations(client, output, verb, Some(OperationKind::GuestMigrate)).await,
         Noun::Operation(verb) => operations(client, output, verb, None).await,
+        Noun::Plan(verb) => crate::plans::run(client, output, verb).await,
         Noun::Event(verb) => events(client, output, verb).await,
         Noun::Market(verb) => markets(client, output, verb).await,
         Noun::Ledger(arguments) => crate::ledger::run(client, output, &arguments).await,

@@ -10,7 +10,7 @@ use std::{
 
 use axum::http::{Method, StatusCode};
 use supercloud_api::{
-    Cloud, GuestState, HostState, Operation, OperationKind, Phase, Volume,
+    Cloud, Evacuation, EvacuationState, GuestState, HostState, Operation, OperationKind, Phase, Volume,
     handover::Owner,
     ids::{CloudId, HostId, OperationId},
 };
@@ -230,6 +230,22 @@ impl Metrics {
         gauge("supercloud_guests", "Guests by state.", &series);
         let alarms = guests.iter().filter(|record| record.guest.alarm.is_some()).count() as u64;
         gauge("supercloud_guest_alarms", "Guests that need somebody.", &one(alarms));
+        let evacuations = parts.evacuations.all();
+        let count = |state| evacuations.iter().filter(|one| one.state == state).count() as u64;
+        let states = [
+            ("in_time", EvacuationState::InTime),
+            ("late", EvacuationState::Late),
+            ("unknown", EvacuationState::Unknown),
+            ("not_needed", EvacuationState::NotNeeded),
+        ];
+        let series = states.map(|(name, state)| (format!("{{state=\"{name}\"}}"), count(state)));
+        gauge("supercloud_guests_evacuable", "Running guests by whether they could leave within the notice.", &series);
+        let leave = |one: &Evacuation| Some((format!("{{guest=\"{}\"}}", one.guest), one.leave_with_all_ms?));
+        gauge(
+            "supercloud_guest_leave_ms",
+            "Predicted time until a guest has left its host, together with all others there.",
+            &evacuations.iter().filter_map(leave).collect::<Vec<_>>(),
+        );
         let volumes = parts.state.list::<Volume>().await?;
         let needed = volumes.iter().filter(|volume| volume.needed_source.is_some()).count() as u64;
         gauge(

@@ -159,7 +159,8 @@ pub fn explain<'a>(
 }
 
 /// What a host has left: the larger of what it says and what the records say counts as used.
-fn free(host: &Host, reserved: Room) -> cluster::Room {
+#[must_use]
+pub fn free(host: &Host, reserved: Room) -> cluster::Room {
     let (capacity, used) = (host.capacity, host.used);
     cluster::Room {
         vcpus: capacity.vcpus.saturating_sub(used.vcpus.max(reserved.vcpus)),

@@ -146,6 +146,8 @@ ids! {
     TokenId, "tok", "a token";
     /// A host rented from a provider, from the order to its end.
     RentingId, "rnt", "a renting";
+    /// Moves of many guests, decided together.
+    PlanId, "pln", "a plan";
     /// One request, for tracing an effect back to its cause.
     RequestId, "req", "a request";
 }

@@ -1,6 +1,7 @@
 //! What REST `/v1` speaks of. Nouns, snake_case, units in names; every type derives its part of the OpenAPI document.
 
 mod access;
+mod evacuation;
 mod event;
 mod guest;
 mod image;
@@ -10,9 +11,11 @@ mod network;
 mod operation;
 mod place;
 mod placement;
+mod plan;
 mod renting;
 
 pub use access::*;
+pub use evacuation::*;
 pub use event::*;
 pub use guest::*;
 pub use image::*;
@@ -22,4 +25,5 @@ pub use network::*;
 pub use operation::*;
 pub use place::*;
 pub use placement::*;
+pub use plan::*;
 pub use renting::*;

@@ -46,6 +46,10 @@ pub struct Config {
     /// Who rents hosts to us.
     #[serde(default)]
     pub providers: Vec<ProviderConfig>,
+    /// The notice that providers are counted on to give before they take a host back, in seconds: who would take longer to leave
+    /// is told of.
+    #[serde(default = "default_notice_s")]
+    pub notice_s: u64,
     /// What is logged, in the syntax of `RUST_LOG` (which goes before this).
     #[serde(default = "default_log")]
     pub log: String,
@@ -118,6 +122,10 @@ fn default_names() -> Vec<String> {
 
 fn default_log() -> String {
     "info".to_owned()
+}
+
+const fn default_notice_s() -> u64 {
+    120
 }
 
 fn default_own_hosts() -> Tenure {

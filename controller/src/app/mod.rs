@@ -29,12 +29,14 @@ use crate::{
     auth::{self, BootstrapError},
     ca::{Authority, CaError},
     consoles::Consoles,
+    evacuation::{self, EvacuationBoard},
     keys::{KeyFileError, Keys},
     ledger::Clerk,
     link::Sessions,
     markets::MarketsError,
     metrics::Metrics,
     operations::{checks::CheckBoard, progress::ProgressBoard, sweeps::SweepBoard},
+    plans,
     price_board::Markets,
     renting::{self, Place, PlaceParts, ProviderConfigError, Providers},
     rest,
@@ -69,6 +71,10 @@ pub struct Parts {
     pub providers: Providers,
     /// Tells the tasks of providers that a renting has changed.
     pub renting_wake: Arc<Notify>,
+    /// Tells the task of plans that one was applied, cancelled or is to be taken back.
+    pub plans_wake: Arc<Notify>,
+    /// Whether guests could leave their hosts in time, as it was found last.
+    pub evacuations: EvacuationBoard,
     /// How far operations are, newer than their records.
     pub progress: ProgressBoard,
     /// Where sweeps of chunk stores are asked for, and counted.
@@ -222,6 +228,8 @@ impl Controller {
             clerk,
             providers,
             renting_wake: Arc::default(),
+            plans_wake: Arc::default(),
+            evacuations: EvacuationBoard::default(),
             progress: ProgressBoard::default(),
             sweeps: SweepBoard::default(),
             checks: CheckBoard::default(),
@@ -269,6 +277,9 @@ async fn start_parts(parts: &Parts) -> Result<SocketAddr, StartError> {
         };
         parts.spawn("rentings", Place::new(place, name, configured.clone()).run());
     }
+    let (state, live, wake) = (parts.state.clone(), parts.hosts.clone(), Arc::clone(&parts.plans_wake));
+    parts.spawn("plans", plans::Runner::new(state, live, wake, plans::Pace::default()).run());
+    parts.spawn("evacuations", evacuation::evacuation_watcher(parts.clone()));
     let api = rest::Api::new(parts, &metrics);
     engine.open_guest_door(Arc::new(rest::GuestCalls::new(api.clone())));
     rest::serve(parts, rest::router(api))

@@ -74,7 +74,8 @@ fn refuse(asker: &Asker, found: &GuestRecord, kind: OperationKind, problem: Prob
     Reply::ok(&guest_plan::new_operation(asker, OperationId::generate(), kind, &found.guest, route))
 }
 
-fn need(picture: &Picture, found: &GuestRecord, not_at: Option<HostId>) -> Need {
+/// What a guest needs of a host.
+pub(crate) fn need(picture: &Picture, found: &GuestRecord, not_at: Option<HostId>) -> Need {
     Need {
         shape: found.guest.shape,
         disk_bytes: picture.disk_of(found.guest.id),
@@ -239,7 +240,8 @@ pub(super) async fn begin_migration(
     .await
 }
 
-fn with_reachability<'a>(
+/// The chosen host, if the guest's host can be reached and reach it.
+pub(crate) fn with_reachability<'a>(
     source: Option<&Host>,
     host: &'a Host,
     mut checks: Vec<PlanCheck>,
@@ -260,7 +262,12 @@ fn with_reachability<'a>(
 }
 
 /// What a move would take: each page once, at the bandwidth that was given. What is not known is not predicted.
-fn migration_plan(found: &GuestRecord, host: &Host, checks: Vec<PlanCheck>, bandwidth_bps: Option<u64>) -> Plan {
+pub(crate) fn migration_plan(
+    found: &GuestRecord,
+    host: &Host,
+    checks: Vec<PlanCheck>,
+    bandwidth_bps: Option<u64>,
+) -> Plan {
     let bytes = found.guest.shape.memory_bytes;
     Plan {
         predicted_bytes: Some(bytes),

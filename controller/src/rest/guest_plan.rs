@@ -16,7 +16,7 @@ use crate::{
     admission::{Request, Standing, deny_reason},
     app::Parts,
     placement::{self, Need, Place},
-    state::{Change, GuestRecord, HostRecord, OperationRecord, Stored, Work, keys},
+    state::{Change, GuestRecord, HostRecord, LiveHosts, OperationRecord, State, StateError, Stored, Work, keys},
 };
 
 /// Longest reason, in bytes.
@@ -44,20 +44,24 @@ pub struct Usage {
 impl Picture {
     /// Takes the picture.
     pub async fn take(parts: &Parts) -> Result<Self, Failure> {
+        Ok(Self::of(&parts.state, &parts.hosts).await?)
+    }
+
+    /// The same, of the records and the connected hosts alone.
+    pub async fn of(state: &State, live: &LiveHosts) -> Result<Self, StateError> {
         let prefix: Prefix = keys::folder("guards");
-        let (guards, _) =
-            supercloud_store::list(&**parts.state.store(), &prefix).await.map_err(crate::state::StateError::from)?;
+        let (guards, _) = supercloud_store::list(&**state.store(), &prefix).await?;
         let guards = guards.into_iter().map(|item| (item.key.as_str().to_owned(), item.mod_revision)).collect();
-        let hosts = parts.state.list::<HostRecord>().await?;
-        let guests = parts.state.list::<GuestRecord>().await?;
+        let hosts = state.list::<HostRecord>().await?;
+        let guests = state.list::<GuestRecord>().await?;
         let mut disks: HashMap<GuestId, u64> = HashMap::new();
-        for volume in parts.state.list::<Volume>().await? {
+        for volume in state.list::<Volume>().await? {
             if let Some(guest) = volume.guest {
                 let bytes = disks.entry(guest).or_default();
                 *bytes = bytes.saturating_add(volume.size_bytes);
             }
         }
-        let hosts = hosts.iter().map(|record| record.view(&parts.hosts)).collect();
+        let hosts = hosts.iter().map(|record| record.view(live)).collect();
         Ok(Self { guards, hosts, guests, disks })
     }
 
@@ -70,6 +74,16 @@ impl Picture {
     /// The disk of a guest, in bytes.
     pub fn disk_of(&self, guest: GuestId) -> u64 {
         self.disks.get(&guest).copied().unwrap_or(0)
+    }
+
+    /// The guests.
+    pub fn guests(&self) -> impl Iterator<Item = &GuestRecord> {
+        self.guests.iter().map(|record| &record.value)
+    }
+
+    /// The disk of each guest, in bytes.
+    pub const fn disks(&self) -> &HashMap<GuestId, u64> {
+        &self.disks
     }
 
     /// A host.

@@ -11,9 +11,10 @@ mod gate;
 mod guest_calls;
 mod guest_console;
 mod guest_create;
-mod guest_operations;
+mod guest_evacuation;
+pub(crate) mod guest_operations;
 mod guest_placement;
-mod guest_plan;
+pub(crate) mod guest_plan;
 mod guests;
 mod hosts;
 mod idempotency;
@@ -23,6 +24,7 @@ mod ledger;
 mod networks;
 pub mod openapi;
 mod operations;
+mod plans;
 mod projects;
 mod reaper;
 mod rentings;
@@ -132,6 +134,7 @@ pub fn router(api: Api) -> Router {
         .route("/v1/guests/{guest}/placement", get(guest_placement::read))
         .route("/v1/guests/{guest}/console", get(guest_console::open))
         .route("/v1/guests/{guest}/console/{console}/input", post(guest_console::input))
+        .route("/v1/guests/{guest}/evacuation", get(guest_evacuation::read))
         .route("/v1/guests/{guest}/start", post(guest_operations::start))
         .route("/v1/guests/{guest}/stop", post(guest_operations::stop))
         .route("/v1/guests/{guest}/migrate", post(guest_operations::migrate))
@@ -140,6 +143,11 @@ pub fn router(api: Api) -> Router {
         .route("/v1/operations", get(operations::list))
         .route("/v1/operations/{operation}", get(operations::read))
         .route("/v1/operations/{operation}/cancel", post(operations::cancel))
+        .route("/v1/plans", get(plans::list).post(plans::create))
+        .route("/v1/plans/{plan}", get(plans::read))
+        .route("/v1/plans/{plan}/apply", post(plans::apply))
+        .route("/v1/plans/{plan}/cancel", post(plans::cancel))
+        .route("/v1/plans/{plan}/undo", post(plans::undo))
         .route("/v1/events", get(events::list))
         .route("/v1/events/stream", get(events::stream))
         .route("/v1/ledger", get(ledger::read))

@@ -14,8 +14,8 @@ use utoipa::{
 };
 
 use super::{
-    clouds, events, guest_console, guest_create, guest_operations, guest_placement, guests, hosts, images, join,
-    ledger, networks, operations,
+    clouds, events, guest_console, guest_create, guest_evacuation, guest_operations, guest_placement, guests, hosts,
+    images, join, ledger, networks, operations, plans,
 };
 use super::{projects, rentings, session, stores, system, tokens, volumes};
 use crate::auth::{Access, ROUTES, Route};
@@ -83,6 +83,7 @@ use crate::auth::{Access, ROUTES, Route};
         guest_placement::read,
         guest_console::open,
         guest_console::input,
+        guest_evacuation::read,
         guest_operations::start,
         guest_operations::stop,
         guest_operations::migrate,
@@ -92,6 +93,12 @@ use crate::auth::{Access, ROUTES, Route};
         operations::list,
         operations::read,
         operations::cancel,
+        plans::list,
+        plans::create,
+        plans::read,
+        plans::apply,
+        plans::cancel,
+        plans::undo,
         events::list,
         events::stream,
         ledger::read,
@@ -139,6 +146,7 @@ fn parameters(route: &Route, lists: bool) -> Vec<Parameter> {
         || (route.path == "/v1/guests" && changes)
         || route.path.ends_with("/import")
         || route.path.ends_with("/cancel")
+        || (route.path.starts_with("/v1/plans") && changes)
         || (route.path == "/v1/guests/{guest}" && route.method == axum::http::Method::DELETE)
     {
         all.push(parameter("dry_run", Query, false, Type::Boolean, "Only tell what would happen."));

@@ -4,14 +4,14 @@ use std::{collections::BTreeMap, future::Future};
 
 use serde::Serialize;
 use supercloud_api::{
-    Event, Operation, OperationKind, Phase, PhaseTime, Progress,
+    Event, FleetPlan, Operation, OperationKind, Phase, PhaseTime, Progress,
     ids::{OperationId, ProjectId, RequestId},
     unix_ms,
 };
 use supercloud_store::{Condition, Key, StoreError, Txn, TxnOutcome, Value};
 
 use super::{
-    AnswerRecord, EventDraft, Named, OperationRecord, Record, State, StateError, Stored, decode,
+    AnswerRecord, EventDraft, Named, OperationRecord, PlanRecord, Record, State, StateError, Stored, decode,
     event::{self, KnownHead},
     keys,
 };
@@ -237,6 +237,34 @@ impl Change {
         self.update(before, now)
     }
 
+    /// The new value of a plan that was read. Keeps the list of active ones, its times, and the event of a new state.
+    pub fn update_plan(&mut self, before: &Stored<PlanRecord>, now: &mut PlanRecord) -> &mut Self {
+        let plan = &mut now.plan;
+        if plan.state != before.plan.state {
+            plan.updated_at_ms = unix_ms();
+            let key = keys::active_plan(plan.id);
+            match (before.plan.state.is_at_rest(), plan.state.is_at_rest()) {
+                (true, false) => {
+                    plan.ended_at_ms = None;
+                    self.claim(key, "");
+                }
+                (_, true) => {
+                    plan.ended_at_ms = Some(plan.updated_at_ms);
+                    self.release(key);
+                }
+                (false, false) => {}
+            }
+            self.event(plan_event("plan.state", plan));
+        }
+        self.update(before, now)
+    }
+
+    /// A new plan, which is at rest.
+    pub fn create_plan(&mut self, record: &PlanRecord) -> &mut Self {
+        self.event(plan_event("plan.proposed", &record.plan));
+        self.create(record)
+    }
+
     /// An event that tells of it.
     pub fn event(&mut self, event: EventDraft) -> &mut Self {
         self.events.push(event);
@@ -271,6 +299,12 @@ fn operation_event(kind: &'static str, record: &OperationRecord) -> EventDraft {
         .host(operation.destination.or(operation.source))
         .operation(operation.id)
         .data(data)
+}
+
+fn plan_event(kind: &'static str, plan: &FleetPlan) -> EventDraft {
+    EventDraft::new(kind).host(plan.host).data(serde_json::json!({
+        "plan": plan.id, "kind": plan.kind, "state": plan.state, "steps": plan.steps.len(), "stuck": plan.stuck.len(),
+    }))
 }
 
 impl State {

@@ -2,7 +2,7 @@
 
 use std::net::Ipv4Addr;
 
-use supercloud_api::ids::{HostId, NetworkId, OperationId, ProjectId, TokenId};
+use supercloud_api::ids::{HostId, NetworkId, OperationId, PlanId, ProjectId, TokenId};
 use supercloud_store::{Key, Prefix};
 
 use super::Record;
@@ -91,6 +91,12 @@ pub fn renting_name(host_name: &str) -> Key {
 #[must_use]
 pub fn active_operation(operation: OperationId) -> Key {
     key(format!("active-operations/{operation}"))
+}
+
+/// A plan of which something begins by itself.
+#[must_use]
+pub fn active_plan(plan: PlanId) -> Key {
+    key(format!("active-plans/{plan}"))
 }
 
 /// What a project uses: whoever adds to it passes this guard.

@@ -25,6 +25,8 @@
 //! | `freezes/<id>` | [`Freeze`](supercloud_api::Freeze) |
 //! | `operations/<id>` | [`OperationRecord`] |
 //! | `active-operations/<id>` | (empty) for each operation that has not ended |
+//! | `plans/<id>` | [`PlanRecord`] |
+//! | `active-plans/<id>` | (empty) for each plan of which something begins by itself |
 //! | `names/<project or ->/<kind>/<name>` | id of the resource of this name |
 //! | `guards/<what>/<id>` | (counter) touched by changes that must not happen at once, see [`Change::guard`] |
 //! | `join/<sha256 of the secret>` | [`JoinRecord`] |
@@ -71,7 +73,7 @@ pub use live::{LiveHost, LiveHosts};
 pub use named::Named;
 pub use record::{
     AcceptedMark, AnswerRecord, DeletedGuest, GuestRecord, GuestSeed, HostRecord, JoinRecord, OperationRecord,
-    ProjectRecord, Record, RentingRecord, TokenRecord, Work,
+    PlanRecord, ProjectRecord, Record, RentingRecord, TokenRecord, Work,
 };
 
 /// The version of the layout that this program writes.

@@ -4,12 +4,12 @@ use std::{collections::BTreeSet, fmt::Display};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use supercloud_api::{
-    Cloud, DiskFormat, Freeze, Guest, GuestState, Host, HostState, Image, Name, Network, Operation, Port, Project,
-    Renting, Token, Volume,
+    Cloud, DiskFormat, FleetPlan, Freeze, Guest, GuestState, Host, HostState, Image, Name, Network, Operation, Port,
+    Project, Renting, Token, Volume,
     handover::{Owner, OwnerRecord},
     ids::{
-        CloudId, FreezeId, GuestId, HostId, ImageId, NetworkId, OperationId, PortId, ProjectId, RentingId, TokenId,
-        VolumeId,
+        CloudId, FreezeId, GuestId, HostId, ImageId, NetworkId, OperationId, PlanId, PortId, ProjectId, RentingId,
+        RequestId, TokenId, VolumeId,
     },
     link::MigrationOptions,
 };
@@ -57,6 +57,7 @@ records! {
     JoinRecord, String, "join", |r| r.secret_sha256.clone();
     AcceptedMark, String, "accepted-marks", |r| AcceptedMark::key(r.seq, &r.hash);
     RentingRecord, RentingId, "rentings", |r| r.renting.id;
+    PlanRecord, PlanId, "plans", |r| r.plan.id;
 }
 
 /// A host. Whether its agent is connected is not kept: see [`LiveHosts`].
@@ -246,6 +247,17 @@ pub struct RentingRecord {
     pub renting: Renting,
     /// The secret of its join token, sealed under the root key; hexadecimal. Kept so that a repeated order is the same order.
     pub sealed_secret: String,
+}
+
+/// A plan, with who had it carried out.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PlanRecord {
+    /// What the API shows.
+    pub plan: FleetPlan,
+    /// In whose name its operations are made: who applied it, or had it taken back.
+    pub actor: String,
+    /// By which request.
+    pub request_id: RequestId,
 }
 
 /// A one-time token for a host to join with.

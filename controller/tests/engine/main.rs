@@ -15,5 +15,6 @@ mod images;
 mod ledger;
 mod losses;
 mod moves;
+mod plans;
 mod sweeps;
 mod undo;

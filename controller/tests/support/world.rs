@@ -25,6 +25,7 @@ use supercloud_controller::{
     keys::Keys,
     link::{self, ChunkServer, LinkHandler, Sessions},
     operations::{Engine, Pace, Parts, Reach, progress::ProgressBoard, sweeps::SweepBoard},
+    plans::{self, Runner},
     state::{
         Change, Context, EventDraft, GuestRecord, HostRecord, LiveHosts, OperationRecord, ProjectRecord, State,
         StateError, Stored, Work, keys as places, retry_conflicts,
@@ -34,7 +35,7 @@ use supercloud_storage::backend::DirStore;
 use supercloud_store::{SledOptions, SledStore, Store};
 use tokio::{
     net::TcpListener,
-    sync::watch,
+    sync::{Notify, watch},
     task::{JoinHandle, JoinSet},
 };
 use tokio_util::sync::CancellationToken;
@@ -63,6 +64,8 @@ pub struct Running {
     pub state: State,
     pub chunks: Arc<DirStore>,
     pub sweeps: SweepBoard,
+    pub live: LiveHosts,
+    pub plans_wake: Arc<Notify>,
     store: Arc<SledStore>,
     tasks: JoinSet<()>,
     cancel: CancellationToken,
@@ -150,10 +153,11 @@ impl World {
         let server = tls::server_config(ca, identity, &[tls::ALPN_AGENT, tls::ALPN_DATA]).unwrap();
         let sessions = Sessions::default();
         let sweeps = SweepBoard::default();
+        let (live, plans_wake) = (LiveHosts::default(), Arc::new(Notify::new()));
         let parts = Parts {
             state: state.clone(),
             sessions: sessions.clone(),
-            live: LiveHosts::default(),
+            live: live.clone(),
             keys: Arc::clone(&keys),
             authority,
             reach: Reach {
@@ -176,7 +180,20 @@ impl World {
         let mut tasks = JoinSet::new();
         tasks.spawn(link::serve(listener, Arc::new(server), sessions, handler, chunk_server, cancel.clone()));
         tasks.spawn(Arc::clone(&engine).run(imports, cancel.clone()));
-        self.controller = Some(Running { engine, state, chunks, sweeps, store, tasks, cancel });
+        let pace = plans::Pace {
+            look: Duration::from_millis(50),
+            idle: Duration::from_millis(200),
+            wait: Duration::from_secs(20),
+        };
+        let runner = Runner::new(state.clone(), live.clone(), Arc::clone(&plans_wake), pace);
+        let stop = cancel.clone();
+        tasks.spawn(async move {
+            tokio::select! {
+                () = runner.run() => {}
+                () = stop.cancelled() => {}
+            }
+        });
+        self.controller = Some(Running { engine, state, chunks, sweeps, live, plans_wake, store, tasks, cancel });
         self.address.send_replace(address);
     }
 

@@ -263,6 +263,23 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/guests/{guest}/evacuation": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** How long a guest would take to leave its host now, and whether that is within the notice. Looked at anew, not what was found last. */
+        get: operations["guests_evacuation"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/guests/{guest}/freeze": {
         parameters: {
             query?: never;
@@ -650,6 +667,98 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/plans": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** Plans, oldest first, as many as are kept. */
+        get: operations["plans_list"];
+        put?: never;
+        /**
+         * Makes a plan: looks where the guests would go, what that costs and what may go otherwise. Nothing moves before it is applied; a dry
+         *     run does not even keep it.
+         */
+        post: operations["plans_create"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/plans/{plan}": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** One plan. */
+        get: operations["plans_read"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/plans/{plan}/apply": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** Has a plan carried out, step by step. Each move is checked again when its turn comes. */
+        post: operations["plans_apply"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/plans/{plan}/cancel": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** Has a plan stop: no step begins any more, those under way are cancelled where that is still possible, and what is done stays. */
+        post: operations["plans_cancel"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/plans/{plan}/undo": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Has a plan that has come to rest taken back: its cordons are lifted, and every guest that it moved goes to where it was, the last
+         *     first.
+         */
+        post: operations["plans_undo"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/ports": {
         parameters: {
             query?: never;
@@ -851,7 +960,11 @@ export interface paths {
         };
         get?: never;
         put?: never;
-        /** Has a store swept now: what no image, volume or freeze names any more is removed. Events tell what was. */
+        /**
+         * Has a store swept now: what no image, volume or freeze names any more is removed. Events tell what was. With `force` also
+         *     when hosts of the store were told of events that are not in this controller's history (its records were brought back from
+         *     a backup): those of which it has been told since its start do not count from then on.
+         */
         post: operations["stores_sweep"];
         delete?: never;
         options?: never;
@@ -922,6 +1035,27 @@ export interface paths {
         get: operations["volumes_read"];
         put?: never;
         post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/volumes/{volume}/check": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Has everything read that a volume stands on (its image, or the freeze that it came from) in its cloud's store, by the host that
+         *     holds the volume, at no more than `bytes_per_s`. What is missing or damaged there is mended from wherever else it can be
+         *     had. An event tells what was found: `volume.sound`, or `volume.damaged` with what is lost.
+         */
+        post: operations["volumes_check"];
         delete?: never;
         options?: never;
         head?: never;
@@ -1014,6 +1148,11 @@ export interface components {
             data: string;
         };
         /**
+         * @description Whether a host takes new guests, because of a plan.
+         * @enum {string}
+         */
+        CordonState: "pending" | "cordoned" | "left_alone" | "lifted";
+        /**
          * @description The format of bytes that are imported.
          * @enum {string}
          */
@@ -1029,6 +1168,46 @@ export interface components {
          *     the current one is refused (design: "One owner").
          */
         Epoch: number;
+        /** @description How long a guest would take to leave its host now, with nothing that it needs left behind. */
+        Evacuation: {
+            destination?: null | components["schemas"]["HostId"];
+            destination_name?: null | components["schemas"]["Name"];
+            /** @description What this rests on, or what is not known; a sentence. */
+            detail: string;
+            /**
+             * Format: int64
+             * @description How long it is expected to stand still.
+             */
+            downtime_ms?: number | null;
+            /** @description The guest. */
+            guest: components["schemas"]["GuestId"];
+            /** @description Where it is. */
+            host: components["schemas"]["HostId"];
+            /** @description That host's name. */
+            host_name: components["schemas"]["Name"];
+            /**
+             * Format: int64
+             * @description The predicted time until its host may vanish, if it alone leaves.
+             */
+            leave_ms?: number | null;
+            /**
+             * Format: int64
+             * @description The same when all guests of its host leave, those that are quickest first.
+             */
+            leave_with_all_ms?: number | null;
+            /**
+             * Format: int64
+             * @description The notice that is counted on, in milliseconds.
+             */
+            notice_ms: number;
+            /** @description Whether that is in time. */
+            state: components["schemas"]["EvacuationState"];
+        };
+        /**
+         * @description Whether a guest could leave within the notice that its host's provider gives.
+         * @enum {string}
+         */
+        EvacuationState: "in_time" | "late" | "unknown" | "not_needed";
         /** @description Something that happened. Written in the same transaction as the change it tells of. */
         Event: {
             /** @description Who caused it: `token:<name>`, `guest:<id>`, `host:<id>`, `system`. */
@@ -1070,6 +1249,72 @@ export interface components {
              * @description Feed milliseconds per millisecond, 0 to 1,000,000; as it is when absent. 0 holds the clock.
              */
             speed?: number | null;
+        };
+        /** @description Moves of many guests, decided together. */
+        FleetPlan: {
+            /** @description Who made it. */
+            actor: string;
+            /**
+             * Format: int32
+             * @description How far apart loads may be, in percent of a host.
+             */
+            band_percent?: number | null;
+            cloud?: null | components["schemas"]["CloudId"];
+            /** @description Hosts that are cordoned before the first step. */
+            cordons: components["schemas"]["PlanCordon"][];
+            /** @description What it costs. */
+            cost: components["schemas"]["PlanCost"];
+            /**
+             * Format: int64
+             * @description When it was made.
+             */
+            created_at_ms: number;
+            /**
+             * Format: int64
+             * @description When it came to rest after it was applied, or was cancelled.
+             */
+            ended_at_ms?: number | null;
+            host?: null | components["schemas"]["HostId"];
+            /** @description Its id. */
+            id: components["schemas"]["PlanId"];
+            /** @description When one step fails, those that are done are taken back. */
+            is_all_or_none: boolean;
+            /** @description What it is for. */
+            kind: components["schemas"]["PlanKind"];
+            /** @description Why, in the asker's words. */
+            reason?: string | null;
+            /** @description The request that made it. */
+            request_id: components["schemas"]["RequestId"];
+            /** @description What may go otherwise than told, a sentence each. */
+            risks: string[];
+            /** @description Where it is. */
+            state: components["schemas"]["PlanState"];
+            /** @description The moves, in the order in which there is room for them. */
+            steps: components["schemas"]["PlanStep"][];
+            /** @description Guests that stay. */
+            stuck: components["schemas"]["PlanStuck"][];
+            /**
+             * Format: int64
+             * @description When its state last changed.
+             */
+            updated_at_ms: number;
+        };
+        /** @description Asks for a plan. Nothing moves before it is applied. */
+        FleetPlanCreate: {
+            /**
+             * Format: int32
+             * @description How far apart the loads of two hosts may be after a rebalance, in percent of a host, 1 to 100; 20 when absent.
+             */
+            band_percent?: number | null;
+            cloud?: null | components["schemas"]["Ref"];
+            /** @description The guests to gather, at most 200; names are looked up in the project at hand. */
+            guests?: components["schemas"]["Ref"][];
+            host?: null | components["schemas"]["Ref"];
+            /** @description What it is for. */
+            kind: components["schemas"]["PlanKind"];
+            /** @description Why, for the audit trail. */
+            reason?: string | null;
+            to?: null | components["schemas"]["Ref"];
         };
         /** @description A guest suspended into the image store. */
         Freeze: {
@@ -1774,6 +2019,60 @@ export interface components {
             next_page?: string | null;
         };
         /** @description One page of a listing. `next_page`, when present, is passed back as `?page=`. */
+        Page_FleetPlan: {
+            /** @description The items of this page, ordered by id. */
+            items: {
+                /** @description Who made it. */
+                actor: string;
+                /**
+                 * Format: int32
+                 * @description How far apart loads may be, in percent of a host.
+                 */
+                band_percent?: number | null;
+                cloud?: null | components["schemas"]["CloudId"];
+                /** @description Hosts that are cordoned before the first step. */
+                cordons: components["schemas"]["PlanCordon"][];
+                /** @description What it costs. */
+                cost: components["schemas"]["PlanCost"];
+                /**
+                 * Format: int64
+                 * @description When it was made.
+                 */
+                created_at_ms: number;
+                /**
+                 * Format: int64
+                 * @description When it came to rest after it was applied, or was cancelled.
+                 */
+                ended_at_ms?: number | null;
+                host?: null | components["schemas"]["HostId"];
+                /** @description Its id. */
+                id: components["schemas"]["PlanId"];
+                /** @description When one step fails, those that are done are taken back. */
+                is_all_or_none: boolean;
+                /** @description What it is for. */
+                kind: components["schemas"]["PlanKind"];
+                /** @description Why, in the asker's words. */
+                reason?: string | null;
+                /** @description The request that made it. */
+                request_id: components["schemas"]["RequestId"];
+                /** @description What may go otherwise than told, a sentence each. */
+                risks: string[];
+                /** @description Where it is. */
+                state: components["schemas"]["PlanState"];
+                /** @description The moves, in the order in which there is room for them. */
+                steps: components["schemas"]["PlanStep"][];
+                /** @description Guests that stay. */
+                stuck: components["schemas"]["PlanStuck"][];
+                /**
+                 * Format: int64
+                 * @description When its state last changed.
+                 */
+                updated_at_ms: number;
+            }[];
+            /** @description Where the next page starts; absent on the last one. */
+            next_page?: string | null;
+        };
+        /** @description One page of a listing. `next_page`, when present, is passed back as `?page=`. */
         Page_Freeze: {
             /** @description The items of this page, ordered by id. */
             items: {
@@ -2328,6 +2627,119 @@ export interface components {
             /** @description What was checked: `compat_class`, `capacity`, `reachability`, … */
             name: string;
         };
+        /** @description A host that a plan cordons. */
+        PlanCordon: {
+            /** @description The host. */
+            host: components["schemas"]["HostId"];
+            /** @description Its name. */
+            host_name: components["schemas"]["Name"];
+            /** @description Whether it is. */
+            state: components["schemas"]["CordonState"];
+        };
+        /** @description What all steps together cost, as far as it is known. */
+        PlanCost: {
+            /**
+             * Format: int64
+             * @description Bytes that travel at least.
+             */
+            bytes: number;
+            /**
+             * Format: int64
+             * @description What providers ask for them; absent when a price is not known.
+             */
+            egress_nanousd?: number | null;
+            /**
+             * Format: int64
+             * @description The longest that a guest is expected to stand still; absent when that of a step is not known.
+             */
+            longest_downtime_ms?: number | null;
+            /**
+             * Format: int32
+             * @description Moves.
+             */
+            moves: number;
+            /**
+             * Format: int64
+             * @description The time that all of it is expected to take; absent when that of a step is not known.
+             */
+            predicted_ms?: number | null;
+        };
+        PlanId: string;
+        /**
+         * @description What a plan is for.
+         * @enum {string}
+         */
+        PlanKind: "drain" | "evacuate" | "rebalance" | "gather";
+        /**
+         * @description Where a plan is.
+         * @enum {string}
+         */
+        PlanState: "proposed" | "running" | "cancelling" | "undoing" | "done" | "failed" | "cancelled" | "undone";
+        /** @description One move of a plan. */
+        PlanStep: {
+            /**
+             * Format: int64
+             * @description What the provider asks for these bytes; absent where its price is not known.
+             */
+            egress_nanousd?: number | null;
+            error?: null | components["schemas"]["Problem"];
+            /** @description Where it is. */
+            from: components["schemas"]["HostId"];
+            /** @description That host's name. */
+            from_name: components["schemas"]["Name"];
+            /** @description The guest. */
+            guest: components["schemas"]["GuestId"];
+            /** @description Its name. */
+            guest_name: components["schemas"]["Name"];
+            operation?: null | components["schemas"]["OperationId"];
+            /**
+             * Format: int64
+             * @description Bytes that travel at least: its memory, once.
+             */
+            predicted_bytes: number;
+            /**
+             * Format: int64
+             * @description How long the guest is expected to stand still; absent where no move was measured yet.
+             */
+            predicted_downtime_ms?: number | null;
+            /**
+             * Format: int64
+             * @description The time that the move is expected to take; absent where no move was measured yet.
+             */
+            predicted_ms?: number | null;
+            /** @description Its project. */
+            project: components["schemas"]["ProjectId"];
+            /** @description Why there. */
+            reason: string;
+            /** @description Where the step is. */
+            state: components["schemas"]["PlanStepState"];
+            /** @description Where it goes. */
+            to: components["schemas"]["HostId"];
+            /** @description That host's name. */
+            to_name: components["schemas"]["Name"];
+            undo_operation?: null | components["schemas"]["OperationId"];
+            /**
+             * Format: int64
+             * @description Since when it waits for what `error` says.
+             */
+            waiting_since_ms?: number | null;
+        };
+        /**
+         * @description Where a step of a plan is.
+         * @enum {string}
+         */
+        PlanStepState: "pending" | "running" | "done" | "skipped" | "failed" | "cancelled" | "undoing" | "undone" | "not_undone";
+        /** @description A guest that stays where it should go. */
+        PlanStuck: {
+            /** @description The guest. */
+            guest: components["schemas"]["GuestId"];
+            /** @description Its name. */
+            guest_name: components["schemas"]["Name"];
+            /** @description Where it stays. */
+            host_name: components["schemas"]["Name"];
+            /** @description Why. */
+            reason: string;
+        };
         /** @description A guest's attachment to a network. */
         Port: {
             /** @description The guest's epoch, which it inherits. */
@@ -2498,7 +2910,7 @@ export interface components {
          * @description How blocks follow a volume when its guest moves.
          * @enum {string}
          */
-        Propagation: "on-demand" | "hot-standby";
+        Propagation: "on-demand" | "hot-standby" | "predictive";
         /** @description What a project may use at once. */
         Quota: {
             /**
@@ -3444,6 +3856,40 @@ export interface operations {
                     [name: string]: unknown;
                 };
                 content?: never;
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    guests_evacuation: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+            };
+            header?: never;
+            path: {
+                /** @description Its id, or its name where it has one. */
+                guest: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Evacuation"];
+                };
             };
             /** @description A problem (RFC 9457) */
             default: {
@@ -4582,6 +5028,268 @@ export interface operations {
             };
         };
     };
+    plans_list: {
+        parameters: {
+            query?: {
+                /** @description Items of the page, 1 to 1000; 100 when absent. */
+                limit?: number;
+                /** @description `next_page` of the page before. */
+                page?: string;
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+            };
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Page_FleetPlan"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    plans_create: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
+            };
+            header?: {
+                /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
+                "Idempotency-Key"?: string;
+            };
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["FleetPlanCreate"];
+            };
+        };
+        responses: {
+            /** @description Dry run */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["FleetPlan"];
+                };
+            };
+            201: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["FleetPlan"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    plans_read: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+            };
+            header?: never;
+            path: {
+                /** @description Its id, or its name where it has one. */
+                plan: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["FleetPlan"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    plans_apply: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
+            };
+            header?: {
+                /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
+                "Idempotency-Key"?: string;
+            };
+            path: {
+                /** @description Its id, or its name where it has one. */
+                plan: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Dry run */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["FleetPlan"];
+                };
+            };
+            202: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["FleetPlan"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    plans_cancel: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
+            };
+            header?: {
+                /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
+                "Idempotency-Key"?: string;
+            };
+            path: {
+                /** @description Its id, or its name where it has one. */
+                plan: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Dry run */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["FleetPlan"];
+                };
+            };
+            202: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["FleetPlan"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    plans_undo: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
+            };
+            header?: {
+                /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
+                "Idempotency-Key"?: string;
+            };
+            path: {
+                /** @description Its id, or its name where it has one. */
+                plan: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Dry run */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["FleetPlan"];
+                };
+            };
+            202: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["FleetPlan"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
     ports_list: {
         parameters: {
             query?: {
@@ -5244,6 +5952,43 @@ export interface operations {
         requestBody?: never;
         responses: {
             200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Volume"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    volumes_check: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+            };
+            header?: {
+                /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
+                "Idempotency-Key"?: string;
+            };
+            path: {
+                /** @description Its id, or its name where it has one. */
+                volume: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            202: {
                 headers: {
                     [name: string]: unknown;
                 };

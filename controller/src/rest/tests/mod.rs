@@ -10,6 +10,7 @@ mod lasting;
 mod ledger;
 mod monitoring;
 mod moves;
+mod plans;
 mod problems;
 mod rentings;
 #[cfg(feature = "ec2")]
