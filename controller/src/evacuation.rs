@@ -181,7 +181,8 @@ pub async fn evacuation_watcher(parts: Parts) {
     loop {
         match Outlook::take(&parts).await {
             Ok(outlook) => {
-                let found = outlook.all();
+                // Much to reckon where there are many guests: not on the threads that answer.
+                let Ok(found) = tokio::task::spawn_blocking(move || outlook.all()).await else { return };
                 if let Err(error) = tell(&parts, &found, &mut late).await {
                     warn!("that a guest is not evacuable cannot be told now: {}", chain(&error));
                 }
