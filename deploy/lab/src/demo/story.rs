@@ -147,8 +147,12 @@ impl Story {
         let client =
             GuestSpec::new(CLIENT, IMAGE, NETWORK, &format!("sc.role=client sc.peer={SERVER_ADDRESS}")).at("home");
         let start = async { tokio::try_join!(fleet.create_guest(&server), fleet.create_guest(&client)) };
-        let (server, client) =
-            tell.step("web starts in aws-east, watcher in home (emulated: no hardware help is needed)", start).await?;
+        let how = if fleet.is_of_vms() {
+            "web starts in aws-east, watcher in home (each in our own VMM, in a virtual machine)"
+        } else {
+            "web starts in aws-east, watcher in home (emulated: no hardware help is needed)"
+        };
+        let (server, client) = tell.step(how, start).await?;
         let witness = Witness::listen(vec![fleet.console(server.id)?, fleet.console(client.id)?]);
         let works = |testimony: &Testimony| {
             let writes = testimony.server.last().is_some_and(|seen| seen.stats.acked > 0);
