@@ -274,12 +274,7 @@ impl KvmBackend {
     }
 
     async fn confirm_move(&self, guest: GuestId, verdict: Verdict) -> BackendResult<()> {
-        let Some(keeper) = self.keeper(guest)? else {
-            return match verdict {
-                Verdict::Release => Ok(()),
-                Verdict::Keep => Err(BackendError::NoSuchGuest { guest }),
-            };
-        };
+        let Some(keeper) = self.keeper(guest)? else { return self.gone_at(guest, verdict) };
         let what = "end a move";
         let mut state = keeper.seen().state;
         if state == Some(State::Sending) {

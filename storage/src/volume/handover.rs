@@ -157,17 +157,7 @@ impl Volume {
             }
             let (began, count) = (tokio::time::Instant::now(), plan.len());
             *due = due.saturating_sub(count as u64);
-            let source = &source;
-            let mut pulls = futures::stream::iter(plan)
-                .map(|(block, version)| async move {
-                    limit.draw(BLOCK_BYTES as u64).await;
-                    let fetched = source.block(block, version, Priority::Background).await?;
-                    self.keep_ahead(block, fetched.version, fetched.data).await
-                })
-                .buffer_unordered(FETCHES_AT_ONCE);
-            while let Some(result) = pulls.next().await {
-                result?;
-            }
+            self.pull_ahead(&*source, plan, limit).await?;
             habits.note_rate(count, began.elapsed());
         }
     }
@@ -189,8 +179,18 @@ impl Volume {
             status.last_pass_blocks = wanted.len() as u64;
         });
         let count = wanted.len() as u64;
-        let source = &source;
-        let mut pulls = futures::stream::iter(wanted)
+        self.pull_ahead(&*source, wanted, limit).await?;
+        Ok(count)
+    }
+
+    /// Brings these blocks, several at once, within the limit.
+    async fn pull_ahead(
+        &self,
+        source: &dyn BlockSource,
+        blocks: Vec<(u32, u64)>,
+        limit: &FetchLimit,
+    ) -> Result<(), VolumeError> {
+        let mut pulls = futures::stream::iter(blocks)
             .map(|(block, version)| async move {
                 limit.draw(BLOCK_BYTES as u64).await;
                 let fetched = source.block(block, version, Priority::Background).await?;
@@ -200,7 +200,7 @@ impl Volume {
         while let Some(result) = pulls.next().await {
             result?;
         }
-        Ok(count)
+        Ok(())
     }
 
     /// Keeps a copy of a version that may or may not be the newest at the switch.
