@@ -14,6 +14,7 @@ use crate::{
     device::SpecError,
     host::Launch,
     migrate::{LiveMigration, Transfer},
+    mirror::Mirroring,
 };
 
 /// A boxed future, so that the traits here are object-safe.
@@ -340,4 +341,12 @@ pub trait Backend: Send + Sync {
     /// # Errors
     /// [`BackendError::Unsupported`].
     fn live_migration(&self) -> BackendResult<&dyn LiveMigration>;
+
+    /// Mirrors, or a refusal that names them.
+    ///
+    /// # Errors
+    /// [`BackendError::Unsupported`].
+    fn mirroring(&self) -> BackendResult<&dyn Mirroring> {
+        Err(BackendError::Unsupported { back_end: self.name(), option: "mirrors".to_owned() })
+    }
 }

@@ -9,6 +9,7 @@
 //! | [`host`] | where a host's own files, sockets and taps are ([`HostArgs`]): never travels |
 //! | [`backend`] | [`Backend`]: start, stop, pause, find again, freeze, thaw; typed errors; refusal by name |
 //! | [`migrate`] | [`LiveMigration`]: the two halves of a live move, with the caller's decision between them |
+//! | [`mirror`] | [`Mirroring`]: a standby that is kept by cuts, with the caller's commit between them |
 //! | [`probe`] | what the substrate really is, by measuring |
 //! | [`lasting`] | processes that outlive who starts them, and are found again |
 //! | [`vmm`] | a virtual machine monitor of our own on `/dev/kvm`, as a library |
@@ -25,6 +26,7 @@ pub mod device;
 pub mod host;
 pub mod lasting;
 pub mod migrate;
+pub mod mirror;
 pub mod probe;
 mod signal;
 #[cfg(target_arch = "x86_64")]
@@ -34,5 +36,6 @@ pub use backend::{Backend, BackendError, BackendResult, BoxFuture};
 pub use device::MachineSpec;
 pub use host::{HostArgs, Launch};
 pub use migrate::LiveMigration;
+pub use mirror::Mirroring;
 /// What a back end can run; a guest moves live inside its class only.
 pub use supercloud_api::CompatClass;
