@@ -131,8 +131,12 @@ export class Controller {
     return readFileSync(join(this.folder, "data", "admin.token"), "utf8").trim();
   }
 
+  get ca(): Buffer {
+    return readFileSync(join(this.folder, "data", "ca.pem"));
+  }
+
   rest(): Rest {
-    return new Rest(this.url, this.token, readFileSync(join(this.folder, "data", "ca.pem")));
+    return new Rest(this.url, this.token, this.ca);
   }
 
   private log(): string {

@@ -27,9 +27,9 @@ const PAGES: [string, string][] = [
 const isAway = signal(false);
 
 function Page() {
-  const [page = "", id] = route.value;
+  const [page = "", id, part] = route.value;
   switch (page) {
-    case "guests": return id ? <GuestPage id={id} /> : <Guests />;
+    case "guests": return id ? <GuestPage id={id} part={part} /> : <Guests />;
     case "hosts": return id ? <HostPage id={id} /> : <Hosts />;
     case "operations": return id ? <OperationPage id={id} /> : <Operations />;
     case "markets": return <Markets />;

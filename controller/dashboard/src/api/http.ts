@@ -12,7 +12,7 @@ export class Away extends Error {}
 
 const CSRF = { "x-supercloud-csrf": "1" };
 
-async function send(method: string, path: string, body: unknown, headers: Record<string, string>): Promise<Response> {
+async function send(method: string, path: string, body: unknown, headers: Record<string, string>, signal = AbortSignal.timeout(60_000)): Promise<Response> {
   let response: Response;
   try {
     response = await fetch(path, {
@@ -20,7 +20,7 @@ async function send(method: string, path: string, body: unknown, headers: Record
       credentials: "same-origin",
       headers: { ...headers, ...(body === undefined ? {} : { "content-type": "application/json" }) },
       body: body === undefined ? undefined : JSON.stringify(body),
-      signal: AbortSignal.timeout(60_000),
+      signal,
     });
   } catch (error) {
     throw new Away(`the controller does not answer (${String(error)})`);
@@ -66,6 +66,11 @@ export async function change<T>(method: "POST" | "PATCH" | "DELETE", path: strin
     }
   }
   return response.status === 204 ? undefined : ((await response.json()) as T);
+}
+
+/** A request that is not sent again, for as long as `signal` lets it. */
+export function once(method: "GET" | "POST", path: string, body: unknown, signal: AbortSignal): Promise<Response> {
+  return send(method, path, body, method === "GET" ? {} : CSRF, signal);
 }
 
 export async function signIn<T>(token: string): Promise<T> {

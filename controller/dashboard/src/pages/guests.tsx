@@ -4,6 +4,7 @@ import { change, Refused } from "../api/http";
 import type { Event, Guest } from "../api/types";
 import { may, stays } from "../store/derive";
 import { events, guests, images, networks, now, operations, ports, volumes, who } from "../store/store";
+import { ConsolePanel } from "../terminal/console";
 import { GuestActions } from "../ui/actions";
 import { ago, bytes, duration, moment } from "../ui/format";
 import { Empty, Facts, Grid, HostLink, Moving, Panel, State, hostName, shapeText } from "../ui/parts";
@@ -90,7 +91,7 @@ const baseText = (missing: number | null | undefined): string => {
   return missing === 0 ? "its cloud has all" : `its cloud lacks ${bytes(missing)}`;
 };
 
-export function GuestPage(props: { id: string }) {
+export function GuestPage(props: { id: string; part?: string }) {
   const guest = guests.value.get(props.id) ?? [...guests.value.values()].find((one) => one.name === props.id);
   if (!guest) return <Panel title="No such guest" wide><Empty>There is no guest {props.id}, or this token does not see it.</Empty></Panel>;
   const own = events.value.filter((event) => event.guest === guest.id);
@@ -115,6 +116,7 @@ export function GuestPage(props: { id: string }) {
           ["made", moment(guest.created_at_ms)],
         ]} />
       </Panel>
+      <ConsolePanel key={guest.id} guest={guest} begin={props.part === "console"} />
       <Panel title="Where it lived" wide><Lives guest={guest} events={own} /></Panel>
       <Panel title="Network">
         {attached.length === 0 ? <Empty>no port</Empty> : attached.map((port) => (
