@@ -58,6 +58,9 @@ pub(super) const CMD_DISC: u16 = 2;
 pub(super) const CMD_FLUSH: u16 = 3;
 pub(super) const CMD_TRIM: u16 = 4;
 pub(super) const CMD_CACHE: u16 = 5;
+/// Of our own ("SC"): make cut number `offset`. Every operation that was asked for before it is in the cut, none that is asked for
+/// after it. Answered in the simple form, always.
+pub(super) const CMD_CUT: u16 = 0x5343;
 pub(super) const CMD_WRITE_ZEROES: u16 = 6;
 
 pub(super) const CMD_FLAG_FUA: u16 = 1;
@@ -108,7 +111,7 @@ impl Request {
             CMD_READ => CMD_FLAG_FUA | CMD_FLAG_DF,
             CMD_WRITE | CMD_TRIM | CMD_FLUSH => CMD_FLAG_FUA,
             CMD_WRITE_ZEROES => CMD_FLAG_FUA | CMD_FLAG_NO_HOLE,
-            CMD_CACHE => 0,
+            CMD_CACHE | CMD_CUT => 0,
             _ => return Err(EINVAL),
         };
         if self.flags & !allowed != 0 {
@@ -116,6 +119,9 @@ impl Request {
         }
         if self.command == CMD_FLUSH {
             return if self.offset == 0 && self.len == 0 { Ok(()) } else { Err(EINVAL) };
+        }
+        if self.command == CMD_CUT {
+            return if self.offset > 0 && self.len == 0 { Ok(()) } else { Err(EINVAL) };
         }
         if matches!(self.command, CMD_READ | CMD_WRITE) && self.len > MAX_REQUEST_BYTES {
             return Err(EOVERFLOW);
@@ -165,5 +171,9 @@ mod tests {
         assert_eq!(ask(CMD_FLUSH, 0, 0, 1), Err(EINVAL));
         assert_eq!(ask(CMD_WRITE_ZEROES, CMD_FLAG_NO_HOLE, 0, 1 << 20), Ok(()));
         assert_eq!(ask(99, 0, 0, 0), Err(EINVAL));
+        assert_eq!(ask(CMD_CUT, 0, u64::MAX, 0), Ok(()));
+        assert_eq!(ask(CMD_CUT, 0, 0, 0), Err(EINVAL));
+        assert_eq!(ask(CMD_CUT, 0, 1, 1), Err(EINVAL));
+        assert_eq!(ask(CMD_CUT, CMD_FLAG_FUA, 1, 0), Err(EINVAL));
     }
 }

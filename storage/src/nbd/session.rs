@@ -8,12 +8,12 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
     task::JoinSet,
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     handshake::{Agreed, Export, handshake},
     proto::{
-        CMD_CACHE, CMD_DISC, CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE,
+        CMD_CACHE, CMD_CUT, CMD_DISC, CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE,
         CMD_WRITE_ZEROES, EINVAL, EIO, ENOSPC, MAX_REQUEST_BYTES, NbdError, REPLY_TYPE_ERROR, REPLY_TYPE_NONE,
         REPLY_TYPE_OFFSET_DATA, REQUEST_HEADER, Request, simple_reply, structured_reply,
     },
@@ -34,6 +34,8 @@ const HANDSHAKE_BUDGET: Duration = Duration::from_secs(20);
 const SEND_BUDGET: Duration = Duration::from_secs(3600);
 /// The time that requests under way have to end after the client took its leave.
 const LEAVE_BUDGET: Duration = Duration::from_secs(10);
+/// The time that changes which were asked for before a cut have to end. A client that waits for a cut has stopped its guest.
+const CUT_BUDGET: Duration = Duration::from_secs(2);
 /// WRITE_ZEROES and CACHE are done in steps of this size.
 const STEP_BYTES: u64 = 16 << 20;
 
@@ -104,6 +106,8 @@ async fn receive<R: AsyncRead + Unpin>(
 ) -> Result<(), NbdError> {
     let mut reader = tokio::io::BufReader::with_capacity(256 << 10, reader);
     let mut tasks = JoinSet::new();
+    // Those that change something, counted.
+    let changes = TaskTracker::new();
     let requests = Arc::new(Semaphore::new(REQUESTS_AT_ONCE));
     let bytes = Arc::new(Semaphore::new((BYTES_AT_ONCE + REQUEST_COST) as usize));
     loop {
@@ -117,6 +121,14 @@ async fn receive<R: AsyncRead + Unpin>(
             return Ok(());
         }
         while tasks.try_join_next().is_some() {}
+        if request.command == CMD_CUT {
+            let header = BytesMut::from(&simple_reply(request.cookie, cut(volume, request, &changes).await)[..]);
+            let slot = requests.clone().acquire_owned().await;
+            let share = bytes.clone().acquire_many_owned(REQUEST_COST).await;
+            let (Ok(slot), Ok(share)) = (slot, share) else { return Ok(()) };
+            let _ = replies.send(Reply { header, data: Bytes::new(), _permits: (slot, share) }).await;
+            continue;
+        }
         let judged = request.judge(volume.size_bytes());
         let carried = match request.command {
             CMD_READ | CMD_WRITE => request.len.min(MAX_REQUEST_BYTES),
@@ -148,14 +160,34 @@ async fn receive<R: AsyncRead + Unpin>(
             Bytes::new()
         };
         let (volume, replies) = (volume.clone(), replies.clone());
+        let change = matches!(request.command, CMD_WRITE | CMD_TRIM | CMD_WRITE_ZEROES).then(|| changes.token());
         tasks.spawn(async move {
             let result = match judged {
                 Ok(()) => execute(&volume, request, data).await,
                 Err(error) => Err(error),
             };
+            drop(change);
             // A closed channel means that the client is gone.
             let _ = replies.send(reply(request, agreed, result, permits)).await;
         });
+    }
+}
+
+/// Makes a cut when every change before it has ended; gives the error number. Nothing else is read meanwhile.
+async fn cut(volume: &Volume, request: Request, changes: &TaskTracker) -> u32 {
+    if let Err(error) = request.judge(volume.size_bytes()) {
+        return error;
+    }
+    changes.close();
+    let ended = tokio::time::timeout(CUT_BUDGET, changes.wait()).await;
+    changes.reopen();
+    if ended.is_err() {
+        tracing::warn!(volume = %volume.id(), "a change before a cut does not end; there is no cut");
+        return EIO;
+    }
+    match volume.cut(request.offset).await {
+        Ok(()) => 0,
+        Err(error) => number(volume, &error),
     }
 }
 
@@ -200,7 +232,7 @@ fn number(volume: &Volume, error: &VolumeError) -> u32 {
     tracing::warn!(volume = %volume.id(), error = chain(error), "a request of the guest failed");
     match error {
         VolumeError::Disk { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => ENOSPC,
-        VolumeError::Range { .. } => EINVAL,
+        VolumeError::Range { .. } | VolumeError::Cut { .. } | VolumeError::Role(_) => EINVAL,
         _ => EIO,
     }
 }

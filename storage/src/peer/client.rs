@@ -26,7 +26,7 @@ use super::{
     server::judge_hello,
 };
 use crate::{
-    volume::{BlockSource, FetchError, FetchFuture, Fetched, MapPage, Priority},
+    volume::{BlockSource, CutInfo, FetchError, FetchFuture, Fetched, MapPage, Priority},
     wire::{Frame, WireError, read_frame, write_frame},
 };
 
@@ -112,12 +112,31 @@ impl PeerClient {
         Self { demand, background, next: AtomicU64::new(1), demands: Arc::default(), reset, _task }
     }
 
+    /// Asks without keeping anybody back while the answer is waited for.
+    async fn poll(&self, message: impl FnOnce(u64) -> Message + Send) -> Result<Message, FetchError> {
+        let request = self.next.fetch_add(1, Ordering::Relaxed);
+        let (answer, answered) = oneshot::channel();
+        let call = Call { request, message: message(request), answer };
+        self.demand.send(call).await.map_err(|_| gone())?;
+        self.answer(answered).await
+    }
+
+    async fn answer(&self, answered: oneshot::Receiver<Result<Message, FetchError>>) -> Result<Message, FetchError> {
+        match tokio::time::timeout(ANSWER_BUDGET, answered).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_)) => Err(gone()),
+            Err(_) => {
+                self.reset.notify_waiters();
+                Err(FetchError::Unreachable(format!("no answer within {ANSWER_BUDGET:?}")))
+            }
+        }
+    }
+
     async fn call(
         &self,
         priority: Priority,
         message: impl FnOnce(u64) -> Message + Send,
     ) -> Result<Message, FetchError> {
-        let gone = || FetchError::Unreachable("the connection's task has ended".into());
         let request = self.next.fetch_add(1, Ordering::Relaxed);
         let (answer, answered) = oneshot::channel();
         let call = Call { request, message: message(request), answer };
@@ -137,15 +156,12 @@ impl PeerClient {
                 None
             }
         };
-        match tokio::time::timeout(ANSWER_BUDGET, answered).await {
-            Ok(Ok(answer)) => answer,
-            Ok(Err(_)) => Err(gone()),
-            Err(_) => {
-                self.reset.notify_waiters();
-                Err(FetchError::Unreachable(format!("no answer within {ANSWER_BUDGET:?}")))
-            }
-        }
+        self.answer(answered).await
     }
+}
+
+fn gone() -> FetchError {
+    FetchError::Unreachable("the connection's task has ended".into())
 }
 
 impl BlockSource for PeerClient {
@@ -174,6 +190,36 @@ impl BlockSource for PeerClient {
         Box::pin(async move {
             match self.call(Priority::Background, |request| Message::GetHistory { request }).await? {
                 Message::History { told, .. } => Ok(Some(told)),
+                other => Err(unexpected(&other)),
+            }
+        })
+    }
+
+    fn await_cut(&self, after: u64, have: u64) -> FetchFuture<'_, Option<CutInfo>> {
+        Box::pin(async move {
+            match self.poll(|request| Message::AwaitCut { request, after, have }).await? {
+                Message::Cut { cut, .. } => Ok(cut),
+                other => Err(unexpected(&other)),
+            }
+        })
+    }
+
+    fn cut_page(&self, number: u64, from: u32, since: u64) -> FetchFuture<'_, MapPage> {
+        Box::pin(async move {
+            match self.call(Priority::Demand, |request| Message::GetCutMap { request, number, from, since }).await? {
+                Message::Map { page, .. } => Ok(page),
+                other => Err(unexpected(&other)),
+            }
+        })
+    }
+
+    fn cut_block(&self, number: u64, block: u32, version: u64) -> FetchFuture<'_, Fetched> {
+        Box::pin(async move {
+            let blocks = vec![(block, version)];
+            match self.poll(|request| Message::GetCutBlocks { request, number, blocks }).await? {
+                Message::Block { block: got, version: found, data, .. } if got == block && found == version => {
+                    Ok(Fetched { version: found, data })
+                }
                 other => Err(unexpected(&other)),
             }
         })
@@ -309,6 +355,7 @@ async fn converse(
             let request = match &message {
                 Message::Map { request, .. }
                 | Message::Block { request, .. }
+                | Message::Cut { request, .. }
                 | Message::History { request, .. }
                 | Message::Done { request }
                 | Message::Refused { request, .. } => *request,

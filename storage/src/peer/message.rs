@@ -5,8 +5,8 @@ use supercloud_ids::{ProjectId, VolumeId};
 
 use crate::{
     BLOCK_BYTES,
-    key::{ChunkName, ContentRoot},
-    volume::{MapEntry, MapPage},
+    key::{ChunkName, ContentRoot, MapRoot},
+    volume::{CutInfo, MapEntry, MapPage},
     wire::{Fields, Frame, MAX_FRAME_BYTES, WireError},
 };
 
@@ -91,6 +91,42 @@ pub enum Message {
         /// As [`crate::propagation::History`] encodes it.
         told: Bytes,
     },
+    /// Ask for the newest cut of a mirror; answered when there is one above `after`, or after some seconds.
+    AwaitCut {
+        /// Number of the request.
+        request: u64,
+        /// The cut that the follower has whole; 0 when none.
+        after: u64,
+        /// The version that it has everything up to.
+        have: u64,
+    },
+    /// The newest cut.
+    Cut {
+        /// Number of the request.
+        request: u64,
+        /// The cut; `None` when there is no newer one.
+        cut: Option<CutInfo>,
+    },
+    /// Ask for a page of a cut's map; answered by `Map`.
+    GetCutMap {
+        /// Number of the request.
+        request: u64,
+        /// The cut.
+        number: u64,
+        /// From this block on.
+        from: u32,
+        /// Only versions above this.
+        since: u64,
+    },
+    /// Ask for blocks as of a cut; answered by `Block`, one each.
+    GetCutBlocks {
+        /// Number of the request.
+        request: u64,
+        /// The cut.
+        number: u64,
+        /// Blocks and versions.
+        blocks: Vec<(u32, u64)>,
+    },
     /// Done; nothing to tell.
     Done {
         /// Number of the request.
@@ -115,6 +151,10 @@ const DONE: u16 = 7;
 const REFUSED: u16 = 8;
 const GET_HISTORY: u16 = 9;
 const HISTORY: u16 = 10;
+const AWAIT_CUT: u16 = 11;
+const CUT: u16 = 12;
+const GET_CUT_MAP: u16 = 13;
+const GET_CUT_BLOCKS: u16 = 14;
 const VERSION: u16 = 1;
 
 /// How a block's data travels.
@@ -135,6 +175,25 @@ fn get_name(fields: &mut Fields<'_>) -> Result<Option<[u8; 32]>, WireError> {
         1 => Ok(Some(fields.array()?)),
         _ => Err(fields.malformed("a flag is neither 0 nor 1")),
     }
+}
+
+fn put_blocks(out: &mut BytesMut, blocks: &[(u32, u64)]) {
+    for (block, version) in blocks {
+        out.put_u32_le(*block);
+        out.put_u64_le(*version);
+    }
+}
+
+fn get_blocks(fields: &mut Fields<'_>) -> Result<Vec<(u32, u64)>, WireError> {
+    let count = fields.left() / 12;
+    if count == 0 || count > MAX_BLOCKS {
+        return Err(fields.malformed("no, or too many, blocks"));
+    }
+    let mut blocks = Vec::with_capacity(count);
+    while fields.left() > 0 {
+        blocks.push((fields.u32()?, fields.u64()?));
+    }
+    Ok(blocks)
 }
 
 impl Message {
@@ -170,11 +229,33 @@ impl Message {
             }
             Self::GetBlocks { request, blocks } => {
                 out.put_u64_le(*request);
-                for (block, version) in blocks {
-                    out.put_u32_le(*block);
-                    out.put_u64_le(*version);
-                }
+                put_blocks(&mut out, blocks);
                 GET_BLOCKS
+            }
+            Self::AwaitCut { request, after, have } => {
+                [request, after, have].into_iter().for_each(|number| out.put_u64_le(*number));
+                AWAIT_CUT
+            }
+            Self::Cut { request, cut } => {
+                out.put_u64_le(*request);
+                if let Some(cut) = cut {
+                    [cut.number, cut.version, cut.since].into_iter().for_each(|number| out.put_u64_le(number));
+                    out.put_slice(&cut.root.0);
+                }
+                CUT
+            }
+            Self::GetCutMap { request, number, from, since } => {
+                out.put_u64_le(*request);
+                out.put_u64_le(*number);
+                out.put_u32_le(*from);
+                out.put_u64_le(*since);
+                GET_CUT_MAP
+            }
+            Self::GetCutBlocks { request, number, blocks } => {
+                out.put_u64_le(*request);
+                out.put_u64_le(*number);
+                put_blocks(&mut out, blocks);
+                GET_CUT_BLOCKS
             }
             Self::Block { request, block, version, digest, data } => {
                 out.reserve(BLOCK_BYTES + 64);
@@ -235,17 +316,28 @@ impl Message {
             }
             GET_MAP => Self::GetMap { request: fields.u64()?, from: fields.u32()?, since: fields.u64()? },
             MAP => return decode_map(fields),
-            GET_BLOCKS => {
+            GET_BLOCKS => Self::GetBlocks { request: fields.u64()?, blocks: get_blocks(&mut fields)? },
+            AWAIT_CUT => Self::AwaitCut { request: fields.u64()?, after: fields.u64()?, have: fields.u64()? },
+            CUT => {
                 let request = fields.u64()?;
-                let count = fields.left() / 12;
-                if count == 0 || count > MAX_BLOCKS {
-                    return Err(fields.malformed("no, or too many, blocks"));
+                let mut cut = None;
+                if fields.left() > 0 {
+                    let (number, version, since) = (fields.u64()?, fields.u64()?, fields.u64()?);
+                    if number == 0 || since > version {
+                        return Err(fields.malformed("no cut has these numbers"));
+                    }
+                    cut = Some(CutInfo { number, version, since, root: MapRoot(fields.array()?) });
                 }
-                let mut blocks = Vec::with_capacity(count);
-                while fields.left() > 0 {
-                    blocks.push((fields.u32()?, fields.u64()?));
-                }
-                Self::GetBlocks { request, blocks }
+                Self::Cut { request, cut }
+            }
+            GET_CUT_MAP => Self::GetCutMap {
+                request: fields.u64()?,
+                number: fields.u64()?,
+                from: fields.u32()?,
+                since: fields.u64()?,
+            },
+            GET_CUT_BLOCKS => {
+                Self::GetCutBlocks { request: fields.u64()?, number: fields.u64()?, blocks: get_blocks(&mut fields)? }
             }
             BLOCK => return decode_block(fields),
             RELEASED => Self::Released { request: fields.u64()? },
@@ -354,6 +446,11 @@ mod tests {
             block(None),
             block(Some(vec![1; BLOCK_BYTES])),
             block(Some(noise)),
+            Message::AwaitCut { request: 4, after: 5, have: 6 },
+            Message::Cut { request: 4, cut: None },
+            Message::Cut { request: 4, cut: Some(CutInfo { number: 6, version: 9, since: 7, root: MapRoot([3; 32]) }) },
+            Message::GetCutMap { request: 4, number: 6, from: 7, since: 8 },
+            Message::GetCutBlocks { request: 4, number: 6, blocks: vec![(1, 2), (3, 4)] },
             Message::Released { request: 9 },
             Message::Done { request: 9 },
             Message::Refused { request: 0, why: "no such volume".into() },
@@ -392,7 +489,7 @@ mod tests {
             match rng.random_range(0..10) {
                 0 => payload.truncate(rng.random_range(0..=payload.len())),
                 1 => payload.extend_from_slice(&[0; 13]),
-                2 => frame.kind = rng.random_range(0..12),
+                2 => frame.kind = rng.random_range(0..16),
                 3 => frame.version = rng.random_range(0..3),
                 _ => {}
             }
@@ -402,7 +499,9 @@ mod tests {
                     assert_eq!(data.is_some(), digest.is_some());
                     assert!(data.is_none_or(|data| data.len() == BLOCK_BYTES));
                 }
-                Ok(Message::GetBlocks { blocks, .. }) => assert!((1..=MAX_BLOCKS).contains(&blocks.len())),
+                Ok(Message::GetBlocks { blocks, .. } | Message::GetCutBlocks { blocks, .. }) => {
+                    assert!((1..=MAX_BLOCKS).contains(&blocks.len()))
+                }
                 Ok(Message::Map { page, .. }) => {
                     assert!(page.entries.is_sorted_by(|a, b| a.block < b.block));
                 }

@@ -11,6 +11,13 @@
 //!                                                           in any order, or Refused{request, why}
 //!     Released{request} ───────────────────────────────────>
 //!                                      <─────────────────── Done{request}
+//!   of a mirror:
+//!     AwaitCut{request, after, have} ──────────────────────>  (waits for the next cut)
+//!                                      <─────────────────── Cut{request, number, version, since, root} or no cut
+//!     GetCutMap{request, number, from, since} ─────────────>
+//!                                      <─────────────────── Map{...}, as of the cut
+//!     GetCutBlocks{request, number, [(block, version)]} ───>
+//!                                      <─────────────────── Block{...}, as of the cut
 //! ```
 //!
 //! Requests are numbered by the client and may overlap. [`chunks`] speaks the same frames for sealed chunks.

@@ -10,7 +10,7 @@ use super::{
     message::{Hello, Message},
 };
 use crate::{
-    volume::{Volume, VolumeError, chain},
+    volume::{PeerBlock, Volume, VolumeError, chain},
     wire::{Frame, WireError, read_frame, write_frame},
 };
 
@@ -115,8 +115,32 @@ pub async fn serve_peer<S: Stream + 'static>(
     }
 }
 
+fn refused(request: u64, error: &VolumeError) -> Message {
+    Message::Refused { request, why: chain(error) }
+}
+
+/// Reads one block and sends it, as soon as it is its turn.
+async fn give_block(
+    request: u64,
+    block: u32,
+    read: impl Future<Output = Result<PeerBlock, VolumeError>>,
+    frames: &mpsc::Sender<Frame>,
+    blocks: &Semaphore,
+) {
+    // Never closed.
+    let _permit = blocks.acquire().await;
+    let answer = match read.await {
+        Ok(PeerBlock { version, digest, data }) => Message::Block { request, block, version, digest, data },
+        Err(error) => refused(request, &error),
+    };
+    // Compressing 64 KiB takes a fraction of a millisecond, but many of them would keep the runtime busy.
+    if let Ok(frame) = tokio::task::spawn_blocking(move || answer.encode()).await {
+        // A closed channel means that the connection is gone.
+        let _ = frames.send(frame).await;
+    }
+}
+
 async fn respond(volume: &Volume, message: Message, frames: &mpsc::Sender<Frame>, blocks: &Semaphore) {
-    let refused = |request, error: &VolumeError| Message::Refused { request, why: chain(error) };
     match message {
         Message::GetMap { request, from, since } => {
             let answer = match volume.map_page(from, since).await {
@@ -127,22 +151,26 @@ async fn respond(volume: &Volume, message: Message, frames: &mpsc::Sender<Frame>
             let _ = frames.send(answer.encode()).await;
         }
         Message::GetBlocks { request, blocks: wanted } => {
-            let read = |block| async move {
-                // Never closed.
-                let _permit = blocks.acquire().await;
-                let answer = match volume.block_for_peer(block).await {
-                    Ok(found) => {
-                        let (version, digest, data) = (found.version, found.digest, found.data);
-                        Message::Block { request, block, version, digest, data }
-                    }
-                    Err(error) => refused(request, &error),
-                };
-                // Compressing 64 KiB takes a fraction of a millisecond, but many of them would keep the runtime busy.
-                if let Ok(frame) = tokio::task::spawn_blocking(move || answer.encode()).await {
-                    let _ = frames.send(frame).await;
-                }
+            let give = |block| give_block(request, block, volume.block_for_peer(block), frames, blocks);
+            futures::future::join_all(wanted.into_iter().map(|(block, _)| give(block))).await;
+        }
+        Message::GetCutBlocks { request, number, blocks: wanted } => {
+            let give = |block| give_block(request, block, volume.cut_block(number, block), frames, blocks);
+            futures::future::join_all(wanted.into_iter().map(|(block, _)| give(block))).await;
+        }
+        Message::AwaitCut { request, after, have } => {
+            let answer = match volume.await_cut(after, have).await {
+                Ok(cut) => Message::Cut { request, cut },
+                Err(error) => refused(request, &error),
             };
-            futures::future::join_all(wanted.into_iter().map(|(block, _)| read(block))).await;
+            let _ = frames.send(answer.encode()).await;
+        }
+        Message::GetCutMap { request, number, from, since } => {
+            let answer = match volume.cut_page(number, from, since).await {
+                Ok(page) => Message::Map { request, page },
+                Err(error) => refused(request, &error),
+            };
+            let _ = frames.send(answer.encode()).await;
         }
         Message::Released { request } => {
             let answer = match volume.note_released().await {
@@ -161,6 +189,7 @@ async fn respond(volume: &Volume, message: Message, frames: &mpsc::Sender<Frame>
         Message::Hello(_)
         | Message::History { .. }
         | Message::Map { .. }
+        | Message::Cut { .. }
         | Message::Block { .. }
         | Message::Done { .. }
         | Message::Refused { .. } => {

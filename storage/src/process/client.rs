@@ -6,7 +6,8 @@ use supercloud_ids::Epoch;
 use tokio::net::UnixStream;
 
 use super::control::{
-    ControlAnswerV1, ControlRequestV1, KIND_ANSWER, KIND_REQUEST, PublishStatus, Refusal, SealedMap, VolumeStatus,
+    ControlAnswerV1, ControlRequestV1, FollowStatus, KIND_ANSWER, KIND_REQUEST, PublishStatus, Refusal, SealedMap,
+    VolumeStatus,
 };
 use crate::{
     key::ContentRoot,
@@ -123,7 +124,7 @@ impl VolumeClient {
     /// The state of the volume.
     pub async fn status(&self) -> Result<VolumeStatus, ClientError> {
         match self.request(&ControlRequestV1::Status).await? {
-            ControlAnswerV1::Status(status) => Ok(status),
+            ControlAnswerV1::Status(status) => Ok(*status),
             _ => Err(self.unexpected()),
         }
     }
@@ -199,6 +200,43 @@ impl VolumeClient {
     /// See [`ControlRequestV1::PauseBackgroundFetch`].
     pub async fn pause_background_fetch(&self) -> Result<(), ClientError> {
         self.order(ControlRequestV1::PauseBackgroundFetch).await
+    }
+
+    /// See [`ControlRequestV1::Follow`].
+    pub async fn follow(&self, bandwidth_bytes_per_s: Option<u64>) -> Result<(), ClientError> {
+        self.order(ControlRequestV1::Follow { bandwidth_bytes_per_s }).await
+    }
+
+    /// See [`ControlRequestV1::AwaitStaged`]. Refused with the code `Role` when the volume does not follow (any more): its
+    /// process was started anew, and the mirror is over.
+    pub async fn await_staged(&self, after: u64) -> Result<FollowStatus, ClientError> {
+        match self.request(&ControlRequestV1::AwaitStaged { after }).await? {
+            ControlAnswerV1::Following(status) => Ok(status),
+            _ => Err(self.unexpected()),
+        }
+    }
+
+    /// See [`ControlRequestV1::CommitCut`].
+    pub async fn commit_cut(&self, number: u64) -> Result<(), ClientError> {
+        self.order(ControlRequestV1::CommitCut { number }).await
+    }
+
+    /// See [`ControlRequestV1::Promote`].
+    pub async fn promote(&self, epoch: Epoch) -> Result<SealedMap, ClientError> {
+        match self.request(&ControlRequestV1::Promote { epoch }).await? {
+            ControlAnswerV1::Sealed(sealed) => Ok(sealed),
+            _ => Err(self.unexpected()),
+        }
+    }
+
+    /// See [`ControlRequestV1::StopFollow`].
+    pub async fn stop_follow(&self) -> Result<(), ClientError> {
+        self.order(ControlRequestV1::StopFollow).await
+    }
+
+    /// See [`ControlRequestV1::EndCuts`].
+    pub async fn end_cuts(&self) -> Result<(), ClientError> {
+        self.order(ControlRequestV1::EndCuts).await
     }
 
     /// See [`ControlRequestV1::ClosePeer`].

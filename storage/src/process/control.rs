@@ -73,11 +73,39 @@ pub enum ControlRequestV1 {
     Publish,
     /// Give up a publish under way.
     CancelPublish,
+    /// At the standby of a mirror: pull blocks from the running source as `PreCopy` does; from the source's first cut on, stage cut
+    /// after cut apart from what is committed. Goes on until `StopFollow` or `Promote`; asked again, it changes the limit.
+    Follow {
+        /// At most this many bytes of blocks per second; no limit when none.
+        bandwidth_bytes_per_s: Option<u64>,
+    },
+    /// At a following standby: wait until a cut above `after` is staged, at most a second; answers [`FollowStatus`] in any case.
+    AwaitStaged {
+        /// The newest staged cut that is known to who asks.
+        after: u64,
+    },
+    /// At a following standby: what it stands for is this staged cut from now on. A commit that failed half way (a full disk) is
+    /// finished by the next one; until then there is nothing else that could be promoted.
+    CommitCut {
+        /// The cut. One that is committed already, or was passed, is done.
+        number: u64,
+    },
+    /// At a following standby whose source is fenced: make of the committed cut a volume that may be activated above `epoch`;
+    /// answers [`SealedMap`]. Everything is durable here then and nothing is missing.
+    Promote {
+        /// The epoch of the source, which ends.
+        epoch: Epoch,
+    },
+    /// End following; what was copied stays as copied ahead, no cut can be promoted any more.
+    StopFollow,
+    /// At the source of a mirror: drop what is kept of the last cut, and begin to number at 1 again.
+    EndCuts,
     /// Serve no more blocks to peers, and close the connection to the source.
     ClosePeer,
     /// Make everything acknowledged durable and end the process.
     Shutdown {
-        /// Also delete the volume's data on this host. Refused while active at an epoch, unless `is_forced`.
+        /// Also delete the volume's data on this host. Refused while active at an epoch, or while following with a committed cut,
+        /// unless `is_forced`.
         is_deleting: bool,
         /// Delete an active volume: its guest is deleted.
         #[serde(default)]
@@ -92,9 +120,11 @@ pub enum ControlAnswerV1 {
     /// Done; nothing to tell.
     Done,
     /// To `Status`.
-    Status(VolumeStatus),
-    /// To `Seal`.
+    Status(Box<VolumeStatus>),
+    /// To `Seal` and `Promote`.
     Sealed(SealedMap),
+    /// To `AwaitStaged`.
+    Following(FollowStatus),
     /// Not done.
     Refused(Refusal),
 }
@@ -119,6 +149,8 @@ pub enum RefusalCode {
     Role,
     /// The source's map is not the one that was announced.
     Map,
+    /// There is no such cut, or it is not staged (any more).
+    Cut,
     /// The source cannot be reached or answers wrongly; ask again.
     Peer,
     /// The local disk failed.
@@ -203,6 +235,9 @@ pub struct VolumeStatus {
     pub is_released: bool,
     /// The publish that was last asked for.
     pub publish: PublishStatus,
+    /// At the standby of a mirror: how it follows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub following: Option<FollowStatus>,
 }
 
 /// Something that an operator should know.
@@ -235,6 +270,26 @@ pub struct PreCopyStatus {
     pub passes: u32,
     /// Blocks that were newer at the source when the last pass began.
     pub last_pass_blocks: u64,
+}
+
+/// How the standby of a mirror follows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct FollowStatus {
+    /// The newest cut that is staged whole; 0 when none.
+    pub staged: u64,
+    /// The newest cut that is committed: what a promotion would bring; 0 when none.
+    pub committed: u64,
+    /// The highest version of the committed cut.
+    pub committed_version: u64,
+    /// Before the first cut: blocks that were newer at the source when the last pass began. From it on: blocks that the cut
+    /// which is being staged still lacks.
+    pub lacking_blocks: u64,
+    /// Whole passes over the source's map before the first cut. The first cut is small when one that found little has ended.
+    pub passes: u32,
+    /// Blocks of cuts that were brought from the source.
+    pub pulled_blocks: u64,
+    /// Why the last try failed; none while all is well.
+    pub trouble: Option<String>,
 }
 
 /// How far a publish is.
@@ -301,8 +356,9 @@ mod tests {
             is_fetching: false,
             is_released: false,
             publish: PublishStatus::Done { root: ContentRoot([1; 32]), total_blocks: 1, stored_bytes: 2 },
+            following: Some(FollowStatus { staged: 3, trouble: Some("y".into()), ..FollowStatus::default() }),
         };
-        let answer = ControlAnswerV1::Status(status);
+        let answer = ControlAnswerV1::Status(Box::new(status));
         let text = serde_json::to_string(&answer).unwrap();
         assert_eq!(serde_json::from_str::<ControlAnswerV1>(&text).unwrap(), answer, "{text}");
     }

@@ -1,4 +1,4 @@
-//! What runs in the background on the agent's order: pre-copy, fetch, publish. One of each at most.
+//! What runs in the background on the agent's order: pre-copy, following, fetch, publish. One of each at most.
 
 use std::{future::Future, path::PathBuf, sync::Arc, time::Duration};
 
@@ -44,10 +44,12 @@ pub(super) struct Jobs {
     volume: Volume,
     store: Arc<dyn ObjectStore>,
     pre_copy: Option<Job>,
+    follow: Option<Job>,
     fetch: Option<Job>,
     publish: Option<Job>,
     trace: Option<Job>,
     pre_copy_limit: Arc<FetchLimit>,
+    follow_limit: Arc<FetchLimit>,
     fetch_limit: Arc<FetchLimit>,
     pre_copy_status: Arc<watch::Sender<PreCopyStatus>>,
     publish_status: Arc<watch::Sender<PublishStatus>>,
@@ -63,10 +65,12 @@ impl Jobs {
             volume,
             store,
             pre_copy: None,
+            follow: None,
             fetch: None,
             publish: None,
             trace: None,
             pre_copy_limit: Arc::default(),
+            follow_limit: Arc::default(),
             fetch_limit: Arc::default(),
             pre_copy_status: Arc::new(watch::Sender::new(PreCopyStatus::default())),
             publish_status: Arc::new(watch::Sender::new(PublishStatus::None)),
@@ -99,6 +103,31 @@ impl Jobs {
 
     pub(super) async fn stop_pre_copy(&mut self) {
         if let Some(job) = self.pre_copy.take() {
+            job.stop().await;
+        }
+    }
+
+    pub(super) async fn start_follow(&mut self, bytes_per_s: Option<u64>) -> Result<(), VolumeError> {
+        self.follow_limit.set(bytes_per_s);
+        if is_running(self.follow.as_ref()) {
+            return Ok(());
+        }
+        self.stop_pre_copy().await;
+        self.volume.begin_follow().await?;
+        let (volume, limit) = (self.volume.clone(), self.follow_limit.clone());
+        self.follow = Some(Job::start(move |cancel| async move {
+            tokio::select! {
+                () = cancel.cancelled() => {}
+                Err(error) = volume.follow(&limit) => {
+                    tracing::error!(volume = %volume.id(), error = chain(&error), "following ended");
+                }
+            }
+        }));
+        Ok(())
+    }
+
+    pub(super) async fn stop_follow(&mut self) {
+        if let Some(job) = self.follow.take() {
             job.stop().await;
         }
     }
@@ -186,6 +215,7 @@ impl Jobs {
             job.stop().await;
         }
         self.stop_pre_copy().await;
+        self.stop_follow().await;
         self.stop_fetch().await;
         self.stop_publish().await;
     }

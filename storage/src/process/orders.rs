@@ -49,6 +49,8 @@ fn refusal(error: &VolumeError) -> Refusal {
     let code = match error {
         VolumeError::Role(RoleError::OldEpoch { .. } | RoleError::ForeignEpoch { .. }) => RefusalCode::Epoch,
         VolumeError::Role(RoleError::Role { .. }) => RefusalCode::Role,
+        VolumeError::Following(_) => RefusalCode::Role,
+        VolumeError::Cut { .. } => RefusalCode::Cut,
         VolumeError::Map { .. } => RefusalCode::Map,
         VolumeError::Source(_) | VolumeError::NoSource => RefusalCode::Peer,
         VolumeError::Disk { .. } | VolumeError::DataFile { .. } | VolumeError::Failed | VolumeError::Journal(_) => {
@@ -100,7 +102,11 @@ impl Desk {
 
     /// Gives the answer, and whether the process is to end after it.
     async fn carry_out(&self, request: ControlRequestV1) -> (ControlAnswerV1, bool) {
-        if !matches!(request, ControlRequestV1::Status) {
+        let is_asked_often = matches!(
+            request,
+            ControlRequestV1::Status | ControlRequestV1::AwaitStaged { .. } | ControlRequestV1::CommitCut { .. }
+        );
+        if !is_asked_often {
             tracing::info!(volume = %self.volume.id(), ?request, "order");
         }
         let is_shutdown = matches!(request, ControlRequestV1::Shutdown { .. });
@@ -117,7 +123,7 @@ impl Desk {
     async fn try_carry_out(&self, request: ControlRequestV1) -> Result<ControlAnswerV1, VolumeError> {
         let volume = &self.volume;
         match request {
-            ControlRequestV1::Status => return Ok(ControlAnswerV1::Status(self.status().await)),
+            ControlRequestV1::Status => return Ok(ControlAnswerV1::Status(Box::new(self.status().await))),
             ControlRequestV1::Activate { epoch } => volume.activate(epoch).await?,
             ControlRequestV1::Seal { epoch } => return Ok(ControlAnswerV1::Sealed(volume.seal(epoch).await?)),
             ControlRequestV1::Unseal { epoch } => volume.unseal(epoch).await?,
@@ -126,11 +132,13 @@ impl Desk {
                 volume.warm_digests().await?;
             }
             ControlRequestV1::LearnMap => {
+                self.check_not_following()?;
                 volume.role().await_map()?;
                 self.jobs.lock().await.stop_pre_copy().await;
                 volume.learn_map().await?;
             }
             ControlRequestV1::PreCopy { bandwidth_bytes_per_s, is_predictive } => {
+                self.check_not_following()?;
                 volume.role().await_map()?;
                 let ahead = if is_predictive { Ahead::Predicted } else { Ahead::All };
                 self.jobs.lock().await.start_pre_copy(bandwidth_bytes_per_s, ahead);
@@ -141,6 +149,7 @@ impl Desk {
             }
             ControlRequestV1::StopPreCopy => self.jobs.lock().await.stop_pre_copy().await,
             ControlRequestV1::Adopt { sealed } => {
+                self.check_not_following()?;
                 volume.role().adopt(sealed.epoch)?;
                 self.jobs.lock().await.stop_pre_copy().await;
                 volume.adopt(sealed).await?;
@@ -161,9 +170,29 @@ impl Desk {
                 self.jobs.lock().await.start_publish();
             }
             ControlRequestV1::CancelPublish => self.jobs.lock().await.stop_publish().await,
+            ControlRequestV1::Follow { bandwidth_bytes_per_s } => {
+                self.jobs.lock().await.start_follow(bandwidth_bytes_per_s).await?;
+            }
+            ControlRequestV1::AwaitStaged { after } => {
+                return Ok(ControlAnswerV1::Following(volume.await_staged(after).await?));
+            }
+            ControlRequestV1::CommitCut { number } => volume.commit_cut(number).await?,
+            ControlRequestV1::Promote { epoch } => {
+                // Looked at before: what cannot be promoted follows on.
+                if volume.may_promote(epoch) {
+                    self.jobs.lock().await.stop_follow().await;
+                }
+                return Ok(ControlAnswerV1::Sealed(volume.promote(epoch).await?));
+            }
+            ControlRequestV1::StopFollow => {
+                self.jobs.lock().await.stop_follow().await;
+                volume.end_follow().await?;
+            }
+            ControlRequestV1::EndCuts => volume.end_cuts().await?,
             ControlRequestV1::ClosePeer => {
                 let mut jobs = self.jobs.lock().await;
                 jobs.stop_pre_copy().await;
+                jobs.stop_follow().await;
                 jobs.stop_fetch().await;
                 volume.set_source(None);
                 let mut peers = self.peers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -174,11 +203,21 @@ impl Desk {
         Ok(ControlAnswerV1::Done)
     }
 
+    /// What copies ahead or takes a map would overwrite the committed cut.
+    fn check_not_following(&self) -> Result<(), VolumeError> {
+        match self.volume.follow_status() {
+            None => Ok(()),
+            Some(_) => Err(VolumeError::Following("follows a source; that must be stopped first")),
+        }
+    }
+
     async fn shut_down(&self, is_deleting: bool, is_forced: bool) -> Result<(), VolumeError> {
         let role = self.volume.role();
         let mut jobs = self.jobs.lock().await;
         let is_safe = match role {
-            Role::Standby | Role::Adopted { .. } => true,
+            // What can be promoted may be the only copy; that it is not wanted is said by `StopFollow`.
+            Role::Standby => self.volume.follow_status().is_none_or(|status| status.committed == 0),
+            Role::Adopted { .. } => true,
             Role::Active { .. } => false,
             // Somebody else surely has it: the destination said so, or the store has it.
             Role::Sealed { .. } => {
@@ -225,6 +264,7 @@ impl Desk {
             is_fetching: jobs.is_fetching(),
             is_released: volume.is_released(),
             publish: jobs.publish_status(),
+            following: volume.follow_status(),
         }
     }
 }

@@ -67,7 +67,8 @@ impl Inner {
         .await
     }
 
-    fn flush_now(&self) -> Result<(), VolumeError> {
+    /// The work of a flush. Who calls it calls [`Inner::fail`] when it fails.
+    pub(super) fn flush_now(&self) -> Result<(), VolumeError> {
         if self.has_failed.load(Ordering::Acquire) {
             return Err(VolumeError::Failed);
         }

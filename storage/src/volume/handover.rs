@@ -22,7 +22,7 @@ use crate::{
 /// Blocks asked for at once.
 const FETCHES_AT_ONCE: usize = 16;
 /// The pause between two passes that found nothing new.
-const IDLE_PAUSE: std::time::Duration = std::time::Duration::from_millis(500);
+pub(super) const IDLE_PAUSE: std::time::Duration = std::time::Duration::from_millis(500);
 
 /// The source's map as far as it was told: data as `Remote`, with digests.
 #[derive(Debug)]
@@ -77,13 +77,15 @@ pub enum Ahead {
 pub type PreCopy = watch::Sender<PreCopyStatus>;
 
 impl Volume {
-    fn the_source(&self) -> Result<Arc<dyn BlockSource>, VolumeError> {
+    pub(super) fn the_source(&self) -> Result<Arc<dyn BlockSource>, VolumeError> {
         self.inner.source.borrow().clone().ok_or(VolumeError::NoSource)
     }
 
     /// Pulls blocks from the running source, pass after pass, until the future is dropped. A volume that has adopted a
     /// map gives it up: the source went on.
     pub async fn pre_copy(&self, limit: &FetchLimit, status: &PreCopy, ahead: Ahead) -> Result<(), VolumeError> {
+        // Nothing is given up for a source that is not there.
+        self.the_source()?;
         self.inner.change_role(Role::await_map).await?;
         if ahead == Ahead::Predicted {
             self.ask_habits().await;
@@ -96,7 +98,13 @@ impl Volume {
                 tokio::time::sleep(IDLE_PAUSE).await;
                 continue;
             }
-            let pulled = self.pre_copy_pass(limit, status).await?;
+            let begin = |count| {
+                status.send_modify(|status| {
+                    status.is_running = true;
+                    status.last_pass_blocks = count;
+                });
+            };
+            let pulled = self.pre_copy_pass(limit, begin).await?;
             self.flush().await?;
             status.send_modify(|status| status.passes += 1);
             if pulled == 0 {
@@ -162,7 +170,8 @@ impl Volume {
         }
     }
 
-    async fn pre_copy_pass(&self, limit: &FetchLimit, status: &PreCopy) -> Result<u64, VolumeError> {
+    /// Pulls all that is older here than at the source, once; tells beforehand how many blocks that is, and gives the number.
+    pub(super) async fn pre_copy_pass(&self, limit: &FetchLimit, told: impl FnOnce(u64)) -> Result<u64, VolumeError> {
         let source = self.the_source()?;
         let wanted: Vec<(u32, u64)> = {
             let mut known = self.inner.source_map.lock().await;
@@ -174,11 +183,8 @@ impl Volume {
             };
             known.map.entries().filter(is_old).map(|(block, entry)| (block, entry.version)).collect()
         };
-        status.send_modify(|status| {
-            status.is_running = true;
-            status.last_pass_blocks = wanted.len() as u64;
-        });
         let count = wanted.len() as u64;
+        told(count);
         self.pull_ahead(&*source, wanted, limit).await?;
         Ok(count)
     }
@@ -293,7 +299,7 @@ impl Volume {
 
 impl Inner {
     /// The map that an adopted volume has, as the source announced it.
-    fn adopted_root(&self) -> Option<SealedMap> {
+    pub(super) fn adopted_root(&self) -> Option<SealedMap> {
         let Role::Adopted { sealed: epoch } = self.role_now() else { return None };
         let state = relock(&self.map);
         let root = state.map.root(self.params.size_bytes, self.params.base)?;

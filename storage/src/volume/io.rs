@@ -303,7 +303,7 @@ impl Inner {
         let offset = Self::offset(piece.block) + piece.within.start as u64;
         match self.entry(piece.block).state {
             BlockState::Local => {
-                self.save_for_snapshot(piece.block)?;
+                self.save_for_snapshots(piece.block);
                 // The version first: content of a version that somebody copied must not change under it.
                 self.commit(piece.block, BlockState::Local)?;
                 self.data
@@ -364,7 +364,7 @@ impl Inner {
             BlockState::Base => self.commit(block, BlockState::Zero)?,
             // Where a block is remote, an older copy may lie that was pulled ahead.
             BlockState::Remote | BlockState::Local => {
-                self.save_for_snapshot(block)?;
+                self.save_for_snapshots(block);
                 self.commit(block, BlockState::Zero)?;
                 self.punch(block)?;
             }
@@ -383,7 +383,7 @@ impl Inner {
     /// A part of a block: its space is given back where it is local, else it stays as it is.
     fn discard_piece(&self, piece: &Piece) -> Result<Option<Need>, VolumeError> {
         if self.entry(piece.block).state == BlockState::Local {
-            self.save_for_snapshot(piece.block)?;
+            self.save_for_snapshots(piece.block);
             self.commit(piece.block, BlockState::Local)?;
             let start = Self::offset(piece.block) + piece.within.start as u64;
             self.data

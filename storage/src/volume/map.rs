@@ -1,5 +1,7 @@
 //! The block map: what every block's newest version is, and where its bytes are. Pure data.
 
+use std::sync::Arc;
+
 use crate::key::{ChunkName, ContentRoot, MapRoot};
 
 /// Where a block's newest content is.
@@ -43,11 +45,12 @@ pub struct Entry {
 /// Entries per segment.
 const SEGMENT: usize = 1024;
 
-/// The entries of all blocks; segments without one take no memory (48 bytes per block else).
+/// The entries of all blocks; segments without one take no memory (48 bytes per block else). A clone shares its segments until
+/// one of the two changes them: the map of a moment costs little.
 #[derive(Debug, Clone, Default)]
 pub struct BlockMap {
     blocks: u32,
-    segments: Vec<Option<Box<[Entry]>>>,
+    segments: Vec<Option<Arc<[Entry]>>>,
     len: u64,
 }
 
@@ -93,6 +96,7 @@ impl BlockMap {
             return;
         }
         let segment = slot.get_or_insert_with(|| vec![Entry::default(); SEGMENT].into());
+        let segment = Arc::make_mut(segment);
         let old = std::mem::replace(&mut segment[block as usize % SEGMENT], entry);
         self.len -= u64::from(old.state != BlockState::Base);
         self.len += u64::from(entry.state != BlockState::Base);
@@ -177,6 +181,18 @@ mod tests {
         assert_eq!(map.entries().map(|(b, _)| b).collect::<Vec<_>>(), [0, 1023, 1024, 4999]);
         assert_eq!(map.entries_from(1024).map(|(b, _)| b).collect::<Vec<_>>(), [1024, 4999]);
         assert_eq!((map.len(), map.highest_version()), (4, 7));
+    }
+
+    #[test]
+    fn a_clone_stays_as_it_was() {
+        let mut map = BlockMap::new(5000);
+        map.set(1, entry(BlockState::Local, 7));
+        let then = map.clone();
+        map.set(1, entry(BlockState::Zero, 8));
+        map.set(2, entry(BlockState::Local, 9));
+        map.set(4000, entry(BlockState::Local, 9));
+        assert_eq!(then.entries().collect::<Vec<_>>(), [(1, entry(BlockState::Local, 7))]);
+        assert_eq!((then.len(), map.len()), (1, 3));
     }
 
     #[test]

@@ -17,12 +17,15 @@
 //! journal never points at data that is not there. Regions of the data file that are not local are holes.
 //!
 //! Locks, in the order in which they are taken: role (shared by every operation of the guest, exclusive for a change of
-//! role) > stripe (one of 256, by block) > snapshot > map. All are held only around local work, never while something
+//! role) > stripe (one of 256, by block) > snapshots > map. All are held only around local work, never while something
 //! is fetched.
 
 mod base;
+mod cut;
 pub mod disk;
+mod error;
 mod flush;
+mod follow;
 mod habits;
 mod handover;
 mod hot;
@@ -36,6 +39,7 @@ mod remote;
 pub mod role;
 #[cfg(test)]
 mod sim;
+mod snapshot;
 #[cfg(test)]
 mod tests;
 
@@ -52,16 +56,19 @@ use supercloud_ids::{Epoch, ProjectId, VolumeId};
 use tokio::sync::{Notify, watch};
 use tokio_util::task::TaskTracker;
 
+pub(crate) use self::error::chain;
 use self::{
     base::{Cache, InFlight},
     disk::{Disk, DiskFile},
     habits::Habits,
     hot::HotLog,
     journal::{Journal, Record},
-    publish::Snapshot,
     role::{Role, RoleError},
+    snapshot::Snapshots,
 };
 pub use self::{
+    cut::CutInfo,
+    error::VolumeError,
     handover::{Ahead, PreCopy},
     journal::{Identity, JournalError},
     map::{BlockMap, BlockState, Entry},
@@ -72,96 +79,30 @@ pub use self::{
 use crate::{
     BLOCK_BYTES, block_count,
     key::{ChunkName, ContentRoot, DataKeys},
-    manifest::{Manifest, ManifestError},
+    manifest::Manifest,
     process::control::{Alarm, AlarmCode, SealedMap},
-    source::{ChunkReader, ReadError},
+    source::ChunkReader,
 };
 
 /// The files of a volume in its folder, for who deletes it.
-pub const FILE_NAMES: [&str; 9] =
-    ["map.journal", "map.journal.new", "data", "hot.0", "hot.1", "snapshot", "lock", "trace", "trace.new"];
+pub const FILE_NAMES: [&str; 11] = [
+    "map.journal",
+    "map.journal.new",
+    "data",
+    "hot.0",
+    "hot.1",
+    "snapshot",
+    "cut",
+    "stage",
+    "lock",
+    "trace",
+    "trace.new",
+];
 
 /// Stripes of block locks.
 const STRIPES: usize = 256;
 /// Blocks that one piece of local work covers at most: 64 MiB.
 const BLOCKS_PER_WORK: usize = 1024;
-
-/// Why an operation on a volume failed.
-#[derive(Debug, thiserror::Error)]
-pub enum VolumeError {
-    /// The size is none for a volume, or smaller than the base's.
-    #[error("{size_bytes} bytes is no size for this volume")]
-    Size {
-        /// The size.
-        size_bytes: u64,
-    },
-    /// The range reaches beyond the end.
-    #[error("{len} bytes at {offset} reach beyond the volume's {size_bytes}")]
-    Range {
-        /// Where it starts.
-        offset: u64,
-        /// How long it is.
-        len: u64,
-        /// The volume's size.
-        size_bytes: u64,
-    },
-    /// The local disk failed.
-    #[error("cannot {what}")]
-    Disk {
-        /// What was done.
-        what: &'static str,
-        /// What the system said.
-        #[source]
-        source: std::io::Error,
-    },
-    /// The data file does not fit the journal.
-    #[error("the data file has {len} bytes, the journal says {expected}")]
-    DataFile {
-        /// Its length.
-        len: u64,
-        /// What it should be at least.
-        expected: u64,
-    },
-    /// Something could not be made durable earlier: what was acknowledged since is not safe, so nothing is any more.
-    #[error("the volume's disk failed earlier; nothing can be made durable")]
-    Failed,
-    /// The journal failed.
-    #[error("the map journal failed")]
-    Journal(#[from] JournalError),
-    /// The role or epoch does not allow it.
-    #[error("refused")]
-    Role(#[from] RoleError),
-    /// The base's manifest could not be read.
-    #[error("the base cannot be read")]
-    Base(#[from] ManifestError),
-    /// The source's map is not what was announced.
-    #[error("the source's map is not the announced one: {what}")]
-    Map {
-        /// What differs.
-        what: String,
-    },
-    /// The source could not be asked.
-    #[error("the source host's volume process failed")]
-    Source(#[from] FetchError),
-    /// A chunk of the base could not be read.
-    #[error("block {block} of the base cannot be read")]
-    BaseBlock {
-        /// The block.
-        block: u32,
-        /// Which chunk and why.
-        #[source]
-        source: ReadError,
-    },
-    /// A chunk could not be stored.
-    #[error("a chunk cannot be stored")]
-    Store(#[from] crate::backend::StoreError),
-    /// There is nobody to pull blocks from.
-    #[error("the volume has no source host to pull blocks from")]
-    NoSource,
-    /// A worker thread died.
-    #[error("a worker died")]
-    Worker(#[source] tokio::task::JoinError),
-}
 
 /// What a volume is opened with.
 #[derive(Debug, Clone)]
@@ -239,7 +180,9 @@ struct Inner {
     source: watch::Sender<Option<Arc<dyn BlockSource>>>,
     /// The map as the source told it, for adoption.
     source_map: tokio::sync::Mutex<handover::SourceMap>,
-    snapshot: Mutex<Option<Snapshot>>,
+    snapshots: Snapshots,
+    cuts: cut::Cuts,
+    following: follow::Following,
     publishing: tokio::sync::Mutex<()>,
     alarm: watch::Sender<Option<Alarm>>,
     counters: Counters,
@@ -315,7 +258,9 @@ impl Volume {
             is_released: AtomicBool::new(recovered.is_released),
             source: watch::Sender::new(None),
             source_map: tokio::sync::Mutex::new(handover::SourceMap::new(blocks)),
-            snapshot: Mutex::default(),
+            snapshots: Snapshots::default(),
+            cuts: cut::Cuts::default(),
+            following: follow::Following::default(),
             publishing: tokio::sync::Mutex::default(),
             alarm: watch::Sender::new(None),
             counters: Counters::default(),
@@ -582,16 +527,4 @@ impl Inner {
             self.raise(AlarmCode::DiskFailed, "the local disk failed to make something durable".into());
         }
     }
-}
-
-/// An error with all its causes, in one line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }

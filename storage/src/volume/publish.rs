@@ -1,12 +1,7 @@
-//! Publish: the volume's content at one moment becomes a manifest in a store, while the guest goes on.
-//!
-//! At the moment, every operation of the guest is complete or has not begun. From then on whoever changes a block that
-//! is not uploaded yet first copies its old content to a side file (copy before write).
+//! Publish: the volume's content at one moment (a [snapshot](super::snapshot)) becomes a manifest in a store, while the guest goes
+//! on.
 
-use std::{
-    collections::HashSet,
-    sync::{Arc, PoisonError},
-};
+use std::sync::{Arc, PoisonError};
 
 use bytes::Bytes;
 use futures::StreamExt as _;
@@ -14,10 +9,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     FetchLimit, Inner, Volume, VolumeError,
-    disk::DiskFile,
     map::{BlockState, Entry},
-    relock,
     role::Role,
+    snapshot::{Purpose, SnapshotId},
 };
 use crate::{
     backend::{ObjectKey, ObjectStore},
@@ -28,19 +22,9 @@ use crate::{
     sweep,
 };
 
-const SIDE_NAME: &str = "snapshot";
 /// Blocks sealed by one worker at a time: 2 MiB.
 const RUN_BLOCKS: usize = 32;
 const RUNS_AT_ONCE: usize = 3;
-
-/// The content at the moment of a publish, as far as it is not uploaded.
-pub(super) struct Snapshot {
-    side: Arc<dyn DiskFile>,
-    /// Local blocks that are not uploaded.
-    waiting: HashSet<u32>,
-    /// Of these, those whose content lies in the side file.
-    saved: HashSet<u32>,
-}
 
 /// What a publish made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,9 +42,7 @@ struct SnapshotGuard<'a>(&'a Inner);
 
 impl Drop for SnapshotGuard<'_> {
     fn drop(&mut self) {
-        *relock(&self.0.snapshot) = None;
-        // Best effort: the next publish empties it.
-        let _ = self.0.disk.remove(SIDE_NAME);
+        self.0.end_snapshot(Purpose::Publish);
     }
 }
 
@@ -85,7 +67,7 @@ impl Volume {
             fetched = self.fetch_before_publish() => fetched?,
         }
         let _snapshot = SnapshotGuard(inner);
-        let entries = inner.blocking(Inner::begin_snapshot).await?;
+        let (snapshot, entries) = inner.blocking(Inner::begin_publish).await?;
         let mut manifest = match &inner.base {
             // The same leaves, shared; sizes can differ when the volume was made larger than its image.
             Some(base) if base.size_bytes() == self.size_bytes() => base.clone(),
@@ -101,7 +83,7 @@ impl Volume {
         let runs: Vec<Vec<(u32, Entry)>> = entries.chunks(RUN_BLOCKS).map(<[_]>::to_vec).collect();
         let mut runs = std::pin::pin!(
             futures::stream::iter(runs)
-                .map(|run| inner.blocking(move |inner| inner.seal_run(&run)))
+                .map(|run| inner.blocking(move |inner| inner.seal_run(snapshot, &run)))
                 .buffered(RUNS_AT_ONCE)
         );
         while let Some(run) = tokio::select! {
@@ -152,65 +134,32 @@ type SealedBlock = (u32, Option<(ChunkName, Bytes)>);
 
 impl Inner {
     /// Marks the moment; gives the blocks that differ from the base.
-    fn begin_snapshot(&self) -> Result<Vec<(u32, Entry)>, VolumeError> {
-        let disk = |what| move |source| VolumeError::Disk { what, source };
-        let side = self.disk.open(SIDE_NAME, true).map_err(disk("open the snapshot's file"))?;
-        let side = side.ok_or_else(|| disk("open the snapshot's file")(std::io::ErrorKind::NotFound.into()))?;
-        side.set_len(0).map_err(disk("empty the snapshot's file"))?;
-        // Exclusive: no operation of the guest is half done.
-        let _role = self.role.write().unwrap_or_else(PoisonError::into_inner);
-        let mut snapshot = relock(&self.snapshot);
-        let state = relock(&self.map);
-        let entries: Vec<_> = state.map.entries().collect();
+    fn begin_publish(&self) -> Result<(SnapshotId, Vec<(u32, Entry)>), VolumeError> {
+        let begun = self.begin_snapshot(Purpose::Publish, 0, |_| Ok(()))?;
+        let entries: Vec<_> = begun.map.entries().collect();
         if let Some((block, _)) = entries.iter().find(|(_, entry)| entry.state == BlockState::Remote) {
             return Err(VolumeError::Map { what: format!("block {block} is still at the source") });
         }
-        let local = entries.iter().filter(|(_, entry)| entry.state == BlockState::Local);
-        let waiting = local.map(|(block, _)| *block).collect();
-        *snapshot = Some(Snapshot { side, waiting, saved: HashSet::new() });
-        Ok(entries)
+        Ok((begun.id, entries))
     }
 
-    /// Called, with the block's stripe held, by whoever is about to change a block.
-    pub(super) fn save_for_snapshot(&self, block: u32) -> Result<(), VolumeError> {
-        let mut guard = relock(&self.snapshot);
-        let Some(snapshot) = guard.as_mut() else { return Ok(()) };
-        if !snapshot.waiting.contains(&block) || snapshot.saved.contains(&block) {
-            return Ok(());
-        }
-        let data = self.read_block(block)?;
-        snapshot
-            .side
-            .write_at(&data, Self::offset(block))
-            .map_err(|source| VolumeError::Disk { what: "write the snapshot's file", source })?;
-        snapshot.saved.insert(block);
-        Ok(())
+    fn seal_run(&self, snapshot: SnapshotId, run: &[(u32, Entry)]) -> Result<Vec<SealedBlock>, VolumeError> {
+        run.iter().map(|(block, entry)| Ok((*block, self.seal_block(snapshot, *block, *entry)?))).collect()
     }
 
-    fn seal_run(&self, run: &[(u32, Entry)]) -> Result<Vec<SealedBlock>, VolumeError> {
-        run.iter().map(|(block, entry)| Ok((*block, self.seal_block(*block, *entry)?))).collect()
-    }
-
-    fn seal_block(&self, block: u32, entry: Entry) -> Result<Option<(ChunkName, Bytes)>, VolumeError> {
+    fn seal_block(
+        &self,
+        snapshot: SnapshotId,
+        block: u32,
+        entry: Entry,
+    ) -> Result<Option<(ChunkName, Bytes)>, VolumeError> {
         if entry.state == BlockState::Zero {
             return Ok(None);
         }
         let data = {
             let _stripe = self.stripe(block).read().unwrap_or_else(PoisonError::into_inner);
-            let mut guard = relock(&self.snapshot);
-            let snapshot = guard.as_mut().filter(|snapshot| snapshot.waiting.contains(&block));
-            let snapshot = snapshot.ok_or_else(|| VolumeError::Map { what: "the snapshot is gone".into() })?;
-            let data = if snapshot.saved.contains(&block) {
-                let mut data = vec![0; crate::BLOCK_BYTES];
-                snapshot
-                    .side
-                    .read_at(&mut data, Self::offset(block))
-                    .map_err(|source| VolumeError::Disk { what: "read the snapshot's file", source })?;
-                data
-            } else {
-                self.read_block(block)?
-            };
-            snapshot.waiting.remove(&block);
+            let data = self.read_snapshot(snapshot, block)?;
+            self.take_from_snapshot(snapshot, block);
             data
         };
         if is_zero(&data) {

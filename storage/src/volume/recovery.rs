@@ -9,6 +9,7 @@ use super::{
     journal::{Identity, Journal, Record},
     map::{BlockMap, BlockState},
     role::Role,
+    snapshot::Purpose,
 };
 use crate::{BLOCK_BYTES, block_count};
 
@@ -114,6 +115,11 @@ pub(super) fn recover(disk: &Arc<dyn Disk>, identity: Identity, start: Role) -> 
         Role::Adopted { .. } | Role::Active { .. } | Role::Sealed { .. } => {}
     }
 
+    // Of a publish, a cut or a mirror that ended with the process.
+    let leftovers = Purpose::ALL.iter().map(|purpose| purpose.file_name()).chain([super::follow::STAGE_NAME]);
+    for name in leftovers {
+        disk.remove(name).map_err(disk_error("remove a file that is left"))?;
+    }
     let data = disk.open(DATA_NAME, true).map_err(disk_error("open the data file"))?;
     let data =
         data.ok_or(VolumeError::Disk { what: "open the data file", source: std::io::ErrorKind::NotFound.into() })?;

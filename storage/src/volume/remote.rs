@@ -14,7 +14,7 @@ use futures::StreamExt as _;
 use tokio::time::Instant;
 
 use super::{
-    Inner, Volume, VolumeError, chain,
+    CutInfo, Inner, Volume, VolumeError, chain,
     io::{FIRST_PAUSE, LONGEST_PAUSE},
     journal::Record,
     map::{BlockState, Entry},
@@ -98,6 +98,23 @@ pub trait BlockSource: Send + Sync + fmt::Debug {
     fn history(&self) -> FetchFuture<'_, Option<Bytes>> {
         Box::pin(std::future::ready(Ok(None)))
     }
+    /// The newest cut when it is above `after`, which the follower has whole besides everything up to version `have`;
+    /// `None` after some seconds without one.
+    fn await_cut(&self, _after: u64, _have: u64) -> FetchFuture<'_, Option<CutInfo>> {
+        no_cuts()
+    }
+    /// The entries of a cut's map from block `from` on whose version is above `since`.
+    fn cut_page(&self, _number: u64, _from: u32, _since: u64) -> FetchFuture<'_, MapPage> {
+        no_cuts()
+    }
+    /// A block as of a cut, where it has this version.
+    fn cut_block(&self, _number: u64, _block: u32, _version: u64) -> FetchFuture<'_, Fetched> {
+        no_cuts()
+    }
+}
+
+fn no_cuts<'a, T: Send + 'a>() -> FetchFuture<'a, T> {
+    Box::pin(std::future::ready(Err(FetchError::Refused("it makes no cuts".into()))))
 }
 
 /// A limit on bytes per second, shared by all who draw from it; may change at any time.

@@ -1,0 +1,263 @@
+//! Cuts at the source of a mirror: the newest cut's map and changed blocks, for the standby that follows.
+//!
+//! A cut keeps what changed since the version that the follower said it has (its last committed cut), and only until the
+//! follower has taken it, the next cut comes or the mirror ends: a follower that stays away costs one snapshot.
+
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use tokio::sync::watch;
+
+use super::{
+    Inner, PeerBlock, Volume, VolumeError,
+    map::BlockState,
+    relock,
+    remote::{MapEntry, MapPage},
+    role::{Role, RoleError},
+    snapshot::{Purpose, SnapshotId},
+};
+use crate::key::MapRoot;
+
+/// Entries per page at most. Their digests are known when the cut is told of.
+const PAGE_ENTRIES: usize = 8192;
+/// How long a follower's question for the next cut stays open.
+const AWAIT_BUDGET: Duration = Duration::from_secs(5);
+
+/// What a follower is told of a cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CutInfo {
+    /// Its number, from 1 on.
+    pub number: u64,
+    /// The highest version that was given out before it.
+    pub version: u64,
+    /// The blocks above this version are kept.
+    pub since: u64,
+    /// The root of the map as of the cut.
+    pub root: MapRoot,
+}
+
+/// The newest cut, as long as it is kept.
+#[derive(Debug, Clone, Copy)]
+struct Current {
+    number: u64,
+    version: u64,
+    since: u64,
+    snapshot: SnapshotId,
+    /// When it was computed.
+    root: Option<MapRoot>,
+}
+
+/// The cuts of a volume.
+#[derive(Debug)]
+pub(super) struct Cuts {
+    /// The number of the newest one, also when it is not kept any more; 0 when none.
+    newest: watch::Sender<u64>,
+    /// Held only for a look.
+    state: Mutex<State>,
+    /// Held while a cut is made or ended.
+    making: Mutex<()>,
+    /// Held by who computes digests for a cut.
+    digesting: tokio::sync::Mutex<()>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    current: Option<Current>,
+    /// The version that the follower has everything up to.
+    have: u64,
+}
+
+impl Default for Cuts {
+    fn default() -> Self {
+        let newest = watch::Sender::new(0);
+        Self { newest, state: Mutex::default(), making: Mutex::default(), digesting: tokio::sync::Mutex::default() }
+    }
+}
+
+impl Volume {
+    /// Makes cut `number`: what was acknowledged is in it, what begins later is not.
+    ///
+    /// # Errors
+    /// When the number is not above the newest, the volume is not active, or blocks are still at another host.
+    pub async fn cut(&self, number: u64) -> Result<(), VolumeError> {
+        if self.missing() > 0 {
+            // All may be here, and only not durable yet.
+            self.flush().await?;
+        }
+        self.inner.blocking(move |inner| inner.cut(number)).await
+    }
+
+    /// Drops what is kept of the last cut; the next one may have any number.
+    pub async fn end_cuts(&self) -> Result<(), VolumeError> {
+        let ended = self.inner.blocking(|inner| {
+            let _one = relock(&inner.cuts.making);
+            *relock(&inner.cuts.state) = State::default();
+            inner.end_snapshot(Purpose::Cut);
+            inner.cuts.newest.send_replace(0);
+            Ok(())
+        });
+        ended.await
+    }
+
+    /// For the follower, which has all of cut `after` and everything up to version `have`: the newest cut, when it is another one.
+    /// Waits some seconds for it, then gives `None`.
+    pub async fn await_cut(&self, after: u64, have: u64) -> Result<Option<CutInfo>, VolumeError> {
+        self.check_serving()?;
+        let inner = &self.inner;
+        let taken = inner.blocking(move |inner| {
+            let _one = relock(&inner.cuts.making);
+            let mut state = relock(&inner.cuts.state);
+            state.have = have;
+            let is_taken = state.current.is_some_and(|current| current.number == after);
+            if is_taken {
+                state.current = None;
+                drop(state);
+                inner.end_snapshot(Purpose::Cut);
+            }
+            Ok(())
+        });
+        taken.await?;
+        let deadline = tokio::time::Instant::now() + AWAIT_BUDGET;
+        let mut newest = inner.cuts.newest.subscribe();
+        loop {
+            let seen = newest.wait_for(|newest| *newest > after);
+            match tokio::time::timeout_at(deadline, seen).await {
+                Ok(Ok(_)) => {}
+                // In time there was none; the sender lives as long as the volume.
+                Ok(Err(_)) | Err(_) => return Ok(None),
+            }
+            let current = relock(&inner.cuts.state).current;
+            match current {
+                Some(current) if current.number > after => match self.cut_root(current).await {
+                    Ok(root) => {
+                        let Current { number, version, since, .. } = current;
+                        return Ok(Some(CutInfo { number, version, since, root }));
+                    }
+                    // Replaced meanwhile: the next one is looked at.
+                    Err(VolumeError::Map { .. }) => {}
+                    Err(error) => return Err(error),
+                },
+                // Given up, or ended.
+                _ => {}
+            }
+            newest.mark_unchanged();
+            if tokio::time::timeout_at(deadline, newest.changed()).await.is_err() {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// The root of a cut's map; computes the digests that it lacks, on all cores.
+    async fn cut_root(&self, current: Current) -> Result<MapRoot, VolumeError> {
+        let inner = &self.inner;
+        let _one = inner.cuts.digesting.lock().await;
+        let known = relock(&inner.cuts.state).current.filter(|now| now.number == current.number);
+        if let Some(root) = known.and_then(|current| current.root) {
+            return Ok(root);
+        }
+        let id = current.snapshot;
+        let bare = inner.blocking(move |inner| {
+            let map = inner.snapshot_map(id)?;
+            let bare = map.entries().filter(|(_, entry)| entry.state == BlockState::Local && entry.digest.is_none());
+            Ok(bare.map(|(block, _)| block).collect::<Arc<[u32]>>())
+        });
+        let bare = bare.await?;
+        let workers = std::thread::available_parallelism().map_or(1, usize::from).min(8);
+        let share = bare.len().div_ceil(workers).max(1);
+        let work = (0..bare.len().div_ceil(share)).map(|worker| {
+            let bare = bare.clone();
+            inner.blocking(move |inner| {
+                let mut share = bare.iter().skip(worker * share).take(share);
+                share.try_for_each(|&block| inner.digested_snapshot(id, block, false).map(drop))
+            })
+        });
+        futures::future::try_join_all(work).await?;
+        let root = inner.blocking(move |inner| {
+            let root = inner.snapshot_map(id)?.root(inner.params.size_bytes, inner.params.base);
+            let root = root.ok_or_else(|| VolumeError::Map { what: "a digest is lacking".into() })?;
+            let mut state = relock(&inner.cuts.state);
+            if let Some(now) = state.current.as_mut().filter(|now| now.snapshot == id) {
+                now.root = Some(root);
+            }
+            Ok(root)
+        });
+        root.await
+    }
+
+    fn kept_cut(&self, number: u64) -> Result<Current, VolumeError> {
+        self.check_serving()?;
+        let current = relock(&self.inner.cuts.state).current.filter(|current| current.number == number);
+        current.ok_or(VolumeError::Cut { number, why: "is not kept (any more)" })
+    }
+
+    /// The entries of a cut's map from block `from` on whose version is above `since`.
+    pub async fn cut_page(&self, number: u64, from: u32, since: u64) -> Result<MapPage, VolumeError> {
+        let cut = self.kept_cut(number)?;
+        if since < cut.since {
+            return Err(VolumeError::Cut { number, why: "does not keep what changed before the version asked for" });
+        }
+        let page = self.inner.blocking(move |inner| {
+            let map = inner.snapshot_map(cut.snapshot)?;
+            let mut rest = map.entries_from(from).filter(|(_, entry)| entry.version > since);
+            let mut entries = Vec::new();
+            for (block, entry) in rest.by_ref().take(PAGE_ENTRIES) {
+                if entry.state == BlockState::Local && entry.digest.is_none() {
+                    // Asked for before the cut was told of.
+                    return Err(VolumeError::Cut { number, why: "was not asked for yet" });
+                }
+                let digest = if entry.state == BlockState::Zero { None } else { entry.digest };
+                entries.push(MapEntry { block, version: entry.version, digest });
+            }
+            let next = rest.next().map(|(block, _)| block);
+            Ok(MapPage { version: cut.version, entries, next })
+        });
+        page.await
+    }
+
+    /// A block as of a cut.
+    pub async fn cut_block(&self, number: u64, block: u32) -> Result<PeerBlock, VolumeError> {
+        let cut = self.kept_cut(number)?;
+        let read = self.inner.blocking(move |inner| inner.digested_snapshot(cut.snapshot, block, true));
+        let (entry, data) = read.await?;
+        let digest = entry.digest;
+        match entry.state {
+            BlockState::Local => Ok(PeerBlock { version: entry.version, digest, data: data.map(Bytes::from) }),
+            BlockState::Zero => Ok(PeerBlock { version: entry.version, digest: None, data: None }),
+            BlockState::Base | BlockState::Remote => {
+                Err(VolumeError::Map { what: format!("block {block} was asked for, which is not in the cut") })
+            }
+        }
+    }
+}
+
+impl Inner {
+    fn cut(&self, number: u64) -> Result<(), VolumeError> {
+        let _one = relock(&self.cuts.making);
+        if number <= *self.cuts.newest.borrow() {
+            return Err(VolumeError::Cut { number, why: "is not above the newest" });
+        }
+        let since = {
+            let mut state = relock(&self.cuts.state);
+            state.current = None;
+            state.have
+        };
+        let judge = |role: Role| {
+            if !role.is_active() {
+                return Err(RoleError::Role { role, action: "be cut" }.into());
+            }
+            if relock(&self.map).remote_on_disk.is_empty() {
+                Ok(())
+            } else {
+                Err(VolumeError::Cut { number, why: "cannot be made: blocks are still at another host" })
+            }
+        };
+        let begun = self.begin_snapshot(Purpose::Cut, since, judge)?;
+        let (version, snapshot) = (begun.version, begun.id);
+        relock(&self.cuts.state).current = Some(Current { number, version, since, snapshot, root: None });
+        self.cuts.newest.send_replace(number);
+        Ok(())
+    }
+}
