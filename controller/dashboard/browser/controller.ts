@@ -1,6 +1,7 @@
 // A controller of its own for a test: the real program with its embedded store in a folder of its own.
 import { type ChildProcess, spawn } from "node:child_process";
 import { closeSync, existsSync, mkdirSync, mkdtempSync, openSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { generateKeyPairSync, sign } from "node:crypto";
 import https from "node:https";
 import { createServer } from "node:net";
 import { tmpdir } from "node:os";
@@ -150,4 +151,23 @@ export async function emptyImage(rest: Rest, name: string): Promise<void> {
   await rest.must("PUT", `/v1/images/${name}/parts/disk?offset=0`, new Uint8Array(1 << 20));
   const imported = await rest.ended((await rest.must("POST", `/v1/images/${name}/import`, { format: "raw" })).id);
   if (imported.phase !== "done") throw new Error(`the import ${imported.phase}: ${imported.error?.detail}`);
+}
+
+/** DER: a tag, a length, the parts. */
+function der(tag: number, ...parts: Uint8Array[]): Buffer {
+  const body = Buffer.concat(parts);
+  const length = body.length < 0x80 ? [body.length] : body.length < 0x100 ? [0x81, body.length] : [0x82, body.length >> 8, body.length & 0xff];
+  return Buffer.concat([Buffer.from([tag, ...length]), body]);
+}
+
+/** A host that has joined and whose agent was never heard of since. Its key is made here, as an agent makes its own. */
+export async function silentHost(rest: Rest, name: string, cloud: string): Promise<string> {
+  const { publicKey, privateKey } = generateKeyPairSync("ec", { namedCurve: "P-256" });
+  // RFC 2986: version 0, no name, the key, no attributes; signed with ecdsa-with-SHA256 (1.2.840.10045.4.3.2).
+  const asked = der(0x30, der(0x02, Buffer.from([0])), der(0x30), publicKey.export({ type: "spki", format: "der" }), der(0xa0));
+  const how = der(0x30, der(0x06, Buffer.from([0x2a, 0x86, 0x48, 0xce, 0x3d, 0x04, 0x03, 0x02])));
+  const csr = der(0x30, asked, how, der(0x03, Buffer.from([0]), sign("sha256", asked, privateKey)));
+  const csr_pem = `-----BEGIN CERTIFICATE REQUEST-----\n${csr.toString("base64").match(/.{1,64}/g)!.join("\n")}\n-----END CERTIFICATE REQUEST-----\n`;
+  const { token } = await rest.must("POST", "/v1/join-tokens", { host_name: name, cloud });
+  return (await rest.must("POST", "/v1/join", { token, csr_pem })).host;
 }

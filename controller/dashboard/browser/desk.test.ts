@@ -19,7 +19,7 @@ afterAll(async () => {
 const MIB = 1 << 20;
 const guest = (name: string, more: object = {}) => ({ name, image: "blank", network: "office", shape: { vcpus: 1, memory_bytes: 64 * MIB }, start: false, ...more });
 
-const PAGES = ["", "guests", "hosts", "operations", "markets", "costs", "images", "networks", "events", "tokens", "wall"];
+const PAGES = ["", "guests", "hosts", "operations", "plans", "markets", "costs", "images", "networks", "events", "tokens", "wall"];
 
 async function everyPage(name: string, pages: string[]): Promise<void> {
   const found: string[] = [];

@@ -1,7 +1,7 @@
 // Pages for what needs hosts, and hosts are elsewhere: what only an agent would tell is set, all else is the real controller's.
 import type { Browser } from "playwright-core";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
-import { Controller, Rest, emptyImage } from "./controller";
+import { Controller, Rest, emptyImage, silentHost } from "./controller";
 import { VIEWS, barriers, desk, open, shot, sideways, visit } from "./look";
 import { Serial } from "./serial";
 
@@ -127,5 +127,145 @@ describe("the serial console", () => {
     expect(await page.getByText("Serial console").count()).toBe(0);
     expect((await rest.as(secret).send("GET", `/v1/guests/${web.id}/console`)).status).toBe(403);
     await context.close();
+  });
+});
+
+describe("plans", () => {
+  let h1: string;
+  let h2: string;
+  beforeAll(async () => {
+    h1 = await silentHost(rest, "h1", "home");
+    h2 = await silentHost(rest, "h2", "home");
+  });
+
+  it("are looked at from a host, kept, applied and taken back", async () => {
+    const { context, page, problems } = await desk(browser, controller.url, controller.token);
+    await visit(page, "hosts/h1");
+    await page.getByRole("button", { name: "Drain…" }).click();
+    const dialog = page.getByRole("dialog", { name: "Drain h1" });
+    await dialog.getByLabel("Why").fill("a disk fails");
+    await dialog.getByRole("button", { name: "Look first" }).click();
+    await dialog.getByText("No guest has to move.").waitFor();
+    // Looked at, and not even kept.
+    expect((await rest.must("GET", "/v1/plans")).items).toEqual([]);
+    expect(await barriers(page)).toEqual([]);
+    await shot(page, "plan-look");
+    await dialog.getByRole("button", { name: "Keep this plan" }).click();
+    await page.getByRole("heading", { name: "Drain h1" }).waitFor();
+    expect((await rest.must("GET", "/v1/plans")).items.map((one: { state: string }) => one.state)).toEqual(["proposed"]);
+    await page.getByRole("button", { name: "Apply…" }).click();
+    await page.getByRole("button", { name: "Apply now" }).click();
+    await page.locator("main .state", { hasText: "done" }).waitFor();
+    expect(await page.getByText("h1 (cordoned)").count()).toBe(1);
+    expect((await rest.must("GET", "/v1/plans")).items[0]).toMatchObject({ state: "done", reason: "a disk fails" });
+    await page.getByRole("button", { name: "Take back…" }).click();
+    await page.getByRole("button", { name: "Take back now" }).click();
+    await page.locator("main .state", { hasText: "taken back" }).waitFor();
+    expect((await rest.must("GET", "/v1/plans")).items[0].cordons[0].state).toBe("lifted");
+    await expect.poll(() => page.getByRole("button", { name: /Apply|Cancel|Take back/ }).count()).toBe(0);
+    await visit(page, "plans");
+    await page.getByRole("link", { name: "Drain h1" }).waitFor();
+    expect(problems).toEqual([]);
+    await context.close();
+  });
+
+  it("of a cloud are cancelled before they begin, and what cannot be is told", async () => {
+    const { context, page } = await desk(browser, controller.url, controller.token);
+    await visit(page, "hosts");
+    await page.getByRole("button", { name: "Evacuate…" }).click();
+    const dialog = page.getByRole("dialog", { name: "Evacuate home" });
+    await dialog.getByRole("button", { name: "Look first" }).click();
+    await dialog.getByRole("button", { name: "Keep this plan" }).click();
+    await page.getByRole("heading", { name: "Evacuate home" }).waitFor();
+    await page.getByRole("button", { name: "Cancel…" }).click();
+    await page.getByRole("button", { name: "Cancel now" }).click();
+    await page.locator("main .state", { hasText: "cancelled" }).waitFor();
+    await visit(page, "plans");
+    await page.getByRole("button", { name: "New plan…" }).click();
+    const asked = page.getByRole("dialog", { name: "New plan" });
+    // No host is heard of: there is nothing to balance.
+    await asked.getByLabel("Hosts may be this far apart").fill("30");
+    await asked.getByRole("button", { name: "Look first" }).click();
+    await asked.getByText("No guest has to move.").or(asked.getByRole("alert")).waitFor();
+    expect(await asked.getByRole("button", { name: "Keep this plan" }).count()).toBe(0);
+    expect(await barriers(page)).toEqual([]);
+    await context.close();
+  });
+
+  it("show what moves, what it costs and what stays, at every width, in both colours", async () => {
+    const at = Date.now();
+    const id = (noun: string, last: string) => `${noun}-01a1fea9-e622-75ca-b41b-c7d245b5c${last}`;
+    const step = (last: string, name: string, state: string, more: object = {}) => ({
+      guest: id("gst", last), guest_name: name, project: web.project, from: h1, from_name: "h1", to: h2, to_name: "h2", reason: "the least loaded host of home that takes its compat class",
+      predicted_bytes: 256 << 20, predicted_ms: 9000, predicted_downtime_ms: 450, egress_nanousd: 0, state, operation: null, undo_operation: null, error: null, waiting_since_ms: null, ...more,
+    });
+    const plan = {
+      id: id("pln", "c2f"), kind: "drain", host: h1, cloud: null, band_percent: null, is_all_or_none: false, state: "running",
+      cordons: [{ host: h1, host_name: "h1", state: "cordoned" }],
+      steps: [
+        step("a01", "web-1", "done", { operation: id("opn", "b01") }), step("a02", "database-with-a-long-name", "running", { operation: id("opn", "b02") }),
+        step("a03", "web-3", "failed", { error: { status: 409, code: "no_room", title: "no room", detail: "no host takes it: h2 has 128 MiB of memory left" } }),
+        step("a04", "web-4", "pending", { waiting_since_ms: at - 20_000, error: { status: 409, code: "busy", title: "busy", detail: "another operation of it is under way" } }),
+      ],
+      stuck: [{ guest: id("gst", "a05"), guest_name: "licence-server", host_name: "h1", reason: "it is pinned to this host" }],
+      cost: { moves: 4, bytes: 4 * (256 << 20), egress_nanousd: null, predicted_ms: 36_000, longest_downtime_ms: 450 },
+      risks: ["h2 would be at 93 % of its memory"], reason: "a disk fails", actor: "token:bootstrap-admin", request_id: id("req", "c2f"), created_at_ms: at - 60_000, updated_at_ms: at, ended_at_ms: null,
+    };
+    const found: string[] = [];
+    for (const view of VIEWS) {
+      const { context, page, problems } = await desk(browser, controller.url, controller.token, view);
+      await page.route("**/v1/plans?*", (route) => route.fulfill({ json: { items: [plan], next_page: null } }));
+      await page.route(`**/v1/plans/${plan.id}`, (route) => route.fulfill({ json: plan }));
+      await page.route("**/v1/hosts?*", async (route) => {
+        const json = await (await route.fetch()).json();
+        for (const host of json.items) {
+          host.capacity = { vcpus: 8, memory_bytes: 2 ** 30, disk_bytes: 2 ** 36 };
+          host.used = { vcpus: 4, memory_bytes: host.name === "h1" ? 0.8 * 2 ** 30 : 0.6 * 2 ** 30, disk_bytes: 2 ** 34 };
+        }
+        await route.fulfill({ json });
+      });
+      await visit(page, `plans/${plan.id}`);
+      await page.getByText("no host takes it").waitFor();
+      await page.getByText("stays on h1: it is pinned to this host").waitFor();
+      // One is there, one has failed; what is still ahead goes from the one to the other: 0.5 GiB.
+      const rows = page.getByRole("region", { name: "hosts before and after" }).locator("tbody tr");
+      expect(await rows.nth(0).innerText()).toMatch(/h1[\s\S]*80 %[\s\S]*30 %/);
+      expect(await rows.nth(1).innerText()).toMatch(/h2[\s\S]*60 %[\s\S]*110 %/);
+      expect(await page.getByRole("button", { name: "Cancel…" }).count()).toBe(1);
+      expect(await page.getByRole("list", { name: "steps with trouble" }).innerText()).toContain("web-4 waits: another operation");
+      const name = `plan-${view.width}-${view.dark ? "dark" : "light"}`;
+      const far = await sideways(page);
+      if (far > 0) found.push(`${name}: scrolls sideways by ${far} px`);
+      found.push(...(await barriers(page)).map((one) => `${name}: ${one}`), ...problems);
+      await shot(page, name);
+      await context.close();
+    }
+    expect(found).toEqual([]);
+    const { context, page } = await desk(browser, controller.url, controller.token, { width: 360, dark: true });
+    await visit(page, "plans");
+    await page.getByRole("button", { name: "New plan…" }).click();
+    await page.getByLabel("What for").selectOption("gather");
+    expect(await sideways(page)).toBe(0);
+    expect(await barriers(page)).toEqual([]);
+    await shot(page, "plan-gather-360");
+    await context.close();
+  });
+
+  it("are not for a token of one project, nor are their buttons for who only looks", async () => {
+    const { secret } = await rest.must("POST", "/v1/tokens", { name: "one-project", role: "admin", project: web.project });
+    const one = await desk(browser, controller.url, secret);
+    await visit(one.page, "hosts/h1");
+    await one.page.getByRole("heading", { name: "h1", exact: true }).waitFor();
+    expect(await one.page.getByRole("link", { name: "Plans" }).count()).toBe(0);
+    expect(await one.page.getByRole("button", { name: "Drain…" }).count()).toBe(0);
+    expect(one.problems).toEqual([]);
+    await one.context.close();
+    const viewer = (await rest.must("POST", "/v1/tokens", { name: "sees-all", role: "viewer", project: "*" })).secret;
+    const all = await desk(browser, controller.url, viewer);
+    await visit(all.page, "plans");
+    await all.page.getByRole("link", { name: "Drain h1" }).click();
+    await all.page.getByText("What it does").waitFor();
+    expect(await all.page.locator("main").getByRole("button", { name: /…/ }).count()).toBe(0);
+    await all.context.close();
   });
 });

@@ -11,16 +11,17 @@ import { HostPage, Hosts } from "./pages/hosts";
 import { Markets } from "./pages/markets";
 import { Images, Networks, Tokens } from "./pages/more";
 import { OperationPage, Operations } from "./pages/operations";
+import { PlanPage, Plans } from "./pages/plans";
 import { Overview, Wall } from "./pages/overview";
 import { SignIn } from "./pages/sign_in";
 import { route } from "./router";
-import { begin, brokenSince, end, link, now, refusal, who } from "./store/store";
+import { begin, brokenSince, end, link, now, refusal, seesAll, who } from "./store/store";
 import { moment } from "./ui/format";
 import { Search } from "./ui/search";
 import { apply, theme, turn } from "./ui/theme";
 
 const PAGES: [string, string][] = [
-  ["", "Overview"], ["guests", "Guests"], ["hosts", "Hosts"], ["operations", "Operations"], ["markets", "Markets"], ["costs", "Costs"],
+  ["", "Overview"], ["guests", "Guests"], ["hosts", "Hosts"], ["operations", "Operations"], ["plans", "Plans"], ["markets", "Markets"], ["costs", "Costs"],
   ["images", "Images"], ["networks", "Networks"], ["events", "Audit"], ["tokens", "Tokens"],
 ];
 
@@ -32,6 +33,7 @@ function Page() {
     case "guests": return id ? <GuestPage id={id} part={part} /> : <Guests />;
     case "hosts": return id ? <HostPage id={id} /> : <Hosts />;
     case "operations": return id ? <OperationPage id={id} /> : <Operations />;
+    case "plans": return id ? <PlanPage id={id} /> : <Plans />;
     case "markets": return <Markets />;
     case "costs": return <Costs />;
     case "images": return <Images />;
@@ -63,7 +65,7 @@ function App() {
   if (who.value === null) return <SignIn />;
   const [page = ""] = route.value;
   if (page === "wall") return <main class="wall"><Broken /><Wall /></main>;
-  const shown = PAGES.filter(([path]) => path !== "tokens" || who.value?.token.role === "admin");
+  const shown = PAGES.filter(([path]) => (path !== "tokens" || who.value?.token.role === "admin") && (path !== "plans" || seesAll()));
   return (
     <>
       <header class="top">

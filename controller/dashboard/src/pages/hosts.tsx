@@ -1,9 +1,10 @@
 import { useState } from "preact/hooks";
 import { change, Refused } from "../api/http";
 import { may } from "../store/derive";
-import { events, guests, hosts, now, rentings, who } from "../store/store";
+import { clouds, events, guests, hosts, now, rentings, who } from "../store/store";
 import { ago, bytes, moment, price } from "../ui/format";
 import { Empty, Facts, Grid, Panel, State, room } from "../ui/parts";
+import { PlanButton } from "../ui/plan_ask";
 import { EventLine } from "./events";
 
 const SUBSTRATES: Record<string, string> = {
@@ -58,6 +59,24 @@ function Rentings() {
   );
 }
 
+function Clouds() {
+  const found = [...clouds.value.values()];
+  if (found.length === 0) return null;
+  const of = (cloud: string) => [...hosts.value.values()].filter((host) => host.cloud === cloud && host.state !== "removed");
+  const running = (cloud: string) => [...guests.value.values()].filter((guest) => guest.cloud === cloud && guest.state === "running").length;
+  return (
+    <Panel title={`Clouds (${found.length})`} wide aside={<PlanButton aim={{ kind: "rebalance", name: "all hosts" }} text="Rebalance…" />}>
+      <Grid name="clouds" items={found} empty="" columns={[
+        { title: "name", key: (cloud) => cloud.name, show: (cloud) => cloud.name },
+        { title: "hosts", key: (cloud) => of(cloud.id).length, show: (cloud) => of(cloud.id).length },
+        { title: "guests running", key: (cloud) => running(cloud.id), show: (cloud) => running(cloud.id) },
+        { title: "provider", key: (cloud) => cloud.provider, show: (cloud) => cloud.provider, wide: true },
+        { title: "", show: (cloud) => (of(cloud.id).length === 0 ? null : <PlanButton aim={{ kind: "evacuate", cloud: cloud.id, name: cloud.name }} text="Evacuate…" />) },
+      ]} />
+    </Panel>
+  );
+}
+
 export function Hosts() {
   const found = [...hosts.value.values()].filter((host) => host.state !== "removed");
   return (
@@ -73,6 +92,7 @@ export function Hosts() {
           { title: "heard of", key: (host) => host.last_seen_ms, show: (host) => ago(host.last_seen_ms, now.value), wide: true },
         ]} />
       </Panel>
+      <Clouds />
       <Rentings />
     </div>
   );
@@ -96,7 +116,7 @@ export function HostPage(props: { id: string }) {
   };
   return (
     <div class="tiles">
-      <Panel title={host.name} wide aside={<span class="line"><State of={host.state} />{may(who.value, "system") && host.state !== "removed" && <button onClick={() => void cordon()}>{isCordoned ? "Take guests again" : "Take no new guests"}</button>}</span>}>
+      <Panel title={host.name} wide aside={<span class="line"><State of={host.state} />{host.state !== "removed" && <PlanButton aim={{ kind: "drain", host: host.id, name: host.name }} text="Drain…" />}{may(who.value, "system") && host.state !== "removed" && <button onClick={() => void cordon()}>{isCordoned ? "Take guests again" : "Take no new guests"}</button>}</span>}>
         {problem && <p class="bad" role="alert">{problem}</p>}
         <Facts rows={[
           ["cloud", host.cloud_name],

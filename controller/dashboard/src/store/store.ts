@@ -3,9 +3,10 @@ import { batch, computed, signal, type Signal } from "@preact/signals";
 import { Away, Refused, get, list } from "../api/http";
 import { follow } from "../api/stream";
 import type {
-  Cloud, Event, Freeze, Guest, Host, Image, Ledger, Market, Network, Operation, Port, PriceSeries, Project, Renting, Token, Volume, WhoAmI,
+  Cloud, Event, FleetPlan, Freeze, Guest, Host, Image, Ledger, Market, Network, Operation, Port, PriceSeries, Project, Renting, Token, Volume, WhoAmI,
 } from "../api/types";
 import { isEnded } from "./derive";
+import { isAtRest } from "./plans";
 
 export type Link = "starting" | "live" | "broken";
 
@@ -33,6 +34,7 @@ export const freezes = table<Freeze>();
 export const projects = table<Project>();
 export const tokens = table<Token>();
 export const rentings = table<Renting>();
+export const plans = table<FleetPlan>();
 export const markets: Signal<Market[]> = signal([]);
 export const prices: Signal<ReadonlyMap<string, PriceSeries>> = signal(new Map());
 /** The last 31 days: sums of all, and the first thousand lines. Absent until asked for, and for tokens that do not see it. */
@@ -105,8 +107,8 @@ async function loadLedger(): Promise<void> {
   }
 }
 
-/** Rentings belong to no project: only who sees all projects may ask. */
-const seesRentings = (): boolean => !who.peek()?.token.project && !who.peek()?.token.guest;
+/** Rentings and plans belong to no project: only who sees all projects may ask. */
+export const seesAll = (): boolean => !who.peek()?.token.project && !who.peek()?.token.guest;
 
 const loaders: Record<string, () => Promise<void>> = {
   clouds: () => all(clouds, "/v1/clouds"),
@@ -120,7 +122,8 @@ const loaders: Record<string, () => Promise<void>> = {
   freezes: () => all(freezes, "/v1/freezes"),
   projects: () => all(projects, "/v1/projects"),
   tokens: () => all(tokens, "/v1/tokens"),
-  rentings: () => (seesRentings() ? all(rentings, "/v1/rentings") : Promise.resolve()),
+  rentings: () => (seesAll() ? all(rentings, "/v1/rentings") : Promise.resolve()),
+  plans: () => (seesAll() ? all(plans, "/v1/plans") : Promise.resolve()),
 };
 
 /** Asks anew for whole kinds. */
@@ -154,6 +157,7 @@ export function touched(event: Event): string[] {
   if (family === "token") found.push("tokens");
   if (family === "host") found.push("hosts", "rentings");
   if (family === "renting") found.push("rentings");
+  if (family === "plan") found.push("plans");
   if (family === "operation") found.push("freezes", "images", "volumes", "rentings");
   return found;
 }
@@ -243,6 +247,8 @@ export async function begin(): Promise<void> {
   every(stop.signal, 1000, async () => {
     now.value = Date.now();
     if (isBusy.peek()) await poll();
+    const active = [...plans.peek().values()].filter((plan) => !isAtRest(plan.state)).slice(0, 5);
+    if (active.length > 0) put(plans, await Promise.all(active.map((plan) => get<FleetPlan>(`/v1/plans/${plan.id}`))));
   });
   every(stop.signal, 5000, async () => {
     if (link.peek() === "live") await Promise.all([loadPrices(), refresh("hosts")]);
@@ -293,6 +299,10 @@ function every(signal: AbortSignal, ms: number, work: () => Promise<void>): void
 export function end(): void {
   stopAll?.abort();
   link.value = "starting";
+}
+
+export function learnPlan(plan: FleetPlan): void {
+  put(plans, [plan]);
 }
 
 /** A change that this page made is shown at once. */
