@@ -6,7 +6,10 @@ use std::{
     fs::File,
     io::{self, Read as _, Write},
     net::Shutdown,
-    os::{fd::OwnedFd, unix::net::UnixStream},
+    os::{
+        fd::{AsRawFd as _, OwnedFd},
+        unix::net::UnixStream,
+    },
     sync::{
         Arc, Mutex, PoisonError,
         mpsc::{SyncSender, sync_channel},
@@ -15,6 +18,7 @@ use std::{
 };
 
 use anyhow::Context as _;
+use supercloud_blanket::vmm::legacy::SerialPort;
 
 use crate::control;
 
@@ -22,6 +26,9 @@ use crate::control;
 const PIECES: usize = 4096;
 /// A client that takes nothing for so long is dropped.
 const WRITE_BUDGET: Duration = Duration::from_secs(5);
+
+/// The serial port of the machine that is there now.
+pub type CurrentSerial = Arc<Mutex<Option<Arc<Mutex<SerialPort>>>>>;
 
 type Client = Arc<Mutex<Option<(SyncSender<Vec<u8>>, UnixStream)>>>;
 
@@ -94,5 +101,39 @@ impl Write for Console {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+/// Feeds what comes in to the serial port of the machine that is there then. What a guest does not read is lost when too
+/// much of it waits.
+pub fn feed_serial(mut input: File, serial: CurrentSerial) -> anyhow::Result<()> {
+    let read = move || {
+        let mut bytes = [0; 256];
+        loop {
+            let mut polled = libc::pollfd { fd: input.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+            // SAFETY: the pointer is to one local entry.
+            if unsafe { libc::poll(&raw mut polled, 1, -1) } < 0
+                && io::Error::last_os_error().kind() != io::ErrorKind::Interrupted
+            {
+                return;
+            }
+            match input.read(&mut bytes) {
+                Ok(0) => return,
+                Ok(count) => {
+                    feed(&serial, &bytes[..count]);
+                }
+                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                Err(_) => return,
+            }
+        }
+    };
+    std::thread::Builder::new().name("console-in".to_owned()).spawn(read).context("beginning a thread").map(drop)
+}
+
+/// Types into the serial port that is there now.
+pub fn feed(serial: &CurrentSerial, bytes: &[u8]) {
+    let port = serial.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    if let Some(port) = port {
+        port.lock().unwrap_or_else(PoisonError::into_inner).feed(bytes);
     }
 }

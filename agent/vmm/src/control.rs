@@ -9,6 +9,11 @@
 //! > {"id": 2, "do": "dance"}           < {"error": "..."} and the connection is closed
 //!                                      < {"event": "disk_lost", "state": "running", "disk": "root"}
 //! > {"id": 4, "do": "disk", "disk": "root"} + a socket  < {"id": 4, "state": "running"}
+//! > {"id": 5, "do": "mirror", "interval_ms": 100, "strict": true}    < {"id": 5, "state": "running"}
+//!                                      < {"event": "progress", "state": "running", "mirror": {...}}
+//!   at the standby:                    < {"event": "staged", "state": "arriving", "cut": 1}
+//! > {"id": 6, "do": "commit", "cut": 1}                  < {"id": 6, "state": "arriving"}
+//! > {"id": 7, "do": "promote"}         < {"id": 7, "state": "paused"}
 //!                                      < {"event": "powered_off", "state": "ended"}
 //! ```
 //!
@@ -65,6 +70,14 @@ pub enum Verb {
     PowerButton,
     /// Take the socket that comes with this as the way to a disk.
     Disk,
+    /// Mirror it over the stream: copy it while it runs, then cut after cut.
+    Mirror,
+    /// End that, or what is left of it: all that its cards hold back goes.
+    EndMirror,
+    /// Take the cut of a mirror that is staged here for good.
+    Commit,
+    /// Make of the newest cut that was committed here a guest that has come.
+    Promote,
     /// End the process.
     End,
 }
@@ -86,6 +99,12 @@ pub struct Request {
     pub may_throttle: Option<bool>,
     /// Of `disk`: its name.
     pub disk: Option<String>,
+    /// Of `mirror`: milliseconds from the instant of one cut to that of the next.
+    pub interval_ms: Option<u64>,
+    /// Of `mirror`: what the guest's cards send waits until a cut that has it was acknowledged.
+    pub strict: Option<bool>,
+    /// Of `commit`: which.
+    pub cut: Option<u64>,
 }
 
 /// How the guest is.
@@ -134,6 +153,12 @@ pub enum Event {
     DiskRefused,
     /// It answers again.
     DiskAnswers,
+    /// A cut of a mirror is whole here, and is not committed.
+    Staged,
+    /// Its mirror was ended.
+    MirrorEnded,
+    /// Its mirror does not go on: the stream is lost, or the other end is silent. What is held back stays so.
+    MirrorBroken,
 }
 
 /// A line to the client.
@@ -157,6 +182,15 @@ pub struct Line {
     /// The disk that something happened to.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk: Option<String>,
+    /// How far it is with mirroring it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mirror: Option<MirrorProgress>,
+    /// Of a standby: the newest cut that is whole here.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cut: Option<u64>,
+    /// In the answer to `status`: whether it is being mirrored.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub is_mirrored: Option<bool>,
     /// In the answer to `status`: disks to which there is no way.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub lost: Vec<String>,
@@ -183,6 +217,25 @@ pub struct Progress {
     /// How long the guest stood still until all was on the stream, in milliseconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub paused_ms: Option<u64>,
+}
+
+/// How far it is with mirroring a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct MirrorProgress {
+    /// The newest cut that was begun; 0 during the first copy.
+    pub cut: u64,
+    /// The newest that was committed.
+    pub committed: u64,
+    /// How long ago the guest was like that, in milliseconds.
+    pub committed_age_ms: u64,
+    /// How long the guest stood still for the last cut, in microseconds.
+    pub pause_us: u64,
+    /// Bytes on the stream so far.
+    pub sent_bytes: u64,
+    /// Bytes of guest memory that were written between the last two cuts.
+    pub dirty_bytes: u64,
+    /// Bytes of guest memory that are left in a round of the first copy.
+    pub left_bytes: u64,
 }
 
 /// The way to the client, if there is one.
@@ -373,7 +426,10 @@ mod tests {
                 max_downtime_ms: None,
                 max_bytes_per_s: None,
                 may_throttle: None,
-                disk: None
+                disk: None,
+                interval_ms: None,
+                strict: None,
+                cut: None,
             }
         );
         let send = serde_json::from_str::<Request>(r#"{"id": 7, "do": "send", "max_downtime_ms": 20}"#).unwrap();

@@ -1,15 +1,19 @@
 //! The one owner of the machine: takes what clients ask for and what happens to the guest, one after the other.
 
+mod leaving;
+mod mirrors;
+
 use std::{
     fs::File,
-    io::{self, Read as _},
+    io,
     net::Shutdown,
+    ops::ControlFlow,
     os::{
-        fd::{AsRawFd as _, FromRawFd as _, IntoRawFd as _},
+        fd::{FromRawFd as _, IntoRawFd as _},
         unix::net::UnixStream,
     },
     process::ExitCode,
-    sync::{Arc, Mutex, PoisonError, mpsc},
+    sync::{Arc, PoisonError, mpsc},
 };
 
 use anyhow::Context as _;
@@ -19,17 +23,19 @@ use supercloud_blanket::{
     vmm::{
         Machine, MachineConfig, Outcome,
         boot::BootFiles,
-        legacy::{SerialPort, Sink},
+        legacy::Sink,
+        travel::{TravelError, mirror::StagedCut},
         virtio::{self, Device, nbd::LinkNews},
     },
 };
 
 use crate::{
-    console,
-    control::{self, Client, Event, Line, Progress, Request, State, Verb},
+    console::{self, CurrentSerial, feed, feed_serial},
+    control::{self, Client, Event, Line, MirrorProgress, Progress, Request, State, Verb},
     disks::Disks,
     launch::Held,
-    travel::{self, Arrival, Parts, Received, Receiving, Sending},
+    mirror::{Ask, Mirrored, Standby},
+    travel::{Arrival, Parts, Received, Receiving, Sending},
 };
 
 /// What comes to the owner.
@@ -53,12 +59,21 @@ pub enum Input {
     Disk(String, LinkNews),
     /// What a guest's disk boots was found, or not; the number is that of the boot, as with outcomes.
     Found(u64, anyhow::Result<BootFiles>),
+    /// What the thread that mirrors the guest asks for.
+    Mirror(Ask),
+    /// So far it is with mirroring the guest.
+    MirrorProgress(MirrorProgress),
+    /// That thread is over.
+    MirrorOver(Result<(), TravelError>),
+    /// What comes over the stream is a mirror.
+    Standby(Box<Standby>),
+    /// A cut of it is whole.
+    Staged(Box<StagedCut>),
+    /// Nothing more comes.
+    StandbyOver(Result<(), TravelError>),
     /// A client's new way to a disk is taken, or not: the client's number, the request's, and why not.
     Attached(u64, u64, String, Option<String>),
 }
-
-/// The serial port of the machine that is there now.
-type CurrentSerial = Arc<Mutex<Option<Arc<Mutex<SerialPort>>>>>;
 
 struct Owner<'a> {
     spec: &'a MachineSpec,
@@ -82,6 +97,10 @@ struct Owner<'a> {
     asked: Option<(u64, u64)>,
     /// While the machine comes over the stream.
     receiving: Option<Receiving>,
+    /// While the guest is mirrored.
+    mirrored: Mirrored,
+    /// While this is a mirror's standby.
+    standby: Option<Standby>,
     /// Another stream can come.
     takes_streams: bool,
 }
@@ -121,6 +140,8 @@ pub fn run(spec: &MachineSpec, arrives: bool, mut held: Held) -> anyhow::Result<
         missed: None,
         asked: None,
         receiving: None,
+        mirrored: Mirrored::default(),
+        standby: None,
         takes_streams: streams.is_some() || has_control,
     };
     if arrives {
@@ -178,6 +199,18 @@ pub fn run(spec: &MachineSpec, arrives: bool, mut held: Held) -> anyhow::Result<
                     owner.client.tell(&Line { event, state, progress: Some(progress), ..Line::default() });
                 }
             }
+            Input::Mirror(ask) => {
+                owner.mirrored.answer(ask, owner.machine.as_mut(), owner.state == State::Running);
+            }
+            Input::MirrorProgress(progress) if owner.mirrored.is_on() => {
+                let (event, state) = (Some(Event::Progress), Some(owner.state));
+                owner.client.tell(&Line { event, state, mirror: Some(progress), ..Line::default() });
+            }
+            Input::MirrorProgress(_) => {}
+            Input::MirrorOver(outcome) => owner.mirror_over(outcome),
+            Input::Standby(standby) => owner.standby = Some(*standby),
+            Input::Staged(cut) => owner.staged(*cut),
+            Input::StandbyOver(outcome) => owner.standby_over(outcome),
             Input::Stream(stream) => owner.connect(stream)?,
             Input::Received(received) => owner.received(*received)?,
             Input::Traveled(arrival) => {
@@ -305,7 +338,7 @@ impl Owner<'_> {
 
     /// Takes who connected as the stream, in place of the one before, if nobody uses that just now.
     fn connect(&mut self, stream: UnixStream) -> anyhow::Result<()> {
-        if self.sending.is_some() || self.receiving.is_some() || self.state == State::Ended {
+        if self.is_stream_used() || self.state == State::Ended {
             // Closed: who connected it finds out.
             return Ok(());
         }
@@ -317,11 +350,15 @@ impl Owner<'_> {
     fn take_stream(&mut self, stream: Option<UnixStream>) -> anyhow::Result<()> {
         let stream = stream.context("no socket came with it")?;
         anyhow::ensure!(self.state != State::Ended, "the guest has ended");
-        anyhow::ensure!(self.sending.is_none() && self.receiving.is_none(), "there is a stream, and it is being used");
+        anyhow::ensure!(!self.is_stream_used(), "there is a stream, and it is being used");
         stream.set_nonblocking(false).context("setting up the stream")?;
         self.drop_stream();
         self.held.stream = Some(stream);
         if self.state == State::Arriving { self.receive().context("receiving the guest") } else { Ok(()) }
+    }
+
+    fn is_stream_used(&self) -> bool {
+        self.sending.is_some() || self.receiving.is_some() || self.mirrored.is_on() || self.standby.is_some()
     }
 
     /// Lets go of a stream, so that the other end hears of it whoever else has it.
@@ -344,6 +381,7 @@ impl Owner<'_> {
 
     fn take_up(&mut self, (machine, outcomes): (Machine, mpsc::Receiver<Outcome>)) -> anyhow::Result<()> {
         *self.serial.lock().unwrap_or_else(PoisonError::into_inner) = Some(machine.serial());
+        self.mirrored.renew(&machine).context("going on to mirror it")?;
         self.machine = Some(machine);
         let (boot, inputs) = (self.boots, self.inputs.clone());
         let forward = move || {
@@ -371,13 +409,15 @@ impl Owner<'_> {
     fn devices(&self) -> anyhow::Result<Vec<Device>> {
         let clone = |file: &File| file.try_clone().context("copying a descriptor");
         let mut devices = Vec::new();
+        self.mirrored.outputs().forget_cards();
         for disk in &self.spec.devices.disks {
             let backend = self.disks.backend(&disk.name)?;
             devices.push(virtio::block::device(backend, &disk.name, disk.is_read_only));
         }
         for nic in &self.spec.devices.nics {
             let tap = self.held.taps.get(&nic.name).with_context(|| format!("card '{}'", nic.name))?;
-            let card = virtio::net::device(clone(tap)?, nic.mac, nic.mtu);
+            let gate = self.mirrored.outputs().gate().context("making an event")?;
+            let card = virtio::net::device(clone(tap)?, nic.mac, nic.mtu, Some(gate));
             devices.push(card.with_context(|| format!("the tap of card '{}'", nic.name))?);
         }
         if !is_serial(self.spec) {
@@ -392,7 +432,8 @@ impl Owner<'_> {
 
     /// Lets the guest run, at once or when it is there.
     fn resume(&mut self) {
-        if let Some(machine) = &self.machine {
+        // Not while a cut is copied: it runs on after that.
+        if let Some(machine) = self.machine.as_ref().filter(|_| !self.mirrored.is_still()) {
             machine.resume();
         }
         self.state = State::Running;
@@ -404,14 +445,29 @@ impl Owner<'_> {
         let has_limits =
             request.max_downtime_ms.is_some() || request.max_bytes_per_s.is_some() || request.may_throttle.is_some();
         match (request.verb, self.state) {
-            (verb, _) if has_limits && !matches!(verb, Verb::Send | Verb::Limits) => {
+            (Verb::Mirror, _) if request.max_downtime_ms.is_some() || request.may_throttle.is_some() => {
+                error = Some("a mirror has an interval and bytes per second only".to_owned());
+            }
+            (verb, _) if has_limits && !matches!(verb, Verb::Send | Verb::Limits | Verb::Mirror) => {
                 error = Some("limits are for 'send' and 'limits' only".to_owned());
             }
-            (verb, _) if request.disk.is_some() && verb != Verb::Disk => {
-                error = Some("a disk is for 'disk' only".to_owned());
+            (verb, _) if (request.interval_ms.is_some() || request.strict.is_some()) && verb != Verb::Mirror => {
+                error = Some("an interval and strictness are for 'mirror' only".to_owned());
+            }
+            (verb, _) if request.cut.is_some() != (verb == Verb::Commit) => {
+                error = Some("a cut is for 'commit', which needs one".to_owned());
+            }
+            (Verb::Mirror | Verb::EndMirror | Verb::Commit | Verb::Promote, _) => {
+                match self.answer_mirror(client, request) {
+                    ControlFlow::Continue(why) => error = why,
+                    // Answered when its thread is over.
+                    ControlFlow::Break(()) => return false,
+                }
             }
             // Answered when it has come, or when it is back.
-            (Verb::Resume, State::Arriving) | (Verb::Pause, State::Sending) if self.asked.is_none() => {
+            (Verb::Resume, State::Arriving) | (Verb::Pause, State::Sending)
+                if self.asked.is_none() && self.standby.is_none() =>
+            {
                 self.asked = Some((client, request.id));
                 if let Some(sending) = &self.sending {
                     sending.cancel();
@@ -424,7 +480,7 @@ impl Owner<'_> {
                 why => error = why,
             },
             (Verb::Stream, _) => error = self.take_stream(socket).err().map(|failed| format!("{failed:#}")),
-            (Verb::HangUp, _) if self.sending.is_none() && self.receiving.is_none() => self.drop_stream(),
+            (Verb::HangUp, _) if !self.is_stream_used() => self.drop_stream(),
             (Verb::HangUp, _) => error = Some("the stream is being used; cancel that first".to_owned()),
             (Verb::Reset, State::Running | State::Paused) => {
                 self.take(Outcome::Reset);
@@ -472,62 +528,10 @@ impl Owner<'_> {
         let is_status = request.verb == Verb::Status;
         let lost = if is_status { self.disks.lost() } else { Vec::new() };
         let ended = self.ended.filter(|_| is_status);
-        self.client.tell(&Line { id, state, error, ended, lost, ..Line::default() });
+        let is_mirrored = is_status.then(|| self.mirrored.is_on());
+        let cut = self.standby.as_ref().map(Standby::staged).filter(|_| is_status);
+        self.client.tell(&Line { id, state, error, ended, lost, is_mirrored, cut, ..Line::default() });
         request.verb == Verb::End
-    }
-
-    fn send(&mut self, request: &Request) -> anyhow::Result<()> {
-        let stream = self.held.stream.as_ref().context("there is no stream, or it broke")?;
-        let stream = stream.try_clone().context("copying a descriptor")?;
-        let was_running = self.state == State::Running;
-        let sending = Sending::start(&mut self.machine, stream, request, was_running, self.inputs.clone())?;
-        self.sending = Some(sending);
-        self.state = State::Sending;
-        Ok(())
-    }
-
-    /// The machine is back; what the process would exit with if nobody controlled it.
-    fn traveled(&mut self, Arrival { machine, outcome }: Arrival) -> Option<ExitCode> {
-        let was_running = self.sending.take().is_some_and(|sending| sending.was_running);
-        if self.state != State::Sending {
-            return None;
-        }
-        self.machine = Some(machine);
-        self.state = State::Paused;
-        let line = match outcome {
-            Ok(sent) => {
-                self.state = State::Sent;
-                let progress = Some(travel::shown(&sent.progress, Some(sent.paused_for)));
-                Line { event: Some(Event::Sent), progress, ..Line::default() }
-            }
-            Err(error) => {
-                // Cut off in a frame: what comes next would not be understood.
-                if !error.leaves_stream_whole() {
-                    self.drop_stream();
-                }
-                // Also when it was paused already: nobody else has all of it.
-                if was_running && self.missed.is_none() && self.asked.is_none() {
-                    self.resume();
-                }
-                let error = Some(format!("{:#}", anyhow::Error::from(error)));
-                Line { event: Some(Event::NotSent), error, ..Line::default() }
-            }
-        };
-        let asked = self.asked.take();
-        let mut failed = None;
-        if asked.is_some() && self.missed.is_none() && self.state == State::Paused {
-            // It may run still: it was paused only if it had come that far.
-            failed = self.machine.as_ref().and_then(|machine| machine.pause().err()).map(|error| error.to_string());
-            if failed.is_some() && was_running {
-                self.resume();
-            }
-        }
-        self.client.tell(&Line { state: Some(self.state), ..line });
-        self.answer_late(asked, failed);
-        if was_running && self.missed.is_some() && asked.is_none() {
-            self.state = State::Running;
-        }
-        self.missed.take().and_then(|outcome| self.take(outcome))
     }
 
     /// Takes the end of a run; what the process would exit with if nobody controlled it.
@@ -560,6 +564,7 @@ impl Owner<'_> {
         if code.is_some() {
             // Memory and disks are let go; the socket stays until somebody has heard of it.
             self.machine = None;
+            self.mirrored.stop();
             self.state = State::Ended;
             self.ended = Some(event);
             if let Some(error) = &error {
@@ -568,39 +573,5 @@ impl Owner<'_> {
         }
         self.client.tell(&Line { event: Some(event), state: Some(self.state), error, ..Line::default() });
         code
-    }
-}
-
-/// Feeds what comes in to the serial port of the machine that is there then. What a guest does not read is lost when too
-/// much of it waits.
-fn feed_serial(mut input: File, serial: CurrentSerial) -> anyhow::Result<()> {
-    let read = move || {
-        let mut bytes = [0; 256];
-        loop {
-            let mut polled = libc::pollfd { fd: input.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-            // SAFETY: the pointer is to one local entry.
-            if unsafe { libc::poll(&raw mut polled, 1, -1) } < 0
-                && io::Error::last_os_error().kind() != io::ErrorKind::Interrupted
-            {
-                return;
-            }
-            match input.read(&mut bytes) {
-                Ok(0) => return,
-                Ok(count) => {
-                    feed(&serial, &bytes[..count]);
-                }
-                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
-                Err(_) => return,
-            }
-        }
-    };
-    std::thread::Builder::new().name("console-in".to_owned()).spawn(read).context("beginning a thread").map(drop)
-}
-
-/// Types into the serial port that is there now.
-fn feed(serial: &CurrentSerial, bytes: &[u8]) {
-    let port = serial.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    if let Some(port) = port {
-        port.lock().unwrap_or_else(PoisonError::into_inner).feed(bytes);
     }
 }

@@ -24,14 +24,15 @@ use supercloud_blanket::vmm::{
 
 use crate::{
     control::{Progress, Request},
+    mirror::Standby,
     owner::Input,
 };
 
 /// How often it is asked, while the stream takes nothing, whether the guest is still to be sent.
-const ASK_EVERY: Duration = Duration::from_millis(100);
+pub const ASK_EVERY: Duration = Duration::from_millis(100);
 
 /// How often a client hears how far it is.
-const TELL_EVERY: Duration = Duration::from_millis(200);
+pub const TELL_EVERY: Duration = Duration::from_millis(200);
 
 /// What came of it, with the machine.
 #[derive(Debug)]
@@ -137,9 +138,18 @@ impl Receiving {
         let (from, stream) = (copy()?, copy()?);
         let Parts { kvm, config, console, devices } = parts;
         let work = move || {
+            let make = || Ok::<_, TravelError>(Incoming::new(kvm, config, console, devices)?);
             // What the other end says of the machine is compared with what it shall be.
-            let make = |_| Ok(Incoming::new(kvm, config, console, devices)?);
-            let _ = inputs.send(Input::Received(Box::new(travel::receive(&from, make))));
+            let came = travel::open(&from).and_then(|opened| make().map(|incoming| (opened, incoming)));
+            let _ = match came {
+                Ok((opened, incoming)) if opened.is_mirror() => {
+                    let back = from.try_clone().map_err(TravelError::from);
+                    let outcome = back.and_then(|back| Standby::receive(opened, incoming, back, &inputs));
+                    inputs.send(Input::StandbyOver(outcome))
+                }
+                Ok((opened, incoming)) => inputs.send(Input::Received(Box::new(opened.receive(incoming)))),
+                Err(error) => inputs.send(Input::Received(Box::new(Err(error)))),
+            };
         };
         std::thread::Builder::new().name("travel".to_owned()).spawn(work).context("beginning a thread")?;
         Ok(Self { stream })

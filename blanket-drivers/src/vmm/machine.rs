@@ -6,7 +6,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
         mpsc,
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use kvm_bindings::kvm_cpuid_entry2;
@@ -154,6 +154,30 @@ impl Machine {
     /// does not stop or KVM refuses; only when no new thread is to be had can it not be resumed then.
     pub fn save(&mut self) -> Result<MachineState, VmmError> {
         self.pause()?;
+        self.save_still()
+    }
+
+    /// Stops it at one instant, of which disks take this cut (until then at most), and reads everything but its memory. It stands
+    /// still until [`Machine::resume`]; what it has asked of its disks goes on then.
+    ///
+    /// # Errors
+    /// As [`Machine::save`], and when a disk does not take the cut. In every case it stands still and can be resumed likewise.
+    pub fn cut(&mut self, number: u64, budget: Duration) -> Result<MachineState, VmmError> {
+        self.vcpus.pause()?;
+        let devices = || self.body.devices.iter().map(|device| device.lock().unwrap_or_else(PoisonError::into_inner));
+        devices().for_each(|mut device| device.hold());
+        let until = Instant::now() + budget;
+        let refused = |source| VmmError::Io { what: "taking a mirror's cut of a disk", source };
+        // Asked for at all disks before the first is waited for.
+        let begun: Vec<_> = devices().map(|mut device| device.begin_cut(number)).collect();
+        for (mut device, begun) in devices().zip(begun) {
+            begun.and_then(|()| device.await_cut(until)).map_err(refused)?;
+        }
+        self.save_still()
+    }
+
+    /// Reads everything but its memory, of a machine that stands still.
+    fn save_still(&mut self) -> Result<MachineState, VmmError> {
         if self.body.outcomes.has_ended() {
             return Err(VmmError::Ended);
         }
@@ -323,23 +347,37 @@ impl Incoming {
         self.body.config
     }
 
-    /// The machine that was saved, once its memory is there. It is paused.
+    /// Whether a saved machine can be this one, as far as that can be told without becoming it.
     ///
     /// # Errors
-    /// [`VmmError::State`] when the state does not fit this machine or this host, else when KVM refuses.
-    pub fn finish(self, saved: &MachineState) -> Result<(Machine, mpsc::Receiver<Outcome>), VmmError> {
-        let Self { mut body, told } = self;
-        let vm = &body.vm;
+    /// [`VmmError::State`]: why not. Else when KVM refuses.
+    pub fn check(&self, saved: &MachineState) -> Result<(), VmmError> {
+        let body = &self.body;
         if saved.vcpus.len() != usize::from(body.config.vcpus) || saved.devices.len() != body.devices.len() {
             let (vcpus, devices) = (saved.vcpus.len(), saved.devices.len());
             return Err(state::refused(format!("it has {vcpus} vCPUs and {devices} devices, this machine has others")));
         }
-        let supported = vm.supported_cpuid()?;
+        let supported = body.vm.supported_cpuid()?;
         for vcpu in &saved.vcpus {
             if let Some(missing) = state::cpuid::lacking(&vcpu.cpuid, supported.as_slice()) {
                 return Err(state::refused(format!("its guest was told of what this processor lacks: {missing}")));
             }
         }
+        saved.chips.check()?;
+        for (device, saved) in body.devices.iter().zip(&saved.devices) {
+            device.lock().unwrap_or_else(PoisonError::into_inner).check(saved)?;
+        }
+        Ok(())
+    }
+
+    /// The machine that was saved, once its memory is there. It is paused.
+    ///
+    /// # Errors
+    /// [`VmmError::State`] when the state does not fit this machine or this host, else when KVM refuses.
+    pub fn finish(self, saved: &MachineState) -> Result<(Machine, mpsc::Receiver<Outcome>), VmmError> {
+        self.check(saved)?;
+        let Self { mut body, told } = self;
+        let vm = &body.vm;
         let mut fds = Vec::with_capacity(saved.vcpus.len());
         for index in 0..body.config.vcpus {
             fds.push(vm.create_vcpu(index)?);

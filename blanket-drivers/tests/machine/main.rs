@@ -3,8 +3,11 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod guest;
+mod mirror;
 mod saved;
 mod travel;
+mod volume;
+mod worker;
 
 use guest::{Console, DIRTY, DIRTY_ROUNDS, PATIENCE, SMP, TALK, elf, file, runs_guests, wait_until};
 use kvm_ioctls::Kvm;

@@ -72,7 +72,7 @@ fn device(number: u8) -> std::io::Result<(Device, Option<File>)> {
             ours.set_nonblocking(true)?;
             theirs.send(&[7; 100])?;
             theirs.send(&[8; 1500])?;
-            (net::over(File::from(OwnedFd::from(ours)), Mac([2, 0, 0, 0, 0, 7]), 1450), None)
+            (net::over(File::from(OwnedFd::from(ours)), Mac([2, 0, 0, 0, 0, 7]), 1450, None), None)
         }
         2 => (console::device(Box::new(std::io::sink()), None), None),
         _ => (rng::device(), None),

@@ -71,11 +71,17 @@ impl Chips {
         Ok(Self { irqchips, clock, wall_ns: wall_ns() })
     }
 
-    /// Writes the interrupt chips.
-    pub(super) fn restore_chips(&self, vm: &Vm) -> Result<(), VmmError> {
+    /// Whether these are the interrupt chips of our machines.
+    pub(super) fn check(&self) -> Result<(), VmmError> {
         if self.irqchips.iter().map(|chip| chip.chip_id).ne(CHIPS) {
             return Err(refused("its interrupt chips are not those of this machine"));
         }
+        Ok(())
+    }
+
+    /// Writes the interrupt chips.
+    pub(super) fn restore_chips(&self, vm: &Vm) -> Result<(), VmmError> {
+        self.check()?;
         for chip in &self.irqchips {
             vm.fd().set_irqchip(chip).map_err(kvm_error("set an interrupt chip"))?;
         }

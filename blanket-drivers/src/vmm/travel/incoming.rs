@@ -8,8 +8,32 @@ use super::{Hello, Round, TravelError, VERSION, checked, kind, pages::Unpacker};
 use crate::vmm::{Incoming, Machine, MachineConfig, Outcome, state};
 
 /// Rounds, and bytes of state, that a stream may have.
-const MAX_ROUNDS: u32 = 100_000;
-const MAX_STATE_BYTES: usize = 16 << 20;
+pub(super) const MAX_ROUNDS: u32 = 100_000;
+pub(super) const MAX_STATE_BYTES: usize = 16 << 20;
+
+/// A stream whose first frame was read.
+#[derive(Debug)]
+pub struct Opened<R> {
+    config: MachineConfig,
+    is_mirror: bool,
+    reader: Reader<R>,
+}
+
+/// Reads what a stream begins with.
+///
+/// # Errors
+/// When it is none of ours, or of a later version.
+pub fn open<R: Read>(from: R) -> Result<Opened<R>, TravelError> {
+    let mut reader = Reader { from, hash: blake3::Hasher::new(), before: [0; 32] };
+    let first = reader.next()?;
+    let is_mirror = first.kind == kind::MIRROR;
+    let hello: Hello = first.parse_json(if is_mirror { kind::MIRROR } else { kind::HELLO }, VERSION)?;
+    if hello.state_version == 0 || hello.state_version > state::VERSION {
+        return Err(TravelError::Malformed("a state of a version that is not known here"));
+    }
+    let config = MachineConfig { vcpus: hello.vcpus, memory_bytes: hello.memory_bytes };
+    Ok(Opened { config, is_mirror, reader })
+}
 
 /// Receives a machine; `make` makes the one that takes it up, of what the stream says, if that is what was expected.
 /// It is whole and stands still; that it may run is not said by the stream.
@@ -20,73 +44,133 @@ pub fn receive(
     from: impl Read,
     make: impl FnOnce(MachineConfig) -> Result<Incoming, TravelError>,
 ) -> Result<(Machine, mpsc::Receiver<Outcome>), TravelError> {
-    let mut reader = Reader { from, hash: blake3::Hasher::new() };
-    let hello: Hello = reader.next()?.parse_json(kind::HELLO, VERSION)?;
-    if hello.state_version == 0 || hello.state_version > state::VERSION {
-        return Err(TravelError::Malformed("a state of a version that is not known here"));
-    }
-    let config = MachineConfig { vcpus: hello.vcpus, memory_bytes: hello.memory_bytes };
-    let incoming = make(config)?;
-    if incoming.config() != config {
-        return Err(TravelError::Malformed("another machine than was expected"));
-    }
-    let mut unpacker = Unpacker::new()?;
-    let mut rounds = 0;
-    let mut is_round_open = false;
-    let mut json = Vec::new();
-    loop {
-        let frame = reader.next()?;
-        match frame.kind {
-            kind::PAGES if json.is_empty() => {
-                is_round_open = true;
-                unpacker.unpack(incoming.ram(), &frame.payload, rounds == 0)?;
-            }
-            kind::ROUND if json.is_empty() => {
-                let Round { number } = frame.parse_json(kind::ROUND, VERSION)?;
-                rounds += 1;
-                if number != rounds || rounds > MAX_ROUNDS {
-                    return Err(TravelError::Malformed("a round that is not the next one"));
-                }
-                is_round_open = false;
-            }
-            kind::STATE if rounds > 0 && !is_round_open => {
-                if frame.payload.is_empty() || json.len() + frame.payload.len() > MAX_STATE_BYTES {
-                    return Err(TravelError::Malformed("a state that is too large"));
-                }
-                json.extend(frame.payload);
-            }
-            kind::END if !json.is_empty() => {
-                if !reader.is_end(&frame) {
-                    return Err(TravelError::Malformed("it was changed on its way"));
-                }
-                break;
-            }
-            kind::ABORT => return Err(TravelError::GivenUp),
-            other => return Err(FrameError::UnexpectedKind(other).into()),
-        }
-    }
-    let state = serde_json::from_slice(&json)
-        .map_err(|source| FrameError::Payload { kind: kind::STATE, source })
-        .map_err(TravelError::from)?;
-    Ok(incoming.finish(&state)?)
+    let opened = open(from)?;
+    let incoming = make(opened.config)?;
+    opened.receive(incoming)
 }
 
-struct Reader<R> {
+impl<R: Read> Opened<R> {
+    /// Whether what comes is a mirror, cut after cut, in place of one machine.
+    #[must_use]
+    pub const fn is_mirror(&self) -> bool {
+        self.is_mirror
+    }
+
+    /// What comes, whatever machine it is of.
+    pub(super) fn into_reader(self) -> Reader<R> {
+        self.reader
+    }
+
+    /// Refuses a stream of another machine than `incoming`.
+    ///
+    /// # Errors
+    /// That it is.
+    pub(super) fn expect(self, incoming: &Incoming, is_mirror: bool) -> Result<Reader<R>, TravelError> {
+        if incoming.config() != self.config {
+            return Err(TravelError::Malformed("another machine than was expected"));
+        }
+        if self.is_mirror != is_mirror {
+            return Err(FrameError::UnexpectedKind(if self.is_mirror { kind::MIRROR } else { kind::HELLO }).into());
+        }
+        Ok(self.reader)
+    }
+
+    /// Receives the rest of a machine; see [`receive`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn receive(self, incoming: Incoming) -> Result<(Machine, mpsc::Receiver<Outcome>), TravelError> {
+        let mut reader = self.expect(&incoming, false)?;
+        let mut unpacker = Unpacker::new()?;
+        let mut rounds = Rounds::default();
+        let mut json = Vec::new();
+        loop {
+            let frame = reader.next()?;
+            match frame.kind {
+                kind::PAGES if json.is_empty() => {
+                    unpacker.unpack(incoming.ram(), &frame.payload, rounds.open())?;
+                }
+                kind::ROUND if json.is_empty() => rounds.close(&frame)?,
+                kind::STATE if rounds.are_over() => {
+                    if frame.payload.is_empty() || json.len() + frame.payload.len() > MAX_STATE_BYTES {
+                        return Err(TravelError::Malformed("a state that is too large"));
+                    }
+                    json.extend(frame.payload);
+                }
+                kind::END if !json.is_empty() => {
+                    if !reader.is_hash(&frame.payload) {
+                        return Err(TravelError::Malformed("it was changed on its way"));
+                    }
+                    break;
+                }
+                kind::ABORT => return Err(TravelError::GivenUp),
+                other => return Err(FrameError::UnexpectedKind(other).into()),
+            }
+        }
+        let state = serde_json::from_slice(&json)
+            .map_err(|source| FrameError::Payload { kind: kind::STATE, source })
+            .map_err(TravelError::from)?;
+        Ok(incoming.finish(&state)?)
+    }
+}
+
+/// Rounds over a machine's memory.
+#[derive(Debug, Default)]
+pub(super) struct Rounds {
+    count: u32,
+    is_open: bool,
+}
+
+impl Rounds {
+    /// Pages come; whether nothing was written before.
+    pub const fn open(&mut self) -> bool {
+        self.is_open = true;
+        self.count == 0
+    }
+
+    /// A round is over.
+    pub fn close(&mut self, frame: &Frame) -> Result<(), TravelError> {
+        let Round { number } = frame.parse_json(kind::ROUND, VERSION)?;
+        self.count += 1;
+        self.is_open = false;
+        if number != self.count || self.count > MAX_ROUNDS {
+            return Err(TravelError::Malformed("a round that is not the next one"));
+        }
+        Ok(())
+    }
+
+    /// Whether there was one, and none is open.
+    pub const fn are_over(&self) -> bool {
+        self.count > 0 && !self.is_open
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Reader<R> {
     from: R,
-    /// Of all frames but the last.
+    /// Of all frames.
     hash: blake3::Hasher,
+    /// Of all frames but the last, when that one says what it must be.
+    before: [u8; 32],
 }
 
 impl<R: Read> Reader<R> {
-    fn next(&mut self) -> Result<Frame, TravelError> {
+    pub fn next(&mut self) -> Result<Frame, TravelError> {
         let frame = checked(read_frame_blocking(&mut self.from)?)?;
-        if frame.kind != kind::END {
-            self.hash.update(&frame.to_bytes()?);
+        if matches!(frame.kind, kind::END | kind::CUT_END) {
+            self.before = *self.hash.finalize().as_bytes();
         }
+        self.hash.update(&frame.to_bytes()?);
         Ok(frame)
     }
 
-    fn is_end(&self, frame: &Frame) -> bool {
-        frame.payload == self.hash.finalize().as_bytes()
+    /// Whether this is the hash of all before the frame that says so.
+    pub fn is_hash(&self, said: &[u8]) -> bool {
+        said == self.before
+    }
+
+    /// See [`Reader::is_hash`].
+    pub const fn hash(&self) -> [u8; 32] {
+        self.before
     }
 }

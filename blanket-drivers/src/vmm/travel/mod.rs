@@ -16,8 +16,10 @@
 
 pub mod converge;
 pub mod incoming;
+pub mod mirror;
 pub mod outgoing;
 pub mod pages;
+mod wire;
 
 use serde::{Deserialize, Serialize};
 use supercloud_api::frame::{Frame, FrameError};
@@ -25,7 +27,7 @@ use supercloud_api::frame::{Frame, FrameError};
 use super::VmmError;
 
 pub use converge::{Limits, Next};
-pub use incoming::receive;
+pub use incoming::{Opened, open, receive};
 pub use outgoing::{Progress, Sent, send};
 
 /// The version of every frame.
@@ -39,6 +41,14 @@ mod kind {
     pub const STATE: u16 = 4;
     pub const END: u16 = 5;
     pub const ABORT: u16 = 6;
+    // Of a mirror's stream; see `mirror`.
+    pub const MIRROR: u16 = 16;
+    pub const CUT: u16 = 17;
+    pub const CUT_STATE: u16 = 18;
+    pub const CUT_END: u16 = 19;
+    pub const ABANDONED: u16 = 20;
+    pub const BYE: u16 = 21;
+    pub const ACKNOWLEDGED: u16 = 32;
 }
 
 /// What a stream begins with.
@@ -85,6 +95,14 @@ pub enum TravelError {
     /// The guest stood still for longer than it may, whatever was predicted.
     #[error("not all of it was on the stream when the guest had stood still for {} ms", .0.as_millis())]
     Overdue(std::time::Duration),
+    /// A mirror's standby is silent, or no cut gets through to it.
+    #[error("no cut was committed for {} ms", .after.as_millis())]
+    Silent {
+        /// For so long.
+        after: std::time::Duration,
+        /// Why the last cut was abandoned, if it was.
+        source: Option<Box<TravelError>>,
+    },
 }
 
 impl TravelError {

@@ -1,36 +1,26 @@
 //! Sending a machine while its guest runs.
 
 use std::{
-    io::{self, Write},
+    io::Write,
     ops::ControlFlow,
     sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
 use serde::Serialize;
-use supercloud_api::frame::{Frame, MAX_PAYLOAD_BYTES};
+use supercloud_api::frame::MAX_PAYLOAD_BYTES;
 
 use super::{
     Hello, Round, TravelError, VERSION, converge,
     converge::{Limits, Next, Seen},
     kind,
-    pages::{Forms, MOST_BYTES, Packer},
+    pages::{FRAME_BYTES, Forms, MOST_BYTES, Packer},
+    wire::{STALL, STALL_AT_END, Wire},
 };
 use crate::vmm::{Machine, state};
 
-/// Pages are sent in frames of about so many bytes: small enough to be paced and cancelled between.
-const FRAME_BYTES: usize = 64 << 10;
 /// What the state takes, as long as it is not known: a vCPU's share.
 const STATE_BYTES_PER_VCPU: u64 = 24 << 10;
-/// A stream that takes nothing for so long is given up.
-const STALL: Duration = Duration::from_secs(10);
-/// The same where only the other end is to be told that it was given up.
-const STALL_AT_END: Duration = Duration::from_millis(500);
-/// A frame that takes longer is cut off when the machine is not to be sent any more; a faster one is finished.
-const SLOW_FRAME: Duration = Duration::from_secs(1);
-/// How long is waited at once for the limit of bytes per second.
-const PACE: Duration = Duration::from_millis(50);
-
 /// How far it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Progress {
@@ -87,14 +77,11 @@ pub fn send(
 }
 
 struct Sender<'a, W> {
-    to: W,
-    hash: blake3::Hasher,
+    wire: Wire<W>,
     packer: Packer,
     frame: Vec<u8>,
     progress: Progress,
     limits: &'a dyn Fn() -> Limits,
-    paced_since: Instant,
-    paced_bytes: u64,
     /// Since the guest stands still: when it has stood still for long enough, and for how long that is.
     give_up_at: Option<(Instant, Duration)>,
     /// Nobody needs to be asked any more.
@@ -109,14 +96,11 @@ impl<'a, W: Write> Sender<'a, W> {
         watch: &'a mut dyn FnMut(&Progress) -> ControlFlow<()>,
     ) -> Result<Self, TravelError> {
         Ok(Self {
-            to,
-            hash: blake3::Hasher::new(),
+            wire: Wire::new(to),
             packer: Packer::new()?,
             frame: Vec::with_capacity(FRAME_BYTES + MOST_BYTES),
             progress: Progress::default(),
             limits,
-            paced_since: Instant::now(),
-            paced_bytes: 0,
             give_up_at: None,
             is_given_up: false,
             watch,
@@ -189,9 +173,9 @@ impl<'a, W: Write> Sender<'a, W> {
         for piece in json.chunks(MAX_PAYLOAD_BYTES) {
             self.send(kind::STATE, piece)?;
         }
-        let hash = *self.hash.finalize().as_bytes();
+        let hash = self.wire.hash();
         self.send(kind::END, &hash)?;
-        self.to.flush()?;
+        self.wire.flush()?;
         let state_bytes = self.progress.sent_bytes - before;
         Ok(Sent { progress: self.progress, paused_for: paused.elapsed(), state_bytes })
     }
@@ -199,42 +183,26 @@ impl<'a, W: Write> Sender<'a, W> {
     fn round(&mut self, machine: &Machine, pages: &[u64]) -> Result<(), TravelError> {
         self.progress.round += 1;
         self.progress.left_pages = pages.len() as u64;
-        for page in pages {
-            let mut frame = std::mem::take(&mut self.frame);
-            self.packer.pack(machine.ram(), *page, &mut frame)?;
-            self.frame = frame;
-            self.progress.left_pages -= 1;
-            if self.frame.len() >= FRAME_BYTES {
-                self.send_pages()?;
+        let (mut left, mut frame) = (pages.iter(), std::mem::take(&mut self.frame));
+        loop {
+            frame.clear();
+            self.packer.fill(&mut left, &mut frame, |packer, page, out| packer.pack(machine.ram(), page, out))?;
+            self.progress.left_pages = left.len() as u64;
+            self.progress.forms = self.packer.forms;
+            if frame.is_empty() {
+                break;
             }
-        }
-        self.send_pages()?;
-        self.json(kind::ROUND, &Round { number: self.progress.round })
-    }
-
-    fn send_pages(&mut self) -> Result<(), TravelError> {
-        let mut frame = std::mem::take(&mut self.frame);
-        if !frame.is_empty() {
             self.send(kind::PAGES, &frame)?;
+            self.look()?;
         }
-        frame.clear();
         self.frame = frame;
-        self.progress.forms = self.packer.forms;
-        self.look()
+        self.look()?;
+        self.json(kind::ROUND, &Round { number: self.progress.round })
     }
 
     /// Whether it is still wanted, and the guest does not stand still for too long.
     fn look(&mut self) -> Result<(), TravelError> {
-        if self.is_given_up {
-            return Ok(());
-        }
-        if (self.watch)(&self.progress).is_break() {
-            return Err(TravelError::Cancelled);
-        }
-        match self.give_up_at {
-            Some((at, longest)) if Instant::now() >= at => Err(TravelError::Overdue(longest)),
-            _ => Ok(()),
-        }
+        look(self.is_given_up, self.give_up_at, self.watch, &self.progress)
     }
 
     fn json(&mut self, kind: u16, body: &impl Serialize) -> Result<(), TravelError> {
@@ -243,12 +211,18 @@ impl<'a, W: Write> Sender<'a, W> {
     }
 
     fn send(&mut self, kind: u16, payload: &[u8]) -> Result<(), TravelError> {
-        let bytes = Frame { kind, version: VERSION, payload: payload.to_vec() }.to_bytes()?;
-        self.hash.update(&bytes);
-        self.write_whole(&bytes)?;
-        self.progress.sent_bytes += bytes.len() as u64;
+        let patience = if self.is_given_up { STALL_AT_END } else { STALL };
+        let Self { wire, watch, progress, give_up_at, is_given_up, .. } = self;
+        let sent =
+            wire.write(kind, VERSION, payload, patience, &mut || look(*is_given_up, *give_up_at, watch, progress));
+        progress.sent_bytes = wire.sent_bytes;
+        sent?;
         // When END is out nothing may fail any more.
-        if kind == kind::END || self.is_given_up { Ok(()) } else { self.pace(bytes.len() as u64) }
+        if kind == kind::END || *is_given_up {
+            return Ok(());
+        }
+        let limit = (self.limits)().max_bytes_per_s;
+        wire.pace(limit, &mut || look(false, *give_up_at, watch, progress))
     }
 
     /// Tells the other end; why it was given up, or that the stream is cut off now.
@@ -256,44 +230,23 @@ impl<'a, W: Write> Sender<'a, W> {
         self.is_given_up = true;
         self.send(kind::ABORT, &[]).err().unwrap_or(why)
     }
+}
 
-    /// Writes all of it; what is cut off in between is never "cancelled", as nobody could read on there.
-    fn write_whole(&mut self, mut left: &[u8]) -> Result<(), TravelError> {
-        use io::ErrorKind::{Interrupted, TimedOut, WouldBlock};
-        let patience = if self.is_given_up { STALL_AT_END } else { STALL };
-        let begun = Instant::now();
-        let mut taken_at = begun;
-        while !left.is_empty() {
-            match self.to.write(left) {
-                Ok(0) => return Err(io::Error::from(io::ErrorKind::WriteZero).into()),
-                Ok(count) => (left, taken_at) = (&left[count..], Instant::now()),
-                Err(error) if matches!(error.kind(), Interrupted | WouldBlock | TimedOut) => {}
-                Err(error) => return Err(error.into()),
-            }
-            let is_stalled = taken_at.elapsed() >= PACE;
-            let is_slow = !left.is_empty() && (is_stalled || begun.elapsed() >= SLOW_FRAME);
-            if is_slow && (taken_at.elapsed() >= patience || self.look().is_err()) {
-                return Err(TravelError::Stalled(begun.elapsed()));
-            }
-        }
-        Ok(())
+/// Whether it is still wanted, and the guest does not stand still for too long.
+fn look(
+    is_given_up: bool,
+    give_up_at: Option<(Instant, Duration)>,
+    watch: &mut dyn FnMut(&Progress) -> ControlFlow<()>,
+    progress: &Progress,
+) -> Result<(), TravelError> {
+    if is_given_up {
+        return Ok(());
     }
-
-    /// Waits until no more was sent than the limit allows since it last had to wait.
-    #[expect(clippy::disallowed_methods, reason = "a thread that sends a machine and does nothing else")]
-    fn pace(&mut self, bytes: u64) -> Result<(), TravelError> {
-        let Some(limit) = (self.limits)().max_bytes_per_s.filter(|limit| *limit > 0) else { return Ok(()) };
-        self.paced_bytes += bytes;
-        let due = Duration::from_secs_f64(self.paced_bytes as f64 / limit as f64);
-        if self.paced_since.elapsed() > due + Duration::from_millis(100) {
-            // What was not used is not saved up.
-            (self.paced_since, self.paced_bytes) = (Instant::now(), 0);
-            return Ok(());
-        }
-        while let Some(left) = due.checked_sub(self.paced_since.elapsed()).filter(|left| !left.is_zero()) {
-            self.look()?;
-            std::thread::sleep(left.min(PACE));
-        }
-        Ok(())
+    if watch(progress).is_break() {
+        return Err(TravelError::Cancelled);
+    }
+    match give_up_at {
+        Some((at, longest)) if Instant::now() >= at => Err(TravelError::Overdue(longest)),
+        _ => Ok(()),
     }
 }

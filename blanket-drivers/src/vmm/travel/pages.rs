@@ -18,6 +18,8 @@ const ZSTD: u8 = 2;
 const WORTH: usize = PAGE - PAGE / 8;
 /// The fastest level of zstd: links are rarely faster.
 const LEVEL: i32 = 1;
+/// Pages are sent in frames of about so many bytes: small enough to be paced and cancelled between.
+pub(super) const FRAME_BYTES: usize = 64 << 10;
 /// What one page takes at most.
 pub(super) const MOST_BYTES: usize = HEAD + PAGE;
 
@@ -65,11 +67,43 @@ impl Packer {
         let at = number.checked_mul(PAGE_BYTES).ok_or(TravelError::Malformed("a page beyond memory"))?;
         ram.read_slice(&mut self.page[..], GuestAddress(at))
             .map_err(|_| TravelError::Malformed("a page beyond memory"))?;
+        self.pack_read(number, out);
+        Ok(())
+    }
+
+    /// Appends a page that was copied aside; `None`: nothing but zeros.
+    pub fn pack_copy(&mut self, number: u64, page: Option<&[u8; PAGE]>, out: &mut Vec<u8>) {
+        match page {
+            Some(page) => self.page.copy_from_slice(page),
+            None => self.page.fill(0),
+        }
+        self.pack_read(number, out);
+    }
+
+    /// Packs pages by `pack` until a frame is full, or there are no more.
+    ///
+    /// # Errors
+    /// Those of `pack`.
+    pub(super) fn fill<T: Copy>(
+        &mut self,
+        pages: &mut std::slice::Iter<'_, T>,
+        out: &mut Vec<u8>,
+        mut pack: impl FnMut(&mut Self, T, &mut Vec<u8>) -> Result<(), TravelError>,
+    ) -> Result<(), TravelError> {
+        while out.len() < FRAME_BYTES
+            && let Some(page) = pages.next()
+        {
+            pack(self, *page, out)?;
+        }
+        Ok(())
+    }
+
+    fn pack_read(&mut self, number: u64, out: &mut Vec<u8>) {
         out.extend(number.to_le_bytes());
         if self.page.iter().all(|byte| *byte == 0) {
             out.push(ZERO);
             self.forms.zero += 1;
-            return Ok(());
+            return;
         }
         match self.zstd.compress_to_buffer(&self.page[..], &mut self.packed[..WORTH]) {
             Ok(length) => {
@@ -86,7 +120,6 @@ impl Packer {
                 self.forms.raw += 1;
             }
         }
-        Ok(())
     }
 }
 
@@ -115,7 +148,27 @@ impl Unpacker {
     ///
     /// # Errors
     /// When it is not what a packer makes, or not of this memory.
-    pub fn unpack(&mut self, ram: &Ram, mut from: &[u8], is_first: bool) -> Result<(), TravelError> {
+    pub fn unpack(&mut self, ram: &Ram, from: &[u8], is_first: bool) -> Result<(), TravelError> {
+        self.each(ram, from, is_first, |at, page| {
+            ram.write_slice(page, at).map_err(|_| TravelError::Malformed("a page beyond memory"))
+        })
+    }
+
+    /// Looks whether [`Unpacker::unpack`] would take them.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn check(&mut self, ram: &Ram, from: &[u8]) -> Result<(), TravelError> {
+        self.each(ram, from, false, |_, _| Ok(()))
+    }
+
+    fn each(
+        &mut self,
+        ram: &Ram,
+        mut from: &[u8],
+        skips_zeros: bool,
+        mut take: impl FnMut(GuestAddress, &[u8]) -> Result<(), TravelError>,
+    ) -> Result<(), TravelError> {
         const SHORT: TravelError = TravelError::Malformed("a page that is cut off");
         while !from.is_empty() {
             let (head, rest) = from.split_first_chunk::<HEAD>().ok_or(SHORT)?;
@@ -127,7 +180,7 @@ impl Unpacker {
             let content = match head[8] {
                 ZERO => {
                     from = rest;
-                    if is_first {
+                    if skips_zeros {
                         continue;
                     }
                     self.page.fill(0);
@@ -151,7 +204,7 @@ impl Unpacker {
                 }
                 _ => return Err(TravelError::Malformed("a page in an unknown form")),
             };
-            ram.write_slice(content, at).map_err(|_| TravelError::Malformed("a page beyond memory"))?;
+            take(at, content)?;
         }
         Ok(())
     }

@@ -10,6 +10,7 @@ use std::{
     io::{self, Seek as _, SeekFrom},
     os::fd::AsFd as _,
     sync::Arc,
+    time::Instant,
 };
 
 use serde::{Deserialize, Serialize};
@@ -104,6 +105,30 @@ pub trait BlockBackend: Send {
     /// What there is to wait for while requests are in flight; nothing of one that does everything at once.
     fn wakers(&self) -> Wakers<'_> {
         Wakers::default()
+    }
+
+    /// What is in flight.
+    fn pending(&self) -> Vec<(RequestId, BlockOperation)> {
+        Vec::new()
+    }
+
+    /// Begins to have this cut of a mirror taken of the disk: every request that is done is in it, whatever is submitted later is
+    /// not, and what is in flight may be.
+    ///
+    /// # Errors
+    /// When this disk knows no cuts.
+    fn begin_cut(&mut self, number: u64) -> io::Result<()> {
+        let detail = format!("a disk in a file has no cut {number}: only one that a volume process serves");
+        Err(io::Error::new(io::ErrorKind::Unsupported, detail))
+    }
+
+    /// Waits for it, until then at most.
+    ///
+    /// # Errors
+    /// When there is none.
+    fn await_cut(&mut self, until: Instant) -> io::Result<()> {
+        let _ = until;
+        Err(io::ErrorKind::Unsupported.into())
     }
 
     /// Waits a moment for what is in flight, and gives up what does not come: it can be submitted again, here or elsewhere.
@@ -380,12 +405,35 @@ impl Handler for Block {
         self.backend.wakers()
     }
 
+    fn begin_cut(&mut self, number: u64) -> io::Result<()> {
+        // What cannot be written is the same at every cut.
+        if self.is_read_only { Ok(()) } else { self.backend.begin_cut(number) }
+    }
+
+    fn await_cut(&mut self, rings: &mut [Option<Ring>], until: Instant) -> io::Result<()> {
+        if self.is_read_only {
+            return Ok(());
+        }
+        let outcome = self.backend.await_cut(until);
+        if let Some(Some(ring)) = rings.first_mut() {
+            // What was answered meanwhile is not in flight any more.
+            self.finish(ring);
+        }
+        outcome
+    }
+
     fn save(&self) -> Vec<u8> {
-        if self.aside.is_empty() {
+        let pending = self.backend.pending().into_iter();
+        let in_flight = pending.filter_map(|(id, operation)| {
+            let answer = *self.in_flight.get(&id)?;
+            Some(Aside { id, answer, operation })
+        });
+        let all: Vec<Aside> = self.aside.iter().cloned().chain(in_flight).collect();
+        if all.is_empty() {
             return Vec::new();
         }
         // Plain numbers and lists: this does not fail.
-        serde_json::to_vec(&self.aside).unwrap_or_default()
+        serde_json::to_vec(&all).unwrap_or_default()
     }
 
     fn restore(&mut self, saved: &[u8]) -> bool {

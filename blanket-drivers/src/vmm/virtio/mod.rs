@@ -7,12 +7,14 @@
 //! | [`ring`] | a queue's chains as checked segments of guest memory |
 //! | [`worker`] | the thread of a device; stopping it between two requests is how a device is paused and reset |
 //! | [`block`], [`net`], [`console`], [`rng`] | the devices |
+//! | [`outputs`] | what cards send, held back for a mirror |
 //! | [`nbd`] | a disk's bytes, where a volume process serves them |
 
 pub mod block;
 pub mod console;
 pub mod nbd;
 pub mod net;
+pub mod outputs;
 pub mod phase;
 pub mod ring;
 pub mod rng;
@@ -22,6 +24,7 @@ pub mod worker;
 #[cfg(test)]
 mod tests;
 
+pub use outputs::Outputs;
 pub use ring::{Ring, Segment, Segments};
 pub use transport::VirtioPci;
 pub use worker::{Handler, Next, Wakers};

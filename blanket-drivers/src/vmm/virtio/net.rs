@@ -9,6 +9,7 @@ use std::{
 
 use super::{
     Device, Handler, Next, Ring,
+    outputs::{Gate, Held},
     worker::{BUDGET, Wakers},
 };
 use crate::device::Mac;
@@ -37,13 +38,16 @@ struct Net {
     is_receiving: bool,
     received: Vec<u8>,
     sent: Vec<u8>,
+    /// Where it is said what may go.
+    gate: Option<Gate>,
+    held: Held,
 }
 
 /// A card on a tap that was opened with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR` and does not block.
 ///
 /// # Errors
 /// When the tap does not take headers of our length, or none without offloads.
-pub fn device(tap: File, mac: Mac, mtu: u16) -> io::Result<Device> {
+pub fn device(tap: File, mac: Mac, mtu: u16, gate: Option<Gate>) -> io::Result<Device> {
     let bytes = libc::c_int::try_from(HEADER_BYTES).unwrap_or(0);
     // SAFETY: the kernel reads an int, which lives until the call returns.
     if unsafe { libc::ioctl(tap.as_raw_fd(), SET_HEADER_BYTES, &raw const bytes) } < 0 {
@@ -53,17 +57,19 @@ pub fn device(tap: File, mac: Mac, mtu: u16) -> io::Result<Device> {
     if unsafe { libc::ioctl(tap.as_raw_fd(), SET_OFFLOAD, 0) } < 0 {
         return Err(io::Error::last_os_error());
     }
-    Ok(over(tap, mac, mtu))
+    Ok(over(tap, mac, mtu, gate))
 }
 
-/// A card over any descriptor that keeps frames apart (a socket of datagrams) and does not block.
+/// A card over any descriptor that keeps frames apart (a socket of datagrams) and does not block. What it sends goes at once unless
+/// the `gate` holds it.
 #[must_use]
-pub fn over(tap: File, mac: Mac, mtu: u16) -> Device {
+pub fn over(tap: File, mac: Mac, mtu: u16, gate: Option<Gate>) -> Device {
     let mut config = mac.0.to_vec();
     config.extend([0; 4]); // status and pairs of queues, which are not offered
     config.extend(mtu.to_le_bytes());
     let room = HEADER_BYTES + MAX_FRAME_BYTES;
-    let handler = Net { tap, waiting: None, is_receiving: false, received: vec![0; room], sent: vec![0; room] };
+    let (received, sent) = (vec![0; room], vec![0; room]);
+    let handler = Net { tap, waiting: None, is_receiving: false, received, sent, gate, held: Held::default() };
     Device {
         number: 1,
         class: 0x02_0000,
@@ -75,8 +81,23 @@ pub fn over(tap: File, mac: Mac, mtu: u16) -> Device {
 }
 
 impl Net {
+    /// Sends what was held and may go by now.
+    fn release(&mut self) -> Next {
+        let Some(gate) = &self.gate else { return Next::Wait };
+        gate.hush();
+        for _ in 0..BUDGET {
+            let Some(frame) = gate.release(&mut self.held) else { return Next::Wait };
+            let _ = self.tap.write(&frame);
+        }
+        Next::Again
+    }
+
     fn transmit(&mut self, ring: &mut Ring) -> Next {
         for _ in 0..BUDGET {
+            // It rings when there is room again.
+            if !self.held.has_room() {
+                return Next::Wait;
+            }
             let Some(chain) = ring.pop() else {
                 return if ring.ask_for_kicks() { Next::Again } else { Next::Wait };
             };
@@ -86,8 +107,13 @@ impl Net {
                 let count = chain.readable.read(ring.ram(), &mut self.sent);
                 // Its header asks for offloads at most, and none were agreed.
                 self.sent[..HEADER_BYTES].fill(0);
-                // A switch that is full loses it, as a wire would.
-                let _ = self.tap.write(&self.sent[..count]);
+                match self.gate.as_ref().and_then(Gate::holds) {
+                    Some(cut) => self.held.push(cut, &self.sent[..count]),
+                    // In order: what was held a moment ago goes first.
+                    None if !self.held.is_empty() => self.held.push(0, &self.sent[..count]),
+                    // A switch that is full loses it, as a wire would.
+                    None => drop(self.tap.write(&self.sent[..count])),
+                }
             }
             ring.finish(chain.head, 0);
         }
@@ -135,7 +161,7 @@ impl Net {
 
 impl Handler for Net {
     fn serve(&mut self, rings: &mut [Option<Ring>]) -> Next {
-        let mut next = Next::Wait;
+        let mut next = self.release();
         if let Some(Some(ring)) = rings.get_mut(TRANSMIT)
             && self.transmit(ring) == Next::Again
         {
@@ -153,6 +179,8 @@ impl Handler for Net {
 
     fn wakers(&self) -> Wakers<'_> {
         // Not while the guest has no room: it kicks when it has.
-        Wakers::readable((self.is_receiving && self.waiting.is_none()).then(|| self.tap.as_fd()))
+        let mut wakers = Wakers::readable((self.is_receiving && self.waiting.is_none()).then(|| self.tap.as_fd()));
+        wakers.events.extend(self.gate.iter().map(|gate| (gate.bell(), libc::POLLIN)));
+        wakers
     }
 }

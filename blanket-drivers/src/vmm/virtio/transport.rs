@@ -10,7 +10,7 @@
 
 mod saved;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use virtio_queue::{Queue, QueueState, QueueT as _};
 use vmm_sys_util::eventfd::EventFd;
@@ -65,6 +65,8 @@ enum Work {
     Idle(Box<dyn Handler>),
     Running(Worker),
     Paused(Box<dyn Handler>, Vec<Option<Ring>>),
+    /// For a moment, with what is in flight still so.
+    Held(Box<dyn Handler>, Vec<Option<Ring>>),
     /// Its thread is gone; the device answers, but never serves again.
     Lost,
 }
@@ -170,24 +172,66 @@ impl VirtioPci {
     /// Stops serving, with nothing half done.
     pub fn pause(&mut self) {
         self.work = match std::mem::replace(&mut self.work, Work::Lost) {
-            Work::Running(worker) => match worker.stop() {
+            Work::Running(worker) => match worker.stop(true) {
                 Some((handler, rings)) => Work::Paused(handler, rings),
+                None => Work::Lost,
+            },
+            Work::Held(mut handler, mut rings) => {
+                handler.settle(&mut rings);
+                Work::Paused(handler, rings)
+            }
+            other => other,
+        };
+    }
+
+    /// Stops serving for a moment: what is in flight stays so, and goes on when it is resumed. Nothing touches guest memory
+    /// meanwhile but [`VirtioPci::await_cut`].
+    pub fn hold(&mut self) {
+        self.work = match std::mem::replace(&mut self.work, Work::Lost) {
+            Work::Running(worker) => match worker.stop(false) {
+                Some((handler, rings)) => Work::Held(handler, rings),
                 None => Work::Lost,
             },
             other => other,
         };
     }
 
+    /// While it is held: begins to have a cut taken of what is behind it.
+    ///
+    /// # Errors
+    /// When that is not possible.
+    pub fn begin_cut(&mut self, number: u64) -> std::io::Result<()> {
+        match &mut self.work {
+            Work::Idle(handler) | Work::Paused(handler, _) | Work::Held(handler, _) => handler.begin_cut(number),
+            Work::Running(_) => Err(std::io::Error::other(format!("{} is not held", self.name))),
+            Work::Lost => Err(std::io::Error::other(format!("the thread of {} is gone", self.name))),
+        }
+    }
+
+    /// While it is held: waits for the cut.
+    ///
+    /// # Errors
+    /// When there is none by then.
+    pub fn await_cut(&mut self, until: Instant) -> std::io::Result<()> {
+        match &mut self.work {
+            Work::Idle(handler) => handler.await_cut(&mut [], until),
+            Work::Paused(handler, rings) | Work::Held(handler, rings) => handler.await_cut(rings, until),
+            Work::Running(_) | Work::Lost => Err(std::io::Error::other(format!("{} is not held", self.name))),
+        }
+    }
+
     /// Serves again, if it did before the pause.
     pub fn resume(&mut self) {
         self.work = match std::mem::replace(&mut self.work, Work::Lost) {
-            Work::Paused(handler, rings) => match Worker::start(self.name.clone(), handler, rings, &self.kicks) {
-                Ok(worker) => Work::Running(worker),
-                Err((_, left)) => {
-                    self.fail();
-                    left.map_or(Work::Lost, |(handler, _)| Work::Idle(handler))
+            Work::Paused(handler, rings) | Work::Held(handler, rings) => {
+                match Worker::start(self.name.clone(), handler, rings, &self.kicks) {
+                    Ok(worker) => Work::Running(worker),
+                    Err((_, left)) => {
+                        self.fail();
+                        left.map_or(Work::Lost, |(handler, _)| Work::Idle(handler))
+                    }
                 }
-            },
+            }
             other => other,
         };
     }

@@ -6,8 +6,12 @@
 use std::{
     io,
     os::fd::{AsRawFd as _, BorrowedFd},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     thread::JoinHandle,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use vmm_sys_util::eventfd::EventFd;
@@ -77,6 +81,24 @@ pub trait Handler: Send {
         Wakers::default()
     }
 
+    /// While it is not served: begins to have this cut of a mirror taken where it keeps what outlives it.
+    ///
+    /// # Errors
+    /// When it cannot.
+    fn begin_cut(&mut self, number: u64) -> io::Result<()> {
+        let _ = number;
+        Ok(())
+    }
+
+    /// Waits for what [`Handler::begin_cut`] began, until then at most.
+    ///
+    /// # Errors
+    /// When there is no such cut there.
+    fn await_cut(&mut self, rings: &mut [Option<Ring>], until: Instant) -> io::Result<()> {
+        let _ = (rings, until);
+        Ok(())
+    }
+
     /// What it holds between two requests that is not in guest memory, when it is not served.
     fn save(&self) -> Vec<u8> {
         Vec::new()
@@ -106,6 +128,8 @@ pub(super) type Left = (Box<dyn Handler>, Vec<Option<Ring>>);
 #[derive(Debug)]
 pub(super) struct Worker {
     stop: EventFd,
+    /// What is in flight is to be settled before it gives all back.
+    settles: Arc<AtomicBool>,
     thread: JoinHandle<Left>,
 }
 
@@ -133,22 +157,31 @@ impl Worker {
             Ok(prepared) => prepared,
             Err(error) => return Err((error, Some((handler, rings)))),
         };
-        let live = move || live(handler, rings, &kicks, &stopped);
+        let settles = Arc::new(AtomicBool::new(true));
+        let does_settle = Arc::clone(&settles);
+        let live = move || live(handler, rings, &kicks, &stopped, &does_settle);
         match std::thread::Builder::new().name(name).spawn(live) {
-            Ok(thread) => Ok(Self { stop, thread }),
+            Ok(thread) => Ok(Self { stop, settles, thread }),
             Err(error) => Err((error, None)),
         }
     }
 
-    /// Stops; `None` when the thread has panicked.
-    pub(super) fn stop(self) -> Option<Left> {
+    /// Stops; `None` when the thread has panicked. If it does not settle, what is in flight stays so, and nobody looks after it.
+    pub(super) fn stop(self, settles: bool) -> Option<Left> {
+        self.settles.store(settles, Ordering::Release);
         // An eventfd takes 2^64 - 2 of these.
         let _ = self.stop.write(1);
         self.thread.join().ok()
     }
 }
 
-fn live(mut handler: Box<dyn Handler>, mut rings: Vec<Option<Ring>>, kicks: &[EventFd], stop: &EventFd) -> Left {
+fn live(
+    mut handler: Box<dyn Handler>,
+    mut rings: Vec<Option<Ring>>,
+    kicks: &[EventFd],
+    stop: &EventFd,
+    settles: &AtomicBool,
+) -> Left {
     loop {
         // Taken before the rings are looked at: a later kick is for the next round.
         for kick in kicks {
@@ -165,7 +198,9 @@ fn live(mut handler: Box<dyn Handler>, mut rings: Vec<Option<Ring>>, kicks: &[Ev
             }
         }
     }
-    handler.settle(&mut rings);
+    if settles.load(Ordering::Acquire) {
+        handler.settle(&mut rings);
+    }
     (handler, rings)
 }
 

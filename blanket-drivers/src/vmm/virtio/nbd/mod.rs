@@ -4,7 +4,10 @@
 //! nothing else: requests wait, and are done again on the next link, which somebody else brings ([`NbdLink::replace`]). That
 //! is right because nothing of them was answered, and a server ends all that a client asked for before it serves the next
 //! one. What a server cannot do now (its disk is full, a block is away) is asked for again every second.
+//!
+//! A mirror's cut of the disk is a request of a type of our own, [`CMD_CUT`], with the cut's number for an offset and no data.
 
+mod cut;
 mod handshake;
 mod reader;
 
@@ -29,7 +32,9 @@ use super::{
     block::{BlockBackend, BlockOperation, Completion, RequestId},
 };
 use crate::vmm::Ram;
+use cut::{Cuts, Sent};
 
+pub use cut::CMD_CUT;
 pub use reader::NbdReader;
 
 const REQUEST_MAGIC: u32 = 0x2560_9513;
@@ -136,6 +141,7 @@ impl NbdLink {
             done: VecDeque::new(),
             refused_until: None,
             is_refused: false,
+            cuts: Cuts::default(),
         }
     }
 }
@@ -195,6 +201,7 @@ pub struct NbdDisk {
     /// Nothing is sent before, because the server answered with an error.
     refused_until: Option<Instant>,
     is_refused: bool,
+    cuts: Cuts,
 }
 
 /// Why a link cannot be used any more; what there is to do is the same for all.
@@ -271,6 +278,7 @@ impl NbdDisk {
         }
         self.sending = None;
         self.receiving = Receiving::default();
+        self.cuts.lose();
     }
 
     fn lose(&mut self) {
@@ -280,14 +288,19 @@ impl NbdDisk {
 
     /// Nothing is half done, so that another device can use the link.
     fn is_clean(&self) -> bool {
-        self.pending.is_empty() && self.sending.is_none() && self.receiving.header_read == 0
+        self.pending.is_empty() && self.sending.is_none() && self.receiving.header_read == 0 && self.cuts.are_answered()
     }
 
     fn send(&mut self) -> Result<(), Broken> {
-        let (Some(socket), Some(ram)) = (&self.socket, &self.ram) else { return Ok(()) };
+        let Some(socket) = &self.socket else { return Ok(()) };
         let mut stream = socket;
         loop {
             let Some(sending) = &mut self.sending else {
+                // Before everything that waits, and whatever was refused.
+                match self.cuts.send(|bytes| moved(stream.write(bytes)))? {
+                    Sent::Whole => {}
+                    Sent::InPart => return Ok(()),
+                }
                 if self.refused_until.is_some_and(|until| Instant::now() < until) {
                     return Ok(());
                 }
@@ -308,7 +321,7 @@ impl NbdDisk {
                 }
                 continue;
             }
-            if let Some(BlockOperation::Write { from, .. }) = self.pending.get(&sending.id)
+            if let (Some(BlockOperation::Write { from, .. }), Some(ram)) = (self.pending.get(&sending.id), &self.ram)
                 && let Some((at, bytes)) = sending.data.next(&from.0)
             {
                 match moved(write_once(stream, ram, at, bytes))? {
@@ -322,13 +335,15 @@ impl NbdDisk {
     }
 
     fn receive(&mut self) -> Result<(), Broken> {
-        let (Some(socket), Some(ram)) = (&self.socket, &self.ram) else { return Ok(()) };
+        let Some(socket) = &self.socket else { return Ok(()) };
         let mut stream = socket;
         loop {
             let receiving = &mut self.receiving;
             if let Some((id, place)) = &mut receiving.data {
                 let id = *id;
-                let Some(BlockOperation::Read { to, .. }) = self.pending.get(&id) else { return Err(Broken) };
+                let (Some(BlockOperation::Read { to, .. }), Some(ram)) = (self.pending.get(&id), &self.ram) else {
+                    return Err(Broken);
+                };
                 let Some((at, bytes)) = place.next(&to.0) else {
                     self.receiving = Receiving::default();
                     self.pending.remove(&id);
@@ -348,7 +363,12 @@ impl NbdDisk {
                 }
                 continue;
             }
-            let (error, id) = understand(&receiving.header).ok_or(Broken)?;
+            let (error, cookie) = understand(&receiving.header).ok_or(Broken)?;
+            if self.cuts.take(cookie, error) {
+                *receiving = Receiving::default();
+                continue;
+            }
+            let id = RequestId::try_from(cookie).map_err(|_| Broken)?;
             let is_on_its_way = self.waiting.contains(&id) || self.sending.as_ref().is_some_and(|it| it.id == id);
             let Some(operation) = self.pending.get(&id).filter(|_| !is_on_its_way) else { return Err(Broken) };
             if error == 0 && std::mem::take(&mut self.is_refused) {
@@ -388,25 +408,24 @@ fn header(id: RequestId, operation: &BlockOperation) -> [u8; REQUEST_BYTES] {
         BlockOperation::Flush => (CMD_FLUSH, 0),
     };
     // At most about 16 MiB (see BlockBackend::submit).
-    request(command, id, offset, u32::try_from(bytes).unwrap_or(0))
+    request(command, id.into(), offset, u32::try_from(bytes).unwrap_or(0))
 }
 
-fn request(command: u16, id: RequestId, offset: u64, bytes: u32) -> [u8; REQUEST_BYTES] {
+fn request(command: u16, cookie: u64, offset: u64, bytes: u32) -> [u8; REQUEST_BYTES] {
     let mut header = [0; REQUEST_BYTES];
     header[..4].copy_from_slice(&REQUEST_MAGIC.to_be_bytes());
     header[6..8].copy_from_slice(&command.to_be_bytes());
-    header[8..16].copy_from_slice(&u64::from(id).to_be_bytes());
+    header[8..16].copy_from_slice(&cookie.to_be_bytes());
     header[16..24].copy_from_slice(&offset.to_be_bytes());
     header[24..].copy_from_slice(&bytes.to_be_bytes());
     header
 }
 
-/// Error number and request of a simple reply.
-fn understand(header: &[u8; REPLY_BYTES]) -> Option<(u32, RequestId)> {
+/// Error number and cookie of a simple reply.
+fn understand(header: &[u8; REPLY_BYTES]) -> Option<(u32, u64)> {
     let [m0, m1, m2, m3, e0, e1, e2, e3, cookie @ ..] = *header;
     let is_reply = u32::from_be_bytes([m0, m1, m2, m3]) == REPLY_MAGIC;
-    let id = RequestId::try_from(u64::from_be_bytes(cookie)).ok()?;
-    is_reply.then_some((u32::from_be_bytes([e0, e1, e2, e3]), id))
+    is_reply.then_some((u32::from_be_bytes([e0, e1, e2, e3]), u64::from_be_bytes(cookie)))
 }
 
 fn bell(event: &EventFd) -> BorrowedFd<'_> {
@@ -439,11 +458,45 @@ impl BlockBackend for NbdDisk {
         let mut events = vec![(bell(&self.shared.bell), libc::POLLIN)];
         let until = self.refused_until.map(|until| until.saturating_duration_since(Instant::now()));
         if let Some(socket) = &self.socket {
-            let wants_room = self.sending.is_some() || (until.is_none() && !self.waiting.is_empty());
+            let wants_room =
+                self.sending.is_some() || self.cuts.has_more() || (until.is_none() && !self.waiting.is_empty());
             let room = if wants_room { libc::POLLOUT } else { 0 };
             events.push((socket.as_fd(), libc::POLLIN | room));
         }
         Wakers { events, after: until.filter(|_| !self.waiting.is_empty()) }
+    }
+
+    fn pending(&self) -> Vec<(RequestId, BlockOperation)> {
+        self.pending.iter().map(|(id, operation)| (*id, operation.clone())).collect()
+    }
+
+    fn begin_cut(&mut self, number: u64) -> io::Result<()> {
+        self.pump();
+        if self.socket.is_none() {
+            return Err(io::Error::new(io::ErrorKind::NotConnected, "there is no way to the disk"));
+        }
+        self.cuts.begin(number)?;
+        self.pump();
+        Ok(())
+    }
+
+    fn await_cut(&mut self, until: Instant) -> io::Result<()> {
+        loop {
+            self.pump();
+            if let Some(outcome) = self.cuts.outcome() {
+                return outcome;
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    "the volume process has not taken the cut in time",
+                ));
+            }
+            let mut wakers = self.wakers();
+            wakers.after = Some(wakers.after.unwrap_or(left).min(left));
+            wakers.wait(std::iter::empty())?;
+        }
     }
 
     fn drain(&mut self) -> Vec<(RequestId, BlockOperation)> {

@@ -30,7 +30,7 @@ fn ask(mut stream: &UnixStream, offset: u64, buffer: &mut [u8]) -> io::Result<u3
     let mut reply = [0; REPLY_BYTES];
     stream.read_exact(&mut reply)?;
     let broken = || io::Error::new(io::ErrorKind::InvalidData, "the volume process breaks the protocol");
-    let (error, _) = understand(&reply).filter(|(_, id)| *id == 0).ok_or_else(broken)?;
+    let (error, _) = understand(&reply).filter(|(_, cookie)| *cookie == 0).ok_or_else(broken)?;
     if error == 0 {
         stream.read_exact(buffer)?;
     }

@@ -230,7 +230,7 @@ fn card() -> (Driver, UnixDatagram) {
     ours.set_nonblocking(true).unwrap();
     theirs.set_read_timeout(Some(std::time::Duration::from_secs(20))).unwrap();
     let mac = Mac([0x52, 0x54, 0, 1, 2, 3]);
-    (Driver::new(net::over(File::from(OwnedFd::from(ours)), mac, 1450)), theirs)
+    (Driver::new(net::over(File::from(OwnedFd::from(ours)), mac, 1450, None)), theirs)
 }
 
 #[test]

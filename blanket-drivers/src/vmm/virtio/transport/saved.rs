@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::{NO_VECTOR, QueueSetup, VirtioPci, Work};
 use crate::vmm::{
     VmmError,
-    pci::MsixState,
+    pci::{ConfigSpace, MsixState},
     state::refused,
     virtio::{
         F_VERSION_1, Ring,
@@ -67,7 +67,7 @@ impl VirtioPci {
     pub fn save(&self) -> Result<DeviceState, VmmError> {
         let (handler, rings): (_, &[Option<Ring>]) = match &self.work {
             Work::Idle(handler) => (handler.save(), &[]),
-            Work::Paused(handler, rings) => (handler.save(), rings),
+            Work::Paused(handler, rings) | Work::Held(handler, rings) => (handler.save(), rings),
             Work::Running(_) => return Err(refused(format!("{} is not paused", self.name))),
             Work::Lost => (Vec::new(), &[]),
         };
@@ -105,6 +105,39 @@ impl VirtioPci {
     /// # Errors
     /// When it is another device, or cannot be in such a state.
     pub fn restore(&mut self, saved: &DeviceState) -> Result<(), VmmError> {
+        let (config, queues) = self.fitting(saved)?;
+        let mut control = [0; 2];
+        config.read(self.msix_at + 2, &mut control);
+        if !self.msix.restore(&saved.msix, u16::from_le_bytes(control)) {
+            return Err(refused(format!("another number of interrupts of {}", self.name)));
+        }
+        let Work::Idle(handler) = &mut self.work else {
+            return Err(refused(format!("a second state of {}", self.name)));
+        };
+        if !handler.restore(&saved.handler) {
+            return Err(refused(format!("what {} had in hand cannot be taken over", self.name)));
+        }
+        self.config = config;
+        self.phase = saved.phase;
+        self.failed_status = saved.failed_status;
+        self.features = saved.features;
+        self.feature_selects = saved.feature_selects;
+        self.queue_select = saved.queue_select;
+        self.config_vector = saved.config_vector;
+        self.queues = queues;
+        if self.phase == Phase::Live { self.restore_rings(&saved.queues) } else { Ok(()) }
+    }
+
+    /// Whether a saved device can be this one, as far as that can be told without changing it.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn check(&self, saved: &DeviceState) -> Result<(), VmmError> {
+        self.fitting(saved).map(drop)
+    }
+
+    /// Registers and queues of a saved device that can be this one.
+    fn fitting(&self, saved: &DeviceState) -> Result<(ConfigSpace, Vec<QueueSetup>), VmmError> {
         let wrong = |what: &str| refused(format!("{what} of {}", self.name));
         if saved.number != self.number || saved.queues.len() != self.queues.len() {
             return Err(wrong("another kind"));
@@ -131,24 +164,7 @@ impl VirtioPci {
         if !config.restore(&saved.config, saved.is_sizing) {
             return Err(wrong("the configuration of another device instead"));
         }
-        let mut control = [0; 2];
-        config.read(self.msix_at + 2, &mut control);
-        if !self.msix.restore(&saved.msix, u16::from_le_bytes(control)) {
-            return Err(wrong("another number of interrupts"));
-        }
-        let Work::Idle(handler) = &mut self.work else { return Err(wrong("a second state")) };
-        if !handler.restore(&saved.handler) {
-            return Err(refused(format!("what {} had in hand cannot be taken over", self.name)));
-        }
-        self.config = config;
-        self.phase = saved.phase;
-        self.failed_status = saved.failed_status;
-        self.features = saved.features;
-        self.feature_selects = saved.feature_selects;
-        self.queue_select = saved.queue_select;
-        self.config_vector = saved.config_vector;
-        self.queues = queues;
-        if self.phase == Phase::Live { self.restore_rings(&saved.queues) } else { Ok(()) }
+        Ok((config, queues))
     }
 
     fn restore_rings(&mut self, saved: &[QueueParts]) -> Result<(), VmmError> {
