@@ -11,7 +11,7 @@ use std::{
 
 use kvm_ioctls::Kvm;
 use supercloud_blanket::{
-    Backend, BackendError, BackendResult, BoxFuture, CompatClass, Launch, LiveMigration,
+    Backend, BackendError, BackendResult, BoxFuture, CompatClass, Launch, LiveMigration, Mirroring,
     backend::{
         BackendEvent, Capabilities, Frozen, GuestEvent, GuestInfo, MemoryStats, PauseReason, RunState, StopMode,
         StopReason,
@@ -578,6 +578,10 @@ impl Backend for KvmBackend {
     }
 
     fn live_migration(&self) -> BackendResult<&dyn LiveMigration> {
+        Ok(self)
+    }
+
+    fn mirroring(&self) -> BackendResult<&dyn Mirroring> {
         Ok(self)
     }
 }

@@ -65,6 +65,12 @@ pub enum Event {
     DiskRefused,
     /// It answers again.
     DiskAnswers,
+    /// A cut of a mirror is whole there.
+    Staged,
+    /// Its mirror was ended.
+    MirrorEnded,
+    /// Its mirror does not go on.
+    MirrorBroken,
     /// What a newer process tells.
     #[serde(other)]
     Unknown,
@@ -91,6 +97,25 @@ pub struct Progress {
     pub paused_ms: Option<u64>,
 }
 
+/// How far it is with mirroring a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+pub struct MirrorProgress {
+    /// The newest cut that was begun.
+    pub cut: u64,
+    /// The newest that was committed.
+    pub committed: u64,
+    /// How long ago the guest was like that.
+    pub committed_age_ms: u64,
+    /// How long the guest stood still for the last cut, in microseconds.
+    pub pause_us: u64,
+    /// Bytes on the stream so far.
+    pub sent_bytes: u64,
+    /// Bytes of guest memory that were written between the last two cuts.
+    pub dirty_bytes: u64,
+    /// Bytes of guest memory that are left in a round of the first copy.
+    pub left_bytes: u64,
+}
+
 /// A line of the process's.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
 pub struct Line {
@@ -102,6 +127,12 @@ pub struct Line {
     pub state: Option<State>,
     /// How far it is with sending it.
     pub progress: Option<Progress>,
+    /// How far it is with mirroring it.
+    pub mirror: Option<MirrorProgress>,
+    /// Of a standby: the newest cut that is whole there.
+    pub cut: Option<u64>,
+    /// Whether it is being mirrored.
+    pub is_mirrored: Option<bool>,
     /// How an ended guest ended.
     pub ended: Option<Event>,
     /// The disk that something happened to.
@@ -133,6 +164,15 @@ pub struct Request {
     /// The disk.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk: Option<String>,
+    /// Milliseconds from cut to cut.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub interval_ms: Option<u64>,
+    /// Cards are held back.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub strict: Option<bool>,
+    /// The cut.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cut: Option<u64>,
 }
 
 /// Lines that come.

@@ -24,7 +24,7 @@ use tokio::{
 };
 
 use crate::{
-    control::{self, Event, Line, Lines, Progress, Request, Requests, State},
+    control::{self, Event, Line, Lines, MirrorProgress, Progress, Request, Requests, State},
     record::{Home, Record, Role},
     spawn,
 };
@@ -51,6 +51,14 @@ pub struct Seen {
     pub said: String,
     /// Why it was not sent, or did not get through, the last time.
     pub error: Option<String>,
+    /// How far it is with mirroring the guest.
+    pub mirror: MirrorProgress,
+    /// The guest is being mirrored, as far as was heard.
+    is_mirrored: bool,
+    /// How many mirrors are over.
+    pub mirrors_over: u32,
+    /// Why the last one is, if it was not ended.
+    pub mirror_error: Option<String>,
 }
 
 struct Ask {
@@ -85,6 +93,7 @@ pub struct Keeper {
     shared: Arc<Shared>,
     asks: mpsc::Sender<Ask>,
     seen: watch::Receiver<Seen>,
+    staged: watch::Receiver<u64>,
     is_settled: watch::Sender<bool>,
     budget: Duration,
     task: JoinHandle<()>,
@@ -130,10 +139,12 @@ impl Keeper {
         });
         let (asks, asked) = mpsc::channel(16);
         let (sender, seen) = watch::channel(Seen::default());
+        let (stages, staged) = watch::channel(0);
         let talk = Talk {
             shared: Arc::clone(&shared),
             asked,
             seen: sender,
+            staged: stages,
             events,
             waiting: BTreeMap::new(),
             next_id: 1,
@@ -142,7 +153,7 @@ impl Keeper {
             told: BTreeSet::new(),
         };
         let is_settled = watch::Sender::new(is_settled);
-        Self { shared, asks, seen, is_settled, budget, task: tokio::spawn(talk.run()) }
+        Self { shared, asks, seen, staged, is_settled, budget, task: tokio::spawn(talk.run()) }
     }
 
     pub fn guest(&self) -> GuestId {
@@ -177,6 +188,11 @@ impl Keeper {
 
     pub fn set_cancelled(&self, is_cancelled: bool) {
         self.shared.is_cancelled.store(is_cancelled, Ordering::Release);
+    }
+
+    /// The newest cut of a mirror that is whole there.
+    pub fn staged(&self) -> watch::Receiver<u64> {
+        self.staged.clone()
     }
 
     pub fn seen(&self) -> Seen {
@@ -259,6 +275,7 @@ struct Talk {
     shared: Arc<Shared>,
     asked: mpsc::Receiver<Ask>,
     seen: watch::Sender<Seen>,
+    staged: watch::Sender<u64>,
     events: broadcast::Sender<BackendEvent>,
     waiting: BTreeMap<u64, oneshot::Sender<Line>>,
     next_id: u64,
@@ -389,15 +406,32 @@ impl Talk {
             if let Some(progress) = line.progress {
                 seen.progress = progress;
             }
+            if let Some(mirror) = line.mirror {
+                seen.mirror = mirror;
+            }
             match line.event {
                 Some(Event::NotSent) => seen.error.clone_from(&line.error),
                 Some(Event::NotArrived) => {
                     seen.failed_arrivals += 1;
                     seen.error.clone_from(&line.error);
                 }
+                Some(Event::MirrorEnded | Event::MirrorBroken) => {
+                    seen.mirrors_over += 1;
+                    seen.mirror_error.clone_from(&line.error);
+                }
+                // Asked after the talk had broken off: what was said meanwhile is lost.
+                _ if line.is_mirrored == Some(false) && seen.is_mirrored => {
+                    seen.mirrors_over += 1;
+                    seen.mirror_error = Some("how it ended was not heard".to_owned());
+                }
                 _ => {}
             }
+            let is_over = matches!(line.event, Some(Event::MirrorEnded | Event::MirrorBroken));
+            seen.is_mirrored = !is_over && line.is_mirrored.unwrap_or(seen.is_mirrored || line.mirror.is_some());
         });
+        if let Some(cut) = line.cut {
+            self.staged.send_if_modified(|staged| std::mem::replace(staged, cut) != cut);
+        }
     }
 
     fn stalls(&mut self, disk: String) {

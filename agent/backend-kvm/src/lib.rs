@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`KvmBackend`] | the [`supercloud_blanket::Backend`] |
 //! | `migration` | [`supercloud_blanket::LiveMigration`] |
+//! | `mirror` | [`supercloud_blanket::Mirroring`] |
 //! | `keeper` | who talks to a guest's process: its state, its events, ways to its disks that broke |
 //! | `control` | the lines that go between the two |
 //! | `spawn` | the descriptors that a process gets, and its start |
@@ -16,6 +17,7 @@ mod backend;
 mod control;
 mod keeper;
 mod migration;
+mod mirror;
 mod record;
 mod spawn;
 

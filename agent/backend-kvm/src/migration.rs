@@ -61,7 +61,7 @@ fn wrap() -> BackendResult<Cookie> {
     Cookie::new(text)
 }
 
-fn check(cookie: &Cookie) -> BackendResult<()> {
+pub(crate) fn check(cookie: &Cookie) -> BackendResult<()> {
     let foreign = |detail: String| BackendError::Foreign { what: "the cookie", detail };
     let told: Told = serde_json::from_slice(cookie.as_bytes()).map_err(|error| foreign(error.to_string()))?;
     if told != OURS {
@@ -99,7 +99,7 @@ pub(crate) fn came(what: &'static str, keeper: &Keeper, seen: &Seen) -> BackendR
 pub(crate) struct Arrivals(Mutex<BTreeMap<GuestId, JoinHandle<()>>>);
 
 impl Arrivals {
-    fn set(&self, guest: GuestId, task: Option<JoinHandle<()>>) {
+    pub(crate) fn set(&self, guest: GuestId, task: Option<JoinHandle<()>>) {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let old = match task {
             Some(task) => all.insert(guest, task),
@@ -212,7 +212,8 @@ fn advance(last: &TransferProgress, now: &Progress, memory_bytes: u64, elapsed: 
     }
 }
 
-async fn dial(stream: &Path) -> BackendResult<std::os::fd::OwnedFd> {
+/// The way to the carrier of a stream.
+pub(crate) async fn dial(stream: &Path) -> BackendResult<std::os::fd::OwnedFd> {
     let what = "reach the carrier of the stream";
     let budget_ms = u64::try_from(DIAL_BUDGET.as_millis()).unwrap_or(u64::MAX);
     let dialled = timeout(DIAL_BUDGET, UnixStream::connect(stream)).await;

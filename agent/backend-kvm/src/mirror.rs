@@ -1,0 +1,153 @@
+//! [`Mirroring`] on processes of our own VMM.
+//!
+//! | our call | the source's process | the standby's process |
+//! |---|---|---|
+//! | `LiveMigration::prepare` | | was started, waits for a stream |
+//! | `mirror` | `stream`, `mirror`: runs, is copied | receives; `staged` |
+//! | `commit` | hears of it on the stream | `commit` |
+//! | `end_mirror` | `end_mirror`: lets go what it held back | |
+//! | `promote` | | `promote`: **whole and paused** |
+//!
+//! A source goes on being mirrored, and holds back what it must, whatever becomes of its agent; but the stream goes with the agent
+//! that carries it.
+
+use std::{path::PathBuf, time::Duration};
+
+use supercloud_blanket::{
+    BackendError, BackendResult, BoxFuture, Mirroring,
+    backend::{GuestInfo, PauseReason, RunState},
+    migrate::Cookie,
+    mirror::{MirrorOptions, MirrorProgress, MirrorRun},
+};
+use supercloud_ids::GuestId;
+use tokio::sync::watch;
+
+use crate::{
+    KvmBackend,
+    backend::words,
+    control::{self, Request},
+    keeper::{Keeper, Seen},
+    migration::{check, dial, verb},
+};
+
+/// As its user sees it.
+fn shown(last: &MirrorProgress, seen: &Seen, memory_bytes: u64) -> MirrorProgress {
+    let now: &control::MirrorProgress = &seen.mirror;
+    MirrorProgress {
+        cut: now.cut.max(last.cut),
+        committed: now.committed.max(last.committed),
+        committed_age_ms: now.committed_age_ms,
+        pause_ms: now.pause_us.div_ceil(1000),
+        sent_bytes: now.sent_bytes.max(last.sent_bytes),
+        dirty_bytes_last_cut: now.dirty_bytes,
+        memory_total_bytes: memory_bytes,
+        memory_remaining_bytes: if now.cut == 0 { now.left_bytes } else { 0 },
+        is_broken: last.is_broken.clone(),
+    }
+}
+
+/// Follows a mirror to its end.
+async fn follow(
+    keeper: &Keeper,
+    request: Request,
+    progress: &watch::Sender<MirrorProgress>,
+    what: &'static str,
+) -> BackendResult<()> {
+    let memory_bytes = keeper.record().launch.spec.memory_bytes;
+    progress.send_modify(|shown| shown.memory_total_bytes = memory_bytes);
+    let before = keeper.seen().mirrors_over;
+    keeper.ask(what, request, None).await?;
+    loop {
+        let last = keeper.seen().mirror;
+        let news = |seen: &Seen| seen.gone.is_some() || seen.mirrors_over > before || seen.mirror != last;
+        // As long as it takes: the process itself gives up a standby that is silent.
+        let seen = keeper.until(what, Duration::MAX, news).await?;
+        progress.send_modify(|last| *last = shown(last, &seen, memory_bytes));
+        if seen.gone.is_some() {
+            return Err(BackendError::NoSuchGuest { guest: keeper.guest() });
+        }
+        if seen.mirrors_over > before {
+            return match seen.mirror_error {
+                Some(detail) => Err(BackendError::Failed { what, detail }),
+                None => Ok(()),
+            };
+        }
+    }
+}
+
+impl KvmBackend {
+    async fn promote_standby(&self, guest: GuestId) -> BackendResult<GuestInfo> {
+        let (keeper, state) = self.expect(guest).await?;
+        match state {
+            // Nothing more is taken from who carries the stream.
+            RunState::Paused(PauseReason::Incoming) => {
+                keeper.ask("promote a standby", verb("promote"), None).await?;
+                self.arrivals.set(guest, None);
+            }
+            RunState::Paused(PauseReason::Arrived) => {}
+            state => return Err(BackendError::WrongState { guest, wants: "promote it", is: words(state) }),
+        }
+        keeper.info().await?.ok_or(BackendError::NoSuchGuest { guest })
+    }
+}
+
+impl Mirroring for KvmBackend {
+    fn mirror(
+        &self,
+        guest: GuestId,
+        cookie: Cookie,
+        stream: PathBuf,
+        options: MirrorOptions,
+    ) -> BackendResult<MirrorRun> {
+        check(&cookie)?;
+        let keeper = self.keeper(guest)?.ok_or(BackendError::NoSuchGuest { guest })?;
+        let (sender, progress) = watch::channel(MirrorProgress::default());
+        let done = async move {
+            let what = "mirror a guest";
+            let request = Request {
+                interval_ms: Some(u64::try_from(options.interval.as_millis()).unwrap_or(u64::MAX)),
+                strict: Some(options.is_strict),
+                max_bytes_per_s: options.bandwidth_bytes_per_s,
+                ..verb("mirror")
+            };
+            let outcome = async {
+                let socket = dial(&stream).await?;
+                keeper.ask(what, verb("stream"), Some(socket)).await?;
+                follow(&keeper, request, &sender, what).await
+            };
+            let outcome = outcome.await;
+            if let Err(error) = &outcome {
+                sender.send_modify(|shown| shown.is_broken = Some(error.to_string()));
+            }
+            outcome
+        };
+        Ok(MirrorRun { progress, done: Box::pin(done) })
+    }
+
+    fn end_mirror(&self, guest: GuestId) -> BoxFuture<'_, BackendResult<()>> {
+        Box::pin(async move {
+            let Some(keeper) = self.keeper(guest)? else { return Ok(()) };
+            match keeper.ask("end a guest's mirror", verb("end_mirror"), None).await {
+                Err(BackendError::NoSuchGuest { .. }) => Ok(()),
+                ended => ended.map(drop),
+            }
+        })
+    }
+
+    fn staged(&self, guest: GuestId) -> BackendResult<watch::Receiver<u64>> {
+        let keeper = self.keeper(guest)?.ok_or(BackendError::NoSuchGuest { guest })?;
+        Ok(keeper.staged())
+    }
+
+    fn commit(&self, guest: GuestId, cut: u64) -> BoxFuture<'_, BackendResult<()>> {
+        Box::pin(async move {
+            let keeper = self.keeper(guest)?.ok_or(BackendError::NoSuchGuest { guest })?;
+            let request = Request { cut: Some(cut), ..verb("commit") };
+            keeper.ask("commit a mirror's cut", request, None).await.map(drop)
+        })
+    }
+
+    fn promote(&self, guest: GuestId) -> BoxFuture<'_, BackendResult<GuestInfo>> {
+        Box::pin(self.promote_standby(guest))
+    }
+}
