@@ -103,7 +103,7 @@ impl Volume {
     }
 
     /// For the follower, which has all of cut `after` and everything up to version `have`: the newest cut, when it is another one.
-    /// Waits some seconds for it, then gives `None`.
+    /// Waits some seconds for it, then gives `None`; at once where `after` is the highest number there is.
     pub async fn await_cut(&self, after: u64, have: u64) -> Result<Option<CutInfo>, VolumeError> {
         self.check_serving()?;
         let inner = &self.inner;
@@ -120,32 +120,29 @@ impl Volume {
             Ok(())
         });
         taken.await?;
+        if after == u64::MAX {
+            return Ok(None);
+        }
         let deadline = tokio::time::Instant::now() + AWAIT_BUDGET;
         let mut newest = inner.cuts.newest.subscribe();
+        let mut tried = after;
         loop {
-            let seen = newest.wait_for(|newest| *newest > after);
-            match tokio::time::timeout_at(deadline, seen).await {
-                Ok(Ok(_)) => {}
+            tried = match tokio::time::timeout_at(deadline, newest.wait_for(|newest| *newest > tried)).await {
+                Ok(Ok(number)) => *number,
                 // In time there was none; the sender lives as long as the volume.
                 Ok(Err(_)) | Err(_) => return Ok(None),
-            }
-            let current = relock(&inner.cuts.state).current;
-            match current {
-                Some(current) if current.number > after => match self.cut_root(current).await {
-                    Ok(root) => {
-                        let Current { number, version, since, .. } = current;
-                        return Ok(Some(CutInfo { number, version, since, root }));
-                    }
-                    // Replaced meanwhile: the next one is looked at.
-                    Err(VolumeError::Map { .. }) => {}
-                    Err(error) => return Err(error),
-                },
-                // Given up, or ended.
-                _ => {}
-            }
-            newest.mark_unchanged();
-            if tokio::time::timeout_at(deadline, newest.changed()).await.is_err() {
-                return Ok(None);
+            };
+            // None when it was given up meanwhile, or ended.
+            let current = relock(&inner.cuts.state).current.filter(|current| current.number > after);
+            let Some(current) = current else { continue };
+            match self.cut_root(current).await {
+                Ok(root) => {
+                    let Current { number, version, since, .. } = current;
+                    return Ok(Some(CutInfo { number, version, since, root }));
+                }
+                // Replaced or given up meanwhile: the next one is looked at.
+                Err(VolumeError::Map { .. }) => {}
+                Err(error) => return Err(error),
             }
         }
     }

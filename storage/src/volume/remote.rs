@@ -99,7 +99,7 @@ pub trait BlockSource: Send + Sync + fmt::Debug {
         Box::pin(std::future::ready(Ok(None)))
     }
     /// The newest cut when it is above `after`, which the follower has whole besides everything up to version `have`;
-    /// `None` after some seconds without one.
+    /// `None` after some seconds without one, at once where `after` is the highest number there is: that only tells `have`.
     fn await_cut(&self, _after: u64, _have: u64) -> FetchFuture<'_, Option<CutInfo>> {
         no_cuts()
     }

@@ -54,10 +54,14 @@ pub(super) struct SimDisk {
     pub syncs: Arc<AtomicUsize>,
     /// Syncs fail from now on.
     pub is_broken: Arc<AtomicBool>,
+    /// Writes to this file fail after so many more: the disk is full.
+    pub room: Arc<Mutex<Option<(&'static str, usize)>>>,
 }
 
 #[derive(Debug)]
 struct SimFile {
+    name: String,
+    room: Arc<Mutex<Option<(&'static str, usize)>>>,
     state: Arc<Mutex<State>>,
     index: usize,
     syncs: Arc<AtomicUsize>,
@@ -89,7 +93,13 @@ impl SimDisk {
     }
 
     fn with(state: State, boot: u8) -> Self {
-        Self { state: Arc::new(Mutex::new(state)), boot, syncs: Arc::default(), is_broken: Arc::default() }
+        Self {
+            state: Arc::new(Mutex::new(state)),
+            boot,
+            syncs: Arc::default(),
+            is_broken: Arc::default(),
+            room: Arc::default(),
+        }
     }
 
     /// What is there after the process was killed: everything that was written.
@@ -161,8 +171,14 @@ impl Disk for SimDisk {
             }
             None => return Ok(None),
         };
-        let file =
-            SimFile { state: self.state.clone(), index, syncs: self.syncs.clone(), is_broken: self.is_broken.clone() };
+        let file = SimFile {
+            name: name.into(),
+            room: self.room.clone(),
+            state: self.state.clone(),
+            index,
+            syncs: self.syncs.clone(),
+            is_broken: self.is_broken.clone(),
+        };
         Ok(Some(Arc::new(file)))
     }
 
@@ -216,6 +232,11 @@ impl DiskFile for SimFile {
     }
 
     fn write_at(&self, buffer: &[u8], offset: u64) -> io::Result<()> {
+        if let Some((name, left)) = &mut *self.room.lock().unwrap()
+            && *name == self.name
+        {
+            *left = left.checked_sub(1).ok_or(io::ErrorKind::StorageFull)?;
+        }
         self.op(Op::Write(offset, buffer.to_vec()));
         Ok(())
     }

@@ -27,15 +27,15 @@ use crate::{
 
 /// A way to a volume; every dial makes a new server. Can be cut.
 #[derive(Debug)]
-struct Link {
-    source: Mutex<Volume>,
+pub(super) struct Link {
+    pub(super) source: Mutex<Volume>,
     is_cut: AtomicBool,
     open: Mutex<CancellationToken>,
     dials: AtomicU64,
 }
 
 impl Link {
-    fn to(source: &Volume) -> Arc<Self> {
+    pub(super) fn to(source: &Volume) -> Arc<Self> {
         Arc::new(Self {
             source: Mutex::new(source.clone()),
             is_cut: AtomicBool::new(false),
@@ -44,12 +44,12 @@ impl Link {
         })
     }
 
-    fn cut(&self) {
+    pub(super) fn cut(&self) {
         self.is_cut.store(true, Ordering::SeqCst);
         self.open.lock().unwrap().cancel();
     }
 
-    fn heal(&self) {
+    pub(super) fn heal(&self) {
         *self.open.lock().unwrap() = CancellationToken::new();
         self.is_cut.store(false, Ordering::SeqCst);
     }
@@ -70,20 +70,20 @@ impl Dial for Link {
     }
 }
 
-fn client(world: &World, link: &Arc<Link>) -> Arc<PeerClient> {
+pub(super) fn client(world: &World, link: &Arc<Link>) -> Arc<PeerClient> {
     let hello =
         Hello { volume: world.volume, project: world.keys.project(), size_bytes: SIZE as u64, base: world.base };
     Arc::new(PeerClient::new(link.clone(), hello))
 }
 
-async fn standby(world: &World, link: &Arc<Link>) -> (Arc<SimDisk>, Volume) {
+pub(super) async fn standby(world: &World, link: &Arc<Link>) -> (Arc<SimDisk>, Volume) {
     let disk = SimDisk::new();
     let volume = world.open(disk.clone(), Role::Standby).await.unwrap();
     volume.set_source(Some(client(world, link)));
     (disk, volume)
 }
 
-async fn write_stamp(volume: &Volume, sector: usize, number: u64) {
+pub(super) async fn write_stamp(volume: &Volume, sector: usize, number: u64) {
     let mut bytes = vec![0; SECTOR];
     stamp(&mut bytes, number);
     volume.write((sector * SECTOR) as u64, bytes.into(), false).await.unwrap();

@@ -1,6 +1,7 @@
 //! The engine against a model, against power cuts, and in hand-over.
 
 mod handover;
+mod mirror;
 mod model;
 mod roles;
 

@@ -184,7 +184,7 @@ async fn check(ops: Vec<Op>, has_base: bool) -> Result<(), TestCaseError> {
 }
 
 /// What a manifest holds.
-async fn contents(world: &World, root: crate::key::ContentRoot) -> Vec<u8> {
+pub(super) async fn contents(world: &World, root: crate::key::ContentRoot) -> Vec<u8> {
     let reader = ChunkReader::of_store(world.keys.clone(), world.store.clone());
     let manifest = Manifest::load(&reader, root).await.unwrap();
     let mut out = vec![0; SIZE.next_multiple_of(crate::BLOCK_BYTES)];
@@ -198,7 +198,7 @@ async fn contents(world: &World, root: crate::key::ContentRoot) -> Vec<u8> {
     out
 }
 
-fn block_on<F: Future>(future: F) -> F::Output {
+pub(super) fn block_on<F: Future>(future: F) -> F::Output {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
 }
 
