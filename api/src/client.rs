@@ -10,10 +10,10 @@ use supercloud_ids::{OperationId, PlanId, RentingId, RequestId};
 
 use crate::{
     ChunkStore, Cloud, CloudCreate, Event, FeedClock, FleetPlan, FleetPlanCreate, Freeze, Guest, GuestCreate,
-    GuestFreeze, GuestMigrate, GuestPatch, GuestStart, GuestStop, GuestThaw, Host, HostPatch, HostRent, Image,
-    ImageCreate, ImageImport, ImagePart, JoinRequest, JoinResponse, JoinToken, JoinTokenCreate, Ledger, Market,
-    Network, NetworkCreate, Operation, Page, Placement, Port, PriceSeries, Problem, Project, ProjectCreate, Renting,
-    Token, TokenCreate, TokenSecret, Volume, WhoAmI,
+    GuestFailover, GuestFreeze, GuestMigrate, GuestMirror, GuestPatch, GuestStart, GuestStop, GuestThaw, Host,
+    HostPatch, HostRent, Image, ImageCreate, ImageImport, ImagePart, JoinRequest, JoinResponse, JoinToken,
+    JoinTokenCreate, Ledger, Market, Mirror, Network, NetworkCreate, Operation, Page, Placement, Port, PriceSeries,
+    Problem, Project, ProjectCreate, Renting, Token, TokenCreate, TokenSecret, Volume, WhoAmI,
 };
 
 /// How long one attempt of a request may take when it does not say otherwise.
@@ -526,6 +526,14 @@ calls! {
     migrate_guest(guest: &str, body: &GuestMigrate) -> Operation = post(format!("/v1/guests/{guest}/migrate"), body);
     /// What a move would do; nothing happens.
     plan_migration(guest: &str, body: &GuestMigrate) -> Operation = post(format!("/v1/guests/{guest}/migrate?dry_run=true"), body);
+    /// Keeps a second copy of a running guest at another host.
+    mirror_guest(guest: &str, body: &GuestMirror) -> Operation = post(format!("/v1/guests/{guest}/mirrors"), body);
+    /// What that would do; nothing happens.
+    plan_mirror(guest: &str, body: &GuestMirror) -> Operation = post(format!("/v1/guests/{guest}/mirrors?dry_run=true"), body);
+    /// The guest's mirrors.
+    mirrors(guest: &str) -> Vec<Mirror> = list(format!("/v1/guests/{guest}/mirrors"));
+    /// Has the standby of a mirrored guest take over, whose host is dead.
+    fail_over_guest(guest: &str, body: &GuestFailover) -> Operation = post(format!("/v1/guests/{guest}/failover"), body);
     /// Suspends a guest into the store.
     freeze_guest(guest: &str, body: &GuestFreeze) -> Operation = post(format!("/v1/guests/{guest}/freeze"), body);
     /// Resumes a frozen guest.

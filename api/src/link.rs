@@ -171,6 +171,9 @@ pub struct Hello {
     /// It knows [`Directive::CheckVolume`].
     #[serde(default)]
     pub takes_checks: bool,
+    /// Its guests can be mirrored, and it can stand by for others'.
+    #[serde(default)]
+    pub takes_mirrors: bool,
 }
 
 /// The controller's answer to a [`Hello`].
@@ -350,6 +353,17 @@ pub struct MigrationOptions {
     pub deadline_ms: Option<u64>,
 }
 
+/// How a mirror is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MirrorOptions {
+    /// From one cut to the next.
+    pub interval_ms: u64,
+    /// What the guest says waits for its cut.
+    pub is_strict: bool,
+    /// At most this much of the link, bits per second.
+    pub bandwidth_bps: Option<u64>,
+}
+
 // ---------------------------------------------------------------------------------------------- controller -> agent
 
 /// What an agent needs to carry out an order, beside the order.
@@ -367,6 +381,9 @@ pub struct Assignment {
     pub chunk_sources: Vec<ChunkSource>,
     /// How a migration may go.
     pub migration: MigrationOptions,
+    /// For a mirror: how it is kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mirror: Option<MirrorOptions>,
     /// For a stop: how long the guest may take before the plug is pulled; 0 pulls it at once.
     pub grace_ms: u64,
     /// For a thaw: the memory state that is resumed.

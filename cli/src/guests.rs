@@ -3,8 +3,8 @@
 use anyhow::Context as _;
 use reqwest::Method;
 use supercloud_api::{
-    GuestCreate, GuestFreeze, GuestMigrate, GuestPatch, GuestStart, GuestStop, GuestThaw, Operation, Placement,
-    Propagation, Shape, client::Client,
+    GuestCreate, GuestFailover, GuestFreeze, GuestMigrate, GuestMirror, GuestPatch, GuestStart, GuestStop, GuestThaw,
+    MirrorMode, Operation, Placement, Propagation, Shape, client::Client,
 };
 use supercloud_cli::{
     fields::Names,
@@ -13,7 +13,7 @@ use supercloud_cli::{
 
 use crate::{
     arguments::{GuestCreateArguments, GuestVerb, Output},
-    console, listings, names, show,
+    console, listings, mirrors, names, show,
 };
 
 /// Runs a verb.
@@ -67,6 +67,24 @@ pub async fn run(client: &Client, output: Output, verb: GuestVerb) -> anyhow::Re
                 return print_plan(output, &client.plan_migration(&name, &body).await?);
             }
             let operation = client.migrate_guest(&name, &body).await?;
+            show::follow(client, output, operation, watch).await
+        }
+        GuestVerb::Mirror { name, to, interval_ms, strict, bandwidth_mbps, dry_run, reason, no_wait } => {
+            let body = GuestMirror {
+                to: to.into(),
+                interval_ms,
+                mode: if strict { MirrorMode::Strict } else { MirrorMode::Async },
+                bandwidth_bps: bandwidth_mbps.map(|mbps| mbps.saturating_mul(1_000_000)),
+                reason,
+            };
+            if dry_run {
+                return print_plan(output, &client.plan_mirror(&name, &body).await?);
+            }
+            mirrors::begin(client, output, &name, &body, !no_wait).await
+        }
+        GuestVerb::Mirrors { name } => mirrors::list(client, output, &name).await,
+        GuestVerb::Failover { name, host_is_dead, reason, watch } => {
+            let operation = client.fail_over_guest(&name, &GuestFailover { host_is_dead, reason }).await?;
             show::follow(client, output, operation, watch).await
         }
         GuestVerb::Freeze { name, trial, watch } => {

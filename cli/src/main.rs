@@ -12,6 +12,7 @@ mod explain;
 mod guests;
 mod ledger;
 mod listings;
+mod mirrors;
 mod names;
 mod plans;
 mod rentings;

@@ -11,6 +11,8 @@ pub enum Request {
     Stop,
     /// Move it live.
     Migrate,
+    /// Keep a second copy of it.
+    Mirror,
     /// Suspend it into the store.
     Freeze,
     /// Resume it from the store.
@@ -23,10 +25,11 @@ pub enum Request {
 
 impl Request {
     /// All of them.
-    pub const ALL: [Request; 7] = [
+    pub const ALL: [Request; 8] = [
         Request::Start,
         Request::Stop,
         Request::Migrate,
+        Request::Mirror,
         Request::Freeze,
         Request::Thaw,
         Request::Delete,
@@ -40,7 +43,7 @@ impl Request {
         match self {
             // A lost guest starts again from its volumes.
             Self::Start => &[Created, Stopped, Lost],
-            Self::Stop | Self::Migrate | Self::Freeze => &[Running],
+            Self::Stop | Self::Migrate | Self::Mirror | Self::Freeze => &[Running],
             Self::Thaw => &[Frozen],
             Self::Delete => &[Created, Stopped, Frozen, Lost],
             Self::Patch => &[Created, Running, Stopped, Frozen, Lost],
@@ -60,6 +63,7 @@ impl Request {
             Self::Start => "started",
             Self::Stop => "stopped",
             Self::Migrate => "migrated",
+            Self::Mirror => "mirrored",
             Self::Freeze => "frozen",
             Self::Thaw => "thawed",
             Self::Delete => "deleted",
@@ -153,10 +157,11 @@ mod tests {
     use GuestState::{Created, Frozen, Lost, Running, Stopped};
 
     /// The table once more, as a person would write it: rows are requests, columns created, running, stopped, frozen, lost.
-    const EXPECTED: [(Request, [bool; 5]); 7] = [
+    const EXPECTED: [(Request, [bool; 5]); 8] = [
         (Request::Start, [true, false, true, false, true]),
         (Request::Stop, [false, true, false, false, false]),
         (Request::Migrate, [false, true, false, false, false]),
+        (Request::Mirror, [false, true, false, false, false]),
         (Request::Freeze, [false, true, false, false, false]),
         (Request::Thaw, [false, false, false, true, false]),
         (Request::Delete, [true, false, true, true, true]),

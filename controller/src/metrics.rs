@@ -122,6 +122,7 @@ fn kind_name(kind: OperationKind) -> &'static str {
         OperationKind::GuestStop => "guest_stop",
         OperationKind::GuestDelete => "guest_delete",
         OperationKind::GuestMigrate => "guest_migrate",
+        OperationKind::GuestMirror => "guest_mirror",
         OperationKind::GuestFreeze => "guest_freeze",
         OperationKind::GuestThaw => "guest_thaw",
         OperationKind::HostRent => "host_rent",

@@ -110,6 +110,8 @@ pub(super) struct Actor {
     /// To the job that copies: the maps of the sealed volumes.
     pub maps: Option<mpsc::Sender<Vec<VolumeStamp>>>,
     pub met: Option<Met>,
+    /// To the job that stands by.
+    pub take_over: Option<Arc<tokio::sync::Notify>>,
     pub ticket: watch::Sender<String>,
     pub chunk_places: ChunkPlaces,
     /// What the chunk socket leads to, and its task.
@@ -181,6 +183,7 @@ impl Actor {
             jobs: Jobs::default(),
             maps: None,
             met: None,
+            take_over: None,
             ticket,
             chunk_places,
             sources: None,

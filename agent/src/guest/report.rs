@@ -146,6 +146,9 @@ pub fn merge(known: &mut Progress, told: &Progress) {
         known.eta_min_ms = told.eta_min_ms;
         known.eta_max_ms = told.eta_max_ms;
     }
+    if let Some(mirror) = &told.mirror {
+        known.mirror = Some(mirror.clone());
+    }
     if !told.message.is_empty() {
         known.message.clone_from(&told.message);
     }

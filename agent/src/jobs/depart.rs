@@ -174,17 +174,23 @@ async fn resume_stalled(job: &Job, epoch: Epoch) -> Result<bool, JobError> {
     }
 }
 
-/// Copies until the guest is paused here and everything is there; the moment at which its last vCPU stopped.
-async fn depart(
-    job: &Job,
-    epoch: Epoch,
-    volumes: &[VolumeHome],
-    options: &MigrationOptions,
-    peer: &mut Peer,
-) -> Result<(Cookie, Instant, AbortOnDropHandle<()>), JobError> {
+/// A guest whose destination is ready for its stream.
+pub(super) struct Ready {
+    /// What the destination's hypervisor says to this one.
+    pub cookie: Cookie,
+    /// Where the hypervisor is to send to.
+    pub stream: PathBuf,
+    /// Carries the stream.
+    pub bridge: AbortOnDropHandle<()>,
+    takes_draining: bool,
+    met_after: Duration,
+    ahead_after: Duration,
+    ready_after: Duration,
+}
+
+/// Meets the destination, and waits until it has the blocks and its hypervisor listens.
+pub(super) async fn make_ready(job: &Job, epoch: Epoch, peer: &mut Peer, began: Instant) -> Result<Ready, JobError> {
     let (guest, operation) = (job.guest, job.operation);
-    let live = job.host.backend.live_migration()?;
-    let began = Instant::now();
     let connected = async {
         loop {
             match peer.events.recv().await.ok_or(JobError::Lost)? {
@@ -204,12 +210,28 @@ async fn depart(
     let prepared = in_time("the destination's readiness", PREPARED_BUDGET, prepared(peer));
     let (cookie, takes_draining) = job.unless_cancelled(prepared).await?;
     let ready_after = began.elapsed();
-    // So that sealing has little left to hash while the guest is paused. Only for speed: beside the copy, which is longer.
-    let mut warming = warm(volumes);
     let stream = job.places.outgoing_stream();
     let qemu = job.host.qemu;
     let listener = socket::listen(&stream, qemu).map_err(file_error("listen at", &stream))?;
     let bridge = AbortOnDropHandle::new(tokio::spawn(carry_one(listener, qemu, peer.handle.clone(), stream.clone())));
+    Ok(Ready { cookie, stream, bridge, takes_draining, met_after, ahead_after, ready_after })
+}
+
+/// Copies until the guest is paused here and everything is there; the moment at which its last vCPU stopped.
+async fn depart(
+    job: &Job,
+    epoch: Epoch,
+    volumes: &[VolumeHome],
+    options: &MigrationOptions,
+    peer: &mut Peer,
+) -> Result<(Cookie, Instant, AbortOnDropHandle<()>), JobError> {
+    let (guest, operation) = (job.guest, job.operation);
+    let live = job.host.backend.live_migration()?;
+    let began = Instant::now();
+    let Ready { cookie, stream, bridge, takes_draining, met_after, ahead_after, ready_after } =
+        make_ready(job, epoch, peer, began).await?;
+    // So that sealing has little left to hash while the guest is paused. Only for speed: beside the copy, which is longer.
+    let mut warming = warm(volumes);
     let deadline = options.deadline_ms.map(Duration::from_millis);
     let budget = deadline.map_or(COPY_BUDGET, |deadline| deadline.saturating_sub(began.elapsed()));
     let max_downtime_ms = options.max_downtime_ms.unwrap_or(MAX_DOWNTIME_MS);

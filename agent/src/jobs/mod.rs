@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | [`receive`] | `Prepare` | `Prepared`, then `StateReceived` and `VolumeMapsReceived`, or `ReceiveFailed` |
 //! | [`depart`] | `StartCopy` of a migration | `GuestPaused`, or `CopyFailed`; later `PeerLost` |
+//! | [`mirror`] | `StartCopy` or `Prepare` of a mirror, `TakeOver` | `CopyFailed`; `StateReceived` and `VolumeMapsReceived`, or `ReceiveFailed` |
 //! | [`freeze`] | `StartCopy` and `StoreFreeze` of a freeze | `GuestPaused`, `FreezeStored`, or `CopyFailed` |
 //! | [`fetch`] | `StartFetch` | `NothingMissing` |
 
@@ -11,6 +12,7 @@ pub mod base;
 pub mod depart;
 pub mod fetch;
 pub mod freeze;
+pub mod mirror;
 pub mod prepare;
 pub mod receive;
 

@@ -25,7 +25,7 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{Fact, Job, JobError, PROGRESS_EVERY, file_error, in_time, prepare};
+use super::{Fact, Job, JobError, PROGRESS_EVERY, file_error, in_time, mirror, prepare};
 use crate::{
     accounts::Account,
     chunks::ChunkSources,
@@ -39,13 +39,13 @@ use crate::{
 
 const ENCODING: base64::engine::GeneralPurpose = base64::engine::general_purpose::STANDARD;
 /// How long the other agent may take to come to the meeting.
-const MEET_BUDGET: Duration = Duration::from_secs(60);
+pub(super) const MEET_BUDGET: Duration = Duration::from_secs(60);
 /// How long the source may take to begin once the blocks are here: its disk may have to answer again first.
-const BEGIN_BUDGET: Duration = Duration::from_secs(60);
+pub(super) const BEGIN_BUDGET: Duration = Duration::from_secs(60);
 /// How long the copying ahead of blocks may stand still before the guest's memory is asked for all the same.
-const STILL_BUDGET: Duration = Duration::from_secs(10);
+pub(super) const STILL_BUDGET: Duration = Duration::from_secs(10);
 /// How often the source is told how many blocks came.
-const SAY_EVERY: Duration = Duration::from_secs(5);
+pub(super) const SAY_EVERY: Duration = Duration::from_secs(5);
 /// How long adopting the volumes' maps may take: a paused guest waits for it.
 const ADOPT_BUDGET: Duration = Duration::from_secs(60);
 
@@ -71,6 +71,8 @@ pub struct Wants {
     pub bandwidth_bytes_per_s: Option<u64>,
     /// For a thaw.
     pub frozen: Option<FrozenMemory>,
+    /// For a mirror: says when it is to take over.
+    pub take_over: std::sync::Arc<tokio::sync::Notify>,
 }
 
 /// Does the destination's part up to the request for the switch; tells how it ended.
@@ -92,7 +94,7 @@ pub async fn run(job: Job, wants: Wants) {
 }
 
 async fn receive(job: &Job, wants: Wants) -> Result<Vec<VolumeStamp>, JobError> {
-    let Wants { plan, copy, sources, peer, bandwidth_bytes_per_s, frozen } = wants;
+    let Wants { plan, copy, sources, peer, bandwidth_bytes_per_s, frozen, take_over } = wants;
     job.unless_cancelled(prepare::prepare(job, &plan, &copy, &sources)).await?;
     job.tell(Fact::Event(LocalEvent::Destination(DestinationEvent::Prepared { operation: job.operation }))).await;
     match plan.kind {
@@ -100,9 +102,14 @@ async fn receive(job: &Job, wants: Wants) -> Result<Vec<VolumeStamp>, JobError> 
             back_end: job.host.backend.name(),
             option: "post-copy".to_owned(),
         })),
-        OperationKind::Migrate { .. } => {
+        OperationKind::Migrate { .. } | OperationKind::Mirror { .. } => {
             let mut peer = peer.ok_or_else(|| JobError::Protocol("no other agent was named".to_owned()))?;
-            let received = arrive(job, &plan, &copy, &mut peer, bandwidth_bytes_per_s).await;
+            let received = match plan.kind {
+                OperationKind::Mirror { .. } => {
+                    mirror::stand_by(job, &plan, &copy, &mut peer, bandwidth_bytes_per_s, &take_over).await
+                }
+                _ => arrive(job, &plan, &copy, &mut peer, bandwidth_bytes_per_s).await,
+            };
             if let Err(error) = &received
                 && !matches!(error, JobError::Peer(_) | JobError::Lost | JobError::Cancelled)
             {
@@ -251,7 +258,7 @@ async fn arrive(
     Ok(stamps)
 }
 
-async fn next_event(peer: &mut Peer) -> Result<MeetingEvent, JobError> {
+pub(super) async fn next_event(peer: &mut Peer) -> Result<MeetingEvent, JobError> {
     peer.events.recv().await.ok_or(JobError::Lost)
 }
 
@@ -268,7 +275,7 @@ async fn next_message(peer: &mut Peer) -> Result<HandoverMessage, JobError> {
 }
 
 /// Waits for the two to have met.
-async fn met(peer: &mut Peer) -> Result<(), JobError> {
+pub(super) async fn met(peer: &mut Peer) -> Result<(), JobError> {
     loop {
         match next_event(peer).await? {
             MeetingEvent::Connected => return Ok(()),
@@ -278,7 +285,7 @@ async fn met(peer: &mut Peer) -> Result<(), JobError> {
     }
 }
 
-async fn begin(job: &Job, plan: &DestinationPlan, peer: &mut Peer) -> Result<Cookie, JobError> {
+pub(super) async fn begin(job: &Job, plan: &DestinationPlan, peer: &mut Peer) -> Result<Cookie, JobError> {
     loop {
         if let HandoverMessage::Begin { operation, guest, epoch, cookie } = next_message(peer).await? {
             if (operation, guest, epoch) != (job.operation, job.guest, plan.from.epoch) {
@@ -396,12 +403,7 @@ async fn performed(
         tokio::select! {
             event = next_event(peer) => match event? {
                 MeetingEvent::Message(HandoverMessage::Draining) => _learning = Some(learn(copy)),
-                MeetingEvent::Memory(stream) => {
-                    // SAFETY: geteuid takes no arguments and cannot fail.
-                    let own = || Account { uid: unsafe { libc::geteuid() }, gid: 0 };
-                    let server = if job.host.backend.takes_streams_itself() { own() } else { job.host.qemu };
-                    streams.spawn(carry(*stream, listen.to_owned(), server));
-                }
+                MeetingEvent::Memory(stream) => drop(streams.spawn(carry_in(job, *stream, listen))),
                 MeetingEvent::Message(HandoverMessage::Performed { cookie, volumes, paused_for_ms }) => {
                     let paused_for = Duration::from_millis(paused_for_ms);
                     return Ok(Performed { cookie: decode(&cookie)?, volumes, paused_for });
@@ -436,6 +438,18 @@ fn learn(copy: &CopyRecord) -> AbortOnDropHandle<()> {
         };
         futures::future::join_all(homes.into_iter().map(ask)).await;
     }))
+}
+
+/// Carries the memory stream to the hypervisor.
+pub(super) fn carry_in(
+    job: &Job,
+    stream: DataStream,
+    listen: &Path,
+) -> impl Future<Output = std::io::Result<(u64, u64)>> + Send + 'static {
+    // SAFETY: geteuid takes no arguments and cannot fail.
+    let own = || Account { uid: unsafe { libc::geteuid() }, gid: 0 };
+    let server = if job.host.backend.takes_streams_itself() { own() } else { job.host.qemu };
+    carry(stream, listen.to_owned(), server)
 }
 
 async fn carry(stream: DataStream, listen: std::path::PathBuf, server: Account) -> std::io::Result<(u64, u64)> {

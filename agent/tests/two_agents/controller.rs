@@ -498,6 +498,7 @@ impl Controller {
             peer,
             ticket: permission,
             chunk_sources,
+            mirror: None,
             migration: MigrationOptions {
                 auto_converge: true,
                 bandwidth_bps: state.bandwidth_bps,

@@ -357,6 +357,18 @@ fn guest_lost(record: &OwnerRecord, from: HostId, operation: Option<OperationId>
         Some(op) if op.verdict == Verdict::Open && op.group => {
             return Accepted { group: GroupNeed::Abort(AbortReason::GuestLost), ..Accepted::nothing() };
         }
+        // Its mirror can go on without it.
+        Some(op) if op.is_mirrored() => {
+            if op.source_lost {
+                return Accepted::nothing();
+            }
+            let mut next = record.clone();
+            if let Some(op) = &mut next.operation {
+                op.source_lost = true;
+                op.source_open = false;
+            }
+            return Accepted::changed(next);
+        }
         Some(op) if op.verdict == Verdict::Open => aborted(record, AbortReason::GuestLost, |_| {}),
         // The destination of a move that is not over reports by its other machine; nothing else can own here.
         Some(op) if op.grant().is_some() && op.destination_open => return Accepted::nothing(),

@@ -63,17 +63,23 @@ pub fn begin(record: &OwnerRecord, request: &BeginRequest) -> Result<OwnerRecord
         return Err(BeginRefusal::Over);
     }
     match (request.kind, record.owner) {
-        (OperationKind::Migrate { to, .. }, Owner::Host(at)) if at == to => return Err(BeginRefusal::AlreadyThere),
-        (OperationKind::Migrate { .. } | OperationKind::Freeze { .. } | OperationKind::Stop, Owner::Host(_))
-            if !record.holders.is_empty() =>
-        {
+        (OperationKind::Migrate { to, .. } | OperationKind::Mirror { to }, Owner::Host(at)) if at == to => {
+            return Err(BeginRefusal::AlreadyThere);
+        }
+        (kind, Owner::Host(_)) if kind.has_source() && !record.holders.is_empty() => {
             return Err(BeginRefusal::BlocksMissing);
         }
         (OperationKind::Thaw { freeze, .. }, Owner::Frozen(now)) if freeze != now => {
             return Err(BeginRefusal::StaleFreeze);
         }
         (OperationKind::Start { .. }, Owner::Unowned | Owner::Stopped)
-        | (OperationKind::Migrate { .. } | OperationKind::Freeze { .. } | OperationKind::Stop, Owner::Host(_))
+        | (
+            OperationKind::Migrate { .. }
+            | OperationKind::Mirror { .. }
+            | OperationKind::Freeze { .. }
+            | OperationKind::Stop,
+            Owner::Host(_),
+        )
         | (OperationKind::Thaw { .. }, Owner::Frozen(_))
         | (OperationKind::RestartFromVolume { .. }, Owner::Lost(_)) => {}
         (OperationKind::Thaw { .. }, _) => return Err(BeginRefusal::StaleFreeze),
@@ -168,6 +174,9 @@ fn admit(record: &OwnerRecord, asker: HostId, request: &SwitchRequest) -> Result
         Verdict::Granted(grant) => Ok(Admission::Already(grant)),
         Verdict::Aborted(reason) => Err(SwitchRefusal::Aborted(reason)),
         Verdict::Open if record.stamp() != op.from => Err(SwitchRefusal::WrongOrigin(record.stamp())),
+        Verdict::Open if matches!(op.kind, OperationKind::Mirror { .. }) && !op.source_lost => {
+            Err(SwitchRefusal::SourceNotLost)
+        }
         Verdict::Open => Ok(Admission::Open),
     }
 }
@@ -197,8 +206,8 @@ fn commit(record: &OwnerRecord, op: &Operation) -> (OwnerRecord, Grant) {
         next.holders.retain(|holder| holder.host != to);
     }
     if let Some(host) = op.source() {
-        // The store holds all of a frozen guest; else the source's blocks are needed until they are fetched.
-        let needed = !matches!(op.kind, OperationKind::Freeze { .. });
+        // The store holds all of a frozen guest, a mirror all of its own; else the source's blocks are needed until they are fetched.
+        let needed = !matches!(op.kind, OperationKind::Freeze { .. } | OperationKind::Mirror { .. });
         next.hold(Holder { host, epoch: op.from.epoch, needed, lost: op.source_lost });
     }
     let mut op = op.clone();

@@ -24,6 +24,10 @@
 //! A freeze and a stop are the same with the store, or nobody, as the destination: there the source itself asks for the
 //! switch, when all is safe. A start, a thaw and a restart from the volumes are the same without a source.
 //!
+//! A mirror stays in its copying, cut by cut, until somebody ends it (an abort: the guest runs on where it is) or its source
+//! is declared lost, or says that its copy is gone: then, and only then, the destination hears
+//! [`DestinationOrder::TakeOver`], makes its last cut whole, and asks for the switch like any other.
+//!
 //! # Why it holds
 //! - An operation's [`Verdict`] leaves `Open` once, in one durable write: to `Granted` or to `Aborted`. A destination runs only
 //!   on `Granted`, a paused source resumes only on [`SourceOrder::StillYours`], which is only said when the operation is

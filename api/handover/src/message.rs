@@ -62,6 +62,11 @@ pub enum OperationKind {
         /// The guest resumes before all its memory has come; the source serves the rest.
         post_copy: bool,
     },
+    /// `(source, e)` to `(to, e+1)`, but only when the source is lost: until then the destination is kept up to date, cut by cut.
+    Mirror {
+        /// The host that stands by.
+        to: HostId,
+    },
     /// `(source, e)` to frozen at e. The source lets go only after the store has the freeze.
     Freeze {
         /// The freeze that is made.
@@ -88,9 +93,11 @@ impl OperationKind {
     #[must_use]
     pub const fn destination(&self) -> Option<HostId> {
         match *self {
-            Self::Start { to } | Self::Migrate { to, .. } | Self::Thaw { to, .. } | Self::RestartFromVolume { to } => {
-                Some(to)
-            }
+            Self::Start { to }
+            | Self::Migrate { to, .. }
+            | Self::Mirror { to }
+            | Self::Thaw { to, .. }
+            | Self::RestartFromVolume { to } => Some(to),
             Self::Freeze { .. } | Self::Stop => None,
         }
     }
@@ -98,16 +105,18 @@ impl OperationKind {
     /// Whether a running owner takes part as the source.
     #[must_use]
     pub const fn has_source(&self) -> bool {
-        matches!(self, Self::Migrate { .. } | Self::Freeze { .. } | Self::Stop)
+        matches!(self, Self::Migrate { .. } | Self::Mirror { .. } | Self::Freeze { .. } | Self::Stop)
     }
 
     /// The owner that the switch makes.
     #[must_use]
     pub const fn target(&self) -> Owner {
         match *self {
-            Self::Start { to } | Self::Migrate { to, .. } | Self::Thaw { to, .. } | Self::RestartFromVolume { to } => {
-                Owner::Host(to)
-            }
+            Self::Start { to }
+            | Self::Migrate { to, .. }
+            | Self::Mirror { to }
+            | Self::Thaw { to, .. }
+            | Self::RestartFromVolume { to } => Owner::Host(to),
             Self::Freeze { freeze } => Owner::Frozen(freeze),
             Self::Stop => Owner::Stopped,
         }
@@ -299,6 +308,9 @@ pub enum SwitchRefusal {
     /// The guest moves with its group: only all together.
     #[error("the guest moves with its group")]
     GroupMember,
+    /// A mirror's source was not declared lost.
+    #[error("the mirror's source was not declared lost")]
+    SourceNotLost,
     /// The groups' requests do not fit the records: another number, another order, or a guest twice.
     #[error("the group's requests do not match its records")]
     GroupMismatch,
@@ -417,6 +429,11 @@ pub enum DestinationOrder {
     Prepare(DestinationPlan),
     /// You own it. The only thing in the world that lets a destination run a guest.
     Granted(Grant),
+    /// The mirror's source is lost: make ready to go on from the last cut, and ask for the switch.
+    TakeOver {
+        /// The operation.
+        operation: OperationId,
+    },
     /// The switch is refused for good: destroy what was received.
     Refused {
         /// The operation.

@@ -63,6 +63,14 @@ impl Operation {
         }
     }
 
+    /// Whether the destination stands by with a copy that is kept up to date; only while nothing is decided.
+    #[must_use]
+    pub const fn is_mirrored(&self) -> bool {
+        matches!(self.kind, OperationKind::Mirror { .. })
+            && matches!(self.verdict, Verdict::Open)
+            && matches!(self.phase, Phase::Copy)
+    }
+
     /// The grant, once there is one.
     #[must_use]
     pub const fn grant(&self) -> Option<Grant> {
@@ -259,6 +267,9 @@ impl OwnerRecord {
         if let Some(to) = op.kind.destination().filter(|_| op.destination_open) {
             let order = match op.verdict {
                 Verdict::Open if op.phase == Phase::Plan => None,
+                Verdict::Open if op.source_lost && op.is_mirrored() => {
+                    Some(DestinationOrder::TakeOver { operation: op.id })
+                }
                 Verdict::Open => self.destination_plan(op).map(DestinationOrder::Prepare),
                 Verdict::Aborted(_) => Some(DestinationOrder::Cancel { operation: op.id, turn: op.turn }),
                 Verdict::Granted(grant) => Some(DestinationOrder::Granted(grant)),

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use supercloud_ids::{CloudId, Epoch, FreezeId, GuestId, HostId, ImageId, OperationId, PortId, ProjectId, VolumeId};
 use utoipa::ToSchema;
 
-use crate::{CompatClass, Name, Propagation, Ref};
+use crate::{CompatClass, MirrorStanding, Name, Propagation, Ref};
 
 /// vCPUs and memory of a guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -172,6 +172,73 @@ pub struct GuestMigrate {
     /// Give up (the guest goes on where it is) when the switch has not come by then.
     #[serde(default)]
     pub deadline_ms: Option<u64>,
+    /// Why, for the audit trail; at most 256 bytes.
+    #[serde(default)]
+    pub reason: Option<String>,
+}
+
+/// What a mirrored guest says to the network.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum MirrorMode {
+    /// It speaks freely: a fail-over loses what it did since the last cut.
+    #[default]
+    Async,
+    /// What it says waits until the standby has the cut that it belongs to: nothing that anybody has seen is ever lost, and each
+    /// answer takes up to an interval longer.
+    Strict,
+}
+
+/// Asks for a second copy of a running guest, kept up to date at another host.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct GuestMirror {
+    /// Where to: a host or a cloud, by name or id.
+    pub to: Ref,
+    /// From one cut to the next, in milliseconds; 1,000 when absent.
+    #[serde(default)]
+    pub interval_ms: Option<u64>,
+    /// What it says to the network meanwhile.
+    #[serde(default)]
+    pub mode: MirrorMode,
+    /// At most this much of the link, in bits per second; unlimited when absent.
+    #[serde(default)]
+    pub bandwidth_bps: Option<u64>,
+    /// Why, for the audit trail; at most 256 bytes.
+    #[serde(default)]
+    pub reason: Option<String>,
+}
+
+/// A mirror of a guest: an operation that goes on until it is ended.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Mirror {
+    /// The operation that keeps it; cancel it to end the mirror.
+    pub operation: OperationId,
+    /// The guest.
+    pub guest: GuestId,
+    /// Where the guest runs.
+    pub source: Option<HostId>,
+    /// Where its copy stands by.
+    pub destination: Option<HostId>,
+    /// What it says to the network meanwhile.
+    pub mode: MirrorMode,
+    /// From one cut to the next.
+    pub interval_ms: u64,
+    /// Whether the standby has a whole cut, from which the guest would go on.
+    pub is_protected: bool,
+    /// Whether it was told to take over.
+    pub is_failing_over: bool,
+    /// How far the standby is.
+    pub standing: MirrorStanding,
+}
+
+/// Has the standby of a mirrored guest take over.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct GuestFailover {
+    /// You know that the guest's host does not run any more, and will not run this guest again: two copies of it would do harm that
+    /// nobody could undo. Must be `true`.
+    pub host_is_dead: bool,
     /// Why, for the audit trail; at most 256 bytes.
     #[serde(default)]
     pub reason: Option<String>,

@@ -20,6 +20,8 @@ pub enum OperationKind {
     GuestDelete,
     /// Moves a running guest live.
     GuestMigrate,
+    /// Keeps a second copy of a running guest at another host, until somebody ends it or that copy takes over.
+    GuestMirror,
     /// Suspends a guest into the image store.
     GuestFreeze,
     /// Resumes a frozen guest.
@@ -90,8 +92,27 @@ pub struct Progress {
     pub eta_max_ms: Option<u64>,
     /// How long no vCPU ran anywhere, as the two agents saw it.
     pub downtime_ms: Option<u64>,
+    /// Of a mirror: how far its standby is.
+    pub mirror: Option<MirrorStanding>,
     /// One sentence for people: what happens, or why it does not converge.
     pub message: String,
+}
+
+/// How far the standby of a mirrored guest is. Cut n is memory, devices and disks at one instant; numbers never go back.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct MirrorStanding {
+    /// The newest cut that was begun; 0 during the first copy.
+    pub cut: u64,
+    /// The newest one that the standby has whole; 0: nothing can be taken over yet.
+    pub committed: u64,
+    /// How long before this was told the guest was as the standby has it: what a fail-over would lose at most (of a strict mirror
+    /// nothing that anybody has seen), in milliseconds.
+    pub committed_age_ms: u64,
+    /// How long the guest stood still for the last cut, in milliseconds.
+    pub pause_ms: u64,
+    /// Memory that the guest wrote between the last two cuts.
+    pub dirty_bytes: u64,
 }
 
 /// A durable piece of work.

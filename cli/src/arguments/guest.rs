@@ -96,6 +96,59 @@ pub enum GuestVerb {
         #[command(flatten)]
         watch: Watch,
     },
+    /// Keeps a second copy of a running guest at another host, up to date cut by cut, until you end it (`operation cancel`) or it
+    /// takes over (`guest failover`).
+    #[command(
+        after_help = "Examples:\n  supercloud guest mirror web --to oak\n  supercloud guest mirror web --to oak --strict \
+        --interval-ms 200\n  supercloud guest mirrors web"
+    )]
+    Mirror {
+        /// Name or id.
+        name: String,
+        /// A host or a cloud.
+        #[arg(long)]
+        to: String,
+        /// From one cut to the next, in milliseconds; 1,000 when absent.
+        #[arg(long)]
+        interval_ms: Option<u64>,
+        /// Hold back what the guest says until the standby has the cut that it belongs to: nothing that anybody has seen is ever
+        /// lost, and each answer takes up to an interval longer.
+        #[arg(long)]
+        strict: bool,
+        /// At most this much of the link, in Mbit/s.
+        #[arg(long)]
+        bandwidth_mbps: Option<u64>,
+        /// Say what would be done, and do nothing.
+        #[arg(long)]
+        dry_run: bool,
+        /// Why, for the audit trail.
+        #[arg(long)]
+        reason: Option<String>,
+        /// Return at once, not when the standby has its first whole cut.
+        #[arg(long)]
+        no_wait: bool,
+    },
+    /// The guest's mirrors: where they are, how old what they have is.
+    Mirrors {
+        /// Name or id.
+        name: String,
+    },
+    /// Has the standby of a mirrored guest take over, whose host is dead. Two running copies of a guest do harm that nobody can
+    /// undo: make sure that the host is off (the provider says terminated, or you switched it off).
+    #[command(after_help = "Example:\n  supercloud guest failover web --host-is-dead")]
+    Failover {
+        /// Name or id.
+        name: String,
+        /// You know that the guest's host does not run any more.
+        #[arg(long)]
+        host_is_dead: bool,
+        /// Why, for the audit trail.
+        #[arg(long)]
+        reason: Option<String>,
+        /// How to wait.
+        #[command(flatten)]
+        watch: Watch,
+    },
     /// Suspends a guest into the image store; nothing runs any more, nothing is lost.
     Freeze {
         /// Name or id.

@@ -134,6 +134,7 @@ fn section(
 const fn verb(kind: OperationKind) -> &'static str {
     match kind {
         OperationKind::GuestMigrate => "move",
+        OperationKind::GuestMirror => "mirror",
         OperationKind::GuestFreeze => "freeze",
         OperationKind::GuestThaw => "thaw",
         OperationKind::GuestStart => "start",

@@ -56,6 +56,10 @@ impl Engine {
             Work::GuestStop { grace_ms } => (MigrationOptions::default(), *grace_ms),
             _ => (MigrationOptions::default(), 0),
         };
+        let mirror = match &record.work {
+            Work::GuestMirror { options, .. } => Some(*options),
+            _ => None,
+        };
         Ok(Some(Assignment {
             operation,
             spec: self.understood(self.spec(guest, &volumes).await?, order.to, peer.as_ref()),
@@ -63,6 +67,7 @@ impl Engine {
             ticket,
             chunk_sources,
             migration,
+            mirror,
             grace_ms,
             frozen: frozen.map(|freeze| FrozenMemory {
                 freeze: freeze.id,
@@ -138,7 +143,7 @@ impl Engine {
         me: HostId,
     ) -> Result<Option<Peer>, EngineError> {
         let other = match &record.work {
-            Work::GuestMigrate { .. } => {
+            Work::GuestMigrate { .. } | Work::GuestMirror { .. } => {
                 let source = guest.owner.operation.as_ref().and_then(|op| op.source()).or(record.operation.source);
                 if source == Some(me) { record.operation.destination } else { source }
             }

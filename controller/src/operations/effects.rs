@@ -147,7 +147,9 @@ fn switch(attached: &mut Attached, before: &OwnerRecord, grant: handover::Grant,
         }
         match grant.owner {
             Owner::Host(to) => {
-                volume.needed_source = volume.host.filter(|host| *host != to);
+                // A mirror has all of it.
+                let is_whole = matches!(kind, OperationKind::Mirror { .. });
+                volume.needed_source = volume.host.filter(|host| *host != to && !is_whole);
                 volume.host = Some(to);
             }
             Owner::Frozen(_) => {}
@@ -176,7 +178,7 @@ fn switch(attached: &mut Attached, before: &OwnerRecord, grant: handover::Grant,
                 freeze.is_consumed = true;
             }
         }
-        OperationKind::Migrate { .. } | OperationKind::Stop => {}
+        OperationKind::Migrate { .. } | OperationKind::Mirror { .. } | OperationKind::Stop => {}
     }
 }
 

@@ -64,6 +64,7 @@ impl LinkHandler for Engine {
             let record = self.welcome(host, &certificate_sha256, &hello).await?;
             self.live.seen(host, LiveHost { last_seen_ms: unix_ms(), used: record.used });
             self.sweeps.note_capable(host, hello.takes_sweeps);
+            self.live.note_mirroring(host, hello.takes_mirrors);
             self.consoles.note_capable(host, hello.takes_consoles);
             self.checks.note_capable(host, hello.takes_checks);
             {
@@ -377,6 +378,10 @@ impl Engine {
         retry_conflicts(|| async {
             let Some(before) = self.state.read::<GuestRecord>(&guest).await? else { return Ok(()) };
             let is_free = before.guest.operation.is_none() && before.owner.operation.is_none();
+            if let Some(mirror) = before.owner.operation.as_ref().filter(|op| op.is_mirrored()).map(|op| op.id) {
+                // It wanted to be off: its standby must not go on. The agent says so again.
+                return self.cancel(mirror).await;
+            }
             if !before.owner.is_owned_by(host, epoch) || !is_free {
                 return Ok(());
             }

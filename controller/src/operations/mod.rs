@@ -306,6 +306,12 @@ impl Engine {
             // Carried out by whoever speaks with providers: see `crate::renting`.
             Work::HostRent | Work::HostReturn => Ok(()),
             _ if operation.is_cancel_requested => self.cancel(operation.id).await,
+            Work::GuestMirror { is_failing_over: true, .. } if operation.phase == supercloud_api::Phase::Copy => {
+                match (operation.guest, operation.source) {
+                    (Some(guest), Some(host)) => self.note_lost(guest, host).await,
+                    _ => Ok(()),
+                }
+            }
             _ if operation.phase == supercloud_api::Phase::Plan => self.begin(operation.id).await,
             _ => Ok(()),
         }

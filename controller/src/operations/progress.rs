@@ -40,6 +40,10 @@ pub fn merge(known: &mut Progress, told: &Progress) {
     if told.disk_missing_bytes > 0 || told.disk_bytes_after_resume.is_some() {
         known.disk_missing_bytes = told.disk_missing_bytes;
     }
+    if let Some(mirror) = &told.mirror {
+        // Of one source, which counts forward.
+        known.mirror = Some(mirror.clone());
+    }
     if !told.message.is_empty() {
         known.message = told.message.chars().take(200).collect();
     }

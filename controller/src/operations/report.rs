@@ -524,6 +524,7 @@ fn kind_of(record: &OperationRecord, guest: &GuestRecord) -> Option<handover::Op
         (Work::GuestStart, _) => Kind::Start { to: to? },
         (Work::GuestStop { .. }, _) => Kind::Stop,
         (Work::GuestMigrate { .. }, _) => Kind::Migrate { to: to?, post_copy: false },
+        (Work::GuestMirror { .. }, _) => Kind::Mirror { to: to? },
         (Work::GuestFreeze { freeze }, _) => Kind::Freeze { freeze: *freeze },
         (Work::GuestThaw { freeze }, _) => Kind::Thaw { freeze: *freeze, to: to? },
         (Work::ImageImport { .. } | Work::GuestDelete | Work::HostRent | Work::HostReturn, _) => return None,

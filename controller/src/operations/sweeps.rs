@@ -186,6 +186,8 @@ impl Engine {
                 | Work::GuestThaw { .. }
                 | Work::GuestStart
                 | Work::GuestMigrate { .. } => true,
+                // For weeks, perhaps: what its standby stands on is told by its host, as of every guest.
+                Work::GuestMirror { .. } => false,
                 Work::GuestStop { .. } | Work::GuestDelete | Work::HostRent | Work::HostReturn => false,
             };
             if writes && record.operation.project == Some(project) {

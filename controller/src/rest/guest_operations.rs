@@ -29,19 +29,19 @@ const DEFAULT_GRACE_MS: u64 = 30_000;
 const MAX_GRACE_MS: u64 = 3_600_000;
 const DEFAULT_DOWNTIME_MS: u64 = 300;
 const MAX_DOWNTIME_MS: u64 = 60_000;
-const MIN_BANDWIDTH_BPS: u64 = 1_000_000;
+pub(super) const MIN_BANDWIDTH_BPS: u64 = 1_000_000;
 const MAX_DEADLINE_MS: u64 = 24 * 3_600_000;
 
 /// What an operation does in the ownership protocol, what is kept of the request, and where it goes.
-struct Wanted {
-    kind: OperationKind,
-    handover: handover::OperationKind,
-    work: Work,
-    route: Route,
+pub(super) struct Wanted {
+    pub kind: OperationKind,
+    pub handover: handover::OperationKind,
+    pub work: Work,
+    pub route: Route,
 }
 
 /// Writes an operation on a guest; for a dry run only says what would be written.
-async fn submit(
+pub(super) async fn submit(
     api: &Api,
     asker: &Asker,
     found: &Stored<GuestRecord>,
@@ -66,7 +66,12 @@ async fn submit(
 }
 
 /// The plan of a dry run that would be refused; the refusal itself when it is no dry run.
-fn refuse(asker: &Asker, found: &GuestRecord, kind: OperationKind, problem: Problem) -> Result<Reply, Failure> {
+pub(super) fn refuse(
+    asker: &Asker,
+    found: &GuestRecord,
+    kind: OperationKind,
+    problem: Problem,
+) -> Result<Reply, Failure> {
     if !asker.params.dry_run || !matches!(problem.code, Code::NoCapacity | Code::Incompatible | Code::HostUnavailable) {
         return Err(problem.into());
     }

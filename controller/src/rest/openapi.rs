@@ -14,8 +14,8 @@ use utoipa::{
 };
 
 use super::{
-    clouds, events, guest_console, guest_create, guest_evacuation, guest_operations, guest_placement, guests, hosts,
-    images, join, ledger, networks, operations, plans,
+    clouds, events, guest_console, guest_create, guest_evacuation, guest_mirrors, guest_operations, guest_placement,
+    guests, hosts, images, join, ledger, networks, operations, plans,
 };
 use super::{projects, rentings, session, stores, system, tokens, volumes};
 use crate::auth::{Access, ROUTES, Route};
@@ -87,6 +87,9 @@ use crate::auth::{Access, ROUTES, Route};
         guest_operations::start,
         guest_operations::stop,
         guest_operations::migrate,
+        guest_mirrors::begin,
+        guest_mirrors::list,
+        guest_mirrors::fail_over,
         guest_operations::freeze,
         guest_operations::thaw,
         guest_operations::remove,
@@ -253,8 +256,9 @@ fn operation_id(route: &Route) -> String {
         ("PATCH", _) => "change",
         _ => "remove",
     };
-    // A path whose last word says itself what is done or read.
-    let is_verb = !is_one && parts.len() > 1 && parts[parts.len() - 2].starts_with('{');
+    // A path whose last word says itself what is done or read; things of a thing are listed and made like others.
+    let is_shared = ROUTES.iter().filter(|other| other.path == route.path).count() > 1;
+    let is_verb = !is_one && parts.len() > 1 && parts[parts.len() - 2].starts_with('{') && !is_shared;
     let is_thing = parts.len() == 1 && !parts[0].ends_with('s');
     match is_verb || (is_thing && route.method == axum::http::Method::GET) {
         true => nouns.join("_"),

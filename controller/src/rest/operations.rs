@@ -73,8 +73,13 @@ fn may_cancel(caller: &Caller, operation: &Operation) -> Result<(), Failure> {
     if caller.token.guest.is_some() && operation.actor != caller.actor() {
         return Err(Failure::new(Code::Forbidden, "a guest cancels only what it asked for itself"));
     }
-    let moves =
-        matches!(operation.kind, OperationKind::GuestMigrate | OperationKind::GuestFreeze | OperationKind::GuestThaw);
+    let moves = matches!(
+        operation.kind,
+        OperationKind::GuestMigrate
+            | OperationKind::GuestMirror
+            | OperationKind::GuestFreeze
+            | OperationKind::GuestThaw
+    );
     let least = match operation.kind {
         _ if moves => Role::Policy,
         OperationKind::HostRent | OperationKind::HostReturn => Role::Admin,

@@ -2,7 +2,7 @@
 //! nothing stale survives a restart.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Arc, PoisonError, RwLock},
     time::{Duration, Instant},
 };
@@ -38,6 +38,8 @@ type Bases = HashMap<GuestId, Base>;
 struct Live {
     hosts: HashMap<HostId, LiveHost>,
     bases: HashMap<HostId, Bases>,
+    /// Those whose guests can be mirrored, as their agents said last.
+    mirroring: HashSet<HostId>,
     /// Since when those hosts are away whose links ended under our eyes.
     away: HashMap<HostId, Instant>,
     /// Since when others may have been.
@@ -47,7 +49,7 @@ struct Live {
 impl Default for Live {
     fn default() -> Self {
         let (hosts, bases, away) = (HashMap::new(), HashMap::new(), HashMap::new());
-        Self { hosts, bases, away, began: Instant::now() }
+        Self { hosts, bases, away, mirroring: HashSet::new(), began: Instant::now() }
     }
 }
 
@@ -72,6 +74,21 @@ impl LiveHosts {
             live.away.insert(host, Instant::now());
         }
         last
+    }
+
+    /// The agent says whether guests can be mirrored there.
+    pub fn note_mirroring(&self, host: HostId, takes_mirrors: bool) {
+        let mirroring = &mut self.0.write().unwrap_or_else(PoisonError::into_inner).mirroring;
+        match takes_mirrors {
+            true => mirroring.insert(host),
+            false => mirroring.remove(&host),
+        };
+    }
+
+    /// Whether it said so when it was last heard of.
+    #[must_use]
+    pub fn takes_mirrors(&self, host: HostId) -> bool {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).mirroring.contains(&host)
     }
 
     /// For how long a host has had no link to this controller, as far as this process knows; `None`: it has one.

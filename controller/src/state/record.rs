@@ -11,7 +11,7 @@ use supercloud_api::{
         CloudId, FreezeId, GuestId, HostId, ImageId, NetworkId, OperationId, PlanId, PortId, ProjectId, RentingId,
         RequestId, TokenId, VolumeId,
     },
-    link::MigrationOptions,
+    link::{MigrationOptions, MirrorOptions},
 };
 
 use super::LiveHosts;
@@ -223,6 +223,14 @@ pub enum Work {
     GuestMigrate {
         /// How.
         options: MigrationOptions,
+    },
+    /// Keeps a second copy of a running guest.
+    GuestMirror {
+        /// How.
+        options: MirrorOptions,
+        /// Its host is dead, an operator says: the copy is to take over.
+        #[serde(default)]
+        is_failing_over: bool,
     },
     /// Suspends a guest into the store.
     GuestFreeze {

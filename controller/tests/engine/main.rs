@@ -14,6 +14,7 @@ mod hostile;
 mod images;
 mod ledger;
 mod losses;
+mod mirrors;
 mod moves;
 mod plans;
 mod sweeps;

@@ -141,7 +141,7 @@ impl Agent {
                     return (Some(DestinationEvent::ReceiveFailed { operation }), true);
                 }
                 local.adopt = None;
-                let is_moved = matches!(plan.kind, OperationKind::Migrate { .. });
+                let is_moved = matches!(plan.kind, OperationKind::Migrate { .. } | OperationKind::Mirror { .. });
                 let mode = if is_moved { Mode::Incoming } else { Mode::Received };
                 if local.by_operation(operation).is_none() {
                     local.processes.push(Process { operation, epoch: None, mode, boot: 0 });
@@ -149,6 +149,17 @@ impl Agent {
                 let standby = Volume { access: Access::Standby, version: 0, lacks: false };
                 local.volume = Some(local.volume.unwrap_or(standby));
                 return (Some(DestinationEvent::Prepared { operation }), true);
+            }
+            DestinationEffect::TakeOver { operation } => {
+                let local = ground.local(host, guest);
+                let has_cut = local.adopt.is_some();
+                return match local.by_operation(operation).filter(|_| has_cut) {
+                    Some(process) => {
+                        process.mode = Mode::Received;
+                        (None, true)
+                    }
+                    None => (Some(DestinationEvent::ReceiveFailed { operation }), true),
+                };
             }
             DestinationEffect::DestroyReceived { operation } => {
                 let local = ground.local(host, guest);

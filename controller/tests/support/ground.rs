@@ -232,6 +232,18 @@ impl Ground {
         }
     }
 
+    /// A mirrored guest's standby gets all of the guest as it is now, if it can be reached.
+    pub fn cut(&mut self, guest: GuestId, epoch: Epoch, from: HostId, to: HostId, operation: OperationId) {
+        let source = self.local(from, guest).clone();
+        let running = source.processes.iter().find(|p| p.epoch == Some(epoch) && p.mode == Mode::Running);
+        let (Some(running), Some(volume)) = (running, source.volume) else { return };
+        let standby = self.local(to, guest);
+        if let Some(process) = standby.by_operation(operation).filter(|process| process.mode == Mode::Incoming) {
+            process.boot = running.boot;
+            standby.adopt = Some((volume.version, true));
+        }
+    }
+
     /// Where a migration's destination lives: memory goes across, the source pauses. False: it cannot.
     pub fn hand_over(
         &mut self,

@@ -69,13 +69,19 @@ impl Agent {
         let failed = Some(SourceEvent::CopyFailed { operation });
         let paused = Some(SourceEvent::GuestPaused { operation });
         match plan.kind {
-            OperationKind::Migrate { to, .. } if is_away(to) => Some(SourceEvent::PeerLost { operation }),
+            OperationKind::Migrate { to, .. } | OperationKind::Mirror { to } if is_away(to) => {
+                Some(SourceEvent::PeerLost { operation })
+            }
             _ if !is_done => None,
             OperationKind::Migrate { to, .. } => {
                 match lock(&self.seat.ground).hand_over(guest, plan.epoch, host, to, operation) {
                     true => paused,
                     false => failed,
                 }
+            }
+            OperationKind::Mirror { to } => {
+                lock(&self.seat.ground).cut(guest, plan.epoch, host, to, operation);
+                None
             }
             OperationKind::Stop => {
                 let mut ground = lock(&self.seat.ground);
@@ -114,6 +120,8 @@ impl Agent {
             let mode = ground.local(host, guest).by_operation(operation).map(|process| process.mode);
             match mode {
                 None => events.push(DestinationEvent::GuestGone),
+                // A standby waits, whatever becomes of its source.
+                Some(Mode::Incoming) if matches!(plan.kind, OperationKind::Mirror { .. }) => return,
                 Some(Mode::Incoming) if is_cut => events.push(DestinationEvent::ReceiveFailed { operation }),
                 Some(Mode::Incoming) => {}
                 Some(_) if !state_received => events.push(DestinationEvent::StateReceived { operation }),

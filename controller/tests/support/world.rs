@@ -15,7 +15,7 @@ use supercloud_api::{
     ids::{
         CloudId, FreezeId, GuestId, HostId, ImageId, NetworkId, OperationId, PortId, ProjectId, RequestId, VolumeId,
     },
-    link::MigrationOptions,
+    link::{MigrationOptions, MirrorOptions},
     tls::{self, Identity},
     unix_ms,
 };
@@ -454,6 +454,36 @@ impl World {
     pub async fn migrate(&self, guest: GuestId, to: usize) -> OperationId {
         let work = Work::GuestMigrate { options: MigrationOptions::default() };
         self.submit(guest, OperationKind::GuestMigrate, work, Some(to)).await
+    }
+
+    pub async fn mirror(&self, guest: GuestId, to: usize) -> OperationId {
+        let options = MirrorOptions { interval_ms: 50, is_strict: false, bandwidth_bps: None };
+        let work = Work::GuestMirror { options, is_failing_over: false };
+        self.submit(guest, OperationKind::GuestMirror, work, Some(to)).await
+    }
+
+    /// Waits until the standby has a whole cut.
+    pub async fn protected(&self, guest: GuestId, to: usize) {
+        let to = self.id(to);
+        self.until("a whole cut", async |world| lock(&world.ground).local(to, guest).adopt.is_some()).await;
+    }
+
+    /// The guest's host is dead, somebody says.
+    pub async fn fail_over(&self, operation: OperationId) {
+        let state = self.state();
+        retry_conflicts(|| async {
+            let before = state.need::<OperationRecord>(&operation).await?;
+            let mut now = before.value.clone();
+            if let Work::GuestMirror { is_failing_over, .. } = &mut now.work {
+                *is_failing_over = true;
+            }
+            let mut change = Change::new();
+            change.update(&before, &now);
+            state.commit(&Context::system(), change).await?;
+            Ok::<_, StateError>(())
+        })
+        .await
+        .unwrap();
     }
 
     pub async fn freeze(&self, guest: GuestId) -> OperationId {

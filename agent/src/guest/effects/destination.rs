@@ -72,11 +72,26 @@ impl Actor {
             copy,
             sources,
             peer,
-            bandwidth_bytes_per_s: assignment.migration.bandwidth_bps.map(|bps| (bps / 8).max(1)),
+            bandwidth_bytes_per_s: assignment
+                .mirror
+                .map_or(assignment.migration.bandwidth_bps, |mirror| mirror.bandwidth_bps)
+                .map(|bps| (bps / 8).max(1)),
             frozen: assignment.frozen.clone(),
+            take_over: self.take_over.insert(Arc::default()).clone(),
         };
         self.jobs.receive = Some(Self::start(&job.clone(), receive::run(job, wants)));
         DONE
+    }
+
+    /// Has the job that stands by go on from its last cut. Said again and again; a job that has ended has told what came of it.
+    pub(in crate::guest) fn take_over(&self, operation: OperationId) -> Vec<LocalEvent> {
+        match (&self.jobs.receive, &self.take_over) {
+            (Some(job), Some(take_over)) if job.operation == operation => {
+                take_over.notify_one();
+                Vec::new()
+            }
+            _ => destination(DestinationEvent::ReceiveFailed { operation }),
+        }
     }
 
     pub(in crate::guest) fn cannot_prepare(&mut self, operation: OperationId, problem: Problem) -> Vec<LocalEvent> {
@@ -102,7 +117,7 @@ impl Actor {
             // Its folders are in the way until it is gone.
             _ => return Err(EffectError::StillReleasing),
         }
-        let is_moved = matches!(plan.kind, OperationKind::Migrate { .. });
+        let is_moved = matches!(plan.kind, OperationKind::Migrate { .. } | OperationKind::Mirror { .. });
         let is_elsewhere = starts && assignment.peer.is_some();
         Ok(if is_moved || is_elsewhere { VolumeOrigin::Peer } else { VolumeOrigin::Fresh })
     }
@@ -211,7 +226,10 @@ impl Actor {
             | DestinationState::Complete { plan, .. }
             | DestinationState::Granted { plan, .. }
             | DestinationState::Running { plan, .. } => {
-                matches!(plan.kind, OperationKind::Migrate { .. } | OperationKind::Thaw { .. })
+                matches!(
+                    plan.kind,
+                    OperationKind::Migrate { .. } | OperationKind::Mirror { .. } | OperationKind::Thaw { .. }
+                )
             }
             _ => true,
         }

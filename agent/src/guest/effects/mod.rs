@@ -154,6 +154,7 @@ impl Actor {
                 DONE
             }
             DestinationEffect::Prepare(plan) => self.prepare(plan).await,
+            DestinationEffect::TakeOver { operation } => Ok(self.take_over(operation)),
             DestinationEffect::DestroyReceived { operation } => self.destroy_received(operation).await,
             DestinationEffect::ActivateVolumes { epoch } => {
                 let from = self.granted_from().unwrap_or(epoch);

@@ -22,7 +22,7 @@ use crate::{
         actor::{Actor, Met, Running},
         record::{CopyRecord, VolumeOrigin},
     },
-    jobs::{self, JobError, Outcome, depart, freeze, receive},
+    jobs::{self, JobError, Outcome, depart, freeze, mirror, receive},
     plane::{
         PlaneError,
         admission::Role,
@@ -75,6 +75,12 @@ impl Actor {
         let assignment = self.record.assignment.as_ref().filter(|assignment| assignment.operation == operation);
         let assignment = assignment.ok_or_else(|| internal("the order came without its assignment"))?;
         let options = assignment.migration.clone();
+        let mirror = match plan.kind {
+            OperationKind::Mirror { .. } => {
+                Some(assignment.mirror.ok_or_else(|| internal("the assignment does not say how to mirror"))?)
+            }
+            _ => None,
+        };
         let peer = assignment.peer.clone().ok_or_else(|| internal("the assignment names no destination"))?;
         self.check_reach(&peer)?;
         let mut meeting = Meeting::begin(self.meeting_params(operation, Some(peer), Role::Source));
@@ -89,7 +95,10 @@ impl Actor {
         };
         self.met = Some(Met { operation, meeting, _listener: None });
         self.maps = Some(maps);
-        self.jobs.leave = Some(Self::start(&job.clone(), depart::run(job, wants)));
+        self.jobs.leave = Some(match mirror {
+            Some(options) => Self::start(&job.clone(), mirror::keep(job, wants, options)),
+            None => Self::start(&job.clone(), depart::run(job, wants)),
+        });
         Ok(())
     }
 
@@ -222,6 +231,13 @@ impl Actor {
         let copy = self.current_at(epoch)?;
         let backend = self.host.backend.clone();
         let info = backend.status(self.guest).await?.filter(|info| info.epoch == epoch);
+        if info.is_some()
+            && let Ok(mirroring) = backend.mirroring()
+        {
+            // The mirror, if there was one, is ended for good: nothing may be held back any more.
+            mirroring.end_mirror(self.guest).await?;
+            mirror::end_cuts(&copy.volumes).await;
+        }
         match info.map(|info| info.state) {
             None => {
                 self.find_spooled().await?;

@@ -18,8 +18,8 @@ use supercloud_ids::{Epoch, GuestId, HostId, OperationId};
 use crate::{
     Refusal,
     message::{
-        AbortReason, Alarm, DestinationOrder, DestinationPlan, Found, Grant, Owner, Report, SwitchRefusal,
-        SwitchRequest,
+        AbortReason, Alarm, DestinationOrder, DestinationPlan, Found, Grant, OperationKind, Owner, Report,
+        SwitchRefusal, SwitchRequest,
     },
     source::{SourceHandover, SourceState},
 };
@@ -211,6 +211,7 @@ impl DestinationHandover {
                 }
             }
             DestinationOrder::Wait { .. } => Vec::new(),
+            DestinationOrder::TakeOver { operation } => self.take_over(operation),
             DestinationOrder::Settled { operation } => {
                 if self.operation() == Some(operation) {
                     self.settled()
@@ -278,6 +279,20 @@ impl DestinationHandover {
             }
             State::Destroying { .. } => vec![has_nothing(&grant)],
             State::Finished { .. } => self.refuse(),
+        }
+    }
+
+    fn take_over(&self, operation: OperationId) -> Vec<Effect> {
+        match &self.state {
+            State::Receiving { plan, .. }
+                if plan.operation == operation && matches!(plan.kind, OperationKind::Mirror { .. }) =>
+            {
+                vec![Effect::TakeOver { operation }]
+            }
+            State::Preparing { plan } if plan.operation == operation => Vec::new(),
+            State::Idle => vec![Effect::Send(Report::Cleaned { operation })],
+            _ if self.operation() == Some(operation) => self.reports(),
+            _ => vec![Effect::Refuse(Refusal::NoOperation)],
         }
     }
 

@@ -158,6 +158,12 @@ pub enum DestinationEffect {
     Send(Report),
     /// Make ready to receive (volumes refuse reads and writes, ports are silent); leads to `Prepared` or `ReceiveFailed`.
     Prepare(DestinationPlan),
+    /// Receive no more of a mirror and make ready to go on from its last cut; leads to `StateReceived` and
+    /// `VolumeMapsReceived`, or `ReceiveFailed`.
+    TakeOver {
+        /// The operation.
+        operation: OperationId,
+    },
     /// Destroy all that was received; leads to `Destroyed`.
     DestroyReceived {
         /// The operation.

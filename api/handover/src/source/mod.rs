@@ -103,7 +103,12 @@ impl SourceHandover {
             SourceEvent::CopyFailed { operation } => self.copy_failed(operation),
             SourceEvent::PeerLost { operation } => self.peer_lost(operation),
             SourceEvent::GuestPaused { operation } => match self.state {
-                State::Copying { plan, .. } if plan.operation == operation => self.paused(plan),
+                // A mirror's source never stands still for long.
+                State::Copying { plan, .. }
+                    if plan.operation == operation && !matches!(plan.kind, OperationKind::Mirror { .. }) =>
+                {
+                    self.paused(plan)
+                }
                 _ => self.refuse(),
             },
             SourceEvent::VolumesSealed { operation, volumes } => match self.state {

@@ -22,6 +22,10 @@ fn post_copy(to: usize) -> OperationKind {
     OperationKind::Migrate { to: host(to), post_copy: true }
 }
 
+fn mirror(to: usize) -> OperationKind {
+    OperationKind::Mirror { to: host(to) }
+}
+
 fn freeze_it(n: usize) -> OperationKind {
     OperationKind::Freeze { freeze: freeze(n) }
 }
@@ -138,6 +142,38 @@ fn post_copy_with_crashes_and_a_restart_of_a_host() {
 }
 
 #[test]
+fn a_mirror_ends_or_goes_on_without_its_source() {
+    // Without a lost source it is never more than ended.
+    let explored = explore(
+        coarse(of("mirror, crash, glitch", vec![mirror(1)], Faults { crashes: 1, glitches: 1, ..NONE })),
+        BOUND,
+    );
+    assert!(explored.violation.is_none(), "{}", explored.violation.unwrap_or_default());
+    assert!(!explored.ends.contains(&Phase::Done) && explored.ends.contains(&Phase::RolledBack), "{:?}", explored.ends);
+    let kill = Faults { kills: 1, ..NONE };
+    for scenario in [
+        coarse(of("mirror, kill", vec![mirror(1)], kill)),
+        coarse(of("mirror, crash, kill", vec![mirror(1)], Faults { crashes: 1, ..kill })),
+        coarse(of("mirror, reboot", vec![mirror(1)], Faults { reboots: 1, ..NONE })),
+        coarse(Scenario { writes: 0, ..of("mirror, kill, restart", vec![mirror(1), restart(2)], kill) }),
+        coarse(Scenario { writes: 0, ..of("mirror, kill, mirror again", vec![mirror(1), mirror(2)], kill) }),
+    ] {
+        let name = scenario.name;
+        let explored = explore(scenario, BOUND);
+        if let Some(violation) = explored.violation {
+            panic!("{violation}");
+        }
+        let (states, steps, settled) = (explored.states, explored.steps, explored.settled);
+        println!("{name}: {states} states, {steps} steps, {settled} settled, ends {:?}", explored.ends);
+        assert!(
+            explored.ends.contains(&Phase::Done) && explored.ends.contains(&Phase::RolledBack),
+            "{name}: {:?}",
+            explored.ends
+        );
+    }
+}
+
+#[test]
 fn freeze_thaws_once() {
     let faults = Faults { crashes: 1, cancels: 1, ..NONE };
     holds(of("freeze, thaw, thaw, crash, cancel", vec![freeze_it(0), thaw(0, 1), thaw(0, 2)], faults));
@@ -183,5 +219,8 @@ fn mutants_are_caught() {
     caught(Mutation::PersistsTooLate, of("migration", vec![migrate(1)], crash));
     caught(Mutation::AnswersBeforeWrite, of("migration", vec![migrate(1)], NONE));
     caught(Mutation::SourceReleasedAtSwitch, of("migration", vec![migrate(1)], NONE));
+    let lost = Faults { kills: 1, crashes: 1, ..NONE };
+    caught(Mutation::StandbyTakesOver, coarse(of("mirror", vec![mirror(1)], lost)));
+    caught(Mutation::SpeaksTooEarly, coarse(of("mirror", vec![mirror(1)], lost)));
     caught(Mutation::MapsBeforeSeal, of("migration", vec![migrate(1)], NONE));
 }

@@ -36,7 +36,8 @@ impl Run {
         let mut kinds = Vec::new();
         for _ in 0..8 {
             let to = host(dice.roll(HOSTS));
-            kinds.push(match dice.roll(10) {
+            kinds.push(match dice.roll(12) {
+                10 | 11 => OperationKind::Mirror { to },
                 0..=3 => OperationKind::Migrate { to, post_copy: dice.roll(3) == 0 },
                 4 if freezes < FREEZES => {
                     freezes += 1;
@@ -148,7 +149,7 @@ impl Run {
                         {
                             self.apply(action)?;
                         }
-                        Action::LeavePlan => drop(self.apply(action)?),
+                        Action::LeavePlan | Action::EndMirror => drop(self.apply(action)?),
                         _ => {}
                     }
                 }

@@ -280,6 +280,23 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/guests/{guest}/failover": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** Has the standby of a mirrored guest take over. The guest's host must be dead, and you must say so. */
+        post: operations["guests_failover"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/guests/{guest}/freeze": {
         parameters: {
             query?: never;
@@ -308,6 +325,24 @@ export interface paths {
         put?: never;
         /** Moves a guest live. */
         post: operations["guests_migrate"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/guests/{guest}/mirrors": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** The mirrors of a guest; at most one now. */
+        get: operations["guests_mirrors_list"];
+        put?: never;
+        /** Keeps a second copy of a running guest at another host, until the operation is cancelled or that copy takes over. */
+        post: operations["guests_mirrors_create"];
         delete?: never;
         options?: never;
         head?: never;
@@ -1441,6 +1476,16 @@ export interface components {
             /** @description cloud-init user-data; at most 64 KiB. */
             user_data?: string | null;
         };
+        /** @description Has the standby of a mirrored guest take over. */
+        GuestFailover: {
+            /**
+             * @description You know that the guest's host does not run any more, and will not run this guest again: two copies of it would do harm that
+             *     nobody could undo. Must be `true`.
+             */
+            host_is_dead: boolean;
+            /** @description Why, for the audit trail; at most 256 bytes. */
+            reason?: string | null;
+        };
         /** @description Asks for a freeze. */
         GuestFreeze: {
             /** @description Why, for the audit trail; at most 256 bytes. */
@@ -1467,6 +1512,25 @@ export interface components {
              *     not come to such a pause in six rounds: its last pages may take all of it.
              */
             max_downtime_ms?: number | null;
+            /** @description Why, for the audit trail; at most 256 bytes. */
+            reason?: string | null;
+            /** @description Where to: a host or a cloud, by name or id. */
+            to: components["schemas"]["Ref"];
+        };
+        /** @description Asks for a second copy of a running guest, kept up to date at another host. */
+        GuestMirror: {
+            /**
+             * Format: int64
+             * @description At most this much of the link, in bits per second; unlimited when absent.
+             */
+            bandwidth_bps?: number | null;
+            /**
+             * Format: int64
+             * @description From one cut to the next, in milliseconds; 1,000 when absent.
+             */
+            interval_ms?: number | null;
+            /** @description What it says to the network meanwhile. */
+            mode?: components["schemas"]["MirrorMode"];
             /** @description Why, for the audit trail; at most 256 bytes. */
             reason?: string | null;
             /** @description Where to: a host or a cloud, by name or id. */
@@ -1846,6 +1910,67 @@ export interface components {
             /** @description How it is rented. */
             tenure: components["schemas"]["Tenure"];
         };
+        /** @description A mirror of a guest: an operation that goes on until it is ended. */
+        Mirror: {
+            destination?: null | components["schemas"]["HostId"];
+            /** @description The guest. */
+            guest: components["schemas"]["GuestId"];
+            /**
+             * Format: int64
+             * @description From one cut to the next.
+             */
+            interval_ms: number;
+            /** @description Whether it was told to take over. */
+            is_failing_over: boolean;
+            /** @description Whether the standby has a whole cut, from which the guest would go on. */
+            is_protected: boolean;
+            /** @description What it says to the network meanwhile. */
+            mode: components["schemas"]["MirrorMode"];
+            /** @description The operation that keeps it; cancel it to end the mirror. */
+            operation: components["schemas"]["OperationId"];
+            source?: null | components["schemas"]["HostId"];
+            /** @description How far the standby is. */
+            standing: components["schemas"]["MirrorStanding"];
+        };
+        /**
+         * @description What a mirrored guest says to the network.
+         * @enum {string}
+         */
+        MirrorMode: "async" | "strict";
+        /** @description How far the standby of a mirrored guest is. Cut n is memory, devices and disks at one instant; numbers never go back. */
+        MirrorStanding: {
+            /**
+             * Format: int64
+             * @description The newest one that the standby has whole; 0: nothing can be taken over yet.
+             * @default 0
+             */
+            committed: number;
+            /**
+             * Format: int64
+             * @description How long before this was told the guest was as the standby has it: what a fail-over would lose at most (of a strict mirror
+             *     nothing that anybody has seen), in milliseconds.
+             * @default 0
+             */
+            committed_age_ms: number;
+            /**
+             * Format: int64
+             * @description The newest cut that was begun; 0 during the first copy.
+             * @default 0
+             */
+            cut: number;
+            /**
+             * Format: int64
+             * @description Memory that the guest wrote between the last two cuts.
+             * @default 0
+             */
+            dirty_bytes: number;
+            /**
+             * Format: int64
+             * @description How long the guest stood still for the last cut, in milliseconds.
+             * @default 0
+             */
+            pause_ms: number;
+        };
         /** @description A name: 1 to 63 characters of `a-z`, `0-9`, `-`; starts with a letter, does not end with `-`. Unique per project and kind. */
         Name: string;
         /** @description A project's private L2 segment; spans all clouds. */
@@ -1938,7 +2063,7 @@ export interface components {
          * @description What an operation does.
          * @enum {string}
          */
-        OperationKind: "image_import" | "guest_start" | "guest_stop" | "guest_delete" | "guest_migrate" | "guest_freeze" | "guest_thaw" | "host_rent" | "host_return";
+        OperationKind: "image_import" | "guest_start" | "guest_stop" | "guest_delete" | "guest_migrate" | "guest_mirror" | "guest_freeze" | "guest_thaw" | "host_rent" | "host_return";
         /** @description One page of a listing. `next_page`, when present, is passed back as `?page=`. */
         Page_ChunkStore: {
             /** @description The items of this page, ordered by id. */
@@ -2878,6 +3003,8 @@ export interface components {
              * @default
              */
             message: string;
+            /** @default null */
+            mirror: null | components["schemas"]["MirrorStanding"];
             /**
              * Format: int32
              * @description The round of pre-copy.
@@ -3902,6 +4029,58 @@ export interface operations {
             };
         };
     };
+    guests_failover: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
+            };
+            header?: {
+                /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
+                "Idempotency-Key"?: string;
+            };
+            path: {
+                /** @description Its id, or its name where it has one. */
+                guest: string;
+            };
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["GuestFailover"];
+            };
+        };
+        responses: {
+            /** @description Dry run */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Operation"];
+                };
+            };
+            202: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Operation"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
     guests_freeze: {
         parameters: {
             query?: {
@@ -3975,6 +4154,92 @@ export interface operations {
         requestBody: {
             content: {
                 "application/json": components["schemas"]["GuestMigrate"];
+            };
+        };
+        responses: {
+            /** @description Dry run */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Operation"];
+                };
+            };
+            202: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Operation"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    guests_mirrors_list: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+            };
+            header?: never;
+            path: {
+                /** @description Its id, or its name where it has one. */
+                guest: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Mirror"][];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    guests_mirrors_create: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
+            };
+            header?: {
+                /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
+                "Idempotency-Key"?: string;
+            };
+            path: {
+                /** @description Its id, or its name where it has one. */
+                guest: string;
+            };
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["GuestMirror"];
             };
         };
         responses: {

@@ -116,7 +116,7 @@ export function rounds(samples: { at: number; round: number; sent: number; remai
 
 const KINDS: Record<string, string> = {
   image_import: "import", guest_start: "start", guest_stop: "stop", guest_delete: "delete",
-  guest_migrate: "migrate", guest_freeze: "freeze", guest_thaw: "thaw",
+  guest_migrate: "migrate", guest_mirror: "mirror", guest_freeze: "freeze", guest_thaw: "thaw",
   host_rent: "rent a host", host_return: "give a host back",
 };
 

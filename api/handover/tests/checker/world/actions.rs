@@ -15,6 +15,9 @@ impl Model {
             if op.phase == Phase::Plan && op.verdict == Verdict::Open {
                 actions.push(Action::LeavePlan);
             }
+            if op.is_mirrored() && !op.source_lost {
+                actions.push(Action::EndMirror);
+            }
             if w.used.cancels < faults.cancels {
                 actions.push(Action::Cancel);
             }
@@ -112,7 +115,9 @@ impl Model {
             SourceState::Sealing { .. } | SourceState::Sealed { .. } => Some(Action::PeerLost(n)),
             _ => None,
         };
-        let receives = matches!(machine.destination().state(), DestinationState::Receiving { .. });
+        // A standby has no deadline.
+        let receives = matches!(machine.destination().state(), DestinationState::Receiving { plan, .. }
+            if !matches!(plan.kind, OperationKind::Mirror { .. }));
         source.into_iter().chain(receives.then_some(Action::ReceiveFailed(n))).collect()
     }
 
@@ -144,8 +149,8 @@ impl Model {
                 };
                 self.write(w, next);
             }
-            Action::Cancel => {
-                w.used.cancels += 1;
+            Action::Cancel | Action::EndMirror => {
+                w.used.cancels += u8::from(action == Action::Cancel);
                 let Some(op) = &record.operation else { return Ok(false) };
                 let AbortDecision::Aborted { record: next } = request_abort(&record, op.id, AbortReason::Cancelled)
                 else {
@@ -177,6 +182,9 @@ impl Model {
             Action::Converge(n) => return Ok(self.converge(w, n)),
             Action::SourcePaused(n) => {
                 let Some(op) = w.hosts[n].copying else { return Ok(false) };
+                if matches!(self.scenario.kinds[usize::from(op)], OperationKind::Mirror { .. }) {
+                    return Ok(false);
+                }
                 let epoch = epoch_of(self.machine(&w.hosts[n]).source());
                 if !w.hosts[n].by_epoch(epoch).is_some_and(|p| p.mode == Mode::Paused) {
                     return Ok(false);
@@ -219,6 +227,16 @@ impl Model {
                     return Ok(false);
                 };
                 let epoch = p.epoch;
+                let standby = if p.holds {
+                    // Nobody hears of it before the next cut.
+                    let Some(standby) = self.standby_of(w, n) else { return Ok(false) };
+                    Some(standby)
+                } else {
+                    None
+                };
+                if let Some(standby) = standby {
+                    w.hosts[standby].adopt = Some(w.truth + 1);
+                }
                 match &mut w.hosts[n].volume {
                     Some(volume) if volume.access == Access::Active(epoch) => {
                         w.truth += 1;
@@ -266,6 +284,14 @@ impl Model {
                     return Ok(false);
                 };
                 let (operation, from) = (plan.operation, plan.from.owner);
+                if matches!(plan.kind, OperationKind::Mirror { .. }) {
+                    // That is what it stands by for.
+                    if self.has(Mutation::StandbyTakesOver) && self.can_take_over(w, n) {
+                        self.take_over(w, n, operation)?;
+                        return Ok(true);
+                    }
+                    return Ok(false);
+                }
                 if !w.hosts.iter().enumerate().any(|(n, h)| h.dead && from == Owner::Host(host(n))) {
                     return Ok(false);
                 }
@@ -296,6 +322,9 @@ impl Model {
         let h = &mut w.hosts[n];
         h.queue = self.queues.id(Vec::new());
         h.copying = None;
+        if self.scenario.mutation == Some(Mutation::SpeaksTooEarly) {
+            h.processes.iter_mut().flatten().for_each(|p| p.holds = false);
+        }
         h.down = true;
         h.machine = h.persisted;
         if self.lossy {

@@ -52,7 +52,12 @@ impl Model {
     ) -> Result<bool, Violation> {
         match self.messages.get(at as u32).clone() {
             Message::Report { from, report } => {
-                let before = self.record(w).clone();
+                let mut before = self.record(w).clone();
+                if self.has(Mutation::StandbyTakesOver)
+                    && let (Report::RequestSwitch(_), Some(op)) = (&report, &mut before.operation)
+                {
+                    op.source_lost |= op.is_mirrored();
+                }
                 let mut accepted = accept(&before, host(from), &report, when_open);
                 self.mutate_decision(&before, from, &report, &mut accepted);
                 for alarm in accepted.alarms {

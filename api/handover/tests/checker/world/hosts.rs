@@ -89,8 +89,45 @@ impl Model {
         Ok(())
     }
 
+    /// The host that takes cuts of the guest that is mirrored from host `n`.
+    pub(super) fn standby_of(&self, w: &World, n: usize) -> Option<usize> {
+        let op = w.hosts[n].copying?;
+        let OperationKind::Mirror { to } = self.scenario.kinds[usize::from(op)] else { return None };
+        let to = (0..HOSTS).find(|n| host(*n) == to)?;
+        let h = &w.hosts[to];
+        let receives = matches!(self.machine(h).destination().state(), DestinationState::Receiving { .. });
+        (receives && !h.down && !h.dead && h.by_op(op)?.mode == Mode::Incoming).then_some(to)
+    }
+
+    /// Whether host `n` has a cut from which it could go on.
+    pub(super) fn can_take_over(&self, w: &World, n: usize) -> bool {
+        let h = &w.hosts[n];
+        let op = self.machine(h).destination().operation().map(|operation| self.index(operation));
+        h.adopt.is_some() && op.and_then(|op| h.by_op(op)).is_some()
+    }
+
+    pub(super) fn take_over(&mut self, w: &mut World, n: usize, operation: OperationId) -> Result<(), Violation> {
+        if !self.can_take_over(w, n) {
+            return self.destination(w, n, DestinationEvent::ReceiveFailed { operation });
+        }
+        let op = self.index(operation);
+        let version = w.hosts[n].adopt.unwrap_or_default();
+        let h = &mut w.hosts[n];
+        if let Some(p) = h.by_op_mut(op) {
+            p.mode = Mode::Received;
+        }
+        if let Some(volume) = &mut h.volume {
+            volume.full = Some(version);
+        }
+        self.destination(w, n, DestinationEvent::StateReceived { operation })?;
+        self.adopt(w, n, operation, version).map(drop)
+    }
+
     pub(super) fn converge(&mut self, w: &mut World, n: usize) -> bool {
         let Some(op) = w.hosts[n].copying else { return false };
+        if matches!(self.scenario.kinds[usize::from(op)], OperationKind::Mirror { .. }) {
+            return self.cut(w, n);
+        }
         let epoch = epoch_of(self.machine(&w.hosts[n]).source());
         if !w.hosts[n].by_epoch(epoch).is_some_and(|p| p.mode == Mode::Running) {
             return false;
@@ -106,6 +143,17 @@ impl Model {
         if let Some(p) = w.hosts[n].by_epoch_mut(epoch) {
             p.mode = Mode::Paused;
         }
+        true
+    }
+
+    /// A cut of a mirrored guest reaches its standby.
+    fn cut(&mut self, w: &mut World, n: usize) -> bool {
+        let Some(to) = self.standby_of(w, n) else { return false };
+        let Some(map) = w.hosts[n].volume.map(|volume| volume.map) else { return false };
+        let epoch = epoch_of(self.machine(&w.hosts[n]).source());
+        let Some(p) = w.hosts[n].by_epoch_mut(epoch).filter(|p| p.mode == Mode::Running) else { return false };
+        p.holds = true;
+        w.hosts[to].adopt = Some(map);
         true
     }
 
@@ -249,6 +297,7 @@ impl Model {
             SourceEffect::ResumeGuest { epoch } => match h.by_epoch_mut(byte(epoch)) {
                 Some(p) => {
                     p.mode = Mode::Running;
+                    p.holds = false;
                     if !h.volume.is_some_and(|v| v.access == Access::Active(byte(epoch))) {
                         return Err(format!("host {n} resumes the guest before its volume takes writes"));
                     }
@@ -289,11 +338,11 @@ impl Model {
                     DestinationEvent::ReceiveFailed { operation }
                 } else {
                     let mode = match plan.kind {
-                        OperationKind::Migrate { .. } => Mode::Incoming,
+                        OperationKind::Migrate { .. } | OperationKind::Mirror { .. } => Mode::Incoming,
                         _ => Mode::Received,
                     };
                     if h.by_op(op).is_none() {
-                        h.add(Process { op, epoch: 0, mode, pages_missing: false });
+                        h.add(Process { op, epoch: 0, mode, pages_missing: false, holds: false });
                     }
                     let standby = Volume { access: Access::Standby, map: 0, needs: None, full: None };
                     h.volume = Some(h.volume.unwrap_or(standby));
@@ -301,6 +350,7 @@ impl Model {
                 };
                 self.destination(w, n, event)?;
             }
+            DestinationEffect::TakeOver { operation } => self.take_over(w, n, operation)?,
             DestinationEffect::DestroyReceived { operation } => {
                 let op = self.index(operation);
                 h.remove(|p| p.op == op);

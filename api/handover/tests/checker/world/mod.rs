@@ -108,6 +108,10 @@ pub enum Mutation {
     SourceReleasedAtSwitch,
     /// The source gives the volume maps away before its volumes are sealed.
     MapsBeforeSeal,
+    /// A mirror's standby goes on by itself when it hears nothing, and the controller lets it.
+    StandbyTakesOver,
+    /// A mirrored guest speaks freely when its agent is gone.
+    SpeaksTooEarly,
     /// The agent does not repeat what it asks for.
     NobodyAsksAgain,
 }
@@ -127,6 +131,8 @@ struct Process {
     epoch: u8,
     mode: Mode,
     pages_missing: bool,
+    /// What it says to the world waits for the next cut of its mirror.
+    holds: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -196,6 +202,8 @@ pub enum Action {
     Begin,
     LeavePlan,
     Cancel,
+    /// Mirrors go on until somebody ends them.
+    EndMirror,
     NoteLost(usize),
     Deliver(usize, WhenOpen),
     DeliverLosingTheWrite(usize),
@@ -327,7 +335,8 @@ impl Model {
                 self.machines.id(LocalHandover::of(SourceHandover::running(guest(), host(0), Epoch(1)), host(0)));
             hosts[0].machine = machine;
             hosts[0].persisted = machine;
-            hosts[0].processes[0] = Some(Process { op: NO_OP, epoch: 1, mode: Mode::Running, pages_missing: false });
+            hosts[0].processes[0] =
+                Some(Process { op: NO_OP, epoch: 1, mode: Mode::Running, pages_missing: false, holds: false });
             hosts[0].volume = Some(Volume { access: Access::Active(1), map: 0, needs: None, full: Some(0) });
         }
         World {

@@ -1,0 +1,198 @@
+//! Second copies of running guests: begun, looked at, and told to take over. Ending one is cancelling its operation.
+
+use axum::{
+    body::Bytes,
+    extract::{Path, State},
+    http::HeaderMap,
+};
+use supercloud_api::{
+    Code, GuestFailover, GuestMirror, Mirror, MirrorMode, MirrorStanding, Operation, OperationKind, Phase, PlanCheck,
+    Problem, Ref, handover, ids::HostId, link::MirrorOptions,
+};
+
+use super::{
+    Api, Asker, Failure, Reply, body,
+    guest_operations::{MIN_BANDWIDTH_BPS, Wanted, migration_plan, need, refuse, submit, with_reachability},
+    guest_plan::{self, Picture, Route},
+};
+use crate::{
+    admission::Request,
+    state::{Change, EventDraft, GuestRecord, HostRecord, LiveHosts, OperationRecord, Stored, Work, retry_conflicts},
+};
+
+const DEFAULT_INTERVAL_MS: u64 = 1000;
+/// Shorter ones would leave a guest little time to run in.
+const MIN_INTERVAL_MS: u64 = 50;
+const MAX_INTERVAL_MS: u64 = 600_000;
+
+fn options(wanted: &GuestMirror) -> Result<MirrorOptions, Failure> {
+    let interval_ms = wanted.interval_ms.unwrap_or(DEFAULT_INTERVAL_MS);
+    if !(MIN_INTERVAL_MS..=MAX_INTERVAL_MS).contains(&interval_ms) {
+        let detail = format!("interval_ms is {interval_ms}; it must be {MIN_INTERVAL_MS} to {MAX_INTERVAL_MS}");
+        return Err(Failure::bad(detail));
+    }
+    if let Some(bps) = wanted.bandwidth_bps.filter(|bps| *bps < MIN_BANDWIDTH_BPS) {
+        return Err(Failure::bad(format!("bandwidth_bps is {bps}; at least {MIN_BANDWIDTH_BPS}")));
+    }
+    guest_plan::check_reason(wanted.reason.as_ref())?;
+    Ok(MirrorOptions { interval_ms, is_strict: wanted.mode == MirrorMode::Strict, bandwidth_bps: wanted.bandwidth_bps })
+}
+
+/// Whether both agents know how to mirror a guest.
+fn capability(live: &LiveHosts, source: Option<HostId>, to: HostId) -> Result<PlanCheck, Problem> {
+    let lacks = |host: &HostId| !live.takes_mirrors(*host);
+    match source.into_iter().chain([to]).find(lacks) {
+        Some(host) => {
+            let detail =
+                format!("guests cannot be mirrored from or to {host}: its back end lacks it, or its agent is older");
+            Err(Problem::new(Code::Unsupported, detail))
+        }
+        None => {
+            Ok(PlanCheck { name: "mirroring".to_owned(), is_ok: true, detail: "both back ends have it".to_owned() })
+        }
+    }
+}
+
+/// Keeps a second copy of a running guest at another host, until the operation is cancelled or that copy takes over.
+#[utoipa::path(post, path = "/v1/guests/{guest}/mirrors", tag = "guests", request_body = GuestMirror, responses((status = 202, body = Operation), (status = 200, description = "Dry run", body = Operation)))]
+pub async fn begin(
+    State(api): State<Api>,
+    asker: Asker,
+    Path(guest): Path<String>,
+    headers: HeaderMap,
+    bytes: Bytes,
+) -> Result<Reply, Failure> {
+    let wanted: GuestMirror = body(&headers, &bytes)?;
+    let options = options(&wanted)?;
+    let reference = Ref::from(guest);
+    let _turn = api.placing.lock().await;
+    retry_conflicts(|| async {
+        let picture = Picture::take(&api.parts).await?;
+        let found = asker.find_guest(&api.parts, &reference).await?;
+        guest_plan::admit(Request::Mirror, &found)?;
+        let place = guest_plan::resolve_place(&api.parts, Some(&wanted.to)).await?;
+        let source = found.guest.host.and_then(|host| picture.host(host));
+        let chosen = picture.choose(&need(&picture, &found, found.guest.host), &place);
+        let chosen =
+            chosen.and_then(|(host, checks)| with_reachability(source, host, checks)).and_then(|(host, mut checks)| {
+                checks.push(capability(&api.parts.hosts, found.guest.host, host.id)?);
+                Ok((host, checks))
+            });
+        let (host, checks) = match chosen {
+            Ok(chosen) => chosen,
+            Err(problem) => return refuse(&asker, &found, OperationKind::GuestMirror, problem),
+        };
+        let route = Route {
+            source: found.guest.host,
+            destination: Some(host.id),
+            plan: Some(migration_plan(&found, host, checks, options.bandwidth_bps)),
+            reason: wanted.reason.clone(),
+        };
+        let wanted = Wanted {
+            kind: OperationKind::GuestMirror,
+            handover: handover::OperationKind::Mirror { to: host.id },
+            work: Work::GuestMirror { options, is_failing_over: false },
+            route,
+        };
+        submit(&api, &asker, &found, Some(&picture), wanted).await
+    })
+    .await
+}
+
+/// The mirror that is kept of a guest, if one is.
+async fn of(api: &Api, found: &GuestRecord) -> Result<Option<Stored<OperationRecord>>, Failure> {
+    let Some(id) = found.guest.operation else { return Ok(None) };
+    let record = api.parts.state.read::<OperationRecord>(&id).await?;
+    Ok(record.filter(|record| matches!(record.work, Work::GuestMirror { .. }) && !record.operation.phase.is_terminal()))
+}
+
+fn shown(record: &OperationRecord, standing: MirrorStanding) -> Option<Mirror> {
+    let Work::GuestMirror { options, is_failing_over } = &record.work else { return None };
+    let operation = &record.operation;
+    Some(Mirror {
+        operation: operation.id,
+        guest: operation.guest?,
+        source: operation.source,
+        destination: operation.destination,
+        mode: if options.is_strict { MirrorMode::Strict } else { MirrorMode::Async },
+        interval_ms: options.interval_ms,
+        is_protected: standing.committed > 0 && operation.phase == Phase::Copy,
+        is_failing_over: *is_failing_over,
+        standing,
+    })
+}
+
+/// The mirrors of a guest; at most one now.
+#[utoipa::path(get, path = "/v1/guests/{guest}/mirrors", tag = "guests", responses((status = 200, body = Vec<Mirror>)))]
+pub async fn list(State(api): State<Api>, asker: Asker, Path(guest): Path<String>) -> Result<Reply, Failure> {
+    let found = asker.find_guest(&api.parts, &Ref::from(guest)).await?;
+    let mirrors: Vec<Mirror> = match of(&api, &found).await? {
+        Some(record) => {
+            let live = super::operations::shown(&api, &record);
+            shown(&record, live.progress.mirror.unwrap_or_default()).into_iter().collect()
+        }
+        None => Vec::new(),
+    };
+    Reply::ok(&mirrors)
+}
+
+/// Has the standby of a mirrored guest take over. The guest's host must be dead, and you must say so.
+#[utoipa::path(post, path = "/v1/guests/{guest}/failover", tag = "guests", request_body = GuestFailover, responses((status = 202, body = Operation), (status = 200, description = "Dry run", body = Operation)))]
+pub async fn fail_over(
+    State(api): State<Api>,
+    asker: Asker,
+    Path(guest): Path<String>,
+    headers: HeaderMap,
+    bytes: Bytes,
+) -> Result<Reply, Failure> {
+    let wanted: GuestFailover = body(&headers, &bytes)?;
+    guest_plan::check_reason(wanted.reason.as_ref())?;
+    let reference = Ref::from(guest);
+    retry_conflicts(|| async {
+        let found = asker.find_guest(&api.parts, &reference).await?;
+        let wrong = |detail: String| Failure::new(Code::WrongState, detail);
+        let Some(record) = of(&api, &found).await? else {
+            let detail = format!("guest {} has no mirror that could take over", found.guest.name);
+            return Err(wrong(detail));
+        };
+        let Work::GuestMirror { options, is_failing_over } = record.work else {
+            return Err(wrong("the operation is no mirror".to_owned()));
+        };
+        if record.operation.phase != Phase::Copy {
+            return Err(wrong("the mirror has not begun to copy, or takes over already".to_owned()));
+        }
+        if let Some(source) = record.operation.source
+            && api.parts.hosts.get(source).is_some()
+        {
+            let name = api.parts.state.need::<HostRecord>(&source).await?.host.name.clone();
+            return Err(wrong(format!(
+                "{name}, where the guest runs, is connected: cancel the mirror and migrate the guest, or stop that host's agent and \
+                 the guest first"
+            )));
+        }
+        if !wanted.host_is_dead {
+            return Err(Failure::bad(
+                "host_is_dead must be true: make sure that the guest's host does not run any more and will not run this guest again \
+                 (the provider says terminated, or you switched it off)",
+            ));
+        }
+        if is_failing_over || asker.params.dry_run {
+            let shown = super::operations::shown(&api, &record);
+            return if asker.params.dry_run { Reply::ok(&shown) } else { Reply::accepted(&shown) };
+        }
+        let mut now = record.value.clone();
+        now.work = Work::GuestMirror { options, is_failing_over: true };
+        let mut change = Change::new();
+        let mut event = EventDraft::new("guest.failover_requested")
+            .project(now.operation.project)
+            .guest(now.operation.guest)
+            .operation(now.operation.id);
+        if let Some(host) = now.operation.source {
+            event = event.host(host);
+        }
+        change.event(event);
+        change.update_operation(&record, &mut now);
+        asker.commit(&api.parts, now.operation.project, change, Reply::accepted(&now.operation)?).await
+    })
+    .await
+}
