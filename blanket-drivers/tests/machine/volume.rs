@@ -15,6 +15,8 @@ use supercloud_blanket::vmm::virtio::nbd::CMD_CUT;
 pub struct Disk {
     pub bytes: Vec<u8>,
     pub cuts: BTreeMap<u64, Vec<u8>>,
+    /// What was written to the front, in order.
+    pub written: Vec<u32>,
     /// The next cut is answered so late.
     pub slow_for: Duration,
     /// Cuts are refused.
@@ -75,7 +77,9 @@ pub fn serve_link(mut stream: &UnixStream, disk: &Shared) -> io::Result<()> {
             1 => {
                 let mut data = vec![0; bytes];
                 stream.read_exact(&mut data)?;
-                disk.lock().unwrap().bytes[from..from + bytes].copy_from_slice(&data);
+                let mut disk = disk.lock().unwrap();
+                disk.bytes[from..from + bytes].copy_from_slice(&data);
+                disk.written.push(number(&data));
             }
             CMD_CUT => {
                 let slow_for = std::mem::take(&mut disk.lock().unwrap().slow_for);

@@ -6,13 +6,23 @@
 #[path = "../../../../blanket-drivers/tests/machine/guest.rs"]
 mod guest;
 
+#[expect(dead_code, reason = "likewise")]
+#[path = "../../../../blanket-drivers/tests/machine/volume.rs"]
+mod volume;
+#[expect(dead_code, reason = "likewise")]
+#[path = "../../../../blanket-drivers/tests/machine/worker.rs"]
+mod worker;
+
 #[path = "../support/boot_disk.rs"]
 mod boot_disk;
 mod disks;
+mod mirror;
+mod wire;
 
 use std::{
     io::{Read as _, Seek as _},
     path::PathBuf,
+    sync::Arc,
     time::Duration,
 };
 
@@ -38,7 +48,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// A host: a folder, and the back end of the agent that is there now.
 struct Host {
     folder: tempfile::TempDir,
-    back_end: KvmBackend,
+    back_end: Arc<KvmBackend>,
     call_budget: Duration,
 }
 
@@ -51,14 +61,14 @@ impl Host {
         kernel.read_to_end(&mut image).unwrap();
         std::fs::write(folder.path().join("kernel"), image).unwrap();
         std::fs::write(folder.path().join("initrd"), b"up.").unwrap();
-        let back_end = KvmBackend::open(config(&folder)).await.unwrap();
+        let back_end = Arc::new(KvmBackend::open(config(&folder)).await.unwrap());
         Self { folder, back_end, call_budget: Duration::from_secs(15) }
     }
 
     /// An agent that is killed, and the next one.
     async fn restart(&mut self) {
         let config = KvmConfig { call_budget: self.call_budget, ..config(&self.folder) };
-        self.back_end = KvmBackend::open(config).await.unwrap();
+        self.back_end = Arc::new(KvmBackend::open(config).await.unwrap());
     }
 
     fn path(&self, name: &str) -> PathBuf {
