@@ -22,7 +22,11 @@ use supercloud_storage::{
     source::ChunkReader,
     transfer::{ImportOptions, export_raw, import_image},
 };
-use tokio::{process::Command, task::JoinHandle};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    process::Command,
+    task::JoinHandle,
+};
 use tokio_util::sync::CancellationToken;
 
 const SIZE: u64 = 64 << 20;
@@ -423,11 +427,126 @@ async fn serve_as_another_process() {
     run(config, key, CancellationToken::new()).await.unwrap();
 }
 
+fn another_process(config: &Path) -> tokio::process::Child {
+    Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "serve_as_another_process", "--nocapture"])
+        .env("VOLUME_PROCESS_CONFIG", config)
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap()
+}
+
+/// An NBD client of the barest kind: EXPORT_NAME, then one request after the other.
+struct Nbd(tokio::net::UnixStream);
+
+impl Nbd {
+    async fn connect(config: &VolumeProcessConfig) -> Self {
+        let mut nbd = tokio::net::UnixStream::connect(config.nbd_socket()).await.unwrap();
+        let mut hello = [0; 18];
+        nbd.read_exact(&mut hello).await.unwrap();
+        nbd.write_all(&[&3u32.to_be_bytes()[..], b"IHAVEOPT", &1u32.to_be_bytes(), &0u32.to_be_bytes()].concat())
+            .await
+            .unwrap();
+        let mut export = [0; 10];
+        nbd.read_exact(&mut export).await.unwrap();
+        assert_eq!(u64::from_be_bytes(export[..8].try_into().unwrap()), SIZE);
+        Self(nbd)
+    }
+
+    /// Gives the error number.
+    async fn ask(&mut self, command: u16, offset: u64, len: u32, data: &[u8]) -> u32 {
+        let command = [&[0, 0][..], &command.to_be_bytes()].concat();
+        let magic = 0x2560_9513u32.to_be_bytes();
+        let cookie = 7u64.to_be_bytes();
+        let header = [&magic[..], &command, &cookie, &offset.to_be_bytes(), &len.to_be_bytes(), data];
+        self.0.write_all(&header.concat()).await.unwrap();
+        let mut reply = [0; 16];
+        self.0.read_exact(&mut reply).await.unwrap();
+        u32::from_be_bytes(reply[4..8].try_into().unwrap())
+    }
+}
+
+/// A source in a process of its own, which is killed; what its mirror stood for goes on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn the_committed_cut_of_a_killed_source_is_promoted() {
+    const CUT: u16 = 0x5343;
+    let world = World::new();
+    let (root, raw) = world.image("a").await;
+    let mut source = world.config("a", StartRole::Active { epoch: Epoch(1) });
+    source.base = Some(root);
+    let path = world.path("config.json");
+    std::fs::write(&path, serde_json::to_vec(&source).unwrap()).unwrap();
+    let mut child = another_process(&path);
+    let client = VolumeClient::new(source.control_socket());
+    client.wait_ready(Duration::from_secs(30)).await.unwrap();
+    client.end_cuts().await.unwrap();
+    let mut target = world.config("b", StartRole::Standby);
+    target.base = Some(root);
+    target.store_folder = world.path("a/store");
+    target.peer_dial = Some(source.peer_socket());
+    let target = Host::start(target).await;
+    let is = |code| move |refusal: &ClientError| matches!(refusal, ClientError::Refused(r) if r.code == code);
+
+    let mut nbd = Nbd::connect(&source).await;
+    let mut now = std::fs::read(&raw).unwrap();
+    let mut rng = rand::rngs::SmallRng::seed_from_u64(12);
+    let early = target.client.await_staged(0).await;
+    assert!(early.as_ref().is_err_and(is(RefusalCode::Role)), "{early:?}");
+    target.client.follow(None).await.unwrap();
+    let mut committed = now.clone();
+    for cut in 1..=8u64 {
+        for _ in 0..rng.random_range(1..60) {
+            let mut data = vec![0; 512 * rng.random_range(1..200)];
+            rng.fill(&mut data[..]);
+            let at = rng.random_range(0..(SIZE - data.len() as u64) / 512) * 512;
+            let len = u32::try_from(data.len()).unwrap();
+            assert_eq!(nbd.ask(1, at, len, &data).await, 0);
+            now[at as usize..at as usize + data.len()].copy_from_slice(&data);
+        }
+        assert_eq!(nbd.ask(CUT, cut, 0, &[]).await, 0);
+        assert_eq!(nbd.ask(CUT, cut, 0, &[]).await, 22);
+        while target.client.await_staged(cut - 1).await.unwrap().staged < cut {}
+        if cut < 8 {
+            target.client.commit_cut(cut).await.unwrap();
+            committed.clone_from(&now);
+        }
+    }
+    let beyond = target.client.commit_cut(9).await;
+    assert!(beyond.as_ref().is_err_and(is(RefusalCode::Cut)), "{beyond:?}");
+    for refused in [target.client.pre_copy(None, false).await, target.client.shutdown(true, false).await] {
+        assert!(refused.as_ref().is_err_and(is(RefusalCode::Role)), "{refused:?}");
+    }
+    child.kill().await.unwrap();
+    let following = target.client.status().await.unwrap().following.unwrap();
+    assert_eq!((following.staged, following.committed), (8, 7), "{following:?}");
+
+    let sealed = target.client.promote(Epoch(1)).await.unwrap();
+    assert_eq!(target.client.promote(Epoch(1)).await.unwrap(), sealed);
+    let old = target.client.activate(Epoch(1)).await;
+    assert!(old.as_ref().is_err_and(is(RefusalCode::Epoch)), "{old:?}");
+    target.client.activate(Epoch(2)).await.unwrap();
+    let status = target.client.status().await.unwrap();
+    assert_eq!((status.missing_blocks, status.following), (0, None));
+    assert!(!target.config.data_folder.join("stage").exists());
+    if has("nbdcopy") {
+        let back = world.path("back.raw");
+        tool("nbdcopy", &[&target.uri(), text(&back)]).await;
+        assert!(std::fs::read(&back).unwrap() == committed, "what was promoted is not the committed cut");
+        let config = target.config.clone();
+        target.stop().await;
+        let target = Host::start(config).await;
+        tool("nbdcopy", &[&target.uri(), text(&back)]).await;
+        assert!(std::fs::read(&back).unwrap() == committed, "it differs after a new start");
+        target.stop().await;
+    }
+}
+
 /// Writes numbered sectors without ever flushing, over the real socket, and kills the process with SIGKILL in the
 /// middle. Every write that was acknowledged must be there when it is started again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_killed_process_loses_nothing_acknowledged() {
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let world = World::new();
     let (root, raw) = world.image("a").await;
     let mut config = world.config("a", StartRole::Active { epoch: Epoch(1) });
@@ -439,14 +558,7 @@ async fn a_killed_process_loses_nothing_acknowledged() {
     let mut rng = rand::rngs::SmallRng::seed_from_u64(11);
     let mut number = 0u64;
     for round in 0..4 {
-        let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "serve_as_another_process", "--nocapture"])
-            .env("VOLUME_PROCESS_CONFIG", &path)
-            .stdout(std::process::Stdio::null())
-            .stderr(std::process::Stdio::null())
-            .kill_on_drop(true)
-            .spawn()
-            .unwrap();
+        let mut child = another_process(&path);
         let status = client.wait_ready(Duration::from_secs(30)).await.unwrap();
         assert_eq!(status.role, RoleStatus::Active { epoch: Epoch(1) }, "round {round}");
         if has("nbdcopy") {
@@ -455,32 +567,12 @@ async fn a_killed_process_loses_nothing_acknowledged() {
             tool("nbdcopy", &[&uri, text(&back)]).await;
             assert!(std::fs::read(&back).unwrap() == expected, "round {round}: acknowledged writes are gone");
         }
-        // An NBD client of the barest kind: EXPORT_NAME, then one write after the other.
-        let mut nbd = tokio::net::UnixStream::connect(config.nbd_socket()).await.unwrap();
-        let mut hello = [0; 18];
-        nbd.read_exact(&mut hello).await.unwrap();
-        nbd.write_all(&[&3u32.to_be_bytes()[..], b"IHAVEOPT", &1u32.to_be_bytes(), &0u32.to_be_bytes()].concat())
-            .await
-            .unwrap();
-        let mut export = [0; 10];
-        nbd.read_exact(&mut export).await.unwrap();
-        assert_eq!(u64::from_be_bytes(export[..8].try_into().unwrap()), SIZE);
+        let mut nbd = Nbd::connect(&config).await;
         for _ in 0..rng.random_range(50..400) {
             number += 1;
             let at = rng.random_range(0..SIZE / 512) * 512;
             let data: Vec<u8> = std::iter::repeat_n(number.to_be_bytes(), 64).flatten().collect();
-            let header = [
-                &0x2560_9513u32.to_be_bytes()[..],
-                &[0, 0, 0, 1],
-                &number.to_be_bytes(),
-                &at.to_be_bytes(),
-                &512u32.to_be_bytes(),
-                &data,
-            ];
-            nbd.write_all(&header.concat()).await.unwrap();
-            let mut reply = [0; 16];
-            nbd.read_exact(&mut reply).await.unwrap();
-            assert_eq!(reply[4..8], [0; 4]);
+            assert_eq!(nbd.ask(1, at, 512, &data).await, 0);
             expected[at as usize..at as usize + 512].copy_from_slice(&data);
         }
         child.kill().await.unwrap();

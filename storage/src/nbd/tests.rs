@@ -13,8 +13,8 @@ use tokio_util::sync::CancellationToken;
 use super::{
     NbdError,
     proto::{
-        CMD_DISC, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, MAX_REQUEST_BYTES, OPT_GO, OPT_INFO,
-        OPT_LIST, OPT_STRUCTURED_REPLY, OPTION_MAGIC, REQUEST_MAGIC,
+        CMD_CUT, CMD_DISC, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, MAX_REQUEST_BYTES, OPT_GO,
+        OPT_INFO, OPT_LIST, OPT_STRUCTURED_REPLY, OPTION_MAGIC, REQUEST_MAGIC,
     },
     serve_nbd,
 };
@@ -85,6 +85,7 @@ fn conversation() -> Vec<u8> {
     wire.extend(request(CMD_READ, 0, 65536));
     wire.extend(request(CMD_TRIM, 0, 4096));
     wire.extend(request(CMD_WRITE_ZEROES, 100, 70_000));
+    wire.extend(request(CMD_CUT, 1, 0));
     wire.extend(request(CMD_FLUSH, 0, 0));
     wire.extend(request(CMD_DISC, 0, 0));
     wire
@@ -193,4 +194,73 @@ async fn a_silent_client_is_let_go_by_its_leaving() {
     client.write_all(&request(CMD_READ, 0, 4096)).await.unwrap();
     drop(client);
     ended(server).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_cut_has_what_was_asked_for_before_it_and_nothing_after() {
+    let bench = Bench::new(Role::Active { epoch: Epoch(1) }).await;
+    let (mut client, server, _cancel) = bench.connect();
+    attach(&mut client).await;
+    for number in 1..=40u8 {
+        // One after the other without waiting for an answer.
+        let (before, after) = (vec![number; 70_000], vec![number + 100; 70_000]);
+        let write = request(CMD_WRITE, 512, 70_000);
+        let cut = request(CMD_CUT, number.into(), 0);
+        client.write_all(&[&write[..], &before, &cut, &write, &after].concat()).await.unwrap();
+        for _ in 0..3 {
+            assert_eq!(answer(&mut client).await, 0);
+        }
+        let known = u64::from(number) - 1;
+        let told = bench.volume.await_cut(known, 0).await.unwrap().unwrap();
+        assert_eq!(told.number, u64::from(number));
+        for block in [0, 1] {
+            let kept = bench.volume.cut_block(told.number, block).await.unwrap().data.unwrap();
+            let at = if block == 0 { 512..65536 } else { 0..70_000 + 512 - 65536 };
+            assert!(kept[at].iter().all(|byte| *byte == number), "cut {number} differs");
+        }
+        assert_eq!(bench.volume.read(512, 1).await.unwrap()[0], number + 100);
+    }
+    for wire in [request(CMD_CUT, 40, 0), request(CMD_CUT, 0, 0), request(CMD_CUT, 50, 512)] {
+        client.write_all(&wire).await.unwrap();
+        assert_eq!(answer(&mut client).await, 22);
+    }
+    drop(client);
+    ended(server).await.unwrap();
+}
+
+/// Also to a client that takes structured replies: one form, whatever was agreed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_cut_is_answered_in_the_simple_form() {
+    let bench = Bench::new(Role::Active { epoch: Epoch(1) }).await;
+    let (mut client, _server, _cancel) = bench.connect();
+    let hello = [3u32.to_be_bytes().to_vec(), option(OPT_STRUCTURED_REPLY, &[]), option(OPT_GO, &[0; 6])].concat();
+    client.write_all(&hello).await.unwrap();
+    let mut greeting = [0; 18];
+    client.read_exact(&mut greeting).await.unwrap();
+    let mut acks = 0;
+    while acks < 2 {
+        let mut reply = [0; 20];
+        client.read_exact(&mut reply).await.unwrap();
+        acks += u32::from(reply[12..16] == 1u32.to_be_bytes());
+        let mut rest = vec![0; u32::from_be_bytes(reply[16..20].try_into().unwrap()) as usize];
+        client.read_exact(&mut rest).await.unwrap();
+    }
+    client.write_all(&request(CMD_CUT, 1, 0)).await.unwrap();
+    let mut reply = [0; 16];
+    client.read_exact(&mut reply).await.unwrap();
+    assert_eq!(reply, [&0x6744_6698u32.to_be_bytes()[..], &[0; 4], &1u64.to_be_bytes()].concat()[..]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_cut_does_not_wait_for_a_change_that_cannot_end() {
+    let bench = Bench::new(Role::Standby).await;
+    let (mut client, _server, _cancel) = bench.connect();
+    attach(&mut client).await;
+    client.write_all(&request(CMD_CUT, 1, 0)).await.unwrap();
+    assert_eq!(answer(&mut client).await, 22, "a volume that is not active was cut");
+    // Waits for the volume to be active.
+    client.write_all(&[request(CMD_WRITE, 0, 512), vec![1; 512], request(CMD_CUT, 1, 0)].concat()).await.unwrap();
+    assert_eq!(answer(&mut client).await, 5);
+    client.write_all(&request(CMD_FLUSH, 0, 0)).await.unwrap();
+    assert_eq!(answer(&mut client).await, 0);
 }
