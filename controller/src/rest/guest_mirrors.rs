@@ -6,8 +6,8 @@ use axum::{
     http::HeaderMap,
 };
 use supercloud_api::{
-    Code, GuestFailover, GuestMirror, Mirror, MirrorMode, MirrorStanding, Operation, OperationKind, Phase, PlanCheck,
-    Problem, Ref, handover, ids::HostId, link::MirrorOptions,
+    Code, GuestFailover, GuestMirror, Mirror, MirrorMode, MirrorStanding, Operation, OperationKind, Page, Phase,
+    PlanCheck, Problem, Ref, handover, ids::HostId, link::MirrorOptions,
 };
 
 use super::{
@@ -123,7 +123,7 @@ fn shown(record: &OperationRecord, standing: MirrorStanding) -> Option<Mirror> {
 }
 
 /// The mirrors of a guest; at most one now.
-#[utoipa::path(get, path = "/v1/guests/{guest}/mirrors", tag = "guests", responses((status = 200, body = Vec<Mirror>)))]
+#[utoipa::path(get, path = "/v1/guests/{guest}/mirrors", tag = "guests", responses((status = 200, body = Page<Mirror>)))]
 pub async fn list(State(api): State<Api>, asker: Asker, Path(guest): Path<String>) -> Result<Reply, Failure> {
     let found = asker.find_guest(&api.parts, &Ref::from(guest)).await?;
     let mirrors: Vec<Mirror> = match of(&api, &found).await? {
@@ -133,7 +133,7 @@ pub async fn list(State(api): State<Api>, asker: Asker, Path(guest): Path<String
         }
         None => Vec::new(),
     };
-    Reply::ok(&mirrors)
+    Reply::ok(&Page { items: mirrors, next_page: None })
 }
 
 /// Has the standby of a mirrored guest take over. The guest's host must be dead, and you must say so.

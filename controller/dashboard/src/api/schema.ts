@@ -2404,6 +2404,33 @@ export interface components {
             next_page?: string | null;
         };
         /** @description One page of a listing. `next_page`, when present, is passed back as `?page=`. */
+        Page_Mirror: {
+            /** @description The items of this page, ordered by id. */
+            items: {
+                destination?: null | components["schemas"]["HostId"];
+                /** @description The guest. */
+                guest: components["schemas"]["GuestId"];
+                /**
+                 * Format: int64
+                 * @description From one cut to the next.
+                 */
+                interval_ms: number;
+                /** @description Whether it was told to take over. */
+                is_failing_over: boolean;
+                /** @description Whether the standby has a whole cut, from which the guest would go on. */
+                is_protected: boolean;
+                /** @description What it says to the network meanwhile. */
+                mode: components["schemas"]["MirrorMode"];
+                /** @description The operation that keeps it; cancel it to end the mirror. */
+                operation: components["schemas"]["OperationId"];
+                source?: null | components["schemas"]["HostId"];
+                /** @description How far the standby is. */
+                standing: components["schemas"]["MirrorStanding"];
+            }[];
+            /** @description Where the next page starts; absent on the last one. */
+            next_page?: string | null;
+        };
+        /** @description One page of a listing. `next_page`, when present, is passed back as `?page=`. */
         Page_Network: {
             /** @description The items of this page, ordered by id. */
             items: {
@@ -4188,6 +4215,10 @@ export interface operations {
     guests_mirrors_list: {
         parameters: {
             query?: {
+                /** @description Items of the page, 1 to 1000; 100 when absent. */
+                limit?: number;
+                /** @description `next_page` of the page before. */
+                page?: string;
                 /** @description The project at hand, for tokens that are good for all. */
                 project?: string;
             };
@@ -4205,7 +4236,7 @@ export interface operations {
                     [name: string]: unknown;
                 };
                 content: {
-                    "application/json": components["schemas"]["Mirror"][];
+                    "application/json": components["schemas"]["Page_Mirror"];
                 };
             };
             /** @description A problem (RFC 9457) */

@@ -8,6 +8,7 @@ mod images;
 mod joins;
 mod lasting;
 mod ledger;
+mod mirrors;
 mod monitoring;
 mod moves;
 mod plans;

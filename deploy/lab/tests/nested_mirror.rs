@@ -1,0 +1,174 @@
+//! A guest in our own VMM is mirrored between hosts that are VMs of different hardware, and one of them loses its power: the standby
+//! goes on, and whoever talked to the guest goes on talking to it.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::time::{Duration, Instant};
+
+use supercloud_api::{Code, GuestFailover, GuestMirror, HostState, MirrorMode, Phase, client::ClientError};
+use supercloud_lab::{
+    LabSpec,
+    command::pause,
+    fleet::{ClientStats, Console, Fleet, FleetSpec, GuestSpec, Said, ServerStats, programs},
+    host_vm,
+    lab::chain,
+    require,
+};
+
+/// Everything is 20 to 80 times slower in there, and slower still on a machine that others use.
+const LONG: Duration = Duration::from_secs(900);
+
+const NETWORK: &str = "lan";
+const IMAGE: &str = "lean";
+
+/// Hears the two guests until `is_enough`; the newest of each, with the host where it was said.
+async fn hear(
+    console: &std::sync::Arc<std::sync::Mutex<Console>>,
+    what: &str,
+    mut is_enough: impl FnMut(&str, &Said) -> bool + Send + 'static,
+) {
+    let (console, words) = (console.clone(), what.to_owned());
+    let heard = tokio::task::spawn_blocking(move || {
+        let end = Instant::now() + LONG;
+        let mut console = console.lock().unwrap();
+        while Instant::now() < end {
+            for heard in console.poll() {
+                if is_enough(&heard.host, &heard.said) {
+                    return;
+                }
+            }
+            pause(Duration::from_millis(300));
+        }
+        panic!("{words} is not heard: {:?}", console.other_lines());
+    });
+    heard.await.unwrap();
+}
+
+/// What must hold of the client in every line that it says.
+fn is_unharmed(stats: &ClientStats) -> bool {
+    (stats.resets, stats.bad, stats.mem_bad, stats.clock_back) == (0, 0, 0, 0) && stats.connects <= 1
+}
+
+/// Likewise of the server.
+fn is_whole(stats: &ServerStats) -> bool {
+    (stats.verify_bad, stats.write_errors, stats.mem_bad, stats.clock_back) == (0, 0, 0, 0)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_standby_goes_on_when_the_host_of_a_strictly_mirrored_guest_loses_its_power() {
+    if let Some(why) = host_vm::missing() {
+        require::skip(why);
+        return;
+    }
+    if !require::lab(&["mmdebstrap", "ovs-vswitchd", "qemu-system-x86_64"]) {
+        return;
+    }
+    tokio::task::spawn_blocking(programs::build).await.unwrap().unwrap_or_else(|error| panic!("{}", chain(&error)));
+    let spec = FleetSpec::new(LabSpec::three_clouds_of_vms(&format!("t-mirror-{}", std::process::id())));
+    let fleet = Fleet::up(spec).await.unwrap_or_else(|error| panic!("{}", chain(&error)));
+    fleet.import_lean_image(IMAGE).await.unwrap_or_else(|error| panic!("{}", chain(&error)));
+    fleet.create_network(NETWORK, "10.20.0.0/24").await.unwrap_or_else(|error| panic!("{}", chain(&error)));
+    let address = "10.20.0.10".parse().unwrap();
+    let server = GuestSpec::new("web", IMAGE, NETWORK, "sc.role=server").at("gcp-west").with_ipv4(address);
+    let client = GuestSpec::new("watcher", IMAGE, NETWORK, &format!("sc.role=client sc.peer={address}")).at("home");
+    let made = tokio::try_join!(fleet.create_guest(&server), fleet.create_guest(&client));
+    let (server, client) = made.unwrap_or_else(|error| panic!("{}", chain(&error)));
+    let console = |guest| std::sync::Arc::new(std::sync::Mutex::new(fleet.console(guest).unwrap()));
+    let (watcher, web) = (console(client.id), console(server.id));
+    hear(&watcher, "the stream", |_, said| matches!(said, Said::Client(stats) if stats.bytes > 20_000)).await;
+
+    // Nothing stands by yet.
+    let dead = |host_is_dead| GuestFailover { host_is_dead, reason: None };
+    let refused = |result: Result<_, ClientError>, code| match result {
+        Err(ClientError::Problem(problem)) => assert_eq!(problem.code, code, "{problem:?}"),
+        other => panic!("{other:?}"),
+    };
+    let api = fleet.client();
+    refused(api.fail_over_guest("web", &dead(true)).await, Code::WrongState);
+
+    let began = Instant::now();
+    let wanted = GuestMirror {
+        to: "aws-east".into(),
+        interval_ms: Some(1000),
+        mode: MirrorMode::Strict,
+        bandwidth_bps: None,
+        reason: None,
+    };
+    let operation = api.mirror_guest("web", &wanted).await.unwrap();
+    let mut first_cut = None;
+    let standing = loop {
+        let now = api.operation(operation.id).await.unwrap();
+        assert!(!now.phase.is_terminal(), "the mirror ended: {now:#?}");
+        let mirrors = api.mirrors("web").await.unwrap();
+        if let [mirror] = mirrors.as_slice() {
+            if mirror.is_protected && first_cut.is_none() {
+                first_cut = Some(began.elapsed());
+            }
+            if mirror.standing.committed >= 8 {
+                break mirror.standing.clone();
+            }
+        }
+        assert!(began.elapsed() < LONG, "no cuts: {now:#?}");
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    };
+    println!("first whole cut after {:.1?}, then {standing:?}", first_cut.unwrap());
+    // The stream goes on, a cut at a time.
+    let mut before = 0;
+    hear(&watcher, "the stream under the mirror", move |_, said| {
+        let Said::Client(stats) = said else { return false };
+        assert!(is_unharmed(stats), "{stats:?}");
+        before = if before == 0 { stats.bytes } else { before };
+        stats.bytes > before + 5_000
+    })
+    .await;
+    // It is held by its mirror, and its host lives.
+    refused(api.fail_over_guest("web", &dead(true)).await, Code::WrongState);
+    let boot_id = std::sync::Arc::new(std::sync::Mutex::new(String::new()));
+    let noted = boot_id.clone();
+    hear(&web, "the server", move |host, said| {
+        let Said::Server(stats) = said else { return false };
+        assert!(is_whole(stats), "{stats:?}");
+        noted.lock().unwrap().clone_from(&stats.boot_id);
+        host == "gcp-west" && stats.acked > 0
+    })
+    .await;
+
+    let lab = fleet.lab().clone();
+    tokio::task::spawn_blocking(move || lab.kill_host("gcp-west")).await.unwrap().unwrap();
+    let killed = Instant::now();
+    while fleet.admin().host("gcp-west").await.unwrap().state == HostState::Up {
+        assert!(killed.elapsed() < LONG, "the dead host is not missed");
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+    refused(api.fail_over_guest("web", &dead(false)).await, Code::BadRequest);
+    let missed = killed.elapsed();
+    api.fail_over_guest("web", &dead(true)).await.unwrap();
+    let ended = api.wait(operation.id, LONG, |_| {}).await.unwrap();
+    assert_eq!(ended.phase, Phase::Done, "{ended:#?}");
+    println!("missed after {missed:.1?}, over {:.1?} later", killed.elapsed() - missed);
+    let guest = fleet.guest("web").await.unwrap();
+    assert_eq!((guest.host_name.as_ref().map(ToString::to_string).as_deref(), guest.starts), (Some("aws-east"), 1));
+    assert_eq!(guest.alarm, None);
+
+    // The same boot, whole, on its disk; and the same stream, not a byte wrong.
+    let boot = boot_id.lock().unwrap().clone();
+    let mut reached = None;
+    hear(&web, "the server after the fail-over", move |host, said| {
+        let Said::Server(stats) = said else { return false };
+        assert!(is_whole(stats) && stats.boot_id == boot, "{stats:?} of {boot}");
+        // All that was acknowledged when it went on is read back.
+        let target = *reached.get_or_insert(stats.acked);
+        host == "aws-east" && stats.verified >= target.max(1)
+    })
+    .await;
+    let mut before = 0;
+    hear(&watcher, "the stream after the fail-over", move |_, said| {
+        let Said::Client(stats) = said else { return false };
+        assert!(is_unharmed(stats), "{stats:?}");
+        before = if before == 0 { stats.bytes } else { before };
+        stats.connected && stats.bytes > before + 20_000
+    })
+    .await;
+    println!("the stream goes on {:.1?} after the power was cut", killed.elapsed());
+    fleet.down().await.unwrap_or_else(|error| panic!("{}", chain(&error)));
+}
