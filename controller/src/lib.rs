@@ -28,6 +28,7 @@ pub mod plans;
 pub mod price_board;
 pub mod renting;
 pub mod rest;
+pub mod simulation;
 pub mod state;
 
 /// An error with its causes, as one line for the log.

@@ -13,6 +13,7 @@ mod place;
 mod placement;
 mod plan;
 mod renting;
+mod simulation;
 
 pub use access::*;
 pub use evacuation::*;
@@ -27,3 +28,4 @@ pub use place::*;
 pub use placement::*;
 pub use plan::*;
 pub use renting::*;
+pub use simulation::*;

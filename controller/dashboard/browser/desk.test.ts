@@ -19,7 +19,7 @@ afterAll(async () => {
 const MIB = 1 << 20;
 const guest = (name: string, more: object = {}) => ({ name, image: "blank", network: "office", shape: { vcpus: 1, memory_bytes: 64 * MIB }, start: false, ...more });
 
-const PAGES = ["", "guests", "hosts", "operations", "plans", "markets", "costs", "images", "networks", "events", "tokens", "wall"];
+const PAGES = ["", "guests", "hosts", "operations", "plans", "markets", "markets/simulator", "costs", "images", "networks", "events", "tokens", "wall"];
 
 async function everyPage(name: string, pages: string[]): Promise<void> {
   const found: string[] = [];
@@ -194,6 +194,8 @@ describe("a controller with guests", () => {
   it("is walked by the keyboard alone", async () => {
     const { context, page } = await desk(browser, controller.url, controller.token);
     await visit(page, "");
+    // What is searched has come.
+    await page.getByText("guests are where they should be").waitFor();
     await page.keyboard.press("/");
     await page.getByRole("dialog", { name: "search" }).waitFor();
     await page.keyboard.type("web");

@@ -36,6 +36,8 @@ describe("the serial console", () => {
       for (const one of json.items) one.state = "running";
       await route.fulfill({ json });
     });
+    const stays = { guest: web.id, host: "hst-01a1fea9-e622-75ca-b41b-c7d245b5cc2f", host_name: "h", state: "not_needed", notice_ms: 120_000, detail: "it is nobody's to take back" };
+    await found.page.route("**/v1/guests/*/evacuation", (route) => route.fulfill({ json: stays }));
     return found;
   };
   beforeAll(async () => {
@@ -151,7 +153,7 @@ describe("plans", () => {
     expect(await barriers(page)).toEqual([]);
     await shot(page, "plan-look");
     await dialog.getByRole("button", { name: "Keep this plan" }).click();
-    await page.getByRole("heading", { name: "Drain h1" }).waitFor();
+    await page.getByRole("button", { name: "Apply…" }).waitFor();
     expect((await rest.must("GET", "/v1/plans")).items.map((one: { state: string }) => one.state)).toEqual(["proposed"]);
     await page.getByRole("button", { name: "Apply…" }).click();
     await page.getByRole("button", { name: "Apply now" }).click();
@@ -267,5 +269,98 @@ describe("plans", () => {
     await all.page.getByText("What it does").waitFor();
     expect(await all.page.locator("main").getByRole("button", { name: /…/ }).count()).toBe(0);
     await all.context.close();
+  });
+});
+
+describe("the simulator", () => {
+  it("tries two policies on one market, side by side, as the controller reckons them", async () => {
+    const { context, page, problems } = await desk(browser, controller.url, controller.token);
+    await visit(page, "markets");
+    await page.getByRole("link", { name: "try policies" }).click();
+    const b = page.getByRole("group", { name: "Policy B" });
+    await b.getByLabel("Kind").selectOption("cheapest");
+    await b.getByLabel("moves for a saving of").fill("5");
+    await page.getByLabel("Days").fill("3");
+    await page.getByLabel("A pool is taken once in").fill("12");
+    const [request] = await Promise.all([page.waitForRequest("**/v1/simulations"), page.getByRole("button", { name: "Run both" }).click()]);
+    expect(request.postDataJSON()).toMatchObject({ policies: [{ kind: "smart-spot" }, { kind: "cheapest", min_saving_permille: 50 }], days: 3, interruption_hours: 12 });
+    await page.getByRole("heading", { name: /56 guests, 12 spot markets, 3 days/ }).waitFor({ timeout: 60_000 });
+    // What is shown is what the controller answers to anybody who asks the same.
+    const told = await rest.must("POST", "/v1/simulations", request.postDataJSON());
+    const row = async (name: string) => (await page.getByRole("region", { name: "what came of it" }).locator("tbody tr", { hasText: name }).first().innerText()).split(/\s+/);
+    const moves = await row("moves of its own");
+    expect(moves.slice(-3)).toEqual([...told.outcomes, told.on_demand].map((one: { moves: number }) => String(one.moves)));
+    expect((await row("paid")).slice(-1)[0]).toBe(`$${(told.on_demand.paid_nanousd / 1e9).toFixed(0)}`);
+    expect(told.outcomes[0].availability).toBeLessThan(1);
+    expect(await barriers(page)).toEqual([]);
+    await shot(page, "simulator");
+    // What is asked for beyond the bounds is said.
+    expect(problems).toEqual([]);
+    await page.getByLabel("moves for a saving of").first().fill("400");
+    await page.locator("main form").evaluate((form: HTMLFormElement) => { form.noValidate = true; });
+    await page.getByRole("button", { name: "Run both" }).click();
+    await page.getByRole("alert").filter({ hasText: "min_saving_permille is 4000" }).waitFor();
+    await context.close();
+    for (const view of [VIEWS[1]!, VIEWS[2]!, VIEWS[3]!]) {
+      const one = await desk(browser, controller.url, controller.token, view);
+      await visit(one.page, "markets/simulator");
+      await one.page.getByLabel("Days").fill("2");
+      await one.page.getByRole("button", { name: "Run both" }).click();
+      await one.page.getByRole("heading", { name: /56 guests/ }).waitFor({ timeout: 60_000 });
+      expect(await sideways(one.page)).toBe(0);
+      expect(await barriers(one.page)).toEqual([]);
+      await shot(one.page, `simulator-${view.width}-${view.dark ? "dark" : "light"}`);
+      await one.context.close();
+    }
+  });
+
+  it("is given up when it is stopped, and is not for who only looks", async () => {
+    const { context, page } = await desk(browser, controller.url, controller.token);
+    await page.route("**/v1/simulations", () => undefined);
+    await visit(page, "markets/simulator");
+    await page.getByRole("button", { name: "Run both" }).click();
+    await page.getByRole("button", { name: "Stop" }).click();
+    await expect.poll(() => page.getByRole("button", { name: "Run both" }).isEnabled()).toBe(true);
+    expect(await page.getByRole("alert").count()).toBe(0);
+    await context.close();
+    const { secret } = await rest.must("POST", "/v1/tokens", { name: "looks-at-markets", role: "viewer", project: web.project });
+    const viewer = await desk(browser, controller.url, secret);
+    await visit(viewer.page, "markets/simulator");
+    await viewer.page.getByText("takes a role that may move guests").waitFor();
+    expect((await rest.as(secret).send("POST", "/v1/simulations", { policies: [{ kind: "greedy" }] })).status).toBe(403);
+    await viewer.context.close();
+  });
+});
+
+describe("guests that could not leave in time", () => {
+  it("are an alarm on the first screen, and the guest's page says why", async () => {
+    const late = {
+      guest: web.id, host: "hst-01a1fea9-e622-75ca-b41b-c7d245b5cc2f", host_name: "h2", destination: null, destination_name: null, state: "late",
+      notice_ms: 120_000, leave_ms: 190_000, leave_with_all_ms: null, downtime_ms: 450, detail: "190 s at the 11 MiB/s that were measured between home and away",
+    };
+    // No host of a provider is here: both answers are set, as the controller would give them.
+    expect((await rest.must("GET", "/v1/evacuations")).items).toEqual([]);
+    for (const view of [VIEWS[0]!, VIEWS[3]!]) {
+      const { context, page } = await desk(browser, controller.url, controller.token, view);
+      await page.route("**/v1/evacuations?*", (route) => route.fulfill({ json: { items: [late] } }));
+      await page.route(`**/v1/guests/${web.id}/evacuation`, (route) => route.fulfill({ json: late }));
+      await page.route("**/v1/guests?*", async (route) => {
+        const json = await (await route.fetch()).json();
+        for (const one of json.items) one.state = "running";
+        await route.fulfill({ json });
+      });
+      await visit(page, "");
+      const alarm = page.getByRole("listitem").filter({ hasText: "could not leave h2 in time: 190 s at the 11 MiB/s" });
+      await alarm.waitFor();
+      await shot(page, `late-overview-${view.width}`);
+      await alarm.getByRole("link", { name: "web" }).click();
+      const panel = page.getByRole("region", { name: "Could it leave in time?" });
+      await panel.getByText("not in time").waitFor();
+      expect(await panel.innerText()).toMatch(/leaves in\s+3 min 10 s[\s\S]*with all of its host's guests\s+not known[\s\S]*no host takes it/);
+      expect(await sideways(page)).toBe(0);
+      expect(await barriers(page)).toEqual([]);
+      await shot(page, `late-guest-${view.width}`);
+      await context.close();
+    }
   });
 });

@@ -14,6 +14,7 @@ import { OperationPage, Operations } from "./pages/operations";
 import { PlanPage, Plans } from "./pages/plans";
 import { Overview, Wall } from "./pages/overview";
 import { SignIn } from "./pages/sign_in";
+import { Simulator } from "./pages/simulator";
 import { route } from "./router";
 import { begin, brokenSince, end, link, now, refusal, seesAll, who } from "./store/store";
 import { moment } from "./ui/format";
@@ -34,7 +35,7 @@ function Page() {
     case "hosts": return id ? <HostPage id={id} /> : <Hosts />;
     case "operations": return id ? <OperationPage id={id} /> : <Operations />;
     case "plans": return id ? <PlanPage id={id} /> : <Plans />;
-    case "markets": return <Markets />;
+    case "markets": return id === "simulator" ? <Simulator /> : <Markets />;
     case "costs": return <Costs />;
     case "images": return <Images />;
     case "networks": return <Networks />;

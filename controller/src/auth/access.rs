@@ -146,6 +146,9 @@ pub const ROUTES: &[Route] = &[
     route(Method::GET, "/v1/operations", Access::Read),
     route(Method::GET, "/v1/operations/{operation}", Access::ReadOwn),
     route(Method::POST, "/v1/operations/{operation}/cancel", Access::MoveOwn),
+    route(Method::GET, "/v1/evacuations", Access::Read),
+    // Nothing changes by it, but it takes a core for some seconds.
+    route(Method::POST, "/v1/simulations", Access::Move),
     route(Method::GET, "/v1/plans", Access::ReadAll),
     route(Method::POST, "/v1/plans", Access::System),
     route(Method::GET, "/v1/plans/{plan}", Access::ReadAll),

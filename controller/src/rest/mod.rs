@@ -6,6 +6,7 @@
 
 mod asker;
 mod clouds;
+mod evacuations;
 mod events;
 mod gate;
 mod guest_calls;
@@ -33,6 +34,7 @@ mod reply;
 mod serve;
 mod session;
 mod shares;
+mod simulations;
 mod stores;
 mod system;
 mod tokens;
@@ -72,6 +74,8 @@ pub struct Api {
     placing: Arc<Mutex<()>>,
     /// The ledger is reckoned up for one after the other: it may take all of a core.
     reckoning: Arc<Mutex<()>>,
+    /// So are simulations.
+    simulating: Arc<Mutex<()>>,
 }
 
 impl Api {
@@ -86,6 +90,7 @@ impl Api {
             consoles: shares::Shares::default(),
             placing: Arc::default(),
             reckoning: Arc::default(),
+            simulating: Arc::default(),
         }
     }
 }
@@ -146,6 +151,8 @@ pub fn router(api: Api) -> Router {
         .route("/v1/operations", get(operations::list))
         .route("/v1/operations/{operation}", get(operations::read))
         .route("/v1/operations/{operation}/cancel", post(operations::cancel))
+        .route("/v1/evacuations", get(evacuations::list))
+        .route("/v1/simulations", post(simulations::create))
         .route("/v1/plans", get(plans::list).post(plans::create))
         .route("/v1/plans/{plan}", get(plans::read))
         .route("/v1/plans/{plan}/apply", post(plans::apply))

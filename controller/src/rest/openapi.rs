@@ -17,7 +17,7 @@ use super::{
     clouds, events, guest_console, guest_create, guest_evacuation, guest_mirrors, guest_operations, guest_placement,
     guests, hosts, images, join, ledger, networks, operations, plans,
 };
-use super::{projects, rentings, session, stores, system, tokens, volumes};
+use super::{evacuations, projects, rentings, session, simulations, stores, system, tokens, volumes};
 use crate::auth::{Access, ROUTES, Route};
 
 #[derive(utoipa::OpenApi)]
@@ -96,6 +96,8 @@ use crate::auth::{Access, ROUTES, Route};
         operations::list,
         operations::read,
         operations::cancel,
+        evacuations::list,
+        simulations::create,
         plans::list,
         plans::create,
         plans::read,

@@ -111,6 +111,23 @@ pub fn run(
     policy: &dyn Policy,
     mut progress: impl FnMut(u32),
 ) -> Outcome {
+    let told = |permille| {
+        progress(permille);
+        true
+    };
+    // It is never given up.
+    run_while(grid, guests, settings, policy, told).unwrap_or_default()
+}
+
+/// The same for as long as `goes_on` says so, which is asked once a day with thousandths of the whole; `None` when it is given up.
+#[must_use]
+pub fn run_while(
+    grid: &Grid,
+    guests: &[Guest],
+    settings: &Settings,
+    policy: &dyn Policy,
+    mut goes_on: impl FnMut(u32) -> bool,
+) -> Option<Outcome> {
     let facts = grid.markets.iter().map(|market| Facts {
         zone: market.zone,
         is_on_demand: market.is_on_demand(),
@@ -140,8 +157,8 @@ pub fn run(
         }
         replay.tend_spares(tick, &classes);
         let per_day = (24 * HOUR_MS / grid.tick_ms) as usize;
-        if tick.is_multiple_of(per_day) {
-            progress((tick as u64 * 1000 / grid.ticks as u64) as u32);
+        if tick.is_multiple_of(per_day) && !goes_on((tick as u64 * 1000 / grid.ticks as u64) as u32) {
+            return None;
         }
     }
     for (index, state) in states.iter_mut().enumerate() {
@@ -150,7 +167,7 @@ pub fn run(
         }
     }
     replay.close_spares();
-    replay.out
+    Some(replay.out)
 }
 
 impl<'a> Replay<'a> {

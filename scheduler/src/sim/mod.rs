@@ -19,6 +19,6 @@ mod spares;
 #[cfg(test)]
 mod tests;
 
-pub use engine::{Outcome, Settings, run};
+pub use engine::{Outcome, Settings, run, run_while};
 pub use grid::{Grid, GridError, GridMarket};
 pub use ledger::{Ledger, Line, LineKind};

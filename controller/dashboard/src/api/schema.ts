@@ -107,6 +107,23 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/evacuations": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** Guests on hosts that a provider takes back, and whether they could leave in time: as it was when last looked at, some seconds ago. */
+        get: operations["evacuations_list"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/events": {
         parameters: {
             query?: never;
@@ -964,6 +981,26 @@ export interface paths {
         post: operations["session_create"];
         /** Signs it out: the cookie is removed. */
         delete: operations["session_remove"];
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/simulations": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Tries one or two policies on a generated market, beside the same fleet on demand. Nothing is kept and nothing moves; one is
+         *     reckoned at a time.
+         */
+        post: operations["simulations_create"];
+        delete?: never;
         options?: never;
         head?: never;
         patch?: never;
@@ -2110,6 +2147,46 @@ export interface components {
             next_page?: string | null;
         };
         /** @description One page of a listing. `next_page`, when present, is passed back as `?page=`. */
+        Page_Evacuation: {
+            /** @description The items of this page, ordered by id. */
+            items: {
+                destination?: null | components["schemas"]["HostId"];
+                destination_name?: null | components["schemas"]["Name"];
+                /** @description What this rests on, or what is not known; a sentence. */
+                detail: string;
+                /**
+                 * Format: int64
+                 * @description How long it is expected to stand still.
+                 */
+                downtime_ms?: number | null;
+                /** @description The guest. */
+                guest: components["schemas"]["GuestId"];
+                /** @description Where it is. */
+                host: components["schemas"]["HostId"];
+                /** @description That host's name. */
+                host_name: components["schemas"]["Name"];
+                /**
+                 * Format: int64
+                 * @description The predicted time until its host may vanish, if it alone leaves.
+                 */
+                leave_ms?: number | null;
+                /**
+                 * Format: int64
+                 * @description The same when all guests of its host leave, those that are quickest first.
+                 */
+                leave_with_all_ms?: number | null;
+                /**
+                 * Format: int64
+                 * @description The notice that is counted on, in milliseconds.
+                 */
+                notice_ms: number;
+                /** @description Whether that is in time. */
+                state: components["schemas"]["EvacuationState"];
+            }[];
+            /** @description Where the next page starts; absent on the last one. */
+            next_page?: string | null;
+        };
+        /** @description One page of a listing. `next_page`, when present, is passed back as `?page=`. */
         Page_Event: {
             /** @description The items of this page, ordered by id. */
             items: {
@@ -3197,6 +3274,136 @@ export interface components {
             vcpus: number;
         };
         /**
+         * @description A policy that can be tried.
+         * @enum {string}
+         */
+        SimulatedKind: "smart-spot" | "smart-spot-spares" | "cheapest" | "greedy";
+        /** @description What came of one policy. */
+        SimulatedOutcome: {
+            /**
+             * Format: double
+             * @description The share of guest time that was served; absent where no interruptions were modelled.
+             */
+            availability?: number | null;
+            /** @description How often each reason led to a change of hosts. */
+            changes_by_reason: {
+                [key: string]: number;
+            };
+            /**
+             * Format: int64
+             * @description How often a guest's host was taken.
+             */
+            interruptions: number;
+            /**
+             * Format: int64
+             * @description How often a guest had not left in time.
+             */
+            missed: number;
+            /**
+             * Format: int64
+             * @description Moves that the policy wanted by itself.
+             */
+            moves: number;
+            /** @description What was paid by the end of each day: by the beginning of rented hours. */
+            paid_by_day_nanousd: number[];
+            /**
+             * Format: int64
+             * @description What was paid.
+             */
+            paid_nanousd: number;
+            /** @description The policy, or the baseline. */
+            policy: string;
+        };
+        /** @description A policy with its settings; those that are absent are as they ship, those that its kind does not have are refused. */
+        SimulatedPolicy: {
+            /**
+             * Format: int64
+             * @description The least time between two moves of a guest that save money, in milliseconds.
+             */
+            cool_down_ms?: number | null;
+            /**
+             * Format: int32
+             * @description For how many guests one spare host is kept ready; 0: none.
+             */
+            guests_per_spare?: number | null;
+            /**
+             * Format: int64
+             * @description The time in which a move must pay for itself, in milliseconds.
+             */
+            horizon_ms?: number | null;
+            /** @description Which. */
+            kind: components["schemas"]["SimulatedKind"];
+            /**
+             * Format: int32
+             * @description The largest share of the fleet in one pool, in thousandths.
+             */
+            max_pool_permille?: number | null;
+            /**
+             * Format: int32
+             * @description How much cheaper another market must be, in thousandths of the present price.
+             */
+            min_saving_permille?: number | null;
+            /**
+             * Format: int64
+             * @description How long a price must have held before it is moved to, in milliseconds.
+             */
+            settle_ms?: number | null;
+        };
+        /** @description Policies on one generated market, side by side. */
+        Simulation: {
+            /**
+             * Format: int32
+             * @description Guests of the fleet that ships: 1 to 64 GiB.
+             */
+            guests: number;
+            /**
+             * Format: int64
+             * @description How long, in hours.
+             */
+            hours: number;
+            /** @description What is known of how this was made up; a sentence each. */
+            notes: string[];
+            /** @description The same fleet on demand. */
+            on_demand: components["schemas"]["SimulatedOutcome"];
+            /** @description The policies, in the order in which they were asked for. */
+            outcomes: components["schemas"]["SimulatedOutcome"][];
+            /**
+             * Format: int64
+             * @description What drew it.
+             */
+            seed: number;
+            /**
+             * Format: int32
+             * @description Spot markets of the generated trace.
+             */
+            spot_markets: number;
+        };
+        /** @description Asks for a replay of a generated market. The same request has the same answer. */
+        SimulationCreate: {
+            /**
+             * Format: int32
+             * @description How long, in days, 1 to 58; 28 when absent.
+             */
+            days?: number | null;
+            /**
+             * Format: int32
+             * @description A pool is taken once in so many hours, on average, 1 to 1000; absent: never.
+             */
+            interruption_hours?: number | null;
+            /**
+             * Format: int32
+             * @description How long before it takes a host the provider says so, in seconds, at most 3600; 120 when absent.
+             */
+            notice_s?: number | null;
+            /** @description One or two policies. */
+            policies: components["schemas"]["SimulatedPolicy"][];
+            /**
+             * Format: int64
+             * @description What draws prices and interruptions; 12 when absent.
+             */
+            seed?: number | null;
+        };
+        /**
          * @description How a thing is rented.
          * @enum {string}
          */
@@ -3539,6 +3746,41 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["Operation"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    evacuations_list: {
+        parameters: {
+            query?: {
+                /** @description Items of the page, 1 to 1000; 100 when absent. */
+                limit?: number;
+                /** @description `next_page` of the page before. */
+                page?: string;
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+            };
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Page_Evacuation"];
                 };
             };
             /** @description A problem (RFC 9457) */
@@ -6005,6 +6247,44 @@ export interface operations {
                     [name: string]: unknown;
                 };
                 content?: never;
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    simulations_create: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+            };
+            header?: {
+                /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
+                "Idempotency-Key"?: string;
+            };
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["SimulationCreate"];
+            };
+        };
+        responses: {
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Simulation"];
+                };
             };
             /** @description A problem (RFC 9457) */
             default: {

@@ -18,6 +18,13 @@ function about(event: Event): string {
   return parts.join(", ");
 }
 
+/** Events of plans name the plan in what they tell. */
+function PlanTold(props: { event: Event }) {
+  const { plan, kind, state } = props.event.data as Record<string, unknown>;
+  if (!props.event.kind.startsWith("plan.") || typeof plan !== "string") return null;
+  return <><a href={`#/plans/${plan}`}>{String(kind)} plan</a> {String(state).replaceAll("_", " ")}</>;
+}
+
 export function EventLine(props: { event: Event; full?: boolean }) {
   const { event } = props;
   const reason = event.operation ? operations.value.get(event.operation)?.reason : undefined;
@@ -29,6 +36,7 @@ export function EventLine(props: { event: Event; full?: boolean }) {
         {event.guest && <><GuestLink id={event.guest} /> </>}
         {event.host && <><HostLink id={event.host} /> </>}
         {event.operation && <a href={`#/operations/${event.operation}`}>operation</a>}{" "}
+        <PlanTold event={event} />
         {about(event)}{reason ? ` — ${reason}` : ""}
       </span>
       <span class="soft" title={`request ${event.request_id}, event ${event.seq}`}>{event.actor}{props.full && <small><br /><code>{event.request_id}</code></small>}</span>

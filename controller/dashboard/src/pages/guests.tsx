@@ -1,7 +1,7 @@
 import type { ComponentChildren } from "preact";
-import { useState } from "preact/hooks";
-import { change, Refused } from "../api/http";
-import type { Event, Guest } from "../api/types";
+import { useEffect, useState } from "preact/hooks";
+import { change, get, Refused } from "../api/http";
+import type { Evacuation, Event, Guest } from "../api/types";
 import { may, stays } from "../store/derive";
 import { events, guests, images, networks, now, operations, ports, volumes, who } from "../store/store";
 import { ConsolePanel } from "../terminal/console";
@@ -85,6 +85,51 @@ function Follow(props: { guest: Guest }) {
   );
 }
 
+const LEAVES: Record<Evacuation["state"], [string, string]> = {
+  in_time: ["good", "in time"], late: ["bad", "not in time"], unknown: ["warn", "not known"], not_needed: ["idle", "its host is not taken back"],
+};
+const AGAIN_MS = 10_000;
+
+/** Whether it could leave its host within the notice, as reckoned now. */
+function Leaving(props: { guest: Guest }) {
+  const { guest } = props;
+  const [found, setFound] = useState<Evacuation>();
+  useEffect(() => {
+    let isHere = true;
+    const ask = async () => {
+      try {
+        const told = await get<Evacuation>(`/v1/guests/${guest.id}/evacuation`);
+        if (isHere) setFound(told);
+      } catch (error) {
+        // It runs no more; that the controller is away is told elsewhere.
+        if (isHere && error instanceof Refused) setFound(undefined);
+      }
+    };
+    void ask();
+    const timer = setInterval(() => void ask(), AGAIN_MS);
+    return () => {
+      isHere = false;
+      clearInterval(timer);
+    };
+  }, [guest.id, guest.host]);
+  if (!found) return null;
+  const [tone, text] = LEAVES[found.state];
+  const time = (ms: number | null | undefined) => (ms === null || ms === undefined ? "not known" : duration(ms));
+  const isAsked = found.state !== "not_needed";
+  return (
+    <Panel title="Could it leave in time?" aside={<span class={`state ${tone}`}>{text}</span>}>
+      <Facts rows={[
+        ...(isAsked ? [["notice", duration(found.notice_ms)] as [string, string]] : []),
+        ["leaves in", time(found.leave_ms)],
+        ...(isAsked ? [["with all of its host's guests", time(found.leave_with_all_ms)] as [string, string]] : []),
+        ["would go to", found.destination ? <HostLink id={found.destination} /> : "no host takes it"],
+        ["pause", time(found.downtime_ms)],
+      ]} />
+      <p class="small soft">{found.detail}</p>
+    </Panel>
+  );
+}
+
 /** Until all of it is in the guest's own cloud, the cloud that it left is needed. */
 const baseText = (missing: number | null | undefined): string => {
   if (missing === null || missing === undefined) return "–";
@@ -118,6 +163,7 @@ export function GuestPage(props: { id: string; part?: string }) {
       </Panel>
       <ConsolePanel key={guest.id} guest={guest} begin={props.part === "console"} />
       <Panel title="Where it lived" wide><Lives guest={guest} events={own} /></Panel>
+      {guest.state === "running" && <Leaving guest={guest} />}
       <Panel title="Network">
         {attached.length === 0 ? <Empty>no port</Empty> : attached.map((port) => (
           <Facts key={port.id} rows={[

@@ -1,5 +1,6 @@
 import { useState } from "preact/hooks";
 import { change, Refused } from "../api/http";
+import type { Host } from "../api/types";
 import { may } from "../store/derive";
 import { clouds, events, guests, hosts, now, rentings, who } from "../store/store";
 import { ago, bytes, moment, price } from "../ui/format";
@@ -98,6 +99,17 @@ export function Hosts() {
   );
 }
 
+/** What it can run: a machine has many CPU baselines, which are told where they are asked for. */
+function Classes(props: { host: Host }) {
+  const found = new Map<string, string[]>();
+  for (const one of props.host.compat_classes) {
+    const machine = `${one.back_end}/${one.accelerator}/${one.machine_version}`;
+    found.set(machine, [...(found.get(machine) ?? []), one.cpu_baseline]);
+  }
+  if (found.size === 0) return <>nothing</>;
+  return <>{[...found].map(([machine, baselines]) => (baselines.length === 1 ? <div key={machine}>{machine}/{baselines[0]}</div> : <details key={machine}><summary>{machine}, {baselines.length} CPU baselines</summary><small>{baselines.join(", ")}</small></details>))}</>;
+}
+
 export function HostPage(props: { id: string }) {
   const [problem, setProblem] = useState("");
   const host = [...hosts.value.values()].find((one) => one.name === props.id || one.id === props.id);
@@ -126,7 +138,7 @@ export function HostPage(props: { id: string }) {
           ["overlay", host.overlay_address ?? "–"],
           ["heard of", ago(host.last_seen_ms, now.value)],
           ["agent", host.agent_version],
-          ["runs", host.compat_classes.map((one) => `${one.back_end}/${one.accelerator}/${one.machine_version}/${one.cpu_baseline}`).join(", ") || "nothing"],
+          ["runs", <Classes host={host} />],
           ["certificate (SHA-256)", <code>{host.certificate_sha256}</code>],
           ...(rented ? [["rented as", `${rented.instance_type}, ${rented.tenure.replaceAll("_", " ")}, by ${rented.provider}`] as [string, string]] : []),
           ["joined", moment(host.created_at_ms)],

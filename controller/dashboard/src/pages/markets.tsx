@@ -33,7 +33,7 @@ export function Markets() {
   };
   return (
     <div class="tiles">
-      <Panel title="Prices of the last day" wide>{rows.length === 0 ? <Empty>No price feed: give the controller one (<code>[feed]</code> in controller.toml).</Empty> : <PriceChart />}</Panel>
+      <Panel title="Prices of the last day" wide aside={<a href="#/markets/simulator">try policies on a generated market</a>}>{rows.length === 0 ? <Empty>No price feed: give the controller one (<code>[feed]</code> in controller.toml).</Empty> : <PriceChart />}</Panel>
       {rows.length > 0 && (
         <Panel title="Markets" wide>
           <Grid name="markets" items={rows} empty="" columns={[

@@ -1,6 +1,6 @@
 // The first screen: is anything wrong, what moves, where everything is, what it would cost, how good the moves were, who did what.
 import { alarms, places, record } from "../store/derive";
-import { clouds, events, guests, hosts, ledger, markets, now, operations, underWay } from "../store/store";
+import { clouds, evacuations, events, guests, hosts, ledger, markets, now, operations, underWay } from "../store/store";
 import { Cancel } from "../ui/actions";
 import { ago, duration, price } from "../ui/format";
 import { Map_ } from "../ui/map";
@@ -10,7 +10,7 @@ import { EventLine } from "./events";
 import { PriceChart } from "./markets";
 
 export function Alarms() {
-  const found = alarms(guests.value.values(), hosts.value.values(), operations.value.values(), now.value);
+  const found = alarms(guests.value.values(), hosts.value.values(), operations.value.values(), evacuations.value, now.value);
   return (
     <Panel title={found.length === 0 ? "Nothing is wrong" : `${found.length} to look at`}>
       {found.length === 0 ? (

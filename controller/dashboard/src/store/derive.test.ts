@@ -1,6 +1,6 @@
 import { describe, expect, it } from "vitest";
 import { StreamParser } from "../api/stream";
-import type { Event, Guest, Host, Operation, Phase } from "../api/types";
+import type { Evacuation, Event, Guest, Host, Operation, Phase } from "../api/types";
 import { bytes, duration, eta, feedTime, money } from "../ui/format";
 import { alarms, fraction, may, percentile, record, rounds, stays } from "./derive";
 
@@ -32,13 +32,15 @@ describe("the bar", () => {
 describe("alarms", () => {
   const host = { id: "h", name: "one", state: "up" } as Host;
   const guest = { id: "g", name: "web", state: "running", alarm: null } as Guest;
+  const late = { guest: "g", host_name: "one", state: "late", detail: "it writes too fast" } as Evacuation;
   it("are silent when all is well and for what was cancelled by somebody", () => {
-    expect(alarms([guest], [host], [operation("done"), operation("rolled_back", { is_cancel_requested: true })], 2000)).toEqual([]);
+    expect(alarms([guest], [host], [operation("done"), operation("rolled_back", { is_cancel_requested: true })], [{ ...late, state: "in_time" }], 2000)).toEqual([]);
   });
   it("name what is wrong, worst first, and forget failures after a day", () => {
-    const found = alarms([{ ...guest, alarm: "its disk stalls" }], [{ ...host, state: "unreachable" }], [operation("rolled_back"), operation("failed")], 2000);
-    expect(found.map((one) => one.level)).toEqual(["bad", "bad", "bad", "warn"]);
-    expect(alarms([guest], [host], [operation("failed")], 90_000_000)).toEqual([]);
+    const found = alarms([{ ...guest, alarm: "its disk stalls" }], [{ ...host, state: "unreachable" }], [operation("rolled_back"), operation("failed")], [late], 2000);
+    expect(found.map((one) => one.level)).toEqual(["bad", "bad", "bad", "bad", "warn"]);
+    expect(found.find((one) => one.text.includes("in time"))).toMatchObject({ what: "web", text: "could not leave one in time: it writes too fast" });
+    expect(alarms([guest], [host], [operation("failed")], [], 90_000_000)).toEqual([]);
   });
 });
 

@@ -1,5 +1,5 @@
 // What follows from the records: pure, so that it is tested without a browser.
-import type { Cloud, Event, Guest, Host, Operation, Phase, WhoAmI } from "../api/types";
+import type { Cloud, Evacuation, Event, Guest, Host, Operation, Phase, WhoAmI } from "../api/types";
 
 export const PHASES: Phase[] = ["plan", "prepare", "copy", "switch", "resume", "finish"];
 
@@ -30,8 +30,9 @@ export interface Alarm {
 }
 
 /** Whether anything is wrong, worst first. */
-export function alarms(guests: Iterable<Guest>, hosts: Iterable<Host>, operations: Iterable<Operation>, nowMs: number): Alarm[] {
+export function alarms(guests: Iterable<Guest>, hosts: Iterable<Host>, operations: Iterable<Operation>, evacuations: Iterable<Evacuation>, nowMs: number): Alarm[] {
   const found: Alarm[] = [];
+  const names = new Map<string, string>();
   const unreachable = new Set<string>();
   for (const host of hosts) {
     if (host.state !== "unreachable") continue;
@@ -42,10 +43,15 @@ export function alarms(guests: Iterable<Guest>, hosts: Iterable<Host>, operation
     });
   }
   for (const guest of guests) {
+    names.set(guest.id, guest.name);
     if (guest.alarm) found.push({ level: "bad", what: guest.name, text: guest.alarm, link: `#/guests/${guest.id}` });
     else if (guest.state === "lost") {
       found.push({ level: "bad", what: guest.name, text: "it is lost: start it again from its volumes", link: `#/guests/${guest.id}` });
     }
+  }
+  for (const one of evacuations) {
+    if (one.state !== "late") continue;
+    found.push({ level: "bad", what: names.get(one.guest) ?? one.guest, link: `#/guests/${one.guest}`, text: `could not leave ${one.host_name} in time: ${one.detail}` });
   }
   const DAY = 86_400_000;
   for (const operation of operations) {

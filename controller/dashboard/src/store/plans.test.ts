@@ -24,6 +24,7 @@ describe("a plan", () => {
     const hosts = new Map([host("a", 4), host("b", 1), host("c", 7)]);
     const found = loads(plan("running", { steps: [step("g", "a", "b"), step("unseen", "a", "c", "running"), step("past", "a", "c", "done")] }), hosts, guests);
     expect(found.map((one) => [one.name, one.memoryNow * 8, one.memoryThen * 8, one.guestsNow, one.guestsThen])).toEqual([["a", 4, 1, 1, 0], ["b", 1, 3, 0, 1], ["c", 7, 8, 0, 1]]);
+    expect(loads(plan("proposed", { cordons: [{ host: "a", host_name: "a" as never, state: "pending" }] }), hosts, guests)).toEqual([]);
     expect(loads(plan("done", { steps: [step("g", "a", "b", "done")] }), hosts, guests)).toEqual([]);
   });
   it("has a name and a tally", () => {

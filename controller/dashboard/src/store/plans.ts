@@ -45,6 +45,7 @@ const isAhead = (step: PlanStep): boolean => step.state === "pending" || step.st
 /** How full the hosts of a plan are now, and will be when its steps that are still ahead are made. */
 export function loads(plan: FleetPlan, hosts: ReadonlyMap<string, Host>, guests: ReadonlyMap<string, Guest>): Load[] {
   const ahead = plan.steps.filter(isAhead);
+  if (ahead.length === 0) return [];
   const concerned = new Set([...ahead.flatMap((step) => [step.from, step.to]), ...plan.cordons.map((cordon) => cordon.host)]);
   const here = new Map<string, number>();
   for (const guest of guests.values()) {

@@ -3,7 +3,7 @@ import { batch, computed, signal, type Signal } from "@preact/signals";
 import { Away, Refused, get, list } from "../api/http";
 import { follow } from "../api/stream";
 import type {
-  Cloud, Event, FleetPlan, Freeze, Guest, Host, Image, Ledger, Market, Network, Operation, Port, PriceSeries, Project, Renting, Token, Volume, WhoAmI,
+  Cloud, Evacuation, Event, FleetPlan, Freeze, Guest, Host, Image, Ledger, Market, Network, Operation, Port, PriceSeries, Project, Renting, Token, Volume, WhoAmI,
 } from "../api/types";
 import { isEnded } from "./derive";
 import { isAtRest } from "./plans";
@@ -39,6 +39,8 @@ export const markets: Signal<Market[]> = signal([]);
 export const prices: Signal<ReadonlyMap<string, PriceSeries>> = signal(new Map());
 /** The last 31 days: sums of all, and the first thousand lines. Absent until asked for, and for tokens that do not see it. */
 export const ledger: Signal<Ledger | null> = signal(null);
+/** Guests on hosts that a provider takes back, and whether they could leave in time. */
+export const evacuations: Signal<Evacuation[]> = signal([]);
 /** Newest last. */
 export const events: Signal<Event[]> = signal([]);
 const EVENTS_KEPT = 2000;
@@ -123,6 +125,14 @@ const loaders: Record<string, () => Promise<void>> = {
   projects: () => all(projects, "/v1/projects"),
   tokens: () => all(tokens, "/v1/tokens"),
   rentings: () => (seesAll() ? all(rentings, "/v1/rentings") : Promise.resolve()),
+  evacuations: async () => {
+    try {
+      evacuations.value = await list<Evacuation>("/v1/evacuations");
+    } catch (error) {
+      if (!(error instanceof Refused)) throw error;
+      evacuations.value = [];
+    }
+  },
   plans: () => (seesAll() ? all(plans, "/v1/plans") : Promise.resolve()),
 };
 
@@ -157,6 +167,7 @@ export function touched(event: Event): string[] {
   if (family === "token") found.push("tokens");
   if (family === "host") found.push("hosts", "rentings");
   if (family === "renting") found.push("rentings");
+  if (event.kind === "guest.not_evacuable" || event.kind === "guest.evacuable") found.push("evacuations");
   if (family === "plan") found.push("plans");
   if (family === "operation") found.push("freezes", "images", "volumes", "rentings");
   return found;
@@ -252,6 +263,9 @@ export async function begin(): Promise<void> {
   });
   every(stop.signal, 5000, async () => {
     if (link.peek() === "live") await Promise.all([loadPrices(), refresh("hosts")]);
+  });
+  every(stop.signal, 30_000, async () => {
+    if (link.peek() === "live") await refresh("evacuations");
   });
   every(stop.signal, 60_000, async () => {
     if (link.peek() === "live") await loadLedger();

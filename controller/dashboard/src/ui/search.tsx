@@ -5,7 +5,7 @@ import { clouds, guests, hosts, images, networks } from "../store/store";
 
 interface Hit { text: string; kind: string; path: string }
 
-const PAGES: Hit[] = ["", "guests", "hosts", "operations", "plans", "markets", "costs", "images", "networks", "events", "tokens", "wall"].map((path) => ({ text: path || "overview", kind: "page", path: `/${path}` }));
+const PAGES: Hit[] = ["", "guests", "hosts", "operations", "plans", "markets", "markets/simulator", "costs", "images", "networks", "events", "tokens", "wall"].map((path) => ({ text: path || "overview", kind: "page", path: `/${path}` }));
 
 export function find(words: string): Hit[] {
   const low = words.trim().toLowerCase();

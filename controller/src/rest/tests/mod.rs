@@ -18,6 +18,7 @@ mod rentings;
 mod rentings_ec2;
 mod roles;
 mod session;
+mod simulations;
 mod stores;
 
 use std::net::SocketAddr;

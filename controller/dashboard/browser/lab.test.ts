@@ -1,0 +1,105 @@
+// The dashboard on a lab's real guests: `./deploy/test-desk --lab` brings one up, says where it is, and takes it down.
+import { readFileSync } from "node:fs";
+import type { Browser } from "playwright-core";
+import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { Rest } from "./controller";
+import { desk, open, shot, visit } from "./look";
+
+const url = process.env.DESK_LAB_URL ?? "";
+const read = (name: string): Buffer => readFileSync(process.env[name] ?? "");
+
+describe.skipIf(!url)("a lab with real guests", () => {
+  let browser: Browser;
+  let rest: Rest;
+  let token: string;
+  const web = async () => (await rest.must("GET", "/v1/guests?limit=1000")).items.find((one: { name: string }) => one.name === "web");
+  /** A host that is up and where the guest is not. */
+  const elsewhere = async () => (await rest.must("GET", "/v1/hosts")).items.find((host: { id: string; state: string }) => host.state === "up" && host.id !== here);
+  let here: string;
+
+  beforeAll(async () => {
+    browser = await open();
+    token = read("DESK_LAB_TOKEN_FILE").toString().trim();
+    rest = new Rest(url, token, read("DESK_LAB_CA"));
+    here = (await web()).host;
+  });
+  afterAll(async () => browser?.close());
+
+  it("shows a console that says what the guest says, and follows the guest to another cloud", async () => {
+    const { context, page, problems } = await desk(browser, url, token);
+    const guest = await web();
+    await visit(page, `guests/${guest.id}/console`);
+    const screen = page.getByRole("region", { name: "console of web" });
+    // The guest tells its time twice a second, over the edges of rows.
+    const times = async () => [...(await screen.innerText()).replace(/\s/g, "").matchAll(/"boot_id":"([^"]+)","t_ms":(\d+),/g)].map((found) => ({ boot: found[1]!, at: Number(found[2]) }));
+    await expect.poll(async () => (await times()).length, { timeout: 30_000 }).toBeGreaterThan(2);
+    const before = (await times()).at(-1)!;
+    // It does not echo; that it is taken is what can be seen.
+    const taken = page.waitForResponse("**/console/*/input");
+    await page.keyboard.press("Enter");
+    expect((await taken).status()).toBe(204);
+    const to = await elsewhere();
+    const move = await rest.must("POST", `/v1/guests/${guest.id}/migrate`, { to: to.id });
+    expect((await rest.ended(move.id)).phase).toBe("done");
+    here = to.id;
+    const switched = (await times()).at(-1)!;
+    await expect.poll(async () => (await times()).at(-1)!.at, { timeout: 60_000 }).toBeGreaterThan(Math.max(before.at, switched.at) + 2000);
+    expect(await page.locator(".terminal.open").count()).toBe(1);
+    const told = await times();
+    expect(new Set(told.map((one) => one.boot)).size).toBe(1);
+    // Nothing is told twice, and nothing goes back.
+    expect(told.every((one, index) => index === 0 || one.at > told[index - 1]!.at)).toBe(true);
+    const again = page.waitForResponse("**/console/*/input");
+    await page.getByLabel("type into the console of web").press("Enter");
+    expect((await again).status()).toBe(204);
+    await shot(page, "lab-console");
+    // While it was nobody's the console was refused: it was asked for again.
+    expect(problems.filter((one) => !one.includes("/console"))).toEqual([]);
+    await context.close();
+  });
+
+  it("asks for a move, which is watched to its end", async () => {
+    const { context, page, problems } = await desk(browser, url, token);
+    const [guest, to] = [await web(), await elsewhere()];
+    await visit(page, `guests/${guest.id}`);
+    await page.getByRole("region", { name: "Could it leave in time?" }).waitFor();
+    await shot(page, "lab-guest");
+    await page.getByRole("button", { name: "Migrate…" }).click();
+    await page.getByLabel("Where to").selectOption(to.id);
+    await page.getByRole("button", { name: "Check first" }).click();
+    await page.getByText(`It would go to ${to.name}`).waitFor();
+    await page.getByRole("button", { name: "Migrate now" }).click();
+    await page.getByRole("heading", { name: "migrate: web" }).waitFor();
+    await page.locator(".moving .state", { hasText: "done" }).waitFor({ timeout: 180_000 });
+    await page.getByText("pause", { exact: true }).waitFor();
+    await shot(page, "lab-move");
+    here = to.id;
+    expect((await web()).host).toBe(here);
+    expect(problems).toEqual([]);
+    await context.close();
+  });
+
+  it("drains the host by a plan that was looked at, and takes it back", async () => {
+    const { context, page, problems } = await desk(browser, url, token);
+    const host = (await rest.must("GET", `/v1/hosts/${here}`)).name;
+    await visit(page, `hosts/${host}`);
+    await page.getByRole("button", { name: "Drain…" }).click();
+    await page.getByRole("button", { name: "Look first" }).click();
+    await page.getByRole("dialog").getByRole("link", { name: "web", exact: true }).first().waitFor();
+    await shot(page, "lab-plan-look");
+    await page.getByRole("button", { name: "Keep this plan" }).click();
+    await page.getByRole("button", { name: "Apply…" }).click();
+    await page.getByRole("button", { name: "Apply now" }).click();
+    const state = page.locator("main .panel").first().locator(".state");
+    await expect.poll(() => state.innerText(), { timeout: 300_000 }).toBe("done");
+    await shot(page, "lab-plan-done");
+    expect((await web()).host).not.toBe(here);
+    await page.getByRole("button", { name: "Take back…" }).click();
+    await page.getByRole("button", { name: "Take back now" }).click();
+    await expect.poll(() => state.innerText(), { timeout: 300_000 }).toBe("taken back");
+    expect((await web()).host).toBe(here);
+    expect((await rest.must("GET", `/v1/hosts/${here}`)).state).toBe("up");
+    expect(problems).toEqual([]);
+    await context.close();
+  });
+});
