@@ -9,6 +9,8 @@ let browser: Browser;
 let controller: Controller;
 let rest: Rest;
 let web: { id: string; name: string; project: string };
+let h1: string;
+let h2: string;
 
 beforeAll(async () => {
   [browser, controller] = await Promise.all([open(), Controller.start()]);
@@ -19,6 +21,8 @@ beforeAll(async () => {
   const shape = { vcpus: 1, memory_bytes: 64 << 20 };
   await rest.must("POST", "/v1/guests", { name: "web", image: "blank", network: "office", shape, start: false });
   web = (await rest.must("GET", "/v1/guests")).items[0];
+  h1 = await silentHost(rest, "h1", "home");
+  h2 = await silentHost(rest, "h2", "home");
 });
 afterAll(async () => {
   await browser?.close();
@@ -133,13 +137,6 @@ describe("the serial console", () => {
 });
 
 describe("plans", () => {
-  let h1: string;
-  let h2: string;
-  beforeAll(async () => {
-    h1 = await silentHost(rest, "h1", "home");
-    h2 = await silentHost(rest, "h2", "home");
-  });
-
   it("are looked at from a host, kept, applied and taken back", async () => {
     const { context, page, problems } = await desk(browser, controller.url, controller.token);
     await visit(page, "hosts/h1");
@@ -362,5 +359,77 @@ describe("guests that could not leave in time", () => {
       await shot(page, `late-guest-${view.width}`);
       await context.close();
     }
+  });
+});
+
+describe("a mirror", () => {
+  it("tells how far the standby is, and has it take over only when somebody says that the host is dead", async () => {
+    const operation = (await rest.must("GET", "/v1/operations?limit=1000")).items[0];
+    let age = 300;
+    const mirrored = () => ({
+      ...operation, id: "opn-01a1fea9-e622-75ca-b41b-c7d245b5cc2f", kind: "guest_mirror", phase: "copy", guest: web.id, image: null, source: h1, destination: h2, ended_at_ms: null, error: null, is_cancel_requested: false,
+      progress: { ...operation.progress, memory_total_bytes: 64 << 20, memory_remaining_bytes: 0, mirror: { cut: 43, committed: 42, committed_age_ms: (age += 100), pause_ms: 12, dirty_bytes: 3 << 20 } },
+    });
+    const begin = async (view = VIEWS[0]!) => {
+      const found = await desk(browser, controller.url, controller.token, view);
+      await found.page.route("**/v1/guests?*", async (route) => {
+        const json = await (await route.fetch()).json();
+        for (const one of json.items) Object.assign(one, { state: "running", operation: mirrored().id, host: h1, host_name: "h1" });
+        await route.fulfill({ json });
+      });
+      await found.page.route("**/v1/operations?*", (route) => route.fulfill({ json: { items: [mirrored()] } }));
+      await found.page.route("**/v1/operations/*", (route) => route.fulfill({ json: mirrored() }));
+      await found.page.route("**/evacuation", (route) => route.fulfill({ status: 200, json: { guest: web.id, host: h1, host_name: "h1", state: "not_needed", notice_ms: 120_000, detail: "" } }));
+      await found.page.route("**/mirrors", (route) => route.fulfill({ json: [{ operation: mirrored().id, guest: web.id, source: h1, destination: h2, mode: "strict", interval_ms: 250, is_protected: true, is_failing_over: false, standing: mirrored().progress.mirror }] }));
+      return found;
+    };
+    for (const view of VIEWS) {
+      const { context, page, problems } = await begin(view);
+      await visit(page, `guests/${web.id}`);
+      const panel = page.getByRole("region", { name: "Mirror" });
+      await panel.getByText("its standby could take over").waitFor();
+      await panel.getByText("waits for the standby").waitFor();
+      expect(await panel.innerText()).toMatch(/whole at the standby\s+42[\s\S]*pause of the last cut\s+12 ms/);
+      await panel.getByRole("img", { name: "how old the standby's copy is" }).waitFor({ timeout: 30_000 });
+      expect(await sideways(page)).toBe(0);
+      expect(await barriers(page)).toEqual([]);
+      await shot(page, `mirror-${view.width}-${view.dark ? "dark" : "light"}`);
+      expect(problems).toEqual([]);
+      await context.close();
+    }
+    const { context, page } = await begin();
+    await page.route("**/failover", (route) => route.fulfill({ status: 202, json: mirrored() }));
+    await visit(page, `guests/${web.id}`);
+    await page.getByRole("button", { name: "Take over…" }).click();
+    const dialog = page.getByRole("dialog");
+    expect(await dialog.getByRole("button", { name: "Take over now" }).isDisabled()).toBe(true);
+    await dialog.getByRole("checkbox").check();
+    expect(await barriers(page)).toEqual([]);
+    await shot(page, "mirror-take-over");
+    const [request] = await Promise.all([page.waitForRequest("**/failover"), dialog.getByRole("button", { name: "Take over now" }).click()]);
+    expect(request.postDataJSON()).toEqual({ host_is_dead: true });
+    await dialog.waitFor({ state: "hidden" });
+    await context.close();
+  });
+
+  it("is asked for as a dry run first", async () => {
+    const { context, page } = await desk(browser, controller.url, controller.token);
+    await page.route("**/v1/guests?*", async (route) => {
+      const json = await (await route.fetch()).json();
+      for (const one of json.items) one.state = "running";
+      await route.fulfill({ json });
+    });
+    await visit(page, `guests/${web.id}`);
+    await page.getByRole("button", { name: "Mirror…" }).click();
+    await page.getByLabel("Where to").selectOption({ label: "home" });
+    await page.getByLabel("A cut every").fill("0.5");
+    await page.getByLabel("What it says to the network").selectOption("strict");
+    const [request] = await Promise.all([page.waitForRequest("**/mirrors?dry_run=true"), page.getByRole("button", { name: "Check first" }).click()]);
+    expect(request.postDataJSON()).toMatchObject({ interval_ms: 500, mode: "strict" });
+    // It does not run in truth, and the controller says so.
+    await page.getByRole("dialog").getByRole("alert").or(page.getByRole("dialog").locator(".bad")).first().waitFor();
+    expect(await page.getByRole("button", { name: "Mirror now" }).count()).toBe(0);
+    await shot(page, "mirror-ask");
+    await context.close();
   });
 });

@@ -2,11 +2,12 @@ import type { ComponentChildren } from "preact";
 import { useEffect, useState } from "preact/hooks";
 import { change, get, Refused } from "../api/http";
 import type { Evacuation, Event, Guest } from "../api/types";
-import { may, stays } from "../store/derive";
+import { isEnded, may, stays } from "../store/derive";
 import { events, guests, images, networks, now, operations, ports, volumes, who } from "../store/store";
 import { ConsolePanel } from "../terminal/console";
 import { GuestActions } from "../ui/actions";
 import { ago, bytes, duration, moment } from "../ui/format";
+import { MirrorPanel } from "../ui/mirror";
 import { Empty, Facts, Grid, HostLink, Moving, Panel, State, hostName, shapeText } from "../ui/parts";
 import { EventLine } from "./events";
 
@@ -161,6 +162,7 @@ export function GuestPage(props: { id: string; part?: string }) {
           ["made", moment(guest.created_at_ms)],
         ]} />
       </Panel>
+      {operation?.kind === "guest_mirror" && !isEnded(operation.phase) && <MirrorPanel key={operation.id} guest={guest.id} name={guest.name} operation={operation} />}
       <ConsolePanel key={guest.id} guest={guest} begin={props.part === "console"} />
       <Panel title="Where it lived" wide><Lives guest={guest} events={own} /></Panel>
       {guest.state === "running" && <Leaving guest={guest} />}

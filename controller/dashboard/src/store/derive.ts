@@ -10,6 +10,8 @@ export function isEnded(phase: Phase): boolean {
 /** How far an operation is, 0 to 1; never backwards, because phases are not and bytes within one are not. */
 export function fraction(operation: Operation): number {
   if (isEnded(operation.phase)) return 1;
+  // A mirror has no end to come to: whole is a standby that could take over.
+  if (operation.kind === "guest_mirror" && (operation.progress.mirror?.committed ?? 0) > 0) return 1;
   const at = PHASES.indexOf(operation.phase);
   const starts = [0, 0.05, 0.1, 0.75, 0.8, 0.85, 1];
   const begin = starts[at] ?? 0;

@@ -49,7 +49,7 @@ export const underWay = computed(() => [...operations.value.values()].filter((op
 export const isBusy = computed(() => underWay.value.length > 0);
 
 /** Samples of operations that this page has watched: their rounds, for the operation's page. */
-export interface Sample { at: number; remaining: number; dirty: number; bandwidth: number; sent: number; round: number }
+export interface Sample { at: number; remaining: number; dirty: number; bandwidth: number; sent: number; round: number; mirrorAge: number | null }
 export const samples: Signal<ReadonlyMap<string, Sample[]>> = signal(new Map());
 
 function put<T extends Entity>(into: Table<T>, items: T[]): void {
@@ -287,6 +287,7 @@ async function poll(): Promise<void> {
       bandwidth: progress.bandwidth_bytes_per_s ?? 0,
       sent: progress.memory_sent_bytes ?? 0,
       round: progress.round ?? 0,
+      mirrorAge: progress.mirror && progress.mirror.committed > 0 ? progress.mirror.committed_age_ms : null,
     };
     next.set(operation.id, [...(next.get(operation.id) ?? []), sample].slice(-600));
   }

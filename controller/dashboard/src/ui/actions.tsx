@@ -7,29 +7,30 @@ import { may } from "../store/derive";
 import { clouds, hosts, learn, who } from "../store/store";
 import { bytes, duration } from "./format";
 
-type Verb = "migrate" | "freeze" | "thaw" | "start" | "stop";
+type Verb = "migrate" | "mirror" | "freeze" | "thaw" | "start" | "stop";
 
-interface Choice { verb: Verb; title: string; places: boolean; says: string; rehearsed: boolean }
+interface Choice { verb: Verb; title: string; places: boolean; says: string; path?: string }
 
 const CHOICES: Record<Verb, Choice> = {
-  migrate: { verb: "migrate", title: "Migrate", places: true, rehearsed: true, says: "It goes on running while it moves; its peers see a pause of less than a second or so." },
-  freeze: { verb: "freeze", title: "Freeze", places: false, rehearsed: true, says: "Its memory and disks go into the image store; it stands still until it is thawed, anywhere." },
-  thaw: { verb: "thaw", title: "Thaw", places: true, rehearsed: true, says: "It goes on where it was frozen, at the place you choose." },
-  start: { verb: "start", title: "Start", places: true, rehearsed: true, says: "It boots from its volumes." },
-  stop: { verb: "stop", title: "Stop", places: false, rehearsed: true, says: "It is asked to shut down; after 30 s its plug is pulled." },
+  migrate: { verb: "migrate", title: "Migrate", places: true, says: "It goes on running while it moves; its peers see a pause of less than a second or so." },
+  mirror: { verb: "mirror", title: "Mirror", places: true, path: "mirrors", says: "A second copy of it stands by at another host, kept by cuts, and can take over when the guest's own host is lost." },
+  freeze: { verb: "freeze", title: "Freeze", places: false, says: "Its memory and disks go into the image store; it stands still until it is thawed, anywhere." },
+  thaw: { verb: "thaw", title: "Thaw", places: true, says: "It goes on where it was frozen, at the place you choose." },
+  start: { verb: "start", title: "Start", places: true, says: "It boots from its volumes." },
+  stop: { verb: "stop", title: "Stop", places: false, says: "It is asked to shut down; after 30 s its plug is pulled." },
 };
 
 function offered(guest: Guest): Verb[] {
   if (guest.operation) return [];
   switch (guest.state) {
-    case "running": return ["migrate", "freeze", "stop"];
+    case "running": return ["migrate", "mirror", "freeze", "stop"];
     case "frozen": return ["thaw"];
     default: return ["start"];
   }
 }
 
 function allowed(verb: Verb): boolean {
-  return may(who.value, verb === "start" || verb === "stop" ? "change" : "move");
+  return may(who.value, verb === "start" || verb === "stop" || verb === "mirror" ? "change" : "move");
 }
 
 export function GuestActions(props: { guest: Guest }) {
@@ -43,8 +44,13 @@ export function GuestActions(props: { guest: Guest }) {
   );
 }
 
-function body(choice: Choice, place: string, reason: string): Record<string, unknown> {
-  const why = reason.trim() && (choice.verb === "migrate" || choice.verb === "freeze") ? { reason: reason.trim() } : {};
+const takesReason = (verb: Verb): boolean => verb === "migrate" || verb === "freeze" || verb === "mirror";
+
+interface Cuts { seconds: string; mode: "async" | "strict" }
+
+function body(choice: Choice, place: string, reason: string, cuts: Cuts): Record<string, unknown> {
+  const why = reason.trim() && takesReason(choice.verb) ? { reason: reason.trim() } : {};
+  if (choice.verb === "mirror") return { to: place, interval_ms: Math.round(Number(cuts.seconds) * 1000), mode: cuts.mode, ...why };
   if (choice.verb === "migrate") return { to: place, ...why };
   if (choice.verb === "thaw") return place ? { to: place } : {};
   if (choice.verb === "start") return place ? { place } : {};
@@ -60,8 +66,9 @@ function Ask(props: { guest: Guest; choice: Choice; close: () => void }) {
   const [problem, setProblem] = useState("");
   const [isWorking, setWorking] = useState(false);
   useEffect(() => dialog.current?.showModal(), []);
-  const needsPlace = choice.verb === "migrate";
-  const path = `/v1/guests/${guest.id}/${choice.verb}`;
+  const [cuts, setCuts] = useState<Cuts>({ seconds: "1", mode: "async" });
+  const needsPlace = choice.verb === "migrate" || choice.verb === "mirror";
+  const path = `/v1/guests/${guest.id}/${choice.path ?? choice.verb}`;
   const attempt = async (work: () => Promise<void>) => {
     setWorking(true);
     setProblem("");
@@ -72,9 +79,9 @@ function Ask(props: { guest: Guest; choice: Choice; close: () => void }) {
     }
     setWorking(false);
   };
-  const rehearse = () => attempt(async () => setTrial(await change<Operation>("POST", `${path}?dry_run=true`, body(choice, place, reason))));
+  const rehearse = () => attempt(async () => setTrial(await change<Operation>("POST", `${path}?dry_run=true`, body(choice, place, reason, cuts))));
   const carryOut = () => attempt(async () => {
-    const operation = await change<Operation>("POST", path, body(choice, place, reason));
+    const operation = await change<Operation>("POST", path, body(choice, place, reason, cuts));
     if (operation) {
       learn(operation);
       props.close();
@@ -101,7 +108,20 @@ function Ask(props: { guest: Guest; choice: Choice; close: () => void }) {
             </select>
           </label>
         )}
-        {(choice.verb === "migrate" || choice.verb === "freeze") && (
+        {choice.verb === "mirror" && (
+          <>
+            <label>A cut every so many seconds
+              <input type="number" min={0.05} max={600} step="any" required value={cuts.seconds} onInput={(event) => { setCuts({ ...cuts, seconds: event.currentTarget.value }); setTrial(undefined); }} />
+            </label>
+            <label>What it says to the network
+              <select value={cuts.mode} onChange={(event) => { setCuts({ ...cuts, mode: event.currentTarget.value as Cuts["mode"] }); setTrial(undefined); }}>
+                <option value="async">goes out at once: taking over loses what it did since the last cut</option>
+                <option value="strict">waits for the standby: nothing that anybody has seen is lost</option>
+              </select>
+            </label>
+          </>
+        )}
+        {takesReason(choice.verb) && (
           <label>Why (for the audit trail)
             <input value={reason} maxLength={200} onInput={(event) => setReason(event.currentTarget.value)} />
           </label>
@@ -139,5 +159,5 @@ export function Cancel(props: { operation: Operation }) {
       setProblem(error instanceof Refused ? error.problem.detail : String(error));
     }
   };
-  return <>{problem && <small class="bad" role="alert">{problem}</small>}<button onClick={() => void cancel()}>Cancel</button></>;
+  return <>{problem && <small class="bad" role="alert">{problem}</small>}<button onClick={() => void cancel()}>{operation.kind === "guest_mirror" ? "End the mirror" : "Cancel"}</button></>;
 }

@@ -35,7 +35,7 @@ export function useAttempt(): { isWorking: boolean; problem: string; attempt: (w
 }
 
 /** Asks whether it shall be. */
-export function Sure(props: { title: string; verb: string; close: () => void; act: () => Promise<void>; children: ComponentChildren }) {
+export function Sure(props: { title: string; verb: string; isReady?: boolean; close: () => void; act: () => Promise<void>; children: ComponentChildren }) {
   const { isWorking, problem, attempt } = useAttempt();
   const act = () => attempt(async () => {
     await props.act();
@@ -48,7 +48,7 @@ export function Sure(props: { title: string; verb: string; close: () => void; ac
       <div class="line">
         <button type="button" onClick={props.close}>Close</button>
         <span class="grow" />
-        <button class="main" disabled={isWorking}>{props.verb}</button>
+        <button class="main" disabled={isWorking || props.isReady === false}>{props.verb}</button>
       </div>
     </Dialog>
   );
