@@ -380,7 +380,7 @@ describe("a mirror", () => {
       await found.page.route("**/v1/operations?*", (route) => route.fulfill({ json: { items: [mirrored()] } }));
       await found.page.route("**/v1/operations/*", (route) => route.fulfill({ json: mirrored() }));
       await found.page.route("**/evacuation", (route) => route.fulfill({ status: 200, json: { guest: web.id, host: h1, host_name: "h1", state: "not_needed", notice_ms: 120_000, detail: "" } }));
-      await found.page.route("**/mirrors", (route) => route.fulfill({ json: [{ operation: mirrored().id, guest: web.id, source: h1, destination: h2, mode: "strict", interval_ms: 250, is_protected: true, is_failing_over: false, standing: mirrored().progress.mirror }] }));
+      await found.page.route("**/mirrors?*", (route) => route.fulfill({ json: { items: [{ operation: mirrored().id, guest: web.id, source: h1, destination: h2, mode: "strict", interval_ms: 250, is_protected: true, is_failing_over: false, standing: mirrored().progress.mirror }] } }));
       return found;
     };
     for (const view of VIEWS) {

@@ -1,6 +1,6 @@
 // The mirror of a guest: how far its standby is, and having it take over.
 import { useEffect, useState } from "preact/hooks";
-import { change, get, Refused } from "../api/http";
+import { change, list, Refused } from "../api/http";
 import type { Mirror, Operation } from "../api/types";
 import { may } from "../store/derive";
 import { hosts, learn, samples, who } from "../store/store";
@@ -37,7 +37,7 @@ export function MirrorPanel(props: { guest: string; name: string; operation: Ope
   const [mirror, setMirror] = useState<Mirror>();
   useEffect(() => {
     let isHere = true;
-    get<Mirror[]>(`/v1/guests/${props.guest}/mirrors`).then(
+    list<Mirror>(`/v1/guests/${props.guest}/mirrors`).then(
       (found) => { if (isHere) setMirror(found[0]); },
       (error) => { if (!(error instanceof Refused)) console.warn(error); },
     );
