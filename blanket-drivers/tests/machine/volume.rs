@@ -19,8 +19,9 @@ pub struct Disk {
     pub written: Vec<u32>,
     /// The next cut is answered so late.
     pub slow_for: Duration,
-    /// Cuts are refused.
+    /// Cuts are refused; how many were.
     pub refuses: bool,
+    pub refused: u32,
 }
 
 /// Who has it.
@@ -90,6 +91,7 @@ pub fn serve_link(mut stream: &UnixStream, disk: &Shared) -> io::Result<()> {
                     let now = disk.bytes.clone();
                     disk.cuts.insert(offset, now);
                 } else {
+                    disk.refused += 1;
                     error = 22;
                 }
             }

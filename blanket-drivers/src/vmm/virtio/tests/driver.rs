@@ -69,9 +69,14 @@ impl Driver {
     pub fn moved(&mut self, device: Device) -> Self {
         self.device.pause();
         let saved = serde_json::to_vec(&self.device.save().unwrap()).unwrap();
+        self.copied(device, &saved)
+    }
+
+    /// The same guest with another device, which takes over what was saved of this one.
+    pub fn copied(&self, device: Device, saved: &[u8]) -> Self {
         let mut to = Self::new(device);
         to.put(0, &self.get(0, usize::try_from(RAM_BYTES).unwrap()));
-        to.device.restore(&serde_json::from_slice(&saved).unwrap()).unwrap();
+        to.device.restore(&serde_json::from_slice(saved).unwrap()).unwrap();
         (to.next, to.used) = (self.next, self.used);
         to
     }

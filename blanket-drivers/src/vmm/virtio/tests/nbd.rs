@@ -5,7 +5,7 @@ use std::{
     os::unix::net::UnixStream,
     sync::mpsc::{Receiver, channel},
     thread::JoinHandle,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use proptest::prelude::*;
@@ -348,6 +348,105 @@ fn a_request_that_hangs_goes_on_at_the_other_end() {
     assert_eq!(request(&mut driver, 0, 1, &[writable(data, 512)]), (0, 513));
     drop((driver, link));
     server.join().unwrap();
+}
+
+/// What was asked for and not answered when a cut was taken is with the guest as it was then, too; and goes on here.
+#[test]
+fn a_cut_is_taken_while_a_request_hangs() {
+    let (taken, has_it) = channel();
+    let (stream, server) = serving(move |mut server| {
+        let read = server.next().unwrap();
+        taken.send(()).unwrap();
+        let cut = server.next().unwrap();
+        server.answer(&cut, 0, &[]);
+        // Only when the next one comes.
+        let second = server.next().unwrap();
+        server.answer(&read, 0, &pattern()[read.offset..read.offset + read.bytes]);
+        server.answer(&second, 0, &[]);
+        let end = server.next();
+        ([(cut.command, cut.offset, cut.bytes), (second.command, second.offset, second.bytes)], end)
+    });
+    let (link, _news) = linked(stream);
+    let mut driver = Driver::new(block::device(Box::new(link.disk()), "disk", false));
+    driver.bring_up(1 << 9);
+    let data = BUFFERS + 0x1_0000;
+    offer(&mut driver, 0, 0, 9, writable(data, 1024));
+    let soon = || Instant::now() + Duration::from_secs(20);
+    has_it.recv().unwrap();
+    driver.device.hold();
+    driver.device.begin_cut(7).unwrap();
+    driver.device.await_cut(soon()).unwrap();
+    assert!(!driver.has_used(0));
+    let saved = serde_json::to_vec(&driver.device.save().unwrap()).unwrap();
+    let (elsewhere, other) = serving(|server| server.serve(pattern()));
+    let (there, _news) = linked(elsewhere);
+    let mut standby = driver.copied(block::device(Box::new(there.disk()), "disk", false), &saved);
+    standby.device.resume();
+    assert_eq!(standby.await_used(0), (0, 1025));
+    assert_eq!(standby.get(data, 1024), pattern()[9 * 512..11 * 512]);
+    drop((standby, there));
+    other.join().unwrap();
+    // Here it is answered while the next cut is waited for: then it is not in flight any more.
+    driver.device.resume();
+    driver.device.hold();
+    driver.device.begin_cut(8).unwrap();
+    driver.device.await_cut(soon()).unwrap();
+    assert_eq!(driver.await_used(0), (0, 1025));
+    assert_eq!(driver.get(data, 1024), pattern()[9 * 512..11 * 512]);
+    assert!(serde_json::to_value(driver.device.save().unwrap()).unwrap()["handler"].as_array().unwrap().is_empty());
+    driver.device.resume();
+    drop((driver, link));
+    assert_eq!(server.join().unwrap(), ([(0x5343, 7, 0), (0x5343, 8, 0)], None));
+}
+
+#[test]
+fn a_cut_that_is_late_refused_or_lost_is_none_and_the_next_one_is() {
+    let (stream, server) = serving(|mut server| {
+        let late = server.next().unwrap();
+        let refused = server.next().unwrap();
+        server.answer(&late, 0, &[]);
+        server.answer(&refused, 22, &[]);
+        let good = server.next().unwrap();
+        server.answer(&good, 0, &[]);
+        let lost = server.next().unwrap();
+        [late.offset, refused.offset, good.offset, lost.offset]
+    });
+    let (link, news) = linked(stream);
+    let mut driver = Driver::new(block::device(Box::new(link.disk()), "disk", false));
+    driver.bring_up(1 << 9);
+    let cut = |driver: &mut Driver, number: u64, budget: Duration| {
+        driver.device.hold();
+        let begun = driver.device.begin_cut(number);
+        let outcome = begun.and_then(|()| driver.device.await_cut(Instant::now() + budget));
+        driver.device.resume();
+        outcome.map_err(|error| error.kind())
+    };
+    let long = Duration::from_secs(20);
+    assert_eq!(cut(&mut driver, 1, Duration::from_millis(20)), Err(std::io::ErrorKind::TimedOut));
+    assert_eq!(cut(&mut driver, 2, long), Err(std::io::ErrorKind::InvalidInput));
+    assert_eq!(cut(&mut driver, 3, long), Ok(()));
+    assert_eq!(cut(&mut driver, 4, long), Err(std::io::ErrorKind::ConnectionAborted));
+    assert_eq!(server.join().unwrap(), [1, 2, 3, 4]);
+    assert_eq!(news.recv().unwrap(), LinkNews::Lost);
+    assert_eq!(cut(&mut driver, 5, long), Err(std::io::ErrorKind::NotConnected));
+    let (stream, server) = serving(|mut server| {
+        let cut = server.next().unwrap();
+        server.answer(&cut, 0, &[]);
+        server.serve(pattern())
+    });
+    link.replace(stream).unwrap();
+    assert_eq!(cut(&mut driver, 6, long), Ok(()));
+    let data = BUFFERS + 0x1_0000;
+    assert_eq!(request(&mut driver, 0, 1, &[writable(data, 512)]), (0, 513));
+    drop((driver, link));
+    server.join().unwrap();
+    // A disk that cannot be written is the same at every cut, and nobody is asked.
+    let (stream, server) = serving(|mut server| server.next());
+    let (link, _news) = linked(stream);
+    let mut driver = Driver::new(block::device(Box::new(link.disk()), "disk", true));
+    assert_eq!(cut(&mut driver, 1, long), Ok(()));
+    drop((driver, link));
+    assert_eq!(server.join().unwrap(), None);
 }
 
 /// A guest that boots again while its volume process is started anew.
