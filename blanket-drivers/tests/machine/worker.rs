@@ -19,6 +19,8 @@ counting_guest_begin:
     .balign 4
 counting_guest_limit:
     .long 0x410000
+counting_guest_delay:
+    .long 0
 1:  cli
     mov $0x90000, %esp
     mov ${disk}, %ebp
@@ -59,6 +61,9 @@ counting_guest_limit:
     jmp 5f
 4:  mov %eax, (%edi)
     add $4096, %edi
+    mov counting_guest_delay - counting_guest_begin + 0x100000, %esi
+9:  dec %esi
+    jns 9b
 5:  cmp counting_guest_limit - counting_guest_begin + 0x100000, %edi
     jb 4b
     mov %eax, 0x206200
@@ -122,13 +127,14 @@ pub const COUNT: u64 = 0x30_0000;
 /// The first page that it writes in each turn.
 pub const PAGES_FROM: u64 = 0x40_0000;
 
-/// The program, which writes so many pages in each turn.
-pub fn counting(pages: u32) -> Vec<u8> {
+/// The program, which writes so many pages in each turn, and counts down from `delay` after each.
+pub fn counting(pages: u32, delay: u32) -> Vec<u8> {
     let (begin, end) = (&raw const counting_guest_begin, &raw const counting_guest_end);
     // SAFETY: both are labels of one piece of read-only data, the end after the beginning.
     let code = unsafe { std::slice::from_raw_parts(begin, end.byte_offset_from(begin).cast_unsigned()) };
     let mut code = code.to_vec();
     let limit = u32::try_from(PAGES_FROM).unwrap() + pages * 4096;
     code[4..8].copy_from_slice(&limit.to_le_bytes());
+    code[8..12].copy_from_slice(&delay.to_le_bytes());
     code
 }

@@ -54,7 +54,7 @@ impl Place {
     async fn new() -> Self {
         let host = Host::new().await;
         let mut image = Vec::new();
-        let mut kernel = elf(&counting(PAGES));
+        let mut kernel = elf(&counting(PAGES, 0));
         kernel.rewind().unwrap();
         kernel.read_to_end(&mut image).unwrap();
         std::fs::write(host.path("counting"), image).unwrap();
