@@ -93,10 +93,12 @@ impl Volume {
     /// Drops what is kept of the last cut; the next one may have any number.
     pub async fn end_cuts(&self) -> Result<(), VolumeError> {
         let ended = self.inner.blocking(|inner| {
-            let _one = relock(&inner.cuts.making);
+            let one = relock(&inner.cuts.making);
             *relock(&inner.cuts.state) = State::default();
-            inner.end_snapshot(Purpose::Cut);
+            let ended = inner.end_snapshot(Purpose::Cut);
             inner.cuts.newest.send_replace(0);
+            drop(one);
+            drop(ended);
             Ok(())
         });
         ended.await
@@ -108,15 +110,16 @@ impl Volume {
         self.check_serving()?;
         let inner = &self.inner;
         let taken = inner.blocking(move |inner| {
-            let _one = relock(&inner.cuts.making);
-            let mut state = relock(&inner.cuts.state);
-            state.have = have;
-            let is_taken = state.current.is_some_and(|current| current.number == after);
-            if is_taken {
-                state.current = None;
-                drop(state);
-                inner.end_snapshot(Purpose::Cut);
-            }
+            let one = relock(&inner.cuts.making);
+            let is_taken = {
+                let mut state = relock(&inner.cuts.state);
+                state.have = have;
+                state.current.take_if(|current| current.number == after).is_some()
+            };
+            let taken = is_taken.then(|| inner.end_snapshot(Purpose::Cut));
+            // Before what it took is given back: the next cut may wait, and with it a guest that stands still.
+            drop(one);
+            drop(taken);
             Ok(())
         });
         taken.await?;
@@ -156,11 +159,7 @@ impl Volume {
             return Ok(root);
         }
         let id = current.snapshot;
-        let bare = inner.blocking(move |inner| {
-            let map = inner.snapshot_map(id)?;
-            let bare = map.entries().filter(|(_, entry)| entry.state == BlockState::Local && entry.digest.is_none());
-            Ok(bare.map(|(block, _)| block).collect::<Arc<[u32]>>())
-        });
+        let bare = inner.blocking(move |inner| Ok(inner.snapshot_map(id)?.without_digest().collect::<Arc<[u32]>>()));
         let bare = bare.await?;
         let workers = std::thread::available_parallelism().map_or(1, usize::from).min(8);
         let share = bare.len().div_ceil(workers).max(1);
@@ -198,7 +197,7 @@ impl Volume {
         }
         let page = self.inner.blocking(move |inner| {
             let map = inner.snapshot_map(cut.snapshot)?;
-            let mut rest = map.entries_from(from).filter(|(_, entry)| entry.version > since);
+            let mut rest = map.entries_above(from, since);
             let mut entries = Vec::new();
             for (block, entry) in rest.by_ref().take(PAGE_ENTRIES) {
                 if entry.state == BlockState::Local && entry.digest.is_none() {

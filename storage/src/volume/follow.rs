@@ -332,10 +332,12 @@ impl Volume {
             }
             let mut changes = told;
             changes.retain(|(block, entry)| !is_same(ours.get(*block), *entry));
-            // What we have and the source does not: of a guest whose writes were lost with its host's power.
-            let extra = ours.entries().filter(|(block, _)| map.get(*block).state == BlockState::Base);
-            changes.extend(extra.map(|(block, _)| (block, Entry::default())));
-            changes.sort_unstable_by_key(|(block, _)| *block);
+            if have == 0 {
+                // What we have and the source does not: of a guest whose writes were lost with its host's power.
+                let extra = ours.entries().filter(|(block, _)| map.get(*block).state == BlockState::Base);
+                changes.extend(extra.map(|(block, _)| (block, Entry::default())));
+                changes.sort_unstable_by_key(|(block, _)| *block);
+            }
             Ok(changes)
         };
         inner.blocking(compare).await

@@ -35,7 +35,7 @@ impl Volume {
             // The version first: what is written while the page is made is above it, so the next page tells it.
             let (version, blocks, next) = {
                 let state = relock(&inner.map);
-                let mut blocks = state.map.entries_from(from).filter(|(_, entry)| entry.version > since);
+                let mut blocks = state.map.entries_above(from, since);
                 let page: Vec<u32> = blocks.by_ref().take(PAGE_ENTRIES).map(|(block, _)| block).collect();
                 (state.next_version - 1, page, blocks.next().map(|(block, _)| block))
             };
@@ -86,8 +86,7 @@ impl Volume {
     pub async fn warm_digests(&self) -> Result<(), VolumeError> {
         let bare: Arc<[u32]> = {
             let state = relock(&self.inner.map);
-            let bare = state.map.entries().filter(|(_, e)| e.state == BlockState::Local && e.digest.is_none());
-            bare.map(|(block, _)| block).collect()
+            state.map.without_digest().collect()
         };
         let workers = std::thread::available_parallelism().map_or(1, usize::from).min(8);
         let share = bare.len().div_ceil(workers).max(1);

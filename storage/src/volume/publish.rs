@@ -42,7 +42,7 @@ struct SnapshotGuard<'a>(&'a Inner);
 
 impl Drop for SnapshotGuard<'_> {
     fn drop(&mut self) {
-        self.0.end_snapshot(Purpose::Publish);
+        drop(self.0.end_snapshot(Purpose::Publish));
     }
 }
 

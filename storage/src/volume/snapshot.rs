@@ -46,9 +46,10 @@ impl Purpose {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct SnapshotId(u64);
 
-struct Snapshot {
+pub(super) struct Snapshot {
     id: SnapshotId,
     purpose: Purpose,
+    /// A file without a name: it goes with the last who has it.
     side: Arc<dyn DiskFile>,
     /// The map of the moment. Digests that are computed later are put into it.
     map: BlockMap,
@@ -102,10 +103,11 @@ impl Inner {
         since: u64,
         judge: impl FnOnce(Role) -> Result<(), VolumeError>,
     ) -> Result<Begun, VolumeError> {
-        self.end_snapshot(purpose);
+        let _before = self.end_snapshot(purpose);
         let side = self.disk.open(purpose.file_name(), true).map_err(disk("open the snapshot's file"))?;
         let side = side.ok_or_else(|| disk("open the snapshot's file")(std::io::ErrorKind::NotFound.into()))?;
         side.set_len(0).map_err(disk("empty the snapshot's file"))?;
+        self.disk.remove(purpose.file_name()).map_err(disk("make the snapshot's file nameless"))?;
         let id = SnapshotId(self.snapshots.next.fetch_add(1, Ordering::Relaxed));
         // Exclusive: no operation of the guest is half done.
         let role = self.role.write().unwrap_or_else(PoisonError::into_inner);
@@ -121,17 +123,11 @@ impl Inner {
         Ok(Begun { id, map, version })
     }
 
-    /// Ends the snapshot of this purpose, if there is one.
-    pub(super) fn end_snapshot(&self, purpose: Purpose) {
-        let ended = {
-            let mut list = relock(&self.snapshots.list);
-            let index = list.iter().position(|snapshot| snapshot.purpose == purpose);
-            index.map(|index| list.swap_remove(index))
-        };
-        if ended.is_some() {
-            // Best effort: the next one of this purpose empties it. Who reads it now reads on.
-            let _ = self.disk.remove(purpose.file_name());
-        }
+    /// Ends the snapshot of this purpose, if there is one. Giving back what it took can take its time: drop it where nobody waits.
+    pub(super) fn end_snapshot(&self, purpose: Purpose) -> Option<Snapshot> {
+        let mut list = relock(&self.snapshots.list);
+        let index = list.iter().position(|snapshot| snapshot.purpose == purpose)?;
+        Some(list.swap_remove(index))
     }
 
     /// Called, with the block's stripe held, by whoever is about to change a local block.
@@ -155,10 +151,10 @@ impl Inner {
             match saved {
                 Ok(()) => drop(list[index].saved.insert(block)),
                 Err(error) => {
-                    drop(list.swap_remove(index));
+                    let given_up = list.swap_remove(index);
                     drop(list);
+                    drop(given_up);
                     tracing::warn!(volume = %self.params.volume, ?purpose, error, "a snapshot cannot be kept");
-                    let _ = self.disk.remove(purpose.file_name());
                 }
             }
         }
