@@ -16,6 +16,9 @@
 //! - **One writer, by epoch.** A volume takes writes only while `Active` at its epoch; the transitions are in
 //!   [`volume::role`].
 //!
+//! A volume can have a **mirror**: a standby at another host that takes cut after cut of it ([`volume::Volume::cut`],
+//! [`volume::Volume::follow`]) and goes on from the last committed one when the source is lost ([`volume::Volume::promote`]).
+//!
 //! What nothing names any more leaves a store by a [`sweep`].
 //!
 //! [`process`] composes all of it into the process that serves one volume on one host.
