@@ -280,3 +280,7 @@ pub fn acknowledge(mut to: impl Write, number: u64) -> Result<(), TravelError> {
     let frame = Frame::json(kind::ACKNOWLEDGED, VERSION, &Number { number })?;
     Ok(to.write_all(&frame.to_bytes()?)?)
 }
+
+#[cfg(test)]
+#[path = "standby_tests.rs"]
+mod tests;
