@@ -6,79 +6,19 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
-use std::process::{Child, Command, Output, Stdio};
-use std::sync::Once;
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use serde_json::Value;
 use supercloud_lab::command::wait_for;
-use supercloud_lab::demo::report::Report;
-use supercloud_lab::fleet::programs;
-use supercloud_lab::lab::chain;
-use supercloud_lab::state;
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_supercloud-lab");
+mod told;
 
-fn build_programs() {
-    static BUILT: Once = Once::new();
-    BUILT.call_once(|| programs::build().unwrap_or_else(|error| panic!("{}", chain(&error))));
-}
+use told::Demo;
 
 /// Whether a lab can be made here at all.
 fn is_possible() -> bool {
     supercloud_lab::require::lab(&["libvirtd", "ovs-vswitchd", "qemu-system-x86_64"])
-}
-
-struct Demo {
-    name: String,
-    folder: tempfile::TempDir,
-}
-
-impl Demo {
-    fn new(name: &str) -> Self {
-        build_programs();
-        Self { name: format!("t-{name}-{}", std::process::id()), folder: tempfile::tempdir().unwrap() }
-    }
-
-    fn json(&self) -> PathBuf {
-        self.folder.path().join("result.json")
-    }
-
-    fn command(&self, options: &[&str]) -> Command {
-        let mut command = Command::new(PROGRAM);
-        command.args(["demo", "--name", &self.name, "--json"]).arg(self.json()).args(options);
-        command
-    }
-
-    fn run(&self, options: &[&str]) -> Output {
-        let output = self.command(options).output().unwrap();
-        println!("{}\n{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-        output
-    }
-
-    fn report(&self) -> Report {
-        serde_json::from_slice(&std::fs::read(self.json()).unwrap()).unwrap()
-    }
-
-    /// That nothing of the lab is there any more.
-    fn assert_gone(&self) {
-        assert!(!state::default_root().join(&self.name).exists(), "the lab's folder is still there");
-        let of_this_lab = |line: &String| line.contains(&self.name);
-        let left: Vec<String> = supercloud_lab::process::all()
-            .into_iter()
-            .map(|process| process.command_line())
-            .filter(of_this_lab)
-            .collect();
-        assert!(left.is_empty(), "still running: {left:#?}");
-    }
-}
-
-impl Drop for Demo {
-    fn drop(&mut self) {
-        // Whatever a failed run left.
-        let _ = supercloud_lab::down(&state::default_root(), &self.name);
-    }
 }
 
 #[test]
@@ -136,7 +76,7 @@ fn an_interrupted_demo_cleans_up_and_a_killed_one_does_not_hinder_the_next() {
     read_until(&mut killed, "2/5");
     killed.kill().unwrap();
     killed.wait().unwrap();
-    assert!(state::default_root().join(&demo.name).exists(), "it had made a lab");
+    assert!(supercloud_lab::state::default_root().join(&demo.name).exists(), "it had made a lab");
     // The next one starts all the same; interrupted, it leaves nothing.
     let mut interrupted = start(&demo);
     read_until(&mut interrupted, "2/5");
