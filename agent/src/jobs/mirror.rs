@@ -32,6 +32,8 @@ const SILENT_BUDGET: Duration = Duration::from_secs(30);
 const SILENT_INTERVALS: u32 = 10;
 /// A first copy that moves nothing for so long is given up.
 const FIRST_COPY_BUDGET: Duration = Duration::from_secs(60);
+/// How often it is asked, at a pause of [`PROGRESS_EVERY`], why a process has ended.
+const REASON_LOOKS: u32 = 8;
 /// The pause before what failed at a standby is tried again.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
 /// How long a standby that takes over tries to make its cut whole: it may be all there is of the guest.
@@ -48,16 +50,29 @@ pub async fn keep(job: Job, wants: Wants, options: MirrorOptions) {
         Err(error) => error,
     };
     tracing::warn!(guest = %job.guest, %operation, error = crate::chain(&error), "the guest is not mirrored any more");
-    // A guest whose process is gone lives on in its standby; one that switched itself off does not want to.
-    let backend = &job.host.backend;
-    let is_gone = matches!(backend.status(job.guest).await, Ok(None))
-        && !matches!(backend.how_it_ended(job.guest).await, Ok(Some(StopReason::PoweredOff)));
+    let is_gone = is_gone(&job).await;
     let event = if is_gone { SourceEvent::GuestGone } else { SourceEvent::CopyFailed { operation } };
     if !is_gone && !matches!(error, JobError::Peer(_) | JobError::Lost) {
         peer.handle.say(HandoverMessage::Failed { problem: error.problem() }).await;
     }
     job.tell(Fact::Problem(Box::new(error.problem()))).await;
     job.tell(Fact::Event(LocalEvent::Source(event))).await;
+}
+
+/// Whether the guest's process is gone against its will: then it lives on in its standby. One that switched itself off does not want
+/// to; why it ended may be known a moment later than that it did.
+async fn is_gone(job: &Job) -> bool {
+    let backend = &job.host.backend;
+    for _ in 0..REASON_LOOKS {
+        if !matches!(backend.status(job.guest).await, Ok(None)) {
+            return false;
+        }
+        if let Ok(Some(reason)) = backend.how_it_ended(job.guest).await {
+            return reason != StopReason::PoweredOff;
+        }
+        tokio::time::sleep(PROGRESS_EVERY).await;
+    }
+    true
 }
 
 async fn keep_up(
@@ -269,6 +284,10 @@ impl Followed {
                 match home.client().await_staged(after).await {
                     Ok(status) => {
                         after = after.max(status.staged);
+                        let trouble = told.borrow().as_ref().ok().and_then(|had| had.trouble.clone());
+                        if let Some(why) = status.trouble.as_ref().filter(|now| Some(*now) != trouble.as_ref()) {
+                            tracing::warn!(volume = %home.volume, why, "a volume cannot follow its source");
+                        }
                         let changed = |had: &mut Result<FollowStatus, String>| {
                             let is_new = had.as_ref().ok() != Some(&status);
                             *had = Ok(status.clone());

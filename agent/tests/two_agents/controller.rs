@@ -24,7 +24,7 @@ use supercloud_api::{
     ids::{CloudId, GuestId, HostId, OperationId, ProjectId, VolumeId},
     link::{
         self, Answer, Assignment, ChunkSource, Directive, Envelope, FrozenContent, GuestSpec, Hello, MigrationOptions,
-        Notice, Outcome, Peer, Query, Welcome, kind,
+        MirrorOptions, Notice, Outcome, Peer, Query, Welcome, kind,
     },
     ticket::{Party, Signer, Ticket},
     tls, unix_ms,
@@ -247,6 +247,16 @@ impl Controller {
         state.links.remove(&host);
     }
 
+    /// The host is dead, an operator says of this guest.
+    pub fn lose(&self, guest: GuestId, host: HostId) {
+        let mut state = self.state();
+        if let Some(record) = handover::note_host_lost(&state.records[&guest], host).record {
+            state.records.insert(guest, record);
+        }
+        drop(state);
+        self.send_orders(guest);
+    }
+
     pub fn heal(&self, host: HostId) {
         self.state().cut.remove(&host);
     }
@@ -454,8 +464,9 @@ impl Controller {
             _ => record.holders.first().map(|holder| holder.host),
         };
         let other = match kind {
-            OperationKind::Migrate { to: destination, .. } if destination == to => owner,
-            OperationKind::Migrate { to: destination, .. } => Some(destination),
+            OperationKind::Migrate { to: destination, .. } | OperationKind::Mirror { to: destination } => {
+                if destination == to { owner } else { Some(destination) }
+            }
             OperationKind::Start { .. } | OperationKind::RestartFromVolume { .. } => owner.filter(|owner| *owner != to),
             _ => None,
         };
@@ -498,7 +509,11 @@ impl Controller {
             peer,
             ticket: permission,
             chunk_sources,
-            mirror: None,
+            mirror: matches!(kind, OperationKind::Mirror { .. }).then_some(MirrorOptions {
+                interval_ms: 50,
+                is_strict: true,
+                bandwidth_bps: None,
+            }),
             migration: MigrationOptions {
                 auto_converge: true,
                 bandwidth_bps: state.bandwidth_bps,

@@ -14,7 +14,7 @@ use std::{
 
 use supercloud_api::CompatClass;
 use supercloud_blanket::{
-    Backend, BackendError, BackendResult, BoxFuture, Launch, LiveMigration,
+    Backend, BackendError, BackendResult, BoxFuture, Launch, LiveMigration, Mirroring,
     backend::{
         BackendEvent, Capabilities, Frozen, GuestEvent, GuestInfo, MemoryStats, PauseReason, RunState, StopMode,
         StopReason,
@@ -29,7 +29,10 @@ use tokio::{
     task::JoinHandle,
 };
 
-use crate::nbd::Nbd;
+use crate::{
+    mirroring::{Held, MIRROR, Standby},
+    nbd::Nbd,
+};
 
 /// Bytes between two numbers on the disk: every block of a volume gets some.
 const STRIDE: u64 = 16 << 10;
@@ -44,7 +47,7 @@ pub struct World {
     running: Mutex<HashMap<GuestId, u32>>,
     pub violations: Mutex<Vec<String>>,
     /// Per guest: slot to the newest number that its disk acknowledged.
-    acknowledged: Mutex<HashMap<GuestId, HashMap<u64, u64>>>,
+    pub acknowledged: Mutex<HashMap<GuestId, HashMap<u64, u64>>>,
     pub boots: AtomicU64,
     /// How long a piece of memory takes to go.
     pub piece_ms: AtomicU64,
@@ -70,20 +73,30 @@ impl World {
         *self.running.lock().unwrap().entry(guest).or_default() -= 1;
     }
 
+    /// The newest number of a guest that was acknowledged.
+    pub fn newest(&self, guest: GuestId) -> u64 {
+        let all = self.acknowledged.lock().unwrap();
+        all.get(&guest).and_then(|slots| slots.values().max()).copied().unwrap_or(0)
+    }
+
     pub fn running(&self, guest: GuestId) -> u32 {
         self.running.lock().unwrap().get(&guest).copied().unwrap_or(0)
     }
 }
 
-struct Guest {
-    launch: Launch,
-    epoch: Epoch,
-    state: RunState,
+pub struct Guest {
+    pub launch: Launch,
+    pub epoch: Epoch,
+    pub state: RunState,
     /// The guest's "memory": the next number that it writes.
-    next: Arc<AtomicU64>,
+    pub next: Arc<AtomicU64>,
+    /// Of a mirrored guest: what it must not say yet.
+    pub held: Arc<Held>,
     cpu: Option<Cpu>,
     /// It came out of this file and has not run since.
     file: Option<PathBuf>,
+    /// It was kept by cuts before it ran.
+    pub was_standby: bool,
 }
 
 /// The running vCPU.
@@ -92,13 +105,16 @@ struct Cpu {
     task: JoinHandle<bool>,
 }
 
-struct Inner {
-    name: String,
-    world: Arc<World>,
-    guests: tokio::sync::Mutex<HashMap<GuestId, Guest>>,
+pub struct Inner {
+    pub name: String,
+    pub world: Arc<World>,
+    pub guests: tokio::sync::Mutex<HashMap<GuestId, Guest>>,
     events: broadcast::Sender<BackendEvent>,
-    cancels: Mutex<HashMap<GuestId, Arc<AtomicBool>>>,
-    incoming: Mutex<HashMap<GuestId, JoinHandle<std::io::Result<u64>>>>,
+    pub cancels: Mutex<HashMap<GuestId, Arc<AtomicBool>>>,
+    pub incoming: Mutex<HashMap<GuestId, JoinHandle<std::io::Result<u64>>>>,
+    pub standbys: Mutex<HashMap<GuestId, Arc<Standby>>>,
+    /// What is staged of each guest.
+    pub staged: Mutex<HashMap<GuestId, watch::Sender<u64>>>,
     agent: AtomicU64,
     /// Why guests that are not here any more ended.
     ended: Mutex<HashMap<GuestId, StopReason>>,
@@ -106,7 +122,7 @@ struct Inner {
 
 /// A host's hypervisor.
 #[derive(Clone)]
-pub struct Hypervisor(Arc<Inner>);
+pub struct Hypervisor(pub Arc<Inner>);
 
 pub fn class() -> CompatClass {
     CompatClass {
@@ -117,7 +133,7 @@ pub fn class() -> CompatClass {
     }
 }
 
-fn failed(what: &'static str) -> impl Fn(std::io::Error) -> BackendError {
+pub fn failed(what: &'static str) -> impl Fn(std::io::Error) -> BackendError {
     move |error| BackendError::Failed { what, detail: error.to_string() }
 }
 
@@ -130,6 +146,8 @@ impl Hypervisor {
             events: broadcast::Sender::new(64),
             cancels: Mutex::default(),
             incoming: Mutex::default(),
+            standbys: Mutex::default(),
+            staged: Mutex::default(),
             agent: AtomicU64::new(0),
             ended: Mutex::default(),
         }))
@@ -141,6 +159,8 @@ impl Hypervisor {
         for (_, task) in self.0.incoming.lock().unwrap().drain() {
             task.abort();
         }
+        self.0.standbys.lock().unwrap().clear();
+        self.0.staged.lock().unwrap().clear();
         self.0.guests.lock().await.retain(|_, guest| guest.state != RunState::Paused(PauseReason::Incoming));
     }
 
@@ -150,17 +170,20 @@ impl Hypervisor {
 
     /// The guest reads its whole disk and compares it with what was acknowledged; how many numbers were compared.
     pub async fn check_disk(&self, id: GuestId) -> usize {
-        let (disk, cpu) = {
+        let (disk, cpu, is_mirror) = {
             let mut guests = self.0.guests.lock().await;
             let guest = guests.get_mut(&id).expect("the guest is here");
-            (guest.launch.host.disks["disk0"].socket.clone(), guest.cpu.take())
+            (guest.launch.host.disks["disk0"].socket.clone(), guest.cpu.take(), guest.was_standby)
         };
         self.0.halt(id, cpu).await;
         let wanted = self.0.world.acknowledged.lock().unwrap().get(&id).cloned().unwrap_or_default();
         let mut nbd = Nbd::connect(&disk).await.expect("the disk is there");
         for (slot, number) in &wanted {
             let read = nbd.read(slot * STRIDE, RECORD).await.expect("the disk answers");
-            assert_eq!(read, record(*number), "slot {slot} of {id} does not hold {number}");
+            // A standby may have more than was said; never less, and never half of it.
+            let found = u64::from_le_bytes(read[..8].try_into().unwrap());
+            let is_right = if is_mirror { found >= *number } else { found == *number };
+            assert!(is_right && read == record(found), "slot {slot} of {id} does not hold {number} but {found}");
         }
         drop(nbd);
         self.0.go(id).await;
@@ -190,12 +213,12 @@ fn record(number: u64) -> Vec<u8> {
 
 impl Inner {
     /// Lets the vCPU run.
-    async fn go(self: &Arc<Self>, id: GuestId) {
+    pub async fn go(self: &Arc<Self>, id: GuestId) {
         let mut guests = self.guests.lock().await;
         let Some(guest) = guests.get_mut(&id) else { return };
         let (stop, mut stopped) = watch::channel(false);
         let disk = guest.launch.host.disks["disk0"].socket.clone();
-        let (next, inner) = (guest.next.clone(), self.clone());
+        let (next, held, inner) = (guest.next.clone(), guest.held.clone(), self.clone());
         guest.state = RunState::Running;
         self.world.began(id);
         let slots = 1 << 20 >> 14;
@@ -206,7 +229,9 @@ impl Inner {
                     let number = next.load(Ordering::SeqCst);
                     let slot = number % slots;
                     nbd.write(slot * STRIDE, &record(number)).await?;
-                    inner.world.acknowledged.lock().unwrap().entry(id).or_default().insert(slot, number);
+                    if !held.keeps(slot, number) {
+                        inner.world.acknowledged.lock().unwrap().entry(id).or_default().insert(slot, number);
+                    }
                     next.store(number + 1, Ordering::SeqCst);
                     if *stopped.borrow_and_update() {
                         return Ok::<_, std::io::Error>(());
@@ -244,7 +269,7 @@ impl Inner {
         }
     }
 
-    async fn pause(&self, id: GuestId, reason: PauseReason) -> BackendResult<u64> {
+    pub async fn pause(&self, id: GuestId, reason: PauseReason) -> BackendResult<u64> {
         let cpu = {
             let mut guests = self.guests.lock().await;
             let guest = guests.get_mut(&id).ok_or(BackendError::NoSuchGuest { guest: id })?;
@@ -280,7 +305,8 @@ impl Inner {
             return Err(BackendError::AlreadyThere { guest: id });
         }
         self.ended.lock().unwrap().remove(&id);
-        guests.insert(id, Guest { launch, epoch, state, next: Arc::new(AtomicU64::new(next)), cpu: None, file: None });
+        let (next, held) = (Arc::new(AtomicU64::new(next)), Arc::default());
+        guests.insert(id, Guest { launch, epoch, state, next, held, cpu: None, file: None, was_standby: false });
         Ok(GuestInfo { guest: id, epoch, state, pid: None })
     }
 }
@@ -467,6 +493,10 @@ impl Backend for Hypervisor {
     fn live_migration(&self) -> BackendResult<&dyn LiveMigration> {
         Ok(self)
     }
+
+    fn mirroring(&self) -> BackendResult<&dyn Mirroring> {
+        Ok(self)
+    }
 }
 
 impl LiveMigration for Hypervisor {
@@ -584,10 +614,16 @@ impl LiveMigration for Hypervisor {
             let guest = launch.guest;
             let listener = UnixListener::bind(&listen).map_err(failed("listen"))?;
             self.0.put(launch, RunState::Paused(PauseReason::Incoming), 0).await?;
+            let inner = self.0.clone();
             let task = tokio::spawn(async move {
                 let (mut stream, _) = listener.accept().await?;
                 let mut bytes = vec![0; MEMORY_BYTES / PIECES * PIECES + 8];
-                stream.read_exact(&mut bytes).await?;
+                stream.read_exact(&mut bytes[..1]).await?;
+                if bytes[0] == MIRROR {
+                    inner.stand_by(guest, stream).await?;
+                    return Ok(0);
+                }
+                stream.read_exact(&mut bytes[1..]).await?;
                 stream.write_all(b".").await?;
                 Ok(u64::from_le_bytes(bytes[bytes.len() - 8..].try_into().unwrap()))
             });

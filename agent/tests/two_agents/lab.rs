@@ -110,6 +110,20 @@ impl TestHost {
         self.hypervisor.agent_died().await;
     }
 
+    /// The host loses its power, with all that runs there.
+    pub async fn die(&self, guest: GuestId) {
+        let agent = self.agent.lock().unwrap().take();
+        if let Some(agent) = agent {
+            agent.abort();
+            let _ = agent.await;
+        }
+        for pid in self.volume_pids() {
+            // SAFETY: kill takes no pointers; the process is a volume process that this lab started.
+            unsafe { libc::kill(pid, libc::SIGKILL) };
+        }
+        self.hypervisor.crash(guest).await;
+    }
+
     pub fn data_address(&self) -> SocketAddr {
         self.config.data_listen
     }
@@ -364,6 +378,20 @@ impl Lab {
             assert!(other.volume_pids().is_empty());
         }
         assert_eq!(host.switch.attached.lock().unwrap().values().copied().collect::<Vec<_>>(), [record.epoch]);
+        self.violations();
+    }
+
+    /// As [`Self::check`], where another host is dead and what it has is not tidied up.
+    pub async fn check_at_owner(&self, guest: GuestId) {
+        let record = self.controller.record(guest);
+        let Owner::Host(owner) = record.owner else { panic!("{guest} is not owned by a host: {record:?}") };
+        let host = self.host(owner);
+        self.eventually("it runs at its owner", async || {
+            host.hypervisor.epoch_of(guest).await == Some((record.epoch, RunState::Running))
+        })
+        .await;
+        assert_eq!(self.world.running(guest), 1);
+        assert!(host.hypervisor.check_disk(guest).await > 0, "nothing was written");
         self.violations();
     }
 

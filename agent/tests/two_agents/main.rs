@@ -11,6 +11,8 @@ mod crashes;
 mod freezes;
 mod hypervisor;
 mod lab;
+mod mirroring;
+mod mirrors;
 mod moves;
 mod nbd;
 mod sweeps;

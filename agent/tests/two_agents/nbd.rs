@@ -9,6 +9,7 @@ use tokio::{
 
 const READ: u16 = 0;
 const WRITE: u16 = 1;
+const CUT: u16 = 0x5343;
 const FUA: u16 = 1;
 
 pub struct Nbd {
@@ -56,6 +57,11 @@ impl Nbd {
     /// Writes, durably.
     pub async fn write(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.request(WRITE, FUA, offset, data, data.len()).await.map(drop)
+    }
+
+    /// Cuts the volume for its mirror.
+    pub async fn cut(&mut self, number: u64) -> io::Result<()> {
+        self.request(CUT, 0, number, &[], 0).await.map(drop)
     }
 
     pub async fn read(&mut self, offset: u64, len: usize) -> io::Result<Vec<u8>> {
