@@ -6,10 +6,12 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
 
+use supercloud_api::frame::Frame;
 use supercloud_blanket::device::Mac;
 use supercloud_blanket::vmm::boot::{self, BootFiles};
 use supercloud_blanket::vmm::bus::Registers as _;
 use supercloud_blanket::vmm::pci::{Function as _, MessageSink};
+use supercloud_blanket::vmm::travel::mirror::standby::rehearse;
 use supercloud_blanket::vmm::travel::pages::{Packer, Unpacker};
 use supercloud_blanket::vmm::virtio::phase::{self, Operation, Phase, Step};
 use supercloud_blanket::vmm::virtio::transport::DeviceState;
@@ -215,6 +217,40 @@ pub fn travel(input: &[u8]) {
     device.write_config(4, &[2, 0]);
     device.write(STATUS, &[0]);
     assert_eq!(device.phase(), Phase::Reset);
+}
+
+/// What comes of a mirror from another host: frame by frame.
+pub fn mirror(input: &[u8]) {
+    let Ok(ram) = memory::create(RAM_BYTES).and_then(|file| memory::map(file, RAM_BYTES)) else { return };
+    let _ = rehearse(input, &ram);
+}
+
+/// A first copy and two cuts, one of which is abandoned.
+pub fn mirror_seeds() -> Vec<Vec<u8>> {
+    let page = |number: u64| [&number.to_le_bytes()[..], &[1], &[7; 4096]].concat();
+    let zero = |number: u64| [&number.to_le_bytes()[..], &[0]].concat();
+    // zstd (RFC 8878): one block as it is, "{}".
+    let state = [0x28, 0xb5, 0x2f, 0xfd, 0x20, 2, 0x11, 0, 0, b'{', b'}'];
+    let hello = br#"{"vcpus":1,"memory_bytes":2097152,"state_version":2}"#;
+    let number = |number: u64| format!("{{\"number\":{number}}}").into_bytes();
+    let frames = [
+        (16, hello.to_vec()),
+        (2, [page(1), zero(2)].concat()),
+        (3, number(1)),
+        (17, number(1)),
+        (2, page(511)),
+        (20, number(1)),
+        (17, number(3)),
+        (18, state.to_vec()),
+        (2, [zero(511), page(0)].concat()),
+        (19, vec![9; 32]),
+        (21, Vec::new()),
+    ];
+    let whole = |frames: &[(u16, Vec<u8>)]| {
+        let frames = frames.iter().map(|(kind, payload)| Frame { kind: *kind, version: 1, payload: payload.clone() });
+        frames.filter_map(|frame| frame.to_bytes().ok()).flatten().collect()
+    };
+    vec![whole(&frames), whole(&frames[..6])]
 }
 
 /// Virtio's numbers of the devices that [`device`] makes.

@@ -168,18 +168,21 @@ fn parser(ram: Ram) -> Result<Parser, TravelError> {
     Ok(Parser { ram, unpacker: Unpacker::new()?, place: Place::Copy(Rounds::default()), staged: 0 })
 }
 
-/// Reads a whole stream of a mirror into memory, and commits each cut as it comes; how many. For who looks for streams that do harm.
+/// Reads a whole stream of a mirror into memory, and commits each cut as it comes, whatever its hash; how many. For who looks for
+/// streams that do harm.
 ///
 /// # Errors
 /// Why not more.
 pub fn rehearse(from: impl Read, ram: &Ram) -> Result<u64, TravelError> {
-    let mut staging = Staging { reader: crate::vmm::travel::open(from)?.into_reader(), parser: parser(ram.clone())? };
+    let (mut reader, mut parser) = (crate::vmm::travel::open(from)?.into_reader(), parser(ram.clone())?);
     let mut standby = Standby::new(ram.clone())?;
     loop {
-        let committed = standby.committed();
-        match staging.next(&|| committed)? {
-            News::Over => return Ok(committed),
-            News::Staged(cut) => {
+        let frame = reader.next()?;
+        let said = frame.payload.first_chunk().copied().unwrap_or_default();
+        match parser.take(frame, said, standby.committed())? {
+            None => {}
+            Some(News::Over) => return Ok(standby.committed()),
+            Some(News::Staged(cut)) => {
                 let number = standby.stage(*cut, |_| Ok(()))?;
                 standby.commit(number)?;
             }
