@@ -79,6 +79,10 @@ pub enum HandoverMessage {
         /// The back end's own data, base64, at most 256 KiB.
         cookie: String,
     },
+    /// Standby of a mirror: the controller has declared the source lost, and yet it is heard; it stops its guest.
+    TakesOver,
+    /// Source of a mirror: the guest does not run there (any more), and will not before the controller says so.
+    StandsStill,
     /// Destination: it still copies blocks ahead; said now and then before `CopiedAhead`.
     Preparing {
         /// Bytes of blocks that have come so far.

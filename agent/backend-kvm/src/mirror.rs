@@ -127,6 +127,15 @@ impl Mirroring for KvmBackend {
     fn end_mirror(&self, guest: GuestId) -> BoxFuture<'_, BackendResult<()>> {
         Box::pin(async move {
             let Some(keeper) = self.keeper(guest)? else { return Ok(()) };
+            let knows = match keeper.ask("look for a guest's mirror", verb("status"), None).await {
+                Ok(status) => status.is_mirrored.is_some(),
+                Err(BackendError::NoSuchGuest { .. }) => return Ok(()),
+                Err(error) => return Err(error),
+            };
+            if !knows {
+                // A process of before there were mirrors: it would hang up.
+                return Ok(());
+            }
             match keeper.ask("end a guest's mirror", verb("end_mirror"), None).await {
                 Err(BackendError::NoSuchGuest { .. }) => Ok(()),
                 ended => ended.map(drop),

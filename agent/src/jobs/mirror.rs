@@ -7,7 +7,7 @@ use std::{path::Path, time::Duration};
 
 use supercloud_api::{Code, MirrorStanding, Problem, Progress, data::HandoverMessage, link::MirrorOptions};
 use supercloud_blanket::{
-    backend::StopReason,
+    backend::{RunState, StopReason},
     mirror::{MirrorOptions as BackendOptions, MirrorProgress, Mirroring},
 };
 use supercloud_handover::{DestinationPlan, LocalEvent, SourceEvent, VolumeStamp};
@@ -36,8 +36,6 @@ const FIRST_COPY_BUDGET: Duration = Duration::from_secs(60);
 const REASON_LOOKS: u32 = 8;
 /// The pause before what failed at a standby is tried again.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
-/// How long a standby that takes over tries to make its cut whole: it may be all there is of the guest.
-const PROMOTE_BUDGET: Duration = Duration::from_secs(120);
 
 /// The source's part: until it is ended, or broken.
 pub async fn keep(job: Job, wants: Wants, options: MirrorOptions) {
@@ -52,7 +50,9 @@ pub async fn keep(job: Job, wants: Wants, options: MirrorOptions) {
     tracing::warn!(guest = %job.guest, %operation, error = crate::chain(&error), "the guest is not mirrored any more");
     let is_gone = is_gone(&job).await;
     let event = if is_gone { SourceEvent::GuestGone } else { SourceEvent::CopyFailed { operation } };
-    if !is_gone && !matches!(error, JobError::Peer(_) | JobError::Lost) {
+    if is_gone {
+        peer.handle.say(HandoverMessage::StandsStill).await;
+    } else if !matches!(error, JobError::Peer(_) | JobError::Lost) {
         peer.handle.say(HandoverMessage::Failed { problem: error.problem() }).await;
     }
     job.tell(Fact::Problem(Box::new(error.problem()))).await;
@@ -64,8 +64,10 @@ pub async fn keep(job: Job, wants: Wants, options: MirrorOptions) {
 async fn is_gone(job: &Job) -> bool {
     let backend = &job.host.backend;
     for _ in 0..REASON_LOOKS {
-        if !matches!(backend.status(job.guest).await, Ok(None)) {
-            return false;
+        match backend.status(job.guest).await {
+            Ok(None) => {}
+            Ok(Some(info)) => return info.state == RunState::Crashed,
+            Err(_) => return false,
         }
         if let Ok(Some(reason)) = backend.how_it_ended(job.guest).await {
             return reason != StopReason::PoweredOff;
@@ -105,6 +107,21 @@ async fn keep_up(
             heard = peer.events.recv() => match heard {
                 Some(MeetingEvent::Lost) | None => return Err(JobError::Lost),
                 Some(MeetingEvent::Message(HandoverMessage::Failed { problem })) => return Err(JobError::Peer(problem)),
+                Some(MeetingEvent::Message(HandoverMessage::TakesOver)) => {
+                    match job.host.backend.pause(job.guest).await {
+                        Ok(()) => {
+                            tracing::warn!(guest = %job.guest, "the standby takes over; the guest stands still here");
+                            peer.handle.say(HandoverMessage::StandsStill).await;
+                            // What becomes of it the controller says: it is asked every second.
+                            job.cancel.cancelled().await;
+                            return Err(JobError::Cancelled);
+                        }
+                        // The standby says so again.
+                        Err(error) => {
+                            tracing::error!(guest = %job.guest, error = crate::chain(&error), "the guest cannot be stopped");
+                        }
+                    }
+                }
                 Some(_) => {}
             },
             _ = ticks.tick() => {
@@ -334,8 +351,11 @@ impl Standby<'_> {
         let mut streams: JoinSet<std::io::Result<(u64, u64)>> = JoinSet::new();
         let mut looks = interval(RETRY_PAUSE);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut is_peer_there = true;
+        let (mut is_open, mut is_source_there, mut is_wanted) = (true, true, false);
         loop {
+            if is_wanted && !is_source_there {
+                return Ok(());
+            }
             if let Some(cut) = self.next() {
                 self.try_commit(cut).await;
             }
@@ -347,12 +367,30 @@ impl Standby<'_> {
                 }
             };
             tokio::select! {
-                () = take_over.notified() => return Ok(()),
-                event = peer.events.recv(), if is_peer_there => match event {
+                () = take_over.notified() => {
+                    is_wanted = true;
+                    if is_source_there {
+                        // Declared dead, and alive: cut off from the controller only. Two must not run.
+                        tracing::warn!(guest = %self.job.guest, "told to take over, and the source is still heard");
+                        peer.handle.say(HandoverMessage::TakesOver).await;
+                        let message = "its source is still heard; it waits until that has stopped the guest, or is silent";
+                        self.job.show(Progress { message: message.to_owned(), ..Progress::default() });
+                    }
+                }
+                event = peer.events.recv(), if is_open => match event {
                     Some(MeetingEvent::Memory(stream)) => drop(streams.spawn(carry_in(self.job, *stream, listen))),
-                    Some(MeetingEvent::Message(HandoverMessage::Failed { problem })) => return Err(JobError::Peer(problem)),
+                    Some(MeetingEvent::Connected) => is_source_there = true,
+                    Some(MeetingEvent::Lost | MeetingEvent::Message(HandoverMessage::StandsStill)) => is_source_there = false,
+                    Some(MeetingEvent::Message(HandoverMessage::Failed { problem })) => {
+                        // With a whole cut here the controller decides: the source may be dying.
+                        is_source_there = false;
+                        if self.committed == 0 {
+                            return Err(JobError::Peer(problem));
+                        }
+                        tracing::warn!(guest = %self.job.guest, %problem, "the source gives the mirror up");
+                    }
                     Some(_) => {}
-                    None => is_peer_there = false,
+                    None => (is_open, is_source_there) = (false, false),
                 },
                 Some(ended) = streams.join_next() => {
                     tracing::info!(guest = %self.job.guest, ?ended, committed = self.committed, "the mirror's stream has ended");
@@ -395,25 +433,27 @@ impl Standby<'_> {
         Ok(())
     }
 
-    /// Makes of the last cut a guest and volumes that can go on; tried for long, because it may be all there is.
+    /// Makes of the last cut a guest and volumes that can go on; tried until somebody gives it up, because it is all there is.
     async fn promote(&mut self, plan: &DestinationPlan) -> Result<Vec<VolumeStamp>, JobError> {
-        let end = Instant::now() + PROMOTE_BUDGET;
         loop {
             let error = match self.try_promote(plan).await {
                 Ok(stamps) => return Ok(stamps),
                 Err(error @ JobError::Refused(_)) => return Err(error),
                 Err(error) => error,
             };
-            if Instant::now() >= end || self.job.cancel.is_cancelled() {
-                return Err(error);
+            let why = crate::chain(&error);
+            tracing::warn!(guest = %self.job.guest, error = why, "the last cut is not whole yet");
+            self.job.show(Progress { message: format!("it cannot take over yet: {why}"), ..Progress::default() });
+            tokio::select! {
+                () = self.job.cancel.cancelled() => return Err(JobError::Cancelled),
+                () = tokio::time::sleep(RETRY_PAUSE) => {}
             }
-            tracing::warn!(guest = %self.job.guest, error = crate::chain(&error), "the last cut is not whole yet");
-            tokio::time::sleep(RETRY_PAUSE).await;
         }
     }
 
     async fn try_promote(&mut self, plan: &DestinationPlan) -> Result<Vec<VolumeStamp>, JobError> {
-        if let Some(cut) = self.committing {
+        // What is whole everywhere and was not taken yet, too.
+        if let Some(cut) = self.committing.or_else(|| self.next()) {
             self.commit(cut).await?;
         }
         if self.committed == 0 {

@@ -118,7 +118,11 @@ impl Inner {
         let next = self.pause(id, PauseReason::Other).await?;
         let cut = async { Nbd::connect(&disk).await?.cut(number).await }.await;
         let unsaid = cut.is_ok().then(|| held.cut(is_over)).flatten();
-        self.go(id).await;
+        // Unless somebody has paused it meanwhile.
+        let state = self.guests.lock().await.get(&id).map(|guest| guest.state);
+        if state == Some(RunState::Paused(PauseReason::Other)) {
+            self.go(id).await;
+        }
         match unsaid {
             Some(unsaid) => Ok(Some((next, unsaid))),
             // The guest runs on; the next cut has it all.

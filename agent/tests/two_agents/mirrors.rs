@@ -68,6 +68,21 @@ async fn the_standby_goes_on_when_the_host_is_lost() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_is_declared_lost_and_lives_stops_its_guest_before_the_standby_goes_on() {
+    let lab = Lab::begin(&[true, true]).await;
+    let (guest, operation) = mirrored(&lab).await;
+    // It is cut off from the controller only; the world counts copies that run at once.
+    lab.controller.cut(lab.hosts[0].id);
+    lab.controller.lose(guest, lab.hosts[0].id);
+    lab.eventually("the standby owns it", async || lab.controller.record(guest).owner == Owner::Host(lab.hosts[1].id))
+        .await;
+    assert_eq!(lab.controller.ended(guest, operation).await, Phase::Done);
+    lab.controller.heal(lab.hosts[0].id);
+    lab.eventually("the old copy goes", async || lab.hosts[0].hypervisor.epoch_of(guest).await.is_none()).await;
+    lab.check(guest).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_standby_goes_on_when_the_guests_process_is_gone() {
     let lab = Lab::begin(&[true, true]).await;
     let (guest, operation) = mirrored(&lab).await;

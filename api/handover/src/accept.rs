@@ -200,6 +200,10 @@ fn abort(
     owned: Option<Epoch>,
 ) -> Accepted {
     let takes_part = |op: &Operation| op.source() == Some(from) || op.kind.destination() == Some(from);
+    let has_nothing = |op: &&Operation| op.is_mirrored() && op.source_lost && op.kind.destination() == Some(from);
+    if record.current(operation).filter(has_nothing).is_some() {
+        return Accepted::changed(aborted(record, reason, |_| {}));
+    }
     if record.current(operation).is_some_and(takes_part) {
         match request_abort(record, operation, reason) {
             AbortDecision::Aborted { record } => return Accepted::changed(*record),

@@ -319,6 +319,8 @@ fn abort_member(record: &OwnerRecord, operation: OperationId, reason: AbortReaso
         Verdict::Granted(grant) => AbortDecision::TooLate(grant),
         Verdict::Aborted(reason) => AbortDecision::AlreadyAborted(reason),
         Verdict::Open if op.kind == OperationKind::Stop && op.phase != Phase::Plan => AbortDecision::NotCancellable,
+        // Its standby is all there is; only that can say that there is nothing.
+        Verdict::Open if op.is_mirrored() && op.source_lost => AbortDecision::NotCancellable,
         Verdict::Open => AbortDecision::Aborted { record: Box::new(aborted(record, reason, |_| {})) },
     }
 }

@@ -279,3 +279,45 @@ fn a_group_is_aborted_all_or_none() {
     let requests: Vec<_> = records.iter().map(|record| (n.b, request(record))).collect();
     assert!(matches!(grant_switch_all(&aborted, &requests), GroupDecision::Refused { .. }));
 }
+
+/// A mirror from `a` to `b` that copies.
+fn mirroring(n: &Names) -> OwnerRecord {
+    let record = begun(&owned_by(n.a), n.op, OperationKind::Mirror { to: n.b });
+    accept(&record, n.b, &Report::Prepared { operation: n.op }, WhenOpen::Wait).record.expect("it copies now")
+}
+
+#[test]
+fn a_mirror_is_granted_only_without_its_source_and_needs_nothing_of_it() {
+    let n = names();
+    let record = mirroring(&n);
+    assert_eq!(refusal(grant_switch(&record, n.b, &request(&record))), SwitchRefusal::SourceNotLost);
+    let lost = note_host_lost(&record, n.a).record.expect("it is lost");
+    let told = Order { to: n.b, body: OrderBody::Destination(DestinationOrder::TakeOver { operation: n.op }) };
+    assert_eq!(lost.orders(), [told]);
+    let (after, grant) = granted(grant_switch(&lost, n.b, &request(&lost)));
+    assert_eq!((grant.owner, grant.epoch), (Owner::Host(n.b), Epoch(5)));
+    assert!(after.holders.iter().all(|holder| !holder.needed), "{:?}", after.holders);
+}
+
+#[test]
+fn what_is_left_of_a_mirror_without_its_source_is_given_up_by_nobody_but_who_has_it() {
+    let n = names();
+    let lost = note_host_lost(&mirroring(&n), n.a).record.expect("it is lost");
+    // The source comes back and wants to run on, or a user thinks better of it.
+    let (operation, reason) = (n.op, AbortReason::SourceFailed);
+    let wants = Report::RequestAbort { operation, reason, owned: Some(Epoch(4)) };
+    assert_eq!(accept(&lost, n.a, &wants, WhenOpen::Abort).record, None);
+    let query = OwnerQuery { operation: Some(n.op), epoch: Epoch(4), copy: LocalCopy::Intact, wants_back: true };
+    let asked = accept(&lost, n.a, &Report::AskOwner(query), WhenOpen::Abort);
+    assert!(asked.record.is_none() && !asked.orders.iter().any(is_yours), "{asked:?}");
+    assert_eq!(request_abort(&lost, n.op, AbortReason::Cancelled), AbortDecision::NotCancellable);
+    // The standby has nothing whole.
+    let cleaned = accept(&lost, n.b, &Report::Cleaned { operation }, WhenOpen::Wait).record.expect("it is over");
+    assert_eq!((cleaned.owner, cleaned.operation), (Owner::Lost(n.a), None));
+    let orphaned = Report::RequestAbort { operation, reason: AbortReason::DestinationFailed, owned: None };
+    assert_eq!(accept(&lost, n.b, &orphaned, WhenOpen::Wait).record.expect("it is over").owner, Owner::Lost(n.a));
+}
+
+fn is_yours(order: &Order) -> bool {
+    matches!(order.body, OrderBody::Source(SourceOrder::StillYours { .. }))
+}

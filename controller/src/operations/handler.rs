@@ -378,11 +378,14 @@ impl Engine {
         retry_conflicts(|| async {
             let Some(before) = self.state.read::<GuestRecord>(&guest).await? else { return Ok(()) };
             let is_free = before.guest.operation.is_none() && before.owner.operation.is_none();
+            if !before.owner.is_owned_by(host, epoch) {
+                return Ok(());
+            }
             if let Some(mirror) = before.owner.operation.as_ref().filter(|op| op.is_mirrored()).map(|op| op.id) {
                 // It wanted to be off: its standby must not go on. The agent says so again.
                 return self.cancel(mirror).await;
             }
-            if !before.owner.is_owned_by(host, epoch) || !is_free {
+            if !is_free {
                 return Ok(());
             }
             let operation = power_off(&before, host, &context);

@@ -236,9 +236,14 @@ impl Runner {
         let Some(guest) = self.state.read::<GuestRecord>(&step.guest).await? else {
             return pass_over(Code::NotFound, "the guest was deleted".to_owned()).await;
         };
-        if guest.guest.operation.is_some() {
-            // Its end comes: operations have budgets of their own.
-            return Ok(Tried::Waits);
+        if let Some(id) = guest.guest.operation {
+            let is_mirror = guest.owner.operation.as_ref().is_some_and(|op| op.is_mirrored() && !op.source_lost);
+            return match is_mirror {
+                // It would go on for ever; a guest that is to leave cannot wait for that.
+                true => self.cancel(found, id).await,
+                // Its end comes: operations have budgets of their own.
+                false => Ok(Tried::Waits),
+            };
         }
         if guest.owner.owner != Owner::Host(from) {
             return pass_over(Code::WrongState, "the guest is not where the plan had it, or does not run".to_owned())

@@ -7,7 +7,7 @@ use supercloud_api::{Code, Operation, OperationKind, Page, Role, ids::OperationI
 
 use super::{Api, Asker, Failure, Reply};
 use crate::auth::Caller;
-use crate::state::{Change, EventDraft, OperationRecord, Seen, Stored, retry_conflicts};
+use crate::state::{Change, EventDraft, OperationRecord, Seen, Stored, Work, retry_conflicts};
 
 /// The operation as it is now: newer than its record, which is written less often.
 pub(super) fn shown(api: &Api, record: &OperationRecord) -> Operation {
@@ -99,6 +99,10 @@ pub async fn cancel(State(api): State<Api>, asker: Asker, Path(id): Path<String>
         may_cancel(asker.caller()?, &found.operation)?;
         if found.operation.phase.is_terminal() {
             return Err(Failure::new(Code::WrongState, "the operation has ended"));
+        }
+        if let Work::GuestMirror { is_failing_over: true, .. } = found.work {
+            let detail = "the standby takes over: what it has is all that is left of the guest";
+            return Err(Failure::new(Code::WrongState, detail));
         }
         if found.operation.is_cancel_requested || asker.params.dry_run {
             let shown = shown(&api, &found);

@@ -75,6 +75,7 @@ struct State {
     ticks: AtomicU64,
     http_ok: AtomicU64,
     http_failed: AtomicU64,
+    acked_seen: AtomicU64,
     gaps: Mutex<Gaps>,
     memory: MemoryStats,
     clocks: ClockWatch,
@@ -97,6 +98,7 @@ impl State {
             .number("ticks", load(&self.ticks))
             .number("http_ok", load(&self.http_ok))
             .number("http_failed", load(&self.http_failed))
+            .number("acked_seen", load(&self.acked_seen))
             .number("mem_checked", load(&self.memory.checked))
             .number("mem_bad", load(&self.memory.bad))
             .number("clock_back", self.clocks.times_back())
@@ -187,12 +189,21 @@ fn check(mut stream: &TcpStream, state: &State) -> io::Result<()> {
     }
 }
 
+/// The number up to which the server says that its writes are safe.
+fn acknowledged(page: &str) -> u64 {
+    let digits = page.split_once("\"acked\":").map_or("", |(_, rest)| rest);
+    digits.split(|c: char| !c.is_ascii_digit()).next().and_then(|digits| digits.parse().ok()).unwrap_or(0)
+}
+
 fn fetch_for_ever(peer: SocketAddr, state: &State) {
     loop {
         // Before the server is up there is nothing to fail.
         let is_counted = state.connects.load(Ordering::Relaxed) > 0;
         let counter = match http::request(peer, "GET", "/writes", &[], "", SILENCE_CAP) {
-            Ok((200, _)) => &state.http_ok,
+            Ok((200, page)) => {
+                state.acked_seen.fetch_max(acknowledged(&page), Ordering::Relaxed);
+                &state.http_ok
+            }
             _ => &state.http_failed,
         };
         if is_counted {
@@ -205,6 +216,13 @@ fn fetch_for_ever(peer: SocketAddr, state: &State) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_the_server_says_is_safe_is_read() {
+        assert_eq!(acknowledged("{\"acked\":417}"), 417);
+        assert_eq!(acknowledged("{\"acked\":}"), 0);
+        assert_eq!(acknowledged("nothing"), 0);
+    }
 
     #[test]
     fn a_pause_is_seen_in_every_half_second_that_it_touches() {

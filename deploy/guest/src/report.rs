@@ -17,6 +17,7 @@
 //! | `ticks` | client | arrivals of data |
 //! | `gap_ms` | client | longest time without data that ended, or still lasts, in this half second |
 //! | `http_ok`, `http_failed` | client | status pages fetched, failed |
+//! | `acked_seen` | client | the newest number of which the server said that it is safely written |
 //! | `home`, `there`, `back` | traveller | the clouds in which it was: at the start, after its first move, after its second |
 //! | `operation_there`, `operation_back`, `repeated` | traveller | the operations, and the answer to the first wish said again |
 //! | `retries`, `failed` | traveller | requests made again; why it travels no more |

@@ -18,6 +18,9 @@ use supercloud_lab::{
 /// Everything is 20 to 80 times slower in there, and slower still on a machine that others use.
 const LONG: Duration = Duration::from_secs(900);
 
+/// Long enough for twenty of the server's writes: were a client told of them before they are safe at the standby, it would be seen.
+const INTERVAL_MS: u64 = 2000;
+
 const NETWORK: &str = "lan";
 const IMAGE: &str = "lean";
 
@@ -89,7 +92,7 @@ async fn the_standby_goes_on_when_the_host_of_a_strictly_mirrored_guest_loses_it
     let began = Instant::now();
     let wanted = GuestMirror {
         to: "aws-east".into(),
-        interval_ms: Some(1000),
+        interval_ms: Some(INTERVAL_MS),
         mode: MirrorMode::Strict,
         bandwidth_bps: None,
         reason: None,
@@ -136,6 +139,20 @@ async fn the_standby_goes_on_when_the_host_of_a_strictly_mirrored_guest_loses_it
     let lab = fleet.lab().clone();
     tokio::task::spawn_blocking(move || lab.kill_host("gcp-west")).await.unwrap().unwrap();
     let killed = Instant::now();
+    // The last that anybody heard of the server's writes.
+    let seen = std::sync::Arc::new(std::sync::Mutex::new((0, 0)));
+    let noted = seen.clone();
+    hear(&watcher, "the watcher's last word of the server", move |_, said| {
+        let Said::Client(stats) = said else { return false };
+        assert!(is_unharmed(stats), "{stats:?}");
+        let mut seen = noted.lock().unwrap();
+        *seen = if stats.acked_seen > seen.0 { (stats.acked_seen, 0) } else { (seen.0, seen.1 + 1) };
+        // For some seconds nothing came any more.
+        seen.1 > 6
+    })
+    .await;
+    let seen = seen.lock().unwrap().0;
+    assert!(seen > 0, "the watcher never heard of a write");
     while fleet.admin().host("gcp-west").await.unwrap().state == HostState::Up {
         assert!(killed.elapsed() < LONG, "the dead host is not missed");
         tokio::time::sleep(Duration::from_millis(300)).await;
@@ -153,12 +170,21 @@ async fn the_standby_goes_on_when_the_host_of_a_strictly_mirrored_guest_loses_it
     // The same boot, whole, on its disk; and the same stream, not a byte wrong.
     let boot = boot_id.lock().unwrap().clone();
     let mut reached = None;
+    println!("the watcher has heard of write {seen}");
     hear(&web, "the server after the fail-over", move |host, said| {
         let Said::Server(stats) = said else { return false };
         assert!(is_whole(stats) && stats.boot_id == boot, "{stats:?} of {boot}");
         // All that was acknowledged when it went on is read back.
-        let target = *reached.get_or_insert(stats.acked);
-        host == "aws-east" && stats.verified >= target.max(1)
+        if host != "aws-east" {
+            return false;
+        }
+        // It goes on from where it had all that anybody had heard of, and all of that is read back.
+        let first = *reached.get_or_insert_with(|| {
+            println!("at the standby it goes on from write {}", stats.acked);
+            stats.acked
+        });
+        assert!(first >= seen, "somebody was told of write {seen}, and it goes on from {first}");
+        stats.verified >= first.max(1)
     })
     .await;
     let mut before = 0;

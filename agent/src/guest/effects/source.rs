@@ -231,12 +231,13 @@ impl Actor {
         let copy = self.current_at(epoch)?;
         let backend = self.host.backend.clone();
         let info = backend.status(self.guest).await?.filter(|info| info.epoch == epoch);
-        if info.is_some()
-            && let Ok(mirroring) = backend.mirroring()
-        {
-            // The mirror, if there was one, is ended for good: nothing may be held back any more.
-            mirroring.end_mirror(self.guest).await?;
-            mirror::end_cuts(&copy.volumes).await;
+        let was_mirrored = self.record.assignment.as_ref().is_some_and(|assignment| assignment.mirror.is_some());
+        if info.is_some() && was_mirrored {
+            // It is ended for good: nothing may be held back any more.
+            backend.mirroring()?.end_mirror(self.guest).await?;
+            let volumes = copy.volumes.clone();
+            // Nobody waits for it: the next mirror does the same first.
+            tokio::spawn(async move { mirror::end_cuts(&volumes).await });
         }
         match info.map(|info| info.state) {
             None => {

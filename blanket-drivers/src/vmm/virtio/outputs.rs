@@ -70,6 +70,10 @@ impl Outputs {
     /// called while the cards stand still.
     pub fn cut(&self, number: u64) {
         let mut hold = lock(&self.hold);
+        if !hold.is_on {
+            // Of a mirror before this one, whose cuts had the same numbers.
+            hold.acknowledged = 0;
+        }
         hold.is_on = true;
         hold.next = number.saturating_add(1);
     }

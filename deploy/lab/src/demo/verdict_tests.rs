@@ -29,6 +29,7 @@ fn client(t_ms: u64, bytes: u64) -> Seen<ClientStats> {
         gap_ms: 20,
         http_ok: 3,
         http_failed: 0,
+        acked_seen: 0,
         mem_checked: t_ms / 50,
         mem_bad: 0,
         clock_back: 0,

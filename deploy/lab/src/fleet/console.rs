@@ -72,6 +72,9 @@ pub struct ClientStats {
     pub http_ok: u64,
     /// Status pages that could not be fetched.
     pub http_failed: u64,
+    /// The newest number of which the server said that it is safely written.
+    #[serde(default)]
+    pub acked_seen: u64,
     /// Pages of memory checked.
     pub mem_checked: u64,
     /// Pages of memory found wrong.

@@ -45,6 +45,11 @@ impl Model {
                 continue;
             }
             if h.down {
+                // Its power was cut, somebody says that it is dead, and it comes back.
+                let is_mirrored = |op: &Operation| op.is_mirrored() && op.source() == Some(host(n));
+                if h.processes.iter().all(Option::is_none) && record.operation.as_ref().is_some_and(is_mirrored) {
+                    actions.push(Action::NoteLost(n));
+                }
                 actions.push(Action::Restart(n));
             } else {
                 self.host_actions(w, n, h, &mut actions);
