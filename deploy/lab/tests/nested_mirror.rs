@@ -18,8 +18,11 @@ use supercloud_lab::{
 /// Everything is 20 to 80 times slower in there, and slower still on a machine that others use.
 const LONG: Duration = Duration::from_secs(900);
 
-/// Long enough for twenty of the server's writes: were a client told of them before they are safe at the standby, it would be seen.
-const INTERVAL_MS: u64 = 2000;
+/// Long enough for dozens of the server's writes, and its host dies late in it: were a client told of them before they are safe at
+/// the standby, it would be seen.
+const INTERVAL_MS: u64 = 4000;
+/// So much of it, at least, has passed then.
+const LATE_MS: u64 = 3000;
 
 const NETWORK: &str = "lan";
 const IMAGE: &str = "lean";
@@ -107,7 +110,7 @@ async fn the_standby_goes_on_when_the_host_of_a_strictly_mirrored_guest_loses_it
             if mirror.is_protected && first_cut.is_none() {
                 first_cut = Some(began.elapsed());
             }
-            if mirror.standing.committed >= 8 {
+            if mirror.standing.committed >= 4 {
                 break mirror.standing.clone();
             }
         }
@@ -136,6 +139,11 @@ async fn the_standby_goes_on_when_the_host_of_a_strictly_mirrored_guest_loses_it
     })
     .await;
 
+    let begun = Instant::now();
+    while api.mirrors("web").await.unwrap()[0].standing.committed_age_ms < LATE_MS {
+        assert!(begun.elapsed() < LONG, "every cut comes early");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
     let lab = fleet.lab().clone();
     tokio::task::spawn_blocking(move || lab.kill_host("gcp-west")).await.unwrap().unwrap();
     let killed = Instant::now();
