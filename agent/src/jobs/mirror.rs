@@ -11,7 +11,7 @@ use supercloud_blanket::{
     mirror::{MirrorOptions as BackendOptions, MirrorProgress, Mirroring},
 };
 use supercloud_handover::{DestinationPlan, LocalEvent, SourceEvent, VolumeStamp};
-use supercloud_storage::process::control::FollowStatus;
+use supercloud_storage::process::control::{FollowStatus, VolumeStatus};
 use tokio::{
     sync::{Notify, watch},
     task::JoinSet,
@@ -23,7 +23,7 @@ use super::{
     Fact, Job, JobError, PROGRESS_EVERY,
     depart::{Wants, make_ready},
     in_time,
-    receive::{BEGIN_BUDGET, MEET_BUDGET, Peer, SAY_EVERY, STILL_BUDGET, begin, carry_in, encode, met, next_event},
+    receive::{BEGIN_BUDGET, MEET_BUDGET, Peer, await_ahead, begin, carry_in, encode, met},
 };
 use crate::{guest::record::CopyRecord, plane::meeting::MeetingEvent, volumes::VolumeHome};
 
@@ -251,39 +251,9 @@ async fn follow(
         let followed = home.client().follow(bandwidth_bytes_per_s).await;
         followed.map_err(|source| JobError::Volume { what: "follow the source's", source })?;
     }
-    let mut ticks = interval(PROGRESS_EVERY);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let (mut last, mut moved_at) = (0, Instant::now());
-    let (mut said, mut said_at) = (0, Instant::now());
-    loop {
-        tokio::select! {
-            event = next_event(peer) => match event? {
-                MeetingEvent::Message(HandoverMessage::Failed { problem }) => return Err(JobError::Peer(problem)),
-                MeetingEvent::Lost => return Err(JobError::Lost),
-                _ => {}
-            },
-            _ = ticks.tick() => {}
-        }
-        let (mut is_done, mut bytes) = (true, 0);
-        for home in &copy.volumes {
-            let status = home.client().status().await;
-            let status = status.map_err(|source| JobError::Volume { what: "answer", source })?;
-            is_done &= status.following.is_some_and(|following| following.passes >= 1);
-            bytes += status.pulled_bytes_before;
-        }
-        let message = "copying the disk to the standby".to_owned();
-        job.show(Progress { disk_bytes_before_resume: Some(bytes), message, ..Progress::default() });
-        if bytes != last {
-            (last, moved_at) = (bytes, Instant::now());
-        }
-        if bytes > said && said_at.elapsed() > SAY_EVERY {
-            (said, said_at) = (bytes, Instant::now());
-            peer.handle.say(HandoverMessage::Preparing { bytes }).await;
-        }
-        if is_done || moved_at.elapsed() > STILL_BUDGET {
-            return Ok(());
-        }
-    }
+    let clients: Vec<_> = copy.volumes.iter().map(VolumeHome::client).collect();
+    let has_passed = |status: &VolumeStatus| status.following.as_ref().is_some_and(|following| following.passes >= 1);
+    await_ahead(job, copy, peer, &clients, "copying the disk to the standby", has_passed).await
 }
 
 /// Asks a volume process for its newest staged cut, again and again.

@@ -16,7 +16,10 @@ use supercloud_blanket::{
 use supercloud_handover::{DestinationEvent, DestinationPlan, LocalEvent, OperationKind, VolumeStamp};
 use supercloud_storage::{
     key::MapRoot,
-    process::{VolumeClient, control::SealedMap},
+    process::{
+        VolumeClient,
+        control::{SealedMap, VolumeStatus},
+    },
 };
 use tokio::{
     sync::mpsc,
@@ -43,9 +46,9 @@ pub(super) const MEET_BUDGET: Duration = Duration::from_secs(60);
 /// How long the source may take to begin once the blocks are here: its disk may have to answer again first.
 pub(super) const BEGIN_BUDGET: Duration = Duration::from_secs(60);
 /// How long the copying ahead of blocks may stand still before the guest's memory is asked for all the same.
-pub(super) const STILL_BUDGET: Duration = Duration::from_secs(10);
+const STILL_BUDGET: Duration = Duration::from_secs(10);
 /// How often the source is told how many blocks came.
-pub(super) const SAY_EVERY: Duration = Duration::from_secs(5);
+const SAY_EVERY: Duration = Duration::from_secs(5);
 /// How long adopting the volumes' maps may take: a paused guest waits for it.
 const ADOPT_BUDGET: Duration = Duration::from_secs(60);
 
@@ -258,7 +261,7 @@ async fn arrive(
     Ok(stamps)
 }
 
-pub(super) async fn next_event(peer: &mut Peer) -> Result<MeetingEvent, JobError> {
+async fn next_event(peer: &mut Peer) -> Result<MeetingEvent, JobError> {
     peer.events.recv().await.ok_or(JobError::Lost)
 }
 
@@ -333,6 +336,22 @@ async fn copy_ahead(
         started.map_err(|source| JobError::Volume { what: "copy ahead", source })?;
         ahead.push(home.client());
     }
+    let has_passed = |status: &VolumeStatus| status.pre_copy.passes >= 1;
+    await_ahead(job, copy, peer, &ahead, "copying the disk ahead", has_passed).await
+}
+
+/// Waits until these volumes have been through their source's map once, or copying stands still.
+///
+/// # Errors
+/// When the source is lost or gives up, or a volume does not answer.
+pub(super) async fn await_ahead(
+    job: &Job,
+    copy: &CopyRecord,
+    peer: &mut Peer,
+    ahead: &[VolumeClient],
+    message: &str,
+    has_passed: impl Fn(&VolumeStatus) -> bool,
+) -> Result<(), JobError> {
     let mut ticks = interval(PROGRESS_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let (mut last, mut moved_at) = (0, Instant::now());
@@ -347,11 +366,11 @@ async fn copy_ahead(
             _ = ticks.tick() => {}
         }
         let mut is_done = true;
-        for client in &ahead {
+        for client in ahead {
             let status = client.status().await.map_err(|source| JobError::Volume { what: "answer", source })?;
-            is_done &= status.pre_copy.passes >= 1;
+            is_done &= has_passed(&status);
         }
-        let bytes = show_blocks(job, copy, "copying the disk ahead").await?;
+        let bytes = show_blocks(job, copy, message).await?;
         if bytes != last {
             (last, moved_at) = (bytes, Instant::now());
         }

@@ -12,9 +12,7 @@ use supercloud_api::frame::{Frame, FrameError, HEADER_BYTES, MAX_PAYLOAD_BYTES};
 
 use super::{Aside, MAX_CUT_BYTES, Number, Taken};
 use crate::vmm::{
-    MachineConfig, Ram,
-    memory::PAGE_BYTES,
-    state,
+    MachineConfig, Ram, state,
     travel::{
         Hello, Round, TravelError, VERSION, kind,
         pages::{FRAME_BYTES, Forms, MOST_BYTES, Packer},
@@ -391,10 +389,4 @@ fn acknowledged(heard: &mut Vec<u8>) -> Result<Option<u64>, TravelError> {
     let Number { number } = frame.parse_json(kind::ACKNOWLEDGED, VERSION)?;
     heard.drain(..HEADER_BYTES + length);
     Ok(Some(number))
-}
-
-/// Bytes of so many pages.
-#[must_use]
-pub const fn page_bytes(pages: u64) -> u64 {
-    pages.saturating_mul(PAGE_BYTES)
 }
