@@ -284,15 +284,13 @@ impl Runner {
         from: HostId,
         destination: &Host,
     ) -> Result<(OperationId, OperationRecord), Problem> {
-        let need = guest_operations::need(picture, guest, Some(from));
-        let (host, checks) = picture.choose(&need, &Place::Host(Box::new(destination.clone())))?;
-        let (host, checks) = guest_operations::with_reachability(picture.host(from), host, checks)?;
+        let place = Place::Host(Box::new(destination.clone()));
+        let (host, plan) = guest_operations::way_out(picture, guest, Some(from), &place, None)?;
         let options = MigrationOptions {
             max_downtime_ms: Some(MAX_DOWNTIME_MS),
             auto_converge: true,
             ..MigrationOptions::default()
         };
-        let plan = guest_operations::migration_plan(guest, host, checks, None);
         let id = OperationId::generate();
         let context = Context::actor(found.actor.clone(), found.request_id);
         let is_back = step.state == PlanStepState::Done;

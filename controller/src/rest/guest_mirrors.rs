@@ -12,7 +12,7 @@ use supercloud_api::{
 
 use super::{
     Api, Asker, Failure, Reply, body,
-    guest_operations::{MIN_BANDWIDTH_BPS, Wanted, migration_plan, need, refuse, submit, with_reachability},
+    guest_operations::{MIN_BANDWIDTH_BPS, Wanted, refuse, submit, way_out},
     guest_plan::{self, Picture, Route},
 };
 use crate::{
@@ -71,21 +71,19 @@ pub async fn begin(
         let found = asker.find_guest(&api.parts, &reference).await?;
         guest_plan::admit(Request::Mirror, &found)?;
         let place = guest_plan::resolve_place(&api.parts, Some(&wanted.to)).await?;
-        let source = found.guest.host.and_then(|host| picture.host(host));
-        let chosen = picture.choose(&need(&picture, &found, found.guest.host), &place);
-        let chosen =
-            chosen.and_then(|(host, checks)| with_reachability(source, host, checks)).and_then(|(host, mut checks)| {
-                checks.push(capability(&api.parts.hosts, found.guest.host, host.id)?);
-                Ok((host, checks))
-            });
-        let (host, checks) = match chosen {
-            Ok(chosen) => chosen,
+        let way = way_out(&picture, &found, found.guest.host, &place, options.bandwidth_bps);
+        let way = way.and_then(|(host, mut plan)| {
+            plan.checks.push(capability(&api.parts.hosts, found.guest.host, host.id)?);
+            Ok((host, plan))
+        });
+        let (host, plan) = match way {
+            Ok(way) => way,
             Err(problem) => return refuse(&asker, &found, OperationKind::GuestMirror, problem),
         };
         let route = Route {
             source: found.guest.host,
             destination: Some(host.id),
-            plan: Some(migration_plan(&found, host, checks, options.bandwidth_bps)),
+            plan: Some(plan),
             reason: wanted.reason.clone(),
         };
         let wanted = Wanted {
@@ -99,16 +97,22 @@ pub async fn begin(
     .await
 }
 
-/// The mirror that is kept of a guest, if one is.
-async fn of(api: &Api, found: &GuestRecord) -> Result<Option<Stored<OperationRecord>>, Failure> {
+/// The mirror that is kept of a guest, if one is: its operation, how it is kept, and whether it is failing over.
+async fn of(api: &Api, found: &GuestRecord) -> Result<Option<(Stored<OperationRecord>, MirrorOptions, bool)>, Failure> {
     let Some(id) = found.guest.operation else { return Ok(None) };
     let record = api.parts.state.read::<OperationRecord>(&id).await?;
-    Ok(record.filter(|record| matches!(record.work, Work::GuestMirror { .. }) && !record.operation.phase.is_terminal()))
+    Ok(record.filter(|record| !record.operation.phase.is_terminal()).and_then(|record| match record.work {
+        Work::GuestMirror { options, is_failing_over } => Some((record, options, is_failing_over)),
+        _ => None,
+    }))
 }
 
-fn shown(record: &OperationRecord, standing: MirrorStanding) -> Option<Mirror> {
-    let Work::GuestMirror { options, is_failing_over } = &record.work else { return None };
-    let operation = &record.operation;
+fn shown(
+    operation: &Operation,
+    options: MirrorOptions,
+    is_failing_over: bool,
+    standing: MirrorStanding,
+) -> Option<Mirror> {
     Some(Mirror {
         operation: operation.id,
         guest: operation.guest?,
@@ -117,7 +121,7 @@ fn shown(record: &OperationRecord, standing: MirrorStanding) -> Option<Mirror> {
         mode: if options.is_strict { MirrorMode::Strict } else { MirrorMode::Async },
         interval_ms: options.interval_ms,
         is_protected: standing.committed > 0 && operation.phase == Phase::Copy,
-        is_failing_over: *is_failing_over,
+        is_failing_over,
         standing,
     })
 }
@@ -127,9 +131,10 @@ fn shown(record: &OperationRecord, standing: MirrorStanding) -> Option<Mirror> {
 pub async fn list(State(api): State<Api>, asker: Asker, Path(guest): Path<String>) -> Result<Reply, Failure> {
     let found = asker.find_guest(&api.parts, &Ref::from(guest)).await?;
     let mirrors: Vec<Mirror> = match of(&api, &found).await? {
-        Some(record) => {
-            let live = super::operations::shown(&api, &record);
-            shown(&record, live.progress.mirror.unwrap_or_default()).into_iter().collect()
+        Some((record, options, is_failing_over)) => {
+            let mut live = super::operations::shown(&api, &record);
+            let standing = live.progress.mirror.take().unwrap_or_default();
+            shown(&live, options, is_failing_over, standing).into_iter().collect()
         }
         None => Vec::new(),
     };
@@ -151,12 +156,9 @@ pub async fn fail_over(
     retry_conflicts(|| async {
         let found = asker.find_guest(&api.parts, &reference).await?;
         let wrong = |detail: String| Failure::new(Code::WrongState, detail);
-        let Some(record) = of(&api, &found).await? else {
+        let Some((record, options, is_failing_over)) = of(&api, &found).await? else {
             let detail = format!("guest {} has no mirror that could take over", found.guest.name);
             return Err(wrong(detail));
-        };
-        let Work::GuestMirror { options, is_failing_over } = record.work else {
-            return Err(wrong("the operation is no mirror".to_owned()));
         };
         if record.operation.phase != Phase::Copy {
             return Err(wrong("the mirror has not begun to copy, or takes over already".to_owned()));

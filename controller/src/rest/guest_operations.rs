@@ -219,12 +219,8 @@ pub(super) async fn begin_migration(
         let found = asker.find_guest(&api.parts, reference).await?;
         guest_plan::admit(Request::Migrate, &found)?;
         let place = guest_plan::resolve_place(&api.parts, Some(&wanted.to)).await?;
-        let source = found.guest.host.and_then(|host| picture.host(host));
-        let chosen = picture.choose(&need(&picture, &found, found.guest.host), &place);
-        let chosen = chosen.and_then(|(host, checks)| with_reachability(source, host, checks));
-        match chosen {
-            Ok((host, checks)) => {
-                let plan = migration_plan(&found, host, checks, options.bandwidth_bps);
+        match way_out(&picture, &found, found.guest.host, &place, options.bandwidth_bps) {
+            Ok((host, plan)) => {
                 let route = Route {
                     source: found.guest.host,
                     destination: Some(host.id),
@@ -245,8 +241,25 @@ pub(super) async fn begin_migration(
     .await
 }
 
+/// Where a guest that is at `from` would go, as the place that was asked for allows, and what that would take.
+///
+/// # Errors
+/// Why it cannot go there.
+pub(crate) fn way_out<'a>(
+    picture: &'a Picture,
+    found: &GuestRecord,
+    from: Option<HostId>,
+    place: &Place,
+    bandwidth_bps: Option<u64>,
+) -> Result<(&'a Host, Plan), Problem> {
+    let source = from.and_then(|host| picture.host(host));
+    let (host, checks) = picture.choose(&need(picture, found, from), place)?;
+    let (host, checks) = with_reachability(source, host, checks)?;
+    Ok((host, migration_plan(found, host, checks, bandwidth_bps)))
+}
+
 /// The chosen host, if the guest's host can be reached and reach it.
-pub(crate) fn with_reachability<'a>(
+fn with_reachability<'a>(
     source: Option<&Host>,
     host: &'a Host,
     mut checks: Vec<PlanCheck>,
@@ -267,12 +280,7 @@ pub(crate) fn with_reachability<'a>(
 }
 
 /// What a move would take: each page once, at the bandwidth that was given. What is not known is not predicted.
-pub(crate) fn migration_plan(
-    found: &GuestRecord,
-    host: &Host,
-    checks: Vec<PlanCheck>,
-    bandwidth_bps: Option<u64>,
-) -> Plan {
+fn migration_plan(found: &GuestRecord, host: &Host, checks: Vec<PlanCheck>, bandwidth_bps: Option<u64>) -> Plan {
     let bytes = found.guest.shape.memory_bytes;
     Plan {
         predicted_bytes: Some(bytes),

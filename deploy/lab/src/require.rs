@@ -21,6 +21,19 @@ pub fn lab(programs: &[&str]) -> bool {
     is_possible
 }
 
+/// Whether a lab of hosts that are VMs can be made here. Says it when not, as [`skip`] does.
+///
+/// # Panics
+/// As [`skip`].
+#[must_use]
+pub fn host_vms() -> bool {
+    if let Some(why) = crate::host_vm::missing() {
+        skip(why);
+        return false;
+    }
+    lab(&["mmdebstrap", "ovs-vswitchd", "qemu-system-x86_64"])
+}
+
 /// Says that a test does nothing here, and why.
 ///
 /// # Panics

@@ -10,7 +10,6 @@ use supercloud_lab::{
     LabSpec,
     command::pause,
     fleet::{Fleet, FleetSpec, GuestSpec, Said, programs},
-    host_vm,
     lab::chain,
     require,
 };
@@ -35,11 +34,7 @@ async fn processes(fleet: &Fleet, host: &'static str) -> usize {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn agents_join_and_guests_talk_between_hosts_of_different_hardware() {
-    if let Some(why) = host_vm::missing() {
-        require::skip(why);
-        return;
-    }
-    if !require::lab(&["mmdebstrap", "ovs-vswitchd", "qemu-system-x86_64"]) {
+    if !require::host_vms() {
         return;
     }
     tokio::task::spawn_blocking(programs::build).await.unwrap().unwrap_or_else(|error| panic!("{}", chain(&error)));

@@ -10,7 +10,6 @@ use supercloud_lab::{
     LabSpec,
     command::pause,
     fleet::{ClientStats, Console, Fleet, FleetSpec, GuestSpec, Said, ServerStats, programs},
-    host_vm,
     lab::chain,
     require,
 };
@@ -62,11 +61,7 @@ fn is_whole(stats: &ServerStats) -> bool {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_standby_goes_on_when_the_host_of_a_strictly_mirrored_guest_loses_its_power() {
-    if let Some(why) = host_vm::missing() {
-        require::skip(why);
-        return;
-    }
-    if !require::lab(&["mmdebstrap", "ovs-vswitchd", "qemu-system-x86_64"]) {
+    if !require::host_vms() {
         return;
     }
     tokio::task::spawn_blocking(programs::build).await.unwrap().unwrap_or_else(|error| panic!("{}", chain(&error)));

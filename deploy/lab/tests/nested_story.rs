@@ -4,17 +4,13 @@ mod told;
 
 use std::collections::BTreeSet;
 
-use supercloud_lab::{host_vm, require};
+use supercloud_lab::require;
 
 use told::Demo;
 
 #[test]
 fn the_story_in_hosts_that_are_vms_loses_nothing() {
-    if let Some(why) = host_vm::missing() {
-        require::skip(why);
-        return;
-    }
-    if !require::lab(&["mmdebstrap", "ovs-vswitchd", "qemu-system-x86_64"]) {
+    if !require::host_vms() {
         return;
     }
     let demo = Demo::new("nested");

@@ -235,9 +235,6 @@ impl Actor {
         if info.is_some() && was_mirrored {
             // It is ended for good: nothing may be held back any more.
             backend.mirroring()?.end_mirror(self.guest).await?;
-            let volumes = copy.volumes.clone();
-            // Nobody waits for it: the next mirror does the same first.
-            tokio::spawn(async move { mirror::end_cuts(&volumes).await });
         }
         match info.map(|info| info.state) {
             None => {
@@ -281,6 +278,10 @@ impl Actor {
                     backend.resume(self.guest, epoch).await?;
                 }
             }
+        }
+        if was_mirrored {
+            // The guest runs by now; a mirror that is begun after this one must find none of its cuts.
+            mirror::end_cuts(&copy.volumes).await;
         }
         self.drop_spool().await;
         self.record.alarm = None;

@@ -1,10 +1,11 @@
 // Actions on a guest: each is asked for as a dry run first, whose checks are shown before anything is done.
-import { useEffect, useRef, useState } from "preact/hooks";
+import { useState } from "preact/hooks";
 import { Refused, change } from "../api/http";
 import type { Guest, Operation } from "../api/types";
 import { go } from "../router";
 import { may } from "../store/derive";
 import { clouds, hosts, learn, who } from "../store/store";
+import { Dialog, useAttempt } from "./dialog";
 import { bytes, duration } from "./format";
 
 type Verb = "migrate" | "mirror" | "freeze" | "thaw" | "start" | "stop";
@@ -59,26 +60,13 @@ function body(choice: Choice, place: string, reason: string, cuts: Cuts): Record
 
 function Ask(props: { guest: Guest; choice: Choice; close: () => void }) {
   const { guest, choice } = props;
-  const dialog = useRef<HTMLDialogElement>(null);
   const [place, setPlace] = useState("");
   const [reason, setReason] = useState("");
   const [trial, setTrial] = useState<Operation>();
-  const [problem, setProblem] = useState("");
-  const [isWorking, setWorking] = useState(false);
-  useEffect(() => dialog.current?.showModal(), []);
+  const { isWorking, problem, attempt } = useAttempt();
   const [cuts, setCuts] = useState<Cuts>({ seconds: "1", mode: "async" });
   const needsPlace = choice.verb === "migrate" || choice.verb === "mirror";
   const path = `/v1/guests/${guest.id}/${choice.path ?? choice.verb}`;
-  const attempt = async (work: () => Promise<void>) => {
-    setWorking(true);
-    setProblem("");
-    try {
-      await work();
-    } catch (error) {
-      setProblem(error instanceof Refused ? error.problem.detail : String(error));
-    }
-    setWorking(false);
-  };
   const rehearse = () => attempt(async () => setTrial(await change<Operation>("POST", `${path}?dry_run=true`, body(choice, place, reason, cuts))));
   const carryOut = () => attempt(async () => {
     const operation = await change<Operation>("POST", path, body(choice, place, reason, cuts));
@@ -91,57 +79,54 @@ function Ask(props: { guest: Guest; choice: Choice; close: () => void }) {
   const plan = trial?.plan;
   const isFit = trial !== undefined && (plan?.checks ?? []).every((check) => check.is_ok);
   return (
-    <dialog ref={dialog} onClose={props.close} aria-labelledby="ask-title">
-      <form method="dialog" onSubmit={(event) => { event.preventDefault(); void (isFit ? carryOut() : rehearse()); }}>
-        <h2 id="ask-title">{choice.title} {guest.name}</h2>
-        <p>{choice.says}</p>
-        {choice.places && (
-          <label>Where to
-            <select value={place} required={needsPlace} onChange={(event) => { setPlace(event.currentTarget.value); setTrial(undefined); }}>
-              <option value="">{needsPlace ? "choose a cloud or a host" : "anywhere with room"}</option>
-              <optgroup label="Clouds">
-                {[...clouds.value.values()].map((cloud) => <option key={cloud.id} value={cloud.id}>{cloud.name}{cloud.id === guest.cloud ? " (where it is)" : ""}</option>)}
-              </optgroup>
-              <optgroup label="Hosts">
-                {[...hosts.value.values()].filter((host) => host.state === "up").map((host) => <option key={host.id} value={host.id}>{host.name} in {host.cloud_name}{host.id === guest.host ? " (where it is)" : ""}</option>)}
-              </optgroup>
+    <Dialog title={`${choice.title} ${guest.name}`} close={props.close} submit={() => void (isFit ? carryOut() : rehearse())}>
+      <p>{choice.says}</p>
+      {choice.places && (
+        <label>Where to
+          <select value={place} required={needsPlace} onChange={(event) => { setPlace(event.currentTarget.value); setTrial(undefined); }}>
+            <option value="">{needsPlace ? "choose a cloud or a host" : "anywhere with room"}</option>
+            <optgroup label="Clouds">
+              {[...clouds.value.values()].map((cloud) => <option key={cloud.id} value={cloud.id}>{cloud.name}{cloud.id === guest.cloud ? " (where it is)" : ""}</option>)}
+            </optgroup>
+            <optgroup label="Hosts">
+              {[...hosts.value.values()].filter((host) => host.state === "up").map((host) => <option key={host.id} value={host.id}>{host.name} in {host.cloud_name}{host.id === guest.host ? " (where it is)" : ""}</option>)}
+            </optgroup>
+          </select>
+        </label>
+      )}
+      {choice.verb === "mirror" && (
+        <>
+          <label>A cut every so many seconds
+            <input type="number" min={0.05} max={600} step="any" required value={cuts.seconds} onInput={(event) => { setCuts({ ...cuts, seconds: event.currentTarget.value }); setTrial(undefined); }} />
+          </label>
+          <label>What it says to the network
+            <select value={cuts.mode} onChange={(event) => { setCuts({ ...cuts, mode: event.currentTarget.value as Cuts["mode"] }); setTrial(undefined); }}>
+              <option value="async">goes out at once: taking over loses what it did since the last cut</option>
+              <option value="strict">waits for the standby: nothing that anybody has seen is lost</option>
             </select>
           </label>
-        )}
-        {choice.verb === "mirror" && (
-          <>
-            <label>A cut every so many seconds
-              <input type="number" min={0.05} max={600} step="any" required value={cuts.seconds} onInput={(event) => { setCuts({ ...cuts, seconds: event.currentTarget.value }); setTrial(undefined); }} />
-            </label>
-            <label>What it says to the network
-              <select value={cuts.mode} onChange={(event) => { setCuts({ ...cuts, mode: event.currentTarget.value as Cuts["mode"] }); setTrial(undefined); }}>
-                <option value="async">goes out at once: taking over loses what it did since the last cut</option>
-                <option value="strict">waits for the standby: nothing that anybody has seen is lost</option>
-              </select>
-            </label>
-          </>
-        )}
-        {takesReason(choice.verb) && (
-          <label>Why (for the audit trail)
-            <input value={reason} maxLength={200} onInput={(event) => setReason(event.currentTarget.value)} />
-          </label>
-        )}
-        {trial && (
-          <div class="checks" role="status">
-            {(plan?.checks ?? []).map((check) => <p key={check.name} class={check.is_ok ? "good" : "bad"}>{check.is_ok ? "✓" : "✗"} {check.name.replaceAll("_", " ")}: {check.detail}</p>)}
-            {plan?.destination_name && <p>It would go to <b>{plan.destination_name}</b>{plan.predicted_bytes ? `, about ${bytes(plan.predicted_bytes)}` : ""}{plan.predicted_ms ? ` in ${duration(plan.predicted_ms)}` : ""}.</p>}
-            {!plan && <p class="good">✓ it can be done now</p>}
-          </div>
-        )}
-        {problem && <p class="bad" role="alert">{problem}</p>}
-        <div class="line">
-          <button type="button" onClick={props.close}>Close</button>
-          <span class="grow" />
-          {!isFit && <button class="main" disabled={isWorking || (needsPlace && !place)}>Check first</button>}
-          {isFit && <button class="main" disabled={isWorking}>{choice.title} now</button>}
+        </>
+      )}
+      {takesReason(choice.verb) && (
+        <label>Why (for the audit trail)
+          <input value={reason} maxLength={200} onInput={(event) => setReason(event.currentTarget.value)} />
+        </label>
+      )}
+      {trial && (
+        <div class="checks" role="status">
+          {(plan?.checks ?? []).map((check) => <p key={check.name} class={check.is_ok ? "good" : "bad"}>{check.is_ok ? "✓" : "✗"} {check.name.replaceAll("_", " ")}: {check.detail}</p>)}
+          {plan?.destination_name && <p>It would go to <b>{plan.destination_name}</b>{plan.predicted_bytes ? `, about ${bytes(plan.predicted_bytes)}` : ""}{plan.predicted_ms ? ` in ${duration(plan.predicted_ms)}` : ""}.</p>}
+          {!plan && <p class="good">✓ it can be done now</p>}
         </div>
-      </form>
-    </dialog>
+      )}
+      {problem && <p class="bad" role="alert">{problem}</p>}
+      <div class="line">
+        <button type="button" onClick={props.close}>Close</button>
+        <span class="grow" />
+        {!isFit && <button class="main" disabled={isWorking || (needsPlace && !place)}>Check first</button>}
+        {isFit && <button class="main" disabled={isWorking}>{choice.title} now</button>}
+      </div>
+    </Dialog>
   );
 }
 
