@@ -15,6 +15,7 @@ use crate::{
     host::Launch,
     migrate::{LiveMigration, Transfer},
     mirror::Mirroring,
+    post_copy::PostCopy,
 };
 
 /// A boxed future, so that the traits here are object-safe.
@@ -348,5 +349,13 @@ pub trait Backend: Send + Sync {
     /// [`BackendError::Unsupported`].
     fn mirroring(&self) -> BackendResult<&dyn Mirroring> {
         Err(BackendError::Unsupported { back_end: self.name(), option: "mirrors".to_owned() })
+    }
+
+    /// Moves that leave memory behind ([`crate::migrate::MemoryMode`]), or a refusal that names them, and why this host has none.
+    ///
+    /// # Errors
+    /// [`BackendError::Unsupported`].
+    fn post_copy(&self) -> BackendResult<&dyn PostCopy> {
+        Err(BackendError::Unsupported { back_end: self.name(), option: "moves that leave memory behind".to_owned() })
     }
 }

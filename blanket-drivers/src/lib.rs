@@ -9,6 +9,7 @@
 //! | [`host`] | where a host's own files, sockets and taps are ([`HostArgs`]): never travels |
 //! | [`backend`] | [`Backend`]: start, stop, pause, find again, freeze, thaw; typed errors; refusal by name |
 //! | [`migrate`] | [`LiveMigration`]: the two halves of a live move, with the caller's decision between them |
+//! | [`post_copy`] | [`PostCopy`]: memory that a move has left behind, fetched while the guest runs |
 //! | [`mirror`] | [`Mirroring`]: a standby that is kept by cuts, with the caller's commit between them |
 //! | [`probe`] | what the substrate really is, by measuring |
 //! | [`lasting`] | processes that outlive who starts them, and are found again |
@@ -27,6 +28,7 @@ pub mod host;
 pub mod lasting;
 pub mod migrate;
 pub mod mirror;
+pub mod post_copy;
 pub mod probe;
 mod signal;
 #[cfg(target_arch = "x86_64")]
@@ -37,5 +39,6 @@ pub use device::MachineSpec;
 pub use host::{HostArgs, Launch};
 pub use migrate::LiveMigration;
 pub use mirror::Mirroring;
+pub use post_copy::PostCopy;
 /// What a back end can run; a guest moves live inside its class only.
 pub use supercloud_api::CompatClass;

@@ -65,6 +65,21 @@ impl fmt::Debug for Cookie {
     }
 }
 
+/// Which of a guest's memory is copied before it is paused, and which after it runs at the destination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MemoryMode {
+    /// All of it before the guest runs at the destination.
+    #[default]
+    PreCopy,
+    /// Rounds while the guest runs, as in [`MemoryMode::PreCopy`]; where these do not converge, it is paused, and what is still
+    /// dirty is left behind, to be fetched by [`crate::PostCopy`] (Hines et al., "Post-Copy Live Migration of Virtual
+    /// Machines", SIGOPS Operating Systems Review 43(3), 2009, there with one round).
+    Hybrid,
+    /// Nothing before the pause: all of it is left behind.
+    PostCopy,
+}
+
 /// How memory is to be copied.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CopyOptions {
@@ -76,6 +91,8 @@ pub struct CopyOptions {
     pub auto_converge: bool,
     /// The whole copy is given up (and the guest runs on at the source) after this long.
     pub budget: Duration,
+    /// What may be left behind. Refused by name where the back end, at either host, has no [`crate::PostCopy`].
+    pub memory: MemoryMode,
 }
 
 impl Default for CopyOptions {
@@ -85,6 +102,7 @@ impl Default for CopyOptions {
             max_downtime_ms: None,
             auto_converge: false,
             budget: Duration::from_secs(3600),
+            memory: MemoryMode::PreCopy,
         }
     }
 }
@@ -157,6 +175,8 @@ pub struct Performed {
     pub paused_for: Duration,
     /// The last figures.
     pub progress: TransferProgress,
+    /// Memory that the destination has still to fetch with [`crate::PostCopy`]; 0 after [`MemoryMode::PreCopy`].
+    pub left_bytes: u64,
 }
 
 /// What becomes of the source's paused copy.
@@ -177,7 +197,7 @@ pub trait LiveMigration: Send + Sync {
 
     /// Source: copies memory and device state into the unix socket `stream`, on which the caller listens and which it
     /// bridges to the destination's `listen` socket. One connection is made. On `Ok` the guest is paused here and
-    /// nothing is missing there; on an error it runs on here.
+    /// nothing is missing there but [`Performed::left_bytes`]; on an error it runs on here.
     ///
     /// The caller closes its end when its link to the other host is silent: the hypervisor itself has no timeout there.
     ///

@@ -22,9 +22,11 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use supercloud_blanket::{
-    BackendError, BackendResult, BoxFuture, Launch, LiveMigration,
+    Backend as _, BackendError, BackendResult, BoxFuture, Launch, LiveMigration,
     backend::{GuestInfo, PauseReason, RunState, StopReason},
-    migrate::{Cookie, CopyLimits, CopyOptions, Performed, Transfer, TransferPhase, TransferProgress, Verdict},
+    migrate::{
+        Cookie, CopyLimits, CopyOptions, MemoryMode, Performed, Transfer, TransferPhase, TransferProgress, Verdict,
+    },
 };
 use supercloud_ids::GuestId;
 use tokio::{
@@ -323,6 +325,10 @@ impl LiveMigration for KvmBackend {
         options: CopyOptions,
     ) -> BackendResult<Transfer<Performed>> {
         check(&cookie)?;
+        if options.memory != MemoryMode::PreCopy {
+            // Refused by its name.
+            self.post_copy()?;
+        }
         let keeper = self.keeper(guest)?.ok_or(BackendError::NoSuchGuest { guest })?;
         let (sender, progress) = watch::channel(TransferProgress::default());
         let done = async move {
@@ -338,7 +344,7 @@ impl LiveMigration for KvmBackend {
             let sent = Leaving { keeper: &keeper, what, budget: options.budget }.send(send, &sender).await?;
             let paused_for = Duration::from_millis(sent.paused_ms.unwrap_or(0));
             let progress = *sender.borrow();
-            Ok(Performed { cookie: wrap()?, paused_for, progress })
+            Ok(Performed { cookie: wrap()?, paused_for, progress, left_bytes: 0 })
         };
         Ok(Transfer { progress, done: Box::pin(done) })
     }

@@ -41,10 +41,10 @@ use std::{
 };
 
 use supercloud_blanket::{
-    BackendError, BackendResult, BoxFuture, Launch, LiveMigration,
+    Backend as _, BackendError, BackendResult, BoxFuture, Launch, LiveMigration,
     backend::{GuestInfo, PauseReason, RunState},
     host::MAX_SOCKET_PATH_BYTES,
-    migrate::{Cookie, CopyLimits, CopyOptions, Performed, Transfer, TransferProgress, Verdict},
+    migrate::{Cookie, CopyLimits, CopyOptions, MemoryMode, Performed, Transfer, TransferProgress, Verdict},
 };
 use supercloud_ids::GuestId;
 use tokio::{sync::watch, time::Instant};
@@ -314,7 +314,7 @@ impl LibvirtBackend {
             Some(at) => at.elapsed(),
             None => Duration::from_millis(last.expected_downtime_ms.unwrap_or(0)),
         };
-        Ok(Performed { cookie: wrap(&cookie)?, paused_for, progress: last })
+        Ok(Performed { cookie: wrap(&cookie)?, paused_for, progress: last, left_bytes: 0 })
     }
 
     async fn prepare_move(&self, launch: Launch, cookie: Cookie, listen: PathBuf) -> BackendResult<Cookie> {
@@ -487,6 +487,10 @@ impl LiveMigration for LibvirtBackend {
         stream: PathBuf,
         options: CopyOptions,
     ) -> BackendResult<Transfer<Performed>> {
+        if options.memory != MemoryMode::PreCopy {
+            // Refused by its name.
+            self.post_copy()?;
+        }
         let phases = self.phase_calls()?;
         let cookie = unwrap(&cookie)?;
         let uri = socket_uri(&stream)?;

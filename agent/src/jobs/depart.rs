@@ -240,6 +240,7 @@ async fn depart(
         max_downtime_ms: Some(pause_for_pages_ms(max_downtime_ms)),
         auto_converge: options.auto_converge,
         budget,
+        ..CopyOptions::default()
     };
     let mut transfer = live.perform(guest, cookie, stream, copy)?;
     let mut ticks = interval(PROGRESS_EVERY);

@@ -561,7 +561,12 @@ impl LiveMigration for Hypervisor {
                 eprintln!("{}: the copy of {guest} ended after its agent", inner.name);
             }
             let progress = *tx.borrow();
-            Ok(Performed { cookie: Cookie::new(b"three".to_vec())?, paused_for: paused_at.elapsed(), progress })
+            Ok(Performed {
+                cookie: Cookie::new(b"three".to_vec())?,
+                paused_for: paused_at.elapsed(),
+                progress,
+                left_bytes: 0,
+            })
         });
         let done = Box::pin(async move {
             work.await.unwrap_or_else(|error| Err(BackendError::Failed { what: "copy", detail: error.to_string() }))
