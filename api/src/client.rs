@@ -532,6 +532,8 @@ calls! {
     plan_mirror(guest: &str, body: &GuestMirror) -> Operation = post(format!("/v1/guests/{guest}/mirrors?dry_run=true"), body);
     /// The guest's mirrors.
     mirrors(guest: &str) -> Vec<Mirror> = list(format!("/v1/guests/{guest}/mirrors"));
+    /// Ends the guest's mirror; none is begun again.
+    end_mirrors(guest: &str) -> Guest = delete(format!("/v1/guests/{guest}/mirrors"));
     /// Has the standby of a mirrored guest take over, whose host is dead.
     fail_over_guest(guest: &str, body: &GuestFailover) -> Operation = post(format!("/v1/guests/{guest}/failover"), body);
     /// Suspends a guest into the store.

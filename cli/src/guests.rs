@@ -69,12 +69,13 @@ pub async fn run(client: &Client, output: Output, verb: GuestVerb) -> anyhow::Re
             let operation = client.migrate_guest(&name, &body).await?;
             show::follow(client, output, operation, watch).await
         }
-        GuestVerb::Mirror { name, to, interval_ms, strict, bandwidth_mbps, dry_run, reason, no_wait } => {
+        GuestVerb::Mirror { name, to, interval_ms, strict, keep, bandwidth_mbps, dry_run, reason, no_wait } => {
             let body = GuestMirror {
                 to: to.into(),
                 interval_ms,
                 mode: if strict { MirrorMode::Strict } else { MirrorMode::Async },
                 bandwidth_bps: bandwidth_mbps.map(|mbps| mbps.saturating_mul(1_000_000)),
+                keep,
                 reason,
             };
             if dry_run {
@@ -83,6 +84,12 @@ pub async fn run(client: &Client, output: Output, verb: GuestVerb) -> anyhow::Re
             mirrors::begin(client, output, &name, &body, !no_wait).await
         }
         GuestVerb::Mirrors { name } => mirrors::list(client, output, &name).await,
+        GuestVerb::Unmirror { name, trial } => {
+            if trial.dry_run {
+                return rehearse(client, output, Method::DELETE, &format!("/v1/guests/{name}/mirrors"), &()).await;
+            }
+            show::print_named(client, output, &client.end_mirrors(&name).await?).await
+        }
         GuestVerb::Failover { name, host_is_dead, reason, watch } => {
             let operation = client.fail_over_guest(&name, &GuestFailover { host_is_dead, reason }).await?;
             show::follow(client, output, operation, watch).await
@@ -102,7 +109,12 @@ pub async fn run(client: &Client, output: Output, verb: GuestVerb) -> anyhow::Re
             show::follow(client, output, client.thaw_guest(&name, &body).await?, watch).await
         }
         GuestVerb::FollowPrices { name, follow } => {
-            show::print_one(output, &client.patch_guest(&name, &GuestPatch { follow_prices: Some(follow) }).await?)
+            let body = GuestPatch { follow_prices: Some(follow), ..GuestPatch::default() };
+            show::print_one(output, &client.patch_guest(&name, &body).await?)
+        }
+        GuestVerb::OnLoss { name, what } => {
+            let body = GuestPatch { on_loss: Some(what), ..GuestPatch::default() };
+            show::print_one(output, &client.patch_guest(&name, &body).await?)
         }
         GuestVerb::Delete { name, trial, watch } => {
             if trial.dry_run {
@@ -162,6 +174,7 @@ async fn create(client: &Client, output: Output, arguments: GuestCreateArguments
         cmdline_extra: arguments.cmdline_extra,
         propagation: Propagation::default(),
         follow_prices: arguments.follow_prices,
+        on_loss: arguments.on_loss,
         start: !arguments.no_start,
     };
     if arguments.trial.dry_run {

@@ -1,12 +1,18 @@
 //! How values of options are read.
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use supercloud_api::{Role, Shape};
+use supercloud_api::{OnLoss, Role, Shape};
 
 /// Reads a role by its name in the API; the help lists them.
 pub fn roles() -> impl TypedValueParser<Value = Role> {
     PossibleValuesParser::new(["viewer", "policy", "operator", "admin"])
         .try_map(|text| serde_json::from_value::<Role>(serde_json::Value::String(text)))
+}
+
+/// What is done for a lost guest.
+pub fn on_loss() -> impl TypedValueParser<Value = OnLoss> {
+    PossibleValuesParser::new(["nothing", "restart-from-volume"])
+        .try_map(|text| serde_json::from_value::<OnLoss>(serde_json::Value::String(text.replace('-', "_"))))
 }
 
 /// Reads a shape: vCPUs, `x`, memory in MiB, or with `M` or `G`.

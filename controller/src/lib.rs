@@ -26,6 +26,7 @@ pub mod overlay;
 pub mod placement;
 pub mod plans;
 pub mod price_board;
+pub mod recovery;
 pub mod renting;
 pub mod rest;
 pub mod simulation;

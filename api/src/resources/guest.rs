@@ -96,6 +96,12 @@ pub struct Guest {
     pub freeze: Option<FreezeId>,
     /// Whether price policies may move it.
     pub follow_prices: bool,
+    /// What is done by itself when its running copy is lost for good.
+    #[serde(default)]
+    pub on_loss: OnLoss,
+    /// The mirror that is begun again whenever none is kept; absent: none is.
+    #[serde(default)]
+    pub kept_mirror: Option<KeptMirror>,
     /// Starts since it was made: cold starts, not moves.
     pub starts: u64,
     /// Bytes that the cloud in which it runs still lacks of what its disks stand on: until it is 0 the cloud from which it came
@@ -144,6 +150,9 @@ pub struct GuestCreate {
     /// Whether price policies may move it.
     #[serde(default)]
     pub follow_prices: bool,
+    /// What is done by itself when its running copy is lost for good.
+    #[serde(default)]
+    pub on_loss: OnLoss,
     /// Start it at once.
     #[serde(default = "yes")]
     pub start: bool,
@@ -189,6 +198,35 @@ pub enum MirrorMode {
     Strict,
 }
 
+/// What is done by itself when a guest's running copy is lost for good: its process ended without being asked to, or its host was
+/// removed, by an operator or because its provider took it back. A host that is merely silent is not lost. A mirror's standby takes
+/// over whatever is said here.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OnLoss {
+    /// It stays lost until somebody starts it.
+    #[default]
+    Nothing,
+    /// It boots again, where its disk is if that host is there, else where there is room. With its host it loses what it wrote to its
+    /// disk since its image or its last thaw: only a mirror keeps that.
+    RestartFromVolume,
+}
+
+/// A mirror that is begun again when it has taken over, or has broken: at the same place where that is not where the guest is, else
+/// in another cloud, else at another host.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct KeptMirror {
+    /// Where it was wanted first: a host or a cloud.
+    pub to: Ref,
+    /// From one cut to the next.
+    pub interval_ms: u64,
+    /// What the guest says to the network meanwhile.
+    pub mode: MirrorMode,
+    /// At most this much of the link, in bits per second.
+    #[serde(default)]
+    pub bandwidth_bps: Option<u64>,
+}
+
 /// Asks for a second copy of a running guest, kept up to date at another host.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -204,6 +242,9 @@ pub struct GuestMirror {
     /// At most this much of the link, in bits per second; unlimited when absent.
     #[serde(default)]
     pub bandwidth_bps: Option<u64>,
+    /// Begin another one whenever it has taken over or has broken, until it is ended: see [`KeptMirror`].
+    #[serde(default)]
+    pub keep: bool,
     /// Why, for the audit trail; at most 256 bytes.
     #[serde(default)]
     pub reason: Option<String>,
@@ -293,6 +334,9 @@ pub struct GuestPatch {
     /// Whether price policies may move it.
     #[serde(default)]
     pub follow_prices: Option<bool>,
+    /// What is done by itself when its running copy is lost for good.
+    #[serde(default)]
+    pub on_loss: Option<OnLoss>,
 }
 
 /// What is typed into a console.

@@ -184,7 +184,13 @@ impl<'a> Carrier<'a> {
             }
             Action::Migrate { place } => self.client.migrate_guest(id, &move_to(place)).await?,
             Action::FollowPrices { follow } => {
-                let _guest: Guest = self.client.patch_guest(id, &GuestPatch { follow_prices: Some(*follow) }).await?;
+                let body = GuestPatch { follow_prices: Some(*follow), ..GuestPatch::default() };
+                let _guest: Guest = self.client.patch_guest(id, &body).await?;
+                return Ok(None);
+            }
+            Action::OnLoss { what } => {
+                let body = GuestPatch { on_loss: Some(*what), ..GuestPatch::default() };
+                let _guest: Guest = self.client.patch_guest(id, &body).await?;
                 return Ok(None);
             }
             Action::Delete => self.client.delete_guest(id).await?,
@@ -219,6 +225,7 @@ fn creation(wanted: &WantedGuest) -> GuestCreate {
         cmdline_extra: wanted.cmdline_extra.clone(),
         propagation: wanted.propagation,
         follow_prices: wanted.follow_prices,
+        on_loss: wanted.on_loss,
         start: wanted.state != super::fleet::WantedState::Stopped,
     }
 }
@@ -235,7 +242,7 @@ pub fn words(action: &Action) -> &'static str {
         Action::Freeze => "freeze",
         Action::Thaw { .. } => "thaw",
         Action::Migrate { .. } => "move",
-        Action::FollowPrices { .. } => "change",
+        Action::FollowPrices { .. } | Action::OnLoss { .. } => "change",
         Action::Delete => "delete",
     }
 }
@@ -250,6 +257,6 @@ const fn wait_words(action: &Action) -> &'static str {
         Action::Thaw { .. } => "thawing",
         Action::Migrate { .. } => "moving",
         Action::Delete => "deleting",
-        Action::Await { .. } | Action::FollowPrices { .. } => "waiting",
+        Action::Await { .. } | Action::FollowPrices { .. } | Action::OnLoss { .. } => "waiting",
     }
 }

@@ -10,7 +10,7 @@ use std::{
 };
 
 use serde::{Deserialize, Deserializer, Serialize, de};
-use supercloud_api::{Name, Propagation, Quota, Shape};
+use supercloud_api::{Name, OnLoss, Propagation, Quota, Shape};
 use toml::Spanned;
 
 use crate::values;
@@ -168,6 +168,8 @@ pub struct WantedGuest {
     pub propagation: Propagation,
     /// Whether price policies may move it.
     pub follow_prices: bool,
+    /// What is done by itself when its running copy is lost.
+    pub on_loss: OnLoss,
     /// What it shall do.
     pub state: WantedState,
     /// A host or a cloud; anywhere when absent.
@@ -270,6 +272,8 @@ struct GuestEntry {
     #[serde(default)]
     follow_prices: bool,
     #[serde(default)]
+    on_loss: OnLoss,
+    #[serde(default)]
     state: WantedState,
     #[serde(rename = "where")]
     place: Option<String>,
@@ -363,6 +367,7 @@ impl Reader<'_> {
             cmdline_extra: entry.cmdline_extra,
             propagation: entry.propagation,
             follow_prices: entry.follow_prices,
+            on_loss: entry.on_loss,
             state: entry.state,
             place: entry.place,
         })

@@ -3,8 +3,8 @@
 
 use serde::Serialize;
 use supercloud_api::{
-    Cloud, Guest, GuestState, Host, HostState, Image, ImagePart, ImageState, Network, Port, Project, Quota, Volume,
-    ids::OperationId,
+    Cloud, Guest, GuestState, Host, HostState, Image, ImagePart, ImageState, Network, OnLoss, Port, Project, Quota,
+    Volume, ids::OperationId,
 };
 
 use super::{
@@ -74,6 +74,11 @@ pub enum Action {
     FollowPrices {
         /// Whether.
         follow: bool,
+    },
+    /// What is done by itself when its running copy is lost.
+    OnLoss {
+        /// What.
+        what: OnLoss,
     },
     /// Delete it.
     Delete,
@@ -339,6 +344,14 @@ impl<'a> Planner<'a> {
             let action = Action::FollowPrices { follow: wanted.follow_prices };
             let detail =
                 if wanted.follow_prices { "let price policies move it" } else { "let no price policy move it" };
+            self.step(WAVE_GUESTS, Kind::Guest, key, id(), action, detail);
+        }
+        if guest.on_loss != wanted.on_loss {
+            let action = Action::OnLoss { what: wanted.on_loss };
+            let detail = match wanted.on_loss {
+                OnLoss::Nothing => "when it is lost, leave it to people",
+                OnLoss::RestartFromVolume => "when it is lost, start it again by itself",
+            };
             self.step(WAVE_GUESTS, Kind::Guest, key, id(), action, detail);
         }
         if let Some(operation) = guest.operation {

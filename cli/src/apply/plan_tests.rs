@@ -140,6 +140,8 @@ impl World {
             operation: None,
             freeze: None,
             follow_prices: wanted.follow_prices,
+            on_loss: wanted.on_loss,
+            kept_mirror: None,
             starts: 0,
             base_missing_bytes: None,
             created_at_ms: 0,
@@ -207,6 +209,7 @@ impl World {
                 assert_eq!(guest.operation.take(), Some(*operation));
             }
             (Kind::Guest, Action::FollowPrices { follow }) => self.guest(key).follow_prices = *follow,
+            (Kind::Guest, Action::OnLoss { what }) => self.guest(key).on_loss = *what,
             (Kind::Guest, action) => self.take_of_guest(step, action),
             other => panic!("no such step: {other:?}"),
         }

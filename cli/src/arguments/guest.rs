@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
-use supercloud_api::Shape;
+use supercloud_api::{OnLoss, Shape};
 
 use super::{Trial, Watch};
 use crate::values;
@@ -96,11 +96,12 @@ pub enum GuestVerb {
         #[command(flatten)]
         watch: Watch,
     },
-    /// Keeps a second copy of a running guest at another host, up to date cut by cut, until you end it (`operation cancel`) or it
+    /// Keeps a second copy of a running guest at another host, up to date cut by cut, until you end it (`guest unmirror`) or it
     /// takes over (`guest failover`).
     #[command(
         after_help = "Examples:\n  supercloud guest mirror web --to oak\n  supercloud guest mirror web --to oak --strict \
-        --interval-ms 200\n  supercloud guest mirrors web"
+        --interval-ms 200\n  supercloud guest mirror web --to oak --keep      # and again elsewhere, after a fail-over\n  \
+        supercloud guest mirrors web"
     )]
     Mirror {
         /// Name or id.
@@ -115,6 +116,9 @@ pub enum GuestVerb {
         /// lost, and each answer takes up to an interval longer.
         #[arg(long)]
         strict: bool,
+        /// Begin another one whenever it has taken over or has broken: there, in another cloud, or at another host.
+        #[arg(long)]
+        keep: bool,
         /// At most this much of the link, in Mbit/s.
         #[arg(long)]
         bandwidth_mbps: Option<u64>,
@@ -132,6 +136,14 @@ pub enum GuestVerb {
     Mirrors {
         /// Name or id.
         name: String,
+    },
+    /// Ends the guest's mirror, and sees to it that none is begun again.
+    Unmirror {
+        /// Name or id.
+        name: String,
+        /// Whether it is only tried.
+        #[command(flatten)]
+        trial: Trial,
     },
     /// Has the standby of a mirrored guest take over, whose host is dead. Two running copies of a guest do harm that nobody can
     /// undo: make sure that the host is off (the provider says terminated, or you switched it off).
@@ -181,6 +193,16 @@ pub enum GuestVerb {
         /// `true` or `false`.
         #[arg(action = clap::ArgAction::Set)]
         follow: bool,
+    },
+    /// Says what is done by itself when the guest's process is gone, or its host was removed or taken back: a host that is merely
+    /// silent is not lost. A mirror takes over in any case.
+    #[command(after_help = "Example:\n  supercloud guest on-loss web restart-from-volume")]
+    OnLoss {
+        /// Name or id.
+        name: String,
+        /// What.
+        #[arg(value_parser = values::on_loss())]
+        what: OnLoss,
     },
     /// Deletes a guest that does not run, with its disk and address.
     Delete {
@@ -235,6 +257,9 @@ pub struct GuestCreateArguments {
     /// Let price policies move it.
     #[arg(long)]
     pub follow_prices: bool,
+    /// What is done by itself when its running copy is lost: `nothing`, or `restart-from-volume`.
+    #[arg(long, value_parser = values::on_loss(), default_value = "nothing")]
+    pub on_loss: OnLoss,
     /// Make it, but do not start it.
     #[arg(long)]
     pub no_start: bool,

@@ -38,6 +38,7 @@ use crate::{
     operations::{checks::CheckBoard, progress::ProgressBoard, sweeps::SweepBoard},
     plans,
     price_board::Markets,
+    recovery::{self, Recovery},
     renting::{self, Place, PlaceParts, ProviderConfigError, Providers},
     rest,
     state::{LiveHosts, State, StateError},
@@ -279,6 +280,8 @@ async fn start_parts(parts: &Parts) -> Result<SocketAddr, StartError> {
     }
     let (state, live, wake) = (parts.state.clone(), parts.hosts.clone(), Arc::clone(&parts.plans_wake));
     parts.spawn("plans", plans::Runner::new(state, live, wake, plans::Pace::default()).run());
+    let recovery = Recovery::new(parts.state.clone(), parts.hosts.clone(), recovery::Pace::default());
+    parts.spawn("recovery", recovery.run());
     parts.spawn("evacuations", evacuation::evacuation_watcher(parts.clone()));
     let api = rest::Api::new(parts, &metrics);
     engine.open_guest_door(Arc::new(rest::GuestCalls::new(api.clone())));

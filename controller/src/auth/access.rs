@@ -138,6 +138,7 @@ pub const ROUTES: &[Route] = &[
     route(Method::POST, "/v1/guests/{guest}/migrate", Access::MoveOwn),
     route(Method::POST, "/v1/guests/{guest}/mirrors", Access::Change),
     route(Method::GET, "/v1/guests/{guest}/mirrors", Access::Read),
+    route(Method::DELETE, "/v1/guests/{guest}/mirrors", Access::Change),
     route(Method::POST, "/v1/guests/{guest}/failover", Access::Change),
     route(Method::POST, "/v1/guests/{guest}/freeze", Access::MoveOwn),
     route(Method::POST, "/v1/guests/{guest}/thaw", Access::Move),

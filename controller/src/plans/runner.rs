@@ -209,12 +209,8 @@ impl Runner {
         if before.operation.phase.is_terminal() || before.operation.is_cancel_requested {
             return Ok(Tried::Waits);
         }
-        let mut now = before.value.clone();
-        now.operation.is_cancel_requested = true;
         let mut change = Change::new();
-        let event = EventDraft::new("operation.cancel_requested").project(now.operation.project);
-        change.event(event.guest(now.operation.guest).operation(id));
-        change.update_operation(&before, &mut now);
+        change.request_cancel(&before);
         self.state.commit(&Context::actor(found.actor.clone(), found.request_id), change).await?;
         Ok(Tried::Changed)
     }

@@ -123,6 +123,8 @@ fn make(wanted: &GuestCreate, image: &Image, network: &Network, ip: Ipv4Addr, ba
                 operation: None,
                 freeze: None,
                 follow_prices: wanted.follow_prices,
+                on_loss: wanted.on_loss,
+                kept_mirror: None,
                 base_missing_bytes: None,
                 starts: 0,
                 created_at_ms,

@@ -6,13 +6,13 @@ use axum::{
     http::HeaderMap,
 };
 use supercloud_api::{
-    Code, GuestFailover, GuestMirror, Mirror, MirrorMode, MirrorStanding, Operation, OperationKind, Page, Phase,
-    PlanCheck, Problem, Ref, handover, ids::HostId, link::MirrorOptions,
+    Code, Guest, GuestFailover, GuestMirror, KeptMirror, Mirror, MirrorMode, MirrorStanding, Operation, OperationKind,
+    Page, Phase, PlanCheck, Problem, Ref, handover, ids::HostId, link::MirrorOptions,
 };
 
 use super::{
     Api, Asker, Failure, Reply, body,
-    guest_operations::{MIN_BANDWIDTH_BPS, Wanted, refuse, submit, way_out},
+    guest_operations::{MIN_BANDWIDTH_BPS, Wanted, refuse, submit_with, way_out},
     guest_plan::{self, Picture, Route},
 };
 use crate::{
@@ -39,7 +39,7 @@ fn options(wanted: &GuestMirror) -> Result<MirrorOptions, Failure> {
 }
 
 /// Whether both agents know how to mirror a guest.
-fn capability(live: &LiveHosts, source: Option<HostId>, to: HostId) -> Result<PlanCheck, Problem> {
+pub(crate) fn capability(live: &LiveHosts, source: Option<HostId>, to: HostId) -> Result<PlanCheck, Problem> {
     let lacks = |host: &HostId| !live.takes_mirrors(*host);
     match source.into_iter().chain([to]).find(lacks) {
         Some(host) => {
@@ -64,6 +64,12 @@ pub async fn begin(
 ) -> Result<Reply, Failure> {
     let wanted: GuestMirror = body(&headers, &bytes)?;
     let options = options(&wanted)?;
+    let kept = wanted.keep.then(|| KeptMirror {
+        to: wanted.to.clone(),
+        interval_ms: options.interval_ms,
+        mode: wanted.mode,
+        bandwidth_bps: options.bandwidth_bps,
+    });
     let reference = Ref::from(guest);
     let _turn = api.placing.lock().await;
     retry_conflicts(|| async {
@@ -92,7 +98,38 @@ pub async fn begin(
             work: Work::GuestMirror { options, is_failing_over: false },
             route,
         };
-        submit(&api, &asker, &found, Some(&picture), wanted).await
+        let mut now = found.value.clone();
+        if let Some(kept) = &kept {
+            now.guest.kept_mirror = Some(kept.clone());
+        }
+        submit_with(&api, &asker, &found, now, Some(&picture), wanted).await
+    })
+    .await
+}
+
+/// Ends a guest's mirror, and sees to it that none is begun again.
+#[utoipa::path(delete, path = "/v1/guests/{guest}/mirrors", tag = "guests", responses((status = 200, body = Guest)))]
+pub async fn end(State(api): State<Api>, asker: Asker, Path(guest): Path<String>) -> Result<Reply, Failure> {
+    let reference = Ref::from(guest);
+    retry_conflicts(|| async {
+        let found = asker.find_guest(&api.parts, &reference).await?;
+        let mirror = of(&api, &found).await?;
+        if mirror.as_ref().is_some_and(|(_, _, is_failing_over)| *is_failing_over) {
+            return Err(takes_over());
+        }
+        let mirror = mirror.map(|(record, ..)| record).filter(|record| !record.operation.is_cancel_requested);
+        if asker.params.dry_run || (mirror.is_none() && found.guest.kept_mirror.is_none()) {
+            return Reply::ok(&found.guest);
+        }
+        let mut change = Change::new();
+        let mut now = found.value.clone();
+        if now.guest.kept_mirror.take().is_some() {
+            change.update(&found, &now);
+        }
+        if let Some(record) = mirror {
+            change.request_cancel(&record);
+        }
+        asker.commit(&api.parts, now.guest.project, change, Reply::ok(&now.guest)?).await
     })
     .await
 }
@@ -105,6 +142,11 @@ async fn of(api: &Api, found: &GuestRecord) -> Result<Option<(Stored<OperationRe
         Work::GuestMirror { options, is_failing_over } => Some((record, options, is_failing_over)),
         _ => None,
     }))
+}
+
+/// Why a mirror cannot be ended any more.
+pub(super) fn takes_over() -> Failure {
+    Failure::new(Code::WrongState, "the standby takes over: what it has is all that is left of the guest")
 }
 
 fn shown(

@@ -8,7 +8,7 @@ use axum::{
 };
 use supercloud_api::{
     Code, GuestFreeze, GuestMigrate, GuestStart, GuestState, GuestStop, GuestThaw, Host, Operation, OperationKind,
-    Plan, PlanCheck, Problem, Ref, Volume,
+    Plan, PlanCheck, Problem, Ref,
     handover::{self, BeginRequest},
     ids::{FreezeId, HostId, OperationId},
     link::MigrationOptions,
@@ -48,8 +48,19 @@ pub(super) async fn submit(
     picture: Option<&Picture>,
     wanted: Wanted,
 ) -> Result<Reply, Failure> {
+    submit_with(api, asker, found, found.value.clone(), picture, wanted).await
+}
+
+/// The same, of a guest whose record `now` is to be changed besides.
+pub(super) async fn submit_with(
+    api: &Api,
+    asker: &Asker,
+    found: &Stored<GuestRecord>,
+    mut now: GuestRecord,
+    picture: Option<&Picture>,
+    wanted: Wanted,
+) -> Result<Reply, Failure> {
     let id = OperationId::generate();
-    let mut now = found.value.clone();
     guest_plan::begin_on(&mut now, &BeginRequest { operation: id, kind: wanted.handover, group: false })?;
     let operation = guest_plan::new_operation(asker, id, wanted.kind, &now.guest, wanted.route);
     if asker.params.dry_run {
@@ -108,7 +119,7 @@ pub async fn start(
         let project = api.parts.state.need::<ProjectRecord>(&found.guest.project).await?;
         let place = match &wanted.place {
             Some(place) => guest_plan::resolve_place(&api.parts, Some(place)).await?,
-            None => volume_place(&api, &picture, &found).await?,
+            None => guest_plan::volume_place(&api.parts.state, &picture, &found).await?,
         };
         picture.check_quota(found.guest.project, project.project.quota, 0, Some(found.guest.shape), 0)?;
         match picture.choose(&need(&picture, &found, None), &place) {
@@ -126,17 +137,6 @@ pub async fn start(
         }
     })
     .await
-}
-
-/// Where the guest's volume is; anywhere when that host is gone or the volume was never written.
-async fn volume_place(api: &Api, picture: &Picture, found: &GuestRecord) -> Result<Place, Failure> {
-    let Some(volume) = found.guest.volumes.first() else { return Ok(Place::Anywhere) };
-    let holder = api.parts.state.read::<Volume>(volume).await?.and_then(|volume| volume.host);
-    let host = holder.and_then(|host| picture.host(host));
-    Ok(match host {
-        Some(host) if host.state != supercloud_api::HostState::Removed => Place::Host(Box::new(host.clone())),
-        _ => Place::Anywhere,
-    })
 }
 
 /// Stops a guest: asks it to shut down, and pulls the plug when it takes too long.

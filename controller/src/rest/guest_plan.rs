@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 
 use supercloud_api::{
-    Cloud, Code, Guest, Host, Operation, OperationKind, Plan, PlanCheck, Problem, Quota, Ref, Shape, Volume,
+    Cloud, Code, Guest, Host, HostState, Operation, OperationKind, Plan, PlanCheck, Problem, Quota, Ref, Shape, Volume,
     handover::{BeginRefusal, BeginRequest, begin},
     ids::{GuestId, HostId, OperationId, ProjectId},
 };
@@ -152,13 +152,29 @@ impl Picture {
 /// What a place means: a host, a cloud, or anywhere.
 pub async fn resolve_place(parts: &Parts, reference: Option<&Ref>) -> Result<Place, Failure> {
     let Some(reference) = reference else { return Ok(Place::Anywhere) };
-    if let Some(host) = parts.state.find::<HostRecord>(None, reference).await?.filter(|host| !host.is_removed) {
-        return Ok(Place::Host(Box::new(host.view(&parts.hosts))));
-    }
-    match parts.state.find::<Cloud>(None, reference).await? {
-        Some(cloud) => Ok(Place::Cloud(cloud.value)),
+    match place_named(&parts.state, &parts.hosts, reference).await? {
+        Some(place) => Ok(place),
         None => Err(Failure::not_found("host or cloud", reference.as_str())),
     }
+}
+
+/// The host or cloud of this name or id, if there is one.
+pub async fn place_named(state: &State, live: &LiveHosts, reference: &Ref) -> Result<Option<Place>, StateError> {
+    if let Some(host) = state.find::<HostRecord>(None, reference).await?.filter(|host| !host.is_removed) {
+        return Ok(Some(Place::Host(Box::new(host.view(live)))));
+    }
+    Ok(state.find::<Cloud>(None, reference).await?.map(|cloud| Place::Cloud(cloud.value)))
+}
+
+/// Where the guest's volume is; anywhere when that host is gone or the volume was never written.
+pub async fn volume_place(state: &State, picture: &Picture, found: &GuestRecord) -> Result<Place, StateError> {
+    let Some(volume) = found.guest.volumes.first() else { return Ok(Place::Anywhere) };
+    let holder = state.read::<Volume>(volume).await?.and_then(|volume| volume.host);
+    let host = holder.and_then(|host| picture.host(host));
+    Ok(match host {
+        Some(host) if host.state != HostState::Removed => Place::Host(Box::new(host.clone())),
+        _ => Place::Anywhere,
+    })
 }
 
 /// Checks the admission table.

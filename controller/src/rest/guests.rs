@@ -104,6 +104,7 @@ pub async fn change(
         guest_plan::admit(Request::Patch, &found)?;
         let mut now = found.value.clone();
         now.guest.follow_prices = wanted.follow_prices.unwrap_or(now.guest.follow_prices);
+        now.guest.on_loss = wanted.on_loss.unwrap_or(now.guest.on_loss);
         if now == found.value {
             return Ok(Reply::ok(&shown(&api.parts, &found).await?)?.at(found.revision));
         }
@@ -112,7 +113,7 @@ pub async fn change(
             EventDraft::new("guest.changed")
                 .project(now.guest.project)
                 .guest(now.guest.id)
-                .data(serde_json::json!({ "follow_prices": now.guest.follow_prices })),
+                .data(serde_json::json!({ "follow_prices": now.guest.follow_prices, "on_loss": now.guest.on_loss })),
         );
         asker.commit(&api.parts, now.guest.project, change, Reply::ok(&shown(&api.parts, &now).await?)?).await
     })

@@ -13,7 +13,7 @@ mod guest_calls;
 mod guest_console;
 mod guest_create;
 mod guest_evacuation;
-mod guest_mirrors;
+pub(crate) mod guest_mirrors;
 pub(crate) mod guest_operations;
 mod guest_placement;
 pub(crate) mod guest_plan;
@@ -144,7 +144,10 @@ pub fn router(api: Api) -> Router {
         .route("/v1/guests/{guest}/start", post(guest_operations::start))
         .route("/v1/guests/{guest}/stop", post(guest_operations::stop))
         .route("/v1/guests/{guest}/migrate", post(guest_operations::migrate))
-        .route("/v1/guests/{guest}/mirrors", post(guest_mirrors::begin).get(guest_mirrors::list))
+        .route(
+            "/v1/guests/{guest}/mirrors",
+            post(guest_mirrors::begin).get(guest_mirrors::list).delete(guest_mirrors::end),
+        )
         .route("/v1/guests/{guest}/failover", post(guest_mirrors::fail_over))
         .route("/v1/guests/{guest}/freeze", post(guest_operations::freeze))
         .route("/v1/guests/{guest}/thaw", post(guest_operations::thaw))

@@ -89,6 +89,7 @@ use crate::auth::{Access, ROUTES, Route};
         guest_operations::migrate,
         guest_mirrors::begin,
         guest_mirrors::list,
+        guest_mirrors::end,
         guest_mirrors::fail_over,
         guest_operations::freeze,
         guest_operations::thaw,

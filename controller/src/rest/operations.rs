@@ -5,9 +5,9 @@ use std::time::Duration;
 use axum::extract::{Path, State};
 use supercloud_api::{Code, Operation, OperationKind, Page, Role, ids::OperationId};
 
-use super::{Api, Asker, Failure, Reply};
+use super::{Api, Asker, Failure, Reply, guest_mirrors};
 use crate::auth::Caller;
-use crate::state::{Change, EventDraft, OperationRecord, Seen, Stored, Work, retry_conflicts};
+use crate::state::{Change, GuestRecord, OperationRecord, Seen, Stored, Work, retry_conflicts};
 
 /// The operation as it is now: newer than its record, which is written less often.
 pub(super) fn shown(api: &Api, record: &OperationRecord) -> Operation {
@@ -101,23 +101,23 @@ pub async fn cancel(State(api): State<Api>, asker: Asker, Path(id): Path<String>
             return Err(Failure::new(Code::WrongState, "the operation has ended"));
         }
         if let Work::GuestMirror { is_failing_over: true, .. } = found.work {
-            let detail = "the standby takes over: what it has is all that is left of the guest";
-            return Err(Failure::new(Code::WrongState, detail));
+            return Err(guest_mirrors::takes_over());
         }
         if found.operation.is_cancel_requested || asker.params.dry_run {
             let shown = shown(&api, &found);
             return if asker.params.dry_run { Reply::ok(&shown) } else { Reply::accepted(&shown) };
         }
-        let mut now = found.value.clone();
-        now.operation.is_cancel_requested = true;
         let mut change = Change::new();
-        change.event(
-            EventDraft::new("operation.cancel_requested")
-                .project(now.operation.project)
-                .guest(now.operation.guest)
-                .operation(now.operation.id),
-        );
-        change.update_operation(&found, &mut now);
+        let now = change.request_cancel(&found);
+        if let (Work::GuestMirror { .. }, Some(guest)) = (&now.work, now.operation.guest)
+            && let Some(guest) = api.parts.state.read::<GuestRecord>(&guest).await?
+            && guest.guest.kept_mirror.is_some()
+        {
+            // Who ends a mirror does not want another one in its place.
+            let mut without = guest.value.clone();
+            without.guest.kept_mirror = None;
+            change.update(&guest, &without);
+        }
         asker.commit(&api.parts, now.operation.project, change, Reply::accepted(&now.operation)?).await
     })
     .await

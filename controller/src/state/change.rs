@@ -237,6 +237,20 @@ impl Change {
         self.update(before, now)
     }
 
+    /// Asks for an operation to be cancelled; gives its record as it then is.
+    pub fn request_cancel(&mut self, before: &Stored<OperationRecord>) -> OperationRecord {
+        let mut now = before.value.clone();
+        now.operation.is_cancel_requested = true;
+        self.event(
+            EventDraft::new("operation.cancel_requested")
+                .project(now.operation.project)
+                .guest(now.operation.guest)
+                .operation(now.operation.id),
+        );
+        self.update_operation(before, &mut now);
+        now
+    }
+
     /// The new value of a plan that was read. Keeps the list of active ones, its times, and the event of a new state.
     pub fn update_plan(&mut self, before: &Stored<PlanRecord>, now: &mut PlanRecord) -> &mut Self {
         let plan = &mut now.plan;

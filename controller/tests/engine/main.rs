@@ -17,5 +17,6 @@ mod losses;
 mod mirrors;
 mod moves;
 mod plans;
+mod recovery;
 mod sweeps;
 mod undo;

@@ -161,7 +161,7 @@ impl Seat {
             takes_consoles: false,
             knows_predictive: false,
             takes_checks: false,
-            takes_mirrors: false,
+            takes_mirrors: true,
         }
     }
 }

@@ -10,7 +10,8 @@ use std::{
 use rcgen::{CertificateParams, KeyPair};
 use serde_json::json;
 use supercloud_api::{
-    Cloud, Code, Guest, Image, Network, Operation, OperationKind, Phase, Port, Problem, Progress, Project, Volume,
+    Cloud, Code, Guest, Image, KeptMirror, MirrorMode, Network, OnLoss, Operation, OperationKind, Phase, Port, Problem,
+    Progress, Project, Volume,
     handover::{Owner, OwnerRecord},
     ids::{
         CloudId, FreezeId, GuestId, HostId, ImageId, NetworkId, OperationId, PortId, ProjectId, RequestId, VolumeId,
@@ -26,6 +27,7 @@ use supercloud_controller::{
     link::{self, ChunkServer, LinkHandler, Sessions},
     operations::{Engine, Pace, Parts, Reach, progress::ProgressBoard, sweeps::SweepBoard},
     plans::{self, Runner},
+    recovery::{self, Recovery},
     state::{
         Change, Context, EventDraft, GuestRecord, HostRecord, LiveHosts, OperationRecord, ProjectRecord, State,
         StateError, Stored, Work, keys as places, retry_conflicts,
@@ -190,6 +192,20 @@ impl World {
         tasks.spawn(async move {
             tokio::select! {
                 () = runner.run() => {}
+                () = stop.cancelled() => {}
+            }
+        });
+        let pace = recovery::Pace {
+            look: Duration::from_millis(50),
+            settle: Duration::from_millis(300),
+            first_wait: Duration::from_millis(500),
+            longest_wait: Duration::from_secs(2),
+            calm: Duration::from_secs(600),
+        };
+        let (recovery, stop) = (Recovery::new(state.clone(), live.clone(), pace), cancel.clone());
+        tasks.spawn(async move {
+            tokio::select! {
+                () = recovery.run() => {}
                 () = stop.cancelled() => {}
             }
         });
@@ -460,6 +476,28 @@ impl World {
         let options = MirrorOptions { interval_ms: 50, is_strict: false, bandwidth_bps: None };
         let work = Work::GuestMirror { options, is_failing_over: false };
         self.submit(guest, OperationKind::GuestMirror, work, Some(to)).await
+    }
+
+    /// What is to be done for this guest by itself.
+    pub async fn wish(&self, guest: GuestId, on_loss: OnLoss, mirror_at: Option<usize>) {
+        let (state, to) = (self.state(), mirror_at.map(|host| self.id(host)));
+        retry_conflicts(|| async {
+            let before = state.need::<GuestRecord>(&guest).await?;
+            let mut now = before.value.clone();
+            now.guest.on_loss = on_loss;
+            now.guest.kept_mirror = to.map(|to| KeptMirror {
+                to: to.to_string().into(),
+                interval_ms: 50,
+                mode: MirrorMode::Async,
+                bandwidth_bps: None,
+            });
+            let mut change = Change::new();
+            change.update(&before, &now);
+            state.commit(&Context::system(), change).await?;
+            Ok::<_, StateError>(())
+        })
+        .await
+        .unwrap();
     }
 
     /// Waits until the standby has a whole cut.

@@ -93,6 +93,7 @@ async fn the_standby_goes_on_when_the_host_of_a_strictly_mirrored_guest_loses_it
         interval_ms: Some(INTERVAL_MS),
         mode: MirrorMode::Strict,
         bandwidth_bps: None,
+        keep: true,
         reason: None,
     };
     let operation = api.mirror_guest("web", &wanted).await.unwrap();
@@ -199,5 +200,30 @@ async fn the_standby_goes_on_when_the_host_of_a_strictly_mirrored_guest_loses_it
     })
     .await;
     println!("the stream goes on {:.1?} after the power was cut", killed.elapsed());
+
+    // A mirror was to be kept: one is begun again by itself, in the cloud that is left.
+    let again = loop {
+        if let [mirror] = api.mirrors("web").await.unwrap().as_slice()
+            && mirror.is_protected
+        {
+            break mirror.clone();
+        }
+        assert!(killed.elapsed() < LONG * 2, "it is not mirrored again");
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    };
+    assert_ne!(again.operation, operation.id);
+    assert_eq!(again.destination, Some(fleet.admin().host("home").await.unwrap().id));
+    println!("mirrored again {:.1?} after the power was cut", killed.elapsed());
+    let mut before = 0;
+    hear(&watcher, "the stream under the second mirror", move |_, said| {
+        let Said::Client(stats) = said else { return false };
+        assert!(is_unharmed(stats), "{stats:?}");
+        before = if before == 0 { stats.bytes } else { before };
+        stats.connected && stats.bytes > before + 5_000
+    })
+    .await;
+    api.end_mirrors("web").await.unwrap();
+    let ended = api.wait(again.operation, LONG, |_| {}).await.unwrap();
+    assert_eq!(ended.phase, Phase::RolledBack, "{ended:#?}");
     fleet.down().await.unwrap_or_else(|error| panic!("{}", chain(&error)));
 }

@@ -360,7 +360,8 @@ export interface paths {
         put?: never;
         /** Keeps a second copy of a running guest at another host, until the operation is cancelled or that copy takes over. */
         post: operations["guests_mirrors_create"];
-        delete?: never;
+        /** Ends a guest's mirror, and sees to it that none is begun again. */
+        delete: operations["guests_mirrors_remove"];
         options?: never;
         head?: never;
         patch?: never;
@@ -1464,8 +1465,11 @@ export interface components {
             image: components["schemas"]["ImageId"];
             /** @description The IPv4 address of its first port. */
             ipv4?: string | null;
+            kept_mirror?: null | components["schemas"]["KeptMirror"];
             /** @description Its name. */
             name: components["schemas"]["Name"];
+            /** @description What is done by itself when its running copy is lost for good. */
+            on_loss?: components["schemas"]["OnLoss"];
             operation?: null | components["schemas"]["OperationId"];
             /** @description Its ports. */
             ports: components["schemas"]["PortId"][];
@@ -1502,6 +1506,8 @@ export interface components {
             name: components["schemas"]["Name"];
             /** @description The network it is attached to. */
             network: components["schemas"]["Ref"];
+            /** @description What is done by itself when its running copy is lost for good. */
+            on_loss?: components["schemas"]["OnLoss"];
             place?: null | components["schemas"]["Ref"];
             project?: null | components["schemas"]["Ref"];
             /** @description How blocks follow the volume. */
@@ -1566,6 +1572,8 @@ export interface components {
              * @description From one cut to the next, in milliseconds; 1,000 when absent.
              */
             interval_ms?: number | null;
+            /** @description Begin another one whenever it has taken over or has broken, until it is ended: see [`KeptMirror`]. */
+            keep?: boolean;
             /** @description What it says to the network meanwhile. */
             mode?: components["schemas"]["MirrorMode"];
             /** @description Why, for the audit trail; at most 256 bytes. */
@@ -1577,6 +1585,7 @@ export interface components {
         GuestPatch: {
             /** @description Whether price policies may move it. */
             follow_prices?: boolean | null;
+            on_loss?: null | components["schemas"]["OnLoss"];
         };
         /** @description Where a stopped or new guest is started. */
         GuestStart: {
@@ -1784,6 +1793,26 @@ export interface components {
             expires_in_s?: number;
             /** @description The name that the host will have. */
             host_name: components["schemas"]["Name"];
+        };
+        /**
+         * @description A mirror that is begun again when it has taken over, or has broken: at the same place where that is not where the guest is, else
+         *     in another cloud, else at another host.
+         */
+        KeptMirror: {
+            /**
+             * Format: int64
+             * @description At most this much of the link, in bits per second.
+             */
+            bandwidth_bps?: number | null;
+            /**
+             * Format: int64
+             * @description From one cut to the next.
+             */
+            interval_ms: number;
+            /** @description What the guest says to the network meanwhile. */
+            mode: components["schemas"]["MirrorMode"];
+            /** @description Where it was wanted first: a host or a cloud. */
+            to: components["schemas"]["Ref"];
         };
         /** @description A page of the ledger with the sums of everything that was asked for, not of the page alone. */
         Ledger: {
@@ -2051,6 +2080,13 @@ export interface components {
             project?: null | components["schemas"]["Ref"];
         };
         NetworkId: string;
+        /**
+         * @description What is done by itself when a guest's running copy is lost for good: its process ended without being asked to, or its host was
+         *     removed, by an operator or because its provider took it back. A host that is merely silent is not lost. A mirror's standby takes
+         *     over whatever is said here.
+         * @enum {string}
+         */
+        OnLoss: "nothing" | "restart_from_volume";
         /** @description A durable piece of work. */
         Operation: {
             /** @description Who asked: `token:<name>`, `guest:<id>`, `system`. */
@@ -2344,8 +2380,11 @@ export interface components {
                 image: components["schemas"]["ImageId"];
                 /** @description The IPv4 address of its first port. */
                 ipv4?: string | null;
+                kept_mirror?: null | components["schemas"]["KeptMirror"];
                 /** @description Its name. */
                 name: components["schemas"]["Name"];
+                /** @description What is done by itself when its running copy is lost for good. */
+                on_loss?: components["schemas"]["OnLoss"];
                 operation?: null | components["schemas"]["OperationId"];
                 /** @description Its ports. */
                 ports: components["schemas"]["PortId"][];
@@ -4531,6 +4570,43 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["Operation"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    guests_mirrors_remove: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+            };
+            header?: {
+                /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
+                "Idempotency-Key"?: string;
+            };
+            path: {
+                /** @description Its id, or its name where it has one. */
+                guest: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Guest"];
                 };
             };
             /** @description A problem (RFC 9457) */

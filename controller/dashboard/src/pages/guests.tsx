@@ -7,6 +7,7 @@ import { events, guests, images, networks, now, operations, ports, volumes, who 
 import { ConsolePanel } from "../terminal/console";
 import { GuestActions } from "../ui/actions";
 import { ago, bytes, duration, moment } from "../ui/format";
+import { Sure } from "../ui/dialog";
 import { MirrorPanel } from "../ui/mirror";
 import { Empty, Facts, Grid, HostLink, Moving, Panel, State, hostName, shapeText } from "../ui/parts";
 import { EventLine } from "./events";
@@ -70,19 +71,41 @@ function Lives(props: { guest: Guest; events: Event[] }) {
   );
 }
 
-function Follow(props: { guest: Guest }) {
+/** A setting of a guest that is on or off. */
+function Setting(props: { guest: Guest; isOn: boolean; text: string; turned: Partial<Pick<Guest, "follow_prices" | "on_loss">> }) {
   const [problem, setProblem] = useState("");
-  if (!may(who.value, "change")) return <>{props.guest.follow_prices ? "yes" : "no"}</>;
+  if (!may(who.value, "change")) return <>{props.isOn ? "yes" : "no"}</>;
   const turn = async () => {
     try {
-      await change("PATCH", `/v1/guests/${props.guest.id}`, { follow_prices: !props.guest.follow_prices });
+      await change("PATCH", `/v1/guests/${props.guest.id}`, props.turned);
       setProblem("");
     } catch (error) {
       setProblem(error instanceof Refused ? error.problem.detail : String(error));
     }
   };
   return (
-    <label class="inline"><input type="checkbox" checked={props.guest.follow_prices} onChange={() => void turn()} /> policies may move it {problem && <span class="bad" role="alert">{problem}</span>}</label>
+    <label class="inline"><input type="checkbox" checked={props.isOn} onChange={() => void turn()} /> {props.text} {problem && <span class="bad" role="alert">{problem}</span>}</label>
+  );
+}
+
+/** The mirror that is begun again whenever there is none. */
+function KeptMirror(props: { guest: Guest }) {
+  const [isOpen, setOpen] = useState(false);
+  const { guest } = props;
+  const kept = guest.kept_mirror;
+  if (!kept) return <>no</>;
+  return (
+    <>
+      yes, first at {kept.to}, every {duration(kept.interval_ms)}, {kept.mode}{" "}
+      {may(who.value, "change") && <button onClick={() => setOpen(true)}>End…</button>}
+      {isOpen && (
+        <Sure title={`End the mirror of ${guest.name}`} verb="End it" isReady close={() => setOpen(false)} act={async () => {
+          await change("DELETE", `/v1/guests/${guest.id}/mirrors`);
+        }}>
+          <p>The guest runs on where it is. Nothing of it is kept elsewhere any more, and no mirror is begun again.</p>
+        </Sure>
+      )}
+    </>
   );
 }
 
@@ -158,7 +181,9 @@ export function GuestPage(props: { id: string; part?: string }) {
           ["of what its disks stand on", baseText(guest.base_missing_bytes)],
           ["image", images.value.get(guest.image)?.name ?? guest.image],
           ["compat class", guest.compat_class ? `${guest.compat_class.back_end}/${guest.compat_class.accelerator}/${guest.compat_class.machine_version}` : "fixed at its first start"],
-          ["follows prices", <Follow guest={guest} />],
+          ["follows prices", <Setting guest={guest} isOn={guest.follow_prices} text="policies may move it" turned={{ follow_prices: !guest.follow_prices }} />],
+          ["when it is lost", <Setting guest={guest} isOn={guest.on_loss === "restart_from_volume"} text="start it again by itself" turned={{ on_loss: guest.on_loss === "nothing" ? "restart_from_volume" : "nothing" }} />],
+          ["a mirror is kept", <KeptMirror guest={guest} />],
           ["made", moment(guest.created_at_ms)],
         ]} />
       </Panel>

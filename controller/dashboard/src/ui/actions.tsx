@@ -47,11 +47,11 @@ export function GuestActions(props: { guest: Guest }) {
 
 const takesReason = (verb: Verb): boolean => verb === "migrate" || verb === "freeze" || verb === "mirror";
 
-interface Cuts { seconds: string; mode: "async" | "strict" }
+interface Cuts { seconds: string; mode: "async" | "strict"; keep: boolean }
 
 function body(choice: Choice, place: string, reason: string, cuts: Cuts): Record<string, unknown> {
   const why = reason.trim() && takesReason(choice.verb) ? { reason: reason.trim() } : {};
-  if (choice.verb === "mirror") return { to: place, interval_ms: Math.round(Number(cuts.seconds) * 1000), mode: cuts.mode, ...why };
+  if (choice.verb === "mirror") return { to: place, interval_ms: Math.round(Number(cuts.seconds) * 1000), mode: cuts.mode, keep: cuts.keep, ...why };
   if (choice.verb === "migrate") return { to: place, ...why };
   if (choice.verb === "thaw") return place ? { to: place } : {};
   if (choice.verb === "start") return place ? { place } : {};
@@ -64,7 +64,7 @@ function Ask(props: { guest: Guest; choice: Choice; close: () => void }) {
   const [reason, setReason] = useState("");
   const [trial, setTrial] = useState<Operation>();
   const { isWorking, problem, attempt } = useAttempt();
-  const [cuts, setCuts] = useState<Cuts>({ seconds: "1", mode: "async" });
+  const [cuts, setCuts] = useState<Cuts>({ seconds: "1", mode: "async", keep: false });
   const needsPlace = choice.verb === "migrate" || choice.verb === "mirror";
   const path = `/v1/guests/${guest.id}/${choice.path ?? choice.verb}`;
   const rehearse = () => attempt(async () => setTrial(await change<Operation>("POST", `${path}?dry_run=true`, body(choice, place, reason, cuts))));
@@ -105,6 +105,7 @@ function Ask(props: { guest: Guest; choice: Choice; close: () => void }) {
               <option value="strict">waits for the standby: nothing that anybody has seen is lost</option>
             </select>
           </label>
+          <label class="inline"><input type="checkbox" checked={cuts.keep} onChange={(event) => { setCuts({ ...cuts, keep: event.currentTarget.checked }); setTrial(undefined); }} /> begin another one, elsewhere if need be, whenever it has taken over or has broken</label>
         </>
       )}
       {takesReason(choice.verb) && (

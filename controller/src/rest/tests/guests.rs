@@ -164,7 +164,7 @@ async fn a_change_needs_the_etag_that_was_read_if_one_is_given() {
     let etag = read.headers()["etag"].clone();
     let patch = |tag: reqwest::header::HeaderValue, follow: bool| {
         let request = test.raw(reqwest::Method::PATCH, "/v1/guests/web", Some(&world.secret)).header("If-Match", tag);
-        request.json(&GuestPatch { follow_prices: Some(follow) }).send()
+        request.json(&GuestPatch { follow_prices: Some(follow), ..GuestPatch::default() }).send()
     };
     assert_eq!(patch(etag.clone(), true).await.unwrap().status(), 200);
     let stale = super::problem_of(patch(etag, false).await.unwrap()).await;

@@ -6,7 +6,14 @@ use super::{TestController, guest, problem};
 use crate::state::{Change, Context, OperationRecord};
 
 fn to(place: &str) -> GuestMirror {
-    GuestMirror { to: place.into(), interval_ms: None, mode: MirrorMode::Strict, bandwidth_bps: None, reason: None }
+    GuestMirror {
+        to: place.into(),
+        interval_ms: None,
+        mode: MirrorMode::Strict,
+        bandwidth_bps: None,
+        keep: false,
+        reason: None,
+    }
 }
 
 fn dead(host_is_dead: bool) -> GuestFailover {
@@ -73,6 +80,7 @@ async fn a_mirror_is_checked_begun_shown_and_fails_over_only_from_a_dead_host() 
     assert!(unsaid.code == Code::BadRequest && unsaid.detail.contains("host_is_dead"), "{unsaid:?}");
     let told = client.fail_over_guest("web", &dead(true)).await.unwrap();
     assert_eq!(told.id, begun.id);
+    assert_eq!(problem(client.end_mirrors("web").await).code, Code::WrongState);
     // Said again, it is the same.
     client.fail_over_guest("web", &dead(true)).await.unwrap();
     assert!(client.mirrors("web").await.unwrap()[0].is_failing_over);
@@ -83,5 +91,50 @@ async fn a_mirror_is_checked_begun_shown_and_fails_over_only_from_a_dead_host() 
         (asked[0].guest, asked[0].operation, asked[0].host),
         (Some(id), Some(begun.id), Some(world.hosts[0].id))
     );
+    test.stop().await;
+}
+
+#[tokio::test]
+async fn a_mirror_that_is_kept_is_remembered_until_somebody_ends_it() {
+    let test = TestController::start().await;
+    let world = test.world().await;
+    let client = &world.client;
+    client.create_guest(&guest("web")).await.unwrap();
+    let id = client.guest("web").await.unwrap().id;
+    test.run_on(id, &world.hosts[0]).await;
+    for host in &world.hosts {
+        test.parts().hosts.note_mirroring(host.id, true);
+    }
+    // There is none: nothing to end.
+    assert_eq!(client.end_mirrors("web").await.unwrap().operation, None);
+    let kept = || GuestMirror { keep: true, interval_ms: Some(200), ..to("west") };
+    client.plan_mirror("web", &kept()).await.unwrap();
+    assert_eq!(client.guest("web").await.unwrap().kept_mirror, None, "a dry run changes nothing");
+    let begun = client.mirror_guest("web", &kept()).await.unwrap();
+    let wish = client.guest("web").await.unwrap().kept_mirror.unwrap();
+    assert_eq!((wish.to.as_str(), wish.interval_ms, wish.mode), ("west", 200, MirrorMode::Strict));
+
+    client.end_mirrors("web").await.unwrap();
+    assert_eq!(client.guest("web").await.unwrap().kept_mirror, None);
+    assert!(client.operation(begun.id).await.unwrap().is_cancel_requested);
+    // Said again, it is the same.
+    client.end_mirrors("web").await.unwrap();
+    test.stop().await;
+}
+
+#[tokio::test]
+async fn who_cancels_a_kept_mirror_does_not_want_another_one_in_its_place() {
+    let test = TestController::start().await;
+    let world = test.world().await;
+    let client = &world.client;
+    client.create_guest(&guest("web")).await.unwrap();
+    let id = client.guest("web").await.unwrap().id;
+    test.run_on(id, &world.hosts[0]).await;
+    for host in &world.hosts {
+        test.parts().hosts.note_mirroring(host.id, true);
+    }
+    let begun = client.mirror_guest("web", &GuestMirror { keep: true, ..to("west") }).await.unwrap();
+    client.cancel_operation(begun.id).await.unwrap();
+    assert_eq!(client.guest("web").await.unwrap().kept_mirror, None);
     test.stop().await;
 }

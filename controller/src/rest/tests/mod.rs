@@ -311,6 +311,7 @@ pub fn guest(name: &str) -> GuestCreate {
         cmdline_extra: None,
         propagation: supercloud_api::Propagation::HotStandby,
         follow_prices: false,
+        on_loss: supercloud_api::OnLoss::Nothing,
         start: false,
     }
 }

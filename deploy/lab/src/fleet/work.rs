@@ -7,7 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use supercloud_api::{
     FeedClock, Freeze, Guest, GuestCreate, GuestFreeze, GuestMigrate, GuestPatch, GuestThaw, Image, ImageCreate,
-    ImageImport, ImagePart, Network, NetworkCreate, Operation, OperationKind, Phase, Propagation, Shape,
+    ImageImport, ImagePart, Network, NetworkCreate, OnLoss, Operation, OperationKind, Phase, Propagation, Shape,
 };
 use supercloud_cli::progress::phase_name;
 
@@ -141,6 +141,7 @@ impl Fleet {
             cmdline_extra: Some(spec.role.clone()),
             propagation: Propagation::HotStandby,
             follow_prices: false,
+            on_loss: OnLoss::Nothing,
             start: true,
         };
         let what = format!("starting guest {}", spec.name);
@@ -212,7 +213,7 @@ impl Fleet {
     /// # Errors
     /// When the controller refuses.
     pub async fn follow_prices(&self, guest: &str, follow: bool) -> Result<Guest> {
-        let body = GuestPatch { follow_prices: Some(follow) };
+        let body = GuestPatch { follow_prices: Some(follow), ..GuestPatch::default() };
         self.client.patch_guest(guest, &body).await.map_err(|source| self.call("changing the guest", source))
     }
 
