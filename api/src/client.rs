@@ -9,9 +9,9 @@ use serde::{Serialize, de::DeserializeOwned};
 use supercloud_ids::{OperationId, PlanId, RentingId, RequestId};
 
 use crate::{
-    ChunkStore, Cloud, CloudCreate, Event, FeedClock, FleetPlan, FleetPlanCreate, Freeze, Guest, GuestCreate,
-    GuestFailover, GuestFreeze, GuestMigrate, GuestMirror, GuestPatch, GuestStart, GuestStop, GuestThaw, Host,
-    HostPatch, HostRent, Image, ImageCreate, ImageImport, ImagePart, JoinRequest, JoinResponse, JoinToken,
+    ChunkStore, Cloud, CloudCreate, Evacuation, Event, FeedClock, FleetPlan, FleetPlanCreate, Freeze, Guest,
+    GuestCreate, GuestFailover, GuestFreeze, GuestMigrate, GuestMirror, GuestPatch, GuestStart, GuestStop, GuestThaw,
+    Host, HostPatch, HostRent, Image, ImageCreate, ImageImport, ImagePart, JoinRequest, JoinResponse, JoinToken,
     JoinTokenCreate, Ledger, Market, Mirror, Network, NetworkCreate, Operation, Page, Placement, Port, PriceSeries,
     Problem, Project, ProjectCreate, Renting, Token, TokenCreate, TokenSecret, Volume, WhoAmI,
 };
@@ -510,6 +510,8 @@ calls! {
     guests() -> Vec<Guest> = list("/v1/guests");
     /// One guest.
     guest(guest: &str) -> Guest = get(format!("/v1/guests/{guest}"));
+    /// Guests whose hosts a provider may take back: whether they could leave in time.
+    evacuations() -> Vec<Evacuation> = list("/v1/evacuations");
     /// Where a guest would go now, with what every host says to it.
     explain_placement(guest: &str) -> Placement = get(format!("/v1/guests/{guest}/placement?explain=true"));
     /// The same, for a host or a cloud.

@@ -108,6 +108,11 @@ pub async fn run(client: &Client, output: Output, verb: GuestVerb) -> anyhow::Re
             }
             show::follow(client, output, client.thaw_guest(&name, &body).await?, watch).await
         }
+        GuestVerb::Evacuations => {
+            let evacuations = client.evacuations().await?;
+            let names = names::of_ids_in(client, &serde_json::to_value(&evacuations)?).await;
+            show::print(output, &evacuations, || listings::evacuations(&evacuations, &names))
+        }
         GuestVerb::FollowPrices { name, follow } => {
             let body = GuestPatch { follow_prices: Some(follow), ..GuestPatch::default() };
             show::print_one(output, &client.patch_guest(&name, &body).await?)

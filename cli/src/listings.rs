@@ -2,12 +2,13 @@
 
 use serde::Serialize;
 use supercloud_api::{
-    Cloud, Event, Guest, Host, Image, ImageContent, Market, Network, Operation, Project, Token, Volume,
+    Cloud, Evacuation, EvacuationState, Event, Guest, Host, Image, ImageContent, Market, Network, Operation, Project,
+    Tenure, Token, Volume, ids::HostId,
 };
 use supercloud_cli::{
     fields::Names,
     progress::phase_name,
-    table::{Table, bytes, time, usd},
+    table::{Table, bytes, duration, time, usd},
 };
 
 use crate::names::Rented;
@@ -31,19 +32,11 @@ fn yes_or_no(is: bool) -> String {
     if is { "yes" } else { "no" }.into()
 }
 
-/// Hosts; wide: with how they are rented (spot: the provider may want it back) and what that costs now.
-pub fn hosts(hosts: &[Host], rented: &Rented) -> Table {
-    let mut table = Table::new(["NAME", "CLOUD", "STATE", "VCPUS", "MEMORY", "CLASS", "SEEN"]).and_wide([
-        "ID",
-        "TYPE",
-        "TENURE",
-        "PRICE/H",
-        "DISK",
-        "DATA ADDRESS",
-        "OVERLAY",
-        "AGENT",
-        "SINCE",
-    ]);
+/// Hosts, with what they cost now and whether their guests could leave in time.
+pub fn hosts(hosts: &[Host], rented: &Rented, evacuations: &[Evacuation]) -> Table {
+    let columns = ["NAME", "CLOUD", "STATE", "VCPUS", "MEMORY", "CLASS", "PRICE/H", "RISK", "SEEN"];
+    let mut table =
+        Table::new(columns).and_wide(["ID", "TYPE", "TENURE", "DISK", "DATA ADDRESS", "OVERLAY", "AGENT", "SINCE"]);
     for host in hosts {
         let (renting, market) = rented.get(&host.id).map_or((None, None), |(r, m)| (Some(r), m.as_ref()));
         let cells = [
@@ -53,13 +46,14 @@ pub fn hosts(hosts: &[Host], rented: &Rented) -> Table {
             format!("{}/{}", host.used.vcpus, host.capacity.vcpus),
             format!("{} / {}", bytes(host.used.memory_bytes), bytes(host.capacity.memory_bytes)),
             or_dash(host.compat_classes.first()),
+            or_dash(market.map(|market| usd(market.price_nanousd_per_hour))),
+            risk(renting.map(|renting| renting.tenure), host.id, evacuations),
             time(host.last_seen_ms),
         ];
         let wide = [
             host.id.to_string(),
             or_dash(renting.map(|renting| &renting.instance_type)),
             or_dash(renting.map(|renting| word(renting.tenure))),
-            or_dash(market.map(|market| usd(market.price_nanousd_per_hour))),
             format!("{} / {}", bytes(host.used.disk_bytes), bytes(host.capacity.disk_bytes)),
             or_dash(host.data_address),
             or_dash(host.overlay_address),
@@ -67,6 +61,44 @@ pub fn hosts(hosts: &[Host], rented: &Rented) -> Table {
             time(host.created_at_ms),
         ];
         table.row_wide(cells, wide);
+    }
+    table
+}
+
+/// What may happen to a host's guests when its provider takes it back; `-` where none does.
+fn risk(tenure: Option<Tenure>, host: HostId, evacuations: &[Evacuation]) -> String {
+    let own: Vec<EvacuationState> = evacuations.iter().filter(|one| one.host == host).map(|one| one.state).collect();
+    let count = |state| own.iter().filter(|own| **own == state).count();
+    match (count(EvacuationState::Late), count(EvacuationState::Unknown)) {
+        (0, 0) if own.is_empty() && tenure != Some(Tenure::Spot) => "-".to_owned(),
+        (0, 0) => "taken back: all leave in time".to_owned(),
+        (0, unknown) => format!("taken back: {unknown} of {} not measured", own.len()),
+        (late, _) => format!("taken back: {late} of {} too late", own.len()),
+    }
+}
+
+/// Guests on hosts that a provider may take back.
+pub fn evacuations(evacuations: &[Evacuation], names: &Names) -> Table {
+    let columns = ["GUEST", "HOST", "WOULD GO TO", "IN TIME", "NOTICE", "LEAVES IN", "WITH ALL", "PAUSE"];
+    let mut table = Table::new(columns).and_wide(["WHY"]);
+    for one in evacuations {
+        let state = match one.state {
+            EvacuationState::InTime => "yes",
+            EvacuationState::Late => "NO",
+            EvacuationState::Unknown => "not measured",
+            EvacuationState::NotNeeded => "-",
+        };
+        let cells = [
+            named(names, &one.guest),
+            one.host_name.to_string(),
+            or_dash(one.destination_name.as_ref()),
+            state.to_owned(),
+            duration(one.notice_ms),
+            or_dash(one.leave_ms.map(duration)),
+            or_dash(one.leave_with_all_ms.map(duration)),
+            or_dash(one.downtime_ms.map(duration)),
+        ];
+        table.row_wide(cells, [one.detail.clone()]);
     }
     table
 }

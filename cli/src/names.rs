@@ -6,7 +6,7 @@ use std::{
 };
 
 use serde_json::Value;
-use supercloud_api::{Market, Renting, RentingState, client::Client, ids::HostId};
+use supercloud_api::{Evacuation, Market, Renting, RentingState, client::Client, ids::HostId};
 use supercloud_cli::fields::{Names, nameless_ids};
 
 /// How long names are waited for.
@@ -65,6 +65,12 @@ pub async fn rented_in(client: &Client, markets: &[Market]) -> Rented {
     let Ok(Ok(rentings)) = rentings else { return Rented::new() };
     let running = rentings.into_iter().filter(|renting| renting.state != RentingState::Ended);
     running.map(|renting| (renting.host, (renting.clone(), market_of(markets, &renting)))).collect()
+}
+
+/// Whether guests could leave in time, as far as that can be had soon.
+pub async fn evacuations(client: &Client) -> Vec<Evacuation> {
+    let found = tokio::time::timeout(NAMES_BUDGET, client.evacuations()).await;
+    found.ok().and_then(Result::ok).unwrap_or_default()
 }
 
 fn market_of(markets: &[Market], renting: &Renting) -> Option<Market> {

@@ -69,8 +69,12 @@ async fn hosts(client: &Client, output: Output, verb: HostVerb) -> anyhow::Resul
     match verb {
         HostVerb::List => {
             let hosts = client.hosts().await?;
-            let rented = if output == Output::Wide { names::rented(client).await } else { names::Rented::new() };
-            show::print(output, &hosts, || listings::hosts(&hosts, &rented))
+            let (rented, evacuations) = if output.is_for_people() {
+                tokio::join!(names::rented(client), names::evacuations(client))
+            } else {
+                Default::default()
+            };
+            show::print(output, &hosts, || listings::hosts(&hosts, &rented, &evacuations))
         }
         HostVerb::Show { name } => show::print_named(client, output, &client.host(&name).await?).await,
         HostVerb::JoinToken { name, cloud, expires } => {

@@ -186,6 +186,8 @@ pub enum GuestVerb {
         #[command(flatten)]
         watch: Watch,
     },
+    /// Whether guests could leave in time when the provider takes their hosts back, as moves were measured; `-o wide` says why.
+    Evacuations,
     /// Lets price policies move the guest, or not.
     FollowPrices {
         /// Name or id.
