@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod guest;
+mod left;
 mod mirror;
 mod saved;
 mod travel;

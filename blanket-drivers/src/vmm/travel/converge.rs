@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::vmm::memory::PAGE_BYTES;
+use crate::{migrate::MemoryMode, vmm::memory::PAGE_BYTES};
 
 /// What a move may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,11 +15,19 @@ pub struct Limits {
     pub max_bytes_per_s: Option<u64>,
     /// The guest may be slowed down when else it would not converge.
     pub may_throttle: bool,
+    /// What may be left behind; not changed on the way.
+    pub memory: MemoryMode,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { max_downtime_ms: 300, max_rounds: 30, max_bytes_per_s: None, may_throttle: false }
+        Self {
+            max_downtime_ms: 300,
+            max_rounds: 30,
+            max_bytes_per_s: None,
+            may_throttle: false,
+            memory: MemoryMode::PreCopy,
+        }
     }
 }
 
@@ -79,6 +87,8 @@ pub enum Next {
     Copy,
     /// Pause the guest and send the rest.
     Switch,
+    /// Pause the guest and leave the rest behind.
+    Leave,
     /// It makes no sense to go on.
     GiveUp(WhyNot),
 }
@@ -104,11 +114,20 @@ pub fn next(limits: &Limits, seen: &Seen) -> Next {
     if predicted_downtime_ms <= limits.max_downtime_ms {
         return Next::Switch;
     }
+    // As `throttle` judges: what was written meanwhile is not much less than what was sent.
+    if limits.memory == MemoryMode::Hybrid && (is_behind(seen) || seen.rounds >= limits.max_rounds) {
+        return Next::Leave;
+    }
     if seen.rounds >= limits.max_rounds {
         let max_downtime_ms = limits.max_downtime_ms;
         return Next::GiveUp(WhyNot { predicted_downtime_ms, max_downtime_ms, rounds: seen.rounds });
     }
     Next::Copy
+}
+
+/// Whether the guest has written more than half of what was sent meanwhile.
+const fn is_behind(seen: &Seen) -> bool {
+    seen.dirty_pages.saturating_mul(2) > seen.sent_pages
 }
 
 /// By how much the guest is slowed down at first, what is added each time, and the most; percent of its time.
@@ -121,7 +140,8 @@ const MOST_PERCENT: u8 = 95;
 /// never less.
 #[must_use]
 pub fn throttle(limits: &Limits, seen: &Seen, percent: u8) -> u8 {
-    let is_behind = seen.rounds >= 2 && seen.dirty_pages.saturating_mul(2) > seen.sent_pages;
+    // Who may leave the rest behind does so instead.
+    let is_behind = seen.rounds >= 2 && is_behind(seen) && limits.memory == MemoryMode::PreCopy;
     match (limits.may_throttle && is_behind, percent) {
         (false, percent) => percent,
         (true, 0) => FIRST_PERCENT,
@@ -173,6 +193,17 @@ mod tests {
         .take(8)
         .collect();
         assert_eq!(steps, [20, 35, 50, 65, 80, 95, 95, 95]);
+    }
+
+    #[test]
+    fn what_does_not_converge_is_left_behind_if_that_is_allowed() {
+        let limits = Limits { max_downtime_ms: 100, max_rounds: 3, memory: MemoryMode::Hybrid, ..Limits::default() };
+        assert_eq!(next(&limits, &seen(500)), Next::Switch);
+        assert_eq!(next(&limits, &seen(5000)), Next::Copy);
+        assert_eq!(next(&limits, &seen(5001)), Next::Leave);
+        assert_eq!(next(&limits, &Seen { rounds: 3, ..seen(5000) }), Next::Leave);
+        let may = Limits { may_throttle: true, ..limits };
+        assert_eq!(throttle(&may, &Seen { rounds: 2, ..seen(5001) }, 0), 0);
     }
 
     proptest! {

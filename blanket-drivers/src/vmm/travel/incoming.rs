@@ -3,9 +3,14 @@
 use std::{io::Read, sync::mpsc};
 
 use supercloud_api::frame::{Frame, FrameError, read_frame_blocking};
+use vm_memory::{GuestAddress, GuestMemoryBackend as _};
 
-use super::{Hello, Round, TravelError, VERSION, checked, kind, pages::Unpacker};
-use crate::vmm::{Incoming, Machine, MachineConfig, Outcome, state};
+use super::{
+    Hello, Round, TravelError, VERSION, checked, kind,
+    left::{Leaves, Left, SetReader, page_range},
+    pages::Unpacker,
+};
+use crate::vmm::{Incoming, Machine, MachineConfig, Outcome, Ram, memory::PAGE_BYTES, state};
 
 /// Rounds, and bytes of state, that a stream may have.
 pub(super) const MAX_ROUNDS: u32 = 100_000;
@@ -78,19 +83,48 @@ impl<R: Read> Opened<R> {
     /// Receives the rest of a machine; see [`receive`].
     ///
     /// # Errors
-    /// As there.
+    /// As there; also when pages of it are left behind.
     pub fn receive(self, incoming: Incoming) -> Result<(Machine, mpsc::Receiver<Outcome>), TravelError> {
+        match self.receive_or_leave(incoming, false)? {
+            (machine, told, None) => Ok((machine, told)),
+            (.., Some(_)) => Err(NOT_ALL),
+        }
+    }
+
+    /// Likewise; pages of it may be left behind where it comes from, if that is `allowed`: then its memory is not what it must be
+    /// before they are fetched ([`super::left::Fetch`]), and nobody may let it run or look at it before.
+    ///
+    /// # Errors
+    /// As [`receive`].
+    pub fn receive_or_leave(
+        self,
+        incoming: Incoming,
+        allowed: bool,
+    ) -> Result<(Machine, mpsc::Receiver<Outcome>, Option<Left>), TravelError> {
         let mut reader = self.expect(&incoming, false)?;
+        let mut leaving: Option<(Leaves, SetReader)> = None;
         let mut unpacker = Unpacker::new()?;
         let mut rounds = Rounds::default();
         let mut json = Vec::new();
         loop {
             let frame = reader.next()?;
             match frame.kind {
-                kind::PAGES if json.is_empty() => {
+                kind::LEAVES if rounds.are_over() && json.is_empty() && leaving.is_none() => {
+                    if !allowed {
+                        return Err(NOT_ALL);
+                    }
+                    let end = page_range(incoming.ram());
+                    leaving = Some((frame.parse_json(kind::LEAVES, VERSION)?, SetReader::below(end)));
+                }
+                kind::LEFT if json.is_empty() => {
+                    let ram = incoming.ram();
+                    let (_, reader) = leaving.as_mut().ok_or(FrameError::UnexpectedKind(kind::LEFT))?;
+                    reader.take(&frame.payload, |page| is_page(ram, page))?;
+                }
+                kind::PAGES if json.is_empty() && leaving.is_none() => {
                     unpacker.unpack(incoming.ram(), &frame.payload, rounds.open())?;
                 }
-                kind::ROUND if json.is_empty() => rounds.close(&frame)?,
+                kind::ROUND if json.is_empty() && leaving.is_none() => rounds.close(&frame)?,
                 kind::STATE if rounds.are_over() => {
                     if frame.payload.is_empty() || json.len() + frame.payload.len() > MAX_STATE_BYTES {
                         return Err(TravelError::Malformed("a state that is too large"));
@@ -110,8 +144,16 @@ impl<R: Read> Opened<R> {
         let state = serde_json::from_slice(&json)
             .map_err(|source| FrameError::Payload { kind: kind::STATE, source })
             .map_err(TravelError::from)?;
-        Ok(incoming.finish(&state)?)
+        let left = leaving.map(|(leaves, pages)| leaves.of(pages, reader.hash())).transpose()?;
+        let (machine, told) = incoming.finish(&state)?;
+        Ok((machine, told, left))
     }
+}
+
+const NOT_ALL: TravelError = TravelError::Malformed("memory is left behind, which cannot be fetched here");
+
+fn is_page(ram: &Ram, page: u64) -> bool {
+    page.checked_mul(PAGE_BYTES).is_some_and(|at| ram.address_in_range(GuestAddress(at)))
 }
 
 /// Rounds over a machine's memory.

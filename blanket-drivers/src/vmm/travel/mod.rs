@@ -1,11 +1,12 @@
 //! A machine on its way: one stream of frames, for a move and for whatever else stores or mirrors a machine.
 //!
 //! ```text
-//! HELLO  (PAGES* ROUND)*  STATE+  END       frames as in supercloud_api::frame; numbers little endian
+//! HELLO  (PAGES* ROUND)*  (LEAVES LEFT*)?  STATE+  END       frames as in supercloud_api::frame; numbers little endian
 //!
 //! HELLO  JSON: what the machine is made of
 //! PAGES  pages of guest memory, each in the cheapest form that is true (see `pages`)
 //! ROUND  JSON: a round of copying is over
+//! LEAVES what is left behind, to be fetched after the move (see `left`), LEFT: which pages that is
 //! STATE  JSON of the machine's state, in pieces of at most 1 MiB
 //! END    BLAKE3 of everything before
 //! ABORT  instead of END, at any point: it was given up
@@ -16,6 +17,7 @@
 
 pub mod converge;
 pub mod incoming;
+pub mod left;
 pub mod mirror;
 pub mod outgoing;
 pub mod pages;
@@ -41,6 +43,8 @@ mod kind {
     pub const STATE: u16 = 4;
     pub const END: u16 = 5;
     pub const ABORT: u16 = 6;
+    pub const LEAVES: u16 = 7;
+    pub const LEFT: u16 = 8;
     // Of a mirror's stream; see `mirror`.
     pub const MIRROR: u16 = 16;
     pub const CUT: u16 = 17;
@@ -95,6 +99,9 @@ pub enum TravelError {
     /// The guest stood still for longer than it may, whatever was predicted.
     #[error("not all of it was on the stream when the guest had stood still for {} ms", .0.as_millis())]
     Overdue(std::time::Duration),
+    /// Who has to say something says nothing.
+    #[error("the other end was silent for {} ms", .0.as_millis())]
+    Mute(std::time::Duration),
     /// A mirror's standby is silent, or no cut gets through to it.
     #[error("no cut was committed for {} ms", .after.as_millis())]
     Silent {

@@ -14,10 +14,14 @@ use super::{
     Hello, Round, TravelError, VERSION, converge,
     converge::{Limits, Next, Seen},
     kind,
+    left::{Leaves, Left, PageSet, page_range, written},
     pages::{FRAME_BYTES, Forms, MOST_BYTES, Packer},
     wire::{STALL, STALL_AT_END, Wire},
 };
-use crate::vmm::{Machine, state};
+use crate::{
+    migrate::MemoryMode,
+    vmm::{Machine, state},
+};
 
 /// What the state takes, as long as it is not known: a vCPU's share.
 const STATE_BYTES_PER_VCPU: u64 = 24 << 10;
@@ -41,7 +45,7 @@ pub struct Progress {
 }
 
 /// What a machine took on its way.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Sent {
     /// As it was at the end.
     pub progress: Progress,
@@ -49,10 +53,12 @@ pub struct Sent {
     pub paused_for: Duration,
     /// Bytes of the state on the wire.
     pub state_bytes: u64,
+    /// What was left behind, to be served from the machine's memory as it is ([`super::left::serve`]).
+    pub left: Option<Left>,
 }
 
-/// Sends a machine. When it is through, the machine stands still and its whole content is on the wire; it is for the caller to
-/// find out who may run it. On an error the guest runs on, if it ran before, unless it was paused already: then
+/// Sends a machine. When it is through, the machine stands still and its whole content is on the wire, but for what [`Limits::memory`]
+/// allows to be left behind; it is for the caller to find out who may run it. On an error the guest runs on, if it ran before, unless it was paused already: then
 /// [`Machine::resume`] lets it run on.
 ///
 /// `limits` is asked each time that it matters, so that they can be changed meanwhile. `watch` is called often; it can cancel. Where `to` gives a write up after a moment (`WouldBlock`, `TimedOut`; a socket with a
@@ -66,7 +72,9 @@ pub fn send(
     limits: &dyn Fn() -> Limits,
     watch: &mut dyn FnMut(&Progress) -> ControlFlow<()>,
 ) -> Result<Sent, TravelError> {
-    machine.note_writes(true)?;
+    if limits().memory != MemoryMode::PostCopy {
+        machine.note_writes(true)?;
+    }
     let mut sender = Sender::new(to, limits, watch)?;
     let outcome = sender.run(machine);
     // The guest may be standing still meanwhile: it is told in a moment or not at all.
@@ -111,6 +119,67 @@ impl<'a, W: Write> Sender<'a, W> {
         let config = machine.config();
         let hello = Hello { vcpus: config.vcpus, memory_bytes: config.memory_bytes, state_version: state::VERSION };
         self.json(kind::HELLO, &hello)?;
+        let memory = (self.limits)().memory;
+        let rounds = if memory == MemoryMode::PostCopy { None } else { Some(self.rounds(machine)?) };
+        // Told before: who hears of it can make ready what comes next.
+        self.progress.is_last = true;
+        self.look()?;
+        let paused = Instant::now();
+        let longest = Duration::from_millis((self.limits)().longest_pause_ms());
+        self.give_up_at = paused.checked_add(longest).map(|at| (at, longest));
+        let state = machine.save()?;
+        let left = match rounds {
+            None => {
+                self.round(machine, &[])?;
+                written(machine.ram())?
+            }
+            Some((mut pages, leaves)) => {
+                // What was written until then, and what devices finished while they were stopped.
+                pages.extend(machine.take_written()?);
+                pages.sort_unstable();
+                pages.dedup();
+                let mut left = PageSet::below(page_range(machine.ram()));
+                if leaves {
+                    for page in pages.drain(..) {
+                        left.insert(page);
+                    }
+                }
+                self.round(machine, &pages)?;
+                left
+            }
+        };
+        let secret = self.leave(&left)?;
+        let before = self.progress.sent_bytes;
+        let json = serde_json::to_vec(&state).map_err(std::io::Error::other)?;
+        for piece in json.chunks(MAX_PAYLOAD_BYTES) {
+            self.send(kind::STATE, piece)?;
+        }
+        let hash = self.wire.hash();
+        self.send(kind::END, &hash)?;
+        self.wire.flush()?;
+        let state_bytes = self.progress.sent_bytes - before;
+        let left = secret.map(|secret| Left::new(left, secret, hash));
+        Ok(Sent { progress: self.progress, paused_for: paused.elapsed(), state_bytes, left })
+    }
+
+    /// Tells what is left behind, if anything is; the secret by which it is fetched.
+    fn leave(&mut self, left: &PageSet) -> Result<Option<[u8; 32]>, TravelError> {
+        if left.is_empty() {
+            return Ok(None);
+        }
+        let (leaves, secret) = Leaves::new(left.len());
+        self.json(kind::LEAVES, &leaves)?;
+        let mut at = 0;
+        while let Some((piece, next)) = left.piece(at)? {
+            self.send(kind::LEFT, &piece)?;
+            at = next;
+        }
+        Ok(Some(secret))
+    }
+
+    /// Copies memory while the guest runs, until it is to be paused; what was written since, and whether that is left behind.
+    fn rounds(&mut self, machine: &mut Machine) -> Result<(Vec<u64>, bool), TravelError> {
+        let config = machine.config();
         let mut pages = machine.page_numbers();
         let is_running = machine.is_running();
         let mut began;
@@ -152,32 +221,11 @@ impl<'a, W: Write> Sender<'a, W> {
                     // A guest that does not run is as slow as can be.
                     self.progress.throttle_percent = if is_running { percent } else { 0 };
                 }
-                Next::Switch => break,
+                Next::Switch => return Ok((pages, false)),
+                Next::Leave => return Ok((pages, true)),
                 Next::GiveUp(why) => return Err(TravelError::NoConvergence(why)),
             }
         }
-        // Told before: who hears of it can make ready what comes next.
-        self.progress.is_last = true;
-        self.look()?;
-        let paused = Instant::now();
-        let longest = Duration::from_millis((self.limits)().longest_pause_ms());
-        self.give_up_at = paused.checked_add(longest).map(|at| (at, longest));
-        let state = machine.save()?;
-        // What was written until then, and what devices finished while they were stopped.
-        pages.extend(machine.take_written()?);
-        pages.sort_unstable();
-        pages.dedup();
-        self.round(machine, &pages)?;
-        let before = self.progress.sent_bytes;
-        let json = serde_json::to_vec(&state).map_err(std::io::Error::other)?;
-        for piece in json.chunks(MAX_PAYLOAD_BYTES) {
-            self.send(kind::STATE, piece)?;
-        }
-        let hash = self.wire.hash();
-        self.send(kind::END, &hash)?;
-        self.wire.flush()?;
-        let state_bytes = self.progress.sent_bytes - before;
-        Ok(Sent { progress: self.progress, paused_for: paused.elapsed(), state_bytes })
     }
 
     fn round(&mut self, machine: &Machine, pages: &[u64]) -> Result<(), TravelError> {

@@ -162,7 +162,8 @@ impl Unpacker {
         self.each(ram, from, false, |_, _| Ok(()))
     }
 
-    fn each(
+    /// Unpacks pages one by one, for who takes them otherwise.
+    pub(super) fn each(
         &mut self,
         ram: &Ram,
         mut from: &[u8],

@@ -27,6 +27,7 @@ mod tests;
 pub use outputs::Outputs;
 pub use ring::{Ring, Segment, Segments};
 pub use transport::VirtioPci;
+pub(crate) use worker::borrow;
 pub use worker::{Handler, Next, Wakers};
 
 /// Feature bit: virtio 1.0 or later, which is the only kind that we speak.

@@ -47,7 +47,7 @@ impl<'a> Wakers<'a> {
     ///
     /// # Errors
     /// When the system cannot wait.
-    pub(super) fn wait<'b>(&self, also: impl Iterator<Item = BorrowedFd<'b>>) -> io::Result<()> {
+    pub(crate) fn wait<'b>(&self, also: impl Iterator<Item = BorrowedFd<'b>>) -> io::Result<()> {
         let also = also.map(|fd| (fd.as_raw_fd(), libc::POLLIN));
         let events = self.events.iter().map(|(fd, events)| (fd.as_raw_fd(), *events));
         let mut polled: Vec<_> =
@@ -204,7 +204,8 @@ fn live(
     (handler, rings)
 }
 
-fn borrow(event: &EventFd) -> BorrowedFd<'_> {
+/// An event, to be waited for.
+pub(crate) fn borrow(event: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: the descriptor is open as long as the event lives, from which it is borrowed.
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
