@@ -11,7 +11,7 @@ use std::{
 
 use kvm_ioctls::Kvm;
 use supercloud_blanket::{
-    Backend, BackendError, BackendResult, BoxFuture, CompatClass, Launch, LiveMigration, Mirroring,
+    Backend, BackendError, BackendResult, BoxFuture, CompatClass, Launch, LiveMigration, Mirroring, PostCopy,
     backend::{
         BackendEvent, Capabilities, Frozen, GuestEvent, GuestInfo, MemoryStats, PauseReason, RunState, StopMode,
         StopReason,
@@ -55,6 +55,8 @@ pub struct KvmBackend {
     settling: Mutex<JoinSet<()>>,
     /// Who waits for the streams of guests that come here.
     pub(crate) arrivals: migration::Arrivals,
+    /// Why memory cannot be left behind at moves from or to this host, if it cannot.
+    pub(crate) no_faults: Option<String>,
 }
 
 /// In words, for errors.
@@ -90,9 +92,11 @@ impl KvmBackend {
             let baseline = Kvm::new().map_err(|error| error.to_string());
             let baseline = baseline.and_then(|kvm| cpu::baseline(&kvm).map_err(|error| error.to_string()));
             let detail = |detail| BackendError::Failed { what: "ask /dev/kvm what the processors can do", detail };
-            Ok::<_, BackendError>((found, baseline.map_err(detail)?))
+            let no_faults = spawn::open_userfaultfd().err().map(|error| format!("/dev/userfaultfd: {error}"));
+            Ok::<_, BackendError>((found, baseline.map_err(detail)?, no_faults))
         });
-        let (homes, baseline) = found.await.map_err(|error| failed("look for guests")(io::Error::other(error)))??;
+        let (homes, baseline, no_faults) =
+            found.await.map_err(|error| failed("look for guests")(io::Error::other(error)))??;
         let back_end = Self {
             config,
             baseline,
@@ -101,6 +105,7 @@ impl KvmBackend {
             unreadable: Mutex::default(),
             settling: Mutex::default(),
             arrivals: migration::Arrivals::default(),
+            no_faults,
         };
         for home in homes {
             back_end.find_again(home).await;
@@ -284,6 +289,7 @@ impl KvmBackend {
                 Some(state) => return Err(BackendError::WrongState { guest, wants: "freeze it", is: words(state) }),
                 None => return Err(BackendError::NoSuchGuest { guest }),
             }
+            keeper.seen().must_be_whole(guest, "freeze it")?;
             let epoch = keeper.record().epoch;
             keeper.mark(epoch, Role::Freezing(file.clone())).await?;
             let part = part_of(&file);
@@ -426,6 +432,8 @@ async fn thaw(keeper: &Keeper, file: &Path) -> BackendResult<()> {
     });
     let seen = keeper.until(what, FREEZE_BUDGET, migration::has_come).await?;
     migration::came(what, keeper, &seen)?;
+    // A file that says that something is elsewhere is none of ours.
+    seen.must_be_whole(keeper.guest(), "thaw it")?;
     let read = reading.await.map_err(io::Error::other).and_then(|read| read);
     read.map(drop).map_err(cannot)
 }
@@ -478,6 +486,7 @@ impl Backend for KvmBackend {
             match self.expect(guest).await? {
                 (_, RunState::Paused(_)) => Ok(()),
                 (keeper, RunState::Running) => {
+                    keeper.seen().must_be_whole(guest, "pause it")?;
                     keeper.ask("pause a guest", migration::verb("pause"), None).await.map(drop)
                 }
                 (_, state) => Err(BackendError::WrongState { guest, wants: "pause it", is: words(state) }),
@@ -583,5 +592,15 @@ impl Backend for KvmBackend {
 
     fn mirroring(&self) -> BackendResult<&dyn Mirroring> {
         Ok(self)
+    }
+
+    fn post_copy(&self) -> BackendResult<&dyn PostCopy> {
+        match &self.no_faults {
+            None => Ok(self),
+            Some(why) => Err(BackendError::Unsupported {
+                back_end: BACK_END,
+                option: format!("moves that leave memory behind, at this host: {why}"),
+            }),
+        }
     }
 }

@@ -10,6 +10,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use supercloud_blanket::migrate::MemoryMode;
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader, Interest},
     net::{UnixStream, unix::OwnedReadHalf, unix::OwnedWriteHalf},
@@ -71,6 +72,14 @@ pub enum Event {
     MirrorEnded,
     /// Its mirror does not go on.
     MirrorBroken,
+    /// All that was left behind is where the guest runs.
+    Served,
+    /// A connection over which it was served is over.
+    NotServed,
+    /// Nothing is missing any more.
+    Fetched,
+    /// A connection over which it was fetched is over.
+    NotFetched,
     /// What a newer process tells.
     #[serde(other)]
     Unknown,
@@ -95,6 +104,8 @@ pub struct Progress {
     pub throttle_percent: u8,
     /// How long it stood still until all was on the stream, in milliseconds.
     pub paused_ms: Option<u64>,
+    /// Bytes of guest memory that were left behind.
+    pub left_behind_bytes: Option<u64>,
 }
 
 /// How far it is with mirroring a guest.
@@ -133,6 +144,10 @@ pub struct Line {
     pub cut: Option<u64>,
     /// Whether it is being mirrored.
     pub is_mirrored: Option<bool>,
+    /// A connection over which memory is served or fetched.
+    pub connection: Option<u64>,
+    /// Bytes of memory that are missing there.
+    pub missing_bytes: Option<u64>,
     /// How an ended guest ended.
     pub ended: Option<Event>,
     /// The disk that something happened to.
@@ -161,6 +176,9 @@ pub struct Request {
     /// The guest may be slowed down.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub may_throttle: Option<bool>,
+    /// Which memory may be left behind.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<MemoryMode>,
     /// The disk.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk: Option<String>,

@@ -59,6 +59,60 @@ pub struct Seen {
     pub mirrors_over: u32,
     /// Why the last one is, if it was not ended.
     pub mirror_error: Option<String>,
+    /// Bytes of its memory that are missing there; `None` before it said.
+    pub missing: Option<u64>,
+    /// The connection over which memory is served or fetched there, as far as was heard.
+    connection: Option<u64>,
+    /// The last such connection that is over, and why, if it was not because all of it has come.
+    pub connection_over: Option<(u64, Option<String>)>,
+}
+
+impl Seen {
+    /// Takes what a line says of memory that a move has left behind.
+    fn note_left(&mut self, line: &Line) {
+        // All that a process of before says of it.
+        let is_status = line.is_mirrored.is_some();
+        if let Some(missing) = line.missing_bytes.or(is_status.then_some(0)) {
+            self.missing = Some(missing);
+        }
+        let over = |error: Option<String>| line.connection.or(self.connection).map(|number| (number, error));
+        match line.event {
+            Some(Event::Served | Event::Fetched) => self.connection_over = over(None).or(self.connection_over.take()),
+            Some(Event::NotServed | Event::NotFetched) => {
+                let why = line.error.clone().unwrap_or_else(|| "its process does not say why".to_owned());
+                self.connection_over = over(Some(why)).or(self.connection_over.take());
+            }
+            // Asked after the talk had broken off: what was said meanwhile is lost.
+            None if is_status && self.connection.is_some() && line.connection != self.connection => {
+                self.connection_over =
+                    self.connection.map(|number| (number, Some("how it ended was not heard".to_owned())));
+                self.connection = line.connection;
+            }
+            None if line.connection.is_some() => self.connection = line.connection,
+            _ => {}
+        }
+        if self.connection_over.as_ref().is_some_and(|(number, _)| Some(*number) == self.connection) {
+            self.connection = None;
+        }
+    }
+
+    /// That all of its memory is there.
+    ///
+    /// # Errors
+    /// That it is not, or that nobody has said so.
+    pub fn must_be_whole(&self, guest: GuestId, wants: &'static str) -> BackendResult<()> {
+        match self.missing {
+            Some(0) => Ok(()),
+            Some(bytes) => {
+                let is = format!("fetching {bytes} bytes of its memory that its move has left behind");
+                Err(BackendError::WrongState { guest, wants, is })
+            }
+            None => Err(BackendError::Away {
+                what: wants,
+                detail: "its process has not said yet what is missing".to_owned(),
+            }),
+        }
+    }
 }
 
 struct Ask {
@@ -94,6 +148,7 @@ pub struct Keeper {
     asks: mpsc::Sender<Ask>,
     seen: watch::Receiver<Seen>,
     staged: watch::Receiver<u64>,
+    missing: watch::Receiver<u64>,
     is_settled: watch::Sender<bool>,
     budget: Duration,
     task: JoinHandle<()>,
@@ -140,11 +195,13 @@ impl Keeper {
         let (asks, asked) = mpsc::channel(16);
         let (sender, seen) = watch::channel(Seen::default());
         let (stages, staged) = watch::channel(0);
+        let (misses, missing) = watch::channel(0);
         let talk = Talk {
             shared: Arc::clone(&shared),
             asked,
             seen: sender,
             staged: stages,
+            missing: misses,
             events,
             waiting: BTreeMap::new(),
             next_id: 1,
@@ -153,7 +210,7 @@ impl Keeper {
             told: BTreeSet::new(),
         };
         let is_settled = watch::Sender::new(is_settled);
-        Self { shared, asks, seen, staged, is_settled, budget, task: tokio::spawn(talk.run()) }
+        Self { shared, asks, seen, staged, missing, is_settled, budget, task: tokio::spawn(talk.run()) }
     }
 
     pub fn guest(&self) -> GuestId {
@@ -193,6 +250,11 @@ impl Keeper {
     /// The newest cut of a mirror that is whole there.
     pub fn staged(&self) -> watch::Receiver<u64> {
         self.staged.clone()
+    }
+
+    /// Bytes of its memory that are missing there, once it said.
+    pub fn missing(&self) -> watch::Receiver<u64> {
+        self.missing.clone()
     }
 
     pub fn seen(&self) -> Seen {
@@ -276,6 +338,7 @@ struct Talk {
     asked: mpsc::Receiver<Ask>,
     seen: watch::Sender<Seen>,
     staged: watch::Sender<u64>,
+    missing: watch::Sender<u64>,
     events: broadcast::Sender<BackendEvent>,
     waiting: BTreeMap<u64, oneshot::Sender<Line>>,
     next_id: u64,
@@ -428,7 +491,11 @@ impl Talk {
             }
             let is_over = matches!(line.event, Some(Event::MirrorEnded | Event::MirrorBroken));
             seen.is_mirrored = !is_over && line.is_mirrored.unwrap_or(seen.is_mirrored || line.mirror.is_some());
+            seen.note_left(line);
         });
+        if let Some(missing) = self.seen.borrow().missing {
+            self.missing.send_if_modified(|shown| std::mem::replace(shown, missing) != missing);
+        }
         if let Some(cut) = line.cut {
             self.staged.send_if_modified(|staged| std::mem::replace(staged, cut) != cut);
         }

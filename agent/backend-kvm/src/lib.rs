@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`KvmBackend`] | the [`supercloud_blanket::Backend`] |
 //! | `migration` | [`supercloud_blanket::LiveMigration`] |
+//! | `post_copy` | [`supercloud_blanket::PostCopy`] |
 //! | `mirror` | [`supercloud_blanket::Mirroring`] |
 //! | `keeper` | who talks to a guest's process: its state, its events, ways to its disks that broke |
 //! | `control` | the lines that go between the two |
@@ -18,6 +19,7 @@ mod control;
 mod keeper;
 mod migration;
 mod mirror;
+mod post_copy;
 mod record;
 mod spawn;
 

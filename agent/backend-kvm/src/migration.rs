@@ -37,7 +37,7 @@ use tokio::{
 };
 
 use crate::{
-    KvmBackend,
+    BACK_END, KvmBackend,
     backend::{failed, words},
     control::{Progress, Request, State},
     keeper::{Keeper, Seen},
@@ -54,22 +54,30 @@ const DIAL_BUDGET: Duration = Duration::from_secs(10);
 struct Told {
     /// The version of this exchange.
     version: u16,
+    /// Memory that is left behind can be fetched here.
+    #[serde(default)]
+    fetches: bool,
 }
 
-const OURS: Told = Told { version: 1 };
+const VERSION: u16 = 1;
 
-fn wrap() -> BackendResult<Cookie> {
-    let text = serde_json::to_vec(&OURS).map_err(|error| failed("describe a guest")(error.into()))?;
+fn wrap(fetches: bool) -> BackendResult<Cookie> {
+    let text = serde_json::to_vec(&Told { version: VERSION, fetches })
+        .map_err(|error| failed("describe a guest")(error.into()))?;
     Cookie::new(text)
 }
 
 pub(crate) fn check(cookie: &Cookie) -> BackendResult<()> {
+    read(cookie).map(drop)
+}
+
+fn read(cookie: &Cookie) -> BackendResult<Told> {
     let foreign = |detail: String| BackendError::Foreign { what: "the cookie", detail };
     let told: Told = serde_json::from_slice(cookie.as_bytes()).map_err(|error| foreign(error.to_string()))?;
-    if told != OURS {
-        return Err(foreign(format!("version {}; this host knows {}", told.version, OURS.version)));
+    if told.version != VERSION {
+        return Err(foreign(format!("version {}; this host knows {VERSION}", told.version)));
     }
-    Ok(())
+    Ok(told)
 }
 
 /// A request without arguments.
@@ -230,9 +238,10 @@ impl KvmBackend {
         if state != RunState::Running {
             return Err(BackendError::WrongState { guest, wants: "begin a move", is: words(state) });
         }
+        keeper.seen().must_be_whole(guest, "begin a move")?;
         // What came here may still be marked so, and paused it would pass for an arriving guest.
         keeper.mark(keeper.record().epoch, Role::Owner).await?;
-        wrap()
+        wrap(self.no_faults.is_none())
     }
 
     async fn prepare_move(&self, launch: Launch, cookie: Cookie, listen: PathBuf) -> BackendResult<Cookie> {
@@ -245,7 +254,7 @@ impl KvmBackend {
         })?;
         let keeper = self.launch(launch, true).await?;
         self.arrivals.set(guest, Some(tokio::spawn(take_stream(listener, listen, keeper))));
-        wrap()
+        wrap(self.no_faults.is_none())
     }
 
     async fn complete_move(&self, guest: GuestId, cookie: Cookie) -> BackendResult<GuestInfo> {
@@ -324,27 +333,39 @@ impl LiveMigration for KvmBackend {
         stream: PathBuf,
         options: CopyOptions,
     ) -> BackendResult<Transfer<Performed>> {
-        check(&cookie)?;
+        let told = read(&cookie)?;
         if options.memory != MemoryMode::PreCopy {
             // Refused by its name.
             self.post_copy()?;
+            if !told.fetches {
+                let option = "moves that leave memory behind, at the host that the guest goes to".to_owned();
+                return Err(BackendError::Unsupported { back_end: BACK_END, option });
+            }
         }
         let keeper = self.keeper(guest)?.ok_or(BackendError::NoSuchGuest { guest })?;
         let (sender, progress) = watch::channel(TransferProgress::default());
         let done = async move {
             let what = "copy a guest";
+            let memory = Some(options.memory).filter(|memory| *memory != MemoryMode::PreCopy);
+            if memory.is_some() && keeper.ask(what, verb("status"), None).await?.missing_bytes.is_none() {
+                // It would hang up.
+                let option = "moves that leave memory behind, of a guest whose process is older than that".to_owned();
+                return Err(BackendError::Unsupported { back_end: BACK_END, option });
+            }
             let socket = dial(&stream).await?;
             keeper.ask(what, verb("stream"), Some(socket)).await?;
             let send = Request {
                 max_downtime_ms: options.max_downtime_ms.map(|ms| ms.max(1)),
                 max_bytes_per_s: options.bandwidth_bytes_per_s,
                 may_throttle: options.auto_converge.then_some(true),
+                memory,
                 ..verb("send")
             };
             let sent = Leaving { keeper: &keeper, what, budget: options.budget }.send(send, &sender).await?;
             let paused_for = Duration::from_millis(sent.paused_ms.unwrap_or(0));
             let progress = *sender.borrow();
-            Ok(Performed { cookie: wrap()?, paused_for, progress, left_bytes: 0 })
+            let left_bytes = sent.left_behind_bytes.unwrap_or(0);
+            Ok(Performed { cookie: wrap(true)?, paused_for, progress, left_bytes })
         };
         Ok(Transfer { progress, done: Box::pin(done) })
     }
@@ -399,7 +420,10 @@ mod tests {
 
     #[test]
     fn cookies_of_others_are_refused() {
-        assert!(check(&wrap().unwrap()).is_ok());
+        assert!(check(&wrap(true).unwrap()).is_ok());
+        // An agent of before says nothing of memory that is left behind.
+        let before = Cookie::new(b"{\"version\":1}".to_vec()).unwrap();
+        assert_eq!(read(&before).unwrap(), Told { version: 1, fetches: false });
         for bad in [&b""[..], b"{}", b"{\"version\":2}", b"supercloud-libvirt-qemu/1\n"] {
             assert!(matches!(check(&Cookie::new(bad.to_vec()).unwrap()), Err(BackendError::Foreign { .. })), "{bad:?}");
         }

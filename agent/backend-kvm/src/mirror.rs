@@ -101,6 +101,7 @@ impl Mirroring for KvmBackend {
     ) -> BackendResult<MirrorRun> {
         check(&cookie)?;
         let keeper = self.keeper(guest)?.ok_or(BackendError::NoSuchGuest { guest })?;
+        keeper.seen().must_be_whole(guest, "mirror it")?;
         let (sender, progress) = watch::channel(MirrorProgress::default());
         let done = async move {
             let what = "mirror a guest";

@@ -20,6 +20,7 @@ use serde_json::json;
 use supercloud_blanket::{
     BackendError, BackendResult, Launch,
     lasting::{self, Lasting},
+    vmm::travel::left::offers_faults,
 };
 
 use crate::{KvmConfig, record::Home};
@@ -70,6 +71,9 @@ pub fn start(config: &KvmConfig, home: &Home, launch: &Launch, arrives: bool) ->
     let kvm = Path::new("/dev/kvm");
     let opened = File::options().read(true).write(true).open(kvm).map_err(cannot("open", kvm))?;
     let mut wiring = json!({"kvm": handed.add(opened)});
+    if arrives && let Ok(device) = open_userfaultfd() {
+        wiring["userfaultfd"] = handed.add(device).into();
+    }
     for (name, path) in [("kernel", &launch.host.kernel), ("initrd", &launch.host.initrd)] {
         if let Some(path) = path {
             wiring[name] = handed.add(File::open(path).map_err(cannot("open", path))?).into();
@@ -133,6 +137,13 @@ pub fn start(config: &KvmConfig, home: &Home, launch: &Launch, arrives: bool) ->
     // Blocking, as everything here; tokio had made it otherwise.
     let stdin = std::process::ChildStdin::from(stdin);
     Ok(Started { process, text, stdin })
+}
+
+/// What gives who has it faults on its own memory, the kernel's among them (since Linux 6.1).
+pub fn open_userfaultfd() -> io::Result<File> {
+    let device = File::options().read(true).write(true).open("/dev/userfaultfd")?;
+    offers_faults(&device)?;
+    Ok(device)
 }
 
 /// Listens for this user and root alone; what lay there before is removed.

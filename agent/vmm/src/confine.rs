@@ -10,6 +10,7 @@ use anyhow::Context as _;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
 };
+use supercloud_blanket::vmm::travel::left::FAULT_REQUESTS;
 
 /// Descriptors at once: a few per device, vCPU and client.
 const MAX_DESCRIPTORS: u64 = 1024;
@@ -102,7 +103,7 @@ fn program() -> anyhow::Result<BpfProgram> {
         Ok(vec![SeccompRule::new(vec![SeccompCondition::new(1, SeccompCmpArgLen::Dword, operator, value)?])?])
     };
     let mut requests: Vec<SeccompRule> = Rules::from(request(SeccompCmpOp::MaskedEq(KVM_REQUESTS.0), KVM_REQUESTS.1))?;
-    for value in TAP_REQUESTS.into_iter().chain([libc::FIONBIO]) {
+    for value in TAP_REQUESTS.into_iter().chain([libc::FIONBIO]).chain(FAULT_REQUESTS) {
         requests.extend(Rules::from(request(SeccompCmpOp::Eq, value))?);
     }
     // Flags and seals; not whom a signal goes to.

@@ -15,9 +15,15 @@
 //! > {"id": 6, "do": "commit", "cut": 1}                  < {"id": 6, "state": "arriving"}
 //! > {"id": 7, "do": "promote"}         < {"id": 7, "state": "paused"}
 //!                                      < {"event": "powered_off", "state": "ended"}
+//!   of a guest whose move has left memory behind, where it came from and where it runs:
+//! > {"id": 8, "do": "serve"} + a socket                  < {"id": 8, "state": "sent", "connection": 1}
+//!                                      < {"event": "served", "state": "sent", "connection": 1}
+//! > {"id": 8, "do": "fetch"} + a socket                  < {"id": 8, "state": "running", "connection": 1}
+//!                                      < {"event": "progress", "state": "running", "missing_bytes": 4096}
+//!                                      < {"event": "fetched", "state": "running", "missing_bytes": 0}
 //! ```
 //!
-//! With `disk` and `stream` comes a connected unix socket (`SCM_RIGHTS`, unix(7), in the message that ends the line): the new way to
+//! With `disk`, `stream`, `serve` and `fetch` comes a connected unix socket (`SCM_RIGHTS`, unix(7), in the message that ends the line): the new way to
 //! the volume process of a disk, the way by which the guest leaves or comes.
 //!
 //! The socket outlives its clients, so that an agent that was restarted finds the guest again; there is one client at a
@@ -35,6 +41,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use supercloud_blanket::migrate::MemoryMode;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket as _;
 
 use crate::owner::Input;
@@ -78,6 +85,10 @@ pub enum Verb {
     Commit,
     /// Make of the newest cut that was committed here a guest that has come.
     Promote,
+    /// Serve what was left behind when the guest was sent, over the socket that comes with this.
+    Serve,
+    /// Fetch what was left behind when the guest came, over the socket that comes with this.
+    Fetch,
     /// End the process.
     End,
 }
@@ -97,6 +108,8 @@ pub struct Request {
     pub max_bytes_per_s: Option<u64>,
     /// Of `send`: the guest may be slowed down when else it would write faster than it is sent.
     pub may_throttle: Option<bool>,
+    /// Of `send`: which memory may be left behind.
+    pub memory: Option<MemoryMode>,
     /// Of `disk`: its name.
     pub disk: Option<String>,
     /// Of `mirror`: milliseconds from the instant of one cut to that of the next.
@@ -159,6 +172,14 @@ pub enum Event {
     MirrorEnded,
     /// Its mirror does not go on: the stream is lost, or the other end is silent. What is held back stays so.
     MirrorBroken,
+    /// All that was left behind is where the guest runs.
+    Served,
+    /// A connection over which it was served is over, and something is missing still.
+    NotServed,
+    /// Nothing is missing any more.
+    Fetched,
+    /// A connection over which it was fetched is over, and something is missing still: what the guest wants of it waits.
+    NotFetched,
 }
 
 /// A line to the client.
@@ -191,6 +212,13 @@ pub struct Line {
     /// In the answer to `status`: whether it is being mirrored.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub is_mirrored: Option<bool>,
+    /// A connection over which memory is served or fetched: the one that was begun, or is over; in the answer to `status`, the one that
+    /// goes on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub connection: Option<u64>,
+    /// Bytes of memory that are missing here.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub missing_bytes: Option<u64>,
     /// In the answer to `status`: disks to which there is no way.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub lost: Vec<String>,
@@ -217,6 +245,9 @@ pub struct Progress {
     /// How long the guest stood still until all was on the stream, in milliseconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub paused_ms: Option<u64>,
+    /// Bytes of guest memory that were left behind.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub left_behind_bytes: Option<u64>,
 }
 
 /// How far it is with mirroring a guest.
@@ -426,6 +457,7 @@ mod tests {
                 max_downtime_ms: None,
                 max_bytes_per_s: None,
                 may_throttle: None,
+                memory: None,
                 disk: None,
                 interval_ms: None,
                 strict: None,

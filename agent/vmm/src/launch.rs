@@ -70,6 +70,8 @@ pub struct Launch {
 pub struct Wiring {
     /// `/dev/kvm`.
     pub kvm: RawFd,
+    /// `/dev/userfaultfd`, where the guest may arrive with memory left behind.
+    pub userfaultfd: Option<RawFd>,
     /// The kernel, of a guest that does not boot from its first disk.
     pub kernel: Option<RawFd>,
     /// The initial ramdisk.
@@ -164,6 +166,7 @@ impl DiskEnd {
 #[derive(Debug)]
 pub struct Held {
     pub kvm: File,
+    pub userfaultfd: Option<File>,
     pub kernel: Option<File>,
     pub initrd: Option<File>,
     pub disks: BTreeMap<String, DiskEnd>,
@@ -189,6 +192,7 @@ impl Held {
             all.iter().map(|(name, fd)| Ok((name.clone(), take(name, *fd)?))).collect::<Result<_, LaunchError>>()
         };
         let kvm = take("kvm", wiring.kvm)?;
+        let userfaultfd = wiring.userfaultfd.map(|fd| take("userfaultfd", fd)).transpose()?;
         let kernel = wiring.kernel.map(|fd| take("kernel", fd)).transpose()?;
         let initrd = wiring.initrd.map(|fd| take("initrd", fd)).transpose()?;
         let disks: BTreeMap<String, File> = map(&wiring.disks, &mut take)?;
@@ -212,7 +216,20 @@ impl Held {
         let (control, streams) = (control.map(OwnedFd::from), streams.map(OwnedFd::from));
         // Of another family it works as well: nothing is asked of it that not every stream socket does.
         let stream = stream.map(|socket| UnixStream::from(OwnedFd::from(socket)));
-        Ok(Self { kvm, kernel, initrd, disks, taps, console_out, console_in, console, control, stream, streams })
+        Ok(Self {
+            kvm,
+            userfaultfd,
+            kernel,
+            initrd,
+            disks,
+            taps,
+            console_out,
+            console_in,
+            console,
+            control,
+            stream,
+            streams,
+        })
     }
 }
 

@@ -22,6 +22,7 @@ mod console;
 mod control;
 mod disks;
 mod launch;
+mod left;
 mod mirror;
 mod owner;
 mod travel;

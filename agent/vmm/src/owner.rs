@@ -1,12 +1,12 @@
 //! The one owner of the machine: takes what clients ask for and what happens to the guest, one after the other.
 
 mod leaving;
+mod left;
 mod mirrors;
 
 use std::{
     fs::File,
     io,
-    net::Shutdown,
     ops::ControlFlow,
     os::{
         fd::{FromRawFd as _, IntoRawFd as _},
@@ -34,6 +34,7 @@ use crate::{
     control::{self, Client, Event, Line, MirrorProgress, Progress, Request, State, Verb},
     disks::Disks,
     launch::Held,
+    left::{Leavings, LeftNews},
     mirror::{Ask, Mirrored, Standby},
     travel::{Arrival, Parts, Received, Receiving, Sending},
 };
@@ -71,6 +72,8 @@ pub enum Input {
     Staged(Box<StagedCut>),
     /// Nothing more comes.
     StandbyOver(Result<(), TravelError>),
+    /// Something happened to memory that a move has left behind.
+    Left(LeftNews),
     /// A client's new way to a disk is taken, or not: the client's number, the request's, and why not.
     Attached(u64, u64, String, Option<String>),
 }
@@ -97,6 +100,8 @@ struct Owner<'a> {
     asked: Option<(u64, u64)>,
     /// While the machine comes over the stream.
     receiving: Option<Receiving>,
+    /// Memory that a move has left behind, here or where it came from.
+    leavings: Leavings,
     /// While the guest is mirrored.
     mirrored: Mirrored,
     /// While this is a mirror's standby.
@@ -140,6 +145,7 @@ pub fn run(spec: &MachineSpec, arrives: bool, mut held: Held) -> anyhow::Result<
         missed: None,
         asked: None,
         receiving: None,
+        leavings: Leavings::default(),
         mirrored: Mirrored::default(),
         standby: None,
         takes_streams: streams.is_some() || has_control,
@@ -211,6 +217,12 @@ pub fn run(spec: &MachineSpec, arrives: bool, mut held: Held) -> anyhow::Result<
             Input::Standby(standby) => owner.standby = Some(*standby),
             Input::Staged(cut) => owner.staged(*cut),
             Input::StandbyOver(outcome) => owner.standby_over(outcome),
+            Input::Left(news) => {
+                let code = owner.hear_of_left(news);
+                if let (Some(code), false) = (code, has_control) {
+                    return Ok(code);
+                }
+            }
             Input::Stream(stream) => owner.connect(stream)?,
             Input::Received(received) => owner.received(*received)?,
             Input::Traveled(arrival) => {
@@ -289,8 +301,14 @@ impl Owner<'_> {
     /// Begins to take the machine from the stream, where there is one.
     fn receive(&mut self) -> anyhow::Result<()> {
         let Some(stream) = &self.held.stream else { return Ok(()) };
-        let parts =
-            Parts { kvm: self.kvm()?, config: self.config()?, console: self.serial_sink()?, devices: self.devices()? };
+        let userfaultfd = self.held.userfaultfd.as_ref().map(File::try_clone).transpose();
+        let parts = Parts {
+            userfaultfd: userfaultfd.context("copying a descriptor")?,
+            kvm: self.kvm()?,
+            config: self.config()?,
+            console: self.serial_sink()?,
+            devices: self.devices()?,
+        };
         self.receiving = Some(Receiving::start(stream, parts, self.inputs.clone())?);
         Ok(())
     }
@@ -303,8 +321,9 @@ impl Owner<'_> {
             return Ok(());
         }
         let (event, error) = match received {
-            Ok(arrived) => {
-                self.take_up(arrived)?;
+            Ok((machine, told, fetch)) => {
+                self.leavings.arrived(fetch);
+                self.take_up((machine, told))?;
                 self.state = State::Paused;
                 (Event::Arrived, None)
             }
@@ -316,12 +335,8 @@ impl Owner<'_> {
                 (Event::NotArrived, Some(format!("{:#}", anyhow::Error::from(error))))
             }
         };
-        self.client.tell(&Line {
-            event: Some(event),
-            state: Some(self.state),
-            error: error.clone(),
-            ..Line::default()
-        });
+        let (state, missing_bytes) = (Some(self.state), Some(self.leavings.missing_bytes()));
+        self.client.tell(&Line { event: Some(event), state, missing_bytes, error: error.clone(), ..Line::default() });
         if self.state == State::Paused && asked.is_some() {
             self.resume();
         }
@@ -333,38 +348,6 @@ impl Owner<'_> {
     fn answer_late(&mut self, asked: Option<(u64, u64)>, error: Option<String>) {
         if let Some((_, id)) = asked.filter(|(number, _)| self.client.is(*number)) {
             self.client.tell(&Line { id: Some(id), state: Some(self.state), error, ..Line::default() });
-        }
-    }
-
-    /// Takes who connected as the stream, in place of the one before, if nobody uses that just now.
-    fn connect(&mut self, stream: UnixStream) -> anyhow::Result<()> {
-        if self.is_stream_used() || self.state == State::Ended {
-            // Closed: who connected it finds out.
-            return Ok(());
-        }
-        self.take_stream(Some(stream))?;
-        self.client.tell(&Line { event: Some(Event::Stream), state: Some(self.state), ..Line::default() });
-        Ok(())
-    }
-
-    fn take_stream(&mut self, stream: Option<UnixStream>) -> anyhow::Result<()> {
-        let stream = stream.context("no socket came with it")?;
-        anyhow::ensure!(self.state != State::Ended, "the guest has ended");
-        anyhow::ensure!(!self.is_stream_used(), "there is a stream, and it is being used");
-        stream.set_nonblocking(false).context("setting up the stream")?;
-        self.drop_stream();
-        self.held.stream = Some(stream);
-        if self.state == State::Arriving { self.receive().context("receiving the guest") } else { Ok(()) }
-    }
-
-    fn is_stream_used(&self) -> bool {
-        self.sending.is_some() || self.receiving.is_some() || self.mirrored.is_on() || self.standby.is_some()
-    }
-
-    /// Lets go of a stream, so that the other end hears of it whoever else has it.
-    fn drop_stream(&mut self) {
-        if let Some(old) = self.held.stream.take() {
-            let _ = old.shutdown(Shutdown::Both);
         }
     }
 
@@ -451,6 +434,9 @@ impl Owner<'_> {
             (verb, _) if has_limits && !matches!(verb, Verb::Send | Verb::Limits | Verb::Mirror) => {
                 error = Some("limits are for 'send' and 'limits' only".to_owned());
             }
+            (verb, _) if request.memory.is_some() && verb != Verb::Send => {
+                error = Some("a mode of memory is for 'send' only".to_owned());
+            }
             (verb, _) if (request.interval_ms.is_some() || request.strict.is_some()) && verb != Verb::Mirror => {
                 error = Some("an interval and strictness are for 'mirror' only".to_owned());
             }
@@ -463,6 +449,10 @@ impl Owner<'_> {
                     // Answered when its thread is over.
                     ControlFlow::Break(()) => return false,
                 }
+            }
+            (Verb::Serve | Verb::Fetch, _) => {
+                self.answer_left(request, socket);
+                return false;
             }
             // Answered when it has come, or when it is back.
             (Verb::Resume, State::Arriving) | (Verb::Pause, State::Sending)
@@ -496,11 +486,19 @@ impl Owner<'_> {
             | (Verb::Pause, State::Paused | State::Sent)
             | (Verb::Send, State::Sending) => {}
             (Verb::End, _) => {
+                // One that waits for what is missing ends with the process.
+                if self.leavings.is_missing() {
+                    std::mem::forget(self.machine.take());
+                }
                 self.machine = None;
                 self.state = State::Ended;
             }
             (Verb::Resume | Verb::Pause | Verb::Send, State::Ended) => error = Some("the guest has ended".to_owned()),
-            (Verb::Resume, State::Paused | State::Sent) => self.resume(),
+            (Verb::Resume, State::Paused) => self.resume(),
+            (Verb::Resume, State::Sent) => {
+                self.leavings.take_back();
+                self.resume();
+            }
             (Verb::Resume | Verb::Pause, State::Sending) => {
                 error = Some("it is being sent; cancel that first".to_owned())
             }
@@ -519,6 +517,10 @@ impl Owner<'_> {
                 (None, Some(receiving)) => receiving.cancel(),
                 (None, None) => error = Some("it is not being sent or received".to_owned()),
             },
+            (Verb::Pause, State::Running) if self.leavings.is_missing() => {
+                // Who waits for what is missing cannot be stopped between two instructions.
+                error = self.leavings.must_be_whole().err().map(|failed| failed.to_string());
+            }
             (Verb::Pause, State::Running) => match self.machine.as_ref().map(Machine::pause) {
                 Some(Err(failed)) => error = Some(failed.to_string()),
                 _ => self.state = State::Paused,
@@ -530,7 +532,11 @@ impl Owner<'_> {
         let ended = self.ended.filter(|_| is_status);
         let is_mirrored = is_status.then(|| self.mirrored.is_on());
         let cut = self.standby.as_ref().map(Standby::staged).filter(|_| is_status);
-        self.client.tell(&Line { id, state, error, ended, lost, is_mirrored, cut, ..Line::default() });
+        let missing_bytes = is_status.then(|| self.leavings.missing_bytes());
+        let connection = self.leavings.connection().filter(|_| is_status);
+        let line =
+            Line { id, state, error, ended, lost, is_mirrored, cut, connection, missing_bytes, ..Line::default() };
+        self.client.tell(&line);
         request.verb == Verb::End
     }
 
@@ -540,6 +546,9 @@ impl Owner<'_> {
             // A machine whose run has ended is not sent; it is dealt with when it is back.
             sending.cancel();
             self.missed = Some(outcome);
+            return None;
+        }
+        if self.parts(&outcome) {
             return None;
         }
         let (event, error, code) = match outcome {

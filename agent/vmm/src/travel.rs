@@ -1,6 +1,7 @@
 //! Sending and receiving the guest: on a thread of its own, which has the machine meanwhile.
 
 use std::{
+    fs::File,
     net::Shutdown,
     ops::ControlFlow,
     os::unix::net::UnixStream,
@@ -18,12 +19,13 @@ use supercloud_blanket::vmm::{
     Incoming, Machine, MachineConfig, Outcome,
     legacy::Sink,
     memory::PAGE_BYTES,
-    travel::{self, Limits, Sent, TravelError},
+    travel::{self, Limits, Sent, TravelError, left::Fetch},
     virtio::Device,
 };
 
 use crate::{
     control::{Progress, Request},
+    left,
     mirror::Standby,
     owner::Input,
 };
@@ -107,20 +109,23 @@ fn changed(limits: Limits, request: &Request) -> Limits {
         max_downtime_ms: request.max_downtime_ms.unwrap_or(limits.max_downtime_ms),
         max_bytes_per_s: request.max_bytes_per_s.or(limits.max_bytes_per_s),
         may_throttle: request.may_throttle.unwrap_or(limits.may_throttle),
+        memory: request.memory.unwrap_or(limits.memory),
         ..limits
     }
 }
 
 /// What a machine is made of before it has come.
 pub struct Parts {
+    /// `/dev/userfaultfd`: without it all of its memory must come.
+    pub userfaultfd: Option<File>,
     pub kvm: Kvm,
     pub config: MachineConfig,
     pub console: Sink,
     pub devices: Vec<Device>,
 }
 
-/// A guest that came, and what tells how its run ends; or why it did not come.
-pub type Received = Result<(Machine, Receiver<Outcome>), TravelError>;
+/// A guest that came, what tells how its run ends, and what fetches of its memory what was left behind; or why it did not come.
+pub type Received = Result<(Machine, Receiver<Outcome>, Option<Fetch>), TravelError>;
 
 /// A guest that is being received.
 #[derive(Debug)]
@@ -136,7 +141,7 @@ impl Receiving {
     pub fn start(stream: &UnixStream, parts: Parts, inputs: Sender<Input>) -> anyhow::Result<Self> {
         let copy = || stream.try_clone().context("copying a descriptor");
         let (from, stream) = (copy()?, copy()?);
-        let Parts { kvm, config, console, devices } = parts;
+        let Parts { userfaultfd, kvm, config, console, devices } = parts;
         let work = move || {
             let make = || Ok::<_, TravelError>(Incoming::new(kvm, config, console, devices)?);
             // What the other end says of the machine is compared with what it shall be.
@@ -147,7 +152,16 @@ impl Receiving {
                     let outcome = back.and_then(|back| Standby::receive(opened, incoming, back, &inputs));
                     inputs.send(Input::StandbyOver(outcome))
                 }
-                Ok((opened, incoming)) => inputs.send(Input::Received(Box::new(opened.receive(incoming)))),
+                Ok((opened, incoming)) => {
+                    let came = opened.receive_or_leave(incoming, userfaultfd.is_some());
+                    let came = came.and_then(|(machine, told, left)| {
+                        let fetch = left
+                            .zip(userfaultfd)
+                            .map(|(left, device)| Fetch::start(&device, machine.ram(), left, left::teller(&inputs)));
+                        Ok((machine, told, fetch.transpose()?))
+                    });
+                    inputs.send(Input::Received(Box::new(came)))
+                }
                 Err(error) => inputs.send(Input::Received(Box::new(Err(error)))),
             };
         };
@@ -172,5 +186,6 @@ pub fn shown(progress: &travel::Progress, paused_for: Option<Duration>) -> Progr
         is_last: progress.is_last,
         throttle_percent: progress.throttle_percent,
         paused_ms: paused_for.map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
+        left_behind_bytes: None,
     }
 }

@@ -1,6 +1,6 @@
-//! The guest on its way to another process.
+//! The stream by which the guest comes and leaves, and the guest on its way to another process.
 
-use std::process::ExitCode;
+use std::{net::Shutdown, os::unix::net::UnixStream, process::ExitCode};
 
 use anyhow::Context as _;
 
@@ -11,8 +11,42 @@ use crate::{
 };
 
 impl Owner<'_> {
+    /// Takes who connected as the stream, in place of the one before, if nobody uses that just now.
+    pub(super) fn connect(&mut self, stream: UnixStream) -> anyhow::Result<()> {
+        if self.is_stream_used() || self.state == State::Ended {
+            // Closed: who connected it finds out.
+            return Ok(());
+        }
+        self.take_stream(Some(stream))?;
+        self.client.tell(&Line { event: Some(Event::Stream), state: Some(self.state), ..Line::default() });
+        Ok(())
+    }
+
+    pub(super) fn take_stream(&mut self, stream: Option<UnixStream>) -> anyhow::Result<()> {
+        let stream = stream.context("no socket came with it")?;
+        anyhow::ensure!(self.state != State::Ended, "the guest has ended");
+        anyhow::ensure!(!self.is_stream_used(), "there is a stream, and it is being used");
+        stream.set_nonblocking(false).context("setting up the stream")?;
+        self.drop_stream();
+        self.held.stream = Some(stream);
+        if self.state == State::Arriving { self.receive().context("receiving the guest") } else { Ok(()) }
+    }
+
+    pub(super) fn is_stream_used(&self) -> bool {
+        self.sending.is_some() || self.receiving.is_some() || self.mirrored.is_on() || self.standby.is_some()
+    }
+
+    /// Lets go of a stream, so that the other end hears of it whoever else has it.
+    pub(super) fn drop_stream(&mut self) {
+        if let Some(old) = self.held.stream.take() {
+            let _ = old.shutdown(Shutdown::Both);
+        }
+    }
+
     pub(super) fn send(&mut self, request: &Request) -> anyhow::Result<()> {
         anyhow::ensure!(!self.mirrored.is_there(), "it is mirrored; end that first");
+        self.leavings.must_be_whole()?;
+        self.leavings.take_back();
         let stream = self.held.stream.as_ref().context("there is no stream, or it broke")?;
         let stream = stream.try_clone().context("copying a descriptor")?;
         let was_running = self.state == State::Running;
@@ -33,8 +67,9 @@ impl Owner<'_> {
         let line = match outcome {
             Ok(sent) => {
                 self.state = State::Sent;
-                let progress = Some(travel::shown(&sent.progress, Some(sent.paused_for)));
-                Line { event: Some(Event::Sent), progress, ..Line::default() }
+                let mut progress = travel::shown(&sent.progress, Some(sent.paused_for));
+                progress.left_behind_bytes = Some(self.leavings.leave(sent.left));
+                Line { event: Some(Event::Sent), progress: Some(progress), ..Line::default() }
             }
             Err(error) => {
                 // Cut off in a frame: what comes next would not be understood.

@@ -23,6 +23,7 @@ impl Owner<'_> {
 
     fn mirror(&mut self, request: &Request) -> anyhow::Result<()> {
         anyhow::ensure!(matches!(self.state, State::Running | State::Paused), "it is not here to be mirrored");
+        self.leavings.must_be_whole()?;
         let stream = self.held.stream.as_ref().context("there is no stream, or it broke")?;
         let stream = stream.try_clone().context("copying a descriptor")?;
         self.mirrored.start(self.config()?, stream, request, &self.inputs)

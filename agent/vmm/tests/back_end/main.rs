@@ -16,6 +16,7 @@ mod worker;
 #[path = "../support/boot_disk.rs"]
 mod boot_disk;
 mod disks;
+mod left;
 mod mirror;
 mod wire;
 
