@@ -1,6 +1,7 @@
 //! `supercloud simulate`: policies on recorded markets, beside baselines and the offline optimum.
 
 mod deadlines;
+mod sun;
 
 use std::{
     collections::BTreeMap,
@@ -15,11 +16,20 @@ use serde_json::{Value, json};
 use supercloud_cli::table::Table;
 use supercloud_feed::{MAX_FEED_BYTES, recorded};
 use supercloud_scheduler::{
+    cluster::{
+        Room,
+        rent::{self, Offer},
+    },
     market::{Regime, Trace},
     money::NanoUsd,
     policy::{Cheapest, Greedy, Guest, OnDemand, Policy, Restart, Single, SmartSpot},
     price::CheapestWithHysteresis,
-    sim::{self, Grid, LineKind, Outcome, Settings, fleet::Fleet, optimum},
+    sim::{
+        self, Grid, LineKind, Outcome, Settings,
+        fleet::Fleet,
+        hazard::{Followed, Half},
+        optimum,
+    },
 };
 
 use crate::arguments::Output;
@@ -34,14 +44,15 @@ const DAY_MS: u64 = 86_400_000;
     supercloud simulate --trace prices-2015-us-east-1.csv.gz --policy smart-spot\n  \
     supercloud simulate --trace prices-2021-us-east-1.csv.gz --capacity capacity.csv --resource intel_64 --notice 30\n  \
     supercloud simulate --trace prices.csv --policy mine.toml --policy smart-spot --part second -o json\n  \
-    supercloud simulate --work-hours 24 --deadline-hours 28 --capacity capacity.csv --part second\n\n\
+    supercloud simulate --work-hours 24 --deadline-hours 28 --capacity capacity.csv --part second\n  \
+    supercloud simulate --sun --days 7\n\n\
     A policy file: kind = \"smart-spot\" or \"cheapest\", name = \"mine\", and that policy's settings, for example\n  \
     kind = \"smart-spot\"\n  name = \"patient\"\n  horizon_ms = 86400000\n\n\
     Prices: CSV timestamp_utc,zone,instance_type,usd_per_hour (also .gz). `--trace sample` is generated, not recorded:\n  \
     its prices swing about a mean without interruptions, so that following them saves little.")]
 pub struct Simulate {
     /// Recorded spot prices; `sample`: a generated one.
-    #[arg(long, required_unless_present = "work_hours", conflicts_with = "work_hours")]
+    #[arg(long, required_unless_present_any = ["work_hours", "sun"], conflicts_with_all = ["work_hours", "sun"])]
     trace: Option<PathBuf>,
     /// Instead of a fleet, jobs of so many hours of work, one begun every four hours of each recording of `--capacity`.
     #[arg(long, requires_all = ["deadline_hours", "capacity"], value_parser = clap::value_parser!(u32).range(1..=10_000))]
@@ -55,6 +66,22 @@ pub struct Simulate {
     /// What spot costs a job, in thousandths of on-demand: recordings of capacity have no prices.
     #[arg(long, default_value_t = 300, requires = "work_hours", value_parser = clap::value_parser!(u32).range(0..=1000))]
     spot_permille: u32,
+    /// Instead of a fleet, one guest whose clients are in three regions and ask by day: where it should be, and when. The demand
+    /// is generated.
+    #[arg(long, conflicts_with = "work_hours")]
+    sun: bool,
+    /// With `--sun`: the days that are reported, after two weeks that are learned from; 1 without it.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=60))]
+    days: Option<u32>,
+    /// With `--sun`: what a region asks for by night, in thousandths of its noon; 10 without it.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(0..=1000))]
+    night_permille: Option<u32>,
+    /// With `--sun`: what it asks for at weekends, in thousandths of other days; 1000 without it.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(0..=1000))]
+    weekend_permille: Option<u32>,
+    /// With `--sun`: the latency that is good enough for 95 of 100 requests, in milliseconds; as low as can be without it.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(0..=60_000))]
+    target_p95: Option<u32>,
     /// Instance types and their on-demand prices; without it the ones that ship.
     #[arg(long)]
     catalogue: Option<PathBuf>,
@@ -70,6 +97,10 @@ pub struct Simulate {
     /// Only this resource's probes.
     #[arg(long, requires = "capacity")]
     resource: Option<String>,
+    /// Whether pools lose capacity as drawn from the runs of the recordings, or just as recorded, with the hours of day and
+    /// what goes together; then `--part` takes that half of each recording, too.
+    #[arg(long, value_enum, default_value_t = Interruptions::Drawn)]
+    interruptions: Interruptions,
     /// How markets work; without it what the prices show.
     #[arg(long, value_enum)]
     regime: Option<RegimeName>,
@@ -104,6 +135,15 @@ impl Simulate {
     }
 }
 
+/// Where interruptions come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Interruptions {
+    /// Runs are drawn: no hour of day, no two pools alike.
+    Drawn,
+    /// As they were.
+    Recorded,
+}
+
 /// How markets work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum RegimeName {
@@ -130,14 +170,33 @@ struct Report {
     baselines: Vec<Outcome>,
     optimum: Option<NanoUsd>,
     floor: NanoUsd,
+    packed: Option<Packed>,
     is_measured: bool,
     about: Value,
 }
+
+/// The fleet on as few on-demand hosts as it fits, rented jointly, for the whole time.
+struct Packed {
+    hosts: usize,
+    cost: NanoUsd,
+    /// What nobody who rents on-demand can pay less than.
+    bound: NanoUsd,
+}
+
+/// Larger fleets are not packed: it takes longer than the replay.
+const MOST_PACKED: usize = 1000;
 
 /// Replays and reports.
 pub fn run(arguments: &Simulate, output: Output) -> anyhow::Result<()> {
     if arguments.work_hours.is_some() {
         return deadlines::run(arguments, output);
+    }
+    if arguments.sun {
+        return sun::run(arguments, output);
+    }
+    let of_sun = [arguments.days, arguments.night_permille, arguments.weekend_permille, arguments.target_p95];
+    if of_sun.iter().any(Option::is_some) {
+        bail!("--days, --night-permille, --weekend-permille and --target-p95 are for --sun");
     }
     let policies = if arguments.policy.is_empty() {
         vec![policy("smart-spot")?, policy("cheapest")?]
@@ -237,11 +296,11 @@ fn grid(arguments: &Simulate) -> anyhow::Result<Grid> {
         recorded::prices(&read(path)?, &types, regime).with_context(|| format!("in {}", path.display()))?
     };
     let runs = match &arguments.capacity {
-        Some(path) => Some(
+        Some(path) if arguments.interruptions == Interruptions::Drawn => Some(
             recorded::capacity(&read(path)?, arguments.resource.as_deref())
                 .with_context(|| format!("in {}", path.display()))?,
         ),
-        None => None,
+        _ => None,
     };
     // A recording holds changes only: on its first day many prices are not known yet.
     let (first, last) = trace.span().context("the trace holds no prices")?;
@@ -253,7 +312,24 @@ fn grid(arguments: &Simulate) -> anyhow::Result<Grid> {
         Part::Second => (middle, last),
     };
     let capacity = runs.as_ref().map(|runs| (runs, arguments.seed));
-    Ok(Grid::new(&trace, span, arguments.tick * 1000, arguments.bid_permille, capacity)?)
+    let mut grid = Grid::new(&trace, span, arguments.tick * 1000, arguments.bid_permille, capacity)?;
+    if arguments.interruptions == Interruptions::Recorded {
+        let path =
+            arguments.capacity.as_ref().context("--interruptions recorded needs the recordings: --capacity FILE")?;
+        let series = recorded::capacity_series(&read(path)?, arguments.resource.as_deref())
+            .with_context(|| format!("in {}", path.display()))?;
+        let half = match arguments.part {
+            Part::All => None,
+            Part::First => Some(Half::First),
+            Part::Second => Some(Half::Second),
+        };
+        let recorded = Followed::new(series.iter().map(Vec::as_slice), half);
+        if !recorded.is_usable() {
+            bail!("in {}: no series is at least a day long and changes", path.display());
+        }
+        grid.follow(&recorded, arguments.seed);
+    }
+    Ok(grid)
 }
 
 fn replay(
@@ -281,6 +357,7 @@ fn replay(
         optimum: (!arguments.no_optimum)
             .then(|| optimum::optimum(grid, guests, settings, |permille| tell("optimum", permille))),
         floor: optimum::floor(grid, guests, settings),
+        packed: packed(grid, guests, settings),
         is_measured: grid.has_interruptions,
         about: json!({
             "trace": arguments.trace().display().to_string(),
@@ -295,6 +372,9 @@ fn replay(
             "seed": arguments.seed,
             "interruptions": match (grid.regime, &arguments.capacity) {
                 (Regime::Auction, _) => json!("recorded prices above the bid"),
+                (Regime::Capacity, Some(path)) if arguments.interruptions == Interruptions::Recorded => {
+                    json!(format!("as recorded in {}", path.display()))
+                }
                 (Regime::Capacity, Some(path)) => json!(format!("drawn from {}", path.display())),
                 (Regime::Capacity, None) => json!("not modelled"),
             },
@@ -304,6 +384,30 @@ fn replay(
         eprint!("\r\x1b[K");
     }
     report
+}
+
+/// `None`: a guest fits no type, or there are too many of them.
+fn packed(grid: &Grid, guests: &[Guest], settings: &Settings) -> Option<Packed> {
+    let room = |vcpus: u32, memory_bytes: u64| Room { vcpus, memory_bytes, disk_bytes: 0 };
+    let needs: Vec<Room> = guests.iter().map(|guest| room(guest.vcpus, guest.load.memory_bytes)).collect();
+    let offers: Vec<Offer> = (grid.markets.iter())
+        .filter(|market| market.is_on_demand())
+        .map(|market| Offer {
+            room: room(market.instance.vcpus, market.instance.memory_bytes.saturating_sub(settings.host_reserve_bytes)),
+            price: market.instance.on_demand,
+            most: u32::MAX,
+        })
+        .collect();
+    if guests.len() > MOST_PACKED {
+        return None;
+    }
+    let hosts = rent::rent(&needs, &offers)?;
+    let whole = |per_hour: NanoUsd| per_hour.per_hour_for(grid.length_ms());
+    Some(Packed {
+        hosts: hosts.len(),
+        cost: whole(rent::cost(&hosts, &offers)),
+        bound: whole(rent::lower_bound(&needs, &offers)),
+    })
 }
 
 fn usd(amount: NanoUsd) -> f64 {
@@ -331,6 +435,7 @@ impl Report {
             "availability": self.is_measured.then(|| outcome.availability()),
             "interruptions": outcome.interruptions,
             "moves": outcome.moves,
+            "most_interrupted_at_once": outcome.most_at_once,
             "missed_deadlines": outcome.missed,
             "unplaceable_guests": outcome.unplaceable,
             "changes_by_reason": outcome.reasons.iter().map(|(why, count)| (why.to_string(), *count)).collect::<BTreeMap<_, _>>(),
@@ -352,6 +457,11 @@ impl Report {
             "baselines": baselines,
             "optimum": self.optimum.map(|cost| json!({ "cost_usd": usd(cost), "cost_nanousd": cost.0 })),
             "floor": { "cost_usd": usd(self.floor) },
+            "on_demand_packed": self.packed.as_ref().map(|packed| json!({
+                "hosts": packed.hosts,
+                "cost_usd": usd(packed.cost),
+                "lower_bound_usd": usd(packed.bound),
+            })),
         })
     }
 
@@ -403,7 +513,9 @@ impl Report {
                 format!("{above} of {}", months.len()),
             ]);
         }
-        let bounds = self.optimum.map(|cost| ("offline optimum", cost)).into_iter().chain([("floor", self.floor)]);
+        let bounds = (self.optimum.map(|cost| ("offline optimum", cost)).into_iter())
+            .chain([("floor", self.floor)])
+            .chain(self.packed.as_ref().map(|packed| ("on-demand, packed jointly", packed.cost)));
         for (name, cost) in bounds {
             let mut row = std::array::from_fn::<String, 9, _>(|_| "-".into());
             row[0] = name.into();

@@ -39,6 +39,9 @@ fn the_sample_is_replayed_the_same_each_time_and_its_ledger_adds_up() {
     let cost = |value: &Value| value["cost_nanousd"].as_u64().unwrap();
     let (paid, listed) = (cost(smart), cost(&report["baselines"]["on_demand"]));
     assert!(cost(&report["optimum"]) <= paid && paid < listed);
+    let packed = |key: &str| report["on_demand_packed"][key].as_f64().unwrap();
+    assert!(packed("lower_bound_usd") <= packed("cost_usd") && packed("cost_usd") <= listed as f64 / 1e9);
+    assert!((1.0..56.0).contains(&packed("hosts")), "56 guests on fewer hosts");
     let text = std::fs::read_to_string(ledger).unwrap();
     let sum: u64 = text.lines().skip(1).map(|line| line.rsplit_once(',').unwrap().1.parse::<u64>().unwrap()).sum();
     assert_eq!(sum, paid);
@@ -67,6 +70,18 @@ fn policies_and_fleets_of_ones_own_are_read() {
     for word in ["mine", "on-demand", "offline optimum", "not measured"] {
         assert!(table.contains(word), "{word} in\n{table}");
     }
+}
+
+#[test]
+fn a_guest_follows_its_clients_over_three_regions() {
+    let report = json(&["--sun", "--days", "2"]);
+    assert_eq!(report, json(&["--sun", "--days", "2"]));
+    let of = |name: &str, key: &str| report["policies"][name][key].as_f64().unwrap();
+    assert!(of("follow-the-sun", "p95_ms") <= 0.7 * of("fixed-in-americas", "p95_ms"), "{report}");
+    assert!(of("follow-the-sun", "moves_usd") > 0.0 && of("fixed-in-asia", "moves") == 0.0);
+    let good_enough = json(&["--sun", "--target-p95", "235"]);
+    assert_eq!(good_enough["policies"]["follow-the-sun"]["moves"], 0, "nothing is moved for what is not asked for");
+    assert!(simulate(&["--sun"]).unwrap().contains("VS_BEST_FIXED"));
 }
 
 #[test]
@@ -123,6 +138,9 @@ fn what_is_wrong_is_said_with_file_and_line() {
         (vec!["--trace", "sample", "--fleet", &fleet], "0 guests"),
         (vec!["--trace", "sample", "--tick", "420"], "does not divide an hour"),
         (vec!["--trace", "sample", "--capacity", &prices], "line 1 must be"),
+        (vec!["--trace", "sample", "--interruptions", "recorded"], "needs the recordings: --capacity FILE"),
+        (vec!["--sun", "--trace", "sample"], "cannot be used with"),
+        (vec!["--trace", "sample", "--days", "3"], "are for --sun"),
     ] {
         let said = simulate(&arguments).unwrap_err();
         assert!(said.contains(expected), "{arguments:?}: {said}");

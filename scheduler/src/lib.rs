@@ -9,6 +9,7 @@
 pub mod calendar;
 pub mod cluster;
 pub mod evacuable;
+pub mod interruptions;
 pub mod ledger;
 pub mod market;
 pub mod money;
@@ -16,3 +17,4 @@ pub mod placement;
 pub mod policy;
 pub mod price;
 pub mod sim;
+pub mod sun;

@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 mod generate;
+pub mod loads;
 pub mod recorded;
 
 pub use generate::{MarketModel, Model, generate};

@@ -70,7 +70,7 @@ pub fn text_of(bytes: &[u8]) -> Result<String, RecordedError> {
 }
 
 /// The lines after the header, with their numbers, each split into exactly `N` fields.
-fn rows<'a, const N: usize>(
+pub(crate) fn rows<'a, const N: usize>(
     text: &'a str,
     header: &'static str,
 ) -> Result<impl Iterator<Item = Result<(usize, [&'a str; N]), RecordedError>>, RecordedError> {
@@ -95,7 +95,7 @@ fn rows<'a, const N: usize>(
     }))
 }
 
-fn name(line: usize, what: &str, text: &str) -> Result<String, RecordedError> {
+pub(crate) fn name(line: usize, what: &str, text: &str) -> Result<String, RecordedError> {
     let good = |b: u8| b.is_ascii_alphanumeric() || b"-._".contains(&b);
     if text.is_empty() || text.len() > 63 || !text.bytes().all(good) {
         let what = format!("{what} must be 1 to 63 characters of a-z, 0-9, '-', '.', '_'");

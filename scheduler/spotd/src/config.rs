@@ -8,6 +8,8 @@ use serde::Deserialize;
 use supercloud_api::Tenure;
 use supercloud_scheduler::{market::Regime, money::NanoUsd, policy::SmartSpot, price::CheapestWithHysteresis};
 
+use crate::sun::SunConfig;
+
 /// The whole file.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -36,6 +38,11 @@ pub struct Config {
     /// The settings of `smart-spot`.
     #[serde(default)]
     pub smart_spot: SmartSpot,
+    /// Clouds that are left now and not gone to, by name, until they are taken off this list.
+    #[serde(default)]
+    pub avoid: Vec<String>,
+    /// Guests that follow their clients over the day instead of prices.
+    pub sun: Option<SunConfig>,
     /// What `smart-spot` and `greedy` assume where the API does not say it.
     #[serde(default)]
     pub assume: Assumptions,
@@ -129,6 +136,9 @@ impl Config {
         }
         if let Err(what) = config.assume.check() {
             bail!("in {}: [assume] {what}", path.display());
+        }
+        if let Some(Err(what)) = config.sun.as_ref().map(SunConfig::check) {
+            bail!("in {}: [sun] {what}", path.display());
         }
         if !(100..=3_600_000).contains(&config.poll_ms) {
             bail!("in {}: poll_ms is {}; it must be 100 to 3600000", path.display(), config.poll_ms);

@@ -3,6 +3,8 @@
 //! Everything the daemon needs to remember stands in the operations it asked for (the feed's time is part of their
 //! reason), so that a restarted daemon goes on where the last one stopped.
 
+use std::sync::Arc;
+
 use supercloud_api::{
     Guest, GuestState, Host, HostState, Market, Operation, OperationKind, Phase, Tenure, ids::GuestId,
 };
@@ -13,11 +15,26 @@ use supercloud_scheduler::{
 
 use crate::{
     config::{Config, PolicyName},
+    learned::Learned,
+    sun::{self, CloudNow, Counted, SunConfig},
     view::World,
 };
 
-/// What every reason of this policy starts with.
+/// What is known beside this look: it changes slowly, or is not read from the API.
+#[derive(Debug)]
+pub struct Known {
+    /// What the rentings tell of interruptions.
+    pub learned: Arc<Learned>,
+    /// What was counted of clients' requests.
+    pub counted: Option<Arc<Counted>>,
+    /// Milliseconds since 1970.
+    pub wall_ms: u64,
+}
+
+/// What every reason of a price policy starts with.
 const REASON: &str = "price policy";
+/// What every reason of following the sun starts with.
+const SUN_REASON: &str = "follow the sun";
 
 /// A move that the policy wants.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,10 +70,11 @@ pub fn decide(
     guests: &[Guest],
     hosts: &[Host],
     operations: &[Operation],
+    known: &Known,
 ) -> Vec<Verdict> {
     let of_tenure: Vec<&Market> = markets.iter().filter(|market| market.tenure == config.tenure).collect();
     let now_ms = markets.iter().map(|market| market.feed_now_ms).max().unwrap_or(0);
-    let world = World::new(config, &of_tenure, guests, now_ms);
+    let world = World::new(config, &of_tenure, guests, now_ms, (&known.learned, known.wall_ms));
     guests
         .iter()
         .filter(|guest| guest.follow_prices && guest.state == GuestState::Running)
@@ -66,7 +84,12 @@ pub fn decide(
                 return stay("an operation is in progress".into());
             }
             let Some(cloud) = guest.cloud_name.as_ref() else { return stay("it has no host".into()) };
-            let quotes = quotes(&of_tenure, guest, hosts);
+            if let Some(sun) =
+                config.sun.as_ref().filter(|sun| sun.guests.iter().any(|name| name == guest.name.as_str()))
+            {
+                let seen = Seen { config, markets: &of_tenure, hosts, operations, known };
+                return seen.follow_the_sun(sun, &world, guest, cloud.as_str());
+            }
             let Some(here) = of_tenure.iter().find(|market| market.cloud_name == *cloud) else {
                 return stay(format!("cloud {cloud} has no {:?} market", config.tenure));
             };
@@ -78,8 +101,16 @@ pub fn decide(
                     reason: format!("{REASON}: {why} at feed_ms={now_ms}"),
                 })
             };
+            let is_open = |market: &Market| is_open(market, guest, hosts) && !is_avoided(config, market);
+            if is_avoided(config, here) {
+                let open = of_tenure.iter().filter(|market| is_open(market));
+                let cheapest = open.min_by_key(|market| (market.price_nanousd_per_hour, &market.name));
+                return match cheapest {
+                    Some(market) => wanted(market, format!("{} is to be avoided", here.cloud_name)),
+                    None => stay(format!("{} is to be avoided, but no other cloud has room", here.cloud_name)),
+                };
+            }
             if config.policy_name != PolicyName::Cheapest {
-                let is_open = |market: &Market| is_open(market, guest, hosts);
                 return match world.decide(guest, here, last_move(guest.id, operations), is_open) {
                     (Some(market), why) => wanted(market, format!("{} to {}: {why}", here.name, market.name)),
                     (None, why) => stay(why),
@@ -90,7 +121,7 @@ pub fn decide(
                 last_move_ms: last_move(guest.id, operations),
                 move_cost: config.move_cost(guest.shape.memory_bytes),
             };
-            match config.policy.decide(now_ms, &position, &quotes) {
+            match config.policy.decide(now_ms, &position, &quotes(&of_tenure, is_open)) {
                 Decision::Stay(reason) => stay(reason.to_string()),
                 Decision::Move { to, saving_per_hour } => {
                     let Some(market) = of_tenure.iter().find(|market| market.name == to) else {
@@ -103,16 +134,20 @@ pub fn decide(
         .collect()
 }
 
-fn quotes(markets: &[&Market], guest: &Guest, hosts: &[Host]) -> Vec<Quote> {
+fn quotes(markets: &[&Market], is_open: impl Fn(&Market) -> bool) -> Vec<Quote> {
     markets
         .iter()
         .map(|market| Quote {
             market: market.name.clone(),
             price: NanoUsd(market.price_nanousd_per_hour),
             since_ms: market.feed_time_ms,
-            is_open: is_open(market, guest, hosts),
+            is_open: is_open(market),
         })
         .collect()
+}
+
+fn is_avoided(config: &Config, market: &Market) -> bool {
+    config.avoid.iter().any(|cloud| cloud == market.cloud_name.as_str())
 }
 
 fn is_open(market: &Market, guest: &Guest, hosts: &[Host]) -> bool {
@@ -137,6 +172,67 @@ fn last_move(guest: GuestId, operations: &[Operation]) -> Option<u64> {
             reason.rsplit_once("feed_ms=")?.1.parse().ok()
         })
         .max()
+}
+
+/// What a look sees, for a guest that follows the sun.
+struct Seen<'a> {
+    config: &'a Config,
+    markets: &'a [&'a Market],
+    hosts: &'a [Host],
+    operations: &'a [Operation],
+    known: &'a Known,
+}
+
+impl Seen<'_> {
+    fn follow_the_sun(&self, sun: &SunConfig, world: &World<'_>, guest: &Guest, cloud: &str) -> Verdict {
+        let stay = |why: String| Verdict::Stay { name: guest.name.to_string(), why };
+        let Some(counted) = &self.known.counted else {
+            return stay(format!("{SUN_REASON}: {} could not be read yet", sun.loads_file.display()));
+        };
+        let Some(here) = sun.clouds().position(|name| name == cloud) else {
+            return stay(format!("{SUN_REASON}: cloud {cloud} is not in [sun.latency_ms]"));
+        };
+        let now: Vec<CloudNow> = (sun.clouds())
+            .map(|name| {
+                let market = self.markets.iter().find(|market| market.cloud_name.as_str() == name.as_str());
+                CloudNow {
+                    is_open: market
+                        .is_some_and(|market| is_open(market, guest, self.hosts) && !is_avoided(self.config, market)),
+                    price: market.map(|market| NanoUsd(market.price_nanousd_per_hour)),
+                }
+            })
+            .collect();
+        let cost = self.config.move_cost(guest.shape.memory_bytes);
+        let moves = sun_moves(guest.id, self.operations);
+        let plan = sun::decide(sun, counted, &world.subject(guest), (here, &now), cost, (self.known.wall_ms, &moves));
+        let forecast = format!("95 of 100 requests of the coming day within {} ms", plan.planned_p95_ms);
+        match plan.to.and_then(|to| sun.clouds().nth(to)) {
+            Some(to) => Verdict::Move(Wanted {
+                guest: guest.id,
+                name: guest.name.to_string(),
+                to: to.clone(),
+                reason: format!(
+                    "{SUN_REASON}: {}; {forecast}, {} ms if it stayed; at cost_nanousd={} wall_ms={}",
+                    plan.reason, plan.fixed_p95_ms, cost.0, self.known.wall_ms
+                ),
+            }),
+            None => stay(format!("{SUN_REASON}: {}", plan.reason)),
+        }
+    }
+}
+
+/// When following the sun moved the guest, and at what cost. Moves that were rolled back count, too.
+fn sun_moves(guest: GuestId, operations: &[Operation]) -> Vec<(u64, NanoUsd)> {
+    let of_guest = operations
+        .iter()
+        .filter(|op| op.guest == Some(guest) && op.kind == OperationKind::GuestMigrate && op.phase != Phase::Plan);
+    let read = |op: &Operation| {
+        let reason = op.reason.as_deref()?.strip_prefix(SUN_REASON)?;
+        let (before, at_ms) = reason.rsplit_once(" wall_ms=")?;
+        let cost = before.rsplit_once("cost_nanousd=")?.1;
+        Some((at_ms.parse().ok()?, NanoUsd(cost.parse().ok()?)))
+    };
+    of_guest.filter_map(read).collect()
 }
 
 /// The name of a tenure as the API writes it.
@@ -192,12 +288,17 @@ mod tests {
         World { clouds, markets: vec![market(0), market(1)], guest, hosts: vec![host(0), host(1)] }
     }
 
+    fn known() -> Known {
+        Known { learned: Arc::new(Learned::from(&[], 24, 0)), counted: None, wall_ms: 0 }
+    }
+
     fn config() -> Config {
         toml::from_str("url = 'https://c'\ntoken_file = 't'").unwrap()
     }
 
     fn one(world: &World, operations: &[Operation]) -> Verdict {
-        decide(&config(), &world.markets, std::slice::from_ref(&world.guest), &world.hosts, operations).remove(0)
+        decide(&config(), &world.markets, std::slice::from_ref(&world.guest), &world.hosts, operations, &known())
+            .remove(0)
     }
 
     fn past_move(guest: GuestId, reason: &str) -> Operation {
@@ -233,7 +334,8 @@ mod tests {
         for name in [PolicyName::SmartSpot, PolicyName::Greedy] {
             let config = Config { policy_name: name, ..config() };
             let decide = |operations: &[Operation]| {
-                decide(&config, &world.markets, std::slice::from_ref(&world.guest), &world.hosts, operations).remove(0)
+                decide(&config, &world.markets, std::slice::from_ref(&world.guest), &world.hosts, operations, &known())
+                    .remove(0)
             };
             let Verdict::Move(wanted) = decide(&[]) else { panic!("{name:?} stays") };
             assert_eq!(wanted.to, world.clouds[1].1);
@@ -252,7 +354,7 @@ mod tests {
         let smart = Config { policy_name: PolicyName::SmartSpot, ..config() };
         let mut world = world([90_000_000, 89_000_000]);
         let verdict = |world: &World, config: &Config| {
-            decide(config, &world.markets, std::slice::from_ref(&world.guest), &world.hosts, &[]).remove(0)
+            decide(config, &world.markets, std::slice::from_ref(&world.guest), &world.hosts, &[], &known()).remove(0)
         };
         let Verdict::Stay { why, .. } = verdict(&world, &smart) else { panic!("it moves") };
         assert_eq!(why, "no market is cheaper by enough");
@@ -274,7 +376,7 @@ mod tests {
         world.markets[0].on_demand_nanousd_per_hour = Some(100_000_000);
         world.markets[1].on_demand_nanousd_per_hour = Some(100_000_000);
         let verdict = |world: &World| {
-            decide(&config, &world.markets, std::slice::from_ref(&world.guest), &world.hosts, &[]).remove(0)
+            decide(&config, &world.markets, std::slice::from_ref(&world.guest), &world.hosts, &[], &known()).remove(0)
         };
         let Verdict::Move(wanted) = verdict(&world) else { panic!("it stays") };
         assert!(wanted.reason.contains("the price nears the bid"), "{}", wanted.reason);
@@ -288,6 +390,71 @@ mod tests {
         world.hosts[1].used = world.hosts[1].capacity;
         assert!(matches!(one(&world, &[]), Verdict::Stay { .. }));
         world.guest.follow_prices = false;
-        assert!(decide(&config(), &world.markets, &[world.guest.clone()], &world.hosts, &[]).is_empty());
+        assert!(decide(&config(), &world.markets, &[world.guest.clone()], &world.hosts, &[], &known()).is_empty());
+    }
+
+    #[test]
+    fn a_cloud_that_is_avoided_is_left_at_once_and_not_gone_to() {
+        let avoid = |cloud: &str| Config { avoid: vec![cloud.to_owned()], ..config() };
+        let dearer = world([30_000_000, 90_000_000]);
+        let verdict = |config: &Config, world: &World, operations: &[Operation]| {
+            decide(config, &world.markets, std::slice::from_ref(&world.guest), &world.hosts, operations, &known())
+                .remove(0)
+        };
+        let just_moved = [past_move(dearer.guest.id, "price policy: x at feed_ms=7200000")];
+        let Verdict::Move(wanted) = verdict(&avoid("aws-east"), &dearer, &just_moved) else { panic!("it stays") };
+        assert!(wanted.to == "home" && wanted.reason.contains("aws-east is to be avoided"), "{}", wanted.reason);
+        let cheaper = world([90_000_000, 30_000_000]);
+        assert!(matches!(verdict(&config(), &cheaper, &[]), Verdict::Move(_)));
+        for name in [PolicyName::Cheapest, PolicyName::SmartSpot, PolicyName::Greedy] {
+            let config = Config { policy_name: name, ..avoid("home") };
+            assert!(matches!(verdict(&config, &cheaper, &[]), Verdict::Stay { .. }), "{name:?}");
+        }
+        let both = Config { avoid: vec!["home".into(), "aws-east".into()], ..config() };
+        let Verdict::Stay { why, .. } = verdict(&both, &dearer, &[]) else { panic!("it moves") };
+        assert!(why.contains("no other cloud has room"), "{why}");
+    }
+
+    #[test]
+    fn a_guest_of_the_sun_goes_ahead_of_its_clients_and_remembers_its_moves() {
+        let text = "url = 'https://c'\ntoken_file = 't'\n[sun]\nguests = ['web']\nloads_file = 'l.csv'\n\
+                    [sun.latency_ms]\neast = { aws-east = 10, home = 200 }\nwest = { aws-east = 200, home = 10 }\n\
+                    [sun.policy]\nmax_moves_per_day = 2\n";
+        let config: Config = toml::from_str(text).unwrap();
+        assert_eq!(config.sun.as_ref().unwrap().check(), Ok(()));
+        // Ten days; the east asks in the first half of each, the west in the second.
+        let mut rows = "timestamp_utc,place,requests\n".to_owned();
+        for hour in 0..240 {
+            let at = format!("2026-01-{:02}T{:02}:00:00Z", 1 + hour / 24, hour % 24);
+            let (east, west) = if hour % 24 < 12 { (100, 0) } else { (0, 100) };
+            rows.push_str(&format!("{at},east,{east}\n{at},west,{west}\n"));
+        }
+        let counted = Arc::new(Counted::read(rows.as_bytes(), config.sun.as_ref().unwrap()).unwrap());
+        assert_eq!(counted.period_ms(), Some(24 * 3_600_000));
+        let world = world([50_000_000, 50_000_000]);
+        let start = supercloud_scheduler::calendar::parse_utc("2026-01-11T00:00:00Z").unwrap();
+        let at = |hour: u64, operations: &[Operation]| {
+            let known = Known { wall_ms: start + hour * 3_600_000, counted: Some(counted.clone()), ..known() };
+            decide(&config, &world.markets, std::slice::from_ref(&world.guest), &world.hosts, operations, &known)
+                .remove(0)
+        };
+        assert!(matches!(at(5, &[]), Verdict::Stay { why, .. } if why.contains("planned for later")));
+        let Verdict::Move(wanted) = at(11, &[]) else { panic!("it stays") };
+        assert_eq!(wanted.to, "home");
+        // The bound holds over a restart: what was done stands in the operations.
+        let done: Vec<Operation> = [1, 2]
+            .map(|back| {
+                past_move(
+                    world.guest.id,
+                    &wanted.reason.replace(
+                        &format!("wall_ms={}", start + 11 * 3_600_000),
+                        &format!("wall_ms={}", start + (11 - back) * 3_600_000),
+                    ),
+                )
+            })
+            .into();
+        assert!(matches!(at(11, &done), Verdict::Stay { .. }), "two moves a day and no more");
+        let unread = decide(&config, &world.markets, std::slice::from_ref(&world.guest), &world.hosts, &[], &known());
+        assert!(matches!(&unread[0], Verdict::Stay { why, .. } if why.contains("l.csv could not be read")));
     }
 }

@@ -4,21 +4,31 @@
 
 mod config;
 mod follow;
+mod learned;
+mod sun;
 mod view;
 
-use std::{collections::HashMap, path::PathBuf, time::Duration};
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
 
 use anyhow::Context as _;
 use clap::Parser;
 use supercloud_api::{
     GuestMigrate,
     client::{Client, ClientConfig, ClientError},
+    unix_ms,
 };
 use tracing::{info, warn};
 
 use crate::{
     config::{Config, PolicyName},
-    follow::Verdict,
+    follow::{Known, Verdict},
+    learned::Learned,
+    sun::Counted,
 };
 
 /// Follows spot prices: moves guests that may follow prices to where a policy wants them.
@@ -59,10 +69,11 @@ async fn main() -> anyhow::Result<()> {
         "following prices"
     );
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
-    let mut said = HashMap::new();
+    let mut memory = Memory::default();
     loop {
+        memory.reread(&arguments, &mut config).await;
         tokio::select! {
-            looked = look(&config, &client, arguments.dry_run, &mut said) => match looked {
+            looked = look(&config, &client, arguments.dry_run, &mut memory) => match looked {
                 Ok(()) => {}
                 Err(error) if arguments.once => return Err(error.into()),
                 Err(error) => warn!("{error}; trying again"),
@@ -92,16 +103,107 @@ fn client(config: &Config) -> anyhow::Result<Client> {
     })?)
 }
 
+/// How often rentings are learned from, and files looked at for changes.
+const SLOWLY: Duration = Duration::from_secs(60);
+
+/// What is kept from look to look. A daemon without it decides the same.
+#[derive(Default)]
+struct Memory {
+    /// What was said last of each guest.
+    said: HashMap<String, String>,
+    /// What was learned, and when.
+    learned: Option<(Instant, Arc<Learned>)>,
+    /// The counts of clients' requests.
+    counted: Option<Arc<Counted>>,
+    /// When the files were written that were read last.
+    config_written: Option<SystemTime>,
+    loads_written: Option<SystemTime>,
+    looked_at_files: Option<Instant>,
+}
+
+/// When a file was written; `None`: it cannot be read.
+async fn written(path: &Path) -> Option<SystemTime> {
+    tokio::fs::metadata(path).await.ok()?.modified().ok()
+}
+
+impl Memory {
+    /// Reads the settings and the counts again when they changed. What is wrong with them is said, and what was read before stays.
+    async fn reread(&mut self, arguments: &Arguments, config: &mut Config) {
+        let now = written(&arguments.config).await;
+        if self.config_written.is_some() && now.is_some() && now != self.config_written {
+            let path = arguments.config.clone();
+            let read = tokio::task::spawn_blocking(move || Config::read(&path)).await;
+            match read.unwrap_or_else(|error| Err(error.into())) {
+                Ok(read) => {
+                    let connection = (config.url.clone(), config.ca_file.clone(), config.token_file.clone());
+                    *config = Config { policy_name: arguments.policy.unwrap_or(read.policy_name), ..read };
+                    // The connection is the one that there is.
+                    (config.url, config.ca_file, config.token_file) = connection;
+                    self.loads_written = None;
+                    self.looked_at_files = None;
+                    info!(avoid = ?config.avoid, "the settings were read again; a changed url, CA or token wants a restart");
+                }
+                Err(error) => warn!("the settings stay as they were: {error:#}"),
+            }
+        }
+        self.config_written = now.or(self.config_written);
+        let Some(sun) = &config.sun else {
+            self.counted = None;
+            return;
+        };
+        if self.looked_at_files.is_some_and(|at| at.elapsed() < SLOWLY) {
+            return;
+        }
+        self.looked_at_files = Some(Instant::now());
+        let now = written(&sun.loads_file).await;
+        if now.is_some() && now == self.loads_written {
+            return;
+        }
+        let (sun, path) = (sun.clone(), sun.loads_file.display().to_string());
+        let read = tokio::task::spawn_blocking(move || {
+            let bytes = read_some(&sun.loads_file).map_err(|error| error.to_string())?;
+            Counted::read(&bytes, &sun)
+        });
+        match read.await.unwrap_or_else(|error| Err(error.to_string())) {
+            Ok(counted) => {
+                let hours = counted.period_ms().map(|ms| ms as f64 / 3_600_000.0);
+                info!(file = path, period_hours = hours, "clients' requests were read");
+                (self.counted, self.loads_written) = (Some(Arc::new(counted)), now);
+            }
+            Err(error) => warn!("clients' requests in {path} stay as they were: {error}"),
+        }
+    }
+
+    /// What is known now beside a look.
+    async fn known(&mut self, config: &Config, client: &Client) -> Result<Known, ClientError> {
+        let wall_ms = unix_ms();
+        let learned = match self.learned.take() {
+            Some((at, learned)) if at.elapsed() < SLOWLY => (at, learned),
+            _ => {
+                let learned = Learned::from(&client.rentings().await?, config.smart_spot.prior_hours, wall_ms);
+                (Instant::now(), Arc::new(learned))
+            }
+        };
+        self.learned = Some(learned.clone());
+        Ok(Known { learned: learned.1, counted: self.counted.clone(), wall_ms })
+    }
+}
+
+/// A file, up to what a feed may have.
+fn read_some(path: &Path) -> std::io::Result<Vec<u8>> {
+    use std::io::Read as _;
+    let mut bytes = Vec::new();
+    std::fs::File::open(path)?.take(supercloud_feed::MAX_FEED_BYTES as u64 + 1).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
 /// Looks at the markets once and asks for the moves that are wanted.
-async fn look(
-    config: &Config,
-    client: &Client,
-    is_dry_run: bool,
-    said: &mut HashMap<String, String>,
-) -> Result<(), ClientError> {
+async fn look(config: &Config, client: &Client, is_dry_run: bool, memory: &mut Memory) -> Result<(), ClientError> {
     let (markets, guests, hosts, operations) =
         tokio::try_join!(client.markets(), client.guests(), client.hosts(), client.operations())?;
-    for verdict in follow::decide(config, &markets, &guests, &hosts, &operations) {
+    let known = memory.known(config, client).await?;
+    let said = &mut memory.said;
+    for verdict in follow::decide(config, &markets, &guests, &hosts, &operations, &known) {
         match verdict {
             Verdict::Stay { name, why } => {
                 // Said once, and again when it changes.

@@ -1,8 +1,8 @@
 //! What a policy sees of the world that the REST API shows.
 //!
 //! A cloud is a zone with one market, the first of the tenure in which its hosts are rented. Hosts are up already, so that
-//! nobody waits for one; what the API does not say is assumed by the settings. Interruptions are not counted yet: every pool
-//! is believed to be as good as the policy's prior.
+//! nobody waits for one; what the API does not say is assumed by the settings. Interruptions are learned from the rentings
+//! ([`Learned`]): of a cloud whose hosts nobody rents through the controller, the policy's prior is believed.
 
 use std::collections::HashMap;
 
@@ -15,7 +15,10 @@ use supercloud_scheduler::{
     price::Quote,
 };
 
-use crate::config::{Config, PolicyName};
+use crate::{
+    config::{Config, PolicyName},
+    learned::Learned,
+};
 
 /// The markets with what is known of them, and the guests' shares.
 pub struct World<'a> {
@@ -24,11 +27,18 @@ pub struct World<'a> {
     markets: Vec<&'a Market>,
     facts: Vec<Facts>,
     now_ms: u64,
+    wall_ms: u64,
 }
 
 impl<'a> World<'a> {
     /// Puts together what holds for all guests.
-    pub fn new(config: &'a Config, markets: &[&'a Market], guests: &[Guest], now_ms: u64) -> Self {
+    pub fn new(
+        config: &'a Config,
+        markets: &[&'a Market],
+        guests: &[Guest],
+        now_ms: u64,
+        (learned, wall_ms): (&Learned, u64),
+    ) -> Self {
         let mut of_cloud: Vec<&Market> = Vec::new();
         for market in markets {
             if of_cloud.iter().all(|other| other.cloud != market.cloud) {
@@ -45,10 +55,19 @@ impl<'a> World<'a> {
             let listed = market.on_demand_nanousd_per_hour.unwrap_or(market.price_nanousd_per_hour);
             let bid = u128::from(listed) * u128::from(config.assume.bid_permille) / 1000;
             let crowd = there.get(&market.cloud).copied().unwrap_or(0) * 1000 / all;
+            let known = learned.of(market, wall_ms);
+            let shared = of_cloud.iter().map(|other| {
+                there.get(&other.cloud).copied().unwrap_or(0) * u64::from(learned.goes_with(market, other)) / all
+            });
             Facts {
                 zone: u32::try_from(zone).ok(),
                 bid: NanoUsd(u64::try_from(bid).unwrap_or(u64::MAX)),
                 crowd_permille: u32::try_from(crowd).unwrap_or(1000),
+                shared_permille: u32::try_from(shared.sum::<u64>()).unwrap_or(1000),
+                interruptions: known.interruptions,
+                watched_ms: known.watched_ms,
+                up_ms: known.since_taken_ms,
+                hazard: Some(known.hazard),
                 ..Facts::default()
             }
         });
@@ -57,7 +76,7 @@ impl<'a> World<'a> {
             PolicyName::Cheapest => Box::new(policy::Cheapest(config.policy.clone())),
             PolicyName::SmartSpot => Box::new(config.smart_spot.clone()),
         };
-        Self { config, policy, facts: facts.collect(), markets: of_cloud, now_ms }
+        Self { config, policy, facts: facts.collect(), markets: of_cloud, now_ms, wall_ms }
     }
 
     /// Where a guest that is in the market `here` shall go, if anywhere, and why.
@@ -94,6 +113,7 @@ impl<'a> World<'a> {
         let subject = self.subject(guest);
         let plan = self.policy.decide(&View {
             now_ms: self.now_ms,
+            wall_ms: self.wall_ms,
             look_ms: self.config.poll_ms,
             regime: self.config.assume.regime,
             guest: &subject,
@@ -111,7 +131,8 @@ impl<'a> World<'a> {
         }
     }
 
-    fn subject(&self, guest: &Guest) -> policy::Guest {
+    /// What a policy sees of a guest.
+    pub fn subject(&self, guest: &Guest) -> policy::Guest {
         const MIB: u64 = 1 << 20;
         let (assume, memory_bytes) = (&self.config.assume, guest.shape.memory_bytes);
         let working_set = u128::from(memory_bytes) * u128::from(assume.working_set_permille) / 1000;

@@ -9,10 +9,11 @@ mod smart_spot;
 mod tests;
 
 pub use baseline::{Cheapest, Greedy, OnDemand, Restart, Single};
-pub use smart_spot::SmartSpot;
+pub use smart_spot::{Belief, SmartSpot};
 
 use crate::{
     evacuable::{self, Exit, Load, Path},
+    interruptions::Hazard,
     market::{HOUR_MS, Regime},
     money::NanoUsd,
     price::Quote,
@@ -51,6 +52,11 @@ pub struct Facts {
     pub up_ms: Option<u64>,
     /// Which share of the fleet is there, in thousandths.
     pub crowd_permille: u32,
+    /// Which share of the fleet is expected to lose its host when this pool is taken, in thousandths: those that are there, and
+    /// those in pools that went with it before, by their chance.
+    pub shared_permille: u32,
+    /// What is believed of its interruptions; `None`: nothing was learned but their number.
+    pub hazard: Option<Hazard>,
 }
 
 /// Where a guest is.
@@ -73,6 +79,8 @@ pub struct Place {
 pub struct View<'a> {
     /// The feed's clock.
     pub now_ms: u64,
+    /// The time by which interruptions were learned, milliseconds since 1970 (UTC): their hours of day are its.
+    pub wall_ms: u64,
     /// Time between two looks, in milliseconds.
     pub look_ms: u64,
     /// How the markets work.
@@ -162,6 +170,10 @@ pub trait Policy: Send + Sync {
     /// It moves guests live; without, each change of hosts is a restart that loses what was in memory.
     fn is_live(&self) -> bool {
         true
+    }
+    /// It looks at [`Facts::shared_permille`].
+    fn is_hedged(&self) -> bool {
+        false
     }
     /// For how many guests one host is kept ready and empty, in case a provider takes theirs; 0: none is kept.
     fn guests_per_spare(&self, _notice_ms: u64, _host_ready_ms: u64) -> u32 {

@@ -6,8 +6,10 @@
 //!
 //! **Capacity regime** (today's markets, ours): time is billed by the second, so the end of the hour means nothing. A
 //! market's price is taken with what its interruptions are expected to cost: the learned rate (a Gamma prior of one
-//! interruption in `prior_hours`, updated by what was seen) times the cost of one. A move must pay for itself within
-//! `horizon_ms`. No more than `max_pool_permille` of the fleet goes into one pool, because a pool is taken as a whole.
+//! interruption in `prior_hours`, updated by what was seen; unless `belief = "mean"` by the pool's age and hour of day too,
+//! [`crate::interruptions`]) times the cost of one. A move must pay for itself within
+//! `horizon_ms`. No more than `max_pool_permille` of the fleet goes into one pool, because a pool is taken as a whole, and no
+//! more than `max_shared_permille` where it is expected to be lost together with others.
 //!
 //! Where a notice is shorter than a new host takes to be ready, hosts can be kept **spare** ([`SmartSpot::with_spares`]).
 //!
@@ -19,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use super::{Action, Facts, Plan, Policy, View, Why};
 use crate::{
     evacuable::{self, Exit},
+    interruptions::Outlook,
     market::{HOUR_MS, Regime},
     money::NanoUsd,
     price::Quote,
@@ -48,8 +51,24 @@ pub struct SmartSpot {
     pub patience_ms: u64,
     /// The largest share of the fleet in one pool, in thousandths; 1000: no limit.
     pub max_pool_permille: u32,
+    /// A pool is full when so much of the fleet is expected to lose its host with it, pools that went with it before included,
+    /// in thousandths; 1000: no limit.
+    pub max_shared_permille: u32,
     /// Where a notice is shorter than a new host takes to be ready: for how many guests one host is kept ready. 0: none.
     pub guests_per_spare: u32,
+    /// What is believed of interruptions (capacity regime).
+    pub belief: Belief,
+}
+
+/// What is believed of interruptions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Belief {
+    /// Each pool has a mean rate, whatever its age and the hour.
+    Mean,
+    /// Its rate depends on for how long capacity has been there, and on the hour of day where that has foretold better.
+    #[default]
+    Learned,
 }
 
 const GIGA: u128 = 1_000_000_000;
@@ -67,7 +86,9 @@ impl Default for SmartSpot {
             downtime_nanousd_per_s: 1_000_000,
             patience_ms: HOUR_MS / 6,
             max_pool_permille: 1000,
+            max_shared_permille: 1000,
             guests_per_spare: 0,
+            belief: Belief::Learned,
         }
     }
 }
@@ -88,6 +109,7 @@ impl SmartSpot {
             ("near_bid_permille", self.near_bid_permille),
             ("min_saving_permille", self.min_saving_permille),
             ("max_pool_permille", self.max_pool_permille),
+            ("max_shared_permille", self.max_shared_permille),
         ] {
             if !(1..=1000).contains(&value) {
                 return Err(format!("{name} is {value}; it must be 1 to 1000"));
@@ -108,19 +130,33 @@ impl SmartSpot {
         (1 + u128::from(facts.interruptions)) * u128::from(HOUR_MS) * GIGA / watched_ms
     }
 
+    /// What is expected of a stay in a market from now on, where that is learned.
+    fn outlook(&self, view: &View<'_>, facts: &Facts) -> Option<Outlook> {
+        let is_used = self.belief == Belief::Learned && view.regime == Regime::Capacity && !facts.is_on_demand;
+        let hazard = facts.hazard.filter(|_| is_used)?;
+        Some(hazard.outlook(facts.up_ms, view.wall_ms, self.horizon_ms))
+    }
+
     /// What interruptions of a market are expected to cost per hour, when one costs `cost`.
-    fn risk_per_hour(&self, facts: &Facts, cost: NanoUsd) -> NanoUsd {
+    fn risk_per_hour(&self, view: &View<'_>, facts: &Facts, cost: NanoUsd) -> NanoUsd {
         if facts.is_on_demand {
             return NanoUsd(0);
+        }
+        if let Some(outlook) = self.outlook(view, facts) {
+            let per_hour = cost.0 as f64 * outlook.chance * HOUR_MS as f64 / outlook.stay_ms.max(1.0);
+            return NanoUsd(per_hour as u64);
         }
         NanoUsd(u64::try_from(u128::from(cost.0) * self.rate(facts) / GIGA).unwrap_or(u64::MAX))
     }
 
     /// How long a guest is expected to stay in a market, at most the horizon.
-    fn stay_ms(&self, regime: Regime, facts: &Facts) -> u64 {
-        let horizon_ms = if regime == Regime::Auction { HOUR_MS } else { self.horizon_ms };
-        if facts.is_on_demand || regime == Regime::Auction {
+    fn stay_ms(&self, view: &View<'_>, facts: &Facts) -> u64 {
+        let horizon_ms = if view.regime == Regime::Auction { HOUR_MS } else { self.horizon_ms };
+        if facts.is_on_demand || view.regime == Regime::Auction {
             return horizon_ms;
+        }
+        if let Some(outlook) = self.outlook(view, facts) {
+            return outlook.stay_ms as u64;
         }
         let expected = u128::from(HOUR_MS) * GIGA / self.rate(facts).max(1);
         horizon_ms.min(u64::try_from(expected).unwrap_or(u64::MAX))
@@ -138,16 +174,17 @@ impl SmartSpot {
                 break;
             }
             let Some(facts) = view.facts.get(quote.market as usize) else { continue };
-            let is_full = facts.crowd_permille >= self.max_pool_permille;
+            let is_full = facts.crowd_permille >= self.max_pool_permille
+                || (self.is_hedged() && facts.shared_permille >= self.max_shared_permille);
             let is_young = view.regime == Regime::Capacity && facts.up_ms.is_some_and(|up| up < self.patience_ms);
             let is_dear = view.regime == Regime::Auction && self.is_near_bid(quote, facts);
             let is_bad = !facts.is_on_demand && (is_full || is_young || is_dear || !may_spot);
             if !quote.is_open || Some(quote.market) == here || is_bad {
                 continue;
             }
-            let full = quote.price + self.risk_per_hour(facts, cost);
+            let full = quote.price + self.risk_per_hour(view, facts, cost);
             let way = u128::from(view.egress(quote.market).0) * u128::from(HOUR_MS);
-            let way = way / u128::from(self.stay_ms(view.regime, facts).max(1));
+            let way = way / u128::from(self.stay_ms(view, facts).max(1));
             let score = full + NanoUsd(u64::try_from(way).unwrap_or(u64::MAX));
             if best.is_none_or(|(_, _, so_far)| score < so_far) {
                 best = Some((quote, full, score));
@@ -214,7 +251,7 @@ impl SmartSpot {
             return (Action::Stay, Why::CoolDown);
         }
         let Some((best, full)) = self.best(view, cost, may_spot) else { return (Action::Stay, Why::Content) };
-        let here_full = here.price + self.risk_per_hour(facts, cost);
+        let here_full = here.price + self.risk_per_hour(view, facts, cost);
         let saving = here_full.0.saturating_sub(full.0);
         if u128::from(saving) * 1000 < u128::from(here_full.0) * u128::from(self.min_saving_permille) || saving == 0 {
             return (Action::Stay, Why::Content);
@@ -222,7 +259,7 @@ impl SmartSpot {
         if view.now_ms.saturating_sub(best.since_ms) < self.settle_ms {
             return (Action::Stay, Why::NotSettled);
         }
-        let horizon_ms = view.facts.get(best.market as usize).map_or(0, |facts| self.stay_ms(view.regime, facts));
+        let horizon_ms = view.facts.get(best.market as usize).map_or(0, |facts| self.stay_ms(view, facts));
         // The new rent begins while the old still runs: with paid hours that part of the new hour is lost.
         let early = if is_auction { best.price.per_hour_for(view.move_ms()) } else { NanoUsd(0) };
         let pause = evacuable::predict(&view.guest.load, &view.guest.path).map_or(0, |live| live.downtime_ms);
@@ -245,6 +282,10 @@ impl Policy for SmartSpot {
         let has_checkpoints = !matches!(alone.exit(false), Exit::Live { .. });
         let (action, reason) = self.act(view, has_checkpoints);
         Plan { action, has_checkpoints, reason }
+    }
+
+    fn is_hedged(&self) -> bool {
+        self.max_shared_permille < 1000
     }
 
     fn guests_per_spare(&self, notice_ms: u64, host_ready_ms: u64) -> u32 {

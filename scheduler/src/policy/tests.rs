@@ -1,5 +1,5 @@
 use super::*;
-use crate::price::CheapestWithHysteresis;
+use crate::{interruptions::Hazard, price::CheapestWithHysteresis};
 
 const GIB: u64 = 1 << 30;
 
@@ -54,6 +54,7 @@ impl World {
         let price = self.quotes.iter().find(|quote| quote.market == at).map_or(NanoUsd(0), |quote| quote.price);
         View {
             now_ms: 1000 * HOUR_MS,
+            wall_ms: 1000 * HOUR_MS,
             look_ms: 300_000,
             regime,
             guest: &self.guest,
@@ -134,6 +135,41 @@ fn interruptions_make_a_market_dearer_than_it_looks() {
 }
 
 #[test]
+fn what_is_learned_of_age_and_hour_is_gone_by() {
+    let mut world = World::new([20, 24]);
+    let first = |world: &World, belief| {
+        let view = View { place: None, ..world.view(Regime::Capacity, 0, HOUR_MS) };
+        SmartSpot { belief, ..SmartSpot::default() }.decide(&view).action
+    };
+    let hazard = |by_age, by_hour| Some(Hazard { by_age, by_hour });
+    world.facts[0].hazard = hazard([20_000_000_000, 100_000, 100_000], None);
+    world.facts[1].hazard = hazard([100_000; 3], None);
+    assert_eq!(first(&world, Belief::Learned), Action::Go(0), "old, so calm");
+    world.facts[0].up_ms = Some(HOUR_MS / 5);
+    assert_eq!(first(&world, Belief::Learned), Action::Go(1), "young, and such ones are lost here");
+    assert_eq!(first(&world, Belief::Mean), Action::Go(0), "that is not looked at");
+    // The view is at 16:00; the hours from then on are wild, or it was the night that was.
+    let wild = |from: usize| std::array::from_fn(|hour| if hour >= from && hour < from + 4 { 60_000u16 } else { 100 });
+    world.facts[0] = Facts { hazard: hazard([100_000_000; 3], Some(wild(16))), ..spot(0) };
+    world.facts[1] = Facts { hazard: hazard([100_000_000; 3], Some(wild(16))), ..spot(1) };
+    assert_eq!(first(&world, Belief::Learned), Action::Go(2), "on-demand for the wild hours");
+    world.facts[1].hazard = hazard([1_000_000; 3], None);
+    assert_eq!(first(&world, Belief::Learned), Action::Go(1));
+}
+
+#[test]
+fn a_pool_that_would_be_lost_with_others_is_full() {
+    let mut world = World::new([20, 24]);
+    world.facts[0].shared_permille = 200;
+    let first = |world: &World, most| {
+        let view = View { place: None, ..world.view(Regime::Capacity, 0, HOUR_MS) };
+        SmartSpot { max_shared_permille: most, ..SmartSpot::default() }.decide(&view).action
+    };
+    assert_eq!(first(&world, 200), Action::Go(1));
+    assert_eq!((first(&world, 201), first(&world, 1000)), (Action::Go(0), Action::Go(0)));
+}
+
+#[test]
 fn a_guest_that_cannot_leave_in_time_is_put_on_on_demand_and_a_slow_one_keeps_checkpoints() {
     let mut world = World::new([20, 30]);
     let plan = |world: &World| SmartSpot::default().decide(&world.view(Regime::Capacity, 0, HOUR_MS));
@@ -201,10 +237,11 @@ mod properties {
         fn worlds()(
             prices in prop::collection::vec(1u64..200, 6), opens in prop::collection::vec(any::<bool>(), 6),
             taken in prop::collection::vec((0u32..50, 0u64..1 << 32, prop::option::of(0u64..1 << 24), 0u32..=1000), 6),
-            gib in 0u64..256, egress in 0u64..1 << 30, volume in 0u64..1 << 40,
+            hazards in prop::collection::vec(any::<[u64; 3]>(), 6), gib in 0u64..256, egress in 0u64..1 << 30, volume in 0u64..1 << 40,
         ) -> World {
             let mut facts: Vec<Facts> = taken.into_iter().enumerate().map(|(i, (interruptions, watched_ms, up_ms, crowd_permille))| {
-                Facts { interruptions, watched_ms, up_ms, crowd_permille, ..spot(i as u32 % 3) }
+                let hazard = (i % 2 == 0).then(|| Hazard { by_age: hazards[i], by_hour: None });
+                Facts { interruptions, watched_ms, up_ms, crowd_permille, hazard, ..spot(i as u32 % 3) }
             }).collect();
             facts.push(on_demand());
             let mut quotes: Vec<Quote<u32>> = (0..6).map(|i| Quote { is_open: opens[i], ..quote(i as u32, prices[i]) }).collect();

@@ -5,7 +5,8 @@ use std::{collections::BTreeMap, collections::HashMap};
 use super::{Grid, Ledger, Line, LineKind, ledger::Lease, spares::Spare};
 use crate::{
     evacuable::{self, Exit},
-    market::{End, HOUR_MS},
+    interruptions::Learner,
+    market::{End, HOUR_MS, Regime},
     money::NanoUsd,
     policy::{self, Action, Facts, Guest, MarketId, Place, Policy, View, Why},
     price::Quote,
@@ -37,6 +38,8 @@ pub struct Outcome {
     pub interruptions: u64,
     /// How often a guest had not left in time: what was in its memory is lost.
     pub missed: u64,
+    /// The most guests whose hosts were taken at one moment.
+    pub most_at_once: u64,
     /// Moves that the policy wanted by itself.
     pub moves: u64,
     /// How often each reason led to a change of hosts.
@@ -58,6 +61,9 @@ impl Outcome {
         if self.guest_ms == 0 { 1.0 } else { 1.0 - self.downtime_ms.min(self.guest_ms) as f64 / self.guest_ms as f64 }
     }
 }
+
+/// What is believed of a pool before anything was seen: one interruption in so many hours.
+const PRIOR_HOURS: u32 = 24;
 
 /// A guest in the replay.
 struct State<'a> {
@@ -85,6 +91,9 @@ pub(super) struct Replay<'a> {
     pub spares: Vec<Spare>,
     since_ms: Vec<u64>,
     fleet: u32,
+    learner: Learner,
+    /// For each market how many guests, in thousandths, are expected to lose their hosts with it; only for policies that ask.
+    shared: Vec<u64>,
     out: Outcome,
 }
 
@@ -143,6 +152,8 @@ pub fn run_while(
         crowd: vec![0; grid.markets.len()],
         spares: Vec::new(),
         fleet: u32::try_from(guests.len()).unwrap_or(u32::MAX).max(1),
+        learner: Learner::new(grid.markets.len(), PRIOR_HOURS),
+        shared: if policy.is_hedged() { vec![0; grid.markets.len()] } else { Vec::new() },
         out: Outcome { policy: policy.name().to_owned(), ..Outcome::default() },
     };
     let (mut classes, mut states) = replay.prepare(guests);
@@ -152,9 +163,11 @@ pub fn run_while(
         if replay.watch(tick) {
             replay.quote(tick, &mut classes);
         }
+        let before = replay.out.interruptions;
         for (index, state) in states.iter_mut().enumerate() {
             replay.step(tick, index as u32, state, &classes);
         }
+        replay.out.most_at_once = replay.out.most_at_once.max(replay.out.interruptions - before);
         replay.tend_spares(tick, &classes);
         let per_day = (24 * HOUR_MS / grid.tick_ms) as usize;
         if tick.is_multiple_of(per_day) && !goes_on((tick as u64 * 1000 / grid.ticks as u64) as u32) {
@@ -203,7 +216,8 @@ impl<'a> Replay<'a> {
     /// Looks at every market; true when a price or an opening changed.
     fn watch(&mut self, tick: usize) -> bool {
         let now_ms = tick as u64 * self.grid.tick_ms;
-        let mut is_changed = tick == 0;
+        let wall_ms = self.grid.start_ms + now_ms;
+        let (mut is_changed, mut is_new) = (tick == 0, false);
         for (id, market) in self.grid.markets.iter().enumerate() {
             if market.is_on_demand() || tick < market.first_tick || tick == 0 {
                 continue;
@@ -215,12 +229,25 @@ impl<'a> Replay<'a> {
             is_changed |= market.is_open(tick) != market.is_open(tick - 1);
             let facts = &mut self.facts[id];
             if !market.is_taken(tick) {
+                self.learner.watch(id, (wall_ms, self.grid.tick_ms), facts.up_ms, false);
                 facts.watched_ms += self.grid.tick_ms;
                 facts.up_ms = facts.up_ms.map(|up_ms| up_ms + self.grid.tick_ms);
             } else {
-                facts.interruptions += u32::from(!market.is_taken(tick - 1));
+                if !market.is_taken(tick - 1) {
+                    facts.interruptions += 1;
+                    self.learner.watch(id, (wall_ms, 0), facts.up_ms, true);
+                    is_new |= self.learner.went(id, wall_ms);
+                }
                 facts.up_ms = Some(0);
             }
+        }
+        if self.grid.regime == Regime::Capacity {
+            for (id, facts) in self.facts.iter_mut().enumerate().filter(|(_, facts)| !facts.is_on_demand) {
+                facts.hazard = Some(self.learner.hazard(id));
+            }
+        }
+        if is_new {
+            self.share();
         }
         is_changed
     }
@@ -250,6 +277,7 @@ impl<'a> Replay<'a> {
         let spare = self.spare_for(tick, &classes[state.class]);
         let view = View {
             now_ms,
+            wall_ms: self.grid.start_ms + now_ms,
             look_ms: self.grid.tick_ms,
             regime: self.grid.regime,
             guest: state.guest,
@@ -381,6 +409,21 @@ impl<'a> Replay<'a> {
         self.crowd[market] = self.crowd[market].saturating_add_signed(by);
         let permille = u64::from(self.crowd[market]) * 1000 / u64::from(self.fleet);
         self.facts[market].crowd_permille = permille as u32;
+        for other in 0..self.shared.len() {
+            let chance = i64::from(self.learner.goes_with(other, market));
+            self.shared[other] = self.shared[other].saturating_add_signed(chance * i64::from(by));
+            self.facts[other].shared_permille = (self.shared[other] / u64::from(self.fleet)) as u32;
+        }
+    }
+
+    /// Which pools go together was learned anew.
+    fn share(&mut self) {
+        let there: Vec<usize> = (0..self.crowd.len()).filter(|market| self.crowd[*market] > 0).collect();
+        for (market, shared) in self.shared.iter_mut().enumerate() {
+            let with = |other: &usize| u64::from(self.learner.goes_with(market, *other) * self.crowd[*other]);
+            *shared = there.iter().map(with).sum();
+            self.facts[market].shared_permille = (*shared / u64::from(self.fleet)) as u32;
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Recorded markets on a grid of ticks.
 
-use super::hazard::CapacityRuns;
+use super::hazard::{CapacityRuns, Followed};
 use crate::{
     market::{HOUR_MS, InstanceType, Regime, Trace},
     money::NanoUsd,
@@ -172,6 +172,21 @@ impl Grid {
         }));
         let has_interruptions = trace.regime == Regime::Auction || capacity.is_some();
         Ok(Self { regime: trace.regime, start_ms, tick_ms, ticks, markets: grid, has_interruptions })
+    }
+
+    /// Has interruptions of the capacity regime come as they were recorded, instead of drawn ones; in the auction regime prices
+    /// alone take hosts, and nothing changes.
+    pub fn follow(&mut self, recorded: &Followed, seed: u64) {
+        if self.regime != Regime::Capacity || !recorded.is_usable() {
+            return;
+        }
+        self.has_interruptions = true;
+        let (ticks, tick_ms) = (self.ticks, self.tick_ms);
+        for market in self.markets.iter_mut().filter(|market| !market.is_on_demand()) {
+            let zone = market.name.split('/').next().unwrap_or_default();
+            let there = recorded.capacity(seed, &market.name, zone, ticks, tick_ms);
+            market.taken = there.into_iter().map(|is_up| !is_up).collect();
+        }
     }
 
     /// How long the replay is, in milliseconds.

@@ -69,6 +69,7 @@ impl Replay<'_> {
         let decide = |quotes: &[Quote<u32>]| {
             let plan = self.policy.decide(&View {
                 now_ms,
+                wall_ms: self.grid.start_ms + now_ms,
                 look_ms: self.grid.tick_ms,
                 regime: self.grid.regime,
                 guest: &spare.ghost,
