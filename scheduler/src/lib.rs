@@ -13,6 +13,7 @@ pub mod interruptions;
 pub mod ledger;
 pub mod market;
 pub mod money;
+pub mod overload;
 pub mod placement;
 pub mod policy;
 pub mod price;

@@ -15,6 +15,7 @@ mod grid;
 pub mod hazard;
 mod ledger;
 pub mod optimum;
+pub mod overload;
 mod spares;
 #[cfg(test)]
 mod tests;

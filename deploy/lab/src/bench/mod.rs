@@ -3,6 +3,7 @@
 pub mod bare;
 pub mod engine;
 pub mod migration;
+pub mod overload;
 pub mod placement;
 pub mod policies;
 pub mod stats;
@@ -52,6 +53,8 @@ pub enum Benchmark {
     NamespaceMigration,
     /// The move of our own VMM beside QEMU's: one small guest on this machine's /dev/kvm, over one paced link
     Migration,
+    /// Overloads of memory that are waited out or moved away from, on generated ones: the decision alone
+    Overload,
     /// Placement decisions per second in a fleet of 10,000 hosts and 100,000 guests, on one core; no peer
     Placement,
     /// How blocks follow a volume: the policies in the simulator, on generated traces or on `--trace` files
@@ -215,6 +218,7 @@ pub fn run(name: &str, options: &Options) -> anyhow::Result<ExitCode> {
     for benchmark in names {
         match benchmark {
             Benchmark::Migration => rows.extend(engine::run(options.runs)?),
+            Benchmark::Overload => rows.extend(overload::run(options.runs)),
             Benchmark::Placement => rows.extend(placement::run(options.runs)?),
             Benchmark::Policies => rows.extend(policies::run(&options.traces)?),
             Benchmark::NamespaceMigration => {

@@ -8,7 +8,10 @@ use std::collections::HashMap;
 
 use anyhow::{Context as _, ensure};
 use supercloud_scheduler::{
-    cluster::{Cluster, Demand, Domain, GangBudget, GuestNumber, HostNumber, HostSpec, Objective, Room, Rule},
+    cluster::{
+        Cluster, Demand, Domain, GangBudget, GuestNumber, HostNumber, HostSpec, Objective, Room, Rule,
+        rent::{Offer, cost, lower_bound, rent},
+    },
     money::NanoUsd,
     sim::hazard::SplitMix,
 };
@@ -179,6 +182,45 @@ impl World {
     }
 }
 
+/// Fleets that are rented for in each run, of so many guests each.
+const FLEETS: usize = 20;
+const FLEET_SIZES: [usize; 3] = [20, 60, 200];
+
+/// m5, c5 and r5 of spring 2021 in us-east-1, large to 4xlarge: vCPUs, GiB, USD/1000 per hour of the smallest.
+const OFFERS: [(u32, u64, u64); 3] = [(2, 8, 96), (2, 4, 85), (2, 16, 126)];
+
+/// What is paid, in thousandths of the linear-programming bound, when hosts are rented and packed in one decision, for fleets of guests of 1 to
+/// 4 vCPUs and 1 to 24 GiB.
+fn renting(seed: u64, ratios: &mut Sample) -> anyhow::Result<()> {
+    let offers: Vec<Offer> = [1u32, 2, 4, 8]
+        .into_iter()
+        .flat_map(|n| {
+            OFFERS.map(|(vcpus, gib, price)| Offer {
+                room: Room { vcpus: vcpus * n, memory_bytes: gib * u64::from(n) * GIB, disk_bytes: u64::MAX },
+                price: NanoUsd(price * u64::from(n) * 1_000_000),
+                most: u32::MAX,
+            })
+        })
+        .collect();
+    let mut random = SplitMix(seed);
+    for size in FLEET_SIZES {
+        for _ in 0..FLEETS {
+            let needs: Vec<Room> = (0..size)
+                .map(|_| Room {
+                    vcpus: 1 + random.below(4) as u32,
+                    memory_bytes: (1 + random.below(24) as u64) * GIB,
+                    disk_bytes: 0,
+                })
+                .collect();
+            let hosts = rent(&needs, &offers).context("a fleet cannot be rented for")?;
+            let placed: usize = hosts.iter().map(|host| host.needs.len()).sum();
+            ensure!(placed == needs.len(), "{placed} of {} guests have a host", needs.len());
+            ratios.push(cost(&hosts, &offers).0 as f64 * 1000.0 / lower_bound(&needs, &offers).0 as f64);
+        }
+    }
+    Ok(())
+}
+
 /// Measures `runs` fleets, each of a seed of its own.
 ///
 /// # Errors
@@ -186,7 +228,7 @@ impl World {
 pub fn run(runs: u32) -> anyhow::Result<Vec<Row>> {
     let tell = Teller::default();
     let (mut filling, mut plain_rate, mut apart_rate) = (Sample::default(), Sample::default(), Sample::default());
-    let (mut plan_ms, mut moves) = (Sample::default(), Sample::default());
+    let (mut plan_ms, mut moves, mut ratios) = (Sample::default(), Sample::default(), Sample::default());
     for run in 0..runs {
         let (mut world, seconds) = World::full(u64::from(run))?;
         filling.push(GUESTS as f64 / seconds);
@@ -196,6 +238,7 @@ pub fn run(runs: u32) -> anyhow::Result<Vec<Row>> {
         let (ms, count) = world.plan()?;
         plan_ms.push(ms);
         moves.push(count as f64);
+        renting(1000 + u64::from(run), &mut ratios)?;
     }
     if let Some((least, most)) = moves.spread() {
         tell.say(&format!("the plan of {DRAINED} drained and {NEW} new hosts has {least:.0} to {most:.0} moves"));
@@ -205,6 +248,7 @@ pub fn run(runs: u32) -> anyhow::Result<Vec<Row>> {
         Row::no_less("placement/plain/decisions_per_s", &plain_rate, 10_000.0),
         Row::no_less("placement/anti-affinity/decisions_per_s", &apart_rate, 2000.0),
         Row::no_more("placement/drain-and-rebalance/plan_ms", &plan_ms, 1000.0),
+        Row::no_more("placement/joint-renting/permille_of_the_bound", &ratios, 1150.0),
     ];
     rows.into_iter().map(|row| row.context("nothing was measured")).collect()
 }
