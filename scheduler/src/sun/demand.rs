@@ -168,6 +168,9 @@ mod tests {
         assert_eq!(of(vec![vec![5.0; 500]]), None, "always the same");
         assert_eq!(of(vec![(0..500).map(f64::from).collect()]), None, "it only grows");
         let mut random = crate::sim::hazard::SplitMix(4);
+        let mut noise = |count: &f64| count * (0.2 + 1.6 * random.below(1000) as f64 / 1000.0);
+        let noisy = weeks(10, 1.0).iter().map(|counts| counts.iter().map(&mut noise).collect()).collect();
+        assert_eq!(of(noisy), Some(96), "a day, and no bump beside the present");
         assert_eq!(of(vec![(0..2000).map(|_| random.below(1000) as f64).collect()]), None, "chance");
     }
 

@@ -104,12 +104,13 @@ fn tried(demand: &[Vec<f64>], clouds: &[CloudView], here: usize, most: usize) ->
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(ProptestConfig::with_cases(500))]
 
     /// Against every itinerary there is: none within the same number of moves has a lower p95.
     #[test]
     fn no_itinerary_is_better_than_the_one_that_is_found(
-        counts in prop::collection::vec(prop::collection::vec(0u32..50, 5), 1..4),
+        // Many small ones, so that about a twentieth is slow now and then.
+        counts in prop::collection::vec(prop::collection::vec(prop_oneof![0u32..5, 30u32..50], 5), 2..4),
         latencies in prop::collection::vec(prop::collection::vec(1u32..300, 3), 3), here in 0usize..3, most in 0u32..4,
     ) {
         let expected: Vec<Vec<f64>> = counts.iter().map(|of| of.iter().map(|n| f64::from(*n)).collect()).collect();
