@@ -6,7 +6,7 @@
 //!
 //! **Capacity regime** (today's markets, ours): time is billed by the second, so the end of the hour means nothing. A
 //! market's price is taken with what its interruptions are expected to cost: the learned rate (a Gamma prior of one
-//! interruption in `prior_hours`, updated by what was seen; unless `belief = "mean"` by the pool's age and hour of day too,
+//! interruption in `prior_hours`, updated by what was seen; with `belief = "learned"` by the pool's age and hour of day too,
 //! [`crate::interruptions`]) times the cost of one. A move must pay for itself within
 //! `horizon_ms`. No more than `max_pool_permille` of the fleet goes into one pool, because a pool is taken as a whole, and no
 //! more than `max_shared_permille` where it is expected to be lost together with others.
@@ -65,9 +65,9 @@ pub struct SmartSpot {
 #[serde(rename_all = "kebab-case")]
 pub enum Belief {
     /// Each pool has a mean rate, whatever its age and the hour.
+    #[default]
     Mean,
     /// Its rate depends on for how long capacity has been there, and on the hour of day where that has foretold better.
-    #[default]
     Learned,
 }
 
@@ -88,7 +88,7 @@ impl Default for SmartSpot {
             max_pool_permille: 1000,
             max_shared_permille: 1000,
             guests_per_spare: 0,
-            belief: Belief::Learned,
+            belief: Belief::Mean,
         }
     }
 }
@@ -97,7 +97,7 @@ impl SmartSpot {
     /// For short notices: guests spread thinly over pools, with a host kept ready for every four. Dearer, and more available.
     #[must_use]
     pub fn with_spares() -> Self {
-        Self { max_pool_permille: 60, guests_per_spare: 4, ..Self::default() }
+        Self { max_pool_permille: 60, guests_per_spare: 4, belief: Belief::Learned, ..Self::default() }
     }
 
     /// What is wrong with the settings, if anything.
