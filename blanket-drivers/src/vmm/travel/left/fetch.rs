@@ -232,10 +232,11 @@ impl Work {
             // Who waits for zeros of memory that was never written waits on, and nobody else can give them.
             return (self.tell)(News::Broken(self.number, error.into()));
         }
-        (self.tell)(News::Fetched(Box::new(figures)));
+        // Before anybody is told: who carries the connection may let it go then.
         if let Some(mut talk) = self.talk {
             talk.take_leave();
         }
+        (self.tell)(News::Fetched(Box::new(figures)));
     }
 }
 
