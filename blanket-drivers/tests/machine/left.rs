@@ -322,7 +322,7 @@ fn what_a_move_costs_by_what_it_leaves_behind() {
     const BYTES_PER_S: u64 = 1_250_000;
     const ONE_WAY: Duration = Duration::from_millis(20);
     println!("2 MiB of 32 are written, a link of 10 Mbit/s and 40 ms there and back, 300 ms of standing still allowed");
-    for pause in [1u32, 4000, 20_000, 100_000] {
+    for pause in [1u32, 4000] {
         let mut code = FILL.to_vec();
         code[FILL_PAUSE..FILL_PAUSE + 4].copy_from_slice(&pause.to_le_bytes());
         let files = BootFiles { kernel: elf(&code), initrd: None, cmdline: String::new() };
