@@ -11,6 +11,8 @@ const APART: f64 = 0.2;
 const REPEATS: f64 = 0.3;
 /// A shorter period is as good when it repeats so much of what the best one does.
 const AS_GOOD: f64 = 0.95;
+/// So much is enough of a day or a week: noise alone makes such a difference.
+const NATURAL: f64 = 0.85;
 
 /// Requests counted by place and slot of time, without gaps.
 #[derive(Debug, Clone, PartialEq)]
@@ -100,7 +102,8 @@ impl Demand {
     }
 
     /// After how many slots the history repeats itself, learned by autocorrelation: beyond the first lag at which it is no longer like
-    /// itself, the shortest lag that is a peak and nearly as good as the best. At least two periods must have been seen.
+    /// itself, the shortest lag that is a peak and nearly as good as the best. Noise makes peaks beside the true one: a day or a week within
+    /// a tenth of it is taken instead, where that is nearly as good, else the best lag just beyond it. At least two periods must have been seen.
     #[must_use]
     pub fn period(&self) -> Option<usize> {
         let likeness: Vec<f64> = (0..=self.slots() / 2).map(|lag| self.likeness(lag)).collect();
@@ -113,7 +116,12 @@ impl Demand {
             let around = lag.saturating_sub(2)..(lag + 3).min(likeness.len());
             likeness[around].iter().all(|near| *near <= likeness[lag])
         };
-        (apart..likeness.len()).find(|lag| likeness[*lag] >= AS_GOOD * best && is_peak(*lag))
+        let is_good = |lag: usize, share: f64| likeness.get(lag).is_some_and(|like| *like >= share * best);
+        let first = (apart..likeness.len()).find(|lag| is_good(*lag, AS_GOOD) && is_peak(*lag))?;
+        let day = (DAY_MS / self.slot_ms) as usize;
+        let natural = [day, 7 * day].into_iter().find(|lag| lag.abs_diff(first) * 10 <= *lag && is_good(*lag, NATURAL));
+        let around = first..(first + first / 4 + 1).min(likeness.len());
+        natural.or_else(|| around.max_by(|a, b| likeness[*a].total_cmp(&likeness[*b]).then(b.cmp(a))))
     }
 
     /// Requests that are expected of each place in the slots from the one in which `from_ms` lies: the mean of the same slots of the
@@ -169,8 +177,13 @@ mod tests {
         assert_eq!(of(vec![(0..500).map(f64::from).collect()]), None, "it only grows");
         let mut random = crate::sim::hazard::SplitMix(4);
         let mut noise = |count: &f64| count * (0.2 + 1.6 * random.below(1000) as f64 / 1000.0);
-        let noisy = weeks(10, 1.0).iter().map(|counts| counts.iter().map(&mut noise).collect()).collect();
-        assert_eq!(of(noisy), Some(96), "a day, and no bump beside the present");
+        for _ in 0..8 {
+            let noisy = weeks(10, 1.0).iter().map(|counts| counts.iter().map(&mut noise).collect()).collect();
+            assert_eq!(of(noisy), Some(96), "a day, whatever the noise");
+        }
+        let slow = |slot: usize| 1000.0 + 1000.0 * (slot as f64 / 400.0 * std::f64::consts::TAU).cos();
+        let slow = of(vec![(0..3000).map(|slot| noise(&slow(slot))).collect()]);
+        assert!(slow.is_some_and(|lag| (360..440).contains(&lag)), "no bump beside the present: {slow:?}");
         assert_eq!(of(vec![(0..2000).map(|_| random.below(1000) as f64).collect()]), None, "chance");
     }
 
