@@ -8,10 +8,15 @@
 //! | what a guest stands on is brought | into `store_dir` | into the bucket |
 //!
 //! Volume processes never speak with a bucket: they have neither its credentials nor a way out of the host.
+//!
+//! A [cloud of clouds](supercloud_storage::backend::depsky) stands where a bucket stands.
 
 use std::sync::Arc;
 
-use supercloud_storage::backend::{BucketError, BucketStore, DirStore, ObjectStore, StoreError};
+use supercloud_storage::backend::{
+    BucketError, BucketStore, DirStore, ObjectStore, StoreError,
+    depsky::{CloudOfClouds, CloudOfCloudsError},
+};
 
 use crate::config::Config;
 
@@ -24,6 +29,9 @@ pub enum CloudStoreError {
     /// The bucket.
     #[error("the bucket cannot be used")]
     Bucket(#[from] BucketError),
+    /// The cloud of clouds.
+    #[error("the cloud of clouds cannot be used")]
+    CloudOfClouds(#[from] CloudOfCloudsError),
 }
 
 /// The chunks of this host's cloud. Cheap to clone.
@@ -31,6 +39,7 @@ pub enum CloudStoreError {
 pub struct CloudStore {
     near: DirStore,
     bucket: Option<Arc<dyn ObjectStore>>,
+    clouds: Option<CloudOfClouds>,
 }
 
 impl CloudStore {
@@ -46,7 +55,16 @@ impl CloudStore {
             tracing::info!(?bucket, ?slack, ?tail, "this cloud's chunks are kept in a bucket");
             Arc::new(bucket) as Arc<dyn ObjectStore>
         });
-        Ok(Self { near, bucket })
+        let clouds = config.cloud_of_clouds.as_ref().map(CloudOfClouds::open).transpose()?;
+        let bucket = match (&clouds, bucket) {
+            (Some(clouds), _) => {
+                let (slack, tail) = (clouds.stamp_slack(), clouds.delete_tail());
+                tracing::info!(?clouds, ?slack, ?tail, "this cloud's chunks are kept in a cloud of clouds");
+                Some(Arc::new(clouds.clone()) as Arc<dyn ObjectStore>)
+            }
+            (None, bucket) => bucket,
+        };
+        Ok(Self { near, bucket, clouds })
     }
 
     /// The folder: what volume processes read and write.
@@ -55,10 +73,16 @@ impl CloudStore {
         &self.near
     }
 
-    /// The bucket, if the cloud's chunks are kept in one.
+    /// The bucket, or the cloud of clouds, if the cloud's chunks are kept in one.
     #[must_use]
     pub fn bucket(&self) -> Option<&Arc<dyn ObjectStore>> {
         self.bucket.as_ref()
+    }
+
+    /// The cloud of clouds, if the cloud's chunks are kept in one.
+    #[must_use]
+    pub fn clouds(&self) -> Option<&CloudOfClouds> {
+        self.clouds.as_ref()
     }
 
     /// What counts as this cloud's store.

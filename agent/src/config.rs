@@ -16,6 +16,9 @@
 //! endpoint = "https://s3.example"                  # none: AWS
 //! credentials_file = "/etc/supercloud/bucket-credentials"
 //!
+//! [cloud_of_clouds]                                # instead of either; see [`CloudOfCloudsConfig`]
+//! key_file = "/etc/supercloud/store-key"           # and four [[cloud_of_clouds.member]] or more
+//!
 //! [sweep]                                          # of store_dir: what nothing names any more is removed
 //! every_s = 0                                      # how often; 0: only when somebody asks for it
 //! after_freezes = false                            # also when a freeze is over
@@ -36,7 +39,7 @@ use supercloud_sdn::{
 };
 
 use supercloud_ids::HostId;
-use supercloud_storage::backend::BucketConfig;
+use supercloud_storage::backend::{BucketConfig, depsky::CloudOfCloudsConfig};
 
 use crate::accounts::{Account, AccountError};
 
@@ -91,6 +94,9 @@ pub struct Config {
     /// The bucket that is the cloud's chunk store; the same for all its hosts.
     #[serde(default)]
     pub bucket: Option<BucketConfig>,
+    /// The stores of several providers that together are the cloud's chunk store; the same for all its hosts.
+    #[serde(default)]
+    pub cloud_of_clouds: Option<CloudOfCloudsConfig>,
     /// The controller's REST address, needed to join.
     pub controller_url: String,
     /// Where the controller takes agents' links (`host:port`); what the controller said at the join when absent.
@@ -344,6 +350,15 @@ impl Config {
         {
             return wrong("bucket", crate::chain(&error));
         }
+        if let Some(clouds) = &self.cloud_of_clouds {
+            if self.bucket.is_some() {
+                let why = "stands beside cloud_of_clouds, and a cloud has one store: make it one of its members, or remove it";
+                return wrong("bucket", why.into());
+            }
+            if let Err(error) = clouds.validate() {
+                return wrong("cloud_of_clouds", format!("{} {}", error.at, error.why));
+            }
+        }
         if self.run_dir.as_os_str().len() > MAX_RUN_DIR_BYTES {
             return wrong("run_dir", format!("must have at most {MAX_RUN_DIR_BYTES} bytes: sockets lie below it"));
         }
@@ -495,6 +510,8 @@ mod tests {
             ("data_address = '0.0.0.0:1'", "data_address"),
             ("[bucket]\nbucket = 'a/b'", "bucket"),
             ("[bucket]\nbucket = 'abc'\nendpoint = 'http://s3.example'", "bucket"),
+            ("[cloud_of_clouds]\nkey_file = '/k'", "cloud_of_clouds"),
+            ("[bucket]\nbucket = 'abc'\n[cloud_of_clouds]\nkey_file = '/k'", "bucket"),
             ("overlay_address = '10.0.0.1'", "overlay_address"),
             (&format!("run_dir = '/{}'", "r".repeat(60)), "run_dir"),
         ] {
@@ -510,6 +527,22 @@ mod tests {
         );
         parse(&with("overlay_address = '10.0.0.1'\ninsecure_overlay = true")).unwrap();
         parse(&with("overlay_address = '198.19.3.1'")).unwrap();
+        let four: String = (0..4)
+            .map(|i| {
+                format!("[[cloud_of_clouds.member]]\nname = 'p-{i}'\nbucket = {{ bucket = 'abc', prefix = 'p{i}' }}\n")
+            })
+            .collect();
+        let clouds = |more: &str| format!("[cloud_of_clouds]\nkey_file = '/etc/store-key'\n{four}{more}");
+        let config = parse(&with(&clouds(""))).unwrap().cloud_of_clouds.unwrap();
+        assert_eq!((config.members.len(), config.members[3].name.as_str()), (4, "p-3"));
+        let error = parse(&with(&clouds("[[cloud_of_clouds.member]]\nname = 'p-4'\nfolder = '/x'\n"))).unwrap_err();
+        assert!(error.to_string().contains("member has 5 entries: list 4 stores"), "{error}");
+        // What is misspelt is told.
+        let error = parse(&with(&clouds("bukket = 1"))).unwrap_err();
+        assert!(
+            matches!(&error, ConfigError::Parse { source, .. } if source.to_string().contains("bukket")),
+            "{error:?}"
+        );
         let bucket = parse(&with("[bucket]\nbucket = 'abc'\nprefix = 'west-1'")).unwrap().bucket.unwrap();
         assert_eq!((bucket.region.as_str(), bucket.credentials_file), ("us-east-1", None));
     }

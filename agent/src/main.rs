@@ -1,6 +1,11 @@
 //! `supercloud-agent`: runs guests on this host, for its controller.
 
-use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+use std::{
+    path::PathBuf,
+    process::ExitCode,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
@@ -19,6 +24,7 @@ use supercloud_blanket::{
 use supercloud_kvm::{KvmBackend, KvmConfig};
 use supercloud_libvirt::{Accelerator, LibvirtBackend, LibvirtConfig};
 use supercloud_sdn::switch::SwitchDriver;
+use supercloud_storage::{backend::depsky::CloudOfClouds, volume::FetchLimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -26,6 +32,8 @@ use tokio_util::sync::CancellationToken;
 const PROBE_BUDGET: Duration = Duration::from_secs(5);
 /// The pause after the switch could not be opened.
 const SWITCH_RETRY: Duration = Duration::from_secs(2);
+/// How often mending says how far it is.
+const TELL_EVERY: Duration = Duration::from_secs(5);
 
 /// The exit status of an agent whose host was removed: starting it again is of no use.
 const REMOVED: u8 = 77;
@@ -55,6 +63,13 @@ struct Arguments {
 enum Verb {
     /// Measures what this host can offer to guests, prints it as JSON, and ends.
     Probe,
+    /// Looks at every object of the configuration's cloud of clouds, puts anew what a store of it lacks or has wrong, says what was
+    /// done, and ends. So is a store filled that takes another's place. Guests and agents go on meanwhile.
+    MendStore {
+        /// At most so many megabytes per second
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+        megabytes_per_s: Option<u32>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -68,6 +83,7 @@ fn main() -> ExitCode {
         .init();
     let done = match arguments.verb {
         Some(Verb::Probe) => print_probe(),
+        Some(Verb::MendStore { megabytes_per_s }) => mend_store(&arguments, megabytes_per_s),
         None => run(&arguments),
     };
     match done {
@@ -84,6 +100,37 @@ fn main() -> ExitCode {
 
 fn print_probe() -> anyhow::Result<()> {
     println!("{}", serde_json::to_string_pretty(&probe::probe(PROBE_BUDGET))?);
+    Ok(())
+}
+
+fn mend_store(arguments: &Arguments, megabytes_per_s: Option<u32>) -> anyhow::Result<()> {
+    let config = read_config(arguments)?;
+    let clouds = config.cloud_of_clouds.as_ref().context("the configuration has no [cloud_of_clouds]")?;
+    let store = CloudOfClouds::open(clouds)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("no runtime can be made")?;
+    let limit = FetchLimit::default();
+    limit.set(megabytes_per_s.map(|megabytes| u64::from(megabytes) * 1_000_000));
+    let mut told = Instant::now();
+    let mended = runtime.block_on(store.mend_all(&limit, |mending| {
+        if told.elapsed() >= TELL_EVERY {
+            told = Instant::now();
+            tracing::info!(mending.objects, mending.bytes, mending.mended, "mending");
+        }
+    }));
+    for member in store.members() {
+        let wrong = member.last_wrong.as_deref().unwrap_or("nothing");
+        println!(
+            "{}: {} pieces put anew, {} requests failed, {} answers were wrong (the last: {wrong})",
+            member.name, member.mended, member.failed, member.wrong
+        );
+    }
+    let mended = mended.context("not all of the store could be looked at")?;
+    println!(
+        "{} objects, {} bytes: {} pieces put anew, {} not, since their store does not answer; {} objects cannot be read (what a \
+         write or deletion that did not end has left, if nothing is lost)",
+        mended.objects, mended.bytes, mended.mended, mended.unanswered, mended.unreadable
+    );
+    anyhow::ensure!(mended.unanswered == 0, "some pieces may be missing still: say it again when all stores answer");
     Ok(())
 }
 

@@ -20,7 +20,7 @@ use supercloud_api::{
 };
 use supercloud_ids::ProjectId;
 use supercloud_storage::{
-    backend::ObjectStore,
+    backend::{ObjectStore, depsky::MemberHealth},
     key::{ChunkKind, ChunkName, ContentRoot},
     sweep::{self, Asked as Question, Authority, AuthorityError, Live, Mark, SweepError, SweepOptions, Swept},
 };
@@ -154,14 +154,26 @@ async fn sweep_store(
         if !authority.is_home {
             continue;
         }
-        let query = Query::StoreSwept { swept: told(project, &done) };
+        let wrong = host.store.clouds().map(|clouds| wrong_lately(&clouds.members())).unwrap_or_default();
+        let query = Query::StoreSwept { swept: told(project, &done, wrong) };
         if let Err(error) = host.link.query(query, ANSWER_BUDGET).await {
             tracing::debug!(%project, error = crate::chain(&error), "the controller does not hear of the sweep");
         }
     }
 }
 
-fn told(project: ProjectId, done: &Result<Swept, SweepError>) -> StoreSwept {
+/// Who of a cloud of clouds gave something wrong lately, and what.
+fn wrong_lately(members: &[MemberHealth]) -> Vec<String> {
+    let wrong = members.iter().filter(|member| member.is_wrong_lately);
+    wrong
+        .filter_map(|member| {
+            let last = member.last_wrong.as_ref()?;
+            Some(format!("{} {last} ({} wrong answers since this agent's start)", member.name, member.wrong))
+        })
+        .collect()
+}
+
+fn told(project: ProjectId, done: &Result<Swept, SweepError>, wrong: Vec<String>) -> StoreSwept {
     let swept = done.as_ref().copied().unwrap_or_default();
     StoreSwept {
         project,
@@ -171,6 +183,7 @@ fn told(project: ProjectId, done: &Result<Swept, SweepError>) -> StoreSwept {
         freed_bytes: swept.freed_bytes,
         young_chunks: swept.young_chunks,
         problem: done.as_ref().err().map(|error| crate::chain(error)),
+        wrong,
     }
 }
 

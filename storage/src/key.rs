@@ -162,6 +162,11 @@ impl ProjectKey {
         Ok(Self(bytes))
     }
 
+    /// A key for one use, derived from this one.
+    pub(crate) fn derive(&self, context: &str) -> [u8; 32] {
+        blake3::derive_key(context, &self.0)
+    }
+
     /// Reads a key file (64 hexadecimal digits); refuses one that others may read. Blocking.
     pub fn from_file(path: &Path) -> Result<Self, KeyError> {
         use std::{io::Read as _, os::unix::fs::PermissionsExt as _};
@@ -193,7 +198,7 @@ impl Drop for ProjectKey {
 }
 
 /// Overwrites key material; `black_box` keeps the writes from being optimised away.
-fn wipe(bytes: &mut [u8]) {
+pub(crate) fn wipe(bytes: &mut [u8]) {
     bytes.fill(0);
     std::hint::black_box(bytes);
 }

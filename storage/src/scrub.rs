@@ -28,7 +28,8 @@ pub struct Scrubbed {
     pub sound_bytes: u64,
     /// Chunks that the store lacked and now has.
     pub fetched: u64,
-    /// Chunks that were damaged there and are whole now.
+    /// Chunks that were damaged there and are whole now; of a store over several others, also those of which a piece was missing or
+    /// wrong.
     pub repaired: u64,
     /// Chunks that the store lacks and nobody gives.
     pub missing: u64,
@@ -41,6 +42,8 @@ pub struct Scrubbed {
 /// What one chunk was found to be.
 enum Found {
     Sound(u64),
+    /// As [`Found::Sound`]; parts of it that the store keeps apart were not, and are now.
+    Mended(u64),
     Missing,
     Damaged,
 }
@@ -78,11 +81,11 @@ pub async fn scrub(
             limit.draw(MAX_SEALED_BYTES as u64).await;
             let found = look(store, reader, kind, name).await?;
             let is_mended = match found {
-                Found::Sound(_) => false,
+                Found::Sound(_) | Found::Mended(_) => false,
                 // What it finds elsewhere it keeps here; only a look here tells whether it could.
                 Found::Missing | Found::Damaged => {
                     reader.read(kind, name).await.is_ok()
-                        && matches!(look(store, reader, kind, name).await?, Found::Sound(_))
+                        && matches!(look(store, reader, kind, name).await?, Found::Sound(_) | Found::Mended(_))
                 }
             };
             Ok::<_, StoreError>((name, found, is_mended))
@@ -93,6 +96,12 @@ pub async fn scrub(
         let count = match (found, is_mended) {
             (Found::Sound(bytes), _) => {
                 scrubbed.sound_bytes += bytes;
+                tell(&scrubbed);
+                continue;
+            }
+            (Found::Mended(bytes), _) => {
+                scrubbed.sound_bytes += bytes;
+                scrubbed.repaired += 1;
                 tell(&scrubbed);
                 continue;
             }
@@ -117,15 +126,19 @@ async fn look(
     name: ChunkName,
 ) -> Result<Found, StoreError> {
     let key = ObjectKey::chunk(reader.keys().project(), &name);
-    let sealed = match store.get(key, MAX_SEALED_BYTES).await {
-        Ok(sealed) => sealed,
+    let (sealed, mended) = match store.check(key, MAX_SEALED_BYTES).await {
+        Ok(checked) => checked,
         Err(StoreError::NotFound { .. }) => return Ok(Found::Missing),
-        Err(StoreError::TooLarge { .. }) => return Ok(Found::Damaged),
+        Err(StoreError::TooLarge { .. } | StoreError::Damaged { .. }) => return Ok(Found::Damaged),
         Err(error) => return Err(error),
     };
     let (keys, len) = (reader.keys().clone(), sealed.len() as u64);
     let opened = tokio::task::spawn_blocking(move || chunk::unseal(&keys, kind, &name, &sealed).is_ok()).await;
-    Ok(if opened.unwrap_or(false) { Found::Sound(len) } else { Found::Damaged })
+    Ok(match (opened.unwrap_or(false), mended) {
+        (true, 0) => Found::Sound(len),
+        (true, _) => Found::Mended(len),
+        (false, _) => Found::Damaged,
+    })
 }
 
 #[cfg(test)]

@@ -48,6 +48,9 @@ pub struct StoreSwept {
     pub young_chunks: u64,
     /// Why it did not come to its end, if it did not.
     pub problem: Option<String>,
+    /// Of a store over several others: those that gave something wrong lately, by name, and what.
+    #[serde(default)]
+    pub wrong: Vec<String>,
 }
 
 /// What a check of a volume found.

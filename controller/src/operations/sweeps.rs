@@ -47,6 +47,8 @@ const PAUSE: Duration = Duration::from_millis(50);
 const EVENT_EVERY: Duration = Duration::from_secs(5);
 /// The longest problem that is kept, in characters.
 const PROBLEM_AT_MOST: usize = 500;
+/// Stores of one that gave something wrong and are named: it has no more members.
+const WRONG_AT_MOST: usize = 16;
 
 /// Whose store it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -362,7 +364,9 @@ impl Engine {
     /// A host has swept.
     pub(super) async fn store_swept(&self, host: HostId, mut swept: StoreSwept) -> Result<Answer, Problem> {
         let record = self.state.need::<HostRecord>(&host).await.map_err(|error| internal(&error.into()))?;
-        swept.problem = swept.problem.map(|problem| problem.chars().take(PROBLEM_AT_MOST).collect());
+        let cut = |text: String| text.chars().take(PROBLEM_AT_MOST).collect::<String>();
+        swept.problem = swept.problem.map(cut);
+        swept.wrong = swept.wrong.into_iter().take(WRONG_AT_MOST).map(cut).collect();
         self.sweeps.count(StoreOf::Cloud(record.host.cloud), &swept);
         if self.sweeps.is_news(host, swept.project) {
             self.tell_swept(Some(&record.host), &swept).await.map_err(|error| internal(&error))?;
@@ -372,23 +376,31 @@ impl Engine {
 
     async fn tell_swept(&self, host: Option<&supercloud_api::Host>, swept: &StoreSwept) -> Result<(), EngineError> {
         // One that found nothing to do is no news.
-        if swept.freed_chunks == 0 && swept.problem.is_none() {
+        if swept.freed_chunks == 0 && swept.problem.is_none() && swept.wrong.is_empty() {
             return Ok(());
         }
         if self.state.read::<ProjectRecord>(&swept.project).await?.is_none() {
             return Ok(());
         }
+        let store = host.map_or("controller", |host| host.cloud_name.as_str());
+        let mut change = Change::new();
+        if !swept.wrong.is_empty() {
+            let data = serde_json::json!({ "store": store, "wrong": swept.wrong });
+            let draft = EventDraft::new("store.wrong").project(swept.project);
+            change.event(draft.host(host.map(|host| host.id)).data(data));
+        }
         let data = serde_json::json!({
-            "store": host.map_or("controller", |host| host.cloud_name.as_str()),
+            "store": store,
             "freed_chunks": swept.freed_chunks,
             "freed_bytes": swept.freed_bytes,
             "left_bytes": swept.seen_bytes.saturating_sub(swept.freed_bytes),
             "young_chunks": swept.young_chunks,
             "problem": swept.problem,
         });
-        let mut change = Change::new();
         let kind = if swept.problem.is_none() { "store.swept" } else { "store.not_swept" };
-        change.event(EventDraft::new(kind).project(swept.project).host(host.map(|host| host.id)).data(data));
+        if swept.freed_chunks > 0 || swept.problem.is_some() {
+            change.event(EventDraft::new(kind).project(swept.project).host(host.map(|host| host.id)).data(data));
+        }
         let context = match host {
             Some(host) => Context::actor(format!("host:{}", host.id), RequestId::generate()),
             None => Context::system(),
@@ -493,6 +505,7 @@ impl Engine {
                 freed_bytes: swept.freed_bytes,
                 young_chunks: swept.young_chunks,
                 problem: done.as_ref().err().map(|error| chain(error)),
+                wrong: Vec::new(),
             };
             info!(?swept, "the controller's chunks were swept");
             self.sweeps.count(StoreOf::Controller, &swept);

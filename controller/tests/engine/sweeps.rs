@@ -203,12 +203,17 @@ async fn hosts_are_told_what_lives_and_an_older_copy_of_the_records_is_not_belie
         freed_bytes: 200,
         young_chunks: 1,
         problem: None,
+        wrong: vec!["aws gave bytes that were not written there".into(); 20],
     };
     for _ in 0..3 {
         ask(&world, host, Query::StoreSwept { swept: swept.clone() }).await.unwrap();
     }
     let (events, _) = world.state().events(0, 1000).await.unwrap();
     assert_eq!(events.iter().filter(|event| event.kind == "store.swept").count(), 1, "a host cannot flood the chain");
+    let wrong: Vec<_> = events.iter().filter(|event| event.kind == "store.wrong").collect();
+    assert_eq!(wrong.len(), 1, "who lies is named, once");
+    let named = wrong[0].data["wrong"].as_array().unwrap();
+    assert_eq!((named.len(), named[0].as_str().unwrap()), (16, "aws gave bytes that were not written there"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, btree_map::Entry},
     sync::{
-        Mutex,
+        Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, SystemTime},
@@ -22,7 +22,7 @@ pub(crate) struct MemStore {
     /// When each object was put or refreshed last.
     pub stamps: Mutex<BTreeMap<ObjectKey, SystemTime>>,
     /// The store's clock, in milliseconds; each put takes one.
-    pub clock_ms: AtomicU64,
+    pub clock_ms: Arc<AtomicU64>,
 }
 
 impl MemStore {

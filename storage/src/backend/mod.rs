@@ -3,6 +3,7 @@
 mod bucket;
 #[cfg(test)]
 mod conformance;
+pub mod depsky;
 mod dir;
 #[cfg(test)]
 pub(crate) mod mem;
@@ -53,6 +54,14 @@ pub enum StoreError {
         /// What the system said.
         #[source]
         source: io::Error,
+    },
+    /// The object is there, and not as it was put.
+    #[error("object {key} is damaged: {why}")]
+    Damaged {
+        /// The object.
+        key: ObjectKey,
+        /// What is wrong.
+        why: String,
     },
     /// The store could not be reached.
     #[error("{store} is not reachable: {why}")]
@@ -186,6 +195,12 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
 
     /// Reads an object of at most `cap` bytes.
     fn get(&self, key: ObjectKey, cap: usize) -> StoreFuture<'_, Bytes>;
+
+    /// Reads an object of at most `cap` bytes from everywhere where the store keeps a part of it, and puts anew what is missing or
+    /// wrong there; also gives how many parts that were.
+    fn check(&self, key: ObjectKey, cap: usize) -> StoreFuture<'_, (Bytes, u64)> {
+        Box::pin(async move { Ok((self.get(key, cap).await?, 0)) })
+    }
 
     /// Whether an object is there.
     fn exists(&self, key: ObjectKey) -> StoreFuture<'_, bool>;
