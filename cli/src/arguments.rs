@@ -249,7 +249,8 @@ pub enum HostVerb {
     Remove {
         /// Name or id.
         name: String,
-        /// Give up disk blocks, freezes and volumes that only this host has.
+        /// The machine does not run any more: give up disk blocks, freezes and volumes that only it has. Standbys of mirrors take
+        /// over and guests whose on-loss says so start elsewhere, at once: of a machine that runs on, two copies of a guest would run.
         #[arg(long)]
         force: bool,
     },

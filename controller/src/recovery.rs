@@ -2,12 +2,16 @@
 //! the records, waits until nobody else does something with the guest, and begins what an operator would begin. What it rests on is
 //! kept with the guest; how often something was tried is not, and begins anew with the controller.
 
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
 
 use supercloud_api::{
-    Code, GuestState, HostState, KeptMirror, MirrorMode, OnLoss, Operation, OperationKind, Plan, Problem, Ref,
+    Code, GuestState, HostState, KeptMirror, MirrorMode, OnLoss, Operation, OperationKind, Plan, PlanStepState,
+    Problem, Ref,
     handover::{self, BeginRequest},
-    ids::{GuestId, HostId, OperationId, RequestId},
+    ids::{GuestId, HostId, OperationId, PlanId, RequestId},
     link::MirrorOptions,
 };
 use tokio::time::Instant;
@@ -24,8 +28,8 @@ use crate::{
         guest_plan::{self, Picture},
     },
     state::{
-        Change, Context, EventDraft, GuestRecord, LiveHosts, ProjectRecord, State, StateError, Stored, Work, keys,
-        retry_conflicts,
+        Change, Context, EventDraft, GuestRecord, LiveHosts, PlanRecord, ProjectRecord, State, StateError, Stored,
+        Work, keys, retry_conflicts,
     },
 };
 
@@ -37,9 +41,11 @@ const ACTOR: &str = "recovery";
 pub struct Pace {
     /// Between two looks.
     pub look: Duration,
-    /// How long a guest must have been left alone: a plan that has ended its mirror moves it next.
+    /// The same while no guest wants anything.
+    pub idle: Duration,
+    /// How long a guest must have been left alone: who has ended something may be about to do something else with it.
     pub settle: Duration,
-    /// Before the second attempt; twice as long before each further one.
+    /// After an attempt that was begun; twice as long after each further one. Also after one that could not begin.
     pub first_wait: Duration,
     /// The longest wait.
     pub longest_wait: Duration,
@@ -51,6 +57,7 @@ impl Default for Pace {
     fn default() -> Self {
         Self {
             look: Duration::from_secs(2),
+            idle: Duration::from_secs(10),
             settle: Duration::from_secs(5),
             first_wait: Duration::from_secs(10),
             longest_wait: Duration::from_secs(600),
@@ -84,17 +91,20 @@ fn todo(record: &GuestRecord) -> Option<Todo> {
 struct Tries {
     /// Since when nobody else does something with it.
     free_since: Option<Instant>,
-    attempts: u32,
+    /// Attempts that were begun.
+    begun: u32,
     last: Option<Instant>,
-    /// Why it could not begin, as was told.
-    told: String,
+    /// Why the last one could not begin, as was told.
+    refused: Option<Code>,
 }
 
 impl Tries {
     /// Whether it is time for the next attempt.
     fn is_due(&mut self, now: Instant, pace: &Pace) -> bool {
         let free_since = *self.free_since.get_or_insert(now);
-        let wait = match self.attempts.checked_sub(1) {
+        let wait = match self.begun.checked_sub(1) {
+            // There may be room at any time.
+            _ if self.refused.is_some() => pace.first_wait,
             None => Duration::ZERO,
             Some(doublings) => pace.first_wait.saturating_mul(1 << doublings.min(16)).min(pace.longest_wait),
         };
@@ -127,14 +137,34 @@ impl Recovery {
     /// Looks for ever. It can be dropped at any await: nothing is half done.
     pub async fn run(mut self) {
         loop {
-            if let Err(error) = self.pass().await {
-                warn!("lost guests cannot be looked for now: {}", chain(&error));
-            }
-            tokio::time::sleep(self.pace.look).await;
+            let pause = match self.pass().await {
+                Ok(0) => self.pace.idle,
+                Ok(_) => self.pace.look,
+                Err(error) => {
+                    warn!("lost guests cannot be looked for now: {}", chain(&error));
+                    self.pace.look
+                }
+            };
+            tokio::time::sleep(pause).await;
         }
     }
 
-    async fn pass(&mut self) -> Result<(), StateError> {
+    /// Guests that a plan is about to move: it has ended their mirrors for that.
+    async fn planned(&self) -> Result<HashSet<GuestId>, StateError> {
+        let mut planned = HashSet::new();
+        for (id, _) in self.state.index(&keys::folder("active-plans")).await? {
+            let Ok(id) = id.parse::<PlanId>() else { continue };
+            let Some(record) = self.state.read::<PlanRecord>(&id).await? else { continue };
+            let is_open =
+                |state| matches!(state, PlanStepState::Pending | PlanStepState::Running | PlanStepState::Undoing);
+            let open = record.plan.steps.iter().filter(|step| is_open(step.state));
+            planned.extend(open.map(|step| step.guest));
+        }
+        Ok(planned)
+    }
+
+    /// Begins what is due; gives how many guests want anything at all.
+    async fn pass(&mut self) -> Result<usize, StateError> {
         let guests = self.state.list::<GuestRecord>().await?;
         let now = Instant::now();
         let wishes = |record: &GuestRecord| {
@@ -142,34 +172,40 @@ impl Recovery {
         };
         let known: HashMap<GuestId, Option<Todo>> =
             guests.iter().filter(|record| wishes(record)).map(|record| (record.guest.id, todo(record))).collect();
+        if known.is_empty() {
+            self.tries.clear();
+            return Ok(0);
+        }
+        let planned = self.planned().await?;
         self.tries.retain(|guest, tries| match known.get(guest) {
             Some(None) => !tries.is_calm(now, &self.pace),
             Some(Some(_)) => true,
             None => false,
         });
-        for (guest, todo) in known {
-            let Some(todo) = todo else { continue };
-            let tries = self.tries.entry(guest).or_default();
+        for (guest, todo) in &known {
+            let Some(todo) = todo.as_ref().filter(|_| !planned.contains(guest)) else { continue };
+            let tries = self.tries.entry(*guest).or_default();
             if !tries.is_due(now, &self.pace) {
                 continue;
             }
-            (tries.attempts, tries.last) = (tries.attempts.saturating_add(1), Some(now));
-            match begin(&self.state, &self.live, guest, &todo).await {
+            tries.last = Some(now);
+            match begin(&self.state, &self.live, *guest, todo).await {
                 Ok(Some(operation)) => {
                     info!(%guest, %operation, ?todo, "begun by itself");
-                    tries.told.clear();
+                    (tries.begun, tries.refused) = (tries.begun.saturating_add(1), None);
                 }
-                Ok(None) => {}
+                Ok(None) => tries.refused = None,
                 Err(failure) => {
-                    let detail = failure.problem().detail;
-                    if detail != tries.told {
-                        tell(&self.state, guest, &todo, &detail).await?;
-                        tries.told = detail;
+                    let problem = failure.problem();
+                    if tries.refused.replace(problem.code) != Some(problem.code)
+                        && let Err(error) = tell(&self.state, *guest, todo, &problem.detail).await
+                    {
+                        warn!(%guest, "why it cannot be begun cannot be told: {}", chain(&error));
                     }
                 }
             }
         }
-        Ok(())
+        Ok(known.len())
     }
 }
 
@@ -341,6 +377,7 @@ mod tests {
 
     const PACE: Pace = Pace {
         look: Duration::ZERO,
+        idle: Duration::ZERO,
         settle: Duration::from_secs(5),
         first_wait: Duration::from_secs(10),
         longest_wait: Duration::from_secs(60),
@@ -360,7 +397,7 @@ mod tests {
                 s += 1;
             }
             waits.push(s - before);
-            (tries.attempts, tries.last) = (tries.attempts + 1, Some(at(s)));
+            (tries.begun, tries.last) = (tries.begun + 1, Some(at(s)));
         }
         assert_eq!(waits, [5, 10, 20, 40, 60, 60]);
         // Something goes on, for a short time: as if it had not.
@@ -368,5 +405,9 @@ mod tests {
         assert!(!tries.is_due(at(s + 99), &PACE), "it was left alone for no time yet");
         assert!(tries.is_due(at(s + 104), &PACE));
         assert!(tries.is_calm(at(s + 200), &PACE));
+        // What could not begin may be possible at any time.
+        let mut refused =
+            Tries { begun: 9, last: Some(at(0)), refused: Some(Code::NoCapacity), free_since: Some(at(0)) };
+        assert!(!refused.is_due(at(9), &PACE) && refused.is_due(at(10), &PACE));
     }
 }

@@ -129,7 +129,8 @@ pub(super) async fn removal(
             Code::WrongState,
             format!(
                 "only this host has: {list}. Wait until it is back or until moves have finished, start or thaw those guests \
-                 elsewhere, or give all this up with ?force=true: such guests then start from their images"
+                 elsewhere, or, if this host does not run any more and will not, give all this up with ?force=true: such guests then \
+                 start from their images, some of them by themselves (mirrors, on_loss)"
             ),
         ));
     }
@@ -149,7 +150,8 @@ pub(super) async fn removal(
 
 /// Removes a host: its certificate is denied at once, and what it ran alone is declared lost. Refused while its agent is connected
 /// and it owns guests: then nothing proves that they do not run on. Refused, unless `?force=true`, while other guests need what only
-/// this host has. A rented one is given back instead: `POST /v1/rentings/{renting}/return`.
+/// this host has. With `force` you say that the machine does not run any more: standbys of mirrors take over, and guests whose
+/// `on_loss` says so start elsewhere, at once. A rented one is given back instead: `POST /v1/rentings/{renting}/return`.
 #[utoipa::path(delete, path = "/v1/hosts/{host}", tag = "hosts", responses((status = 200, body = Host)))]
 pub async fn remove(State(api): State<Api>, asker: Asker, Path(host): Path<String>) -> Result<Reply, Failure> {
     let reference = Ref::from(host);

@@ -103,16 +103,21 @@ pub async fn cancel(State(api): State<Api>, asker: Asker, Path(id): Path<String>
         if let Work::GuestMirror { is_failing_over: true, .. } = found.work {
             return Err(guest_mirrors::takes_over());
         }
-        if found.operation.is_cancel_requested || asker.params.dry_run {
+        let kept = match (&found.work, found.operation.guest) {
+            (Work::GuestMirror { .. }, Some(guest)) => api.parts.state.read::<GuestRecord>(&guest).await?,
+            _ => None,
+        };
+        let kept = kept.filter(|guest| guest.guest.kept_mirror.is_some());
+        if asker.params.dry_run || (found.operation.is_cancel_requested && kept.is_none()) {
             let shown = shown(&api, &found);
             return if asker.params.dry_run { Reply::ok(&shown) } else { Reply::accepted(&shown) };
         }
         let mut change = Change::new();
-        let now = change.request_cancel(&found);
-        if let (Work::GuestMirror { .. }, Some(guest)) = (&now.work, now.operation.guest)
-            && let Some(guest) = api.parts.state.read::<GuestRecord>(&guest).await?
-            && guest.guest.kept_mirror.is_some()
-        {
+        let mut now = found.value.clone();
+        if !found.operation.is_cancel_requested {
+            now = change.request_cancel(&found);
+        }
+        if let Some(guest) = kept {
             // Who ends a mirror does not want another one in its place.
             let mut without = guest.value.clone();
             without.guest.kept_mirror = None;

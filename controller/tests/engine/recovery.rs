@@ -74,6 +74,28 @@ async fn a_guest_whose_process_dies_starts_again_where_its_disk_is_also_over_a_r
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_lost_guest_waits_for_the_host_that_has_its_disk_as_long_as_that_is_only_silent() {
+    let mut world = World::new(seed("on-silence", 83), 2).await;
+    let guest = world.guest().await;
+    world.done(world.start(guest, 0).await).await;
+    world.settled().await;
+    world.crash(guest, 0).await;
+    world.until("it is lost", async |world| world.record(guest).await.guest.state == GuestState::Lost).await;
+    world.settled().await;
+    world.kill_agent(0).await;
+    world.wish(guest, OnLoss::RestartFromVolume, None).await;
+    let waits = async |world: &World| {
+        let (events, _) = world.state().events(0, 10_000).await.unwrap();
+        events.iter().any(|event| event.kind == "guest.recovery_waits" && event.guest == Some(guest))
+    };
+    world.until("it waits", waits).await;
+    assert_eq!(begun(&world, OperationKind::GuestStart).await, 1);
+    world.start_agent(0);
+    runs_only_at(&world, guest, 0).await;
+    assert_eq!(begun(&world, OperationKind::GuestStart).await, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_mirror_that_is_kept_is_begun_again_at_a_third_host_after_a_fail_over() {
     let mut world = World::new(seed("kept-mirror", 82), 3).await;
     let guest = world.guest().await;
@@ -105,6 +127,7 @@ async fn a_mirror_that_is_kept_is_begun_again_at_a_third_host_after_a_fail_over(
     world.cancel(third).await;
     world.end(third).await;
     world.settled().await;
-    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+    // The longest wait between two attempts is two seconds here.
+    tokio::time::sleep(std::time::Duration::from_secs(4)).await;
     assert_eq!(world.record(guest).await.guest.operation, None);
 }

@@ -197,6 +197,7 @@ impl World {
         });
         let pace = recovery::Pace {
             look: Duration::from_millis(50),
+            idle: Duration::from_millis(50),
             settle: Duration::from_millis(300),
             first_wait: Duration::from_millis(500),
             longest_wait: Duration::from_secs(2),

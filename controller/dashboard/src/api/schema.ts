@@ -466,7 +466,8 @@ export interface paths {
         /**
          * Removes a host: its certificate is denied at once, and what it ran alone is declared lost. Refused while its agent is connected
          *     and it owns guests: then nothing proves that they do not run on. Refused, unless `?force=true`, while other guests need what only
-         *     this host has. A rented one is given back instead: `POST /v1/rentings/{renting}/return`.
+         *     this host has. With `force` you say that the machine does not run any more: standbys of mirrors take over, and guests whose
+         *     `on_loss` says so start elsewhere, at once. A rented one is given back instead: `POST /v1/rentings/{renting}/return`.
          */
         delete: operations["hosts_remove"];
         options?: never;
