@@ -16,8 +16,9 @@
 //!   end_mirror(guest)                               promote(guest), then Backend::resume or LiveMigration::discard
 //! ```
 //!
-//! The stream is carried **both ways**: acknowledgements come back on it. A standby never runs by itself; what is not promoted dies
-//! with its agent, as what is only prepared does. What was promoted is as what has come by a move.
+//! The stream is carried **both ways**: acknowledgements come back on it. A standby never runs by itself. One that has committed a cut
+//! outlives its agent, though not its stream: nothing more comes to it, and the next agent finds it ([`Mirroring::standing`]). One
+//! that has none dies with its agent, as what is only prepared does. What was promoted is as what has come by a move.
 //!
 //! At a strict mirror no frame leaves the guest's network cards before a cut that has it is acknowledged, and when that does not
 //! happen any more (the standby is silent, this agent is another one by now) none leaves until [`Mirroring::end_mirror`]: say so
@@ -78,6 +79,17 @@ pub struct MirrorRun {
     pub done: BoxFuture<'static, BackendResult<()>>,
 }
 
+/// What a standby could go on from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Standing {
+    /// Nothing.
+    Nothing,
+    /// This cut, which was committed.
+    Committed(u64),
+    /// It was promoted.
+    Promoted,
+}
+
 /// Both halves of a mirror.
 pub trait Mirroring: Send + Sync {
     /// Source, after [`crate::LiveMigration::begin`]: copies the guest while it runs and then cut after cut, into the unix socket
@@ -104,6 +116,9 @@ pub trait Mirroring: Send + Sync {
     /// # Errors
     /// When the guest is not here.
     fn staged(&self, guest: GuestId) -> BackendResult<watch::Receiver<u64>>;
+
+    /// Standby, also of an agent before: what it could go on from.
+    fn standing(&self, guest: GuestId) -> BoxFuture<'_, BackendResult<Standing>>;
 
     /// Standby: takes a staged cut for good, and acknowledges it to the source. `Ok` when it was committed already.
     fn commit(&self, guest: GuestId, cut: u64) -> BoxFuture<'_, BackendResult<()>>;

@@ -331,14 +331,17 @@ impl KvmBackend {
     }
 }
 
-/// Makes of a guest that an agent before has left what it shall be: one that was arriving has not come, and a freeze that did not
-/// come to its end was none.
+/// Makes of a guest that an agent before has left what it shall be: one that was arriving has not come, unless it is a mirror's standby
+/// that could go on, and a freeze that did not come to its end was none.
 async fn settle(keeper: &Keeper, role: &Role, epoch: Epoch, budget: Duration) -> BackendResult<()> {
     let Some(state) = keeper.state_of_process().await? else { return Ok(()) };
     let guest = keeper.guest();
     tracing::info!(%guest, ?state, ?role, "a guest was found again");
     let Role::Freezing(file) = role else {
-        return if state == State::Arriving { keeper.end(StopReason::Failed, budget).await } else { Ok(()) };
+        if state != State::Arriving || crate::mirror::committed(keeper).await? > 0 {
+            return Ok(());
+        }
+        return keeper.end(StopReason::Failed, budget).await;
     };
     let stands_still = matches!(state, State::Paused | State::Sent);
     if stands_still && whole(file).await? {

@@ -142,6 +142,8 @@ pub struct Line {
     pub mirror: Option<MirrorProgress>,
     /// Of a standby: the newest cut that is whole there.
     pub cut: Option<u64>,
+    /// Of a standby: the cut from which it could go on; 0: none.
+    pub committed: Option<u64>,
     /// Whether it is being mirrored.
     pub is_mirrored: Option<bool>,
     /// A connection over which memory is served or fetched.

@@ -9,7 +9,7 @@
 //! | `promote` | | `promote`: **whole and paused** |
 //!
 //! A source goes on being mirrored, and holds back what it must, whatever becomes of its agent; but the stream goes with the agent
-//! that carries it.
+//! that carries it. A standby that has committed a cut stays, too, when its agent goes.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -17,7 +17,7 @@ use supercloud_blanket::{
     BackendError, BackendResult, BoxFuture, Mirroring,
     backend::{GuestInfo, PauseReason, RunState},
     migrate::Cookie,
-    mirror::{MirrorOptions, MirrorProgress, MirrorRun},
+    mirror::{MirrorOptions, MirrorProgress, MirrorRun, Standing},
 };
 use supercloud_ids::GuestId;
 use tokio::sync::watch;
@@ -75,7 +75,25 @@ async fn follow(
     }
 }
 
+/// The committed cut from which a process that waits could go on; 0: none, or it is of before this could be asked.
+pub(crate) async fn committed(keeper: &Keeper) -> BackendResult<u64> {
+    let status = keeper.ask("look for a standby's cuts", verb("status"), None).await?;
+    Ok(status.committed.unwrap_or(0))
+}
+
 impl KvmBackend {
+    async fn what_stands_by(&self, guest: GuestId) -> BackendResult<Standing> {
+        let Some(keeper) = self.keeper(guest)? else { return Ok(Standing::Nothing) };
+        Ok(match keeper.info().await?.map(|info| info.state) {
+            Some(RunState::Paused(PauseReason::Incoming)) => match committed(&keeper).await? {
+                0 => Standing::Nothing,
+                cut => Standing::Committed(cut),
+            },
+            Some(RunState::Paused(PauseReason::Arrived)) => Standing::Promoted,
+            _ => Standing::Nothing,
+        })
+    }
+
     async fn promote_standby(&self, guest: GuestId) -> BackendResult<GuestInfo> {
         let (keeper, state) = self.expect(guest).await?;
         match state {
@@ -147,6 +165,10 @@ impl Mirroring for KvmBackend {
     fn staged(&self, guest: GuestId) -> BackendResult<watch::Receiver<u64>> {
         let keeper = self.keeper(guest)?.ok_or(BackendError::NoSuchGuest { guest })?;
         Ok(keeper.staged())
+    }
+
+    fn standing(&self, guest: GuestId) -> BoxFuture<'_, BackendResult<Standing>> {
+        Box::pin(self.what_stands_by(guest))
     }
 
     fn commit(&self, guest: GuestId, cut: u64) -> BoxFuture<'_, BackendResult<()>> {

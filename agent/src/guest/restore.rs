@@ -5,12 +5,15 @@ use std::time::Duration;
 
 use supercloud_blanket::backend::{GuestInfo, RunState};
 use supercloud_handover::{
-    DestinationEvent, DestinationState, Found, LocalEvent, OperationKind, SourceEvent, SourceState,
+    DestinationEvent, DestinationPlan, DestinationState, Found, LocalEvent, OperationKind, SourceEvent, SourceState,
 };
 use supercloud_ids::Epoch;
 
-use super::{actor::Actor, record::GuestRecord};
-use crate::plane::admission::Role;
+use super::{
+    actor::Actor,
+    record::{CopyRecord, GuestRecord},
+};
+use crate::{jobs::standby, plane::admission::Role};
 
 /// The pause after the hypervisor could not be asked.
 const RETRY_PAUSE: Duration = Duration::from_secs(2);
@@ -24,8 +27,8 @@ fn found(info: Option<&GuestInfo>, epoch: Option<Epoch>) -> Found {
     }
 }
 
-/// What a restarted agent says to the two machines: pure.
-fn restarted(record: &GuestRecord, info: Option<&GuestInfo>) -> Vec<LocalEvent> {
+/// What a restarted agent says to the two machines: pure. `standby`: of a mirror's, whether it could go on.
+fn restarted(record: &GuestRecord, info: Option<&GuestInfo>, standby: bool) -> Vec<LocalEvent> {
     let mut events = Vec::new();
     let (source, destination) = (record.handover.source(), record.handover.destination());
     if !matches!(source.state(), SourceState::Idle) {
@@ -38,6 +41,9 @@ fn restarted(record: &GuestRecord, info: Option<&GuestInfo>) -> Vec<LocalEvent> 
     }
     if !matches!(destination.state(), DestinationState::Idle) {
         let mut seen = found(info, destination.epoch());
+        if matches!(destination.state(), DestinationState::Receiving { .. }) && !standby {
+            seen = Found::Nothing;
+        }
         if let DestinationState::Complete { plan, .. } | DestinationState::Granted { plan, .. } = destination.state()
             && matches!(plan.kind, OperationKind::Start { .. } | OperationKind::RestartFromVolume { .. })
             && seen == Found::Nothing
@@ -76,8 +82,23 @@ impl Actor {
         if let Err(error) = self.make_folders().await {
             tracing::error!(guest = %self.guest, error = crate::chain(&error), "the guest's folders cannot be made");
         }
-        self.restore_copies().await;
-        restarted(&self.record, info.as_ref())
+        let standby = self.find_standby(info.as_ref()).await;
+        self.restore_copies(standby.is_some()).await;
+        let events = restarted(&self.record, info.as_ref(), standby.is_some());
+        if let Some((plan, copy)) = standby {
+            self.keep_standby(plan, copy);
+        }
+        events
+    }
+
+    /// A mirror's standby that could go on from a cut.
+    async fn find_standby(&self, info: Option<&GuestInfo>) -> Option<(DestinationPlan, CopyRecord)> {
+        let DestinationState::Receiving { plan, .. } = self.record.handover.destination().state() else { return None };
+        if !matches!(plan.kind, OperationKind::Mirror { .. }) || found(info, Some(plan.epoch())) != Found::Paused {
+            return None;
+        }
+        let copy = self.record.incoming.as_ref()?;
+        standby::could_go_on(&self.host, self.guest, copy).await.then(|| (plan.clone(), copy.clone()))
     }
 
     /// Asks until the hypervisor answers; a process that belongs to neither machine is destroyed.
@@ -106,17 +127,18 @@ impl Actor {
     }
 
     /// Volume processes, their sockets' other ends, and the room that is taken.
-    async fn restore_copies(&mut self) {
+    async fn restore_copies(&mut self, is_standby: bool) {
         let handover = &self.record.handover;
         let holds_source = !matches!(handover.source().state(), SourceState::Idle | SourceState::Releasing);
         let is_serving = matches!(handover.source().state(), SourceState::Serving { .. });
-        let holds_incoming = !matches!(
-            handover.destination().state(),
-            DestinationState::Idle
-                | DestinationState::Preparing { .. }
-                | DestinationState::Receiving { .. }
-                | DestinationState::Destroying { .. }
-        );
+        let holds_incoming = is_standby
+            || !matches!(
+                handover.destination().state(),
+                DestinationState::Idle
+                    | DestinationState::Preparing { .. }
+                    | DestinationState::Receiving { .. }
+                    | DestinationState::Destroying { .. }
+            );
         let current = self.record.current.clone().filter(|_| holds_source);
         let incoming = self.record.incoming.clone().filter(|_| holds_incoming);
         let mut homes = Vec::new();
@@ -141,7 +163,9 @@ impl Actor {
             }
         }
         *self.watched.lock().await = homes;
-        if let Some(copy) = &incoming {
+        if is_standby {
+            // It asks the source for nothing any more.
+        } else if let Some(copy) = &incoming {
             if let Err(error) = self.dial_again(copy) {
                 tracing::warn!(guest = %self.guest, error = crate::chain(&error), "no way to the source's volumes yet");
             }
@@ -172,7 +196,7 @@ mod tests {
     }
 
     fn seen(record: &GuestRecord, info: Option<&GuestInfo>) -> Found {
-        match restarted(record, info)[..] {
+        match restarted(record, info, false)[..] {
             [LocalEvent::Source(SourceEvent::Restarted { found })] => found,
             ref other => panic!("{other:?}"),
         }
@@ -194,6 +218,6 @@ mod tests {
         record.is_off = true;
         assert_eq!(seen(&record, None), Found::Paused);
         let idle = GuestRecord::new(record.guest(), HostId::generate());
-        assert!(restarted(&idle, None).is_empty());
+        assert!(restarted(&idle, None, false).is_empty());
     }
 }

@@ -4,7 +4,8 @@
 //! |---|---|---|
 //! | [`receive`] | `Prepare` | `Prepared`, then `StateReceived` and `VolumeMapsReceived`, or `ReceiveFailed` |
 //! | [`depart`] | `StartCopy` of a migration | `GuestPaused`, or `CopyFailed`; later `PeerLost` |
-//! | [`mirror`] | `StartCopy` or `Prepare` of a mirror, `TakeOver` | `CopyFailed`; `StateReceived` and `VolumeMapsReceived`, or `ReceiveFailed` |
+//! | [`mirror`] | `StartCopy` of a mirror | `CopyFailed` |
+//! | [`standby`] | `Prepare` of a mirror, or a restart; `TakeOver` | `StateReceived` and `VolumeMapsReceived`, or `ReceiveFailed` |
 //! | [`freeze`] | `StartCopy` and `StoreFreeze` of a freeze | `GuestPaused`, `FreezeStored`, or `CopyFailed` |
 //! | [`fetch`] | `StartFetch` | `NothingMissing` |
 
@@ -15,6 +16,7 @@ pub mod freeze;
 pub mod mirror;
 pub mod prepare;
 pub mod receive;
+pub mod standby;
 
 use std::{sync::Arc, time::Duration};
 

@@ -28,7 +28,7 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{Fact, Job, JobError, PROGRESS_EVERY, file_error, in_time, mirror, prepare};
+use super::{Fact, Job, JobError, PROGRESS_EVERY, file_error, in_time, prepare, standby};
 use crate::{
     accounts::Account,
     chunks::ChunkSources,
@@ -80,9 +80,15 @@ pub struct Wants {
 
 /// Does the destination's part up to the request for the switch; tells how it ended.
 pub async fn run(job: Job, wants: Wants) {
+    let received = receive(&job, wants).await;
+    conclude(&job, received).await;
+}
+
+/// Tells how it ended.
+pub(super) async fn conclude(job: &Job, received: Result<Vec<VolumeStamp>, JobError>) {
     let operation = job.operation;
     let event = |event| Fact::Event(LocalEvent::Destination(event));
-    match receive(&job, wants).await {
+    match received {
         Ok(volumes) => {
             job.tell(event(DestinationEvent::StateReceived { operation })).await;
             job.tell(event(DestinationEvent::VolumeMapsReceived { operation, volumes })).await;
@@ -109,7 +115,7 @@ async fn receive(job: &Job, wants: Wants) -> Result<Vec<VolumeStamp>, JobError> 
             let mut peer = peer.ok_or_else(|| JobError::Protocol("no other agent was named".to_owned()))?;
             let received = match plan.kind {
                 OperationKind::Mirror { .. } => {
-                    mirror::stand_by(job, &plan, &copy, &mut peer, bandwidth_bytes_per_s, &take_over).await
+                    standby::stand_by(job, &plan, &copy, &mut peer, bandwidth_bytes_per_s, &take_over).await
                 }
                 _ => arrive(job, &plan, &copy, &mut peer, bandwidth_bytes_per_s).await,
             };

@@ -153,15 +153,17 @@ impl Hypervisor {
         }))
     }
 
-    /// What libvirt does when its client dies: what was only prepared is gone.
+    /// What libvirt does when its client dies: what was only prepared is gone. Standbys that could go on stay.
     pub async fn agent_died(&self) {
         self.0.agent.fetch_add(1, Ordering::SeqCst);
         for (_, task) in self.0.incoming.lock().unwrap().drain() {
             task.abort();
         }
-        self.0.standbys.lock().unwrap().clear();
-        self.0.staged.lock().unwrap().clear();
-        self.0.guests.lock().await.retain(|_, guest| guest.state != RunState::Paused(PauseReason::Incoming));
+        self.0.standbys.lock().unwrap().retain(|_, standby| standby.has_cut());
+        let standbys: Vec<GuestId> = self.0.standbys.lock().unwrap().keys().copied().collect();
+        let stays = |id: &GuestId, state| state != RunState::Paused(PauseReason::Incoming) || standbys.contains(id);
+        self.0.staged.lock().unwrap().retain(|id, _| standbys.contains(id));
+        self.0.guests.lock().await.retain(|id, guest| stays(id, guest.state));
     }
 
     pub async fn epoch_of(&self, guest: GuestId) -> Option<(Epoch, RunState)> {

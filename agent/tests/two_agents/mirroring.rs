@@ -14,7 +14,7 @@ use supercloud_blanket::{
     BackendError, BackendResult, BoxFuture, Mirroring,
     backend::{GuestInfo, PauseReason, RunState},
     migrate::Cookie,
-    mirror::{MirrorOptions, MirrorProgress, MirrorRun},
+    mirror::{MirrorOptions, MirrorProgress, MirrorRun, Standing},
 };
 use supercloud_ids::GuestId;
 use tokio::{
@@ -74,6 +74,13 @@ pub struct Standby {
     /// The newest committed cut and its number.
     committed: Mutex<Option<(u64, u64)>>,
     back: tokio::sync::Mutex<OwnedWriteHalf>,
+}
+
+impl Standby {
+    /// Whether it outlives its agent.
+    pub fn has_cut(&self) -> bool {
+        self.committed.lock().unwrap().is_some()
+    }
 }
 
 impl Inner {
@@ -211,6 +218,19 @@ impl Mirroring for Hypervisor {
 
     fn staged(&self, guest: GuestId) -> BackendResult<watch::Receiver<u64>> {
         Ok(self.0.staged(guest).subscribe())
+    }
+
+    fn standing(&self, guest: GuestId) -> BoxFuture<'_, BackendResult<Standing>> {
+        Box::pin(async move {
+            let state = self.0.guests.lock().await.get(&guest).map(|guest| guest.state);
+            let standby = self.0.standbys.lock().unwrap().get(&guest).cloned();
+            let committed = standby.and_then(|standby| *standby.committed.lock().unwrap());
+            Ok(match (state, committed) {
+                (Some(RunState::Paused(PauseReason::Arrived)), _) => Standing::Promoted,
+                (Some(_), Some((cut, _))) => Standing::Committed(cut),
+                _ => Standing::Nothing,
+            })
+        })
     }
 
     fn commit(&self, guest: GuestId, cut: u64) -> BoxFuture<'_, BackendResult<()>> {

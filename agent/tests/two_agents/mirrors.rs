@@ -1,12 +1,14 @@
 //! Guests that are mirrored: who dies, and when, decides nothing but whether the standby goes on or the guest itself. Nothing that was
 //! acknowledged is lost, and a guest whose mirror has ended speaks again.
 
+use std::{sync::atomic::Ordering, time::Duration};
+
 use supercloud_api::{
-    handover::{OperationKind, Owner, Phase},
+    handover::{OperationKind, Owner, Phase, Report},
     ids::{GuestId, OperationId},
 };
 
-use crate::lab::Lab;
+use crate::{controller::Verdict, lab::Lab};
 
 /// A guest at host 0 whose standby at host 1 has taken some cuts.
 async fn mirrored(lab: &Lab) -> (GuestId, OperationId) {
@@ -65,6 +67,91 @@ async fn the_standby_goes_on_when_the_host_is_lost() {
     assert_eq!(lab.controller.ended(guest, again).await, Phase::RolledBack);
     lab.done(guest, lab.migrate(2)).await;
     lab.check_at_owner(guest).await;
+}
+
+/// From now on nobody hears host 0 ask for an abort of its mirror.
+fn keep_the_mirror(lab: &Lab) {
+    let source = lab.hosts[0].id;
+    lab.controller.hook(move |from, report| match report {
+        Report::RequestAbort { .. } if from == source => Verdict::Drop,
+        _ => Verdict::Take,
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_whose_agent_was_restarted_goes_on_when_the_host_is_lost() {
+    // Before its host is dead and after.
+    for is_before in [true, false] {
+        let lab = Lab::begin(&[true, true]).await;
+        let (guest, operation) = mirrored(&lab).await;
+        keep_the_mirror(&lab);
+        if !is_before {
+            lab.hosts[0].die(guest).await;
+        }
+        lab.hosts[1].kill_agent().await;
+        lab.hosts[1].start_agent();
+        if is_before {
+            lab.hosts[0].die(guest).await;
+        }
+        lab.controller.lose(guest, lab.hosts[0].id);
+        assert_eq!(lab.controller.ended(guest, operation).await, Phase::Done);
+        assert_eq!(lab.controller.record(guest).owner, Owner::Host(lab.hosts[1].id));
+        lab.check_at_owner(guest).await;
+        assert_eq!(lab.world.boots.load(Ordering::SeqCst), 1, "it was not booted again");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_whose_agent_is_restarted_again_and_again_while_it_takes_over_goes_on() {
+    let lab = Lab::begin(&[true, true]).await;
+    let (guest, operation) = mirrored(&lab).await;
+    keep_the_mirror(&lab);
+    lab.hosts[0].die(guest).await;
+    lab.controller.lose(guest, lab.hosts[0].id);
+    // Whatever it was about to do.
+    for pause_ms in [0, 5, 20, 60] {
+        tokio::time::sleep(Duration::from_millis(pause_ms)).await;
+        lab.hosts[1].kill_agent().await;
+        lab.hosts[1].start_agent();
+    }
+    assert_eq!(lab.controller.ended(guest, operation).await, Phase::Done);
+    lab.check_at_owner(guest).await;
+    assert_eq!(lab.world.boots.load(Ordering::SeqCst), 1, "it was not booted again");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_whose_agent_was_restarted_is_ended_by_the_controller_alone() {
+    let lab = Lab::begin(&[true, true]).await;
+    let (guest, operation) = mirrored(&lab).await;
+    keep_the_mirror(&lab);
+    lab.hosts[1].kill_agent().await;
+    lab.hosts[1].start_agent();
+    lab.eventually("it says what has become of the mirror", async || {
+        lab.controller.progress(operation).is_some_and(|progress| progress.message.contains("restarted"))
+    })
+    .await;
+    assert!(lab.hosts[1].hypervisor.epoch_of(guest).await.is_some(), "the standby is kept");
+    assert!(lab.controller.record(guest).operation.is_some());
+    lab.controller.unhook();
+    assert!(lab.controller.abort(guest, operation));
+    ended_in_order(&lab, guest, operation).await;
+    let problems = lab.controller.problems();
+    assert!(problems.iter().any(|problem| problem.detail.contains("begin a new mirror")), "{problems:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_lives_stops_its_guest_before_a_standby_goes_on_whose_agent_was_restarted() {
+    let lab = Lab::begin(&[true, true]).await;
+    let (guest, operation) = mirrored(&lab).await;
+    // It is cut off from the controller only; the world counts copies that run at once.
+    lab.controller.cut(lab.hosts[0].id);
+    lab.hosts[1].kill_agent().await;
+    lab.hosts[1].start_agent();
+    lab.controller.lose(guest, lab.hosts[0].id);
+    assert_eq!(lab.controller.ended(guest, operation).await, Phase::Done);
+    lab.controller.heal(lab.hosts[0].id);
+    lab.eventually("the old copy goes", async || lab.hosts[0].hypervisor.epoch_of(guest).await.is_none()).await;
+    lab.check(guest).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -209,6 +209,9 @@ pub struct Line {
     /// Of a standby: the newest cut that is whole here.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cut: Option<u64>,
+    /// Of a standby, in the answer to `status`: the cut from which it could go on; 0: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub committed: Option<u64>,
     /// In the answer to `status`: whether it is being mirrored.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub is_mirrored: Option<bool>,

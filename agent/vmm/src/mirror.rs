@@ -349,6 +349,11 @@ impl Standby {
         self.has.staged()
     }
 
+    /// The cut from which it could go on; 0: none.
+    pub fn committed(&self) -> u64 {
+        if self.has.can_be_promoted() { self.has.committed() } else { 0 }
+    }
+
     /// Takes a cut for good, and says so to the other end, if that is there.
     ///
     /// # Errors

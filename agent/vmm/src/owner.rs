@@ -534,8 +534,9 @@ impl Owner<'_> {
         let cut = self.standby.as_ref().map(Standby::staged).filter(|_| is_status);
         let missing_bytes = is_status.then(|| self.leavings.missing_bytes());
         let connection = self.leavings.connection().filter(|_| is_status);
-        let line =
-            Line { id, state, error, ended, lost, is_mirrored, cut, connection, missing_bytes, ..Line::default() };
+        let committed = self.standby.as_ref().map(Standby::committed).filter(|_| is_status);
+        let standing = Line { cut, committed, connection, missing_bytes, ..Line::default() };
+        let line = Line { id, state, error, ended, lost, is_mirrored, ..standing };
         self.client.tell(&line);
         request.verb == Verb::End
     }

@@ -26,7 +26,8 @@
 //!
 //! A mirror stays in its copying, cut by cut, until somebody ends it (an abort: the guest runs on where it is) or its source
 //! is declared lost, or says that its copy is gone: then, and only then, the destination hears
-//! [`DestinationOrder::TakeOver`], makes its last cut whole, and asks for the switch like any other.
+//! [`DestinationOrder::TakeOver`], makes its last cut whole, and asks for the switch like any other. A standby whose agent was
+//! restarted receives no more, and waits for the one or the other all the same: it may be the last copy.
 //!
 //! # Why it holds
 //! - An operation's [`Verdict`] leaves `Open` once, in one durable write: to `Granted` or to `Aborted`. A destination runs only

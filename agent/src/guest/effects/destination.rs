@@ -20,7 +20,7 @@ use crate::{
         dials, machine,
         record::{CopyRecord, VolumeOrigin},
     },
-    jobs::{JobError, fetch, prepare, receive},
+    jobs::{JobError, fetch, prepare, receive, standby},
     plane::{
         admission::Role,
         meeting::{Meeting, MeetingHandle},
@@ -81,6 +81,20 @@ impl Actor {
         };
         self.jobs.receive = Some(Self::start(&job.clone(), receive::run(job, wants)));
         DONE
+    }
+
+    /// Goes on with a standby that an agent before has left. Where that does not begin, the order to take over tells so.
+    pub(in crate::guest) fn keep_standby(&mut self, plan: DestinationPlan, copy: CopyRecord) {
+        let operation = plan.operation;
+        let peer = self.record.assignment.as_ref().filter(|assignment| assignment.operation == operation);
+        let peer = peer.and_then(|assignment| assignment.peer.clone());
+        let mut meeting = Meeting::begin(self.meeting_params(operation, peer, Role::Destination));
+        let Some(events) = meeting.take_events() else { return };
+        let peer = receive::Peer { handle: meeting.handle(), events };
+        self.met = Some(Met { operation, meeting, _listener: None });
+        let take_over = self.take_over.insert(Arc::default()).clone();
+        let job = self.job(operation);
+        self.jobs.receive = Some(Self::start(&job.clone(), standby::go_on(job, plan, copy, peer, take_over)));
     }
 
     /// Has the job that stands by go on from its last cut. Said again and again; a job that has ended has told what came of it.

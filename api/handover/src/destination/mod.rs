@@ -411,6 +411,10 @@ impl DestinationHandover {
 
     fn restarted(&mut self, found: Found) -> Vec<Effect> {
         match (&self.state, found) {
+            // A standby needs no stream to go on from its last cut; whether it is to, the controller says.
+            (State::Receiving { plan, .. }, Found::Paused) if matches!(plan.kind, OperationKind::Mirror { .. }) => {
+                self.tick()
+            }
             // The stream went through the agent, so it broke with it; nothing was asked for yet.
             (State::Preparing { plan } | State::Receiving { plan, .. }, _) => {
                 let (operation, turn) = (plan.operation, plan.turn);

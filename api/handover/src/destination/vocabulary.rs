@@ -105,6 +105,7 @@ pub enum DestinationEvent {
     /// Time passes: about every second, and at once when the link to the controller comes back.
     Tick,
     /// The agent was restarted with this machine's last persisted state, and found this of the process that this operation made.
+    /// A mirror's standby counts only if it could go on: with a cut that is committed in its process and in all of its volumes.
     Restarted {
         /// What is there.
         found: Found,

@@ -153,7 +153,7 @@ fn a_mirror_ends_or_goes_on_without_its_source() {
     let kill = Faults { kills: 1, ..NONE };
     for scenario in [
         coarse(of("mirror, kill", vec![mirror(1)], kill)),
-        coarse(of("mirror, crash, kill", vec![mirror(1)], Faults { crashes: 1, ..kill })),
+        coarse(of("mirror, 2 crashes, kill", vec![mirror(1)], Faults { crashes: 2, ..kill })),
         coarse(of("mirror, reboot", vec![mirror(1)], Faults { reboots: 1, ..NONE })),
         coarse(Scenario { writes: 0, ..of("mirror, kill, restart", vec![mirror(1), restart(2)], kill) }),
         coarse(Scenario { writes: 0, ..of("mirror, kill, mirror again", vec![mirror(1), mirror(2)], kill) }),
@@ -222,5 +222,7 @@ fn mutants_are_caught() {
     let lost = Faults { kills: 1, crashes: 1, ..NONE };
     caught(Mutation::StandbyTakesOver, coarse(of("mirror", vec![mirror(1)], lost)));
     caught(Mutation::SpeaksTooEarly, coarse(of("mirror", vec![mirror(1)], lost)));
+    caught(Mutation::StandbyForgotten, coarse(of("mirror", vec![mirror(1)], lost)));
+    caught(Mutation::StandbyFromOlderCut, coarse(of("mirror", vec![mirror(1)], lost)));
     caught(Mutation::MapsBeforeSeal, of("migration", vec![migrate(1)], NONE));
 }

@@ -258,7 +258,10 @@ impl Model {
                 let machine = self.machine(&w.hosts[n]);
                 let source = found(w.hosts[n].by_epoch(epoch_of(machine.source())));
                 let op = machine.destination().operation().map(|operation| self.index(operation));
-                let destination = found(op.and_then(|op| w.hosts[n].by_op(op)));
+                let destination = match op.map(|op| self.found_standby(w, n, op)) {
+                    Some(false) => Found::Nothing,
+                    _ => found(op.and_then(|op| w.hosts[n].by_op(op))),
+                };
                 // The agent's rule: what belongs to neither machine goes.
                 let epoch = epoch_of(machine.source());
                 w.hosts[n].remove(|p| p.epoch != epoch && Some(p.op) != op);

@@ -96,7 +96,8 @@ impl Model {
         let to = (0..HOSTS).find(|n| host(*n) == to)?;
         let h = &w.hosts[to];
         let receives = matches!(self.machine(h).destination().state(), DestinationState::Receiving { .. });
-        (receives && !h.down && !h.dead && h.by_op(op)?.mode == Mode::Incoming).then_some(to)
+        let process = h.by_op(op)?;
+        (receives && !h.down && !h.dead && process.mode == Mode::Incoming && !process.left).then_some(to)
     }
 
     /// Whether host `n` has a cut from which it could go on.
@@ -104,6 +105,26 @@ impl Model {
         let h = &w.hosts[n];
         let op = self.machine(h).destination().operation().map(|operation| self.index(operation));
         h.adopt.is_some() && op.and_then(|op| h.by_op(op)).is_some()
+    }
+
+    /// A restarted agent looks at what is there of this operation's incoming process: a standby stays if it could go on.
+    pub(super) fn found_standby(&self, w: &mut World, n: usize, op: u8) -> bool {
+        let is_mirror = matches!(self.scenario.kinds[usize::from(op)], OperationKind::Mirror { .. });
+        if !matches!(self.machine(&w.hosts[n]).destination().state(), DestinationState::Receiving { .. }) || !is_mirror
+        {
+            return true;
+        }
+        if !self.can_take_over(w, n) || self.has(Mutation::StandbyForgotten) {
+            return false;
+        }
+        let h = &mut w.hosts[n];
+        if self.has(Mutation::StandbyFromOlderCut) {
+            h.adopt = h.adopt.map(|version| version.saturating_sub(1));
+        }
+        if let Some(p) = h.by_op_mut(op) {
+            p.left = true;
+        }
+        true
     }
 
     pub(super) fn take_over(&mut self, w: &mut World, n: usize, operation: OperationId) -> Result<(), Violation> {
@@ -114,7 +135,7 @@ impl Model {
         let version = w.hosts[n].adopt.unwrap_or_default();
         let h = &mut w.hosts[n];
         if let Some(p) = h.by_op_mut(op) {
-            p.mode = Mode::Received;
+            (p.mode, p.left) = (Mode::Received, false);
         }
         if let Some(volume) = &mut h.volume {
             volume.full = Some(version);
@@ -342,7 +363,7 @@ impl Model {
                         _ => Mode::Received,
                     };
                     if h.by_op(op).is_none() {
-                        h.add(Process { op, epoch: 0, mode, pages_missing: false, holds: false });
+                        h.add(Process { op, epoch: 0, mode, pages_missing: false, holds: false, left: false });
                     }
                     let standby = Volume { access: Access::Standby, map: 0, needs: None, full: None };
                     h.volume = Some(h.volume.unwrap_or(standby));
@@ -353,6 +374,15 @@ impl Model {
             DestinationEffect::TakeOver { operation } => self.take_over(w, n, operation)?,
             DestinationEffect::DestroyReceived { operation } => {
                 let op = self.index(operation);
+                let is_last = self
+                    .records
+                    .get(w.record)
+                    .operation
+                    .as_ref()
+                    .is_some_and(|op| op.id == operation && op.is_mirrored() && op.source_lost);
+                if is_last && w.used.glitches == 0 && h.adopt.is_some() && h.by_op(op).is_some() {
+                    return Err(format!("host {n} destroys the last copy"));
+                }
                 h.remove(|p| p.op == op);
                 h.adopt = None;
                 h.volume = h.volume.filter(|v| v.access != Access::Standby);

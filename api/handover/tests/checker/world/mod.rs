@@ -112,6 +112,10 @@ pub enum Mutation {
     StandbyTakesOver,
     /// A mirrored guest speaks freely when its agent is gone.
     SpeaksTooEarly,
+    /// A restarted agent gives up the standby that it finds.
+    StandbyForgotten,
+    /// A restarted agent goes on from the cut before the last one.
+    StandbyFromOlderCut,
     /// The agent does not repeat what it asks for.
     NobodyAsksAgain,
 }
@@ -133,6 +137,8 @@ struct Process {
     pages_missing: bool,
     /// What it says to the world waits for the next cut of its mirror.
     holds: bool,
+    /// A standby that an agent before has left: nothing more comes to it.
+    left: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -335,8 +341,14 @@ impl Model {
                 self.machines.id(LocalHandover::of(SourceHandover::running(guest(), host(0), Epoch(1)), host(0)));
             hosts[0].machine = machine;
             hosts[0].persisted = machine;
-            hosts[0].processes[0] =
-                Some(Process { op: NO_OP, epoch: 1, mode: Mode::Running, pages_missing: false, holds: false });
+            hosts[0].processes[0] = Some(Process {
+                op: NO_OP,
+                epoch: 1,
+                mode: Mode::Running,
+                pages_missing: false,
+                holds: false,
+                left: false,
+            });
             hosts[0].volume = Some(Volume { access: Access::Active(1), map: 0, needs: None, full: Some(0) });
         }
         World {
