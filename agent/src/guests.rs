@@ -262,6 +262,7 @@ impl Facts for Guests {
             knows_predictive: true,
             takes_checks: true,
             takes_mirrors: host.backend.mirroring().is_ok(),
+            takes_post_copy: host.backend.post_copy().is_ok(),
         }
     }
 

@@ -4,7 +4,8 @@
 //! [`Opened`] frame; after an `Ok` the connection belongs to the channel:
 //!
 //! - `Control`: frames of kind [`kind::HANDOVER`] with [`HandoverMessage`]s, both ways, for the life of a migration;
-//! - `Memory`: raw bytes of the hypervisor's migration stream, source to destination (opaque to us);
+//! - `Memory`: raw bytes of the hypervisor's migration stream, source to destination (opaque to us); after the switch of a move that has
+//!   left memory behind: what fetches that, both ways;
 //! - `Volume`: the storage library's peer protocol between the two volume processes, raw to the agents;
 //! - `Chunks`: the storage library's chunk protocol.
 //!
@@ -83,6 +84,8 @@ pub enum HandoverMessage {
     TakesOver,
     /// Source of a mirror: the guest does not run there (any more), and will not before the controller says so.
     StandsStill,
+    /// Source, after a move that has left memory behind: its process is gone, and with it what is not fetched yet.
+    MemoryGone,
     /// Destination: it still copies blocks ahead; said now and then before `CopiedAhead`.
     Preparing {
         /// Bytes of blocks that have come so far.

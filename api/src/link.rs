@@ -174,6 +174,9 @@ pub struct Hello {
     /// Its guests can be mirrored, and it can stand by for others'.
     #[serde(default)]
     pub takes_mirrors: bool,
+    /// Guests may leave memory behind when they move from or to it ([`crate::MemoryMode`]).
+    #[serde(default)]
+    pub takes_post_copy: bool,
 }
 
 /// The controller's answer to a [`Hello`].

@@ -51,6 +51,7 @@ pub async fn run(client: &Client, output: Output, verb: GuestVerb) -> anyhow::Re
             max_downtime_ms,
             deadline,
             no_auto_converge,
+            memory,
             dry_run,
             reason,
             watch,
@@ -61,6 +62,7 @@ pub async fn run(client: &Client, output: Output, verb: GuestVerb) -> anyhow::Re
                 max_downtime_ms,
                 auto_converge: !no_auto_converge,
                 deadline_ms: deadline.map(|seconds| seconds.saturating_mul(1000)),
+                memory: memory.into(),
                 reason,
             };
             if dry_run {

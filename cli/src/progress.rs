@@ -74,8 +74,16 @@ pub fn share(operation: &Operation) -> f64 {
         Phase::Finish => {
             let come = progress.disk_bytes_after_resume.unwrap_or(0);
             let all = progress.disk_missing_bytes.saturating_add(come);
-            let done = if all == 0 { 0.0 } else { come as f64 / all as f64 };
-            0.85 + 0.14 * done
+            let disk = if all == 0 { 0.0 } else { come as f64 / all as f64 };
+            // Memory that was left behind: of it all, where it is not known how much it was.
+            let memory = match progress.memory_missing_bytes {
+                Some(missing) if progress.memory_total_bytes > 0 => {
+                    1.0 - (missing as f64 / progress.memory_total_bytes as f64).clamp(0.0, 1.0)
+                }
+                Some(_) => 0.0,
+                None => 1.0,
+            };
+            0.85 + 0.14 * if all == 0 && memory < 1.0 { memory } else { disk.min(memory) }
         }
         Phase::Done | Phase::RolledBack | Phase::Failed => 1.0,
     }
@@ -114,6 +122,9 @@ pub fn line(operation: &Operation, share: f64) -> String {
     let disk = [progress.disk_bytes_before_resume, progress.disk_bytes_after_resume].map(Option::unwrap_or_default);
     if disk != [0, 0] {
         text.push_str(&format!(", disk {}+{}", bytes(disk[0]), bytes(disk[1])));
+    }
+    if let Some(missing) = progress.memory_missing_bytes.filter(|missing| *missing > 0) {
+        text.push_str(&format!(", {} of memory missing", bytes(missing)));
     }
     if let Some(downtime) = progress.downtime_ms.filter(|_| operation.phase >= Phase::Resume) {
         text.push_str(&format!(", paused {}", duration(downtime)));

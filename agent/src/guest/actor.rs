@@ -79,6 +79,8 @@ pub(super) struct Jobs {
     pub receive: Option<Running>,
     /// Fetching what is missing.
     pub fetch: Option<Running>,
+    /// Serving memory that a move has left behind.
+    pub serve: Option<Running>,
 }
 
 impl Jobs {
@@ -112,6 +114,10 @@ pub(super) struct Actor {
     pub met: Option<Met>,
     /// To the job that stands by.
     pub take_over: Option<Arc<tokio::sync::Notify>>,
+    /// To the job that fetches.
+    pub source_lost: Arc<tokio::sync::Notify>,
+    /// Why memory that is missing cannot be had for now.
+    memory_alarm: Option<String>,
     pub ticket: watch::Sender<String>,
     pub chunk_places: ChunkPlaces,
     /// What the chunk socket leads to, and its task.
@@ -184,6 +190,8 @@ impl Actor {
             maps: None,
             met: None,
             take_over: None,
+            source_lost: Arc::default(),
+            memory_alarm: None,
             ticket,
             chunk_places,
             sources: None,
@@ -304,6 +312,7 @@ impl Actor {
                 self.save().await;
             }
             Fact::Arrived { at, paused_for } => self.arrived = Some((at, paused_for)),
+            Fact::MemoryStalled(why) => self.memory_alarm = why,
         }
     }
 
@@ -532,7 +541,7 @@ impl Actor {
 
     fn publish(&self) {
         let base_missing = self.base.as_ref().and_then(BaseFetch::missing_bytes);
-        let alarm = self.look.alarm.as_deref();
+        let alarm = self.memory_alarm.as_deref().or(self.look.alarm.as_deref());
         let row = report::row(&self.record, self.is_stalled, alarm, self.look.missing_bytes, base_missing);
         let copy = self.record.incoming.as_ref().or(self.record.current.as_ref());
         let runs_here = row.as_ref().is_some_and(|row| {

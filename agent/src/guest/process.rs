@@ -90,8 +90,24 @@ impl Actor {
         !matches!(self.host.backend.status(self.guest).await, Ok(None))
     }
 
+    /// Asks the hypervisor whether the process is still there whose memory another host fetches.
+    async fn look_for_memory(&mut self) {
+        let epoch = self.record.handover.source().epoch();
+        let is_gone = match self.host.backend.status(self.guest).await {
+            Ok(info) => info.is_none_or(|info| info.epoch != epoch || info.state == RunState::Crashed),
+            Err(_) => false,
+        };
+        if is_gone {
+            tracing::error!(guest = %self.guest, "the process is gone whose memory is still fetched");
+            self.process([LocalEvent::Source(SourceEvent::GuestGone)]).await;
+        }
+    }
+
     /// Asks the hypervisor whether the guest is still there, when it should be.
     pub(super) async fn look_for_process(&mut self) {
+        if matches!(self.record.handover.source().state(), SourceState::Serving { guest_kept: true }) {
+            self.look_for_memory().await;
+        }
         let is_complete = matches!(self.record.handover.destination().state(), DestinationState::Complete { .. })
             && self.has_received_process();
         if self.record.is_off || !(self.is_mine_to_run() || is_complete && !self.jobs.may_change_the_process()) {

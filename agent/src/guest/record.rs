@@ -96,6 +96,12 @@ impl Places {
         self.incoming().join("stream.sock")
     }
 
+    /// Where the hypervisor takes memory that a move has left behind.
+    #[must_use]
+    pub fn incoming_memory(&self) -> PathBuf {
+        self.incoming().join("memory.sock")
+    }
+
     /// Where the hypervisor sends an outgoing stream.
     #[must_use]
     pub fn outgoing_stream(&self) -> PathBuf {
@@ -193,6 +199,9 @@ pub struct GuestRecord {
     /// The guest powered itself off; the controller makes a stop of it, in order.
     #[serde(default)]
     pub is_off: bool,
+    /// The guest has moved away and left memory behind, and its process is gone: who wants that memory is told so.
+    #[serde(default)]
+    pub is_memory_gone: bool,
     /// Something that people should know.
     pub alarm: Option<String>,
 }
@@ -211,6 +220,7 @@ impl GuestRecord {
             spooling: None,
             frozen: None,
             is_off: false,
+            is_memory_gone: false,
             alarm: None,
         }
     }
@@ -231,6 +241,7 @@ impl GuestRecord {
         }
         let before = self.current.take();
         self.current = self.incoming.take();
+        self.is_memory_gone = false;
         before
     }
 

@@ -146,6 +146,10 @@ pub fn merge(known: &mut Progress, told: &Progress) {
         known.eta_min_ms = told.eta_min_ms;
         known.eta_max_ms = told.eta_max_ms;
     }
+    known.memory_missing_bytes = match (known.memory_missing_bytes, told.memory_missing_bytes) {
+        (Some(known), Some(told)) => Some(known.min(told)),
+        (known, told) => known.or(told),
+    };
     if let Some(mirror) = &told.mirror {
         known.mirror = Some(mirror.clone());
     }
@@ -190,6 +194,11 @@ mod tests {
         merge(&mut known, &Progress { memory_sent_bytes: 10, round: 1, ..memory.clone() });
         assert_eq!((known.memory_sent_bytes, known.round, known.memory_remaining_bytes), (60, 2, 40));
         assert_eq!((known.disk_bytes_before_resume, known.message.as_str()), (Some(9), "a"));
+        for (told, shown) in [(None, None), (Some(5), Some(5)), (Some(6), Some(5)), (None, Some(5)), (Some(0), Some(0))]
+        {
+            merge(&mut known, &Progress { memory_missing_bytes: told, ..Progress::default() });
+            assert_eq!(known.memory_missing_bytes, shown);
+        }
     }
 
     #[test]

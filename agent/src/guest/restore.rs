@@ -146,10 +146,10 @@ impl Actor {
             if let Err(error) = self.offer_chunks(copy) {
                 tracing::warn!(guest = %self.guest, error = crate::chain(&error), "no chunk socket");
             }
-            let disk_bytes = copy.spec.volumes.iter().map(|volume| volume.size_bytes).sum();
             if is_serving && incoming.is_none() {
-                self.host.ledger.note_volumes(self.guest, disk_bytes);
+                self.note_served_room();
             } else {
+                let disk_bytes = copy.spec.volumes.iter().map(|volume| volume.size_bytes).sum();
                 self.host.ledger.note(self.guest, copy.spec.shape, disk_bytes);
             }
             for home in copy.all_volumes() {

@@ -3,11 +3,11 @@
 use std::{path::PathBuf, time::Duration};
 
 use supercloud_api::{
-    Progress,
+    self as api, Progress,
     data::{Channel, HandoverMessage},
     link::{MigrationOptions, VolumeRoot},
 };
-use supercloud_blanket::migrate::{Cookie, CopyLimits, CopyOptions, TransferPhase, TransferProgress};
+use supercloud_blanket::migrate::{Cookie, CopyLimits, CopyOptions, MemoryMode, TransferPhase, TransferProgress};
 use supercloud_blanket::{
     BackendError,
     backend::{PauseReason, RunState},
@@ -240,7 +240,11 @@ async fn depart(
         max_downtime_ms: Some(pause_for_pages_ms(max_downtime_ms)),
         auto_converge: options.auto_converge,
         budget,
-        ..CopyOptions::default()
+        memory: match options.memory {
+            api::MemoryMode::PreCopy => MemoryMode::PreCopy,
+            api::MemoryMode::Hybrid => MemoryMode::Hybrid,
+            api::MemoryMode::PostCopy => MemoryMode::PostCopy,
+        },
     };
     let mut transfer = live.perform(guest, cookie, stream, copy)?;
     let mut ticks = interval(PROGRESS_EVERY);
@@ -301,7 +305,7 @@ async fn depart(
             let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
             tracing::info!(
                 %guest, %operation, met_ms = ms(met_after), ahead_ms = ms(ahead_after), ready_ms = ms(ready_after), copied_ms = ms(began.elapsed()),
-                paused_ms = ms(performed.paused_for), "the guest's memory has gone over"
+                paused_ms = ms(performed.paused_for), left_bytes = performed.left_bytes, "the guest's memory has gone over"
             );
             let paused_at = Instant::now().checked_sub(performed.paused_for).unwrap_or_else(Instant::now);
             Ok((performed.cookie, paused_at, bridge))

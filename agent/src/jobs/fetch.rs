@@ -1,12 +1,18 @@
-//! After the switch: the blocks that are still at the source follow, until nothing is missing.
+//! After the switch: the blocks, and the memory, that are still at the source follow, until nothing is missing.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use supercloud_api::Progress;
 use supercloud_handover::{DestinationEvent, LocalEvent};
 use supercloud_ids::Epoch;
 
-use super::{Fact, Job, PROGRESS_EVERY};
+use super::{Fact, Job, PROGRESS_EVERY, memory};
 use crate::{chunks::ChunkSources, volumes::VolumeHome};
 
 /// The pause after a volume could not be asked: its process is being started anew.
@@ -39,22 +45,56 @@ impl Origin {
     }
 }
 
+/// What is fetched.
+pub struct Wants {
+    /// The epoch at which the guest runs here.
+    pub epoch: Epoch,
+    /// Its volumes.
+    pub volumes: Vec<VolumeHome>,
+    /// Where their blocks come from.
+    pub origin: Origin,
+    /// At most this much of the link for blocks, bytes per second.
+    pub bandwidth_bytes_per_s: Option<u64>,
+    /// Memory, where some may have been left behind.
+    pub memory: Option<memory::Fetch>,
+}
+
 /// Fetches until nothing is missing, however long it takes; tells `NothingMissing`.
-pub async fn run(job: Job, epoch: Epoch, volumes: Vec<VolumeHome>, origin: Origin, bandwidth_bytes_per_s: Option<u64>) {
-    let fetched = async {
-        while let Some(pause) = step(&job, &volumes, &origin, bandwidth_bytes_per_s).await {
+pub async fn run(job: Job, wants: Wants) {
+    let Wants { epoch, volumes, origin, bandwidth_bytes_per_s, memory } = wants;
+    let is_memory_missing = memory.as_ref().map(|memory| Arc::clone(&memory.is_missing)).unwrap_or_default();
+    let blocks = async {
+        while let Some(pause) = step(&job, &volumes, &origin, bandwidth_bytes_per_s, &is_memory_missing).await {
             tokio::time::sleep(pause).await;
+        }
+        Ok(())
+    };
+    let memory = async {
+        match memory {
+            Some(with) => memory::fetch(&job, with).await.then_some(()).ok_or(()),
+            None => Ok(()),
         }
     };
     tokio::select! {
         () = job.cancel.cancelled() => return,
-        () = fetched => {}
+        fetched = futures::future::try_join(blocks, memory) => {
+            if fetched.is_err() {
+                // The guest is no more, as was told.
+                return;
+            }
+        }
     }
     job.tell(Fact::Event(LocalEvent::Destination(DestinationEvent::NothingMissing { epoch }))).await;
 }
 
 /// Looks at the volumes; the time after which to look again, or `None` when everything is here.
-async fn step(job: &Job, volumes: &[VolumeHome], origin: &Origin, limit: Option<u64>) -> Option<Duration> {
+async fn step(
+    job: &Job,
+    volumes: &[VolumeHome],
+    origin: &Origin,
+    limit: Option<u64>,
+    is_memory_missing: &AtomicBool,
+) -> Option<Duration> {
     let mut progress = Progress::default();
     let mut pulled = (0, 0);
     for home in volumes {
@@ -79,7 +119,9 @@ async fn step(job: &Job, volumes: &[VolumeHome], origin: &Origin, limit: Option<
     }
     (progress.disk_bytes_before_resume, progress.disk_bytes_after_resume) = origin.count(pulled).unzip();
     let is_done = progress.disk_missing_bytes == 0;
-    progress.message = if is_done { String::new() } else { "the rest of the disk follows".to_owned() };
+    // Memory matters more, and is told of by who fetches it.
+    let is_silent = is_done || is_memory_missing.load(Ordering::Acquire);
+    progress.message = if is_silent { String::new() } else { "the rest of the disk follows".to_owned() };
     job.show(progress);
     (!is_done).then_some(PROGRESS_EVERY)
 }

@@ -8,11 +8,13 @@
 //! | [`standby`] | `Prepare` of a mirror, or a restart; `TakeOver` | `StateReceived` and `VolumeMapsReceived`, or `ReceiveFailed` |
 //! | [`freeze`] | `StartCopy` and `StoreFreeze` of a freeze | `GuestPaused`, `FreezeStored`, or `CopyFailed` |
 //! | [`fetch`] | `StartFetch` | `NothingMissing` |
+//! | [`memory`] | `ServeMemory` of a post-copy, `StartFetch` | `MemoryServed`; `GuestGone` when what is missing is nowhere |
 
 pub mod base;
 pub mod depart;
 pub mod fetch;
 pub mod freeze;
+pub mod memory;
 pub mod mirror;
 pub mod prepare;
 pub mod receive;
@@ -170,6 +172,8 @@ pub enum Fact {
     Problem(Box<Problem>),
     /// What became of the guest's process by the job of this operation; the job returns it as well.
     Outcome(OperationId, Outcome),
+    /// Memory that is missing cannot be had for now, and why; absent: it can again, or none is missing.
+    MemoryStalled(Option<String>),
     /// A freeze is in the store now.
     Frozen(Box<FrozenContent>),
     /// The guest's state arrived; the source had paused it this long before `at`.

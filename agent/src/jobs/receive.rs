@@ -9,10 +9,7 @@ use supercloud_api::{
     data::HandoverMessage,
     link::{FrozenMemory, VolumeRoot},
 };
-use supercloud_blanket::{
-    BackendError,
-    migrate::{Cookie, MAX_COOKIE_BYTES},
-};
+use supercloud_blanket::migrate::{Cookie, MAX_COOKIE_BYTES};
 use supercloud_handover::{DestinationEvent, DestinationPlan, LocalEvent, OperationKind, VolumeStamp};
 use supercloud_storage::{
     key::MapRoot,
@@ -104,13 +101,13 @@ pub(super) async fn conclude(job: &Job, received: Result<Vec<VolumeStamp>, JobEr
 
 async fn receive(job: &Job, wants: Wants) -> Result<Vec<VolumeStamp>, JobError> {
     let Wants { plan, copy, sources, peer, bandwidth_bytes_per_s, frozen, take_over } = wants;
+    if let OperationKind::Migrate { post_copy: true, .. } = plan.kind {
+        // Refused before anything is made.
+        job.host.backend.post_copy()?;
+    }
     job.unless_cancelled(prepare::prepare(job, &plan, &copy, &sources)).await?;
     job.tell(Fact::Event(LocalEvent::Destination(DestinationEvent::Prepared { operation: job.operation }))).await;
     match plan.kind {
-        OperationKind::Migrate { post_copy: true, .. } => Err(JobError::Backend(BackendError::Unsupported {
-            back_end: job.host.backend.name(),
-            option: "post-copy".to_owned(),
-        })),
         OperationKind::Migrate { .. } | OperationKind::Mirror { .. } => {
             let mut peer = peer.ok_or_else(|| JobError::Protocol("no other agent was named".to_owned()))?;
             let received = match plan.kind {

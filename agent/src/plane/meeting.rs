@@ -75,6 +75,7 @@ pub struct MeetingParams {
 }
 
 enum Request {
+    Listen(mpsc::Sender<MeetingEvent>),
     Arrived(Box<Incoming>),
     Say(HandoverMessage),
     Open(Channel, oneshot::Sender<Result<DataStream, PlaneError>>),
@@ -112,6 +113,17 @@ impl Meeting {
     /// What happens; given once, from the beginning on (at most 64 wait).
     pub fn take_events(&mut self) -> Option<mpsc::Receiver<MeetingEvent>> {
         self.events.take()
+    }
+
+    /// What happens from now on, in place of whoever listened before; begins with [`MeetingEvent::Connected`] where there is a connection.
+    /// A source takes the memory channel only from here on.
+    pub fn listen(&self) -> mpsc::Receiver<MeetingEvent> {
+        let (events_tx, events) = mpsc::channel(64);
+        if let Err(error) = self.requests.try_send(Request::Listen(events_tx)) {
+            // Who listens hears that there is nothing to hear, and listens again.
+            tracing::debug!(%error, "a meeting is overrun");
+        }
+        events
     }
 
     /// Hands over a connection that the other agent opened.
@@ -181,6 +193,8 @@ struct Task {
     params: MeetingParams,
     events: mpsc::Sender<MeetingEvent>,
     control: Option<Control>,
+    /// Somebody here takes the other agent's stream of memory.
+    takes_memory: bool,
     /// Opens that wait for a control connection.
     queued: Vec<(Channel, Wanted)>,
     /// Opens that wait for the other agent to dial.
@@ -196,6 +210,7 @@ impl Task {
     fn new(params: MeetingParams, events: mpsc::Sender<MeetingEvent>) -> Self {
         let dial_at = first_dial(&params, Instant::now());
         Self {
+            takes_memory: params.role == Role::Destination,
             params,
             events,
             control: None,
@@ -248,13 +263,20 @@ impl Task {
 
     async fn handle(&mut self, request: Request) {
         match request {
+            Request::Listen(events) => {
+                self.events = events;
+                self.takes_memory = true;
+                if self.control.is_some() {
+                    self.tell(MeetingEvent::Connected);
+                }
+            }
             Request::Say(message) => self.say(message),
             Request::Open(channel, wanted) => self.open(channel, wanted),
             Request::Arrived(incoming) => {
                 let channel = incoming.channel.clone();
                 let takes = match &channel {
                     Channel::Control => true,
-                    Channel::Memory => self.is_awaited(&channel) || self.params.role == Role::Destination,
+                    Channel::Memory => self.is_awaited(&channel) || self.takes_memory,
                     Channel::Volume { volume } => {
                         self.is_awaited(&channel)
                             || (self.bridges.len() < MAX_BRIDGES && (self.params.peer_sockets)(*volume).is_some())

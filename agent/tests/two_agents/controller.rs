@@ -15,7 +15,7 @@ use rcgen::{
 use rustls::pki_types::CertificateDer;
 use supercloud_agent::identity::{Identity, Request};
 use supercloud_api::{
-    Code, Problem,
+    Code, MemoryMode, Problem,
     frame::{Frame, read_frame, write_frame},
     handover::{
         self, AbortReason, BeginRequest, DestinationOrder, OperationKind, Order, OrderBody, Owner, OwnerRecord, Phase,
@@ -92,6 +92,8 @@ struct State {
     asked_for_sources: u32,
     /// Of the moves that begin, in bits per second.
     bandwidth_bps: Option<u64>,
+    /// Which memory of the moves that begin may follow.
+    memory: MemoryMode,
 }
 
 pub struct Controller {
@@ -168,6 +170,7 @@ impl Controller {
                 reports: HashMap::new(),
                 asked_for_sources: 0,
                 bandwidth_bps: None,
+                memory: MemoryMode::PreCopy,
             }),
             signer: Signer::from_pkcs8(&Signer::generate_pkcs8().unwrap()).unwrap(),
             issuer,
@@ -268,6 +271,11 @@ impl Controller {
     /// What the moves from now on may take of the link, in bits per second.
     pub fn limit_bandwidth(&self, bandwidth_bps: Option<u64>) {
         self.state().bandwidth_bps = bandwidth_bps;
+    }
+
+    /// Which memory of the moves from now on may follow.
+    pub fn leave_memory(&self, memory: MemoryMode) {
+        self.state().memory = memory;
     }
 
     /// What it knows, for the message of a test that fails.
@@ -517,6 +525,7 @@ impl Controller {
             migration: MigrationOptions {
                 auto_converge: true,
                 bandwidth_bps: state.bandwidth_bps,
+                memory: state.memory,
                 ..MigrationOptions::default()
             },
             grace_ms: 0,
@@ -690,6 +699,11 @@ impl Controller {
                 if let Some(problem) = details.problem {
                     state.problems.push(problem);
                 }
+                if let (Report::NothingMissing { operation, .. }, Some(told)) = (&report, &details.progress) {
+                    // What was told while nobody listened.
+                    let known = state.progress.entry(*operation).or_default();
+                    known.memory_missing_bytes = told.memory_missing_bytes;
+                }
                 let accepted = handover::accept(&state.records[&guest], host, &report, WhenOpen::Abort);
                 if let Some(record) = accepted.record {
                     record.check().unwrap();
@@ -712,7 +726,11 @@ impl Controller {
                 let mut state = self.state();
                 let known = state.progress.entry(operation).or_default();
                 let memory_sent_bytes = known.memory_sent_bytes.max(progress.memory_sent_bytes);
-                *known = supercloud_api::Progress { memory_sent_bytes, ..progress };
+                if let (Some(before), Some(now)) = (known.memory_missing_bytes, progress.memory_missing_bytes) {
+                    assert!(now <= before, "more memory is missing than before");
+                }
+                let memory_missing_bytes = progress.memory_missing_bytes.or(known.memory_missing_bytes);
+                *known = supercloud_api::Progress { memory_sent_bytes, memory_missing_bytes, ..progress };
             }
             Notice::Discarded { guest } => {
                 self.state().discarded.insert(guest);

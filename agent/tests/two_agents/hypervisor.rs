@@ -14,12 +14,14 @@ use std::{
 
 use supercloud_api::CompatClass;
 use supercloud_blanket::{
-    Backend, BackendError, BackendResult, BoxFuture, Launch, LiveMigration, Mirroring,
+    Backend, BackendError, BackendResult, BoxFuture, Launch, LiveMigration, Mirroring, PostCopy,
     backend::{
         BackendEvent, Capabilities, Frozen, GuestEvent, GuestInfo, MemoryStats, PauseReason, RunState, StopMode,
         StopReason,
     },
-    migrate::{Cookie, CopyLimits, CopyOptions, Performed, Transfer, TransferPhase, TransferProgress, Verdict},
+    migrate::{
+        Cookie, CopyLimits, CopyOptions, MemoryMode, Performed, Transfer, TransferPhase, TransferProgress, Verdict,
+    },
 };
 use supercloud_ids::{Epoch, GuestId};
 use tokio::{
@@ -32,8 +34,12 @@ use tokio::{
 use crate::{
     mirroring::{Held, MIRROR, Standby},
     nbd::Nbd,
+    post_copying::{Missing, PAGE_BYTES, PAGES},
 };
 
+/// The first byte of a stream that leaves all memory behind, and of one that leaves half.
+const ALL_IS_LEFT: u8 = 8;
+const HALF_IS_LEFT: u8 = 6;
 /// Bytes between two numbers on the disk: every block of a volume gets some.
 const STRIDE: u64 = 16 << 10;
 const RECORD: usize = 512;
@@ -51,6 +57,8 @@ pub struct World {
     pub boots: AtomicU64,
     /// How long a piece of memory takes to go.
     pub piece_ms: AtomicU64,
+    /// How long a page that was left behind takes to go.
+    pub page_ms: AtomicU64,
     /// How long a save takes, beyond the writing.
     pub save_ms: AtomicU64,
     /// Saves end well although somebody cancels them.
@@ -99,6 +107,18 @@ pub struct Guest {
     pub was_standby: bool,
 }
 
+/// The next number of a guest that came, and what it has left behind.
+type Came = std::io::Result<(u64, u64)>;
+
+/// Memory that a move in this mode leaves behind.
+const fn left_bytes(memory: MemoryMode) -> u64 {
+    match memory {
+        MemoryMode::PreCopy => 0,
+        MemoryMode::Hybrid => PAGES / 2 * PAGE_BYTES,
+        MemoryMode::PostCopy => PAGES * PAGE_BYTES,
+    }
+}
+
 /// The running vCPU.
 struct Cpu {
     stop: watch::Sender<bool>,
@@ -111,8 +131,10 @@ pub struct Inner {
     pub guests: tokio::sync::Mutex<HashMap<GuestId, Guest>>,
     events: broadcast::Sender<BackendEvent>,
     pub cancels: Mutex<HashMap<GuestId, Arc<AtomicBool>>>,
-    pub incoming: Mutex<HashMap<GuestId, JoinHandle<std::io::Result<u64>>>>,
+    pub incoming: Mutex<HashMap<GuestId, JoinHandle<Came>>>,
     pub standbys: Mutex<HashMap<GuestId, Arc<Standby>>>,
+    /// What guests lack of their memory.
+    pub missing: Mutex<HashMap<GuestId, Arc<Missing>>>,
     /// What is staged of each guest.
     pub staged: Mutex<HashMap<GuestId, watch::Sender<u64>>>,
     agent: AtomicU64,
@@ -147,6 +169,7 @@ impl Hypervisor {
             cancels: Mutex::default(),
             incoming: Mutex::default(),
             standbys: Mutex::default(),
+            missing: Mutex::default(),
             staged: Mutex::default(),
             agent: AtomicU64::new(0),
             ended: Mutex::default(),
@@ -221,6 +244,7 @@ impl Inner {
         let (stop, mut stopped) = watch::channel(false);
         let disk = guest.launch.host.disks["disk0"].socket.clone();
         let (next, held, inner) = (guest.next.clone(), guest.held.clone(), self.clone());
+        let missing = self.missing.lock().unwrap().get(&id).cloned();
         guest.state = RunState::Running;
         self.world.began(id);
         let slots = 1 << 20 >> 14;
@@ -230,6 +254,14 @@ impl Inner {
                 loop {
                     let number = next.load(Ordering::SeqCst);
                     let slot = number % slots;
+                    if let Some(missing) = &missing {
+                        // It can be stopped while it waits for memory.
+                        tokio::select! {
+                            biased;
+                            () = missing.touch(number % PAGES) => {}
+                            _ = stopped.changed() => return Ok(()),
+                        }
+                    }
                     nbd.write(slot * STRIDE, &record(number)).await?;
                     if !held.keeps(slot, number) {
                         inner.world.acknowledged.lock().unwrap().entry(id).or_default().insert(slot, number);
@@ -307,6 +339,7 @@ impl Inner {
             return Err(BackendError::AlreadyThere { guest: id });
         }
         self.ended.lock().unwrap().remove(&id);
+        self.missing.lock().unwrap().remove(&id);
         let (next, held) = (Arc::new(AtomicU64::new(next)), Arc::default());
         guests.insert(id, Guest { launch, epoch, state, next, held, cpu: None, file: None, was_standby: false });
         Ok(GuestInfo { guest: id, epoch, state, pid: None })
@@ -499,6 +532,10 @@ impl Backend for Hypervisor {
     fn mirroring(&self) -> BackendResult<&dyn Mirroring> {
         Ok(self)
     }
+
+    fn post_copy(&self) -> BackendResult<&dyn PostCopy> {
+        Ok(self)
+    }
 }
 
 impl LiveMigration for Hypervisor {
@@ -517,7 +554,7 @@ impl LiveMigration for Hypervisor {
         guest: GuestId,
         cookie: Cookie,
         stream: PathBuf,
-        _options: CopyOptions,
+        options: CopyOptions,
     ) -> BackendResult<Transfer<Performed>> {
         assert_eq!(cookie.as_bytes(), b"two");
         let cancelled = Arc::new(AtomicBool::new(false));
@@ -529,7 +566,13 @@ impl LiveMigration for Hypervisor {
             let what = "copy";
             let mut socket = UnixStream::connect(&stream).await.map_err(failed(what))?;
             let piece = vec![9; MEMORY_BYTES / PIECES];
-            for sent in 1..=PIECES {
+            match options.memory {
+                MemoryMode::PreCopy => {}
+                MemoryMode::Hybrid => socket.write_u8(HALF_IS_LEFT).await.map_err(failed(what))?,
+                MemoryMode::PostCopy => socket.write_u8(ALL_IS_LEFT).await.map_err(failed(what))?,
+            }
+            let pieces = if options.memory == MemoryMode::PostCopy { 0 } else { PIECES };
+            for sent in 1..=pieces {
                 if cancelled.load(Ordering::SeqCst) {
                     return Err(BackendError::Cancelled { what });
                 }
@@ -562,12 +605,12 @@ impl LiveMigration for Hypervisor {
             if inner.agent.load(Ordering::SeqCst) != agent {
                 eprintln!("{}: the copy of {guest} ended after its agent", inner.name);
             }
-            let progress = *tx.borrow();
+            let (progress, left_bytes) = (*tx.borrow(), left_bytes(options.memory));
             Ok(Performed {
                 cookie: Cookie::new(b"three".to_vec())?,
                 paused_for: paused_at.elapsed(),
                 progress,
-                left_bytes: 0,
+                left_bytes,
             })
         });
         let done = Box::pin(async move {
@@ -628,11 +671,23 @@ impl LiveMigration for Hypervisor {
                 stream.read_exact(&mut bytes[..1]).await?;
                 if bytes[0] == MIRROR {
                     inner.stand_by(guest, stream).await?;
-                    return Ok(0);
+                    return Ok((0, 0));
                 }
-                stream.read_exact(&mut bytes[1..]).await?;
+                let memory = match bytes[0] {
+                    ALL_IS_LEFT => MemoryMode::PostCopy,
+                    HALF_IS_LEFT => MemoryMode::Hybrid,
+                    _ => MemoryMode::PreCopy,
+                };
+                match memory {
+                    MemoryMode::PreCopy => stream.read_exact(&mut bytes[1..]).await?,
+                    MemoryMode::Hybrid => stream.read_exact(&mut bytes).await?,
+                    MemoryMode::PostCopy => {
+                        bytes.truncate(8);
+                        stream.read_exact(&mut bytes).await?
+                    }
+                };
                 stream.write_all(b".").await?;
-                Ok(u64::from_le_bytes(bytes[bytes.len() - 8..].try_into().unwrap()))
+                Ok((u64::from_le_bytes(bytes[bytes.len() - 8..].try_into().unwrap()), left_bytes(memory)))
             });
             self.0.incoming.lock().unwrap().insert(guest, task);
             Cookie::new(b"two".to_vec())
@@ -647,7 +702,7 @@ impl LiveMigration for Hypervisor {
                 Some(task) => tokio::time::timeout(Duration::from_secs(20), task).await,
                 None => return Err(BackendError::NoSuchGuest { guest }),
             };
-            let Ok(Ok(Ok(next))) = received else {
+            let Ok(Ok(Ok((next, left)))) = received else {
                 self.0.guests.lock().await.remove(&guest);
                 return Err(BackendError::Failed { what: "receive", detail: format!("{received:?}") });
             };
@@ -655,6 +710,7 @@ impl LiveMigration for Hypervisor {
             let found = guests.get_mut(&guest).ok_or(BackendError::NoSuchGuest { guest })?;
             found.next.store(next, Ordering::SeqCst);
             found.state = RunState::Paused(PauseReason::Arrived);
+            self.0.missing.lock().unwrap().insert(guest, Arc::new(Missing::new(PAGES - left / PAGE_BYTES..PAGES)));
             Ok(GuestInfo { guest, epoch: found.epoch, state: found.state, pid: None })
         })
     }

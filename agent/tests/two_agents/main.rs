@@ -15,5 +15,7 @@ mod mirroring;
 mod mirrors;
 mod moves;
 mod nbd;
+mod post_copies;
+mod post_copying;
 mod sweeps;
 mod wire;

@@ -252,8 +252,9 @@ impl Mirroring for Hypervisor {
             if let Some(task) = self.0.incoming.lock().unwrap().remove(&guest) {
                 task.abort();
             }
-            let standby = self.0.standbys.lock().unwrap().remove(&guest);
             let mut guests = self.0.guests.lock().await;
+            // At once, whoever asked for it and died meanwhile.
+            let standby = self.0.standbys.lock().unwrap().remove(&guest);
             let found = guests.get_mut(&guest).ok_or(BackendError::NoSuchGuest { guest })?;
             if let Some((_, next)) = standby.and_then(|standby| *standby.committed.lock().unwrap()) {
                 found.next.store(next, Ordering::SeqCst);

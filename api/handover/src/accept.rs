@@ -79,6 +79,7 @@ pub fn accept(record: &OwnerRecord, from: HostId, report: &Report, when_open: Wh
         Report::RequestAbort { operation, reason, owned } => abort(record, from, *operation, *reason, *owned),
         Report::AskOwner(query) => ask(record, from, query, when_open),
         Report::Running { operation, epoch } => running(record, from, *operation, *epoch),
+        Report::FetchesMemory { operation, epoch } => fetches_memory(record, from, *operation, *epoch),
         Report::NothingMissing { operation, epoch } => nothing_missing(record, from, *operation, *epoch),
         Report::Resumed { operation, epoch } => resumed(record, from, *operation, *epoch),
         Report::Released { epoch } => released(record, from, *epoch),
@@ -276,6 +277,17 @@ fn running(record: &OwnerRecord, from: HostId, operation: OperationId, epoch: Ep
         }
         _ => Accepted::nothing(),
     }
+}
+
+/// A destination whose source was declared lost waits in vain for the memory that it lacks, if it lacks any.
+fn fetches_memory(record: &OwnerRecord, from: HostId, operation: OperationId, epoch: Epoch) -> Accepted {
+    let is_mine = record.is_owned_by(from, epoch)
+        && record.operation.is_none()
+        && record.last.is_some_and(|last| last.operation == operation && last.phase == Phase::Failed);
+    if is_mine && record.holders.iter().any(|holder| holder.needed && holder.lost) {
+        return Accepted::answer(from, to_destination(DestinationOrder::SourceLost { operation }));
+    }
+    Accepted::nothing()
 }
 
 fn nothing_missing(record: &OwnerRecord, from: HostId, operation: OperationId, epoch: Epoch) -> Accepted {

@@ -350,6 +350,13 @@ pub enum Report {
         /// Its epoch.
         epoch: Epoch,
     },
+    /// Destination of a post-copy: the guest runs at this epoch, and memory may be missing.
+    FetchesMemory {
+        /// The operation.
+        operation: OperationId,
+        /// Its epoch.
+        epoch: Epoch,
+    },
     /// Destination: every block and page is here, no other copy is needed.
     NothingMissing {
         /// The operation.
@@ -431,6 +438,11 @@ pub enum DestinationOrder {
     Granted(Grant),
     /// The mirror's source is lost: make ready to go on from the last cut, and ask for the switch.
     TakeOver {
+        /// The operation.
+        operation: OperationId,
+    },
+    /// The source of a post-copy was declared lost. Said only to who says that it fetches memory.
+    SourceLost {
         /// The operation.
         operation: OperationId,
     },

@@ -280,6 +280,25 @@ fn a_group_is_aborted_all_or_none() {
     assert!(matches!(grant_switch_all(&aborted, &requests), GroupDecision::Refused { .. }));
 }
 
+#[test]
+fn who_fetches_memory_is_told_that_its_source_is_lost_and_nobody_else() {
+    let n = names();
+    let record = begun(&owned_by(n.a), n.op, OperationKind::Migrate { to: n.b, post_copy: true });
+    let prepared = accept(&record, n.b, &Report::Prepared { operation: n.op }, WhenOpen::Wait).record.unwrap();
+    let (granted, _) = granted(grant_switch(&prepared, n.b, &request(&prepared)));
+    let fetches = Report::FetchesMemory { operation: n.op, epoch: Epoch(5) };
+    let answer = |record: &OwnerRecord, from| accept(record, from, &fetches, WhenOpen::Wait);
+    assert!(answer(&granted, n.b).orders.is_empty(), "it is there");
+    let lost = note_host_lost(&granted, n.a).record.expect("what it holds is needed");
+    let told = Order { to: n.b, body: OrderBody::Destination(DestinationOrder::SourceLost { operation: n.op }) };
+    assert_eq!(answer(&lost, n.b).orders, [told]);
+    assert!(answer(&lost, n.a).orders.is_empty() && answer(&lost, n.c).orders.is_empty());
+    // It speaks again.
+    let query = OwnerQuery { operation: None, epoch: Epoch(4), copy: LocalCopy::Intact, wants_back: false };
+    let back = accept(&lost, n.a, &Report::AskOwner(query), WhenOpen::Wait).record.expect("it is back");
+    assert!(answer(&back, n.b).orders.is_empty());
+}
+
 /// A mirror from `a` to `b` that copies.
 fn mirroring(n: &Names) -> OwnerRecord {
     let record = begun(&owned_by(n.a), n.op, OperationKind::Mirror { to: n.b });

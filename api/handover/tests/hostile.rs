@@ -123,7 +123,7 @@ impl Names {
 
     fn report(&mut self) -> Report {
         let (operation, epoch) = (self.operation(), self.epoch());
-        match self.dice.roll(12) {
+        match self.dice.roll(13) {
             0 => Report::Prepared { operation },
             1 => Report::Paused { operation },
             2 => Report::RequestSwitch(self.request()),
@@ -139,6 +139,7 @@ impl Names {
             8 => Report::Released { epoch },
             9 => Report::Cleaned { operation },
             10 => Report::GuestLost { operation: Some(operation), epoch },
+            11 => Report::FetchesMemory { operation, epoch },
             _ => Report::LostAfterSwitch { operation, epoch },
         }
     }
@@ -150,7 +151,8 @@ impl Names {
     fn order(&mut self) -> OrderBody {
         let (guest, operation, turn, kind, epoch) =
             (self.guest(), self.operation(), self.turn(), self.kind(), self.epoch());
-        match self.dice.roll(11) {
+        match self.dice.roll(12) {
+            11 => OrderBody::Destination(DestinationOrder::SourceLost { operation }),
             0 | 1 => OrderBody::Source(SourceOrder::Begin(SourcePlan { guest, operation, turn, kind, epoch })),
             2 => OrderBody::Source(SourceOrder::StillYours { operation: Some(operation), turn, epoch }),
             3 => OrderBody::Source(SourceOrder::Undecided { operation: Some(operation) }),

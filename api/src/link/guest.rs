@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use supercloud_ids::{GuestId, HostId, ImageId, NetworkId, PortId, ProjectId, VolumeId};
 
 use super::Secret;
-use crate::{CompatClass, Name, Propagation, Shape};
+use crate::{CompatClass, MemoryMode, Name, Propagation, Shape};
 
 /// Everything that a host needs to run a guest; the same wherever it runs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -115,6 +115,9 @@ pub struct MigrationOptions {
     pub auto_converge: bool,
     /// Give up when the switch has not come by then (milliseconds from the command).
     pub deadline_ms: Option<u64>,
+    /// Which memory may follow after the guest runs at the destination. Never told to an agent that does not know it.
+    #[serde(default, skip_serializing_if = "MemoryMode::is_pre_copy")]
+    pub memory: MemoryMode,
 }
 
 /// How a mirror is kept.

@@ -181,9 +181,34 @@ pub struct GuestMigrate {
     /// Give up (the guest goes on where it is) when the switch has not come by then.
     #[serde(default)]
     pub deadline_ms: Option<u64>,
+    /// Which of its memory may follow after the guest runs at the destination.
+    #[serde(default, skip_serializing_if = "MemoryMode::is_pre_copy")]
+    pub memory: MemoryMode,
     /// Why, for the audit trail; at most 256 bytes.
     #[serde(default)]
     pub reason: Option<String>,
+}
+
+/// Which of a guest's memory goes before it is paused, and which follows after it runs at the destination. While some of it has still to
+/// come, the loss of the host that it has left loses the guest.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum MemoryMode {
+    /// All of it goes before.
+    #[default]
+    PreCopy,
+    /// As much as can be goes before; what a guest writes faster than the link carries follows.
+    Hybrid,
+    /// All of it follows.
+    PostCopy,
+}
+
+impl MemoryMode {
+    /// Whether nothing follows.
+    #[must_use]
+    pub const fn is_pre_copy(&self) -> bool {
+        matches!(self, Self::PreCopy)
+    }
 }
 
 /// What a mirrored guest says to the network.

@@ -86,6 +86,8 @@ pub struct Progress {
     pub disk_bytes_after_resume: Option<u64>,
     /// Volume bytes that the destination still lacks.
     pub disk_missing_bytes: u64,
+    /// Memory that the destination, where the guest runs by now, still lacks; absent where none was left behind. It only falls.
+    pub memory_missing_bytes: Option<u64>,
     /// The least time to the switch that is thought possible; absent when not known.
     pub eta_min_ms: Option<u64>,
     /// The most time to the switch; absent when it does not converge.

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, path::Path};
 use anyhow::{Context as _, bail};
 use supercloud_api::{
     Guest, GuestCreate, GuestFreeze, GuestMigrate, GuestPatch, GuestStart, GuestStop, GuestThaw, Image, ImageCreate,
-    Network, NetworkCreate, Operation, Phase, Project, ProjectCreate, Ref, client::Client,
+    MemoryMode, Network, NetworkCreate, Operation, Phase, Project, ProjectCreate, Ref, client::Client,
 };
 
 use super::{
@@ -207,6 +207,7 @@ fn move_to(place: &str) -> GuestMigrate {
         max_downtime_ms: None,
         auto_converge: true,
         deadline_ms: None,
+        memory: MemoryMode::PreCopy,
         reason: Some(REASON.into()),
     }
 }

@@ -2,11 +2,32 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
-use supercloud_api::{OnLoss, Shape};
+use clap::{Args, Subcommand, ValueEnum};
+use supercloud_api::{MemoryMode, OnLoss, Shape};
 
 use super::{Trial, Watch};
 use crate::values;
+
+/// Which memory of a guest that moves may follow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Memory {
+    /// None of it.
+    PreCopy,
+    /// What it writes faster than the link carries.
+    Hybrid,
+    /// All of it.
+    PostCopy,
+}
+
+impl From<Memory> for MemoryMode {
+    fn from(memory: Memory) -> Self {
+        match memory {
+            Memory::PreCopy => Self::PreCopy,
+            Memory::Hybrid => Self::Hybrid,
+            Memory::PostCopy => Self::PostCopy,
+        }
+    }
+}
 
 /// Verbs of guests.
 #[derive(Debug, Subcommand)]
@@ -68,6 +89,10 @@ pub enum GuestVerb {
         watch: Watch,
     },
     /// Moves a running guest live: with its memory, disk, address and connections.
+    #[command(
+        after_help = "Examples:\n  supercloud guest migrate web --to oak\n  supercloud guest migrate web --to gcp-west --memory hybrid \
+        --dry-run"
+    )]
     Migrate {
         /// Name or id.
         name: String,
@@ -86,6 +111,10 @@ pub enum GuestVerb {
         /// Do not slow the guest down when it writes faster than the link carries.
         #[arg(long)]
         no_auto_converge: bool,
+        /// Which memory may follow after the guest runs at the destination: what it writes faster than the link carries (hybrid), or
+        /// all of it (post-copy). Until all has come, the loss of the host that it has left loses the guest.
+        #[arg(long, value_enum, default_value_t = Memory::PreCopy)]
+        memory: Memory,
         /// Say what would be done, and do nothing.
         #[arg(long)]
         dry_run: bool,

@@ -65,6 +65,7 @@ impl LinkHandler for Engine {
             self.live.seen(host, LiveHost { last_seen_ms: unix_ms(), used: record.used });
             self.sweeps.note_capable(host, hello.takes_sweeps);
             self.live.note_mirroring(host, hello.takes_mirrors);
+            self.live.note_post_copy(host, hello.takes_post_copy);
             self.consoles.note_capable(host, hello.takes_consoles);
             self.checks.note_capable(host, hello.takes_checks);
             {

@@ -40,6 +40,10 @@ pub fn merge(known: &mut Progress, told: &Progress) {
     if told.disk_missing_bytes > 0 || told.disk_bytes_after_resume.is_some() {
         known.disk_missing_bytes = told.disk_missing_bytes;
     }
+    known.memory_missing_bytes = match (known.memory_missing_bytes, told.memory_missing_bytes) {
+        (Some(known), Some(told)) => Some(known.min(told)),
+        (known, told) => known.or(told),
+    };
     if let Some(mirror) = &told.mirror {
         // Of one source, which counts forward.
         known.mirror = Some(mirror.clone());
@@ -137,6 +141,12 @@ mod tests {
         assert_eq!((seen.memory_sent_bytes, seen.round, seen.disk_bytes_before_resume), (60, 2, Some(7)));
         assert_eq!(seen.memory_remaining_bytes, 40);
         assert_eq!(seen.disk_bytes_after_resume, None, "nobody has told of it");
+        for (told, shown) in [(None, None), (Some(9), Some(9)), (None, Some(9)), (Some(7), Some(7)), (Some(8), Some(7))]
+        {
+            board.tell(operation, &Progress { memory_missing_bytes: told, ..Progress::default() });
+            board.apply(operation, &mut seen);
+            assert_eq!(seen.memory_missing_bytes, shown);
+        }
         assert_eq!(board.take_unwritten(), vec![operation]);
         assert!(board.take_unwritten().is_empty());
         assert!(board.moved_at_ms(operation).is_some());

@@ -523,7 +523,7 @@ fn kind_of(record: &OperationRecord, guest: &GuestRecord) -> Option<handover::Op
         }
         (Work::GuestStart, _) => Kind::Start { to: to? },
         (Work::GuestStop { .. }, _) => Kind::Stop,
-        (Work::GuestMigrate { .. }, _) => Kind::Migrate { to: to?, post_copy: false },
+        (Work::GuestMigrate { options }, _) => Kind::Migrate { to: to?, post_copy: !options.memory.is_pre_copy() },
         (Work::GuestMirror { .. }, _) => Kind::Mirror { to: to? },
         (Work::GuestFreeze { freeze }, _) => Kind::Freeze { freeze: *freeze },
         (Work::GuestThaw { freeze }, _) => Kind::Thaw { freeze: *freeze, to: to? },

@@ -7,8 +7,8 @@ use axum::{
     http::HeaderMap,
 };
 use supercloud_api::{
-    Code, GuestFreeze, GuestMigrate, GuestStart, GuestState, GuestStop, GuestThaw, Host, Operation, OperationKind,
-    Plan, PlanCheck, Problem, Ref,
+    Code, GuestFreeze, GuestMigrate, GuestStart, GuestState, GuestStop, GuestThaw, Host, MemoryMode, Operation,
+    OperationKind, Plan, PlanCheck, Problem, Ref,
     handover::{self, BeginRequest},
     ids::{FreezeId, HostId, OperationId},
     link::MigrationOptions,
@@ -21,7 +21,7 @@ use super::{
 use crate::{
     admission::Request,
     placement::{self, Need, Place},
-    state::{Change, GuestRecord, ProjectRecord, Stored, Work, keys, retry_conflicts},
+    state::{Change, GuestRecord, LiveHosts, ProjectRecord, Stored, Work, keys, retry_conflicts},
 };
 
 /// How long a guest may take to shut down when nothing is said.
@@ -190,7 +190,33 @@ fn migration_options(wanted: &GuestMigrate) -> Result<MigrationOptions, Failure>
         max_downtime_ms: Some(wanted.max_downtime_ms.unwrap_or(DEFAULT_DOWNTIME_MS)),
         auto_converge: wanted.auto_converge,
         deadline_ms: wanted.deadline_ms,
+        memory: wanted.memory,
     })
+}
+
+/// Whether both agents know how to leave memory behind, and what that means; nothing for a move that leaves none.
+fn post_copy(
+    live: &LiveHosts,
+    source: Option<HostId>,
+    to: &Host,
+    memory: MemoryMode,
+) -> Result<Option<PlanCheck>, Problem> {
+    if memory.is_pre_copy() {
+        return Ok(None);
+    }
+    if let Some(host) = source.into_iter().chain([to.id]).find(|host| !live.takes_post_copy(*host)) {
+        let name = match memory {
+            MemoryMode::Hybrid => "hybrid",
+            _ => "post_copy",
+        };
+        let detail = format!(
+            "memory {name}: guests cannot leave memory behind when they move from or to {host}; its back end or kernel lacks it, or its \
+             agent is older"
+        );
+        return Err(Problem::new(Code::Unsupported, detail));
+    }
+    let detail = "while memory is missing at the destination, the loss of the source host loses the guest";
+    Ok(Some(PlanCheck { name: "post_copy".to_owned(), is_ok: true, detail: detail.to_owned() }))
 }
 
 /// Moves a guest live.
@@ -219,7 +245,12 @@ pub(super) async fn begin_migration(
         let found = asker.find_guest(&api.parts, reference).await?;
         guest_plan::admit(Request::Migrate, &found)?;
         let place = guest_plan::resolve_place(&api.parts, Some(&wanted.to)).await?;
-        match way_out(&picture, &found, found.guest.host, &place, options.bandwidth_bps) {
+        let way = way_out(&picture, &found, found.guest.host, &place, options.bandwidth_bps);
+        let way = way.and_then(|(host, mut plan)| {
+            plan.checks.extend(post_copy(&api.parts.hosts, found.guest.host, host, options.memory)?);
+            Ok((host, plan))
+        });
+        match way {
             Ok((host, plan)) => {
                 let route = Route {
                     source: found.guest.host,
@@ -227,9 +258,10 @@ pub(super) async fn begin_migration(
                     plan: Some(plan),
                     reason: wanted.reason.clone(),
                 };
+                let post_copy = !options.memory.is_pre_copy();
                 let wanted = Wanted {
                     kind: OperationKind::GuestMigrate,
-                    handover: handover::OperationKind::Migrate { to: host.id, post_copy: false },
+                    handover: handover::OperationKind::Migrate { to: host.id, post_copy },
                     work: Work::GuestMigrate { options: options.clone() },
                     route,
                 };

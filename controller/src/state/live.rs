@@ -40,6 +40,8 @@ struct Live {
     bases: HashMap<HostId, Bases>,
     /// Those whose guests can be mirrored, as their agents said last.
     mirroring: HashSet<HostId>,
+    /// Those from and to which guests may move and leave memory behind, likewise.
+    post_copying: HashSet<HostId>,
     /// Since when those hosts are away whose links ended under our eyes.
     away: HashMap<HostId, Instant>,
     /// Since when others may have been.
@@ -49,7 +51,8 @@ struct Live {
 impl Default for Live {
     fn default() -> Self {
         let (hosts, bases, away) = (HashMap::new(), HashMap::new(), HashMap::new());
-        Self { hosts, bases, away, mirroring: HashSet::new(), began: Instant::now() }
+        let (mirroring, post_copying) = (HashSet::new(), HashSet::new());
+        Self { hosts, bases, away, mirroring, post_copying, began: Instant::now() }
     }
 }
 
@@ -89,6 +92,21 @@ impl LiveHosts {
     #[must_use]
     pub fn takes_mirrors(&self, host: HostId) -> bool {
         self.0.read().unwrap_or_else(PoisonError::into_inner).mirroring.contains(&host)
+    }
+
+    /// The agent says whether guests may leave memory behind when they move from or to it.
+    pub fn note_post_copy(&self, host: HostId, takes_post_copy: bool) {
+        let post_copying = &mut self.0.write().unwrap_or_else(PoisonError::into_inner).post_copying;
+        match takes_post_copy {
+            true => post_copying.insert(host),
+            false => post_copying.remove(&host),
+        };
+    }
+
+    /// Whether it said so when it was last heard of.
+    #[must_use]
+    pub fn takes_post_copy(&self, host: HostId) -> bool {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).post_copying.contains(&host)
     }
 
     /// For how long a host has had no link to this controller, as far as this process knows; `None`: it has one.

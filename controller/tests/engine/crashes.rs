@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use supercloud_api::{GuestState, OperationKind, Phase, handover::Alarm, ids::GuestId, link::MigrationOptions};
+use supercloud_api::{
+    GuestState, MemoryMode, OperationKind, Phase, handover::Alarm, ids::GuestId, link::MigrationOptions,
+};
 use supercloud_controller::state::Work;
 
 use crate::support::{
@@ -28,7 +30,11 @@ async fn a_move_survives_the_controllers_death_in_every_phase() {
     ];
     for (n, (stage, phase)) in stages.into_iter().enumerate() {
         world.stall(stage, true);
-        let id = world.migrate(guest, (n + 1) % 2).await;
+        // Whether memory follows or not.
+        let id = match n % 2 == 0 {
+            true => world.migrate(guest, (n + 1) % 2).await,
+            false => world.migrate_leaving(guest, (n + 1) % 2).await,
+        };
         world.phase(id, phase).await;
         world.kill_controller().await;
         // Guests and what the agents do among themselves go on without it.
@@ -46,7 +52,8 @@ async fn a_move_survives_the_controllers_death_in_every_phase() {
 async fn want(world: &World, random: &mut Random, guest: GuestId) -> Option<(OperationKind, Work, Option<usize>)> {
     let record = world.record(guest).await;
     let to = random.below(world.hosts.len());
-    let options = MigrationOptions::default();
+    let memory = if random.is_hit(500) { MemoryMode::Hybrid } else { MemoryMode::PreCopy };
+    let options = MigrationOptions { memory, ..MigrationOptions::default() };
     Some(match (record.guest.state, random.below(8)) {
         (GuestState::Created | GuestState::Stopped | GuestState::Lost, _) => {
             (OperationKind::GuestStart, Work::GuestStart, Some(to))

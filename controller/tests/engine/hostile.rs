@@ -72,6 +72,7 @@ fn lies(guest: GuestId, operation: OperationId, liar: HostId, owner: HostId) -> 
             Report::AskOwner(query(Some(operation), epoch)),
             Report::AskOwner(query(None, epoch)),
             Report::Running { operation, epoch },
+            Report::FetchesMemory { operation, epoch },
             Report::NothingMissing { operation, epoch },
             Report::Resumed { operation, epoch },
             Report::Released { epoch },

@@ -12,8 +12,8 @@ use supercloud_api::{
     CompatClass, Room,
     frame::{Frame, read_frame, write_frame},
     handover::{
-        DestinationEvent, DestinationOrder, Found, LocalEvent, LocalHandover, OrderBody, Owner, OwnerQuery, Report,
-        SourceEvent, SourceOrder, SourceState,
+        DestinationEvent, DestinationOrder, DestinationState, Found, LocalEvent, LocalHandover, OrderBody, Owner,
+        OwnerQuery, Report, SourceEvent, SourceOrder, SourceState,
     },
     ids::{Epoch, GuestId, HostId, OperationId, VolumeId},
     link::{
@@ -162,6 +162,7 @@ impl Seat {
             knows_predictive: false,
             takes_checks: false,
             takes_mirrors: true,
+            takes_post_copy: true,
         }
     }
 }
@@ -328,7 +329,14 @@ impl Agent {
                     true => Found::Paused,
                     false => found(local.by_epoch(epoch)),
                 };
-                (source, operation.map(|operation| found(local.by_operation(operation))))
+                // A standby stays if it could go on.
+                let is_receiving = matches!(machine.destination().state(), DestinationState::Receiving { .. });
+                let has_cut = local.adopt.is_some();
+                let destination = operation.map(|operation| match is_receiving && !has_cut {
+                    true => Found::Nothing,
+                    false => found(local.by_operation(operation)),
+                });
+                (source, destination)
             };
             self.step(guest, LocalEvent::Source(SourceEvent::Restarted { found: source }));
             if let Some(found) = destination {

@@ -204,7 +204,11 @@ impl Agent {
                 ground.local(host, guest).processes.retain(|process| process.operation != operation);
             }
             DestinationEffect::Raise(alarm) => ground.alarms.push(alarm),
-            DestinationEffect::Send(_) | DestinationEffect::Refuse(_) | DestinationEffect::ActivatePorts { .. } => {}
+            // Its memory comes at once.
+            DestinationEffect::GiveUpMemory { .. }
+            | DestinationEffect::Send(_)
+            | DestinationEffect::Refuse(_)
+            | DestinationEffect::ActivatePorts { .. } => {}
         }
         (None, true)
     }

@@ -10,8 +10,8 @@ use std::{
 use rcgen::{CertificateParams, KeyPair};
 use serde_json::json;
 use supercloud_api::{
-    Cloud, Code, Guest, Image, KeptMirror, MirrorMode, Network, OnLoss, Operation, OperationKind, Phase, Port, Problem,
-    Progress, Project, Volume,
+    Cloud, Code, Guest, Image, KeptMirror, MemoryMode, MirrorMode, Network, OnLoss, Operation, OperationKind, Phase,
+    Port, Problem, Progress, Project, Volume,
     handover::{Owner, OwnerRecord},
     ids::{
         CloudId, FreezeId, GuestId, HostId, ImageId, NetworkId, OperationId, PortId, ProjectId, RequestId, VolumeId,
@@ -471,6 +471,12 @@ impl World {
     pub async fn migrate(&self, guest: GuestId, to: usize) -> OperationId {
         let work = Work::GuestMigrate { options: MigrationOptions::default() };
         self.submit(guest, OperationKind::GuestMigrate, work, Some(to)).await
+    }
+
+    /// As [`Self::migrate`]; memory may follow.
+    pub async fn migrate_leaving(&self, guest: GuestId, to: usize) -> OperationId {
+        let options = MigrationOptions { memory: MemoryMode::Hybrid, ..MigrationOptions::default() };
+        self.submit(guest, OperationKind::GuestMigrate, Work::GuestMigrate { options }, Some(to)).await
     }
 
     pub async fn mirror(&self, guest: GuestId, to: usize) -> OperationId {

@@ -18,7 +18,7 @@ use std::{
 use anyhow::Context as _;
 use clap::Parser;
 use supercloud_api::{
-    GuestMigrate,
+    GuestMigrate, MemoryMode,
     client::{Client, ClientConfig, ClientError},
     unix_ms,
 };
@@ -222,6 +222,7 @@ async fn look(config: &Config, client: &Client, is_dry_run: bool, memory: &mut M
                     max_downtime_ms: None,
                     auto_converge: true,
                     deadline_ms: None,
+                    memory: MemoryMode::PreCopy,
                     reason: Some(wanted.reason.clone()),
                 };
                 match client.migrate_guest(&wanted.guest.to_string(), &body).await {

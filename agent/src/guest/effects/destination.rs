@@ -20,7 +20,7 @@ use crate::{
         dials, machine,
         record::{CopyRecord, VolumeOrigin},
     },
-    jobs::{JobError, fetch, prepare, receive, standby},
+    jobs::{JobError, fetch, memory, prepare, receive, standby},
     plane::{
         admission::Role,
         meeting::{Meeting, MeetingHandle},
@@ -268,7 +268,13 @@ impl Actor {
                 backend.stop(self.guest, StopMode::Kill).await?;
                 return Ok(destination(DestinationEvent::GuestGone));
             }
-            Some(_) => backend.resume(self.guest, epoch).await?,
+            Some(_) => {
+                if self.leaves_memory() {
+                    // What it wants first is missing at once.
+                    self.start_fetch(epoch)?;
+                }
+                backend.resume(self.guest, epoch).await?;
+            }
         }
         let running_at = tokio::time::Instant::now();
         if let Some((at, paused_for)) = self.arrived.take() {
@@ -300,9 +306,35 @@ impl Actor {
             }
             (None, None) => fetch::Origin::Uncounted,
         };
-        let work = fetch::run(job.clone(), epoch, copy.volumes, origin, limit.map(|bps| (bps / 8).max(1)));
-        self.jobs.fetch = Some(Self::start(&job, work));
+        let memory = self.memory_to_fetch();
+        let bandwidth_bytes_per_s = limit.map(|bps| (bps / 8).max(1));
+        let wants = fetch::Wants { epoch, volumes: copy.volumes, origin, bandwidth_bytes_per_s, memory };
+        self.jobs.fetch = Some(Self::start(&job.clone(), fetch::run(job, wants)));
         Ok(())
+    }
+
+    /// Whether the guest comes by a move that may leave memory behind.
+    fn leaves_memory(&self) -> bool {
+        let state = self.record.handover.destination().state();
+        matches!(state, DestinationState::Granted { plan, .. } | DestinationState::Running { plan, .. }
+            if matches!(plan.kind, OperationKind::Migrate { post_copy: true, .. }))
+    }
+
+    /// What memory is fetched with, if the move may have left some behind.
+    fn memory_to_fetch(&mut self) -> Option<memory::Fetch> {
+        if !self.leaves_memory() {
+            return None;
+        }
+        self.meet_again(Role::Destination);
+        // Its own: what was said of a source before counts for nothing.
+        self.source_lost = Arc::default();
+        let meeting = &self.met.as_ref()?.meeting;
+        Some(memory::Fetch {
+            handle: meeting.handle(),
+            events: meeting.listen(),
+            source_lost: self.source_lost.clone(),
+            is_missing: Arc::default(),
+        })
     }
 
     /// Seals the volumes of a copy that was granted and is lost: what they hold may be needed for a recovery.

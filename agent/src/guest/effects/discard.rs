@@ -30,7 +30,7 @@ impl Actor {
     /// The guest was deleted: nothing of it stays. Whether nothing is left.
     pub(in crate::guest) async fn discard(&mut self) -> bool {
         let jobs = std::mem::take(&mut self.jobs);
-        for job in [jobs.leave, jobs.store, jobs.receive, jobs.fetch].into_iter().flatten() {
+        for job in [jobs.leave, jobs.store, jobs.receive, jobs.fetch, jobs.serve].into_iter().flatten() {
             job.end().await;
         }
         match self.try_discard().await {

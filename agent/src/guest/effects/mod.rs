@@ -7,7 +7,8 @@ mod spool;
 
 use supercloud_api::ids::Epoch;
 use supercloud_handover::{
-    DestinationEffect, DestinationEvent, DestinationState, LocalEffect, LocalEvent, SourceEffect, SourceEvent,
+    Alarm, DestinationEffect, DestinationEvent, DestinationState, LocalEffect, LocalEvent, SourceEffect, SourceEvent,
+    SourceState,
 };
 
 use super::{actor::Actor, record::CopyRecord};
@@ -118,11 +119,14 @@ impl Actor {
             SourceEffect::ResumeGuest { epoch } => self.resume_source(epoch).await,
             SourceEffect::DestroyGuest { epoch } => {
                 self.kill_at(epoch).await?;
+                if let Some(job) = self.jobs.serve.take() {
+                    job.end().await;
+                    self.note_served_room();
+                }
                 DONE
             }
-            SourceEffect::ServeMemory { epoch } => {
-                // Post-copy is refused at its beginning, so no order can lead here.
-                tracing::error!(guest = %self.guest, %epoch, "asked to serve memory, which this agent never offers");
+            SourceEffect::ServeMemory { .. } => {
+                self.serve_memory(false);
                 DONE
             }
             SourceEffect::ServeVolumes { epoch } => {
@@ -130,9 +134,11 @@ impl Actor {
                 for home in &copy.volumes {
                     self.host.runner.ensure(home).await?;
                 }
-                let disk_bytes = copy.spec.volumes.iter().map(|volume| volume.size_bytes).sum();
-                self.host.ledger.note_volumes(self.guest, disk_bytes);
+                self.note_served_room();
                 self.meet_again(Role::Source);
+                if self.record.is_memory_gone {
+                    self.serve_memory(true);
+                }
                 DONE
             }
             SourceEffect::DeleteVolumes { epoch } => self.delete_volumes(epoch).await,
@@ -155,6 +161,10 @@ impl Actor {
             }
             DestinationEffect::Prepare(plan) => self.prepare(plan).await,
             DestinationEffect::TakeOver { operation } => Ok(self.take_over(operation)),
+            DestinationEffect::GiveUpMemory { .. } => {
+                self.source_lost.notify_one();
+                DONE
+            }
             DestinationEffect::DestroyReceived { operation } => self.destroy_received(operation).await,
             DestinationEffect::ActivateVolumes { epoch } => {
                 let from = self.granted_from().unwrap_or(epoch);
@@ -214,8 +224,22 @@ impl Actor {
         }
     }
 
-    async fn raise(&mut self, alarm: &supercloud_handover::Alarm) {
+    /// What a guest takes here that has moved away: also its memory, as long as that is still fetched.
+    pub(super) fn note_served_room(&self) {
+        let Some(copy) = &self.record.current else { return };
+        let disk_bytes = copy.spec.volumes.iter().map(|volume| volume.size_bytes).sum();
+        match self.record.handover.source().state() {
+            SourceState::Serving { guest_kept: true } => self.host.ledger.note(self.guest, copy.spec.shape, disk_bytes),
+            SourceState::Serving { .. } if self.record.incoming.is_none() => {
+                self.host.ledger.note_volumes(self.guest, disk_bytes);
+            }
+            _ => {}
+        }
+    }
+
+    async fn raise(&mut self, alarm: &Alarm) {
         tracing::error!(guest = %self.guest, %alarm, "ALARM");
+        self.record.is_memory_gone |= matches!(alarm, Alarm::NeededCopyLost { .. });
         self.record.alarm = Some(alarm.to_string());
         self.save().await;
     }

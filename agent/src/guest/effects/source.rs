@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use supercloud_api::{
-    Code, Problem,
+    Code, MemoryMode, Problem,
     data::HandoverMessage,
     ids::{Epoch, FreezeId, OperationId},
     link::Peer,
@@ -22,7 +22,7 @@ use crate::{
         actor::{Actor, Met, Running},
         record::{CopyRecord, VolumeOrigin},
     },
-    jobs::{self, JobError, Outcome, depart, freeze, mirror, receive},
+    jobs::{self, JobError, Outcome, depart, freeze, memory, mirror, receive},
     plane::{
         PlaneError,
         admission::Role,
@@ -63,8 +63,10 @@ impl Actor {
         let operation = plan.operation;
         let internal = |detail: &str| Problem::new(Code::Internal, detail);
         let copy = self.current_at(plan.epoch).map_err(|error| internal(&error.to_string()))?;
-        if let OperationKind::Migrate { post_copy: true, .. } = plan.kind {
-            return Err(Problem::new(Code::Unsupported, "this agent does not offer post-copy"));
+        if let OperationKind::Migrate { post_copy: true, .. } = plan.kind
+            && let Err(error) = self.host.backend.post_copy()
+        {
+            return Err(Problem::new(Code::Unsupported, error.to_string()));
         }
         let job = self.job(operation);
         if let OperationKind::Freeze { .. } = plan.kind {
@@ -74,7 +76,11 @@ impl Actor {
         }
         let assignment = self.record.assignment.as_ref().filter(|assignment| assignment.operation == operation);
         let assignment = assignment.ok_or_else(|| internal("the order came without its assignment"))?;
-        let options = assignment.migration.clone();
+        let mut options = assignment.migration.clone();
+        if !matches!(plan.kind, OperationKind::Migrate { post_copy: true, .. }) {
+            // By what was decided nobody would serve what is left behind.
+            options.memory = MemoryMode::PreCopy;
+        }
         let mirror = match plan.kind {
             OperationKind::Mirror { .. } => {
                 Some(assignment.mirror.ok_or_else(|| internal("the assignment does not say how to mirror"))?)
@@ -129,6 +135,18 @@ impl Actor {
             role,
             peer_sockets: Arc::new(move |volume| served.get(&volume).cloned()),
         }
+    }
+
+    /// Serves what a move has left behind to whoever comes with the right, or says that it is gone.
+    pub(in crate::guest) fn serve_memory(&mut self, is_gone: bool) {
+        self.meet_again(Role::Source);
+        let Some(met) = &self.met else { return };
+        if Self::is_at_it(self.jobs.serve.as_ref(), met.operation) {
+            return;
+        }
+        let (operation, handle, events) = (met.operation, met.meeting.handle(), met.meeting.listen());
+        let job = self.job(operation);
+        self.jobs.serve = Some(Self::start(&job.clone(), memory::serve(job, handle, events, is_gone)));
     }
 
     /// Takes part in the last operation's meeting again, after a restart or when its job is over.
@@ -325,11 +343,15 @@ impl Actor {
         let deleted = source(SourceEvent::VolumesDeleted { epoch });
         let Ok(copy) = self.current_at(epoch) else { return Ok(deleted) };
         self.met = None;
+        if let Some(job) = self.jobs.serve.take() {
+            job.end().await;
+        }
         let is_lent = self.record.incoming.as_ref().is_some_and(|incoming| incoming.origin == VolumeOrigin::Local);
         if !is_lent {
             self.remove_copy(&copy).await?;
         }
         self.record.current = None;
+        self.record.is_memory_gone = false;
         self.drop_spool().await;
         if self.record.incoming.is_none() {
             self.host.ledger.release(self.guest);

@@ -212,6 +212,12 @@ impl DestinationHandover {
             }
             DestinationOrder::Wait { .. } => Vec::new(),
             DestinationOrder::TakeOver { operation } => self.take_over(operation),
+            DestinationOrder::SourceLost { operation } => match &self.state {
+                State::Running { grant, .. } if grant.operation == operation => {
+                    vec![Effect::GiveUpMemory { operation }]
+                }
+                _ => self.refuse(),
+            },
             DestinationOrder::Settled { operation } => {
                 if self.operation() == Some(operation) {
                     self.settled()
@@ -384,9 +390,14 @@ impl DestinationHandover {
                 let epoch = grant.epoch;
                 vec![Effect::ActivateVolumes { epoch }, Effect::ActivatePorts { epoch }, Effect::RunGuest { epoch }]
             }
-            State::Running { grant, .. } => {
+            State::Running { plan, grant } => {
                 let (operation, epoch) = (grant.operation, grant.epoch);
-                vec![Effect::Send(Report::Running { operation, epoch }), Effect::StartFetch { epoch }]
+                let is_post_copy = matches!(plan.kind, OperationKind::Migrate { post_copy: true, .. });
+                let fetches = is_post_copy.then_some(Effect::Send(Report::FetchesMemory { operation, epoch }));
+                let mut effects =
+                    vec![Effect::Send(Report::Running { operation, epoch }), Effect::StartFetch { epoch }];
+                effects.extend(fetches);
+                effects
             }
             State::Fetched { grant, .. } => {
                 let (operation, epoch) = (grant.operation, grant.epoch);

@@ -165,6 +165,11 @@ pub enum DestinationEffect {
         /// The operation.
         operation: OperationId,
     },
+    /// Post-copy: the source is lost. If memory is missing and cannot be had, the guest is no more: end its process; leads to `GuestGone`.
+    GiveUpMemory {
+        /// The operation.
+        operation: OperationId,
+    },
     /// Destroy all that was received; leads to `Destroyed`.
     DestroyReceived {
         /// The operation.

@@ -277,7 +277,8 @@ impl SourceHandover {
             State::Idle | State::Sealing { .. } | State::Vacating { .. } | State::Lost { .. } => false,
         };
         // Pages are kept for an owner that fetches them, not for one that is lost itself.
-        let kept = kept && self.copy == LocalCopy::Intact && matches!(now.owner, Owner::Host(_));
+        let is_wanted = kept && matches!(now.owner, Owner::Host(_));
+        let kept = is_wanted && self.copy == LocalCopy::Intact;
         let was_serving = matches!(self.state, State::Serving { guest_kept } if guest_kept == kept);
         if now.owner == Owner::Host(self.host) {
             // It came back to this very host under a new epoch: the volumes are the new owner's.
@@ -287,6 +288,9 @@ impl SourceHandover {
             self.state = State::Releasing;
             effects.extend(self.tick());
         } else if !was_serving {
+            if is_wanted && !kept {
+                effects.push(Effect::Raise(Alarm::NeededCopyLost { host: self.host, epoch }));
+            }
             self.state = State::Serving { guest_kept: kept };
             effects.push(if kept { Effect::ServeMemory { epoch } } else { Effect::DestroyGuest { epoch } });
             effects.push(Effect::SealVolumes { operation: None, epoch });
@@ -335,6 +339,7 @@ impl SourceHandover {
                 volumes: volumes.clone(),
             }))],
             State::Resuming { .. } => vec![Effect::UnsealVolumes { epoch }, Effect::ResumeGuest { epoch }],
+            State::Serving { guest_kept: true } => vec![Effect::ServeMemory { epoch }, ask(false)],
             State::Serving { .. } => vec![ask(false)],
             State::Releasing => vec![Effect::DestroyGuest { epoch }, Effect::DeleteVolumes { epoch }],
             State::Lost { operation } => {
@@ -403,9 +408,12 @@ impl SourceHandover {
                 effects
             }
             State::Serving { guest_kept } => {
-                *guest_kept = false;
                 let epoch = self.epoch;
-                vec![Effect::SealVolumes { operation: None, epoch }, Effect::ServeVolumes { epoch }]
+                // The destination may not have all of it.
+                let alarm = Effect::Raise(Alarm::NeededCopyLost { host: self.host, epoch });
+                let was_kept = std::mem::take(guest_kept).then_some(alarm);
+                let serve = [Effect::SealVolumes { operation: None, epoch }, Effect::ServeVolumes { epoch }];
+                was_kept.into_iter().chain(serve).collect()
             }
             // Paused already: the destination or the store may hold everything. The controller knows.
             State::Sealing { .. }

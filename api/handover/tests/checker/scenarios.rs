@@ -138,6 +138,7 @@ fn migration_with_a_restarted_host_and_a_restart_from_the_volume() {
 #[test]
 fn post_copy_with_crashes_and_a_restart_of_a_host() {
     holds(of("post-copy, 2 crashes, cancel", vec![post_copy(1)], Faults { crashes: 2, cancels: 1, ..NONE }));
+    holds(coarse(of("post-copy, kill, crash", vec![post_copy(1)], Faults { crashes: 1, kills: 1, ..NONE })));
     holds(of("post-copy, reboot, crash", vec![post_copy(1)], Faults { crashes: 1, reboots: 1, ..NONE }));
 }
 
@@ -224,5 +225,6 @@ fn mutants_are_caught() {
     caught(Mutation::SpeaksTooEarly, coarse(of("mirror", vec![mirror(1)], lost)));
     caught(Mutation::StandbyForgotten, coarse(of("mirror", vec![mirror(1)], lost)));
     caught(Mutation::StandbyFromOlderCut, coarse(of("mirror", vec![mirror(1)], lost)));
+    caught(Mutation::LostSourceNotTold, coarse(of("post-copy", vec![post_copy(1)], Faults { kills: 1, ..NONE })));
     caught(Mutation::MapsBeforeSeal, of("migration", vec![migrate(1)], NONE));
 }

@@ -1556,6 +1556,8 @@ export interface components {
              *     not come to such a pause in six rounds: its last pages may take all of it.
              */
             max_downtime_ms?: number | null;
+            /** @description Which of its memory may follow after the guest runs at the destination. */
+            memory?: components["schemas"]["MemoryMode"];
             /** @description Why, for the audit trail; at most 256 bytes. */
             reason?: string | null;
             /** @description Where to: a host or a cloud, by name or id. */
@@ -1977,6 +1979,12 @@ export interface components {
             /** @description How it is rented. */
             tenure: components["schemas"]["Tenure"];
         };
+        /**
+         * @description Which of a guest's memory goes before it is paused, and which follows after it runs at the destination. While some of it has still to
+         *     come, the loss of the host that it has left loses the guest.
+         * @enum {string}
+         */
+        MemoryMode: "pre_copy" | "hybrid" | "post_copy";
         /** @description A mirror of a guest: an operation that goes on until it is ended. */
         Mirror: {
             destination?: null | components["schemas"]["HostId"];
@@ -3124,6 +3132,12 @@ export interface components {
              * @default null
              */
             eta_min_ms: number | null;
+            /**
+             * Format: int64
+             * @description Memory that the destination, where the guest runs by now, still lacks; absent where none was left behind. It only falls.
+             * @default null
+             */
+            memory_missing_bytes: number | null;
             /**
              * Format: int64
              * @description Memory still to be sent in this round.

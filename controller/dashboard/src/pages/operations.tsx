@@ -47,6 +47,7 @@ export function OperationPage(props: { id: string }) {
     const round = progress.round > 0 ? `, round ${progress.round}` : "";
     moved.push([operation.kind === "image_import" ? "stored" : "memory sent", `${bytes(progress.memory_sent_bytes)} of ${bytes(progress.memory_total_bytes)}${round}`]);
   }
+  if ((progress.memory_missing_bytes ?? 0) > 0) moved.push(["memory still missing", bytes(progress.memory_missing_bytes!)]);
   if (isNumber(progress.disk_bytes_before_resume)) moved.push(["disk before it ran", bytes(progress.disk_bytes_before_resume)]);
   if (isNumber(progress.disk_bytes_after_resume)) moved.push(["disk after it ran", bytes(progress.disk_bytes_after_resume)]);
   if (progress.disk_missing_bytes > 0) moved.push(["disk still missing", bytes(progress.disk_missing_bytes)]);

@@ -70,6 +70,7 @@ export function Moving(props: { operation: Operation; children?: ComponentChildr
   const { progress } = operation;
   const facts: string[] = [];
   if (progress.memory_sent_bytes > 0) facts.push(`${bytes(progress.memory_sent_bytes)} sent`);
+  if ((progress.memory_missing_bytes ?? 0) > 0) facts.push(`fetching memory: ${bytes(progress.memory_missing_bytes!)} missing`);
   if (progress.bandwidth_bytes_per_s > 0) facts.push(rate(progress.bandwidth_bytes_per_s));
   if (progress.dirty_bytes_per_s > 0) facts.push(`writes ${rate(progress.dirty_bytes_per_s)}`);
   const disk = (progress.disk_bytes_before_resume ?? 0) + (progress.disk_bytes_after_resume ?? 0);

@@ -1,6 +1,6 @@
 //! Mirrors as REST accepts them.
 
-use supercloud_api::{Code, GuestFailover, GuestMigrate, GuestMirror, MirrorMode, OperationKind, Phase};
+use supercloud_api::{Code, GuestFailover, GuestMigrate, GuestMirror, MemoryMode, MirrorMode, OperationKind, Phase};
 
 use super::{TestController, guest, problem};
 use crate::state::{Change, Context, OperationRecord};
@@ -61,6 +61,7 @@ async fn a_mirror_is_checked_begun_shown_and_fails_over_only_from_a_dead_host() 
         max_downtime_ms: None,
         auto_converge: true,
         deadline_ms: None,
+        memory: MemoryMode::PreCopy,
         reason: None,
     };
     assert_eq!(problem(client.migrate_guest("web", &moved).await).code, Code::OperationInProgress);

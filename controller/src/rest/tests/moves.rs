@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use supercloud_api::{
-    Code, GuestFreeze, GuestMigrate, GuestStart, GuestStop, GuestThaw, HostPatch, Phase, Volume,
-    handover::{Holder, Owner, OwnerRecord},
+    Code, GuestFreeze, GuestMigrate, GuestStart, GuestStop, GuestThaw, HostPatch, MemoryMode, Phase, Volume,
+    handover::{Holder, OperationKind, Owner, OwnerRecord},
     ids::{Epoch, FreezeId},
 };
 
@@ -18,6 +18,7 @@ fn to(place: &str) -> GuestMigrate {
         max_downtime_ms: None,
         auto_converge: true,
         deadline_ms: None,
+        memory: MemoryMode::PreCopy,
         reason: Some("test".into()),
     }
 }
@@ -89,6 +90,41 @@ async fn a_move_is_checked_planned_and_begun() {
     let busy = problem(world.client.freeze_guest("web", &GuestFreeze::default()).await);
     assert_eq!((busy.code, busy.retryable), (Code::OperationInProgress, true));
     assert!(busy.detail.contains(&operation.id.to_string()));
+    test.stop().await;
+}
+
+#[tokio::test]
+async fn memory_is_left_behind_only_where_both_agents_know_how() {
+    let test = TestController::start().await;
+    let world = test.world().await;
+    let client = &world.client;
+    client.create_guest(&guest("web")).await.unwrap();
+    let id = client.guest("web").await.unwrap().id;
+    test.run_on(id, &world.hosts[0]).await;
+    let hybrid = GuestMigrate { memory: MemoryMode::Hybrid, ..to("west") };
+    for host in &world.hosts {
+        for refused in [client.migrate_guest("web", &hybrid).await, client.plan_migration("web", &hybrid).await] {
+            let refused = problem(refused);
+            assert_eq!(refused.code, Code::Unsupported);
+            assert!(
+                refused.detail.contains("hybrid") && refused.detail.contains(&host.id.to_string()),
+                "{}",
+                refused.detail
+            );
+        }
+        test.parts().hosts.note_post_copy(host.id, true);
+    }
+    assert_eq!(client.guest("web").await.unwrap().operation, None, "nothing was begun");
+    let plan = client.plan_migration("web", &hybrid).await.unwrap().plan.unwrap();
+    let risk = plan.checks.iter().find(|check| check.name == "post_copy").unwrap();
+    assert!(risk.detail.contains("loses the guest"), "{}", risk.detail);
+
+    let operation = client.migrate_guest("web", &hybrid).await.unwrap();
+    let record = test.state().need::<GuestRecord>(&id).await.unwrap();
+    let kind = record.owner.operation.as_ref().unwrap().kind;
+    assert_eq!(kind, OperationKind::Migrate { to: world.hosts[1].id, post_copy: true });
+    let stored = test.state().need::<OperationRecord>(&operation.id).await.unwrap();
+    assert!(matches!(&stored.work, Work::GuestMigrate { options } if options.memory == MemoryMode::Hybrid));
     test.stop().await;
 }
 

@@ -7,7 +7,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use supercloud_api::{
     FeedClock, Freeze, Guest, GuestCreate, GuestFreeze, GuestMigrate, GuestPatch, GuestThaw, Image, ImageCreate,
-    ImageImport, ImagePart, Network, NetworkCreate, OnLoss, Operation, OperationKind, Phase, Propagation, Shape,
+    ImageImport, ImagePart, MemoryMode, Network, NetworkCreate, OnLoss, Operation, OperationKind, Phase, Propagation,
+    Shape,
 };
 use supercloud_cli::progress::phase_name;
 
@@ -170,6 +171,7 @@ impl Fleet {
             max_downtime_ms: self.is_of_vms().then_some(VM_MAX_DOWNTIME_MS),
             auto_converge: true,
             deadline_ms: None,
+            memory: MemoryMode::PreCopy,
             reason: None,
         };
         let what = format!("moving {guest} to {to}");

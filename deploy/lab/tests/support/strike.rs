@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use supercloud_api::{GuestMigrate, Operation, Phase, ids::OperationId};
+use supercloud_api::{GuestMigrate, MemoryMode, Operation, Phase, ids::OperationId};
 use supercloud_lab::{CONTROLLER, Which};
 
 use super::case::{Case, Moment, Seat, Victim, judge_end};
@@ -41,6 +41,7 @@ impl Ground {
             max_downtime_ms: None,
             auto_converge: true,
             deadline_ms: None,
+            memory: MemoryMode::PreCopy,
             reason: Some("a failure test".into()),
         };
         Ok(self.fleet.client().migrate_guest(SERVER, &body).await?)

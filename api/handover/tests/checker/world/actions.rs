@@ -216,16 +216,12 @@ impl Model {
                 self.source(w, n, SourceEvent::MemoryServed { operation: operation(0) })?;
             }
             Action::Stalled(n) => {
-                // A post-copy guest whose pages nobody has any more.
-                let paused = |p: &Process| p.mode == Mode::Paused;
-                let Some(slot) = w.hosts[n].processes.iter().position(|p| p.is_some_and(|p| p.pages_missing)) else {
-                    return Ok(false);
-                };
-                if w.hosts.iter().any(|h| h.processes.iter().flatten().any(paused)) {
+                // Its source's agent says that it has no process any more; a dead one says nothing.
+                let is_source = |h: &Host| matches!(self.machine(h).source().state(), SourceState::Serving { .. });
+                if !w.hosts.iter().enumerate().any(|(other, h)| other != n && !h.dead && is_source(h)) {
                     return Ok(false);
                 }
-                w.hosts[n].processes[slot] = None;
-                self.destination(w, n, DestinationEvent::GuestGone)?;
+                return self.stalled(w, n);
             }
             Action::Write(n) => {
                 let Some(p) = w.hosts[n].processes.iter().flatten().find(|p| p.mode == Mode::Running) else {

@@ -80,7 +80,8 @@ impl Model {
                 // Blocks that only a dead host had: it runs on and says what it misses.
                 let stalled = record.last.is_some_and(|last| last.phase == Phase::Failed)
                     && record.holders.iter().any(|holder| holder.lost)
-                    && matches!(machine.destination().state(), DestinationState::Running { .. });
+                    && matches!(machine.destination().state(), DestinationState::Running { .. })
+                    && processes.iter().all(|p| !p.pages_missing);
                 return processes.len() == 1
                     && processes[0].mode == Mode::Running
                     && processes[0].epoch == epoch
@@ -103,7 +104,7 @@ pub(super) fn raised(w: &mut World, alarm: Alarm) -> Result<(), Violation> {
             w.lost = true;
             Ok(())
         }
-        Alarm::NeededCopyLost { .. } if w.used.kills > 0 => Ok(()),
+        Alarm::NeededCopyLost { .. } if w.used.kills + w.used.reboots > 0 => Ok(()),
         other => Err(format!("false alarm: {other}")),
     }
 }

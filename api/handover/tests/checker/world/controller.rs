@@ -60,6 +60,12 @@ impl Model {
                 }
                 let mut accepted = accept(&before, host(from), &report, when_open);
                 self.mutate_decision(&before, from, &report, &mut accepted);
+                if self.has(Mutation::LostSourceNotTold) {
+                    let is_told = |order: &Order| {
+                        matches!(order.body, OrderBody::Destination(DestinationOrder::SourceLost { .. }))
+                    };
+                    accepted.orders.retain(|order| !is_told(order));
+                }
                 for alarm in accepted.alarms {
                     raised(w, alarm)?;
                 }

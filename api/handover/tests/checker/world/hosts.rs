@@ -234,6 +234,20 @@ impl Model {
         }
     }
 
+    /// A post-copy guest whose pages nobody has any more is given up.
+    pub(super) fn stalled(&mut self, w: &mut World, n: usize) -> Result<bool, Violation> {
+        let paused = |p: &Process| p.mode == Mode::Paused;
+        let Some(slot) = w.hosts[n].processes.iter().position(|p| p.is_some_and(|p| p.pages_missing)) else {
+            return Ok(false);
+        };
+        if w.hosts.iter().any(|h| h.processes.iter().flatten().any(paused)) {
+            return Ok(false);
+        }
+        w.hosts[n].processes[slot] = None;
+        self.destination(w, n, DestinationEvent::GuestGone)?;
+        Ok(true)
+    }
+
     pub(super) fn nothing_missing(&mut self, w: &mut World, n: usize) -> Result<bool, Violation> {
         let DestinationState::Running { grant, .. } = *self.machine(&w.hosts[n]).destination().state() else {
             return Ok(false);
@@ -372,6 +386,9 @@ impl Model {
                 self.destination(w, n, event)?;
             }
             DestinationEffect::TakeOver { operation } => self.take_over(w, n, operation)?,
+            DestinationEffect::GiveUpMemory { .. } => {
+                self.stalled(w, n)?;
+            }
             DestinationEffect::DestroyReceived { operation } => {
                 let op = self.index(operation);
                 let is_last = self

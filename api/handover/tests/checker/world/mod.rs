@@ -116,6 +116,8 @@ pub enum Mutation {
     StandbyForgotten,
     /// A restarted agent goes on from the cut before the last one.
     StandbyFromOlderCut,
+    /// A destination that fetches memory is not told that its source is lost.
+    LostSourceNotTold,
     /// The agent does not repeat what it asks for.
     NobodyAsksAgain,
 }
