@@ -19,8 +19,8 @@
 //! follow; who finds another's version there carries it to the others before saying so. When members are split, so that nobody has
 //! n - f, everybody carries on, under the next number and after a random pause, with the version of somebody else that may
 //! have been told of n - f (f + 1 members show it), else with his own (the paper's low-contention lock, without clocks). A version
-//! keeps its token when it is carried: its owner knows it again. Not borne is this: the first member tells several at once that they
-//! were first, *and* one of these dies before he has carried on. Readers may then see either version until the next one is written.
+//! keeps its token when it is carried: its owner knows it again. **Not borne** is this: several come at the same moment, *and* a member
+//! tells more than one of them that they were first. Then two may be told that they have it, and readers see the version that is newest.
 //! Sweeps, who alone need this, are sent one at a time by the controller.
 //!
 //! *Delete* puts a version that says so. It stays: without it, a member that rolls back would bring the register to life.

@@ -203,10 +203,12 @@ async fn a_writer_may_die_between_any_two_requests() {
     assert!(outcomes.len() >= 7, "the crashes met all stages: {outcomes:?}");
 }
 
-/// Many processes want the same register; one provider fails: exactly one gets it, each time.
+/// Many processes want the same register; one provider fails, but tells nobody that he was first who was not: exactly one gets it.
 #[tokio::test(start_paused = true)]
-async fn of_many_processes_one_wins_whatever_one_provider_does() {
-    for (seed, fault) in (0..6).flat_map(|seed| FAULTS.map(|fault| (seed, fault))) {
+async fn of_many_processes_one_wins_unless_a_provider_tells_several_that_they_were_first() {
+    for (seed, fault) in
+        (0..6).flat_map(|seed| FAULTS.map(|fault| (seed, fault))).filter(|(_, fault)| !Provider::is_deaf(*fault))
+    {
         let whole = Market::new(4, seed);
         let key = ObjectKey::other(ProjectId::generate(), "sweep/intent").unwrap();
         for round in 0..2 {

@@ -142,7 +142,8 @@ impl Provider {
         }
     }
 
-    fn is_deaf(mode: Mode) -> bool {
+    /// Whether it says that it keeps whatever it is given, to everybody.
+    pub(super) fn is_deaf(mode: Mode) -> bool {
         matches!(mode, Mode::Forgetful | Mode::RolledBack)
     }
 }
@@ -390,10 +391,10 @@ async fn it_is_a_store() {
     }
 }
 
-/// With any one provider failing in any way, it is one still.
+/// With any one provider failing, it is one still; but for one that tells several at once that they were first: see [`super::registers`].
 #[tokio::test(start_paused = true)]
 async fn it_is_a_store_with_any_one_failing() {
-    for fault in FAULTS {
+    for fault in FAULTS.into_iter().filter(|fault| !Provider::is_deaf(*fault)) {
         for failing in 0..4 {
             let market = Market::new(4, 2);
             market.providers[failing].set(fault);
