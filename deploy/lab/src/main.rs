@@ -12,7 +12,7 @@ use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
 use supercloud_lab::wan::control::Request;
 use supercloud_lab::wan::fabric::FabricSpec;
-use supercloud_lab::{Lab, LabSpec, bench, demo, host_init, image, netns, state, wan};
+use supercloud_lab::{Lab, LabSpec, bench, demo, host_init, host_vm::Hypervisor, image, netns, state, wan};
 
 const EXAMPLES: &str = "Examples:
   supercloud-lab up                            three clouds: aws-east, gcp-west, home
@@ -148,6 +148,9 @@ enum Hosts {
     Namespaces,
     /// Virtual machines with a kernel of their own, each of other hardware, translated by QEMU: slow
     Vm,
+    /// The same without an agent, each with Xen and its first domain, on a processor without virtualization: to try paravirtual guests
+    /// by hand (`exec HOST -- xl ...`). No agent can run guests on Xen yet (docs/xen.md)
+    Xen,
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -234,11 +237,16 @@ fn up(name: &str, spec: Option<&Path>, hosts: Hosts) -> anyhow::Result<()> {
         None => match hosts {
             Hosts::Namespaces => LabSpec::three_clouds(name),
             Hosts::Vm => LabSpec::three_clouds_of_vms(name),
+            Hosts::Xen => LabSpec::three_clouds_of_xen(name),
         },
     };
+    let has_xen = spec.hosts.iter().any(|host| host.hypervisor == Hypervisor::Xen);
     let mut lab = Lab::start(spec)?;
     lab.keep();
     print!("{}", lab.describe());
+    if has_xen {
+        println!("Xen is {}", image::xen::hypervisor()?.about);
+    }
     Ok(())
 }
 

@@ -16,7 +16,7 @@ use thiserror::Error;
 use crate::addressing::{LabIndex, Segment, mac_text};
 use crate::command::{CommandError, Run, wait_for};
 use crate::host_init::{self, HostError, HostSetup, ProcessSpec, ProcessStatus};
-use crate::host_vm::Hardware;
+use crate::host_vm::{Hardware, Hypervisor};
 use crate::image::ImageError;
 use crate::netns;
 use crate::process::{self, ProcessId};
@@ -123,6 +123,7 @@ pub struct Site {
     has_switch: bool,
     has_libvirt: bool,
     vm: Option<Hardware>,
+    hypervisor: Hypervisor,
 }
 
 impl Site {
@@ -130,7 +131,8 @@ impl Site {
     #[must_use]
     pub fn new(spec: &LabSpec, index: LabIndex, state: &StateDir, name: &str) -> Option<Self> {
         let is_host = name != CONTROLLER;
-        let vm = spec.hosts.iter().find(|host| host.name == name).and_then(|host| host.vm);
+        let host = spec.hosts.iter().find(|host| host.name == name);
+        let vm = host.and_then(|host| host.vm);
         Some(Self {
             name: name.to_owned(),
             number: spec.site_number(name).ok()?,
@@ -146,6 +148,7 @@ impl Site {
             has_switch: is_host && spec.switch,
             has_libvirt: is_host && spec.libvirt && vm.is_none(),
             vm,
+            hypervisor: host.map_or(Hypervisor::Kvm, |host| host.hypervisor),
         })
     }
 
@@ -159,6 +162,12 @@ impl Site {
     #[must_use]
     pub fn overlay_address(&self) -> Ipv4Addr {
         self.index.overlay_address(self.number)
+    }
+
+    /// What runs the guests of a host that is a VM.
+    #[must_use]
+    pub fn hypervisor(&self) -> Hypervisor {
+        self.hypervisor
     }
 
     /// The segments that the site is attached to.

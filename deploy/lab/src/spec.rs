@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::host_vm::Hardware;
+use crate::host_vm::{Hardware, Hypervisor};
 
 /// The site name under which the controller is attached to the WAN.
 pub const CONTROLLER: &str = "controller";
@@ -30,6 +30,9 @@ pub enum SpecError {
     /// No host, or too many.
     #[error("a lab has 1-{MAX_HOSTS} hosts, not {0}")]
     HostCount(usize),
+    /// A host with Xen that is not a virtual machine.
+    #[error("host {0:?} has Xen: it must be a virtual machine (vm = ...)")]
+    XenWithoutVm(String),
     /// A link to a site that does not exist.
     #[error("there is no host {0:?} in this lab")]
     UnknownSite(String),
@@ -122,6 +125,9 @@ pub struct HostSpec {
     /// What it is made of when it is a virtual machine, and not a handful of this machine's namespaces.
     #[serde(default)]
     pub vm: Option<Hardware>,
+    /// What its guests run on when it is a virtual machine.
+    #[serde(default)]
+    pub hypervisor: Hypervisor,
 }
 
 /// Which packet engine the hosts' switches use.
@@ -172,7 +178,12 @@ impl LabSpec {
     /// The demo's lab: `aws-east`, `gcp-west` and `home`, 40/90/140 ms apart at 200 Mbit/s; the controller sits near `home`.
     #[must_use]
     pub fn three_clouds(name: &str) -> Self {
-        let host = |host: &str| HostSpec { name: host.to_owned(), cloud: host.to_owned(), vm: None };
+        let host = |host: &str| HostSpec {
+            name: host.to_owned(),
+            cloud: host.to_owned(),
+            vm: None,
+            hypervisor: Hypervisor::Kvm,
+        };
         let link = |a: &str, b: &str, rtt_ms| LinkSpec {
             a: a.to_owned(),
             b: b.to_owned(),
@@ -202,10 +213,22 @@ impl LabSpec {
         spec
     }
 
+    /// Likewise, each with Xen between it and its hardware: its guests are paravirtual.
+    #[must_use]
+    pub fn three_clouds_of_xen(name: &str) -> Self {
+        let mut spec = Self::three_clouds_of_vms(name);
+        for host in &mut spec.hosts {
+            host.hypervisor = Hypervisor::Xen;
+        }
+        spec
+    }
+
     /// `count` hosts `h1`, `h2`, ... in one cloud each (`c1`, ...), joined by default links.
     #[must_use]
     pub fn plain(name: &str, count: usize) -> Self {
-        let hosts = (1..=count).map(|i| HostSpec { name: format!("h{i}"), cloud: format!("c{i}"), vm: None }).collect();
+        let hosts = (1..=count)
+            .map(|i| HostSpec { name: format!("h{i}"), cloud: format!("c{i}"), vm: None, hypervisor: Hypervisor::Kvm })
+            .collect();
         Self { hosts, ..Self::empty(name) }
     }
 
@@ -235,6 +258,9 @@ impl LabSpec {
             check_name("cloud", &host.cloud, 40)?;
             if host.name == CONTROLLER || self.hosts[..at].iter().any(|other| other.name == host.name) {
                 return Err(SpecError::Twice(host.name.clone()));
+            }
+            if host.hypervisor == Hypervisor::Xen && host.vm.is_none() {
+                return Err(SpecError::XenWithoutVm(host.name.clone()));
             }
         }
         for link in &self.links {
@@ -289,6 +315,7 @@ mod tests {
     fn the_demo_lab_is_good() {
         assert_eq!(LabSpec::three_clouds("demo").check(), Ok(()));
         assert_eq!(LabSpec::plain("x", MAX_HOSTS).check(), Ok(()));
+        assert_eq!(LabSpec::three_clouds_of_xen("x").check(), Ok(()));
     }
 
     #[test]
@@ -305,6 +332,7 @@ mod tests {
         assert_eq!(with(&|s| s.hosts[1].name = "h1".into()), SpecError::Twice("h1".into()));
         assert_eq!(with(&|s| s.hosts[1].name = CONTROLLER.into()), SpecError::Twice(CONTROLLER.into()));
         assert_eq!(with(&|s| s.hosts.clear()), SpecError::HostCount(0));
+        assert_eq!(with(&|s| s.hosts[1].hypervisor = Hypervisor::Xen), SpecError::XenWithoutVm("h2".into()));
         let link = |a: &str, b: &str, shape| LinkSpec { a: a.into(), b: b.into(), shape };
         let shape = LinkShape::default();
         assert_eq!(with(&|s| s.links = vec![link("h1", "h9", shape)]), SpecError::UnknownSite("h9".into()));

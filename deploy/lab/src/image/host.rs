@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! initramfs   busybox, the kernel's modules; mounts the disk
-//! disk        ext4: Open vSwitch, iproute2, the libraries of our programs, our programs
+//! disk        ext4: Open vSwitch, iproute2, the libraries of our programs, our programs; of a Xen host Xen's tools, too
 //! ```
 
 use std::{
@@ -14,7 +14,7 @@ use std::{
 };
 
 use super::{ImageError, cache, cpio::Archive, io_at, kernel::Kernel, lean::make_ext4, running};
-use crate::{command::Run, libvirt_conf, site::STORE_DIR};
+use crate::{command::Run, host_vm::Hypervisor, libvirt_conf, site::STORE_DIR};
 
 /// Changed whenever the way of building changes.
 const LAYOUT: &[u8] = b"host-2";
@@ -33,6 +33,23 @@ const PROGRAMS: [&str; 4] = ["supercloud-lab", "supercloud-agent", "supercloud-v
 /// What they need, and the switch. `libvirt0` is only a library of the agent's.
 const PACKAGES: [&str; 7] =
     ["libc6", "libgcc-s1", "openvswitch-switch", "openvswitch-common", "iproute2", "libvirt0", "busybox-static"];
+
+/// What a Xen host has besides: `xl`, the store of its domains' devices, the daemon of their consoles.
+const XEN_PACKAGES: [&str; 2] = ["xen-utils-4.17", "xenstore-utils"];
+
+/// The packages of a host.
+fn packages(hypervisor: Hypervisor) -> Vec<&'static str> {
+    let more: &[&str] = if hypervisor == Hypervisor::Xen { &XEN_PACKAGES } else { &[] };
+    PACKAGES.iter().chain(more).copied().collect()
+}
+
+/// Our programs in a host. No agent can run guests on Xen yet, so there is none where Xen is.
+fn programs_of(hypervisor: Hypervisor) -> &'static [&'static str] {
+    match hypervisor {
+        Hypervisor::Kvm => &PROGRAMS,
+        Hypervisor::Xen => &PROGRAMS[..1],
+    }
+}
 
 /// What of the packages no program reads here.
 const NOT_NEEDED: [&str; 12] = [
@@ -99,7 +116,16 @@ database=/etc/openvswitch/conf.db
 ovsdb-server $database --remote=punix:/run/openvswitch/db.sock --pidfile --detach --no-chdir \
   --log-file -vconsole:off && ovs-vsctl --no-wait init && \
   ovs-vswitchd unix:/run/openvswitch/db.sock --pidfile --detach --no-chdir --log-file -vconsole:off || echo "@host has no switch"
-[ -e /dev/kvm ] || echo "@host has no kvm"
+if [ -e /proc/xen ]; then
+  xen=$(echo /usr/lib/xen-[0-9]*/bin)
+  mkdir -p /run/xen /var/lib/xen /var/log/xen /var/lock
+  mount -t xenfs xenfs /proc/xen
+  # Nothing here runs the packages' scripts for disks and cards of guests.
+  echo run_hotplug_scripts=0 >/etc/xen/xl.conf
+  $xen/oxenstored --pid-file /run/xenstored.pid && $xen/xen-init-dom0 && $xen/xenconsoled --pid-file=/run/xenconsoled.pid || echo "@host has no xen tools"
+else
+  [ -e /dev/kvm ] || echo "@host has no kvm"
+fi
 echo "@host up $(cut -d' ' -f1 /proc/uptime)"
 exec /usr/lib/supercloud/supercloud-lab host-init --lines /dev/ttyS1 /dev/ttyS2 /dev/ttyS3
 "#;
@@ -108,10 +134,10 @@ exec /usr/lib/supercloud/supercloud-lab host-init --lines /dev/ttyS1 /dev/ttyS2 
 ///
 /// # Errors
 /// When a package cannot be had, a program of ours is not built, or a tool is missing.
-pub fn disk(programs: &Path) -> Result<PathBuf, ImageError> {
-    let tree = tree()?;
+pub fn disk(programs: &Path, hypervisor: Hypervisor) -> Result<PathBuf, ImageError> {
+    let tree = tree(hypervisor)?;
     let mut key = vec![LAYOUT.to_vec(), tree.as_os_str().as_encoded_bytes().to_vec(), START.as_bytes().to_vec()];
-    for name in PROGRAMS {
+    for name in programs_of(hypervisor) {
         let path = programs.join(name);
         let about = fs::metadata(&path).map_err(io_at("find the program", &path))?;
         // Their content is hundreds of megabytes of symbols.
@@ -119,7 +145,8 @@ pub fn disk(programs: &Path) -> Result<PathBuf, ImageError> {
         key.push(state.into_bytes());
     }
     let key = cache::key(&key.iter().map(Vec::as_slice).collect::<Vec<_>>());
-    let dir = cache::get_or_build("agent-disk", &key, |dir| fill(&tree, programs, dir))?;
+    let kind = if hypervisor == Hypervisor::Xen { "xen-disk" } else { "agent-disk" };
+    let dir = cache::get_or_build(kind, &key, |dir| fill(&tree, programs, hypervisor, dir))?;
     Ok(dir.join("disk.raw"))
 }
 
@@ -145,24 +172,26 @@ pub fn initramfs(kernel: &Kernel, busybox: &Path) -> Result<Vec<u8>, ImageError>
 }
 
 /// The packages, unpacked.
-fn tree() -> Result<PathBuf, ImageError> {
+fn tree(hypervisor: Hypervisor) -> Result<PathBuf, ImageError> {
+    let (kind, packages) =
+        (if hypervisor == Hypervisor::Xen { "xen-tree" } else { "agent-tree" }, packages(hypervisor));
     let newest = || -> Result<PathBuf, ImageError> {
         let versions =
-            Run::line("apt-cache policy").args(PACKAGES).text().map_err(running("asking for the newest packages"))?;
+            Run::line("apt-cache policy").args(&packages).text().map_err(running("asking for the newest packages"))?;
         let candidates: Vec<&str> = versions.lines().filter(|line| line.contains("Candidate:")).collect();
-        let key = cache::key(&[LAYOUT, PACKAGES.join(",").as_bytes(), candidates.join(",").as_bytes()]);
-        cache::get_or_build("agent-tree", &key, unpack)
+        let key = cache::key(&[LAYOUT, packages.join(",").as_bytes(), candidates.join(",").as_bytes()]);
+        cache::get_or_build(kind, &key, |dir| unpack(&packages, dir))
     };
     // Without the archive (no network, lists out of date) the last one is as good.
-    let dir = newest().or_else(|error| cache::built("agent-tree").into_iter().next().ok_or(error))?;
+    let dir = newest().or_else(|error| cache::built(kind).into_iter().next().ok_or(error))?;
     Ok(dir.join("tree"))
 }
 
-fn unpack(dir: &Path) -> Result<(), ImageError> {
+fn unpack(packages: &[&str], dir: &Path) -> Result<(), ImageError> {
     let tree = dir.join("tree");
     Run::line("mmdebstrap --quiet --variant=extract --mode=root")
         .arg("--aptopt=APT::Install-Recommends \"false\"")
-        .arg(format!("--include={}", PACKAGES.join(",")))
+        .arg(format!("--include={}", packages.join(",")))
         .arg("bookworm")
         .arg(&tree)
         .budget(BUILD_BUDGET)
@@ -212,13 +241,13 @@ fn link_applets(tree: &Path) -> Result<(), ImageError> {
     Ok(())
 }
 
-fn fill(tree: &Path, programs: &Path, dir: &Path) -> Result<(), ImageError> {
+fn fill(tree: &Path, programs: &Path, hypervisor: Hypervisor, dir: &Path) -> Result<(), ImageError> {
     let merged = dir.join("tree");
     Run::new("cp").arg("-al").args([tree, &merged]).ok().map_err(running("laying out the disk"))?;
     write(&merged.join("sbin/host-start"), START.as_bytes(), 0o755)?;
     let place = merged.join(&PROGRAM_DIR[1..]);
     fs::create_dir_all(&place).map_err(io_at("make", &place))?;
-    for name in PROGRAMS {
+    for name in programs_of(hypervisor) {
         Run::new("strip")
             .arg("-o")
             .args([&place.join(name), &programs.join(name)])

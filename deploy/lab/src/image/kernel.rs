@@ -67,6 +67,14 @@ pub fn for_agents_hosts(is_for_clouds: bool) -> Result<Kernel, ImageError> {
     with_modules(kind, package, &modules::WANTED_BY_AGENTS_HOSTS)
 }
 
+/// The kernel of a Xen host's first domain: the one for all machines, which the cloud kernel cannot be.
+///
+/// # Errors
+/// As [`cloud`].
+pub fn for_xen_hosts() -> Result<Kernel, ImageError> {
+    with_modules("xen-kernel", ALL, &modules::WANTED_BY_XEN_HOSTS)
+}
+
 fn with_modules(kind: &str, newest_of: &str, wanted: &[&str]) -> Result<Kernel, ImageError> {
     let newest = || -> Result<Kernel, ImageError> {
         let package = dependency(newest_of, "linux-image-")?;
@@ -80,7 +88,7 @@ fn with_modules(kind: &str, newest_of: &str, wanted: &[&str]) -> Result<Kernel, 
     })
 }
 
-fn dependency(package: &str, prefix: &str) -> Result<String, ImageError> {
+pub(super) fn dependency(package: &str, prefix: &str) -> Result<String, ImageError> {
     let text =
         Run::line(&format!("apt-cache depends {package}")).text().map_err(running("asking for the newest kernel"))?;
     let found =
@@ -90,7 +98,7 @@ fn dependency(package: &str, prefix: &str) -> Result<String, ImageError> {
         .ok_or_else(|| ImageError::Missing(format!("{package} is in no package list (apt-get update)")))
 }
 
-fn candidate(package: &str) -> Result<String, ImageError> {
+pub(super) fn candidate(package: &str) -> Result<String, ImageError> {
     let text =
         Run::line(&format!("apt-cache policy {package}")).text().map_err(running("asking for the newest kernel"))?;
     let found = text.lines().find_map(|line| line.trim().strip_prefix("Candidate: "));

@@ -16,6 +16,7 @@ pub mod host;
 pub mod kernel;
 pub mod lean;
 pub mod modules;
+pub mod xen;
 
 use std::io;
 use std::path::{Path, PathBuf};

@@ -36,6 +36,34 @@ pub const WANTED_BY_AGENTS_HOSTS: [&str; 18] = [
     "sch_htb",
 ];
 
+/// What the first domain of a Xen host needs: the same without KVM, Xen's own devices, and back ends for its guests' disks
+/// and cards.
+pub const WANTED_BY_XEN_HOSTS: [&str; 23] = [
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_net",
+    "nvme",
+    "vmxnet3",
+    "ahci",
+    "sd_mod",
+    "e1000e",
+    "crc32c_generic",
+    "ext4",
+    "tun",
+    "openvswitch",
+    "vport_vxlan",
+    "vport_geneve",
+    "sch_netem",
+    "sch_htb",
+    "xen_evtchn",
+    "xen_gntdev",
+    "xen_gntalloc",
+    "xen_privcmd",
+    "xenfs",
+    "xen_blkback",
+    "xen_netback",
+];
+
 /// All modules below a folder: name with underscores -> file.
 fn index(folder: &Path, into: &mut BTreeMap<String, PathBuf>) -> Result<(), ImageError> {
     for entry in fs::read_dir(folder).map_err(io_at("list", folder))?.flatten() {

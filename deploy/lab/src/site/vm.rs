@@ -20,7 +20,7 @@ use crate::{
     command::{Run, wait_for},
     fleet::config::LOG_DIR,
     host_init::{self, ProcessSpec},
-    host_vm::{self, Hardware},
+    host_vm::{self, Hardware, Hypervisor},
     image::{self, ImageError},
     lab::program_dir,
     netns, state,
@@ -29,8 +29,14 @@ use crate::{
 /// Memory of such a host: for its system and a few lean guests.
 const MEMORY_MIB: u32 = 1024;
 
+/// What of it the first domain of a Xen host gets; the rest is for guests.
+const FIRST_DOMAIN_MIB: u32 = 576;
+
 /// How long a translated machine may take to boot when others do as well.
 const BOOT_BUDGET: Duration = Duration::from_secs(300);
+
+/// The first domain's kernel. Its clock is Xen's; its console is Xen's, which is the first serial line.
+const XEN_CMDLINE: &str = "console=hvc0 quiet loglevel=3 mitigations=off panic=-1";
 
 /// What the VM's process is called among the site's.
 const PROCESS: &str = "host-vm";
@@ -130,7 +136,11 @@ impl Site {
     }
 
     fn qemu(&self, hardware: Hardware) -> Result<Vec<String>, ImageError> {
-        let kernel = image::kernel::for_agents_hosts(hardware.is_of_clouds())?;
+        let is_xen = self.hypervisor == Hypervisor::Xen;
+        let kernel = match self.hypervisor {
+            Hypervisor::Kvm => image::kernel::for_agents_hosts(hardware.is_of_clouds())?,
+            Hypervisor::Xen => image::kernel::for_xen_hosts()?,
+        };
         let initrd = self.dir.join("vm.initrd");
         host_vm::write(&initrd, &image::host::initramfs(&kernel, Path::new(host_vm::BUSYBOX))?)?;
         let disk = self.disk();
@@ -138,7 +148,7 @@ impl Site {
             // Made in another name: a copy that was interrupted is no disk.
             let part = disk.with_extension("part");
             Run::line("cp --sparse=always")
-                .args([&image::host::disk(&program_dir())?, &part])
+                .args([&image::host::disk(&program_dir(), self.hypervisor)?, &part])
                 .budget(Duration::from_secs(300))
                 .ok()
                 .map_err(image::running("copying a disk"))?;
@@ -147,7 +157,7 @@ impl Site {
         let log = self.outside(&format!("{LOG_DIR}/agent.log")).unwrap_or_default();
         let cmdline = format!(
             "{} random.trust_cpu=on sc.disk={} sc.name={} sc.agents={} sc.overlay={}",
-            host_vm::cmdline(),
+            if is_xen { XEN_CMDLINE.to_owned() } else { host_vm::cmdline() },
             hardware.disk_path(),
             self.name,
             self.address(),
@@ -155,10 +165,22 @@ impl Site {
         );
         let mut argv: Vec<String> = host_vm::QEMU.iter().map(|word| (*word).to_owned()).collect();
         let mut add = |option: &str, value: String| argv.extend([option.to_owned(), value]);
+        add("-cpu", self.hypervisor.processor().to_owned());
         add("-m", MEMORY_MIB.to_string());
-        add("-kernel", kernel.image().display().to_string());
-        add("-initrd", initrd.display().to_string());
-        add("-append", cmdline);
+        if is_xen {
+            // The hypervisor is what boots; the first domain's kernel, with its command line, and its initramfs are modules for it.
+            let xen = image::xen::hypervisor()?;
+            add("-kernel", xen.elf.display().to_string());
+            let comma = |text: String| text.replace(',', ",,");
+            let kernel = comma(format!("{} {cmdline}", kernel.image().display()));
+            add("-initrd", format!("{kernel},{}", comma(initrd.display().to_string())));
+            let memory = format!("dom0_mem={FIRST_DOMAIN_MIB}M,max:{FIRST_DOMAIN_MIB}M");
+            add("-append", format!("console=com1 com1=115200,8n1 loglvl=warning guest_loglvl=warning {memory}"));
+        } else {
+            add("-kernel", kernel.image().display().to_string());
+            add("-initrd", initrd.display().to_string());
+            add("-append", cmdline);
+        }
         // The file's pages outlive QEMU: what the VM has flushed survives a cut of its power also without real flushes.
         add("-drive", format!("file={},if=none,id=disk,format=raw,cache=unsafe,discard=unmap", disk.display()));
         add("-device", format!("{},drive=disk", hardware.disk()));
