@@ -103,7 +103,7 @@ impl Moved {
                     assert!(bytes < least, "it falls");
                     least = bytes;
                 }
-                News::Broken(number, error) => return Err((number, error)),
+                News::Broken(number, error) | News::Spoilt(number, error) => return Err((number, error)),
                 News::Fetched(figures) => return Ok(*figures),
             }
         }

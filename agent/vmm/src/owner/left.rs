@@ -41,6 +41,16 @@ impl Owner<'_> {
                 (line.event, line.connection) = (Some(Event::NotFetched), Some(number));
                 line.error = Some(format!("{:#}", anyhow::Error::from(error)));
             }
+            LeftNews::Fetch(News::Spoilt(number, error)) => {
+                self.leavings.over(number);
+                let reason = format!("{:#}", anyhow::Error::from(error));
+                line.missing_bytes = Some(self.leavings.missing_bytes());
+                (line.event, line.connection) = (Some(Event::NotFetched), Some(number));
+                line.error = Some(reason.clone());
+                self.client.tell(&line);
+                // Never a step further: what it has there is not its memory.
+                return if self.state == State::Ended { None } else { self.take(Outcome::Broken { reason }) };
+            }
             LeftNews::Fetch(News::Fetched(_)) => {
                 self.leavings.whole();
                 (line.event, line.missing_bytes) = (Some(Event::Fetched), Some(0));

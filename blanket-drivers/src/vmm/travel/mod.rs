@@ -87,6 +87,9 @@ pub enum TravelError {
     /// The guest writes faster than its pages go over.
     #[error("it does not converge: {0}")]
     NoConvergence(converge::WhyNot),
+    /// A page that was missing, and for which the guest should have waited, was there when it came.
+    #[error("page {0} of its memory was filled with something else while it was missing: it cannot go on")]
+    Spoilt(u64),
     /// It was not wanted any more.
     #[error("it was cancelled")]
     Cancelled,

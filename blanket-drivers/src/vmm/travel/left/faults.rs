@@ -12,7 +12,7 @@ use std::{
 
 use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _, MmapRegion};
 
-use super::PageSet;
+use super::{PageSet, page_range, written};
 use crate::vmm::{Ram, memory::PAGE_BYTES};
 
 /// `USERFAULTFD_IOC_NEW`: a descriptor of faults from `/dev/userfaultfd` (since Linux 6.1).
@@ -36,6 +36,8 @@ const MODE_MISSING: u64 = 1;
 /// `UFFD_EVENT_PAGEFAULT`; a message's size, and where the address is in it.
 const PAGEFAULT: u8 = 0x12;
 const MESSAGE_BYTES: usize = 32;
+/// How many times pages that are there still are taken out again.
+const MORE_TRIES: u32 = 3;
 /// The operations that a registered range must take: wake, copy, zero page.
 const NEEDED: u64 = 1 << 2 | 1 << 3 | 1 << 4;
 
@@ -115,18 +117,11 @@ impl Faults {
     /// Takes these pages out of a machine's memory, of which nobody uses them now, and has faults on it come here from now on.
     ///
     /// # Errors
-    /// When the kernel refuses; then the memory is of no use any more.
+    /// When the kernel refuses, or when one of them is there still; then the memory is of no use any more.
     pub fn begin(device: &File, ram: &Ram, missing: &PageSet) -> io::Result<Self> {
         let faults = Self { file: ManuallyDrop::new(open(device)?), ram: ram.clone() };
-        let mut pages = missing.iter().peekable();
-        while let Some(first) = pages.next() {
-            let mut after = first + 1;
-            while pages.next_if_eq(&after).is_some() {
-                after += 1;
-            }
-            faults.take_out(first, after)?;
-        }
         for range in faults.ranges() {
+            faults.keep_small(range)?;
             let mut registration = Registration { range, mode: MODE_MISSING, ioctls: 0 };
             // SAFETY: the kernel reads and writes this structure (`struct uffdio_register`), which lives over the call; the range is a
             // mapping that `ram` holds.
@@ -138,7 +133,51 @@ impl Faults {
                 ));
             }
         }
-        Ok(faults)
+        faults.take_out_all(missing)?;
+        // A part of a huge page that cannot be split just now is only zeroed, and stays there: nobody would wait for it.
+        for _ in 0..MORE_TRIES {
+            let there = faults.there_of(missing)?;
+            if there.is_empty() {
+                return Ok(faults);
+            }
+            faults.take_out_all(&there)?;
+        }
+        if faults.there_of(missing)?.is_empty() {
+            return Ok(faults);
+        }
+        Err(io::Error::other("pages that are missing cannot be taken out of the guest's memory"))
+    }
+
+    /// Has the kernel make no huge pages of a range: of one with missing pages it would be with zeros in their place.
+    fn keep_small(&self, range: Range) -> io::Result<()> {
+        let bytes = usize::try_from(range.bytes).map_err(io::Error::other)?;
+        // SAFETY: advice on how a mapping that `ram` holds is backed changes nothing of its content.
+        match checked(unsafe { libc::madvise(range.start as *mut libc::c_void, bytes, libc::MADV_NOHUGEPAGE) }) {
+            // A kernel that has no huge pages.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+            done => done.map(drop),
+        }
+    }
+
+    /// Those of these pages that are there.
+    fn there_of(&self, missing: &PageSet) -> io::Result<PageSet> {
+        let (written, mut there) = (written(&self.ram)?, PageSet::below(page_range(&self.ram)));
+        missing.iter().filter(|page| written.contains(*page)).for_each(|page| {
+            there.insert(page);
+        });
+        Ok(there)
+    }
+
+    fn take_out_all(&self, pages: &PageSet) -> io::Result<()> {
+        let mut pages = pages.iter().peekable();
+        while let Some(first) = pages.next() {
+            let mut after = first + 1;
+            while pages.next_if_eq(&after).is_some() {
+                after += 1;
+            }
+            self.take_out(first, after)?;
+        }
+        Ok(())
     }
 
     /// Takes pages out of the file, so that they are missing; they may lie on both sides of the gap for devices.
@@ -203,10 +242,11 @@ impl Faults {
         Ok(Range { start: at as u64, bytes: PAGE_BYTES })
     }
 
-    /// Puts a page there, unless it is there already, and wakes who waits for it.
+    /// Puts a page there, and wakes who waits for it.
     ///
     /// # Errors
-    /// When there is no memory for it, or no such page.
+    /// [`io::ErrorKind::AlreadyExists`] when it is there already: it stays as it is, and nobody is woken. When there is no memory for
+    /// it, or no such page.
     pub fn put(&self, page: u64, content: &[u8]) -> io::Result<()> {
         if content.len() as u64 != PAGE_BYTES {
             return Err(io::ErrorKind::InvalidInput.into());
@@ -219,7 +259,7 @@ impl Faults {
             // live over the call; it writes to a page of guest memory only, and only if that is not there.
             unsafe { libc::ioctl(self.file.as_raw_fd(), COPY, &raw mut copy) }
         };
-        self.place(range, copy)
+        Self::place(copy)
     }
 
     /// Puts a page of zeros there, likewise.
@@ -234,18 +274,15 @@ impl Faults {
             // page of guest memory only, and only if that is not there.
             unsafe { libc::ioctl(self.file.as_raw_fd(), ZEROPAGE, &raw mut zero) }
         };
-        self.place(range, zero)
+        Self::place(zero)
     }
 
-    fn place(&self, range: Range, put: impl Fn() -> libc::c_int) -> io::Result<()> {
+    fn place(put: impl Fn() -> libc::c_int) -> io::Result<()> {
         loop {
-            let Err(error) = checked(put()) else { return Ok(()) };
-            match error.raw_os_error() {
+            match checked(put()) {
                 // The memory's map is being changed just now.
-                Some(libc::EAGAIN) => std::thread::yield_now(),
-                // It is there: who waits for it looks again.
-                Some(libc::EEXIST) => return self.wake(range),
-                _ => return Err(error),
+                Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => std::thread::yield_now(),
+                done => return done.map(drop),
             }
         }
     }
@@ -279,7 +316,7 @@ impl Faults {
 
 #[cfg(test)]
 mod tests {
-    use std::{sync::mpsc, time::Duration};
+    use std::{os::unix::fs::FileExt as _, sync::mpsc, time::Duration};
 
     use super::*;
     use crate::vmm::memory;
@@ -335,8 +372,8 @@ mod tests {
         assert_eq!(said.recv().unwrap(), (9, 0));
         // What is there, in whatever way it came, is not written again.
         for page in [4, 2] {
-            faults.put(page, &[9; 4096]).unwrap();
-            faults.put_zeros(page).unwrap();
+            assert_eq!(faults.put(page, &[9; 4096]).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+            assert_eq!(faults.put_zeros(page).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
         }
         let word = |page: u64| ram.read_obj::<u64>(GuestAddress(page * PAGE_BYTES)).unwrap();
         assert_eq!((word(4), word(2)), (0x0707_0707_0707_0707, 3));
@@ -347,6 +384,20 @@ mod tests {
         assert_eq!(said.recv().unwrap(), (11, 0));
         reader.join().unwrap();
         assert_eq!((word(3), word(6)), (0, 7));
+    }
+
+    #[test]
+    fn what_is_missing_is_not_there_and_what_fills_it_is_seen() {
+        let Some((faults, ram)) = begun(&[3, 4, 9]) else { return };
+        let mut missing = PageSet::below(BYTES / PAGE_BYTES);
+        assert_eq!([3, 4, 9].map(|page| missing.insert(page)), [true; 3]);
+        assert!(faults.there_of(&missing).unwrap().is_empty());
+        let region = ram.iter().next().unwrap();
+        // Not through the mapping: nobody is asked.
+        region.file_offset().unwrap().file().write_all_at(&[5], 4 * PAGE_BYTES).unwrap();
+        assert_eq!(faults.there_of(&missing).unwrap().iter().collect::<Vec<_>>(), [4]);
+        faults.take_out_all(&missing).unwrap();
+        assert!(faults.there_of(&missing).unwrap().is_empty());
     }
 
     #[test]

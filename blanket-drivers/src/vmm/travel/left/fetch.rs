@@ -54,6 +54,9 @@ pub enum News {
     Missing(u64),
     /// The connection of this number broke; another one is needed.
     Broken(u64, TravelError),
+    /// What came on the connection of this number was there already, which it must not be: somebody else has filled the hole, and what
+    /// the guest sees there is wrong. It must not go on, and nothing more is fetched.
+    Spoilt(u64, TravelError),
     /// Nothing is missing any more.
     Fetched(Box<Figures>),
 }
@@ -196,6 +199,10 @@ impl Work {
             }
             if let Err(error) = talked {
                 self.talk = None;
+                if matches!(error, TravelError::Spoilt(_)) {
+                    // Who waits for what is missing waits on.
+                    return (self.tell)(News::Spoilt(self.number, error));
+                }
                 (self.tell)(News::Broken(self.number, error));
             }
             if told.0.elapsed() >= LOOK_EVERY && told.1 != missing {
@@ -250,7 +257,9 @@ impl Held {
                 // Never written where it comes from, or there by now.
                 if let Err(error) = self.faults.put_zeros(page) {
                     self.faults.again(page)?;
-                    return Err(error.into());
+                    if error.kind() != io::ErrorKind::AlreadyExists {
+                        return Err(error.into());
+                    }
                 }
                 continue;
             }
@@ -263,12 +272,14 @@ impl Held {
         Ok(())
     }
 
-    fn put(&mut self, page: u64, content: &[u8]) -> io::Result<()> {
-        if content.iter().all(|byte| *byte == 0) {
-            self.faults.put_zeros(page)?;
-        } else {
-            self.faults.put(page, content)?;
-        }
+    fn put(&mut self, page: u64, content: &[u8]) -> Result<(), TravelError> {
+        let is_zero = content.iter().all(|byte| *byte == 0);
+        let put = if is_zero { self.faults.put_zeros(page) } else { self.faults.put(page, content) };
+        put.map_err(|error| match error.kind() {
+            // It was taken out, and nobody but this puts it back: the guest has something else in its place.
+            io::ErrorKind::AlreadyExists => TravelError::Spoilt(page),
+            _ => error.into(),
+        })?;
         self.missing.remove(page);
         if let Some(since) = self.wants.came(page) {
             let stall = self.began.elapsed().saturating_sub(since).as_micros();
@@ -291,7 +302,7 @@ impl Pages {
             if !due.remove(page) {
                 return Err(TravelError::Malformed("a page that was not missing, or that came already"));
             }
-            Ok(held.put(page, content)?)
+            held.put(page, content)
         })
     }
 }

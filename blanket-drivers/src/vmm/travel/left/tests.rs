@@ -4,13 +4,13 @@ use std::{
     fs::File,
     io::{Read as _, Write as _},
     ops::ControlFlow,
-    os::unix::net::UnixStream,
+    os::unix::{fs::FileExt as _, net::UnixStream},
     sync::mpsc::{Receiver, channel},
     time::Duration,
 };
 
 use supercloud_api::frame::{Frame, read_frame_blocking};
-use vm_memory::{Bytes as _, GuestAddress};
+use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _};
 
 use super::*;
 use crate::vmm::{memory, travel::pages::Packer};
@@ -81,6 +81,7 @@ fn broken(news: &Receiver<News>) -> (u64, TravelError) {
         match news.recv_timeout(PATIENCE).unwrap() {
             News::Broken(number, error) => return (number, error),
             News::Missing(_) => {}
+            News::Spoilt(_, error) => panic!("{error}"),
             News::Fetched(_) => panic!("it was not fetched"),
         }
     }
@@ -121,7 +122,11 @@ fn who_serves_and_does_what_it_must_not_is_left_and_nothing_is_lost() {
         if frames.is_empty() {
             drop(peer);
         }
-        assert_eq!(broken(&news).0, number, "{what}");
+        let (broken, why) = broken(&news);
+        assert_eq!(broken, number, "{what}");
+        if what == "another move's" || what == "a token that is cut off" {
+            assert!(matches!(why, TravelError::Malformed("it serves another move")), "{what}: {why:?}");
+        }
         assert_eq!(fetch.missing_bytes(), 4 * PAGE_BYTES, "{what}");
     }
     // A page that comes twice, after the guest has written it.
@@ -159,6 +164,29 @@ fn who_serves_and_does_what_it_must_not_is_left_and_nothing_is_lost() {
 }
 
 #[test]
+fn a_page_that_was_filled_while_it_was_missing_ends_it() {
+    let (there, here) = (ram(), ram());
+    let left = left(&[3, 4, 200]);
+    let Some((fetch, news)) = fetching(&here, &left) else { return };
+    let file = here.iter().next().unwrap().file_offset().unwrap().file();
+    // Not through the mapping: nobody is asked.
+    file.write_all_at(&[0; 8], 4 * PAGE_BYTES).unwrap();
+    let toucher = {
+        let here = here.clone();
+        std::thread::spawn(move || here.read_obj::<u64>(GuestAddress(200 * PAGE_BYTES)))
+    };
+    let mut peer = connected(&fetch, 5);
+    hear(&mut peer, kind::WANT);
+    say(&mut peer, kind::SERVES, left.serves().as_bytes());
+    say(&mut peer, kind::PAGES, &packed(&there, &[3, 4, 200]));
+    let told = news.iter().find(|news| !matches!(news, News::Missing(_)));
+    assert!(matches!(told, Some(News::Spoilt(5, TravelError::Spoilt(4)))), "{told:?}");
+    assert!(news.recv().is_err(), "it is over");
+    assert_ne!(fetch.missing_bytes(), 0);
+    assert!(!toucher.is_finished(), "who waits gets nothing in its place");
+}
+
+#[test]
 fn who_fetches_and_does_what_it_must_not_is_left() {
     let there = ram();
     let left = left(&[3, 4, 5, 200]);
@@ -188,6 +216,9 @@ fn who_fetches_and_does_what_it_must_not_is_left() {
         frames.iter().for_each(|(kind, payload)| say(&mut peer, *kind, payload));
         let outcome = serve(&there, &left, ours, &mut |_| ControlFlow::Continue(()));
         assert_eq!(outcome.is_err(), !what.is_empty(), "{what}: {outcome:?}");
+        if what == "another move's" {
+            assert!(matches!(outcome, Err(TravelError::Malformed("it asks for another move"))), "{outcome:?}");
+        }
         let mut said = Vec::new();
         let _ = peer.read_to_end(&mut said);
         let is_known = frames.len() > 3;
