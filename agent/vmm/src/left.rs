@@ -95,7 +95,19 @@ impl Leavings {
         bytes
     }
 
-    /// The guest runs on here, or is sent anew: nothing is served any more.
+    /// # Errors
+    /// That something was left behind here, and nobody has decided that the guest runs on here.
+    pub fn must_not_be_needed(&self) -> anyhow::Result<()> {
+        let pages = self.left.as_ref().map_or(0, |left| left.pages.len());
+        let bytes = pages.saturating_mul(PAGE_BYTES);
+        anyhow::ensure!(
+            pages == 0,
+            "{bytes} bytes of its memory were left behind for where it was sent; resume it first"
+        );
+        Ok(())
+    }
+
+    /// The guest runs on here: nothing is served any more.
     pub fn take_back(&mut self) {
         self.left = None;
         self.stop();

@@ -46,7 +46,8 @@ impl Owner<'_> {
     pub(super) fn send(&mut self, request: &Request) -> anyhow::Result<()> {
         anyhow::ensure!(!self.mirrored.is_there(), "it is mirrored; end that first");
         self.leavings.must_be_whole()?;
-        self.leavings.take_back();
+        // The destination may run already, and has nobody else to fetch it from.
+        self.leavings.must_not_be_needed()?;
         let stream = self.held.stream.as_ref().context("there is no stream, or it broke")?;
         let stream = stream.try_clone().context("copying a descriptor")?;
         let was_running = self.state == State::Running;
