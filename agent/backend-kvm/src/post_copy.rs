@@ -8,7 +8,11 @@
 //!
 //! Both processes outlive their agents; a connection goes with the agent that carries it, and the next agent makes another one.
 
-use std::{io, path::PathBuf};
+use std::{
+    io,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
 
 use supercloud_blanket::{
     BackendError, BackendResult, PostCopy,
@@ -32,6 +36,8 @@ use crate::{
 struct Listening {
     listener: UnixListener,
     path: PathBuf,
+    /// Which file it is: another call may have put its own there.
+    file: (u64, u64),
 }
 
 impl Listening {
@@ -43,13 +49,21 @@ impl Listening {
             _ => {}
         }
         let listener = UnixListener::bind(&path).map_err(cannot)?;
-        Ok(Self { listener, path })
+        let file = file_at(&path).map_err(cannot)?;
+        Ok(Self { listener, path, file })
     }
+}
+
+fn file_at(path: &Path) -> io::Result<(u64, u64)> {
+    std::fs::symlink_metadata(path).map(|file| (file.dev(), file.ino()))
 }
 
 impl Drop for Listening {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
+        // It is bound still, so that no other file can have its number.
+        if file_at(&self.path).is_ok_and(|file| file == self.file) {
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
 }
 
@@ -169,5 +183,22 @@ impl PostCopy for KvmBackend {
             return Err(BackendError::Away { what: "ask what of a guest's memory is missing", detail });
         }
         Ok(keeper.missing())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn who_goes_takes_no_other_socket_along() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("fetch.sock");
+        let old = Listening::new(path.clone()).unwrap();
+        let new = Listening::new(path.clone()).unwrap();
+        drop(old);
+        tokio::net::UnixStream::connect(&path).await.unwrap();
+        drop(new);
+        assert!(!path.exists());
     }
 }
