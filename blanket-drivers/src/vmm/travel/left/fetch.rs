@@ -21,7 +21,7 @@ use supercloud_api::frame::FrameError;
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Left, PageSet, faults::Faults, is_token, kind, link::Link, page_range, wants::Wants};
+use super::{FRAMES_A_TURN, Left, PageSet, faults::Faults, is_token, kind, link::Link, page_range, wants::Wants};
 use crate::vmm::{
     Ram, VmmError, io_error,
     memory::PAGE_BYTES,
@@ -35,6 +35,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(200);
 const FAREWELL: Duration = Duration::from_secs(5);
 /// Pages in one request: nobody has more to ask for at once, but after a break.
 const MAX_WANTED: usize = 512;
+/// Faults that are taken up before it is looked what else there is to do.
+const FAULTS_A_TURN: usize = 256;
 
 /// How it was, for who measures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -190,13 +192,14 @@ impl Work {
             self.has_failed = heard.is_err();
             let talked = heard.and_then(|()| match &mut self.talk {
                 Some(talk) => talk.go_on(&self.left, &mut self.pages),
-                None => Ok(()),
+                None => Ok(false),
             });
             let missing = self.pages.held.missing.len();
             self.shared.missing.store(missing.saturating_mul(PAGE_BYTES), Ordering::Release);
             if missing == 0 {
                 return self.finish();
             }
+            let is_more = *talked.as_ref().unwrap_or(&false);
             if let Err(error) = talked {
                 self.talk = None;
                 if matches!(error, TravelError::Spoilt(_)) {
@@ -209,7 +212,7 @@ impl Work {
                 told = (Instant::now(), missing);
                 (self.tell)(News::Missing(missing.saturating_mul(PAGE_BYTES)));
             }
-            self.wait();
+            self.wait(is_more);
         }
     }
 
@@ -221,9 +224,11 @@ impl Work {
         }
     }
 
-    fn wait(&self) {
+    /// Until there is something to do; what was read and not heard is polled for by nobody.
+    fn wait(&self, is_more: bool) {
         let is_busy = self.talk.is_some() || self.has_failed;
-        let mut wakers = Wakers { events: Vec::new(), after: is_busy.then_some(LOOK_EVERY) };
+        let after = if is_more { Some(Duration::ZERO) } else { is_busy.then_some(LOOK_EVERY) };
+        let mut wakers = Wakers { events: Vec::new(), after };
         if self.pages.held.wants.has_room() && !self.has_failed {
             wakers.events.push((self.pages.held.faults.as_fd(), libc::POLLIN));
         }
@@ -250,9 +255,11 @@ impl Work {
 impl Held {
     /// Takes up who waits for pages; each is put there at once, or asked for.
     fn hear(&mut self, mut talk: Option<&mut Talk>) -> Result<(), TravelError> {
-        while self.wants.has_room()
-            && let Some(page) = self.faults.next()?
-        {
+        for _ in 0..FAULTS_A_TURN {
+            if !self.wants.has_room() {
+                break;
+            }
+            let Some(page) = self.faults.next()? else { break };
             if !self.missing.contains(page) {
                 // Never written where it comes from, or there by now.
                 if let Err(error) = self.faults.put_zeros(page) {
@@ -315,24 +322,35 @@ impl Talk {
         Ok(Self { link, piece: Some(0), is_known: false, due, wanted, got: 0, told: 0 })
     }
 
-    /// Says and hears what there is.
-    fn go_on(&mut self, left: &Left, pages: &mut Pages) -> Result<(), TravelError> {
-        while let Some(frame) = self.link.next()? {
+    /// Says and hears what there is; whether there may be more.
+    fn go_on(&mut self, left: &Left, pages: &mut Pages) -> Result<bool, TravelError> {
+        let mut is_more = true;
+        for _ in 0..FRAMES_A_TURN {
+            let Some(frame) = self.link.next()? else {
+                is_more = false;
+                break;
+            };
             match (frame.kind, self.is_known) {
                 (kind::SERVES, false) if is_token(&frame.payload, left.serves()) => self.is_known = true,
                 (kind::SERVES, false) => return Err(TravelError::Malformed("it serves another move")),
+                (kind::PAGES, true) if frame.payload.is_empty() => return Err(TravelError::Malformed("no page in it")),
                 (kind::PAGES, true) => {
                     pages.take(&frame.payload, &mut self.due)?;
                     self.got += frame.payload.len() as u64;
                     // Those who wait are looked after between two frames, too.
                     pages.held.hear(Some(self))?;
+                    if !self.wanted.is_empty() {
+                        self.say()?;
+                        self.link.flush()?;
+                    }
                 }
                 (other, _) => return Err(FrameError::UnexpectedKind(other).into()),
             }
         }
         self.say()?;
         self.link.flush()?;
-        self.link.check_silence()
+        self.link.check_silence()?;
+        Ok(is_more)
     }
 
     fn say(&mut self) -> Result<(), TravelError> {
@@ -352,8 +370,11 @@ impl Talk {
         }
         while self.piece.is_none() && !self.wanted.is_empty() && self.link.has_room() {
             let some: Vec<u64> = self.wanted.drain(..self.wanted.len().min(MAX_WANTED)).collect();
-            let payload = some.into_iter().filter(|page| self.due.contains(*page)).flat_map(u64::to_le_bytes).collect();
-            self.link.say(kind::WANT, payload)?;
+            let due = some.into_iter().filter(|page| self.due.contains(*page));
+            let payload: Vec<u8> = due.flat_map(u64::to_le_bytes).collect();
+            if !payload.is_empty() {
+                self.link.say(kind::WANT, payload)?;
+            }
         }
         if self.got > self.told && self.link.has_room() {
             self.link.say(kind::GOT, self.got.to_le_bytes().to_vec())?;

@@ -73,6 +73,9 @@ mod kind {
     pub const BYE: u16 = 54;
 }
 
+/// So many frames are heard before it is looked what else there is to do: nobody can keep the other end from that.
+const FRAMES_A_TURN: usize = 16;
+
 /// Neither end may be silent for so long while it is its turn.
 const SILENCE: std::time::Duration = std::time::Duration::from_secs(30);
 

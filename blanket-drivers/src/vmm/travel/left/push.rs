@@ -9,10 +9,12 @@ use crate::vmm::travel::TravelError;
 const MAX_URGENT: usize = 65_536;
 /// Bytes on their way that nobody asked for: at first, at least and at most.
 const FIRST_WINDOW: u64 = 256 << 10;
-const MIN_WINDOW: u64 = 16 << 10;
+const MIN_WINDOW: u64 = 32 << 10;
 const MAX_WINDOW: u64 = 32 << 20;
 /// So much longer than the quickest may what is sent be on its way: more is a queue, in which a page that is waited for would stand.
 const QUEUE_TARGET: Duration = Duration::from_millis(25);
+/// The quickest is that of this time and of as much before: a way can become longer, and others can keep a queue on it.
+const BASE_FOR: Duration = Duration::from_secs(5);
 /// Frames on their way, at most.
 const MAX_FRAMES: usize = 65_536;
 
@@ -71,12 +73,23 @@ pub struct Window {
     got: u64,
     /// Where each frame on its way ends, and when it was sent.
     frames: VecDeque<(u64, Duration)>,
+    /// The quickest since `base_since`, and of the time before.
     quickest: Duration,
+    quickest_before: Duration,
+    base_since: Duration,
 }
 
 impl Default for Window {
     fn default() -> Self {
-        Self { bytes: FIRST_WINDOW, sent: 0, got: 0, frames: VecDeque::new(), quickest: Duration::MAX }
+        Self {
+            bytes: FIRST_WINDOW,
+            sent: 0,
+            got: 0,
+            frames: VecDeque::new(),
+            quickest: Duration::MAX,
+            quickest_before: Duration::MAX,
+            base_since: Duration::ZERO,
+        }
     }
 }
 
@@ -111,8 +124,13 @@ impl Window {
             self.frames.pop_front();
         }
         if let Some(took) = took {
+            if now.saturating_sub(self.base_since) >= BASE_FOR {
+                (self.quickest_before, self.quickest, self.base_since) = (self.quickest, Duration::MAX, now);
+                // So that a queue of our own goes, and is not taken for the way.
+                self.bytes /= 4;
+            }
             self.quickest = self.quickest.min(took);
-            let is_queue = took - self.quickest > QUEUE_TARGET;
+            let is_queue = took.saturating_sub(self.quickest.min(self.quickest_before)) > QUEUE_TARGET;
             let next = if is_queue { self.bytes.saturating_sub(fresh / 2) } else { self.bytes.saturating_add(fresh) };
             self.bytes = next.clamp(MIN_WINDOW, MAX_WINDOW);
         }
@@ -163,13 +181,13 @@ mod tests {
         assert_eq!((push.urgent(), push.rest(), push.rest()), (Some(10), Some(11), Some(12)));
     }
 
-    /// A link that takes so many bytes a second and is so long; how much of it is used, and the longest queue on it, both after a
-    /// while.
-    fn drive(bytes_per_ms: u64, delay_ms: u64) -> (f64, u64) {
+    /// A link that takes so many bytes a millisecond and is so long, at first and after 20 s, of 60 s in all; how much of it is used,
+    /// and the longest queue on it, in the last 25 s.
+    fn drive(bytes_per_ms: u64, delay_ms: [u64; 2]) -> (f64, u64) {
         const FRAME: u64 = 16 << 10;
         let (mut window, mut on_wire, mut got, mut link_free_at) = (Window::default(), VecDeque::new(), 0, 0u64);
         let (mut used, mut longest) = (0, 0);
-        for us in (0..20_000_000u64).step_by(200) {
+        for us in (0..60_000_000u64).step_by(200) {
             while let Some((at, bytes)) = on_wire.front().copied()
                 && at <= us
             {
@@ -180,24 +198,26 @@ mod tests {
             while window.is_open() {
                 window.sent(FRAME, Duration::from_micros(us));
                 link_free_at = link_free_at.max(us) + FRAME * 1000 / bytes_per_ms;
+                let delay_ms = delay_ms[usize::from(us >= 20_000_000)];
                 on_wire.push_back((link_free_at + delay_ms * 1000, FRAME));
-                if us > 5_000_000 {
+                if us >= 35_000_000 {
                     used += FRAME;
                     longest = longest.max((link_free_at - us) / 1000);
                 }
             }
         }
-        (used as f64 / (15_000.0 * bytes_per_ms as f64), longest)
+        (used as f64 / (25_000.0 * bytes_per_ms as f64), longest)
     }
 
     #[test]
     fn it_fills_a_link_and_keeps_its_queue_short() {
-        // 10, 100, 1000 Mbit/s; 2, 40, 140 ms there and back.
+        // 10, 100, 1000 Mbit/s; 2, 40, 140 ms there and back, and ways that become longer.
         for bytes_per_ms in [1_250, 12_500, 125_000] {
-            for delay_ms in [2, 40, 140] {
+            for delay_ms in [[2, 2], [40, 40], [140, 140], [2, 52], [40, 90], [100, 20]] {
                 let (used, queue_ms) = drive(bytes_per_ms, delay_ms);
-                assert!(used > 0.75, "{bytes_per_ms} bytes/ms, {delay_ms} ms: used {used}");
-                assert!(queue_ms < 250, "{bytes_per_ms} bytes/ms, {delay_ms} ms: {queue_ms} ms of queue");
+                println!("{bytes_per_ms} bytes/ms, {delay_ms:?} ms: used {used}, {queue_ms} ms of queue");
+                assert!(used > 0.75, "{bytes_per_ms} bytes/ms, {delay_ms:?} ms: used {used}");
+                assert!(queue_ms < 250, "{bytes_per_ms} bytes/ms, {delay_ms:?} ms: {queue_ms} ms of queue");
             }
         }
     }

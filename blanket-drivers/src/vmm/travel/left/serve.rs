@@ -10,7 +10,7 @@ use supercloud_api::frame::{Frame, FrameError};
 use vm_memory::GuestMemoryBackend as _;
 
 use super::{
-    Left, PageSet, SetReader, is_token, kind,
+    FRAMES_A_TURN, Left, PageSet, SetReader, is_token, kind,
     link::Link,
     page_range,
     push::{Push, Window},
@@ -24,6 +24,8 @@ use crate::vmm::{
 
 /// Pages go in frames of about so many bytes: one that is waited for stands behind no more than one of them.
 const FRAME_BYTES: usize = 16 << 10;
+/// So many of them go before it is heard what is wanted now.
+const SENT_A_TURN: usize = 4;
 /// How often it looks whether it is still wanted, and the other end not silent.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
@@ -54,15 +56,15 @@ pub fn serve(
     let link = Link::new(socket)?;
     let mut server = Server { ram, left, link, stage: Stage::Silent, served: Served::default(), began: Instant::now() };
     loop {
-        let is_over = server.go_on()?;
+        let turn = server.go_on()?;
         let is_cancelled = watch(&server.served).is_break();
-        if is_over {
-            return Ok(server.served);
-        }
-        if is_cancelled {
-            return Err(TravelError::Cancelled);
-        }
-        let wakers = Wakers { events: vec![server.link.poll()], after: Some(LOOK_EVERY) };
+        let after = match turn {
+            Turn::Over => return Ok(server.served),
+            _ if is_cancelled => return Err(TravelError::Cancelled),
+            Turn::More => Duration::ZERO,
+            Turn::Waits => LOOK_EVERY,
+        };
+        let wakers = Wakers { events: vec![server.link.poll()], after: Some(after) };
         wakers.wait(std::iter::empty())?;
     }
 }
@@ -83,6 +85,16 @@ struct Serving {
     packer: Packer,
 }
 
+/// How a turn of it ended.
+enum Turn {
+    /// There is more to hear or to send.
+    More,
+    /// The other end has to say something, or to take what was sent.
+    Waits,
+    /// The other end has all.
+    Over,
+}
+
 struct Server<'a> {
     ram: &'a Ram,
     left: &'a Left,
@@ -93,17 +105,23 @@ struct Server<'a> {
 }
 
 impl Server<'_> {
-    /// Does what can be done now; whether all is over.
-    fn go_on(&mut self) -> Result<bool, TravelError> {
-        while let Some(frame) = self.link.next()? {
+    /// Does some of what can be done now.
+    fn go_on(&mut self) -> Result<Turn, TravelError> {
+        let mut turn = Turn::More;
+        for _ in 0..FRAMES_A_TURN {
+            let Some(frame) = self.link.next()? else {
+                turn = Turn::Waits;
+                break;
+            };
             if self.hear(frame)? {
                 self.link.say(kind::BYE, Vec::new())?;
                 self.link.flush()?;
-                return Ok(true);
+                return Ok(Turn::Over);
             }
         }
         let now = self.began.elapsed();
         if let Stage::Served(serving) = &mut self.stage {
+            let mut sent = 0;
             while self.link.has_room()
                 && let Some(payload) = serving.next(self.ram, &mut self.served)?
             {
@@ -112,12 +130,17 @@ impl Server<'_> {
                 self.link.say(kind::PAGES, payload)?;
                 // At once: one that is waited for shall not stand behind many.
                 self.link.flush()?;
+                sent += 1;
+                if sent == SENT_A_TURN {
+                    turn = Turn::More;
+                    break;
+                }
             }
         }
         self.link.flush()?;
         // Whoever has all says so.
         self.link.check_silence()?;
-        Ok(false)
+        Ok(turn)
     }
 
     /// Whether all is over.
@@ -142,8 +165,8 @@ impl Server<'_> {
             }
             (Stage::Served(mut serving), kind::WANT) => {
                 let (wanted, rest) = payload.as_chunks::<8>();
-                if !rest.is_empty() {
-                    return Err(TravelError::Malformed("a page's number that is cut off"));
+                if wanted.is_empty() || !rest.is_empty() {
+                    return Err(TravelError::Malformed("no page's number, or one that is cut off"));
                 }
                 for page in wanted.iter().map(|page| u64::from_le_bytes(*page)) {
                     if !self.left.pages.contains(page) {

@@ -107,6 +107,7 @@ fn who_serves_and_does_what_it_must_not_is_left_and_nothing_is_lost() {
             vec![(kind::SERVES, good.clone()), (kind::PAGES, [&4u64.to_le_bytes()[..], &[9]].concat())],
         ),
         ("a page that is cut off", vec![(kind::SERVES, good.clone()), (kind::PAGES, page(&[4])[..12].to_vec())]),
+        ("no page", vec![(kind::SERVES, good.clone()), (kind::PAGES, Vec::new())]),
         ("itself twice", vec![(kind::SERVES, good.clone()), (kind::SERVES, good.clone())]),
         ("a frame of another kind", vec![(kind::SERVES, good.clone()), (kind::WANT, Vec::new())]),
         ("a frame that is too long", vec![(kind::SERVES, good.clone()), (kind::PAGES, vec![0; 1 << 20])]),
@@ -205,6 +206,7 @@ fn who_fetches_and_does_what_it_must_not_is_left() {
         ("fewer than it says", vec![(kind::ASKS, asks.clone()), (kind::LEFT, piece.clone()), ready(5)]),
         ("it wants what was not left", known(&[want(6)])),
         ("it wants what is beyond memory", known(&[want(u64::MAX)])),
+        ("it wants nothing", known(&[(kind::WANT, Vec::new())])),
         ("a number that is cut off", known(&[(kind::WANT, vec![3, 0, 0])])),
         ("it has more than was sent", known(&[(kind::GOT, u64::MAX.to_le_bytes().to_vec())])),
         ("it asks again", known(&[(kind::ASKS, asks.clone())])),
@@ -228,6 +230,18 @@ fn who_fetches_and_does_what_it_must_not_is_left() {
     let (ours, _peer) = UnixStream::pair().unwrap();
     let cancelled = serve(&there, &left, ours, &mut |_| ControlFlow::Break(()));
     assert!(matches!(cancelled, Err(TravelError::Cancelled)), "{cancelled:?}");
+    // Also amidst a flood of what may come any number of times: what stands behind it was not heard yet.
+    for flood in [want(3), (kind::GOT, 0u64.to_le_bytes().to_vec())] {
+        let (ours, mut peer) = UnixStream::pair().unwrap();
+        let frames = known(&[vec![flood; 200], vec![want(6)]].concat());
+        let flooded: Vec<u8> = frames
+            .into_iter()
+            .flat_map(|(kind, payload)| Frame { kind, version: VERSION, payload }.to_bytes().unwrap())
+            .collect();
+        peer.write_all(&flooded).unwrap();
+        let cancelled = serve(&there, &left, ours, &mut |_| ControlFlow::Break(()));
+        assert!(matches!(cancelled, Err(TravelError::Cancelled)), "{cancelled:?}");
+    }
 }
 
 #[test]
