@@ -7,7 +7,7 @@
 //!        |                                                 |  <-- the caller's decision -->
 //!   serve_memory(guest, stream) <==== both ways ====> fetch_memory(guest, stream), Backend::resume
 //!        |  answers requests, sends the rest               |  missing_bytes falls
-//!   Ok: all of it is acknowledged                     Ok: nothing is missing
+//!   Ok: all of it is acknowledged (may be lost)       Ok: nothing is missing: Release
 //!   LiveMigration::confirm(guest, Release)
 //! ```
 //!
@@ -16,9 +16,12 @@
 //! until both are made again, by whichever agent, as often as it takes. No page is lost by that, and none comes in an older version.
 //!
 //! The guest is lost when the source's process is, while something is missing: the destination's faults then wait for ever, and
-//! only [`crate::Backend::stop`] ends that. A guest of which memory is missing cannot be moved, frozen, mirrored or paused, and is
-//! refused that by name. It can be stopped, reset and switched off: a reset needs nothing of the old memory, so that nothing is
-//! missing after it.
+//! only [`crate::Backend::stop`] is sure to end that. A guest of which memory is missing cannot be moved, frozen, mirrored or
+//! paused, and is refused that by name. It can be stopped, reset and switched off: a reset needs nothing of the old memory, so that
+//! nothing is missing after it; but it waits for who waits for a page, and so may never come to pass when the source is lost.
+//!
+//! That nothing is missing at the destination, as [`PostCopy::fetch_memory`] or [`PostCopy::missing_bytes`] says, is enough for
+//! `Release`. The source's `Ok` need not come: when the connection breaks at its end, nobody is there to tell it, then or later.
 
 use std::path::PathBuf;
 
@@ -34,7 +37,7 @@ pub trait PostCopy: Send + Sync {
     /// destination's. Answers requests for pages, and sends the others. A call while another one goes on takes its place.
     ///
     /// [`Transfer::done`] resolves with `Ok` when the destination says that it has all, and with an error when the connection breaks;
-    /// then it can be called again. Until `confirm` the source stays paused and complete: after `Keep` it runs on, and serves
+    /// then it can be called again, as long as something is missing. Until `confirm` the source stays paused and complete: after `Keep` it runs on, and serves
     /// nothing any more.
     ///
     /// # Errors

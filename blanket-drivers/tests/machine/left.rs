@@ -380,7 +380,7 @@ fn what_a_move_costs_by_what_it_leaves_behind() {
                     match news.recv_timeout(PATIENCE).unwrap() {
                         News::Fetched(figures) => break figures,
                         News::Missing(_) => {}
-                        News::Broken(_, error) => panic!("{error}"),
+                        News::Broken(_, error) | News::Spoilt(_, error) => panic!("{error}"),
                     }
                 };
                 let took = resumed.elapsed();

@@ -175,7 +175,13 @@ async fn a_guest_that_does_not_converge_moves_and_its_memory_follows() {
         let options =
             MirrorOptions { interval: Duration::from_millis(100), is_strict: false, bandwidth_bytes_per_s: None };
         let nowhere = Cookie::new(b"{\"version\":1}".to_vec()).unwrap();
-        wants(back_end.mirror(it.guest, nowhere, it.destination.path("none"), options).map(drop));
+        wants(back_end.mirror(it.guest, nowhere.clone(), it.destination.path("none"), options).map(drop));
+        // Nor is it sent again from where it was, which would drop what is left there.
+        let again = it.source.path("again.sock");
+        let _listener = UnixListener::bind(&again).unwrap();
+        let moves = it.source.back_end.live_migration().unwrap();
+        let again = moves.perform(it.guest, nowhere, again, CopyOptions::default()).unwrap();
+        wants(timeout(PATIENCE, again.done).await.unwrap().map(drop));
         let (served, fetched) = it.fetch(u64::MAX).await;
         served.unwrap();
         fetched.unwrap();
