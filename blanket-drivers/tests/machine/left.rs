@@ -132,9 +132,13 @@ fn a_guest_that_writes_faster_than_the_link_moves_with_its_memory_left_behind() 
 
         let moved = Moved::of(&mut source, &device, memory);
         let pages = moved.left().pages.len();
-        // After no round: all that was ever touched, which a move that did not come to its end may have done.
-        assert!((1000..=8192).contains(&pages), "{pages}");
-        assert_eq!(moved.sent.progress.round, if memory == MemoryMode::PostCopy { 1 } else { 2 });
+        // After no round: all that was ever touched, which a move that did not come to its end may have done. After one: what the
+        // guest wrote meanwhile, which is less on a host that does much else.
+        let is_post_copy = memory == MemoryMode::PostCopy;
+        let least = if is_post_copy { 1000 } else { 1 };
+        assert!((least..=8192).contains(&pages), "{pages}");
+        let round = moved.sent.progress.round;
+        assert!(if is_post_copy { round == 1 } else { round >= 2 }, "{round}");
         assert_eq!(moved.fetch.missing_bytes(), pages * 4096);
         // It runs at once, and waits for what it touches.
         moved.machine.resume();
@@ -144,7 +148,8 @@ fn a_guest_that_writes_faster_than_the_link_moves_with_its_memory_left_behind() 
         let served = serving.join().unwrap().unwrap();
         assert_eq!((served.missing_pages, served.sent_pages), (pages, pages));
         assert_eq!(figures.received_bytes, served.sent_bytes);
-        assert!(figures.faults > 0 && figures.stalls.iter().sum::<u64>() <= figures.faults, "{figures:?}");
+        assert!(figures.faults > 0 || !is_post_copy, "it needs its code at once");
+        assert!(figures.stalls.iter().sum::<u64>() <= figures.faults, "{figures:?}");
         assert_eq!(moved.fetch.missing_bytes(), 0);
         let still = word(&source, DIRTY_ROUNDS);
         goes_on(&moved.machine);
