@@ -7,7 +7,7 @@ use futures::FutureExt as _;
 use tokio::{task::JoinSet, time::Instant};
 
 use super::{
-    GRACE, Inner, MEND_GRACE, READ_BUDGET, Wrong,
+    GRACE, Inner, READ_BUDGET, Wrong,
     member::{Member, order},
     piece::{self, Encoding, Piece},
 };
@@ -69,7 +69,11 @@ impl Inner {
         let len = pieces.first().map_or(0, Bytes::len);
         let put = |index: usize, member: Arc<Member>| {
             let (key, piece) = (key.clone(), pieces[index].clone());
-            async move { member.store.put(key, piece).await }.boxed()
+            async move {
+                member.check_stays([&key])?;
+                member.store.put(key, piece).await
+            }
+            .boxed()
         };
         let answers = self.write_at(&self.all(), self.quorum.answers(), len, put).await;
         self.enough(answers, 0, "cannot put a chunk").await
@@ -81,7 +85,11 @@ impl Inner {
         let len = pieces.first().map_or(0, Bytes::len);
         let put = |index: usize, member: Arc<Member>| {
             let (key, piece) = (key.clone(), pieces[index].clone());
-            async move { member.store.put_if_absent(key, piece).await }.boxed()
+            async move {
+                member.check_stays([&key])?;
+                member.store.put_if_absent(key, piece).await
+            }
+            .boxed()
         };
         let mut answers = self.write_at(&self.all(), self.quorum.answers(), len, put).await;
         let (mut there, mut stored, mut failures) = (0, 0, Vec::new());
@@ -95,7 +103,11 @@ impl Inner {
                 None => return Err(self.too_few("cannot put a chunk", there, &failures)),
             }
         }
-        Ok(if stored >= self.quorum.answers() { PutOutcome::Stored } else { PutOutcome::AlreadyThere })
+        if stored >= self.quorum.answers() {
+            return Ok(PutOutcome::Stored);
+        }
+        self.unite(&key, &pieces).await?;
+        Ok(PutOutcome::AlreadyThere)
     }
 
     /// Puts chunks that may be there; those are refreshed. Gives how many were new, by the word of at least one correct member.
@@ -120,15 +132,20 @@ impl Inner {
         let mut by_member: Vec<Vec<(ObjectKey, Bytes)>> = vec![Vec::new(); self.quorum.n];
         let cut =
             objects.into_iter().map(|(key, bytes)| async move { Ok((key.clone(), self.cut(&key, bytes).await?)) });
-        for (key, pieces) in futures::future::try_join_all(cut).await? {
+        let cut = futures::future::try_join_all(cut).await?;
+        for (key, pieces) in &cut {
             for (batch, piece) in by_member.iter_mut().zip(pieces) {
-                batch.push((key.clone(), piece));
+                batch.push((key.clone(), piece.clone()));
             }
         }
         let len = by_member.first().map_or(0, |batch| batch.iter().map(|(_, piece)| piece.len()).sum());
         let put = |index: usize, member: Arc<Member>| {
             let batch = std::mem::take(&mut by_member[index]);
-            async move { member.store.put_batch(batch).await }.boxed()
+            async move {
+                member.check_stays(batch.iter().map(|(key, _)| key))?;
+                member.store.put_batch(batch).await
+            }
+            .boxed()
         };
         let mut answers = self.write_at(&self.all(), self.quorum.answers(), len, put).await;
         let (mut new, mut failures) = (Vec::new(), Vec::new());
@@ -139,9 +156,38 @@ impl Inner {
                 None => return Err(self.too_few("cannot put chunks", new.len(), &failures)),
             }
         }
+        // Nobody knows how what was there already is encoded.
+        if new.iter().any(|count| *count < cut.len()) {
+            futures::future::try_join_all(cut.iter().map(|(key, pieces)| self.unite(key, pieces))).await?;
+        }
         new.sort_unstable();
         // f of them may say anything, and those who had missed a put before say too much.
         Ok(new[self.quorum.f])
+    }
+
+    /// Makes n - f members have pieces of one encoding when some had pieces before. Versions of this program may encode a content
+    /// differently, and pieces of different encodings do not go together: that n - f have some piece says nothing. What can be read is
+    /// kept, in the encoding of which most is there, as somebody may have been told that it is; else it becomes what `ours` are.
+    async fn unite(&self, key: &ObjectKey, ours: &[Bytes]) -> Result<(), StoreError> {
+        let gathered = self.gather_all(key, GRACE).await;
+        let most = gathered.by_encoding.iter().max_by_key(|(encoding, pieces)| (pieces.len(), **encoding));
+        let whole = most.map(|(_, pieces)| pieces).filter(|pieces| pieces.len() >= self.quorum.pieces());
+        if whole.is_some_and(|whole| whole.len() >= self.quorum.answers()) {
+            return Ok(());
+        }
+        let pieces = match whole.and_then(|pieces| piece::join(self.quorum, pieces)) {
+            Some(bytes) => self.cut(key, bytes).await?,
+            None => ours.to_vec(),
+        };
+        let sound: Vec<&Bytes> = gathered.by_encoding.values().flatten().map(Piece::bytes).collect();
+        let lacking: Vec<usize> = self.all().into_iter().filter(|index| !sound.contains(&&pieces[*index])).collect();
+        let have = self.quorum.n - lacking.len();
+        let wanted = self.quorum.answers().saturating_sub(have);
+        let (given, failures) = self.give(key, &pieces, &lacking, wanted).await;
+        if given < wanted {
+            return Err(self.too_few("cannot bring the pieces of a chunk together", have + given, &failures));
+        }
+        Ok(())
     }
 
     pub(super) async fn cut(&self, key: &ObjectKey, bytes: Bytes) -> Result<Vec<Bytes>, StoreError> {
@@ -205,8 +251,11 @@ impl Inner {
                     let (index, found) = match joined {
                         None => break,
                         Some(Ok(answer)) => answer,
-                        // Only when it panicked; it counts as asked.
-                        Some(Err(_)) => continue,
+                        // It panicked: whoever it was counts as silent, and another is asked instead.
+                        Some(Err(_)) => {
+                            ask_more(&mut asking, &mut outstanding, 1);
+                            continue;
+                        }
                     };
                     outstanding.retain(|(at, _)| *at != index);
                     let more = match &found {
@@ -255,22 +304,24 @@ impl Inner {
         }
     }
 
-    /// Why there are too few pieces when all have been asked.
+    /// Why there are too few pieces of one encoding. That there is no object is said only when, but for f members, all have said so
+    /// or have a piece that is one of too few: a completed put leaves f + 1 at the others. Who was not heard of counts among these f.
     pub(super) fn not_gathered(&self, key: &ObjectKey, gathered: &Gathered) -> StoreError {
-        let faulty = gathered.failed.len() + gathered.wrong.len();
-        if faulty <= self.quorum.f {
-            // A completed put leaves enough at the others: there was none.
+        let pieces: usize = gathered.by_encoding.values().map(Vec::len).sum();
+        let faulty = self.quorum.n.saturating_sub(gathered.absent.len() + pieces);
+        if faulty <= self.quorum.f && pieces <= self.quorum.f {
             return StoreError::NotFound { key: key.clone() };
         }
-        if gathered.failed.is_empty() {
-            let why = format!("{} stores gave a wrong piece, of {}", gathered.wrong.len(), self.quorum.n);
+        if faulty == gathered.wrong.len() {
+            let (wrong, encodings, n) = (gathered.wrong.len(), gathered.by_encoding.len(), self.quorum.n);
+            let why = format!("{pieces} stores of {n} have pieces, of {encodings} encodings, {wrong} have wrong ones");
             return StoreError::Damaged { key: key.clone(), why };
         }
-        self.too_few("cannot read a chunk", gathered.by_encoding.values().map(Vec::len).sum(), &gathered.failed)
+        self.too_few("cannot read a chunk", pieces, &gathered.failed)
     }
 
     /// What all members have of a chunk: from n - f answers on, the others have a while to answer, too.
-    pub(super) async fn gather_all(&self, key: &ObjectKey) -> Gathered {
+    pub(super) async fn gather_all(&self, key: &ObjectKey, grace: Duration) -> Gathered {
         let mut asking = JoinSet::new();
         (0..self.quorum.n).for_each(|index| self.fetch(&mut asking, index, key));
         let (mut gathered, mut waiting, mut until) = (Gathered::default(), self.all(), None);
@@ -291,7 +342,7 @@ impl Inner {
                 None => break,
             }
             if waiting.len() <= self.quorum.f {
-                until.get_or_insert(Instant::now() + MEND_GRACE);
+                until.get_or_insert(Instant::now() + grace);
             }
         }
         let late = |index: usize| {
@@ -363,8 +414,23 @@ impl Inner {
         let said = self.entries(key).await?;
         let which: Vec<usize> = said.into_iter().filter(|(_, entry)| entry.is_some()).map(|(index, _)| index).collect();
         let delete = |_, member: Arc<Member>| {
-            let key = key.clone();
-            async move { member.store.delete(key).await }.boxed()
+            let (key, late, stop) = (key.clone(), self.late.clone(), self.stop.clone());
+            async move {
+                // A folder does it whenever it can, also when nobody waits for it any more: it is watched to its end.
+                let (done, heard) = tokio::sync::oneshot::channel();
+                let (deleting, name) = (member.begin_deletion(&key), member.name.clone());
+                late.spawn(async move {
+                    tokio::select! {
+                        () = stop.cancelled() => {}
+                        // Nobody may be listening any more.
+                        deleted = member.store.delete(key) => drop(done.send(deleted)),
+                    }
+                    drop(deleting);
+                });
+                let unheard = StoreError::Unreachable { store: name, why: "the store is closed".into() };
+                heard.await.unwrap_or(Err(unheard))
+            }
+            .boxed()
         };
         let mut answers = self.write_at(&which, which.len(), 0, delete).await;
         let mut was_there = false;
@@ -396,7 +462,11 @@ impl Inner {
     async fn refresh_some(&self, keys: &[ObjectKey]) -> Result<Vec<ObjectKey>, StoreError> {
         let refresh = |_, member: Arc<Member>| {
             let keys = keys.to_vec();
-            async move { member.store.refresh(keys).await }.boxed()
+            async move {
+                member.check_stays(&keys)?;
+                member.store.refresh(keys).await
+            }
+            .boxed()
         };
         let mut answers = self.write_at(&self.all(), self.quorum.answers(), 0, refresh).await;
         let positions: HashMap<&ObjectKey, usize> = keys.iter().enumerate().map(|(at, key)| (key, at)).collect();
@@ -440,7 +510,8 @@ impl Inner {
             }
             match self.get_chunk(key).await {
                 Ok(bytes) => self.complete(key, bytes, &lacking, have).await?,
-                Err(StoreError::NotFound { .. }) => missing.push(key.clone()),
+                // What does not make an object is put anew by who has it.
+                Err(StoreError::NotFound { .. } | StoreError::Damaged { .. }) => missing.push(key.clone()),
                 Err(error) => return Err(error),
             }
         }
@@ -470,6 +541,7 @@ impl Inner {
         let put = |index: usize, member: Arc<Member>| {
             let (key, piece) = (key.clone(), pieces[index].clone());
             async move {
+                member.check_stays([&key])?;
                 member.store.put(key, piece).await?;
                 member.note_mended(1);
                 Ok(())

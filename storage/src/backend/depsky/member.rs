@@ -1,6 +1,7 @@
 //! One of the stores, what is known of how it behaves, and who is asked first.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -11,7 +12,7 @@ use tokio::{
     time::Instant,
 };
 
-use crate::backend::{ObjectStore, StoreError};
+use crate::backend::{ObjectKey, ObjectStore, StoreError};
 
 /// Requests to one member under way at once.
 const AT_ONCE: usize = 64;
@@ -117,6 +118,26 @@ pub(super) struct Member {
     permits: Semaphore,
     backlog: Arc<Semaphore>,
     known: Mutex<Known>,
+    /// Deletions that were asked for and have not been answered, by object.
+    deleting: Mutex<BTreeMap<ObjectKey, usize>>,
+}
+
+/// A deletion is under way at a member.
+pub(super) struct Deleting {
+    member: Arc<Member>,
+    key: ObjectKey,
+}
+
+impl Drop for Deleting {
+    fn drop(&mut self) {
+        let mut deleting = self.member.deleting.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = deleting.get_mut(&self.key) {
+            *count -= 1;
+            if *count == 0 {
+                deleting.remove(&self.key);
+            }
+        }
+    }
 }
 
 impl fmt::Debug for Member {
@@ -133,6 +154,26 @@ impl Member {
             permits: Semaphore::new(AT_ONCE),
             backlog: Arc::new(Semaphore::new(BACKLOG_KIB as usize)),
             known: Mutex::default(),
+            deleting: Mutex::default(),
+        }
+    }
+
+    /// Notes a deletion until what is returned is dropped: when it has been answered, however late.
+    pub(super) fn begin_deletion(self: &Arc<Self>, key: &ObjectKey) -> Deleting {
+        let mut deleting = self.deleting.lock().unwrap_or_else(PoisonError::into_inner);
+        *deleting.entry(key.clone()).or_default() += 1;
+        Deleting { member: Arc::clone(self), key: key.clone() }
+    }
+
+    /// Refuses to count on an object that a deletion without an answer may still take.
+    pub(super) fn check_stays<'a>(&self, keys: impl IntoIterator<Item = &'a ObjectKey>) -> Result<(), StoreError> {
+        let deleting = self.deleting.lock().unwrap_or_else(PoisonError::into_inner);
+        match keys.into_iter().find(|key| deleting.contains_key(key)) {
+            None => Ok(()),
+            Some(key) => Err(StoreError::Unreachable {
+                store: self.name.clone(),
+                why: format!("a deletion of {key} has not been answered and may still happen"),
+            }),
         }
     }
 

@@ -3,7 +3,7 @@
 
 use bytes::Bytes;
 
-use super::{CloudOfClouds, Inner, piece};
+use super::{CloudOfClouds, Inner, MEND_GRACE, piece};
 use crate::{
     backend::{ObjectKey, StoreError},
     volume::FetchLimit,
@@ -29,6 +29,19 @@ pub struct Mending {
     pub unreadable: u64,
 }
 
+impl Mending {
+    /// Why it cannot be said that all of the store is there, when it cannot: then no other store may be given up.
+    #[must_use]
+    pub fn shortfall(&self) -> Option<&'static str> {
+        if self.unanswered > 0 {
+            return Some("some pieces may be missing still: say it again when all stores answer");
+        }
+        (self.unreadable > 0).then_some(
+            "some objects cannot be read: run `supercloud volume check` of every volume before a store is given up",
+        )
+    }
+}
+
 impl Inner {
     /// Reads an object from all members and mends what is not right at one that answers.
     pub(super) async fn mend(&self, key: &ObjectKey) -> Result<(Bytes, Mending), StoreError> {
@@ -37,7 +50,7 @@ impl Inner {
             let len = bytes.len() as u64;
             return Ok((bytes, Mending { objects: 1, bytes: len, mended, unanswered, unreadable: 0 }));
         }
-        let gathered = self.gather_all(key).await;
+        let gathered = self.gather_all(key, MEND_GRACE).await;
         // Of several encodings (made by different versions of the program), the one of which most is there.
         let whole = gathered.by_encoding.iter().filter(|(_, pieces)| pieces.len() >= self.quorum.pieces());
         let whole = whole.max_by_key(|(encoding, pieces)| (pieces.len(), **encoding));

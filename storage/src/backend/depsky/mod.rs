@@ -11,8 +11,9 @@
 //! *Write*: all pieces at once, done when n - f members have theirs: one round trip. *Read*: the f + 1 members that answer fastest
 //! (or are listed first), others when one fails, lies or is slow: one round trip. Why this is safe: of the n - f that a completed
 //! write reached at most f are faulty, so at least f + 1 correct members give a piece, and f + 1 pieces of one encoding make the
-//! object; a wrong piece does not pass; an old one does not exist. Writers need no lock and no order: cutting is deterministic,
-//! two writers of one content write the same bytes. A writer that dies leaves fewer pieces than make an object, or enough of
+//! object; a wrong piece does not pass. Writers need no lock and no order: cutting is deterministic, two writers of one sealed content
+//! write the same bytes. Other versions of this program may seal it to other bytes: who finds pieces there looks at them, and brings
+//! n - f members to one encoding before it says that the chunk is there. A writer that dies leaves fewer pieces than make an object, or enough of
 //! them; both are right for somebody who was told nothing.
 //!
 //! **Registers** are all other objects (a sweep's intent, mark and clock, hosts' lists): small, changed in place, and written by
@@ -133,9 +134,12 @@ struct Inner {
     keys: Arc<Keys>,
     order: ReadOrder,
     slack: Duration,
+    delete_tail: Duration,
     seen: Seen,
     /// Writes that go on after a quorum has answered.
     tasks: TaskTracker,
+    /// Deletions, to their end.
+    late: TaskTracker,
     stop: CancellationToken,
 }
 
@@ -200,26 +204,28 @@ impl CloudOfClouds {
         let members: Vec<Arc<Member>> =
             members.into_iter().map(|(name, store)| Arc::new(Member::new(name, store))).collect();
         let slack = members.iter().map(|member| member.store.stamp_slack()).max().unwrap_or_default().max(SLACK);
+        let tail = members.iter().map(|member| member.store.delete_tail()).max().unwrap_or_default();
         let inner = Inner {
             quorum,
+            // Begun for a sweep that died, a deletion waits for its turn and its answer for so long.
+            delete_tail: tail + WRITE_BUDGET,
             keys: Arc::new(Keys::derive(key)),
             order,
             slack,
             seen: Seen::new(quorum.n),
             members,
             tasks: TaskTracker::new(),
+            late: TaskTracker::new(),
             stop: CancellationToken::new(),
         };
         Ok(Self { inner: Arc::new(inner) })
     }
 
-    /// With another slack than the usual one; for tests of sweeps. All who share a store must have the same.
-    ///
-    /// # Panics
-    /// When it is in use already.
-    #[must_use]
-    pub fn with_slack(mut self, slack: Duration) -> Self {
-        Arc::get_mut(&mut self.inner).expect("nobody uses it yet").slack = slack;
+    /// With other times than the usual ones.
+    #[cfg(test)]
+    fn with_times(mut self, slack: Duration, delete_tail: Duration) -> Self {
+        let inner = Arc::get_mut(&mut self.inner).expect("nobody uses it yet");
+        (inner.slack, inner.delete_tail) = (slack, delete_tail);
         self
     }
 
@@ -440,6 +446,6 @@ impl ObjectStore for CloudOfClouds {
     }
 
     fn delete_tail(&self) -> Duration {
-        self.inner.members.iter().map(|member| member.store.delete_tail()).max().unwrap_or_default()
+        self.inner.delete_tail
     }
 }

@@ -12,8 +12,10 @@
 //!
 //! The paper numbers versions by a single writer's count. A number may then be used twice: a writer that died has left its version
 //! at a few members, the next one does not see these. Here two versions of one number cannot both have n - f members; a reader that
-//! is shown both asks all members and takes the one that more show, the later one when as many do. A guest's epoch, which fences
-//! writers of volumes, does not exist here: sweeps and hosts' lists belong to no guest.
+//! is shown both asks all members and takes the one that more show, the later one when as many do. **Not borne** is that a writer died, a
+//! member shows the dead one's version although it took the other, *and* another one is late: then a reader may see the version that was not
+//! completed, until the next write. A guest's epoch, which fences writers of volumes, does not exist here: sweeps and hosts' lists belong
+//! to no guest.
 //!
 //! *If absent* ([`Inner::put_register_if_absent`]): the first member that answers decides between those who come at once, the others
 //! follow; who finds another's version there carries it to the others before saying so. When members are split, so that nobody has

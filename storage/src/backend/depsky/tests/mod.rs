@@ -1,5 +1,6 @@
 //! Providers that fail in every way the store has to bear, over stores in memory.
 
+mod encodings;
 mod faults;
 mod requests;
 mod sweeps;
@@ -43,6 +44,8 @@ pub(super) enum Mode {
     RolledBack,
     /// Does everything and says that it failed.
     Ungrateful,
+    /// Does not delete as long as it is so, but then.
+    HangingOnDelete,
     /// Lists what is nowhere, and old things as new.
     Inventing,
 }
@@ -248,6 +251,9 @@ impl ObjectStore for Provider {
         Box::pin(async move {
             let mode = self.begin().await?;
             self.fuse.burn().await;
+            while *self.mode.lock().unwrap() == Mode::HangingOnDelete {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
             if Self::is_deaf(mode) {
                 return Ok(true);
             }
@@ -326,7 +332,9 @@ impl Market {
         let members = self.providers.iter().enumerate();
         let members = members.map(|(i, p)| (format!("provider-{i}"), p.clone() as Arc<dyn ObjectStore>)).collect();
         let key = StoreKey::from_bytes(KEY);
-        CloudOfClouds::over(members, &key, ReadOrder::Listed).unwrap().with_slack(Duration::from_millis(100))
+        CloudOfClouds::over(members, &key, ReadOrder::Listed)
+            .unwrap()
+            .with_times(Duration::from_millis(100), Duration::ZERO)
     }
 }
 
@@ -414,7 +422,12 @@ async fn it_is_a_store_over_folders() {
     };
     let key = StoreKey::from_bytes(KEY);
     let store = CloudOfClouds::over((0..4).map(open).collect(), &key, ReadOrder::Fastest).unwrap();
-    conforms(Arc::new(Settled(store.with_slack(Duration::from_secs(1)))), Duration::from_millis(20), false).await;
+    conforms(
+        Arc::new(Settled(store.with_times(Duration::from_secs(1), Duration::ZERO))),
+        Duration::from_millis(20),
+        false,
+    )
+    .await;
 }
 
 /// What conformance asks of registers, of chunks.
