@@ -130,7 +130,9 @@ fn mend_store(arguments: &Arguments, megabytes_per_s: Option<u32>) -> anyhow::Re
          write or deletion that did not end has left, if nothing is lost)",
         mended.objects, mended.bytes, mended.mended, mended.unanswered, mended.unreadable
     );
-    anyhow::ensure!(mended.unanswered == 0, "some pieces may be missing still: say it again when all stores answer");
+    if let Some(why) = mended.shortfall() {
+        anyhow::bail!(why);
+    }
     Ok(())
 }
 
