@@ -27,7 +27,7 @@ use tokio::{
     time::{Instant, MissedTickBehavior, interval, timeout},
 };
 
-use super::{Fact, Job, JobError, PROGRESS_EVERY, file_error, in_time, receive::carry_in};
+use super::{Fact, Job, JobError, PROGRESS_EVERY, file_error, in_time, receive::carry_in, standby::LISTEN_BUDGET};
 use crate::{
     plane::{
         DataStream, bridge,
@@ -157,6 +157,8 @@ pub struct Fetch {
 enum Missing {
     /// Nothing is missing.
     Nothing,
+    /// The guest's process has ended; that is told by who looks after it.
+    Ended,
     /// What is missing is nowhere.
     Gone(&'static str),
 }
@@ -169,6 +171,10 @@ pub(super) async fn fetch(job: &Job, mut with: Fetch) -> bool {
         Missing::Nothing => {
             job.tell(Fact::MemoryStalled(None)).await;
             return true;
+        }
+        Missing::Ended => {
+            job.tell(Fact::MemoryStalled(None)).await;
+            return false;
         }
         Missing::Gone(why) => why,
     };
@@ -189,13 +195,13 @@ pub(super) async fn fetch(job: &Job, mut with: Fetch) -> bool {
 async fn fetch_all(job: &Job, with: &mut Fetch) -> Missing {
     let path = job.places.incoming_memory();
     let mut pause = FIRST_PAUSE;
-    let mut way = Way { is_open: AtomicBool::new(false), lost_at: Instant::now(), is_said: false };
+    let mut way =
+        Way { is_open: AtomicBool::new(false), lost_at: Instant::now(), is_said: false, is_source_lost: false };
     loop {
         let _ = tokio::fs::remove_file(&path).await;
         match fetch_once(job, with, &mut way, &path).await {
             Ok(missing) => return missing,
-            // It has ended meanwhile, as is seen elsewhere: it wants nothing any more.
-            Err(JobError::Backend(BackendError::NoSuchGuest { .. })) => return Missing::Nothing,
+            Err(JobError::Backend(BackendError::NoSuchGuest { .. })) => return Missing::Ended,
             Err(error) => {
                 if way.is_open.swap(false, Ordering::AcqRel) {
                     (pause, way.lost_at) = (FIRST_PAUSE, Instant::now());
@@ -213,6 +219,9 @@ struct Way {
     is_open: AtomicBool,
     lost_at: Instant,
     is_said: bool,
+    /// The source was declared lost. It may be cut off from the controller only, and serve: what ends the guest is that it is not heard
+    /// either, for as long as that takes to be sure of.
+    is_source_lost: bool,
 }
 
 async fn fetch_once(job: &Job, with: &mut Fetch, way: &mut Way, path: &Path) -> Result<Missing, JobError> {
@@ -220,7 +229,7 @@ async fn fetch_once(job: &Job, with: &mut Fetch, way: &mut Way, path: &Path) -> 
     let missing = post_copy.missing_bytes(job.guest)?;
     let mut transfer = post_copy.fetch_memory(job.guest, path.to_owned())?;
     let Fetch { handle, events, source_lost, is_missing } = with;
-    let Way { is_open, lost_at, is_said } = way;
+    let Way { is_open, lost_at, is_said, is_source_lost } = way;
     let (handle, is_open) = (&*handle, &*is_open);
     let carried = async {
         let remote = open(handle).await;
@@ -234,6 +243,7 @@ async fn fetch_once(job: &Job, with: &mut Fetch, way: &mut Way, path: &Path) -> 
     let mut are_events_open = true;
     loop {
         tokio::select! {
+            biased;
             done = &mut done => {
                 // All of it, for certain: it is what is left to see when the move is over.
                 let left = *missing.borrow();
@@ -241,7 +251,7 @@ async fn fetch_once(job: &Job, with: &mut Fetch, way: &mut Way, path: &Path) -> 
                 return done.map(|()| Missing::Nothing);
             }
             event = events.recv(), if are_events_open => match event {
-                Some(MeetingEvent::Message(HandoverMessage::MemoryGone)) => {
+                Some(MeetingEvent::Message(HandoverMessage::MemoryGone)) if *missing.borrow() > 0 => {
                     return Ok(Missing::Gone("its process at the host that it left is gone"));
                 }
                 // A connection that does not close is of no use all the same.
@@ -249,12 +259,13 @@ async fn fetch_once(job: &Job, with: &mut Fetch, way: &mut Way, path: &Path) -> 
                 Some(_) => {}
                 None => are_events_open = false,
             },
-            // Declared lost; while it is heard it is not.
-            () = source_lost.notified() => if !is_open.load(Ordering::Acquire) && *missing.borrow() > 0 {
-                return Ok(Missing::Gone("the host that it left is lost"));
-            },
+            () = source_lost.notified() => *is_source_lost = true,
             _ = ticks.tick() => {
                 let left = *missing.borrow();
+                let is_unheard = !is_open.load(Ordering::Acquire) && lost_at.elapsed() > LISTEN_BUDGET;
+                if *is_source_lost && is_unheard && left > 0 {
+                    return Ok(Missing::Gone("the host that it left is lost"));
+                }
                 is_missing.store(left > 0, Ordering::Release);
                 job.show(shown(left));
                 let is_stalled = !is_open.load(Ordering::Acquire) && left > 0 && lost_at.elapsed() > STALL_AFTER;

@@ -31,7 +31,7 @@ const LEFT: &str = "the standby's agent was restarted: it takes no more cuts. It
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
 /// How long a restarted agent listens for the source before it may take that for dead: longer than two agents that are there take to
 /// meet.
-const LISTEN_BUDGET: Duration = Duration::from_secs(20);
+pub(super) const LISTEN_BUDGET: Duration = Duration::from_secs(20);
 
 /// The standby's part: takes cuts until it is told to take over; then makes the last one whole.
 ///
@@ -103,6 +103,11 @@ fn has_cut(standing: Standing, volume: &VolumeStatus) -> bool {
         Standing::Committed(cut) => committed >= cut,
         Standing::Promoted => committed > 0 || is_promoted(volume),
     }
+}
+
+/// Whether a volume is as it was at just this cut.
+fn is_at(cut: u64, volume: &VolumeStatus) -> bool {
+    volume.following.as_ref().is_some_and(|following| following.committed == cut) || is_promoted(volume)
 }
 
 fn is_promoted(volume: &VolumeStatus) -> bool {
@@ -302,8 +307,7 @@ impl<'a> Standby<'a> {
                     }
                     Some(MeetingEvent::Lost | MeetingEvent::Message(HandoverMessage::StandsStill)) => is_source_there = false,
                     Some(MeetingEvent::Message(HandoverMessage::Failed { problem })) => {
-                        // With a whole cut here the controller decides: the source may be dying.
-                        is_source_there = false;
+                        // With a whole cut here the controller decides: the source may be dying. It is still heard: its guest runs.
                         if self.has == Standing::Nothing {
                             return Err(JobError::Peer(problem));
                         }
@@ -322,6 +326,10 @@ impl<'a> Standby<'a> {
                 }
                 () = any_volume => {}
                 _ = looks.tick() => {
+                    if is_wanted && is_source_there {
+                        // It may not have been able to stop the guest, or not have heard.
+                        peer.handle.say(HandoverMessage::TakesOver).await;
+                    }
                     if self.is_left && !is_wanted {
                         self.job.show(Progress { message: LEFT.to_owned(), ..Progress::default() });
                     }
@@ -339,11 +347,7 @@ impl<'a> Standby<'a> {
     /// The cut that the agent before may have been committing, by what all say now: it was staged everywhere before any part was asked to
     /// commit it, and what that agent asked for may be done any time. So it is committed, too, everywhere.
     async fn left(&mut self) -> Result<Option<u64>, JobError> {
-        let statuses = self.volumes.iter().map(|home| async move {
-            let status = home.client().status().await;
-            status.map_err(|source| JobError::Volume { what: "answer", source })
-        });
-        let statuses = futures::future::try_join_all(statuses).await?;
+        let statuses = self.statuses().await?;
         let standing = self.mirroring.standing(self.job.guest).await?;
         if !statuses.iter().all(|status| has_cut(standing, status)) {
             return Err(nothing_whole());
@@ -352,6 +356,14 @@ impl<'a> Standby<'a> {
             statuses.iter().map(|status| status.following.as_ref().map_or(0, |now| now.staged)).collect();
         let hypervisor = *self.staged.borrow_and_update();
         Ok(next_commit(hypervisor, &staged, self.committed()))
+    }
+
+    async fn statuses(&self) -> Result<Vec<VolumeStatus>, JobError> {
+        let statuses = self.volumes.iter().map(|home| async move {
+            let status = home.client().status().await;
+            status.map_err(|source| JobError::Volume { what: "answer", source })
+        });
+        futures::future::try_join_all(statuses).await
     }
 
     /// Commits a cut, or leaves it for the next attempt.
@@ -405,6 +417,14 @@ impl<'a> Standby<'a> {
         }
         if self.has == Standing::Nothing {
             return Err(nothing_whole());
+        }
+        if let Standing::Committed(cut) = self.has
+            && !self.statuses().await?.iter().all(|volume| is_at(cut, volume))
+        {
+            // Nobody gets here as cuts are committed; there is no way back after this.
+            return Err(JobError::Protocol(format!(
+                "its memory is that of cut {cut}, and a disk is that of another one"
+            )));
         }
         let message = match self.has {
             Standing::Committed(cut) => format!("taking over from cut {cut}"),
