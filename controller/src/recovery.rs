@@ -22,9 +22,7 @@ use crate::{
     chain,
     placement::Place,
     rest::{
-        Failure,
-        guest_mirrors::capability,
-        guest_operations,
+        Failure, guest_mirrors, guest_operations,
         guest_plan::{self, Picture},
     },
     state::{
@@ -260,12 +258,7 @@ async fn mirror(
     }
     let mut why = None;
     for place in places(state, live, picture, found, &kept.to).await? {
-        let way = guest_operations::way_out(picture, found, from, &place, kept.bandwidth_bps);
-        let way = way.and_then(|(host, mut plan)| {
-            plan.checks.push(capability(live, from, host.id)?);
-            Ok((host, plan))
-        });
-        match way {
+        match guest_mirrors::standby(live, picture, found, &place, kept.bandwidth_bps) {
             Ok((host, plan)) => {
                 let options = MirrorOptions {
                     interval_ms: kept.interval_ms,

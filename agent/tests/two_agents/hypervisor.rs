@@ -185,7 +185,10 @@ impl Hypervisor {
         self.0.standbys.lock().unwrap().retain(|_, standby| standby.has_cut());
         let standbys: Vec<GuestId> = self.0.standbys.lock().unwrap().keys().copied().collect();
         let stays = |id: &GuestId, state| state != RunState::Paused(PauseReason::Incoming) || standbys.contains(id);
-        self.0.staged.lock().unwrap().retain(|id, _| standbys.contains(id));
+        // Not dropped: a task of the agent may end a moment after it, and would take its standby's process for gone.
+        for (_, staged) in self.0.staged.lock().unwrap().iter().filter(|(id, _)| !standbys.contains(id)) {
+            staged.send_replace(0);
+        }
         self.0.guests.lock().await.retain(|id, guest| stays(id, guest.state));
     }
 

@@ -93,6 +93,8 @@ impl Inner {
             committed: Mutex::default(),
             back: tokio::sync::Mutex::new(back),
         });
+        // Of a mirror before.
+        standby.staged.send_replace(0);
         self.standbys.lock().unwrap().insert(guest, standby.clone());
         loop {
             let (cut, next) = (read.read_u64().await?, read.read_u64().await?);

@@ -6,8 +6,8 @@ use axum::{
     http::HeaderMap,
 };
 use supercloud_api::{
-    Code, Guest, GuestFailover, GuestMirror, KeptMirror, Mirror, MirrorMode, MirrorStanding, Operation, OperationKind,
-    Page, Phase, PlanCheck, Problem, Ref, handover, ids::HostId, link::MirrorOptions,
+    Code, Guest, GuestFailover, GuestMirror, Host, KeptMirror, Mirror, MirrorMode, MirrorStanding, Operation,
+    OperationKind, Page, Phase, Plan, PlanCheck, Problem, Ref, handover, ids::HostId, link::MirrorOptions,
 };
 
 use super::{
@@ -17,6 +17,7 @@ use super::{
 };
 use crate::{
     admission::Request,
+    placement::Place,
     state::{Change, EventDraft, GuestRecord, HostRecord, LiveHosts, OperationRecord, Stored, Work, retry_conflicts},
 };
 
@@ -39,7 +40,7 @@ fn options(wanted: &GuestMirror) -> Result<MirrorOptions, Failure> {
 }
 
 /// Whether both agents know how to mirror a guest.
-pub(crate) fn capability(live: &LiveHosts, source: Option<HostId>, to: HostId) -> Result<PlanCheck, Problem> {
+fn capability(live: &LiveHosts, source: Option<HostId>, to: HostId) -> Result<PlanCheck, Problem> {
     let lacks = |host: &HostId| !live.takes_mirrors(*host);
     match source.into_iter().chain([to]).find(lacks) {
         Some(host) => {
@@ -51,6 +52,23 @@ pub(crate) fn capability(live: &LiveHosts, source: Option<HostId>, to: HostId) -
             Ok(PlanCheck { name: "mirroring".to_owned(), is_ok: true, detail: "both back ends have it".to_owned() })
         }
     }
+}
+
+/// Where a guest's standby would be, as the place that was asked for allows, and what that would take.
+///
+/// # Errors
+/// Why it cannot be there.
+pub(crate) fn standby<'a>(
+    live: &LiveHosts,
+    picture: &'a Picture,
+    found: &GuestRecord,
+    place: &Place,
+    bandwidth_bps: Option<u64>,
+) -> Result<(&'a Host, Plan), Problem> {
+    let from = found.guest.host;
+    let (host, mut plan) = way_out(picture, found, from, place, bandwidth_bps)?;
+    plan.checks.push(capability(live, from, host.id)?);
+    Ok((host, plan))
 }
 
 /// Keeps a second copy of a running guest at another host, until the operation is cancelled or that copy takes over.
@@ -77,12 +95,7 @@ pub async fn begin(
         let found = asker.find_guest(&api.parts, &reference).await?;
         guest_plan::admit(Request::Mirror, &found)?;
         let place = guest_plan::resolve_place(&api.parts, Some(&wanted.to)).await?;
-        let way = way_out(&picture, &found, found.guest.host, &place, options.bandwidth_bps);
-        let way = way.and_then(|(host, mut plan)| {
-            plan.checks.push(capability(&api.parts.hosts, found.guest.host, host.id)?);
-            Ok((host, plan))
-        });
-        let (host, plan) = match way {
+        let (host, plan) = match standby(&api.parts.hosts, &picture, &found, &place, options.bandwidth_bps) {
             Ok(way) => way,
             Err(problem) => return refuse(&asker, &found, OperationKind::GuestMirror, problem),
         };

@@ -18,7 +18,7 @@ use std::{
 use anyhow::Context as _;
 use clap::Parser;
 use supercloud_api::{
-    GuestMigrate, MemoryMode,
+    Code, GuestMigrate, MemoryMode,
     client::{Client, ClientConfig, ClientError},
     unix_ms,
 };
@@ -111,6 +111,8 @@ const SLOWLY: Duration = Duration::from_secs(60);
 struct Memory {
     /// What was said last of each guest.
     said: HashMap<String, String>,
+    /// That the token cannot read what is learned from was said.
+    said_unlearned: bool,
     /// What was learned, and when.
     learned: Option<(Instant, Arc<Learned>)>,
     /// The counts of clients' requests.
@@ -180,7 +182,18 @@ impl Memory {
         let learned = match self.learned.take() {
             Some((at, learned)) if at.elapsed() < SLOWLY => (at, learned),
             _ => {
-                let learned = Learned::from(&client.rentings().await?, config.smart_spot.prior_hours, wall_ms);
+                let rentings = match client.rentings().await {
+                    Ok(rentings) => rentings,
+                    // A token of one project: it moves that project's guests all the same.
+                    Err(ClientError::Problem(problem)) if problem.code == Code::Forbidden => {
+                        if !std::mem::replace(&mut self.said_unlearned, true) {
+                            info!("interruptions are assumed by the settings, not learned from rentings: {problem}");
+                        }
+                        Vec::new()
+                    }
+                    Err(error) => return Err(error),
+                };
+                let learned = Learned::from(&rentings, config.smart_spot.prior_hours, wall_ms);
                 (Instant::now(), Arc::new(learned))
             }
         };
