@@ -3,19 +3,19 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod heard;
+
 use std::time::{Duration, Instant};
 
 use supercloud_api::{Code, GuestFailover, GuestMirror, HostState, MirrorMode, Phase, client::ClientError};
 use supercloud_lab::{
     LabSpec,
-    command::pause,
-    fleet::{ClientStats, Console, Fleet, FleetSpec, GuestSpec, Said, ServerStats, programs},
+    fleet::{Fleet, FleetSpec, GuestSpec, Said, programs},
     lab::chain,
     require,
 };
 
-/// Everything is 20 to 80 times slower in there, and slower still on a machine that others use.
-const LONG: Duration = Duration::from_secs(900);
+use heard::{LONG, hear, is_unharmed, is_whole};
 
 /// Long enough for dozens of the server's writes, and its host dies late in it: were a client told of them before they are safe at
 /// the standby, it would be seen.
@@ -25,39 +25,6 @@ const LATE_MS: u64 = 3000;
 
 const NETWORK: &str = "lan";
 const IMAGE: &str = "lean";
-
-/// Hears the two guests until `is_enough`; the newest of each, with the host where it was said.
-async fn hear(
-    console: &std::sync::Arc<std::sync::Mutex<Console>>,
-    what: &str,
-    mut is_enough: impl FnMut(&str, &Said) -> bool + Send + 'static,
-) {
-    let (console, words) = (console.clone(), what.to_owned());
-    let heard = tokio::task::spawn_blocking(move || {
-        let end = Instant::now() + LONG;
-        let mut console = console.lock().unwrap();
-        while Instant::now() < end {
-            for heard in console.poll() {
-                if is_enough(&heard.host, &heard.said) {
-                    return;
-                }
-            }
-            pause(Duration::from_millis(300));
-        }
-        panic!("{words} is not heard: {:?}", console.other_lines());
-    });
-    heard.await.unwrap();
-}
-
-/// What must hold of the client in every line that it says.
-fn is_unharmed(stats: &ClientStats) -> bool {
-    (stats.resets, stats.bad, stats.mem_bad, stats.clock_back) == (0, 0, 0, 0) && stats.connects <= 1
-}
-
-/// Likewise of the server.
-fn is_whole(stats: &ServerStats) -> bool {
-    (stats.verify_bad, stats.write_errors, stats.mem_bad, stats.clock_back) == (0, 0, 0, 0)
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_standby_goes_on_when_the_host_of_a_strictly_mirrored_guest_loses_its_power() {
@@ -74,7 +41,7 @@ async fn the_standby_goes_on_when_the_host_of_a_strictly_mirrored_guest_loses_it
     let client = GuestSpec::new("watcher", IMAGE, NETWORK, &format!("sc.role=client sc.peer={address}")).at("home");
     let made = tokio::try_join!(fleet.create_guest(&server), fleet.create_guest(&client));
     let (server, client) = made.unwrap_or_else(|error| panic!("{}", chain(&error)));
-    let console = |guest| std::sync::Arc::new(std::sync::Mutex::new(fleet.console(guest).unwrap()));
+    let console = |guest| heard::console(&fleet, guest);
     let (watcher, web) = (console(client.id), console(server.id));
     hear(&watcher, "the stream", |_, said| matches!(said, Said::Client(stats) if stats.bytes > 20_000)).await;
 

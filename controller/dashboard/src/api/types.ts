@@ -37,5 +37,6 @@ export type SimulationCreate = Schemas["SimulationCreate"];
 export type SimulatedKind = Schemas["SimulatedKind"];
 export type SimulatedPolicy = Schemas["SimulatedPolicy"];
 export type SimulatedOutcome = Schemas["SimulatedOutcome"];
+export type MemoryMode = Schemas["MemoryMode"];
 export type Mirror = Schemas["Mirror"];
 export type MirrorStanding = Schemas["MirrorStanding"];

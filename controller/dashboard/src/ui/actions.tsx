@@ -1,7 +1,7 @@
 // Actions on a guest: each is asked for as a dry run first, whose checks are shown before anything is done.
 import { useState } from "preact/hooks";
 import { Refused, change } from "../api/http";
-import type { Guest, Operation } from "../api/types";
+import type { Guest, MemoryMode, Operation } from "../api/types";
 import { go } from "../router";
 import { may } from "../store/derive";
 import { clouds, hosts, learn, who } from "../store/store";
@@ -49,10 +49,16 @@ const takesReason = (verb: Verb): boolean => verb === "migrate" || verb === "fre
 
 interface Cuts { seconds: string; mode: "async" | "strict"; keep: boolean }
 
-function body(choice: Choice, place: string, reason: string, cuts: Cuts): Record<string, unknown> {
+const MEMORY: Record<MemoryMode, string> = {
+  pre_copy: "goes first; the guest follows when little is left",
+  hybrid: "goes first; what it still writes then follows it",
+  post_copy: "follows the guest, which leaves at once: should the host that it left die meanwhile, the guest is lost",
+};
+
+function body(choice: Choice, place: string, reason: string, cuts: Cuts, memory: MemoryMode): Record<string, unknown> {
   const why = reason.trim() && takesReason(choice.verb) ? { reason: reason.trim() } : {};
   if (choice.verb === "mirror") return { to: place, interval_ms: Math.round(Number(cuts.seconds) * 1000), mode: cuts.mode, keep: cuts.keep, ...why };
-  if (choice.verb === "migrate") return { to: place, ...why };
+  if (choice.verb === "migrate") return { to: place, memory, ...why };
   if (choice.verb === "thaw") return place ? { to: place } : {};
   if (choice.verb === "start") return place ? { place } : {};
   return why;
@@ -65,11 +71,12 @@ function Ask(props: { guest: Guest; choice: Choice; close: () => void }) {
   const [trial, setTrial] = useState<Operation>();
   const { isWorking, problem, attempt } = useAttempt();
   const [cuts, setCuts] = useState<Cuts>({ seconds: "1", mode: "async", keep: false });
+  const [memory, setMemory] = useState<MemoryMode>("pre_copy");
   const needsPlace = choice.verb === "migrate" || choice.verb === "mirror";
   const path = `/v1/guests/${guest.id}/${choice.path ?? choice.verb}`;
-  const rehearse = () => attempt(async () => setTrial(await change<Operation>("POST", `${path}?dry_run=true`, body(choice, place, reason, cuts))));
+  const rehearse = () => attempt(async () => setTrial(await change<Operation>("POST", `${path}?dry_run=true`, body(choice, place, reason, cuts, memory))));
   const carryOut = () => attempt(async () => {
-    const operation = await change<Operation>("POST", path, body(choice, place, reason, cuts));
+    const operation = await change<Operation>("POST", path, body(choice, place, reason, cuts, memory));
     if (operation) {
       learn(operation);
       props.close();
@@ -91,6 +98,13 @@ function Ask(props: { guest: Guest; choice: Choice; close: () => void }) {
             <optgroup label="Hosts">
               {[...hosts.value.values()].filter((host) => host.state === "up").map((host) => <option key={host.id} value={host.id}>{host.name} in {host.cloud_name}{host.id === guest.host ? " (where it is)" : ""}</option>)}
             </optgroup>
+          </select>
+        </label>
+      )}
+      {choice.verb === "migrate" && (
+        <label>Its memory
+          <select value={memory} onChange={(event) => { setMemory(event.currentTarget.value as MemoryMode); setTrial(undefined); }}>
+            {Object.entries(MEMORY).map(([mode, says]) => <option key={mode} value={mode}>{says}</option>)}
           </select>
         </label>
       )}

@@ -9,7 +9,7 @@ use crate::vmm::travel::TravelError;
 const MAX_URGENT: usize = 65_536;
 /// Bytes on their way that nobody asked for: at first, at least and at most.
 const FIRST_WINDOW: u64 = 256 << 10;
-const MIN_WINDOW: u64 = 32 << 10;
+const MIN_WINDOW: u64 = 64 << 10;
 const MAX_WINDOW: u64 = 32 << 20;
 /// So much longer than the quickest may what is sent be on its way: more is a queue, in which a page that is waited for would stand.
 const QUEUE_TARGET: Duration = Duration::from_millis(25);
