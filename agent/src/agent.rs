@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     accounts::{Account, AccountError},
+    announced,
     checker::{self, Check},
     cloud_store::{CloudStore, CloudStoreError},
     config::Config,
@@ -171,7 +172,8 @@ pub async fn run(parts: Parts, cancel: CancellationToken) -> Result<(), AgentErr
     }
     // Ends by itself when the host is removed.
     let (asked_to_leave, cancel) = (cancel.clone(), cancel.child_token());
-    let (guests, ended) = Guests::new(host.clone(), probe, cancel.clone());
+    let (announced_tx, heard) = watch::channel(None);
+    let (guests, ended) = Guests::new(host.clone(), probe, heard, cancel.clone());
     guests.restore().await;
 
     let mut tasks = JoinSet::new();
@@ -189,6 +191,7 @@ pub async fn run(parts: Parts, cancel: CancellationToken) -> Result<(), AgentErr
     tasks.spawn(checker::run(host.clone(), asked_checks, cancel.clone()));
     tasks.spawn(holdings::run(host.clone(), cancel.clone()));
     tasks.spawn(sweeper::run(host.clone(), bell.clone(), cancel.clone()));
+    tasks.spawn(announced::follow(host.config.provider_notices.clone(), announced_tx, cancel.clone()));
     let routes = Routes {
         guests: guests.clone(),
         ticket_key: key_tx,

@@ -41,7 +41,10 @@ use supercloud_sdn::{
 use supercloud_ids::HostId;
 use supercloud_storage::backend::{BucketConfig, depsky::CloudOfCloudsConfig};
 
-use crate::accounts::{Account, AccountError};
+use crate::{
+    accounts::{Account, AccountError},
+    announced::ProviderNotices,
+};
 
 /// The longest `run_dir`, in bytes: what the sockets' names below it need is left of a unix socket's 107.
 const MAX_RUN_DIR_BYTES: usize = 60;
@@ -151,6 +154,9 @@ pub struct Config {
     /// How the chunk store is swept.
     #[serde(default)]
     pub sweep: Sweep,
+    /// Where it is heard what this machine's provider will do with it.
+    #[serde(default)]
+    pub provider_notices: ProviderNotices,
 }
 
 /// What runs guests.
@@ -358,6 +364,9 @@ impl Config {
             if let Err(error) = clouds.validate() {
                 return wrong("cloud_of_clouds", format!("{} {}", error.at, error.why));
             }
+        }
+        if let Err(why) = self.provider_notices.check() {
+            return wrong("provider_notices.endpoint", why);
         }
         if self.run_dir.as_os_str().len() > MAX_RUN_DIR_BYTES {
             return wrong("run_dir", format!("must have at most {MAX_RUN_DIR_BYTES} bytes: sockets lie below it"));

@@ -8,11 +8,11 @@ use std::{
 
 use supercloud_api::{
     data::Channel,
-    link::{GuestReport, Hello, HistoryMark, Notice},
+    link::{Announced, GuestReport, Hello, HistoryMark, Notice},
 };
 use supercloud_blanket::backend::BackendEvent;
 use supercloud_ids::{Epoch, GuestId, PortId};
-use tokio::sync::{broadcast, mpsc};
+use tokio::sync::{broadcast, mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
@@ -41,6 +41,8 @@ pub struct Guests {
     /// Guests whose records cannot be read. Nothing is done with them and nothing is said of them: they may well run, and
     /// whoever calls them lost makes a second copy of them.
     unreadable: Mutex<HashSet<GuestId>>,
+    /// What the machine's provider has announced for it.
+    announced: watch::Receiver<Option<Announced>>,
 }
 
 impl Guests {
@@ -49,12 +51,13 @@ impl Guests {
     pub fn new(
         host: Arc<Host>,
         probe: serde_json::Value,
+        announced: watch::Receiver<Option<Announced>>,
         cancel: CancellationToken,
     ) -> (Arc<Self>, mpsc::Receiver<GuestId>) {
         let (ended, ended_rx) = mpsc::channel(64);
         let chunk_connections = TaskTracker::new();
         let (tasks, unreadable) = (Mutex::default(), Mutex::default());
-        (Arc::new(Self { host, tasks, ended, chunk_connections, cancel, probe, unreadable }), ended_rx)
+        (Arc::new(Self { host, tasks, ended, chunk_connections, cancel, probe, unreadable, announced }), ended_rx)
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<GuestId, GuestHandle>> {
@@ -271,6 +274,7 @@ impl Facts for Guests {
             used: self.host.ledger.used(),
             guests: self.rows(),
             view_revision: self.host.switch.revision(),
+            announced: *self.announced.borrow(),
         }
     }
 }

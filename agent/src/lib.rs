@@ -23,6 +23,7 @@
 
 pub mod accounts;
 pub mod agent;
+pub mod announced;
 pub mod checker;
 pub mod chunks;
 pub mod cloud_store;

@@ -34,7 +34,7 @@ use supercloud_handover::{OrderBody, Report};
 use supercloud_ids::{CloudId, Epoch, FreezeId, GuestId, HostId, OperationId, ProjectId, VolumeId};
 
 use crate::{
-    CompatClass, FrozenVolume, Name, Operation, Problem, Progress, Room,
+    CompatClass, FrozenVolume, HostNoticeKind, Name, Operation, Problem, Progress, Room,
     guest_call::{GuestCall, GuestStanding},
 };
 
@@ -529,6 +529,9 @@ pub enum Notice {
         guests: Vec<GuestReport>,
         /// The revision of the overlay view that it has applied.
         view_revision: u64,
+        /// What the machine's own metadata say that its provider will do with it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        announced: Option<Announced>,
     },
     /// How far an operation is, at the side that knows; merged by the controller (never backwards).
     Progress {
@@ -561,6 +564,16 @@ pub enum Notice {
         /// What.
         news: ConsoleNews,
     },
+}
+
+/// What a provider has announced for a host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Announced {
+    /// What.
+    pub kind: HostNoticeKind,
+    /// When it is carried out, in Unix milliseconds; absent: soon.
+    #[serde(default)]
+    pub at_ms: Option<u64>,
 }
 
 fn once() -> u32 {

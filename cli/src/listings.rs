@@ -2,8 +2,8 @@
 
 use serde::Serialize;
 use supercloud_api::{
-    Cloud, Evacuation, EvacuationState, Event, Guest, Host, Image, ImageContent, Market, Network, Operation, Project,
-    Tenure, Token, Volume, ids::HostId,
+    Cloud, Evacuation, EvacuationState, Event, Guest, Host, HostNotice, HostNoticeKind, HostState, Image, ImageContent,
+    Market, Network, Operation, Project, Tenure, Token, Volume,
 };
 use supercloud_cli::{
     fields::Names,
@@ -47,7 +47,7 @@ pub fn hosts(hosts: &[Host], rented: &Rented, evacuations: &[Evacuation]) -> Tab
             format!("{} / {}", bytes(host.used.memory_bytes), bytes(host.capacity.memory_bytes)),
             or_dash(host.compat_classes.first()),
             or_dash(market.map(|market| usd(market.price_nanousd_per_hour))),
-            risk(renting.map(|renting| renting.tenure), host.id, evacuations),
+            risk(renting.map(|renting| renting.tenure), host, evacuations),
             time(host.last_seen_ms),
         ];
         let wide = [
@@ -65,9 +65,17 @@ pub fn hosts(hosts: &[Host], rented: &Rented, evacuations: &[Evacuation]) -> Tab
     table
 }
 
-/// What may happen to a host's guests when its provider takes it back; `-` where none does.
-fn risk(tenure: Option<Tenure>, host: HostId, evacuations: &[Evacuation]) -> String {
-    let own: Vec<EvacuationState> = evacuations.iter().filter(|one| one.host == host).map(|one| one.state).collect();
+/// What its provider has announced for a host, or what may happen to its guests when it is taken back; `-` where nobody does that.
+fn risk(tenure: Option<Tenure>, host: &Host, evacuations: &[Evacuation]) -> String {
+    match host.notice.filter(|_| host.state != HostState::Removed) {
+        Some(HostNotice { kind: HostNoticeKind::Interruption, at_ms: Some(at_ms), .. }) => {
+            return format!("IS TAKEN BACK at {}", time(at_ms));
+        }
+        Some(HostNotice { kind: HostNoticeKind::Interruption, .. }) => return "IS TAKEN BACK soon".to_owned(),
+        Some(HostNotice { kind: HostNoticeKind::Rebalance, .. }) => return "may be taken back soon".to_owned(),
+        None => {}
+    }
+    let own: Vec<EvacuationState> = evacuations.iter().filter(|one| one.host == host.id).map(|one| one.state).collect();
     let count = |state| own.iter().filter(|own| **own == state).count();
     match (count(EvacuationState::Late), count(EvacuationState::Unknown)) {
         (0, 0) if own.is_empty() && tenure != Some(Tenure::Spot) => "-".to_owned(),

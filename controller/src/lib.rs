@@ -21,6 +21,7 @@ pub mod ledger;
 pub mod link;
 pub mod markets;
 pub mod metrics;
+pub mod notices;
 pub mod operations;
 pub mod overlay;
 pub mod placement;

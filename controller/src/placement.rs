@@ -262,6 +262,7 @@ mod tests {
             agent_version: "0".into(),
             certificate_sha256: String::new(),
             last_seen_ms: 0,
+            notice: None,
             created_at_ms: 0,
         }
     }

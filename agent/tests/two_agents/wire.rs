@@ -166,7 +166,7 @@ impl Facts for Nothing {
     }
 
     fn heartbeat(&self) -> Notice {
-        Notice::Heartbeat { used: Room::default(), guests: Vec::new(), view_revision: 0 }
+        Notice::Heartbeat { used: Room::default(), guests: Vec::new(), view_revision: 0, announced: None }
     }
 }
 

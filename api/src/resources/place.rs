@@ -80,6 +80,27 @@ pub struct Room {
     pub disk_bytes: u64,
 }
 
+/// What a host's provider says that it will do with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum HostNoticeKind {
+    /// It is likelier than others to be taken back soon.
+    Rebalance,
+    /// It is taken back.
+    Interruption,
+}
+
+/// What a host's provider has announced for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct HostNotice {
+    /// What.
+    pub kind: HostNoticeKind,
+    /// When it is carried out, in Unix milliseconds; absent: soon.
+    pub at_ms: Option<u64>,
+    /// When it was heard of first.
+    pub heard_at_ms: u64,
+}
+
 /// A machine that runs an agent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Host {
@@ -116,6 +137,9 @@ pub struct Host {
     pub certificate_sha256: String,
     /// When its agent was last heard of.
     pub last_seen_ms: u64,
+    /// What its provider has announced for it; an uncordoned host's was withdrawn.
+    #[serde(default)]
+    pub notice: Option<HostNotice>,
     /// When it joined.
     pub created_at_ms: u64,
 }

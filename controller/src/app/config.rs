@@ -8,7 +8,7 @@ use std::{
 use serde::Deserialize;
 use supercloud_api::Tenure;
 
-use crate::renting::ProviderConfig;
+use crate::{notices::NoticesConfig, renting::ProviderConfig};
 
 /// The largest settings file, in bytes.
 const MAX_FILE_BYTES: usize = 1 << 20;
@@ -50,6 +50,9 @@ pub struct Config {
     /// is told of.
     #[serde(default = "default_notice_s")]
     pub notice_s: u64,
+    /// What is done when one takes a host back, or says that it may.
+    #[serde(default)]
+    pub notices: NoticesConfig,
     /// What is logged, in the syntax of `RUST_LOG` (which goes before this).
     #[serde(default = "default_log")]
     pub log: String,

@@ -35,6 +35,7 @@ use crate::{
     link::Sessions,
     markets::MarketsError,
     metrics::Metrics,
+    notices::{self, Leaving},
     operations::{checks::CheckBoard, progress::ProgressBoard, sweeps::SweepBoard},
     plans,
     price_board::Markets,
@@ -282,6 +283,8 @@ async fn start_parts(parts: &Parts) -> Result<SocketAddr, StartError> {
     parts.spawn("plans", plans::Runner::new(state, live, wake, plans::Pace::default()).run());
     let recovery = Recovery::new(parts.state.clone(), parts.hosts.clone(), recovery::Pace::default());
     parts.spawn("recovery", recovery.run());
+    let (state, live, wake) = (parts.state.clone(), parts.hosts.clone(), Arc::clone(&parts.plans_wake));
+    parts.spawn("notices", Leaving::new(state, live, wake, parts.config.notices, notices::Pace::default()).run());
     parts.spawn("evacuations", evacuation::evacuation_watcher(parts.clone()));
     let api = rest::Api::new(parts, &metrics);
     engine.open_guest_door(Arc::new(rest::GuestCalls::new(api.clone())));

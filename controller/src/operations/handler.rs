@@ -7,7 +7,7 @@ use supercloud_api::{
     Code, Host, Operation, OperationKind, Problem, Room, Volume,
     handover::{self},
     ids::{Epoch, GuestId, HostId, OperationId, RequestId},
-    link::{Answer, GuestReport, Hello, Holding, Notice, Query, Welcome},
+    link::{Announced, Answer, GuestReport, Hello, Holding, Notice, Query, Welcome},
     unix_ms,
 };
 use tokio::time::Instant;
@@ -17,6 +17,7 @@ use super::{Engine, EngineError, is_plausible_class, sweeps::RootsAsked};
 use crate::{
     chain,
     link::{LinkHandler, Unwelcome},
+    notices,
     state::{Change, Context, EventDraft, GuestRecord, HostRecord, LiveHost, OperationRecord, Work, retry_conflicts},
 };
 
@@ -105,7 +106,10 @@ impl LinkHandler for Engine {
         Box::pin(async move {
             let done = match notice {
                 Notice::Report { guest, report, details } => self.report(host, guest, &report, &details).await,
-                Notice::Heartbeat { used, guests, view_revision: _ } => {
+                Notice::Heartbeat { used, guests, view_revision: _, announced } => {
+                    if let Some(announced) = announced {
+                        self.announced(host, announced).await;
+                    }
                     if guests.len() <= REPORTS_AT_MOST {
                         self.live.seen(host, LiveHost { last_seen_ms: unix_ms(), used });
                         self.note_guests(host, guests).await
@@ -184,6 +188,18 @@ impl LinkHandler for Engine {
 }
 
 impl Engine {
+    /// Keeps what a host's metadata say; what was heard before is not looked at again.
+    async fn announced(&self, host: HostId, said: Announced) {
+        let had = self.announcements.lock().unwrap_or_else(PoisonError::into_inner).get(&host).copied();
+        if had == Some(said) {
+            return;
+        }
+        match notices::note(&self.state, host, said).await {
+            Ok(_) => drop(self.announcements.lock().unwrap_or_else(PoisonError::into_inner).insert(host, said)),
+            Err(error) => warn!(%host, "what its provider has announced cannot be kept: {}", chain(&error)),
+        }
+    }
+
     /// Checks a hello and keeps what it says.
     async fn welcome(&self, host: HostId, certificate_sha256: &str, hello: &Hello) -> Result<Host, Unwelcome> {
         let written = retry_conflicts(|| async {

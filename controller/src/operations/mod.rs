@@ -37,6 +37,7 @@ use supercloud_api::{
     CompatClass,
     handover::{Owner, OwnerRecord},
     ids::{Epoch, GuestId, HostId, OperationId},
+    link::Announced,
 };
 use supercloud_storage::backend::DirStore;
 use tokio::sync::{Notify, mpsc};
@@ -150,6 +151,8 @@ pub struct Engine {
     settled_bases: Mutex<HashMap<GuestId, Epoch>>,
     /// Guests of which hosts have told and this store knows nothing; people were told.
     unknown_guests: Mutex<HashSet<(HostId, GuestId)>>,
+    /// What hosts told last of their providers' announcements: repeated with each heartbeat.
+    announcements: Mutex<HashMap<HostId, Announced>>,
     /// Removed hosts that came back, and when people were told.
     returns: Mutex<HashMap<HostId, tokio::time::Instant>>,
     happenings: happenings::Happenings,
@@ -242,6 +245,7 @@ impl Engine {
             queued,
             settled_bases: Mutex::default(),
             unknown_guests: Mutex::default(),
+            announcements: Mutex::default(),
             returns: Mutex::default(),
             happenings: happenings::Happenings::default(),
             began_ms: supercloud_api::unix_ms(),

@@ -11,6 +11,7 @@
 pub mod machine;
 pub mod make;
 pub mod measured;
+pub mod propose;
 mod runner;
 
 pub use runner::{Pace, Runner};

@@ -7,11 +7,12 @@ use std::{
 };
 
 use supercloud_api::{
-    Phase, Problem, Renting, RentingEnd, RentingState,
+    HostNoticeKind, Phase, Problem, Renting, RentingEnd, RentingState, Tenure,
     ids::{HostId, OperationId, RentingId},
+    link::Announced,
     unix_ms,
 };
-use supercloud_provider::{Instance, LaunchOrder, LaunchOutcome};
+use supercloud_provider::{Instance, LaunchOrder, LaunchOutcome, NoticeKind};
 use supercloud_scheduler::money::NanoUsd;
 use tokio::sync::Notify;
 use tracing::{info, warn};
@@ -25,6 +26,7 @@ use crate::{
     auth::{join_token, secret_sha256},
     chain,
     keys::Keys,
+    notices,
     state::{
         Change, Context, EventDraft, HostRecord, JoinRecord, Named as _, OperationRecord, RentingRecord, State,
         StateError, Stored, keys, retry_conflicts,
@@ -85,6 +87,8 @@ pub struct Place {
     pauses: HashMap<RentingId, (Instant, Duration)>,
     /// Machines of which the store knows nothing; people were told.
     unknown: HashSet<String>,
+    /// What was announced for which instance and has been noted.
+    noted: HashMap<String, Announced>,
 }
 
 /// A renting that has not ended, as a listing found it.
@@ -102,6 +106,7 @@ impl Place {
             missing: HashMap::new(),
             pauses: HashMap::new(),
             unknown: HashSet::new(),
+            noted: HashMap::new(),
         }
     }
 
@@ -141,6 +146,7 @@ impl Place {
             }
         }
         if self.configured.provider.abilities().launches {
+            self.hear().await?;
             self.look().await
         } else {
             // Nothing is launched here: asking again chooses again.
@@ -166,6 +172,38 @@ impl Place {
             self.note(renting.id, Event::Joined).await?;
         }
         self.note(renting.id, Event::Tick).await?;
+        Ok(())
+    }
+
+    /// Hears what the provider has announced for hosts that it may take back.
+    async fn hear(&mut self) -> Result<(), StateError> {
+        let mut takeable = self.open().await?;
+        takeable.retain(|record| record.renting.tenure == Tenure::Spot && record.renting.state == RentingState::Up);
+        let is_there =
+            |instance: &str| takeable.iter().any(|record| record.renting.instance.as_deref() == Some(instance));
+        self.noted.retain(|instance, _| is_there(instance));
+        if takeable.is_empty() {
+            return Ok(());
+        }
+        let notices = match self.configured.provider.notices(&self.parts.owner).await {
+            Ok(notices) => notices,
+            Err(error) => {
+                warn!(provider = self.name, "what it has announced cannot be heard now: {error}");
+                return Ok(());
+            }
+        };
+        for notice in notices {
+            let of_this = |record: &&Stored<RentingRecord>| record.renting.instance.as_ref() == Some(&notice.instance);
+            let Some(record) = takeable.iter().find(of_this) else { continue };
+            let said = match notice.kind {
+                NoticeKind::Interruption { at_ms } => Announced { kind: HostNoticeKind::Interruption, at_ms },
+                NoticeKind::Rebalance => Announced { kind: HostNoticeKind::Rebalance, at_ms: None },
+            };
+            if self.noted.get(&notice.instance) != Some(&said) {
+                notices::note(&self.parts.state, record.renting.host, said).await?;
+                self.noted.insert(notice.instance, said);
+            }
+        }
         Ok(())
     }
 

@@ -40,7 +40,7 @@ pub async fn read(State(api): State<Api>, asker: Asker, Path(host): Path<String>
     Ok(Reply::ok(&shown(&api, &asker, &found))?.at(found.revision))
 }
 
-/// Changes a host: cordons or uncordons it.
+/// Changes a host: cordons or uncordons it. Uncordoning withdraws what its provider had announced for it.
 #[utoipa::path(patch, path = "/v1/hosts/{host}", tag = "hosts", request_body = HostPatch, responses((status = 200, body = Host)))]
 pub async fn change(
     State(api): State<Api>,
@@ -59,6 +59,10 @@ pub async fn change(
         }
         let mut now = found.value.clone();
         now.is_cordoned = wanted.cordoned.unwrap_or(now.is_cordoned);
+        if wanted.cordoned == Some(false) {
+            // Else its guests would leave all the same. What is announced anew counts.
+            now.host.notice = None;
+        }
         if now == found.value {
             return Ok(Reply::ok(&shown(&api, &asker, &found))?.at(found.revision));
         }

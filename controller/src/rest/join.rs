@@ -173,6 +173,7 @@ async fn first_join(
         agent_version: String::new(),
         certificate_sha256: fingerprint.to_owned(),
         last_seen_ms: 0,
+        notice: None,
         created_at_ms: unix_ms(),
     };
     crate::ledger::keep_host(state, &host, change).await?;

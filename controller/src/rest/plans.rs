@@ -1,30 +1,24 @@
 //! Plans: made, looked at, applied, cancelled, taken back. Carried out by [`crate::plans`].
 
-use std::collections::HashMap;
-
 use axum::{
     body::Bytes,
     extract::{Path, State},
     http::{HeaderMap, StatusCode},
 };
 use supercloud_api::{
-    Cloud, Code, FleetPlan, FleetPlanCreate, Operation, Page, PlanKind, Problem, Ref,
-    ids::{CloudId, GuestId, PlanId},
+    Cloud, FleetPlan, FleetPlanCreate, Page, PlanKind, Problem, Ref,
+    ids::{GuestId, PlanId},
 };
-use supercloud_scheduler::money::NanoUsd;
 
-use super::{
-    Api, Asker, Failure, Reply, body,
-    guest_plan::{self, Picture},
-};
+use super::{Api, Asker, Failure, Reply, body, guest_plan};
 use crate::{
     placement::Place,
     plans::{
-        AT_MOST_KEPT, AT_MOST_STEPS, machine,
-        make::{self, Aim, Fleet, Target},
-        measured::Measured,
+        AT_MOST_STEPS, machine,
+        make::{Aim, Target},
+        propose::{make_way, propose},
     },
-    state::{Change, HostRecord, OperationRecord, PlanRecord, Stored, retry_conflicts},
+    state::{Change, PlanRecord, Stored, retry_conflicts},
 };
 
 /// How far apart loads may be when nothing is said, in percent of a host.
@@ -119,43 +113,6 @@ async fn aim(api: &Api, asker: &Asker, wanted: &FleetPlanCreate) -> Result<Aim, 
     })
 }
 
-/// What a GiB from one cloud to another costs, where the provider tells.
-async fn egress_prices(api: &Api) -> Result<HashMap<(CloudId, CloudId), NanoUsd>, Failure> {
-    let clouds = api.parts.state.list::<Cloud>().await?;
-    let mut prices = HashMap::new();
-    for from in &clouds {
-        for to in clouds.iter().filter(|to| to.id != from.id) {
-            if let Some(price) = api.parts.state.book().egress_per_gib(&from.provider, to.name.as_str()) {
-                prices.insert((from.id, to.id), price);
-            }
-        }
-    }
-    Ok(prices)
-}
-
-async fn measured(api: &Api) -> Result<Measured, Failure> {
-    let operations = api.parts.state.list::<OperationRecord>().await?;
-    let operations: Vec<Operation> = operations.into_iter().map(|record| record.value.operation).collect();
-    let hosts = api.parts.state.list::<HostRecord>().await?;
-    let clouds: HashMap<_, _> = hosts.iter().map(|record| (record.host.id, record.host.cloud)).collect();
-    Ok(Measured::learn(operations.iter(), |host| clouds.get(&host).copied()))
-}
-
-/// The oldest plan at rest makes way for a new one.
-async fn make_way(api: &Api, change: &mut Change) -> Result<(), Failure> {
-    let kept = api.parts.state.list::<PlanRecord>().await?;
-    if kept.len() < AT_MOST_KEPT {
-        return Ok(());
-    }
-    match kept.iter().find(|record| record.plan.state.is_at_rest()) {
-        Some(oldest) => {
-            change.delete(oldest);
-            Ok(())
-        }
-        None => Err(Failure::new(Code::QuotaExceeded, format!("{AT_MOST_KEPT} plans are under way"))),
-    }
-}
-
 /// Makes a plan: looks where the guests would go, what that costs and what may go otherwise. Nothing moves before it is applied; a dry
 /// run does not even keep it.
 #[utoipa::path(post, path = "/v1/plans", tag = "plans", request_body = FleetPlanCreate, responses((status = 201, body = FleetPlan), (status = 200, description = "Dry run", body = FleetPlan)))]
@@ -163,25 +120,15 @@ pub async fn create(State(api): State<Api>, asker: Asker, headers: HeaderMap, by
     let wanted: FleetPlanCreate = body(&headers, &bytes)?;
     check(&wanted)?;
     let aim = aim(&api, &asker, &wanted).await?;
-    let picture = Picture::take(&api.parts).await?;
-    let (measured, egress_per_gib) = (measured(&api).await?, egress_prices(&api).await?);
-    let fleet = Fleet {
-        hosts: &picture.hosts,
-        guests: picture.guests().collect(),
-        disks: picture.disks(),
-        measured: &measured,
-        egress_per_gib: &egress_per_gib,
-    };
-    let made = make::make(&aim, &fleet)?;
     let context = asker.context(None);
-    let plan = make::proposal(&aim, made, wanted.reason, &context);
+    let plan = propose(&api.parts.state, &api.parts.hosts, &aim, wanted.reason, &context).await?;
     if asker.params.dry_run {
         return Reply::ok(&plan);
     }
     let record = PlanRecord { plan, actor: context.actor, request_id: context.request_id };
     retry_conflicts(|| async {
         let mut change = Change::new();
-        make_way(&api, &mut change).await?;
+        make_way(&api.parts.state, &mut change).await?;
         change.create_plan(&record);
         asker.commit(&api.parts, None, change, Reply::created(location(&record.plan), &record.plan)?).await
     })

@@ -276,6 +276,9 @@ impl Change {
     /// A new plan, which is at rest.
     pub fn create_plan(&mut self, record: &PlanRecord) -> &mut Self {
         self.event(plan_event("plan.proposed", &record.plan));
+        if !record.plan.state.is_at_rest() {
+            self.claim(keys::active_plan(record.plan.id), "");
+        }
         self.create(record)
     }
 

@@ -109,7 +109,12 @@ fn lies(guest: GuestId, operation: OperationId, liar: HostId, owner: HostId) -> 
                 base_missing_bytes: None,
                 volumes,
             };
-            notices.push(Notice::Heartbeat { used: Room::default(), guests: vec![report], view_revision: u64::MAX });
+            notices.push(Notice::Heartbeat {
+                used: Room::default(),
+                guests: vec![report],
+                view_revision: u64::MAX,
+                announced: None,
+            });
         }
     }
     let progress = Progress { memory_sent_bytes: u64::MAX, message: "a lie".into(), ..Progress::default() };

@@ -16,6 +16,7 @@ mod ledger;
 mod losses;
 mod mirrors;
 mod moves;
+mod notices;
 mod plans;
 mod recovery;
 mod sweeps;

@@ -161,6 +161,7 @@ impl World {
             agent_version: String::new(),
             certificate_sha256: String::new(),
             last_seen_ms: 0,
+            notice: None,
             created_at_ms: 0,
         };
         let mut change = Change::new();

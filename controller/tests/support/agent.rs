@@ -17,8 +17,8 @@ use supercloud_api::{
     },
     ids::{Epoch, GuestId, HostId, OperationId, VolumeId},
     link::{
-        self, Assignment, Directive, FrozenContent, FrozenMemory, GuestReport, Hello, Holding, Notice, ReportDetails,
-        Welcome, kind,
+        self, Announced, Assignment, Directive, FrozenContent, FrozenMemory, GuestReport, Hello, Holding, Notice,
+        ReportDetails, Welcome, kind,
     },
     ticket::Ticket,
     tls::{self, Identity},
@@ -76,6 +76,8 @@ pub struct Faults {
     pub crawl_ticks: u32,
     /// What its cloud lacks of what its guests stand on, in bytes.
     pub base_missing: u64,
+    /// What its provider has announced for it.
+    pub announced: Option<Announced>,
 }
 
 /// What an agent keeps of a guest.
@@ -515,7 +517,12 @@ impl Agent {
             self.forget(guest);
         }
         if self.ticks.is_multiple_of(HEARTBEAT_TICKS) {
-            let heartbeat = Notice::Heartbeat { used: Room::default(), guests: self.reports(), view_revision: 0 };
+            let heartbeat = Notice::Heartbeat {
+                used: Room::default(),
+                guests: self.reports(),
+                view_revision: 0,
+                announced: lock(&self.seat.faults).announced,
+            };
             self.outbox.push_back(heartbeat);
         }
     }

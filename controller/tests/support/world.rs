@@ -25,6 +25,7 @@ use supercloud_controller::{
     consoles::Consoles,
     keys::Keys,
     link::{self, ChunkServer, LinkHandler, Sessions},
+    notices::{self, Leaving, NoticesConfig},
     operations::{Engine, Pace, Parts, Reach, progress::ProgressBoard, sweeps::SweepBoard},
     plans::{self, Runner},
     recovery::{self, Recovery},
@@ -207,6 +208,15 @@ impl World {
         tasks.spawn(async move {
             tokio::select! {
                 () = recovery.run() => {}
+                () = stop.cancelled() => {}
+            }
+        });
+        let pace = notices::Pace { look: Duration::from_millis(50), again: Duration::from_millis(300) };
+        let (parts, wake) = ((state.clone(), live.clone()), Arc::clone(&plans_wake));
+        let (leaving, stop) = (Leaving::new(parts.0, parts.1, wake, NoticesConfig::default(), pace), cancel.clone());
+        tasks.spawn(async move {
+            tokio::select! {
+                () = leaving.run() => {}
                 () = stop.cancelled() => {}
             }
         });

@@ -1,8 +1,6 @@
 //! A guest in our own VMM leaves its memory behind when it moves between hosts that are VMs of different hardware: it runs at once, the
 //! rest follows, and nobody who talks to it notices.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 mod heard;
 
 use supercloud_api::{GuestMigrate, MemoryMode, Phase};
@@ -73,7 +71,10 @@ async fn a_guest_leaves_its_memory_behind_and_nobody_notices() {
         let guest = fleet.guest("web").await.unwrap();
         assert_eq!((guest.host_name.as_ref().map(ToString::to_string).as_deref(), guest.starts), (Some(to), 1));
         assert_eq!(guest.alarm, None);
-        println!("{memory:?} to {to}: standing still {:?} ms, {most_missing} bytes seen missing", ended.progress.downtime_ms);
+        println!(
+            "{memory:?} to {to}: standing still {:?} ms, {most_missing} bytes seen missing",
+            ended.progress.downtime_ms
+        );
         if memory == MemoryMode::PostCopy {
             assert!(most_missing > 0, "nothing was left behind");
         }

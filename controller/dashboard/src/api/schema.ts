@@ -472,7 +472,7 @@ export interface paths {
         delete: operations["hosts_remove"];
         options?: never;
         head?: never;
-        /** Changes a host: cordons or uncordons it. */
+        /** Changes a host: cordons or uncordons it. Uncordoning withdraws what its provider had announced for it. */
         patch: operations["hosts_change"];
         trace?: never;
     };
@@ -1651,6 +1651,7 @@ export interface components {
             last_seen_ms: number;
             /** @description Its name, unique in the whole system. */
             name: components["schemas"]["Name"];
+            notice?: null | components["schemas"]["HostNotice"];
             /** @description Its address in the overlay's underlay; tunnels end there. */
             overlay_address?: string | null;
             /**
@@ -1666,6 +1667,26 @@ export interface components {
             used: components["schemas"]["Room"];
         };
         HostId: string;
+        /** @description What a host's provider has announced for it. */
+        HostNotice: {
+            /**
+             * Format: int64
+             * @description When it is carried out, in Unix milliseconds; absent: soon.
+             */
+            at_ms?: number | null;
+            /**
+             * Format: int64
+             * @description When it was heard of first.
+             */
+            heard_at_ms: number;
+            /** @description What. */
+            kind: components["schemas"]["HostNoticeKind"];
+        };
+        /**
+         * @description What a host's provider says that it will do with it.
+         * @enum {string}
+         */
+        HostNoticeKind: "rebalance" | "interruption";
         /** @description A change of a host. */
         HostPatch: {
             /** @description `true`: takes no new guests; `false`: takes them again. */
@@ -2446,6 +2467,7 @@ export interface components {
                 last_seen_ms: number;
                 /** @description Its name, unique in the whole system. */
                 name: components["schemas"]["Name"];
+                notice?: null | components["schemas"]["HostNotice"];
                 /** @description Its address in the overlay's underlay; tunnels end there. */
                 overlay_address?: string | null;
                 /**

@@ -47,6 +47,12 @@ describe("alarms", () => {
     expect(found.find((one) => one.text.includes("in time"))).toMatchObject({ what: "web", text: "could not leave one in time: it writes too fast" });
     expect(alarms([guest], [host], [operation("failed")], [], 90_000_000)).toEqual([]);
   });
+  it("tell of hosts that are taken back, and of hints less loudly", () => {
+    const noticed = (kind: "interruption" | "rebalance", state: Host["state"] = "up") => alarms([guest], [{ ...host, state, notice: { kind, at_ms: null, heard_at_ms: 1 } }], [], [], 2000);
+    expect(noticed("interruption")).toMatchObject([{ level: "bad", what: "one", text: "its provider takes it back soon" }]);
+    expect(noticed("rebalance")).toMatchObject([{ level: "warn", what: "one" }]);
+    expect(noticed("interruption", "removed")).toEqual([]);
+  });
 });
 
 describe("the record of moves", () => {

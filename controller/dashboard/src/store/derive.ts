@@ -37,6 +37,14 @@ export function alarms(guests: Iterable<Guest>, hosts: Iterable<Host>, operation
   const names = new Map<string, string>();
   const unreachable = new Set<string>();
   for (const host of hosts) {
+    if (host.notice && host.state !== "removed") {
+      const is_taken = host.notice.kind === "interruption";
+      const when = host.notice.at_ms ? `at ${new Date(host.notice.at_ms).toLocaleTimeString()}` : "soon";
+      found.push({
+        level: is_taken ? "bad" : "warn", what: host.name, link: `#/hosts/${host.name}`,
+        text: is_taken ? `its provider takes it back ${when}` : "its provider says that it may be taken back soon",
+      });
+    }
     if (host.state !== "unreachable") continue;
     unreachable.add(host.id);
     found.push({

@@ -204,6 +204,7 @@ impl TestController {
             agent_version: "0".into(),
             certificate_sha256: "ab".into(),
             last_seen_ms: 0,
+            notice: None,
             created_at_ms: unix_ms(),
         };
         let record = HostRecord { host: host.clone(), is_cordoned: false, is_removed: false };

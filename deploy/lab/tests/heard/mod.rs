@@ -53,4 +53,3 @@ pub fn is_unharmed(stats: &ClientStats) -> bool {
 pub fn is_whole(stats: &ServerStats) -> bool {
     (stats.verify_bad, stats.write_errors, stats.mem_bad, stats.clock_back) == (0, 0, 0, 0)
 }
-

@@ -1,0 +1,79 @@
+//! Plans of the fleet as it is now: for whoever asks ([`crate::rest`]), and for what is decided here ([`crate::notices`]).
+
+use std::collections::HashMap;
+
+use supercloud_api::{Cloud, Code, FleetPlan, Operation, ids::CloudId};
+use supercloud_scheduler::money::NanoUsd;
+
+use super::{
+    AT_MOST_KEPT,
+    make::{self, Aim, Fleet},
+    measured::Measured,
+};
+use crate::{
+    rest::{Failure, guest_plan::Picture},
+    state::{Change, Context, HostRecord, LiveHosts, OperationRecord, PlanRecord, State, StateError},
+};
+
+/// What it takes to reach an aim, by where everything is now. Nothing is kept of it.
+///
+/// # Errors
+/// When there is nothing to plan for, or the records cannot be read.
+pub async fn propose(
+    state: &State,
+    live: &LiveHosts,
+    aim: &Aim,
+    reason: Option<String>,
+    context: &Context,
+) -> Result<FleetPlan, Failure> {
+    let picture = Picture::of(state, live).await?;
+    let (measured, egress_per_gib) = (measured(state).await?, egress_prices(state).await?);
+    let fleet = Fleet {
+        hosts: &picture.hosts,
+        guests: picture.guests().collect(),
+        disks: picture.disks(),
+        measured: &measured,
+        egress_per_gib: &egress_per_gib,
+    };
+    Ok(make::proposal(aim, make::make(aim, &fleet)?, reason, context))
+}
+
+/// The oldest plan at rest makes way for a new one.
+///
+/// # Errors
+/// When all that may be kept are under way, or the records cannot be read.
+pub async fn make_way(state: &State, change: &mut Change) -> Result<(), Failure> {
+    let kept = state.list::<PlanRecord>().await?;
+    if kept.len() < AT_MOST_KEPT {
+        return Ok(());
+    }
+    match kept.iter().find(|record| record.plan.state.is_at_rest()) {
+        Some(oldest) => {
+            change.delete(oldest);
+            Ok(())
+        }
+        None => Err(Failure::new(Code::QuotaExceeded, format!("{AT_MOST_KEPT} plans are under way"))),
+    }
+}
+
+/// What a GiB from one cloud to another costs, where the provider tells.
+async fn egress_prices(state: &State) -> Result<HashMap<(CloudId, CloudId), NanoUsd>, StateError> {
+    let clouds = state.list::<Cloud>().await?;
+    let mut prices = HashMap::new();
+    for from in &clouds {
+        for to in clouds.iter().filter(|to| to.id != from.id) {
+            if let Some(price) = state.book().egress_per_gib(&from.provider, to.name.as_str()) {
+                prices.insert((from.id, to.id), price);
+            }
+        }
+    }
+    Ok(prices)
+}
+
+async fn measured(state: &State) -> Result<Measured, StateError> {
+    let operations = state.list::<OperationRecord>().await?;
+    let operations: Vec<Operation> = operations.into_iter().map(|record| record.value.operation).collect();
+    let hosts = state.list::<HostRecord>().await?;
+    let clouds: HashMap<_, _> = hosts.iter().map(|record| (record.host.id, record.host.cloud)).collect();
+    Ok(Measured::learn(operations.iter(), |host| clouds.get(&host).copied()))
+}
