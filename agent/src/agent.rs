@@ -37,6 +37,7 @@ use crate::{
     link::{self, LinkEvent, LinkHandle},
     metadata,
     plane::{self, DataPlane},
+    points::{self, Point},
     ports::Switch,
     sweeper::{self, SweepBell},
     volumes::VolumeRunner,
@@ -187,6 +188,8 @@ pub async fn run(parts: Parts, cancel: CancellationToken) -> Result<(), AgentErr
     let bell = SweepBell::default();
     let (checks, asked_checks) = checker::queue();
     tasks.spawn(checker::run(host.clone(), asked_checks, cancel.clone()));
+    let (points, asked_points) = points::queue();
+    tasks.spawn(points::run(host.clone(), asked_points, cancel.clone()));
     tasks.spawn(holdings::run(host.clone(), cancel.clone()));
     tasks.spawn(sweeper::run(host.clone(), bell.clone(), cancel.clone()));
     let routes = Routes {
@@ -195,6 +198,7 @@ pub async fn run(parts: Parts, cancel: CancellationToken) -> Result<(), AgentErr
         views: view_tx,
         bell,
         checks,
+        points,
         consoles: Consoles::new(host.clone()),
     };
     tasks.spawn(dispatch(host.clone(), routes, events, cancel.clone()));
@@ -279,6 +283,7 @@ struct Routes {
     views: watch::Sender<Option<OverlayView>>,
     bell: SweepBell,
     checks: mpsc::Sender<Check>,
+    points: mpsc::Sender<Point>,
     consoles: Consoles,
 }
 
@@ -323,7 +328,7 @@ async fn dispatch(host: Arc<Host>, routes: Routes, mut events: mpsc::Receiver<Li
 
 /// `told` is the newest revision of an overlay view in this session.
 fn direct(routes: &Routes, told: &mut Option<u64>, directive: Directive) {
-    let Routes { guests, views, bell, checks, consoles, .. } = routes;
+    let Routes { guests, views, bell, checks, points, consoles, .. } = routes;
     match directive {
         Directive::Order { guest, order, assignment, mark } => {
             if let Some(mark) = mark {
@@ -356,6 +361,11 @@ fn direct(routes: &Routes, told: &mut Option<u64>, directive: Directive) {
         Directive::CheckVolume { guest, volume, bytes_per_s } => {
             if checks.try_send(Check { guest, volume, bytes_per_s }).is_err() {
                 tracing::warn!(%guest, %volume, "too many checks wait: this one is not made");
+            }
+        }
+        Directive::TakePoint { guest, volume } => {
+            if points.try_send(Point { guest, volume }).is_err() {
+                tracing::warn!(%guest, %volume, "too many points wait: this one is not taken");
             }
         }
         Directive::Console { console, order } => consoles.order(console, order),

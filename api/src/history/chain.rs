@@ -54,9 +54,7 @@ pub fn expected_hash(volume: VolumeId, previous: &str, point: &VolumePoint) -> S
     // Text of any length is hashed first, so that no two lists of fields make one input.
     hasher.update(blake3::hash(previous.as_bytes()).as_bytes());
     hasher.update(volume.uuid().as_bytes());
-    for number in
-        [point.number, point.at_ms, u64::from(point.tick), point.epoch.0, point.version, point.stored_bytes]
-    {
+    for number in [point.number, point.at_ms, u64::from(point.tick), point.epoch.0, point.version, point.stored_bytes] {
         hasher.update(&number.to_le_bytes());
     }
     hasher.update(blake3::hash(point.root.as_bytes()).as_bytes());

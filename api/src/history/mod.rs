@@ -159,6 +159,13 @@ impl VolumeHistory {
         gone
     }
 
+    /// Thins by the newest point's instant, so that a volume that nobody writes to loses nothing by growing old; gives how many
+    /// points went.
+    pub fn thin_by_newest(&mut self) -> usize {
+        let newest_ms = self.points.last().map_or(0, |newest| newest.at_ms);
+        self.thin(newest_ms).len()
+    }
+
     /// Rows that meet become one.
     fn join_rows(&mut self) {
         self.thinned.sort_by_key(|row| row.from);

@@ -52,7 +52,13 @@ fn instants() -> impl Strategy<Value = Vec<u64>> {
     let step = prop_oneof![3 => 0u64..200_000, 2 => 0u64..4_000_000, 1 => 0u64..100_000_000];
     proptest::collection::vec(step, 0..120).prop_map(|steps| {
         let mut at = 1_000_000;
-        steps.into_iter().map(|step| { at += step; at }).collect()
+        steps
+            .into_iter()
+            .map(|step| {
+                at += step;
+                at
+            })
+            .collect()
     })
 }
 

@@ -35,7 +35,7 @@ use crate::{
     link::Sessions,
     markets::MarketsError,
     metrics::Metrics,
-    operations::{checks::CheckBoard, progress::ProgressBoard, sweeps::SweepBoard},
+    operations::{checks::CheckBoard, points::PointBoard, progress::ProgressBoard, sweeps::SweepBoard},
     plans,
     price_board::Markets,
     recovery::{self, Recovery},
@@ -82,6 +82,8 @@ pub struct Parts {
     pub sweeps: SweepBoard,
     /// Where checks of volumes are asked for.
     pub checks: CheckBoard,
+    /// Where points of volumes' histories are asked for.
+    pub points: PointBoard,
     /// What agents are told to dial; known once the link listens.
     pub link_address: Arc<OnceLock<String>>,
     /// Cancelled when the controller ends.
@@ -234,6 +236,7 @@ impl Controller {
             progress: ProgressBoard::default(),
             sweeps: SweepBoard::default(),
             checks: CheckBoard::default(),
+            points: PointBoard::default(),
             link_address: Arc::default(),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),

@@ -17,6 +17,7 @@ mod losses;
 mod mirrors;
 mod moves;
 mod plans;
+mod points;
 mod recovery;
 mod sweeps;
 mod undo;
