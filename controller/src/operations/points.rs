@@ -12,6 +12,7 @@ use std::{
 
 use supercloud_api::{
     Freeze, Problem, Volume, VolumeHistory,
+    handover::OperationKind,
     history::Taken,
     ids::{GuestId, HostId, ProjectId, RequestId, VolumeId},
     link::{Answer, Directive, PointContent, PointTaken},
@@ -360,7 +361,10 @@ pub(crate) async fn askable(
     if !record.owner.is_owned_by(host, volume.epoch) {
         return Ok(Err(format!("the guest of volume {} does not run", volume.name)));
     }
-    if record.owner.operation.is_some() {
+    // A mirror's may be held for weeks, and cuts have a snapshot of their own.
+    let is_mirror =
+        |operation: &supercloud_api::handover::Operation| matches!(operation.kind, OperationKind::Mirror { .. });
+    if record.owner.operation.as_ref().is_some_and(|operation| !is_mirror(operation)) {
         return Ok(Err(format!("an operation holds the guest of volume {}", volume.name)));
     }
     if !is_open(host) {
