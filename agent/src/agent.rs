@@ -38,6 +38,7 @@ use crate::{
     link::{self, LinkEvent, LinkHandle},
     metadata,
     plane::{self, DataPlane},
+    points::{self, Point},
     ports::Switch,
     sweeper::{self, SweepBell},
     volumes::VolumeRunner,
@@ -189,6 +190,8 @@ pub async fn run(parts: Parts, cancel: CancellationToken) -> Result<(), AgentErr
     let bell = SweepBell::default();
     let (checks, asked_checks) = checker::queue();
     tasks.spawn(checker::run(host.clone(), asked_checks, cancel.clone()));
+    let (points, asked_points) = points::queue();
+    tasks.spawn(points::run(host.clone(), asked_points, cancel.clone()));
     tasks.spawn(holdings::run(host.clone(), cancel.clone()));
     tasks.spawn(sweeper::run(host.clone(), bell.clone(), cancel.clone()));
     tasks.spawn(announced::follow(host.config.provider_notices.clone(), announced_tx, cancel.clone()));
@@ -198,6 +201,7 @@ pub async fn run(parts: Parts, cancel: CancellationToken) -> Result<(), AgentErr
         views: view_tx,
         bell,
         checks,
+        points,
         consoles: Consoles::new(host.clone()),
     };
     tasks.spawn(dispatch(host.clone(), routes, events, cancel.clone()));
@@ -282,6 +286,7 @@ struct Routes {
     views: watch::Sender<Option<OverlayView>>,
     bell: SweepBell,
     checks: mpsc::Sender<Check>,
+    points: mpsc::Sender<Point>,
     consoles: Consoles,
 }
 
@@ -326,7 +331,7 @@ async fn dispatch(host: Arc<Host>, routes: Routes, mut events: mpsc::Receiver<Li
 
 /// `told` is the newest revision of an overlay view in this session.
 fn direct(routes: &Routes, told: &mut Option<u64>, directive: Directive) {
-    let Routes { guests, views, bell, checks, consoles, .. } = routes;
+    let Routes { guests, views, bell, checks, points, consoles, .. } = routes;
     match directive {
         Directive::Order { guest, order, assignment, mark } => {
             if let Some(mark) = mark {
@@ -359,6 +364,11 @@ fn direct(routes: &Routes, told: &mut Option<u64>, directive: Directive) {
         Directive::CheckVolume { guest, volume, bytes_per_s } => {
             if checks.try_send(Check { guest, volume, bytes_per_s }).is_err() {
                 tracing::warn!(%guest, %volume, "too many checks wait: this one is not made");
+            }
+        }
+        Directive::TakePoint { guest, volume } => {
+            if points.try_send(Point { guest, volume }).is_err() {
+                tracing::warn!(%guest, %volume, "too many points wait: this one is not taken");
             }
         }
         Directive::Console { console, order } => consoles.order(console, order),

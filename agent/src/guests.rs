@@ -264,6 +264,7 @@ impl Facts for Guests {
             takes_consoles: true,
             knows_predictive: true,
             takes_checks: true,
+            takes_points: true,
             takes_mirrors: host.backend.mirroring().is_ok(),
             takes_post_copy: host.backend.post_copy().is_ok(),
         }

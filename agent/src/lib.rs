@@ -42,6 +42,7 @@ pub mod join;
 pub mod link;
 pub mod metadata;
 pub mod plane;
+pub mod points;
 pub mod ports;
 pub mod seed;
 pub mod socket;

@@ -11,9 +11,10 @@ use supercloud_ids::{OperationId, PlanId, RentingId, RequestId};
 use crate::{
     ChunkStore, Cloud, CloudCreate, Evacuation, Event, FeedClock, FleetPlan, FleetPlanCreate, Freeze, Guest,
     GuestCreate, GuestFailover, GuestFreeze, GuestMigrate, GuestMirror, GuestPatch, GuestStart, GuestStop, GuestThaw,
-    Host, HostPatch, HostRent, Image, ImageCreate, ImageImport, ImagePart, JoinRequest, JoinResponse, JoinToken,
-    JoinTokenCreate, Ledger, Market, Mirror, Network, NetworkCreate, Operation, Page, Placement, Port, PriceSeries,
-    Problem, Project, ProjectCreate, Renting, Token, TokenCreate, TokenSecret, Volume, WhoAmI,
+    HistoryPolicy, Host, HostPatch, HostRent, Image, ImageCreate, ImageImport, ImagePart, JoinRequest, JoinResponse,
+    JoinToken, JoinTokenCreate, Ledger, Market, Mirror, Network, NetworkCreate, Operation, Page, Placement, Port,
+    PriceSeries, Problem, Project, ProjectCreate, Renting, Token, TokenCreate, TokenSecret, Volume, VolumeAsOf,
+    VolumeHistory, WhoAmI,
 };
 
 /// How long one attempt of a request may take when it does not say otherwise.
@@ -436,6 +437,16 @@ calls! {
     sweep_store(store: &str, force: bool) -> ChunkStore = post(format!("/v1/stores/{store}/sweep?force={force}"), &serde_json::json!({}));
     /// Has a volume checked: everything that it stands on is read, and mended where that can be.
     check_volume(volume: &str, bytes_per_s: u64) -> Volume = post(format!("/v1/volumes/{volume}/check?bytes_per_s={bytes_per_s}"), &serde_json::json!({}));
+    /// The history of a volume.
+    volume_history(volume: &str) -> VolumeHistory = get(format!("/v1/volumes/{volume}/history"));
+    /// Says how points of a volume are taken and kept.
+    set_volume_history(volume: &str, body: &HistoryPolicy) -> VolumeHistory = put(format!("/v1/volumes/{volume}/history"), body);
+    /// Ends a volume's history: all its points go.
+    end_volume_history(volume: &str) -> () = delete(format!("/v1/volumes/{volume}/history"));
+    /// What a volume was as of an instant, in milliseconds since 1970.
+    volume_as_of(volume: &str, as_of_ms: u64) -> VolumeAsOf = get(format!("/v1/volumes/{volume}/as-of?as_of_ms={as_of_ms}"));
+    /// Has a point of a volume taken now.
+    take_volume_point(volume: &str) -> VolumeHistory = post(format!("/v1/volumes/{volume}/points"), &serde_json::json!({}));
     /// All hosts.
     hosts() -> Vec<Host> = list("/v1/hosts");
     /// One host, by name or id.
@@ -565,6 +576,10 @@ calls! {
 }
 
 impl Client {
+    async fn put<B: Serialize + Sync, T: DeserializeOwned>(&self, path: &str, body: &B) -> Result<T> {
+        self.call(Method::PUT, path, body).await
+    }
+
     async fn patch<B: Serialize + Sync, T: DeserializeOwned>(&self, path: &str, body: &B) -> Result<T> {
         self.call(Method::PATCH, path, body).await
     }

@@ -6,6 +6,7 @@
 //! | [`problem`] | RFC 9457 problem+json, the one error form of the API |
 //! | [`name`], [`page`] | names that people give; pages of a listing |
 //! | [`frame`] | the frames of every wire between our own processes: `kind u16, version u16, length u32` |
+//! | [`history`] | volumes as of past instants: clock, chain, thinning |
 //! | [`link`] | agent ↔ controller messages |
 //! | [`data`] | agent ↔ agent: opening frames of the data plane and the control channel of a handover |
 //! | [`ticket`] | signed permissions for what two agents do with each other |
@@ -17,6 +18,7 @@
 pub mod data;
 pub mod frame;
 pub mod guest_call;
+pub mod history;
 pub mod link;
 pub mod name;
 pub mod page;

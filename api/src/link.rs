@@ -40,7 +40,9 @@ use crate::{
 
 pub use self::console::{CONSOLE_TAKEN, ConsoleBytes, ConsoleNews, ConsoleOrder, MAX_CONSOLE_BYTES};
 pub use self::guest::{BootSpec, ChunkSource, GuestSpec, MigrationOptions, MirrorOptions, Peer, PortSpec, VolumeSpec};
-pub use self::store::{ChunksChecked, HistoryMark, ManifestPart, StoreRoot, StoreSwept, VolumeChecked};
+pub use self::store::{
+    ChunksChecked, HistoryMark, ManifestPart, PointContent, PointTaken, StoreRoot, StoreSwept, VolumeChecked,
+};
 
 /// The version of every payload of this link.
 pub const VERSION: u16 = 1;
@@ -171,6 +173,9 @@ pub struct Hello {
     /// It knows [`Directive::CheckVolume`].
     #[serde(default)]
     pub takes_checks: bool,
+    /// It knows [`Directive::TakePoint`].
+    #[serde(default)]
+    pub takes_points: bool,
     /// Its guests can be mirrored, and it can stand by for others'.
     #[serde(default)]
     pub takes_mirrors: bool,
@@ -350,6 +355,13 @@ pub enum Directive {
         /// How fast it may read, in bytes per second.
         bytes_per_s: u64,
     },
+    /// Bring what a volume here holds at this moment into the cloud's store. Told only to hosts that take points.
+    TakePoint {
+        /// The guest.
+        guest: GuestId,
+        /// Its volume.
+        volume: VolumeId,
+    },
 }
 
 // ---------------------------------------------------------------------------------------------- agent -> controller
@@ -417,6 +429,11 @@ pub enum Query {
         /// What.
         checked: VolumeChecked,
     },
+    /// A point of a volume was taken, or not; only told.
+    PointTaken {
+        /// What.
+        taken: PointTaken,
+    },
     /// A fresh certificate for a new key.
     RenewCertificate {
         /// PKCS#10, PEM.
@@ -476,7 +493,7 @@ pub enum Answer {
         /// The names one after the other, hex; absent: there is no such chunk, or it is damaged.
         names: Option<String>,
     },
-    /// To [`Query::StoreSwept`] and [`Query::VolumeChecked`].
+    /// To [`Query::StoreSwept`], [`Query::VolumeChecked`] and [`Query::PointTaken`].
     Noted,
     /// To [`Query::RenewCertificate`].
     Certificate {

@@ -2,6 +2,7 @@
 
 mod guest;
 mod plan;
+mod volume;
 
 use std::path::PathBuf;
 
@@ -10,6 +11,7 @@ use supercloud_api::Role;
 
 pub use guest::{GuestCreateArguments, GuestVerb};
 pub use plan::{PlanAim, PlanVerb};
+pub use volume::{CloneArguments, HistoryVerb, Instant};
 
 use crate::{settings::Connection, values};
 
@@ -289,6 +291,9 @@ pub enum VolumeVerb {
         #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=100_000))]
         megabytes_per_s: u64,
     },
+    /// As of past instants.
+    #[command(flatten)]
+    History(HistoryVerb),
 }
 
 /// Verbs of chunk stores.

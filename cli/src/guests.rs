@@ -134,7 +134,7 @@ pub async fn run(client: &Client, output: Output, verb: GuestVerb) -> anyhow::Re
 }
 
 /// Asks what a call would do, and prints what was found.
-async fn rehearse<B: serde::Serialize + Sync>(
+pub async fn rehearse<B: serde::Serialize + Sync>(
     client: &Client,
     output: Output,
     method: Method,
@@ -173,6 +173,7 @@ async fn create(client: &Client, output: Output, arguments: GuestCreateArguments
         shape: arguments
             .shape
             .unwrap_or(Shape { vcpus: arguments.vcpus, memory_bytes: arguments.memory.saturating_mul(1 << 20) }),
+        disk_from: None,
         network: arguments.network.into(),
         ipv4: arguments.ipv4,
         place: arguments.place.map(Into::into),

@@ -10,6 +10,7 @@ mod direct;
 mod exit;
 mod explain;
 mod guests;
+mod histories;
 mod ledger;
 mod listings;
 mod mirrors;

@@ -208,6 +208,7 @@ async fn volumes(client: &Client, output: Output, verb: VolumeVerb) -> anyhow::R
             let names = wide_names(client, output, &volumes).await?;
             show::print(output, &volumes, || listings::volumes(&volumes, &names))
         }
+        VolumeVerb::History(verb) => crate::histories::run(client, output, verb).await,
         VolumeVerb::Show { name } => show::print_named(client, output, &client.volume(&name).await?).await,
         VolumeVerb::Check { name, megabytes_per_s } => {
             let volume = client.check_volume(&name, megabytes_per_s * 1_000_000).await?;

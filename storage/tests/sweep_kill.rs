@@ -127,6 +127,37 @@ async fn write(folder: &Path, store: &DirStore, records: &mut Records, blocks: B
     records.write(folder);
 }
 
+/// As a volume's history grows: a point is the newest one with some blocks changed; of the others it counts on being there.
+async fn point(folder: &Path, store: &Arc<DirStore>, records: &mut Records, newest: ContentRoot, blocks: BTreeSet<u8>) {
+    records.writing_since = Some(SystemTime::now());
+    records.write(folder);
+    let keys = keys(records.project);
+    let reader = ChunkReader::of_store(keys.clone(), store.clone());
+    let mut manifest = Manifest::load(&reader, newest).await.unwrap();
+    let known: Vec<ChunkName> = manifest.chunks().map(|(_, name)| name).collect();
+    let lacking = sweep::count_on(&**store, records.project, &known).await.unwrap();
+    assert!(lacking.is_empty(), "{} chunks of a point that lives are gone", lacking.len());
+    let mut objects = Vec::new();
+    for block in blocks {
+        let (name, sealed) = chunk::seal(&keys, ChunkKind::Data, &[block + 100; 1000]).unwrap();
+        manifest.set(block.into(), Some(name));
+        objects.push((ObjectKey::chunk(records.project, &name), sealed));
+    }
+    sweep::put_chunks(&**store, records.project, objects).await.unwrap();
+    let root = manifest.store(&keys, &**store).await.unwrap();
+    // The one before may be thinned out as soon as this one is recorded.
+    if root != newest && blocks_are_odd(&manifest) {
+        records.roots.remove(&newest);
+    }
+    records.roots.insert(root);
+    records.writing_since = None;
+    records.write(folder);
+}
+
+fn blocks_are_odd(manifest: &Manifest) -> bool {
+    manifest.chunks().count() % 2 == 1
+}
+
 async fn there(store: &DirStore) -> BTreeSet<ChunkName> {
     let listed = store.list("", None, 100_000).await.unwrap();
     listed.into_iter().filter_map(|entry| entry.key.chunk_name()).collect()
@@ -160,7 +191,11 @@ async fn a_sweep_killed_at_any_point_leaves_all_that_lives_and_in_the_end_nothin
         let life = Instant::now() + Duration::from_millis(rng.random_range(20..400));
         while Instant::now() < life {
             let blocks = (0..rng.random_range(1..30)).map(|_| rng.random_range(0..64)).collect();
-            write(folder, &store, &mut records, blocks).await;
+            let newest = records.roots.iter().nth(rng.random_range(0..records.roots.len().max(1))).copied();
+            match newest.filter(|_| rng.random_bool(0.5)) {
+                Some(newest) => point(folder, &store, &mut records, newest, blocks).await,
+                None => write(folder, &store, &mut records, blocks).await,
+            }
             if rng.random_bool(0.8) {
                 let share = rng.random_range(0.0..1.0);
                 records.roots.retain(|_| rng.random_bool(share));

@@ -88,6 +88,7 @@ struct State {
     swept: Vec<(HostId, link::StoreSwept)>,
     /// What checks of volumes told.
     checked: Vec<(HostId, link::VolumeChecked)>,
+    points: Vec<(HostId, link::PointTaken)>,
     /// How often sources were asked for since.
     asked_for_sources: u32,
     /// Of the moves that begin, in bits per second.
@@ -153,6 +154,7 @@ impl Controller {
                 specs: HashMap::new(),
                 is_forgetful: false,
                 checked: Vec::new(),
+                points: Vec::new(),
                 hosts: BTreeMap::new(),
                 links: HashMap::new(),
                 cut: HashSet::new(),
@@ -393,6 +395,12 @@ impl Controller {
     pub fn checked(&self, host: HostId) -> Vec<link::VolumeChecked> {
         let of_host = |(at, checked): &(HostId, link::VolumeChecked)| (*at == host).then(|| checked.clone());
         self.state().checked.iter().filter_map(of_host).collect()
+    }
+
+    /// What points of volumes told.
+    pub fn points(&self, host: HostId) -> Vec<link::PointTaken> {
+        let of_host = |(at, taken): &(HostId, link::PointTaken)| (*at == host).then(|| taken.clone());
+        self.state().points.iter().filter_map(of_host).collect()
     }
 
     /// What the guest's volume stands on.
@@ -669,6 +677,10 @@ impl Controller {
             }
             Query::VolumeChecked { checked } => {
                 state.checked.push((host, checked));
+                Outcome::Ok(Answer::Noted)
+            }
+            Query::PointTaken { taken } => {
+                state.points.push((host, taken));
                 Outcome::Ok(Answer::Noted)
             }
             Query::StoreSwept { swept } => {

@@ -160,6 +160,7 @@ impl Facts for Nothing {
             takes_consoles: false,
             knows_predictive: false,
             takes_checks: false,
+            takes_points: false,
             takes_mirrors: false,
             takes_post_copy: false,
         }

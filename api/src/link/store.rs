@@ -1,7 +1,7 @@
 //! What is said about sweeps of chunk stores.
 
 use serde::{Deserialize, Serialize};
-use supercloud_ids::{GuestId, ProjectId, VolumeId};
+use supercloud_ids::{Epoch, GuestId, ProjectId, VolumeId};
 
 /// A place in the controller's history: an event of its chain.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -83,5 +83,39 @@ pub struct VolumeChecked {
     /// What it found.
     pub found: ChunksChecked,
     /// Why it did not come to its end, if it did not.
+    pub problem: Option<String>,
+}
+
+/// A point of a volume's history whose content is in the store of the host's cloud.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PointContent {
+    /// Root of its manifest, hex.
+    pub root: String,
+    /// The epoch at which it was written.
+    pub epoch: Epoch,
+    /// The version of the block map.
+    pub version: u64,
+    /// How long ago the moment was when this was said, in milliseconds, by a clock that only goes on. Never more than it was.
+    pub age_ms: u64,
+    /// Blocks that differ from what the volume stands on.
+    pub total_blocks: u64,
+    /// Of them, those that were read for it.
+    pub sealed_blocks: u64,
+    /// Bytes that had to be stored.
+    pub stored_bytes: u64,
+}
+
+/// A point of a volume's history was taken, or not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PointTaken {
+    /// The guest.
+    pub guest: GuestId,
+    /// The volume.
+    pub volume: VolumeId,
+    /// What was kept; absent: nothing was.
+    #[serde(default)]
+    pub content: Option<PointContent>,
+    /// Why not.
+    #[serde(default)]
     pub problem: Option<String>,
 }

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use supercloud_ids::{CloudId, Epoch, FreezeId, GuestId, HostId, ImageId, OperationId, PortId, ProjectId, VolumeId};
 use utoipa::ToSchema;
 
-use crate::{CompatClass, MirrorStanding, Name, Propagation, Ref};
+use crate::{CompatClass, DiskFrom, MirrorStanding, Name, Propagation, Ref};
 
 /// vCPUs and memory of a guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -126,6 +126,10 @@ pub struct GuestCreate {
     pub image: Ref,
     /// vCPUs and memory.
     pub shape: Shape,
+    /// What its disk starts from in place of the image's: a volume as of a past instant. The image's kernel, if it has one, is
+    /// booted all the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_from: Option<DiskFrom>,
     /// The network it is attached to.
     pub network: Ref,
     /// Its address there; the first free one when absent.

@@ -218,6 +218,7 @@ fn creation(wanted: &WantedGuest) -> GuestCreate {
         project: Some(Ref::from(wanted.key.project.as_str())),
         image: Ref::from(wanted.image.as_str()),
         shape: wanted.shape,
+        disk_from: None,
         network: Ref::from(wanted.network.as_str()),
         ipv4: wanted.ipv4,
         place: wanted.place.as_ref().map(Ref::from),

@@ -36,7 +36,7 @@ use crate::{
     markets::MarketsError,
     metrics::Metrics,
     notices::{self, Leaving},
-    operations::{checks::CheckBoard, progress::ProgressBoard, sweeps::SweepBoard},
+    operations::{checks::CheckBoard, points::PointBoard, progress::ProgressBoard, sweeps::SweepBoard},
     plans,
     price_board::Markets,
     recovery::{self, Recovery},
@@ -83,6 +83,8 @@ pub struct Parts {
     pub sweeps: SweepBoard,
     /// Where checks of volumes are asked for.
     pub checks: CheckBoard,
+    /// Where points of volumes' histories are asked for.
+    pub points: PointBoard,
     /// What agents are told to dial; known once the link listens.
     pub link_address: Arc<OnceLock<String>>,
     /// Cancelled when the controller ends.
@@ -235,6 +237,7 @@ impl Controller {
             progress: ProgressBoard::default(),
             sweeps: SweepBoard::default(),
             checks: CheckBoard::default(),
+            points: PointBoard::default(),
             link_address: Arc::default(),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),

@@ -199,6 +199,7 @@ impl Queries {
             | Query::StoreNames { .. }
             | Query::StoreSwept { .. }
             | Query::VolumeChecked { .. }
+            | Query::PointTaken { .. }
             | Query::RenewCertificate { .. } => &self.own,
         };
         let Ok(place) = Arc::clone(places).try_acquire_owned() else {

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use supercloud_api::{
-    Code, Freeze, Phase, Port, Problem, Volume,
+    Code, Freeze, Phase, Port, Problem, Volume, VolumeHistory,
     handover::Owner,
     ids::{GuestId, HostId, OperationId},
     link::Directive,
@@ -157,6 +157,9 @@ impl Engine {
         let mut change = Change::new();
         for volume in volumes {
             change.delete_named(volume);
+            if let Some(history) = self.state.read::<VolumeHistory>(&volume.id).await? {
+                change.delete(&history);
+            }
         }
         for id in &guest.guest.ports {
             let port = self.state.need::<Port>(id).await?;

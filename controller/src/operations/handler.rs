@@ -69,6 +69,7 @@ impl LinkHandler for Engine {
             self.live.note_post_copy(host, hello.takes_post_copy);
             self.consoles.note_capable(host, hello.takes_consoles);
             self.checks.note_capable(host, hello.takes_checks);
+            self.points.note_capable(host, hello.takes_points);
             {
                 let mut knowing = self.knows_predictive.lock().unwrap_or_else(PoisonError::into_inner);
                 if hello.knows_predictive {
@@ -149,6 +150,7 @@ impl LinkHandler for Engine {
                     self.store_names(host, project, part, &name, sealed).await
                 }
                 Query::VolumeChecked { checked } => self.volume_checked(host, checked).await,
+                Query::PointTaken { taken } => self.point_taken(host, taken).await,
                 Query::StoreSwept { swept } => self.store_swept(host, swept).await,
                 Query::RenewCertificate { csr_pem } => {
                     let certificate_pem = self

@@ -19,6 +19,7 @@ mod guest_door;
 mod handler;
 mod happenings;
 mod import;
+pub mod points;
 pub mod progress;
 mod repeats;
 mod report;
@@ -54,6 +55,7 @@ use crate::{
 };
 use checks::CheckBoard;
 pub use guest_door::{GuestDoor, not_owned};
+use points::PointBoard;
 use progress::ProgressBoard;
 use sweeps::SweepBoard;
 
@@ -164,6 +166,8 @@ pub struct Engine {
     pub(crate) consoles: Consoles,
     /// Where checks of volumes are asked for.
     pub(crate) checks: CheckBoard,
+    /// Where points of volumes' histories are asked for.
+    pub(crate) points: PointBoard,
     /// Hosts that know `predictive`, as they said when they came.
     knows_predictive: Mutex<HashSet<HostId>>,
     /// What carries out what guests ask.
@@ -210,6 +214,8 @@ pub struct Parts {
     pub consoles: Consoles,
     /// Where REST asks for checks of volumes.
     pub checks: CheckBoard,
+    /// Where REST asks for points of volumes' histories.
+    pub points: PointBoard,
 }
 
 /// Imports that may wait.
@@ -226,8 +232,9 @@ impl Engine {
     #[must_use]
     pub fn at_pace(parts: Parts, pace: Pace) -> (Arc<Self>, mpsc::Receiver<OperationId>) {
         let (imports, queue) = mpsc::channel(IMPORTS_AT_MOST);
-        let Parts { state, sessions, live, keys, authority, reach, progress, store, uploads, sweeps, consoles, checks } =
-            parts;
+        let Parts { state, sessions, live, keys, authority, reach, .. } = parts;
+        let (progress, store, uploads) = (parts.progress, parts.store, parts.uploads);
+        let (sweeps, consoles, checks, points) = (parts.sweeps, parts.consoles, parts.checks, parts.points);
         let overlay = Arc::new(Notify::new());
         let queued = Mutex::default();
         let engine = Self {
@@ -253,6 +260,7 @@ impl Engine {
             sweeps,
             consoles,
             checks,
+            points,
             knows_predictive: Mutex::default(),
             guest_door: OnceLock::new(),
         };
@@ -269,6 +277,7 @@ impl Engine {
             self.write_happenings(cancel.clone()),
             self.sweep_stores(cancel.clone()),
             self.send_checks(cancel.clone()),
+            self.take_points(cancel.clone()),
             self.import_all(imports, cancel),
         );
     }

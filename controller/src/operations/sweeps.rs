@@ -1,7 +1,7 @@
 //! Sweeps of chunk stores: tells hosts what lives, sweeps the controller's own store, and keeps count.
 //!
 //! What lives in a project is what its records name: parts of images, what volumes stand on, freezes that no thaw has
-//! consumed. All of it counts for every store: the cloud of a volume may be another one's only source.
+//! consumed, points of volumes' histories (these in their own cloud's store alone). All of it counts for every store: the cloud of a volume may be another one's only source.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -13,7 +13,7 @@ use std::{
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use supercloud_api::{
-    Cloud, Code, Freeze, Image, Problem, Volume,
+    Cloud, Code, Freeze, Image, Problem, Volume, VolumeHistory,
     ids::{CloudId, HostId, ProjectId, RequestId},
     link::{Answer, Directive, HistoryMark, ManifestPart, StoreRoot, StoreSwept},
     unix_ms,
@@ -197,6 +197,8 @@ impl Engine {
                 oldest = oldest.max(Some(age));
             }
         }
+        // Nor is a point of a volume on its way an operation.
+        oldest = oldest.max(self.points.oldest_ms(project));
         let mut roots: BTreeMap<ContentRoot, bool> = BTreeMap::new();
         let mut add = |root: ContentRoot, is_home: bool| *roots.entry(root).or_default() |= is_home;
         // Freezes twice: a thaw moves a root from a freeze to volumes, a freeze the other way.
@@ -216,6 +218,13 @@ impl Engine {
                     for part in &image.parts {
                         add(root(&part.root, "an image")?, here == StoreOf::Controller);
                     }
+                }
+            }
+            // Before the volumes: a clone takes a root from a history to a volume, and the point may be thinned out after that.
+            for history in self.state.list::<VolumeHistory>().await? {
+                let points = history.points.iter().filter(|point| here == StoreOf::Cloud(point.cloud));
+                for point in points.filter(|_| history.project == project) {
+                    add(root(&point.root, "a point of a volume")?, true);
                 }
             }
             for volume in self.state.list::<Volume>().await? {

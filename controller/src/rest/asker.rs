@@ -51,6 +51,8 @@ pub struct Params {
     pub after: Option<u64>,
     /// The newest so many events, and what follows.
     pub last: Option<u64>,
+    /// An instant of the past, in milliseconds since 1970.
+    pub as_of_ms: Option<u64>,
     /// Where an uploaded piece goes.
     pub offset: Option<u64>,
     /// The market.

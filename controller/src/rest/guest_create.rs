@@ -8,7 +8,7 @@ use supercloud_api::{
     Code, Durability, Guest, GuestCreate, GuestState, Image, ImagePart, ImageState, Network, Operation, OperationKind,
     Phase, PhaseTime, Port, Ref, Volume,
     handover::{self, BeginRequest, OwnerRecord},
-    ids::{Epoch, GuestId, OperationId, PortId, VolumeId},
+    ids::{CloudId, Epoch, GuestId, OperationId, PortId, VolumeId},
     unix_ms,
 };
 use supercloud_sdn::addr::{Ipv4Prefix, MacAddr};
@@ -16,6 +16,7 @@ use supercloud_sdn::addr::{Ipv4Prefix, MacAddr};
 use super::{
     Api, Asker, Failure, Reply, body,
     guest_plan::{self, Picture, Route},
+    histories,
 };
 use crate::{
     placement::Need,
@@ -97,7 +98,17 @@ struct Made {
     port: Port,
 }
 
-fn make(wanted: &GuestCreate, image: &Image, network: &Network, ip: Ipv4Addr, base: (&str, u64)) -> Made {
+/// What a guest's disk starts from.
+struct Base {
+    /// Root of its content.
+    root: String,
+    /// The size of the disk.
+    size_bytes: u64,
+    /// The cloud in whose store it lies, when it is not the image's.
+    cloud: Option<CloudId>,
+}
+
+fn make(wanted: &GuestCreate, image: &Image, network: &Network, ip: Ipv4Addr, base: Base) -> Made {
     let (guest, volume, port) = (GuestId::generate(), VolumeId::generate(), PortId::generate());
     let created_at_ms = unix_ms();
     let project = image.project;
@@ -138,14 +149,14 @@ fn make(wanted: &GuestCreate, image: &Image, network: &Network, ip: Ipv4Addr, ba
             id: volume,
             project,
             name: wanted.name.clone(),
-            size_bytes: base.1,
-            base: Some(base.0.to_owned()),
+            size_bytes: base.size_bytes,
+            base: Some(base.root),
             image: Some(image.id),
             guest: Some(guest),
             epoch: Epoch::ZERO,
             host: None,
             needed_source: None,
-            base_cloud: None,
+            base_cloud: base.cloud,
             map_root: None,
             map_version: 0,
             durability: Durability::Host,
@@ -198,7 +209,15 @@ async fn attempt(
     let picture = Picture::take(&api.parts).await?;
     let image: Stored<Image> = in_project(api, asker, project, &wanted.image).await?;
     let network: Stored<Network> = in_project(api, asker, project, &wanted.network).await?;
-    let (base, image_bytes) = usable_disk(&image)?;
+    let (image_root, image_bytes) = usable_disk(&image)?;
+    let past = match &wanted.disk_from {
+        None => None,
+        Some(from) => {
+            let volume: Stored<Volume> = in_project(api, asker, project, &from.volume).await?;
+            let (history, meant) = histories::meant(api, &volume, from).await?;
+            Some((volume, history, meant))
+        }
+    };
     for taken in [
         state.find::<GuestRecord>(Some(project), &Ref::from(wanted.name.as_str())).await?.is_some(),
         state.find::<Volume>(Some(project), &Ref::from(wanted.name.as_str())).await?.is_some(),
@@ -207,13 +226,22 @@ async fn attempt(
             return Err(Failure::name_taken(GuestRecord::NOUN, &wanted.name));
         }
     }
-    let size_bytes = volume_size(wanted.disk_bytes, image_bytes);
+    let least_bytes = past.as_ref().map_or(image_bytes, |(volume, ..)| volume.size_bytes);
+    let size_bytes = volume_size(wanted.disk_bytes, least_bytes);
+    let base = match &past {
+        None => Base { root: image_root.to_owned(), size_bytes, cloud: None },
+        Some((_, _, meant)) => Base { root: meant.point.root.clone(), size_bytes, cloud: Some(meant.point.cloud) },
+    };
+    let reason = past.as_ref().map(|(volume, _, meant)| {
+        let (point, name) = (&meant.point, &volume.name);
+        format!("disk: point {} of volume {name}, {} ms before the instant asked for", point.number, meant.older_ms)
+    });
     let running = wanted.start.then_some(wanted.shape);
     let place = guest_plan::resolve_place(&api.parts, wanted.place.as_ref()).await?;
     let taken: HashSet<Ipv4Addr> =
         state.index(&keys::addresses(network.id)).await?.iter().filter_map(|(ip, _)| ip.parse().ok()).collect();
     let ip = choose_address(&network, wanted.ipv4, &taken)?;
-    let made = make(wanted, &image, &network, ip, (base, size_bytes));
+    let made = make(wanted, &image, &network, ip, base);
     let need = Need { shape: wanted.shape, disk_bytes: size_bytes, class: None, not_at: None };
     let id = OperationId::generate();
     let quota_check = picture.check_quota(project, quota, 1, running, size_bytes);
@@ -231,7 +259,7 @@ async fn attempt(
                 predicted_ms: None,
             },
         };
-        let route = Route { destination: plan.destination, plan: Some(plan), ..Route::default() };
+        let route = Route { destination: plan.destination, plan: Some(plan), reason, ..Route::default() };
         return Reply::ok(&guest_plan::new_operation(asker, id, OperationKind::GuestStart, &made.guest.guest, route));
     }
     quota_check?;
@@ -243,14 +271,21 @@ async fn attempt(
             guest_plan::begin_on(&mut guest, &BeginRequest { operation: id, kind, group: false })?;
             picture.pass(&mut change, keys::room_guard(host.id));
             let plan = Some(guest_plan::plan_for(host, checks));
-            let route = Route { destination: Some(host.id), plan, ..Route::default() };
+            let route = Route { destination: Some(host.id), plan, reason, ..Route::default() };
             let operation = guest_plan::new_operation(asker, id, OperationKind::GuestStart, &guest.guest, route);
             change.create_operation(&guest_plan::record(operation.clone(), Work::GuestStart));
             operation
         }
-        None => made_only(asker, id, &guest.guest, &mut change),
+        None => made_only(asker, id, &guest.guest, reason, &mut change),
     };
     picture.pass(&mut change, keys::usage_guard(project));
+    if let Some((_, history, _)) = &past {
+        // What is thinned out meanwhile is no base any more.
+        change.unchanged(history);
+    }
+    let disk_from = past.as_ref().map(|(volume, _, meant)| {
+        serde_json::json!({ "volume": volume.name, "point": meant.point.number, "at_ms": meant.point.at_ms, "older_ms": meant.older_ms })
+    });
     change
         .unchanged(&image)
         .unchanged(&network)
@@ -261,14 +296,17 @@ async fn attempt(
         .create(&made.seed)
         .create_named(&guest)
         .event(EventDraft::new("guest.created").project(project).guest(guest.guest.id).operation(operation.id).data(
-            serde_json::json!({ "name": guest.guest.name, "image": image.id, "ipv4": ip, "mac": made.port.mac }),
+            serde_json::json!({
+                "name": guest.guest.name, "image": image.id, "ipv4": ip, "mac": made.port.mac, "disk_from": disk_from,
+            }),
         ));
     asker.commit(&api.parts, project, change, Reply::accepted(&operation)?).await
 }
 
 /// A guest that is not to be started: the operation is done with the transaction that makes it.
-fn made_only(asker: &Asker, id: OperationId, guest: &Guest, change: &mut Change) -> Operation {
-    let mut operation = guest_plan::new_operation(asker, id, OperationKind::GuestStart, guest, Route::default());
+fn made_only(asker: &Asker, id: OperationId, guest: &Guest, reason: Option<String>, change: &mut Change) -> Operation {
+    let route = Route { reason, ..Route::default() };
+    let mut operation = guest_plan::new_operation(asker, id, OperationKind::GuestStart, guest, route);
     let at_ms = operation.created_at_ms;
     operation.phase = Phase::Done;
     operation.ended_at_ms = Some(at_ms);

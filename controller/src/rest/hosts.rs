@@ -5,7 +5,7 @@ use axum::{
     extract::{Path, State},
     http::HeaderMap,
 };
-use supercloud_api::{Code, Freeze, Host, HostPatch, Page, Ref, Volume, handover::Owner};
+use supercloud_api::{Code, Freeze, Host, HostPatch, Page, Ref, Volume, VolumeHistory, handover::Owner};
 
 use super::{Api, Asker, Failure, Reply, body, check_if_match};
 use crate::{
@@ -97,6 +97,12 @@ async fn only_here(api: &Api, host: &Host, guests: &[Stored<GuestRecord>]) -> Re
     for volume in api.parts.state.list::<Volume>().await? {
         if volume.base_cloud == Some(host.cloud) && volume.host.is_none_or(|at| at != host.id) {
             found.push(format!("the way to what volume {} was thawed from", volume.name));
+        }
+    }
+    for history in api.parts.state.list::<VolumeHistory>().await? {
+        let points = history.points.iter().filter(|point| point.cloud == host.cloud).count();
+        if points > 0 {
+            found.push(format!("the way to {points} points of the history of volume {}", history.volume));
         }
     }
     Ok(found)

@@ -18,6 +18,7 @@ pub(crate) mod guest_operations;
 mod guest_placement;
 pub(crate) mod guest_plan;
 mod guests;
+mod histories;
 mod hosts;
 mod idempotency;
 mod images;
@@ -129,6 +130,9 @@ pub fn router(api: Api) -> Router {
         .route("/v1/volumes", get(volumes::list))
         .route("/v1/volumes/{volume}", get(volumes::read))
         .route("/v1/volumes/{volume}/check", post(volumes::check))
+        .route("/v1/volumes/{volume}/history", get(histories::read).put(histories::set).delete(histories::remove))
+        .route("/v1/volumes/{volume}/as-of", get(histories::as_of))
+        .route("/v1/volumes/{volume}/points", post(histories::take))
         .route("/v1/freezes", get(volumes::list_freezes))
         .route("/v1/freezes/{freeze}", get(volumes::read_freeze))
         .route("/v1/networks", get(networks::list).post(networks::create))

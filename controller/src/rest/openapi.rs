@@ -15,7 +15,7 @@ use utoipa::{
 
 use super::{
     clouds, events, guest_console, guest_create, guest_evacuation, guest_mirrors, guest_operations, guest_placement,
-    guests, hosts, images, join, ledger, networks, operations, plans,
+    guests, histories, hosts, images, join, ledger, networks, operations, plans,
 };
 use super::{evacuations, projects, rentings, session, simulations, stores, system, tokens, volumes};
 use crate::auth::{Access, ROUTES, Route};
@@ -68,6 +68,11 @@ use crate::auth::{Access, ROUTES, Route};
         volumes::list,
         volumes::read,
         volumes::check,
+        histories::read,
+        histories::set,
+        histories::remove,
+        histories::as_of,
+        histories::take,
         volumes::list_freezes,
         volumes::read_freeze,
         networks::list,

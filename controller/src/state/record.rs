@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, fmt::Display};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use supercloud_api::{
     Cloud, DiskFormat, FleetPlan, Freeze, Guest, GuestState, Host, HostState, Image, Name, Network, Operation, Port,
-    Project, Renting, Token, Volume,
+    Project, Renting, Token, Volume, VolumeHistory,
     handover::{Owner, OwnerRecord},
     ids::{
         CloudId, FreezeId, GuestId, HostId, ImageId, NetworkId, OperationId, PlanId, PortId, ProjectId, RentingId,
@@ -47,6 +47,7 @@ records! {
     TokenRecord, TokenId, "tokens", |r| r.token.id;
     Image, ImageId, "images", |r| r.id;
     Volume, VolumeId, "volumes", |r| r.id;
+    VolumeHistory, VolumeId, "volume-histories", |r| r.volume;
     Network, NetworkId, "networks", |r| r.id;
     Port, PortId, "ports", |r| r.id;
     GuestRecord, GuestId, "guests", |r| r.guest.id;

@@ -18,6 +18,7 @@ mod mirrors;
 mod moves;
 mod notices;
 mod plans;
+mod points;
 mod recovery;
 mod sweeps;
 mod undo;

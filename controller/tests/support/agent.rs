@@ -163,6 +163,7 @@ impl Seat {
             takes_consoles: false,
             knows_predictive: false,
             takes_checks: false,
+            takes_points: true,
             takes_mirrors: true,
             takes_post_copy: true,
         }
@@ -406,7 +407,7 @@ impl Agent {
                 lock(&self.seat.disk).guests.remove(&guest);
                 self.outbox.push_back(Notice::Discarded { guest });
             }
-            Directive::CheckVolume { .. } => {}
+            Directive::CheckVolume { .. } | Directive::TakePoint { .. } => {}
             Directive::DropFreeze { freeze, .. } => {
                 if let Some(frozen) = lock(&self.seat.ground).frozen.get_mut(&freeze) {
                     frozen.is_dropped = true;

@@ -26,7 +26,7 @@ use supercloud_controller::{
     keys::Keys,
     link::{self, ChunkServer, LinkHandler, Sessions},
     notices::{self, Leaving, NoticesConfig},
-    operations::{Engine, Pace, Parts, Reach, progress::ProgressBoard, sweeps::SweepBoard},
+    operations::{Engine, Pace, Parts, Reach, points::PointBoard, progress::ProgressBoard, sweeps::SweepBoard},
     plans::{self, Runner},
     recovery::{self, Recovery},
     state::{
@@ -67,6 +67,7 @@ pub struct Running {
     pub state: State,
     pub chunks: Arc<DirStore>,
     pub sweeps: SweepBoard,
+    pub points: PointBoard,
     pub live: LiveHosts,
     pub plans_wake: Arc<Notify>,
     store: Arc<SledStore>,
@@ -155,7 +156,7 @@ impl World {
         let ca = std::slice::from_ref(authority.certificate());
         let server = tls::server_config(ca, identity, &[tls::ALPN_AGENT, tls::ALPN_DATA]).unwrap();
         let sessions = Sessions::default();
-        let sweeps = SweepBoard::default();
+        let (sweeps, points) = (SweepBoard::default(), PointBoard::default());
         let (live, plans_wake) = (LiveHosts::default(), Arc::new(Notify::new()));
         let parts = Parts {
             state: state.clone(),
@@ -172,6 +173,7 @@ impl World {
             consoles: Consoles::new(sessions.clone()),
             sweeps: sweeps.clone(),
             checks: Default::default(),
+            points: points.clone(),
             store: Arc::clone(&chunks),
             uploads: self.folder.path().join("uploads"),
         };
@@ -220,7 +222,8 @@ impl World {
                 () = stop.cancelled() => {}
             }
         });
-        self.controller = Some(Running { engine, state, chunks, sweeps, live, plans_wake, store, tasks, cancel });
+        self.controller =
+            Some(Running { engine, state, chunks, sweeps, points, live, plans_wake, store, tasks, cancel });
         self.address.send_replace(address);
     }
 

@@ -1,13 +1,16 @@
 //! The agent's side of the control socket.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 use supercloud_ids::Epoch;
 use tokio::net::UnixStream;
 
 use super::control::{
-    ControlAnswerV1, ControlRequestV1, FollowStatus, KIND_ANSWER, KIND_REQUEST, PublishStatus, Refusal, SealedMap,
-    VolumeStatus,
+    ControlAnswerV1, ControlRequestV1, FollowStatus, KIND_ANSWER, KIND_REQUEST, PointStatus, PublishStatus, Refusal,
+    SealedMap, VolumeStatus,
 };
 use crate::{
     key::ContentRoot,
@@ -19,6 +22,25 @@ use crate::{
 pub struct PublishedContent {
     /// The identity of the content.
     pub root: ContentRoot,
+    /// Bytes that had to be stored (the rest was there).
+    pub stored_bytes: u64,
+}
+
+/// A point of a volume's history whose content is in the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PointContent {
+    /// The identity of the content.
+    pub root: ContentRoot,
+    /// The epoch at which it was written.
+    pub epoch: Epoch,
+    /// The highest version that was given out before the moment.
+    pub version: u64,
+    /// The moment, by this host's clock.
+    pub at: Instant,
+    /// Blocks that differ from the base.
+    pub total_blocks: u64,
+    /// Of them, those that were read.
+    pub sealed_blocks: u64,
     /// Bytes that had to be stored (the rest was there).
     pub stored_bytes: u64,
 }
@@ -257,6 +279,27 @@ impl VolumeClient {
     /// Gives up a publish under way.
     pub async fn cancel_publish(&self) -> Result<(), ClientError> {
         self.order(ControlRequestV1::CancelPublish).await
+    }
+
+    /// Takes a point and waits for its end. Dropping the future leaves it under way: the next one to ask takes part in it.
+    pub async fn take_point(&self) -> Result<PointContent, ClientError> {
+        self.order(ControlRequestV1::TakePoint).await?;
+        loop {
+            match self.status().await?.point {
+                PointStatus::Done { root, epoch, version, age_ms, total_blocks, sealed_blocks, stored_bytes } => {
+                    // What it says is older by the way here: the moment is never told as earlier than it was.
+                    let now = Instant::now();
+                    let at = now.checked_sub(Duration::from_millis(age_ms)).unwrap_or(now);
+                    return Ok(PointContent { root, epoch, version, at, total_blocks, sealed_blocks, stored_bytes });
+                }
+                PointStatus::Failed { message } => return Err(ClientError::Publish { message }),
+                PointStatus::Running => {}
+                PointStatus::None => {
+                    return Err(ClientError::Publish { message: "the volume process was started anew".into() });
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
     }
 
     /// Publishes and waits for the end, telling `(done, total)` blocks on the way. Dropping the future leaves the

@@ -73,6 +73,9 @@ pub enum ControlRequestV1 {
     Publish,
     /// Give up a publish under way.
     CancelPublish,
+    /// Upload the content of this moment for the volume's history; answers at once, ask `Status` for [`PointStatus`]. Only of an
+    /// active volume all of whose blocks are here. While one is under way nothing else is begun; a `Publish` ends it.
+    TakePoint,
     /// At the standby of a mirror: pull blocks from the running source as `PreCopy` does; from the source's first cut on, stage cut
     /// after cut apart from what is committed. Goes on until `StopFollow` or `Promote`; asked again, it changes the limit.
     Follow {
@@ -238,6 +241,9 @@ pub struct VolumeStatus {
     /// At the standby of a mirror: how it follows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub following: Option<FollowStatus>,
+    /// The point of the history that was last asked for.
+    #[serde(default)]
+    pub point: PointStatus,
 }
 
 /// Something that an operator should know.
@@ -322,6 +328,39 @@ pub enum PublishStatus {
     },
 }
 
+/// How far a point is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum PointStatus {
+    /// None was asked for since the process started.
+    #[default]
+    None,
+    /// Under way.
+    Running,
+    /// Its content is in the store.
+    Done {
+        /// The identity of the content.
+        root: ContentRoot,
+        /// The epoch at which it was written.
+        epoch: Epoch,
+        /// The highest version that was given out before the moment.
+        version: u64,
+        /// How long ago the moment was, in milliseconds, when this was said.
+        age_ms: u64,
+        /// Blocks that differ from the base.
+        total_blocks: u64,
+        /// Of them, those that were read.
+        sealed_blocks: u64,
+        /// Bytes that had to be stored.
+        stored_bytes: u64,
+    },
+    /// Failed, or ended by a publish.
+    Failed {
+        /// The chain of causes.
+        message: String,
+    },
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -357,6 +396,7 @@ mod tests {
             is_released: false,
             publish: PublishStatus::Done { root: ContentRoot([1; 32]), total_blocks: 1, stored_bytes: 2 },
             following: Some(FollowStatus { staged: 3, trouble: Some("y".into()), ..FollowStatus::default() }),
+            point: PointStatus::Failed { message: "z".into() },
         };
         let answer = ControlAnswerV1::Status(Box::new(status));
         let text = serde_json::to_string(&answer).unwrap();

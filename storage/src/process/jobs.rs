@@ -1,14 +1,21 @@
 //! What runs in the background on the agent's order: pre-copy, following, fetch, publish. One of each at most.
 
-use std::{future::Future, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use supercloud_ids::Epoch;
 
 use tokio::{sync::watch, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
-use super::control::{PreCopyStatus, PublishStatus};
+use super::control::{PointStatus, PreCopyStatus, PublishStatus};
 use crate::{
     backend::ObjectStore,
-    volume::{Ahead, FetchLimit, Volume, VolumeError, chain},
+    volume::{Ahead, FetchLimit, Published, Volume, VolumeError, chain, role::Role},
 };
 
 /// The pause after the source could not be asked.
@@ -47,12 +54,24 @@ pub(super) struct Jobs {
     follow: Option<Job>,
     fetch: Option<Job>,
     publish: Option<Job>,
+    point: Option<Job>,
     trace: Option<Job>,
     pre_copy_limit: Arc<FetchLimit>,
     follow_limit: Arc<FetchLimit>,
     fetch_limit: Arc<FetchLimit>,
     pre_copy_status: Arc<watch::Sender<PreCopyStatus>>,
     publish_status: Arc<watch::Sender<PublishStatus>>,
+    point_outcome: Arc<watch::Sender<PointOutcome>>,
+}
+
+/// What became of a point.
+#[derive(Debug, Default)]
+enum PointOutcome {
+    #[default]
+    None,
+    Running,
+    Done(Epoch, Published),
+    Failed(String),
 }
 
 fn is_running(job: Option<&Job>) -> bool {
@@ -68,12 +87,14 @@ impl Jobs {
             follow: None,
             fetch: None,
             publish: None,
+            point: None,
             trace: None,
             pre_copy_limit: Arc::default(),
             follow_limit: Arc::default(),
             fetch_limit: Arc::default(),
             pre_copy_status: Arc::new(watch::Sender::new(PreCopyStatus::default())),
             publish_status: Arc::new(watch::Sender::new(PublishStatus::None)),
+            point_outcome: Arc::default(),
         }
     }
 
@@ -149,10 +170,54 @@ impl Jobs {
         }
     }
 
-    pub(super) fn start_publish(&mut self) {
+    pub(super) fn point_status(&self) -> PointStatus {
+        match &*self.point_outcome.borrow() {
+            PointOutcome::None => PointStatus::None,
+            PointOutcome::Running => PointStatus::Running,
+            PointOutcome::Failed(message) => PointStatus::Failed { message: message.clone() },
+            PointOutcome::Done(epoch, done) => PointStatus::Done {
+                root: done.root,
+                epoch: *epoch,
+                version: done.version,
+                age_ms: age_ms(done.at),
+                total_blocks: done.total_blocks,
+                sealed_blocks: done.sealed_blocks,
+                stored_bytes: done.stored_bytes,
+            },
+        }
+    }
+
+    /// Takes a point, unless one is being taken.
+    pub(super) fn start_point(&mut self) {
+        if is_running(self.point.as_ref()) {
+            return;
+        }
+        let (volume, store, outcome) = (self.volume.clone(), self.store.clone(), self.point_outcome.clone());
+        outcome.send_replace(PointOutcome::Running);
+        self.point = Some(Job::start(move |cancel| async move {
+            let before = volume.role();
+            let taken = volume.point(&store, &cancel, |_| ()).await;
+            outcome.send_replace(match (taken, before, volume.role()) {
+                // Of one epoch all the while: a writer that was fenced meanwhile has had its last moment before.
+                (Ok(done), Role::Active { epoch }, now) if now == before => PointOutcome::Done(epoch, done),
+                (Ok(_), _, now) => PointOutcome::Failed(format!("the volume changed hands meanwhile: it is {now:?}")),
+                (Err(error), ..) => PointOutcome::Failed(chain(&error)),
+            });
+        }));
+    }
+
+    async fn stop_point(&mut self) {
+        if let Some(job) = self.point.take() {
+            job.stop().await;
+        }
+    }
+
+    pub(super) async fn start_publish(&mut self) {
         if is_running(self.publish.as_ref()) {
             return;
         }
+        // A guest may be standing still for it.
+        self.stop_point().await;
         let (volume, store, status) = (self.volume.clone(), self.store.clone(), self.publish_status.clone());
         status.send_replace(PublishStatus::Running { done_blocks: 0, total_blocks: volume.changed_blocks() });
         self.publish = Some(Job::start(move |cancel| async move {
@@ -218,7 +283,12 @@ impl Jobs {
         self.stop_follow().await;
         self.stop_fetch().await;
         self.stop_publish().await;
+        self.stop_point().await;
     }
+}
+
+fn age_ms(at: Instant) -> u64 {
+    u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Runs work again and again while the source cannot be asked; ends when it is done, refused or cancelled.

@@ -167,7 +167,14 @@ impl Desk {
                 if !role.may_serve_peers() {
                     return Err(RoleError::Role { role, action: "be published" }.into());
                 }
-                self.jobs.lock().await.start_publish();
+                self.jobs.lock().await.start_publish().await;
+            }
+            ControlRequestV1::TakePoint => {
+                let role = volume.role();
+                if !role.is_active() {
+                    return Err(RoleError::Role { role, action: "have a point taken" }.into());
+                }
+                self.jobs.lock().await.start_point();
             }
             ControlRequestV1::CancelPublish => self.jobs.lock().await.stop_publish().await,
             ControlRequestV1::Follow { bandwidth_bytes_per_s } => {
@@ -265,6 +272,7 @@ impl Desk {
             is_released: volume.is_released(),
             publish: jobs.publish_status(),
             following: volume.follow_status(),
+            point: jobs.point_status(),
         }
     }
 }

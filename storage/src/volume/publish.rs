@@ -1,7 +1,12 @@
 //! Publish: the volume's content at one moment (a [snapshot](super::snapshot)) becomes a manifest in a store, while the guest goes
-//! on.
+//! on. A publish for a freeze reads every changed block; one for a point of the volume's history only those that no digest is known
+//! of or that the store lacks.
 
-use std::sync::{Arc, PoisonError};
+use std::{
+    collections::HashSet,
+    sync::{Arc, PoisonError},
+    time::Instant,
+};
 
 use bytes::Bytes;
 use futures::StreamExt as _;
@@ -10,10 +15,12 @@ use tokio_util::sync::CancellationToken;
 use super::{
     FetchLimit, Inner, Volume, VolumeError,
     map::{BlockState, Entry},
+    relock,
     role::Role,
     snapshot::{Purpose, SnapshotId},
 };
 use crate::{
+    BLOCK_BYTES,
     backend::{ObjectKey, ObjectStore},
     chunk, is_zero,
     key::{ChunkKind, ChunkName, ContentRoot},
@@ -33,8 +40,23 @@ pub struct Published {
     pub root: ContentRoot,
     /// Blocks that differ from the base.
     pub total_blocks: u64,
+    /// Of them, those that were read and sealed; the others were in the store by their digests.
+    pub sealed_blocks: u64,
     /// Bytes of chunks that the store did not have.
     pub stored_bytes: u64,
+    /// The highest version that was given out before the moment.
+    pub version: u64,
+    /// The moment, by this process's clock: what was acknowledged before is in it, what begins later is not.
+    pub at: Instant,
+}
+
+/// What a publish is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Aim {
+    /// It will be all that is left of the volume: every block is read.
+    Freeze,
+    /// The volume goes on.
+    Point,
 }
 
 /// Ends the snapshot also when the publish is dropped half way.
@@ -54,20 +76,60 @@ impl Volume {
         &self,
         store: &Arc<dyn ObjectStore>,
         cancel: &CancellationToken,
+        progress: impl FnMut(PublishStatus) + Send,
+    ) -> Result<Published, VolumeError> {
+        self.bring(Aim::Freeze, store, cancel, progress).await
+    }
+
+    /// As [`Volume::publish`], for a point of the history of an active volume that goes on: blocks whose digest is known and whose
+    /// chunk the store has are counted on and not read, so the cost goes with what was written since the point before. Fetches
+    /// nothing from a source host: while blocks are there, it is refused.
+    pub async fn point(
+        &self,
+        store: &Arc<dyn ObjectStore>,
+        cancel: &CancellationToken,
+        progress: impl FnMut(PublishStatus) + Send,
+    ) -> Result<Published, VolumeError> {
+        self.bring(Aim::Point, store, cancel, progress).await
+    }
+
+    async fn bring(
+        &self,
+        aim: Aim,
+        store: &Arc<dyn ObjectStore>,
+        cancel: &CancellationToken,
         mut progress: impl FnMut(PublishStatus) + Send,
     ) -> Result<Published, VolumeError> {
         let inner = &self.inner;
-        let _one = inner.publishing.lock().await;
-        if !matches!(self.role(), Role::Active { .. } | Role::Sealed { .. }) {
-            let role = self.role();
+        let _one = tokio::select! {
+            () = cancel.cancelled() => return Err(cancelled()),
+            one = inner.publishing.lock() => one,
+        };
+        let role = self.role();
+        let is_right = match aim {
+            Aim::Freeze => matches!(role, Role::Active { .. } | Role::Sealed { .. }),
+            Aim::Point => role.is_active(),
+        };
+        if !is_right {
             return Err(super::RoleError::Role { role, action: "be published" }.into());
         }
-        tokio::select! {
-            () = cancel.cancelled() => return Err(cancelled()),
-            fetched = self.fetch_before_publish() => fetched?,
+        match aim {
+            Aim::Freeze => tokio::select! {
+                () = cancel.cancelled() => return Err(cancelled()),
+                fetched = self.fetch_before_publish() => fetched?,
+            },
+            Aim::Point if self.missing() > 0 => {
+                // All may be here, and only not durable yet.
+                self.flush().await?;
+                if self.missing() > 0 {
+                    return Err(VolumeError::Map { what: "blocks are still at the host that it came from".into() });
+                }
+            }
+            Aim::Point => {}
         }
         let _snapshot = SnapshotGuard(inner);
-        let (snapshot, entries) = inner.blocking(Inner::begin_publish).await?;
+        let (begun, at) = inner.blocking(Inner::begin_publish).await?;
+        let (snapshot, version, entries) = begun;
         let mut manifest = match &inner.base {
             // The same leaves, shared; sizes can differ when the volume was made larger than its image.
             Some(base) if base.size_bytes() == self.size_bytes() => base.clone(),
@@ -80,6 +142,19 @@ impl Volume {
         let total_blocks = entries.len() as u64;
         let (mut done_blocks, mut stored_bytes) = (0, 0);
         progress(PublishStatus::Running { done_blocks, total_blocks });
+        let entries = match aim {
+            Aim::Freeze => entries,
+            Aim::Point => {
+                let unknown = tokio::select! {
+                    () = cancel.cancelled() => return Err(cancelled()),
+                    unknown = self.count_on_known(snapshot, &**store, &mut manifest, entries) => unknown?,
+                };
+                done_blocks = total_blocks - unknown.len() as u64;
+                progress(PublishStatus::Running { done_blocks, total_blocks });
+                unknown
+            }
+        };
+        let sealed_blocks = entries.len() as u64;
         let runs: Vec<Vec<(u32, Entry)>> = entries.chunks(RUN_BLOCKS).map(<[_]>::to_vec).collect();
         let mut runs = std::pin::pin!(
             futures::stream::iter(runs)
@@ -108,7 +183,40 @@ impl Volume {
         }
         let root = manifest.store(&inner.keys, &**store).await?;
         progress(PublishStatus::Done { root, total_blocks, stored_bytes });
-        Ok(Published { root, total_blocks, stored_bytes })
+        Ok(Published { root, total_blocks, sealed_blocks, stored_bytes, version, at })
+    }
+
+    /// Sets the names of blocks whose content is known by its digest and is in the store, where no sweep takes it from now on; gives
+    /// the others.
+    async fn count_on_known(
+        &self,
+        snapshot: SnapshotId,
+        store: &dyn ObjectStore,
+        manifest: &mut Manifest,
+        entries: Vec<(u32, Entry)>,
+    ) -> Result<Vec<(u32, Entry)>, VolumeError> {
+        let inner = &self.inner;
+        let zeros = inner.keys.name(ChunkKind::Data, &[0; BLOCK_BYTES]);
+        let mut names: Vec<ChunkName> = entries.iter().filter_map(|(_, entry)| known(*entry)).collect();
+        names.sort_unstable();
+        names.dedup();
+        names.retain(|name| *name != zeros);
+        let lacking = sweep::count_on(store, inner.keys.project(), &names).await?;
+        let lacking: HashSet<ChunkName> = lacking.into_iter().collect();
+        let mut unknown = Vec::new();
+        for (block, entry) in entries {
+            match known(entry) {
+                Some(name) if name == zeros => manifest.set(block, None),
+                Some(name) if !lacking.contains(&name) => manifest.set(block, Some(name)),
+                _ if entry.state == BlockState::Zero => manifest.set(block, None),
+                _ => {
+                    unknown.push((block, entry));
+                    continue;
+                }
+            }
+            inner.take_from_snapshot(snapshot, block);
+        }
+        Ok(unknown)
     }
 
     async fn fetch_before_publish(&self) -> Result<(), VolumeError> {
@@ -130,17 +238,29 @@ fn cancelled() -> VolumeError {
     })
 }
 
+/// The name of a local block's content, when it was computed.
+fn known(entry: Entry) -> Option<ChunkName> {
+    entry.digest.filter(|_| entry.state == BlockState::Local)
+}
+
 type SealedBlock = (u32, Option<(ChunkName, Bytes)>);
+/// The snapshot, its version and its blocks.
+type BegunPublish = (SnapshotId, u64, Vec<(u32, Entry)>);
 
 impl Inner {
-    /// Marks the moment; gives the blocks that differ from the base.
-    fn begin_publish(&self) -> Result<(SnapshotId, Vec<(u32, Entry)>), VolumeError> {
-        let begun = self.begin_snapshot(Purpose::Publish, 0, |_| Ok(()))?;
+    /// Marks the moment; gives the blocks that differ from the base, and the moment.
+    fn begin_publish(&self) -> Result<(BegunPublish, Instant), VolumeError> {
+        let mut at = Instant::now();
+        let begun = self.begin_snapshot(Purpose::Publish, 0, |_| {
+            // No operation of the guest is half done now.
+            at = Instant::now();
+            Ok(())
+        })?;
         let entries: Vec<_> = begun.map.entries().collect();
         if let Some((block, _)) = entries.iter().find(|(_, entry)| entry.state == BlockState::Remote) {
             return Err(VolumeError::Map { what: format!("block {block} is still at the source") });
         }
-        Ok((begun.id, entries))
+        Ok(((begun.id, begun.version, entries), at))
     }
 
     fn seal_run(&self, snapshot: SnapshotId, run: &[(u32, Entry)]) -> Result<Vec<SealedBlock>, VolumeError> {
@@ -156,16 +276,24 @@ impl Inner {
         if entry.state == BlockState::Zero {
             return Ok(None);
         }
-        let data = {
+        let (data, name) = {
             let _stripe = self.stripe(block).read().unwrap_or_else(PoisonError::into_inner);
             let data = self.read_snapshot(snapshot, block)?;
             self.take_from_snapshot(snapshot, block);
-            data
+            let name = self.keys.name(ChunkKind::Data, &data);
+            if entry.digest.is_none() {
+                let mut state = relock(&self.map);
+                let now = state.map.get(block);
+                // The stripe is held: when the version is the same, so is the content. The next point need not read it.
+                if now.version == entry.version && now.state == BlockState::Local {
+                    state.map.set(block, Entry { digest: Some(name), ..now });
+                }
+            }
+            (data, name)
         };
         if is_zero(&data) {
             return Ok(None);
         }
-        let name = self.keys.name(ChunkKind::Data, &data);
         Ok(Some((name, chunk::seal_named(&self.keys, ChunkKind::Data, &name, &data))))
     }
 }

@@ -1115,6 +1115,23 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/volumes/{volume}/as-of": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** What a volume was as of `as_of_ms`: the newest point that is not younger, and how much older it is. */
+        get: operations["volumes_as_of"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/volumes/{volume}/check": {
         parameters: {
             query?: never;
@@ -1130,6 +1147,45 @@ export interface paths {
          *     had. An event tells what was found: `volume.sound`, or `volume.damaged` with what is lost.
          */
         post: operations["volumes_check"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/volumes/{volume}/history": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** The history of a volume: how points are taken and kept, and which there are. */
+        get: operations["volumes_history_list"];
+        /**
+         * Says how points of a volume are taken and kept, from now on; begins its history when there is none. What the new policy
+         *     does not keep goes at once.
+         */
+        put: operations["volumes_history_put"];
+        post?: never;
+        /** Ends a volume's history: all its points go. */
+        delete: operations["volumes_history_remove"];
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/volumes/{volume}/points": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** Has a point of a running guest's volume taken now. An event tells when it is: `volume.point`, or `volume.no_point` with why. */
+        post: operations["volumes_points"];
         delete?: never;
         options?: never;
         head?: never;
@@ -1231,6 +1287,24 @@ export interface components {
          * @enum {string}
          */
         DiskFormat: "raw" | "qcow2";
+        /**
+         * @description The content that a guest's disk starts from, out of a volume's history: no bytes are copied. Exactly one of `as_of_ms` and
+         *     `point`.
+         */
+        DiskFrom: {
+            /**
+             * Format: int64
+             * @description The newest point not younger than this instant, in milliseconds since 1970.
+             */
+            as_of_ms?: number | null;
+            /**
+             * Format: int64
+             * @description The point of this number.
+             */
+            point?: number | null;
+            /** @description The volume, of the same project. */
+            volume: components["schemas"]["Ref"];
+        };
         /**
          * @description When a flush of a volume is acknowledged.
          * @enum {string}
@@ -1497,6 +1571,7 @@ export interface components {
              * @description The volume's size; that of the image when absent or smaller.
              */
             disk_bytes?: number | null;
+            disk_from?: null | components["schemas"]["DiskFrom"];
             /** @description Whether price policies may move it. */
             follow_prices?: boolean;
             /** @description The image its volume starts from. */
@@ -1620,6 +1695,29 @@ export interface components {
             status: string;
             /** @description The controller's version. */
             version: string;
+        };
+        /** @description Points up to an age, and the longest gap that thinning may make between them. */
+        HistoryBand: {
+            /**
+             * Format: int64
+             * @description Points are thinned as far as no gap gets longer than this, in seconds (at least 60).
+             */
+            every_s: number;
+            /**
+             * Format: int64
+             * @description Of points not older than this, in seconds (at most ten years).
+             */
+            for_s: number;
+        };
+        /** @description How points of a volume are taken and how long they are kept. */
+        HistoryPolicy: {
+            /**
+             * Format: int64
+             * @description A point is taken this often, in seconds (60 s to 30 days); absent: only when somebody asks for one, and by freezes.
+             */
+            every_s?: number | null;
+            /** @description How densely points are kept, by their age: one to eight bands, the youngest first. */
+            keep: components["schemas"]["HistoryBand"][];
         };
         /** @description A machine that runs an agent. */
         Host: {
@@ -3484,6 +3582,21 @@ export interface components {
          * @enum {string}
          */
         Tenure: "spot" | "on_demand";
+        /** @description Points that were thinned out, in a row. */
+        ThinnedPoints: {
+            /**
+             * Format: int64
+             * @description The number of the first.
+             */
+            from: number;
+            /** @description The hash of the last: what the point after it is chained to. */
+            hash: string;
+            /**
+             * Format: int64
+             * @description The number of the last.
+             */
+            to: number;
+        };
         /** @description An access token without its secret. */
         Token: {
             /**
@@ -3576,7 +3689,87 @@ export interface components {
              */
             size_bytes: number;
         };
+        /** @description What a volume was as of an instant. */
+        VolumeAsOf: {
+            /**
+             * Format: int64
+             * @description The instant that was asked for.
+             */
+            asked_ms: number;
+            /**
+             * Format: int64
+             * @description How much older it is than the instant.
+             */
+            older_ms: number;
+            /** @description The newest point that is not younger. */
+            point: components["schemas"]["VolumePoint"];
+        };
+        /** @description The history of a volume. */
+        VolumeHistory: {
+            /**
+             * Format: int64
+             * @description When the history was begun.
+             */
+            created_at_ms: number;
+            /** @description The hash of the newest point (hex); 64 zeros when there was none. */
+            head: string;
+            /**
+             * Format: int64
+             * @description The number of the next point.
+             */
+            next: number;
+            /** @description The points that are kept, the oldest first. */
+            points: components["schemas"]["VolumePoint"][];
+            /** @description How points are taken and kept. */
+            policy: components["schemas"]["HistoryPolicy"];
+            /** @description Why the last point that was due could not be taken; absent: it could. */
+            problem?: string | null;
+            /** @description Its project. */
+            project: components["schemas"]["ProjectId"];
+            /** @description The content that the volume stood on when it was last looked at: a freeze leaves another one. */
+            seen_base?: string | null;
+            /** @description Those that were thinned out. */
+            thinned: components["schemas"]["ThinnedPoints"][];
+            /** @description The volume. */
+            volume: components["schemas"]["VolumeId"];
+        };
         VolumeId: string;
+        /** @description A volume's content at one instant, kept in a cloud's store. */
+        VolumePoint: {
+            /**
+             * Format: int64
+             * @description Its instant, in milliseconds since 1970: everything in it was written before. Never less than that of the point before.
+             */
+            at_ms: number;
+            /** @description The cloud in whose store it lies. */
+            cloud: components["schemas"]["CloudId"];
+            /** @description The epoch of the guest that had written it. */
+            epoch: components["schemas"]["Epoch"];
+            /** @description BLAKE3 over all of this and the hash of the point before (hex). */
+            hash: string;
+            /**
+             * Format: int64
+             * @description Its number: 1, 2, … in the order in which they were taken; none is used twice.
+             */
+            number: number;
+            /** @description The content: root of its manifest. */
+            root: string;
+            /**
+             * Format: int64
+             * @description Bytes that had to be stored for it.
+             */
+            stored_bytes: number;
+            /**
+             * Format: int32
+             * @description Tells points apart whose `at_ms` is the same, because the clock went back in between.
+             */
+            tick: number;
+            /**
+             * Format: int64
+             * @description The version of the block map: rises with every write that it covers.
+             */
+            version: number;
+        };
         /** @description Who a token is. */
         WhoAmI: {
             project_name?: null | components["schemas"]["Name"];
@@ -6659,6 +6852,40 @@ export interface operations {
             };
         };
     };
+    volumes_as_of: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+            };
+            header?: never;
+            path: {
+                /** @description Its id, or its name where it has one. */
+                volume: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["VolumeAsOf"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
     volumes_check: {
         parameters: {
             query?: {
@@ -6683,6 +6910,150 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["Volume"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    volumes_history_list: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+            };
+            header?: never;
+            path: {
+                /** @description Its id, or its name where it has one. */
+                volume: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["VolumeHistory"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    volumes_history_put: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+            };
+            header?: never;
+            path: {
+                /** @description Its id, or its name where it has one. */
+                volume: string;
+            };
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["HistoryPolicy"];
+            };
+        };
+        responses: {
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["VolumeHistory"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    volumes_history_remove: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+            };
+            header?: {
+                /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
+                "Idempotency-Key"?: string;
+            };
+            path: {
+                /** @description Its id, or its name where it has one. */
+                volume: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            204: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content?: never;
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    volumes_points: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+            };
+            header?: {
+                /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
+                "Idempotency-Key"?: string;
+            };
+            path: {
+                /** @description Its id, or its name where it has one. */
+                volume: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            202: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["VolumeHistory"];
                 };
             };
             /** @description A problem (RFC 9457) */

@@ -3,6 +3,7 @@
 mod events;
 mod guest_calls;
 mod guests;
+mod histories;
 mod idempotency;
 mod images;
 mod joins;
@@ -304,6 +305,7 @@ pub fn guest(name: &str) -> GuestCreate {
         project: None,
         image: "lean".into(),
         shape: Shape { vcpus: 1, memory_bytes: 256 << 20 },
+        disk_from: None,
         network: "lan".into(),
         ipv4: None,
         place: None,

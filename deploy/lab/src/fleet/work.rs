@@ -134,6 +134,7 @@ impl Fleet {
             project: None,
             image: spec.image.as_str().into(),
             shape: Shape { vcpus: 1, memory_bytes: spec.memory_mib << 20 },
+            disk_from: None,
             network: spec.network.as_str().into(),
             ipv4: spec.ipv4,
             place: spec.place.as_deref().map(Into::into),

@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::{SECTOR, SIZE, World, read_all, stamp, stamp_of};
 use crate::{
     backend::ObjectStore,
-    key::ChunkKind,
+    key::{ChunkKind, ContentRoot},
     manifest::Manifest,
     source::ChunkReader,
     volume::{Volume, disk::Disk, role::Role, sim::SimDisk},
@@ -42,6 +42,10 @@ enum Op {
     PowerCut(u64),
     Close,
     Publish,
+    /// A point of the history.
+    Point,
+    /// Some points are thinned out, and a sweep takes all that nothing names any more.
+    Thin(u64),
 }
 
 const SECTORS: usize = SIZE / SECTOR;
@@ -62,6 +66,8 @@ fn op() -> impl Strategy<Value = Op> {
         1 => any::<u64>().prop_map(Op::PowerCut),
         1 => Just(Op::Close),
         1 => Just(Op::Publish),
+        3 => Just(Op::Point),
+        1 => any::<u64>().prop_map(Op::Thin),
     ]
 }
 
@@ -113,6 +119,8 @@ async fn check(ops: Vec<Op>, has_base: bool) -> Result<(), TestCaseError> {
     let mut volume = world.active(disk.clone()).await;
     let mut model = Model::new(world.content.clone());
     let mut number = 0;
+    // What the points hold.
+    let mut points: Vec<(ContentRoot, Vec<u8>)> = Vec::new();
     for op in ops {
         match op {
             Op::Write { at, len, is_fua } => {
@@ -177,10 +185,40 @@ async fn check(ops: Vec<Op>, has_base: bool) -> Result<(), TestCaseError> {
                 let published = volume.publish(&store, &CancellationToken::new(), |_| {}).await.unwrap();
                 prop_assert!(contents(&world, published.root).await == model.now, "what was published differs");
             }
+            Op::Point => {
+                let store: Arc<dyn ObjectStore> = world.store.clone();
+                let never = CancellationToken::new();
+                let taken = volume.point(&store, &never, |_| {}).await.unwrap();
+                points.push((taken.root, model.now.clone()));
+                let again = volume.point(&store, &never, |_| {}).await.unwrap();
+                prop_assert_eq!((again.root, again.stored_bytes), (taken.root, 0));
+                // Blocks of zeros have no chunk; nothing else is read twice.
+                prop_assert_eq!(again.sealed_blocks, 0);
+            }
+            Op::Thin(seed) => {
+                let mut rng = rand::rngs::SmallRng::seed_from_u64(seed);
+                points.retain(|_| rng.random_bool(0.5));
+                sweep_but(&world, points.iter().map(|(root, _)| *root)).await;
+            }
         }
         prop_assert!(read_all(&volume).await == model.now, "what is read differs");
+        for (index, (root, content)) in points.iter().enumerate() {
+            prop_assert!(contents(&world, *root).await == *content, "point {index} differs from what was there then");
+        }
     }
     Ok(())
+}
+
+/// Takes all chunks from the store but those of the base and of these.
+async fn sweep_but(world: &World, roots: impl Iterator<Item = ContentRoot>) {
+    let reader = ChunkReader::of_store(world.keys.clone(), world.store.clone());
+    let mut live = BTreeSet::new();
+    for root in roots.chain(world.base) {
+        let manifest = Manifest::load(&reader, root).await.unwrap();
+        let parts = manifest.seal(&world.keys).unwrap().1.into_iter().map(|(name, _)| name);
+        live.extend(parts.chain(manifest.chunks().map(|(_, name)| name)));
+    }
+    world.store.objects.lock().unwrap().retain(|key, _| key.chunk_name().is_none_or(|name| live.contains(&name)));
 }
 
 /// What a manifest holds.

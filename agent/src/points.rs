@@ -1,0 +1,116 @@
+//! Points of volumes' histories: the volume process brings the content of a moment into its folder of the cloud's store, the agent
+//! all that this stands on; then the controller is told. Nothing is kept here: what the controller does not record is swept.
+
+use std::{sync::Arc, time::Duration};
+
+use supercloud_api::link::{PointContent, PointTaken, Query};
+use supercloud_ids::{GuestId, VolumeId};
+use supercloud_storage::process::ClientError;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    chunks::{ChunkPlaces, ChunkSources},
+    durable::DurableError,
+    guest::record::GuestRecord,
+    host::Host,
+    jobs::{
+        base::{BaseError, Bringing},
+        prepare,
+    },
+};
+
+/// Points that may wait.
+const WAITING: usize = 256;
+/// How long one may take: it must not hold up the others of this host for ever.
+const POINT_BUDGET: Duration = Duration::from_secs(30 * 60);
+/// How long the controller may take to hear of one.
+const ANSWER_BUDGET: Duration = Duration::from_secs(30);
+
+/// A point that is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Point {
+    /// Whose.
+    pub guest: GuestId,
+    /// Of which of its volumes.
+    pub volume: VolumeId,
+}
+
+/// Why a point was not taken.
+#[derive(Debug, thiserror::Error)]
+enum PointError {
+    #[error("the guest's record cannot be read")]
+    Record(#[from] DurableError),
+    #[error("the guest does not run here")]
+    NotHere,
+    #[error("the volume was not kept")]
+    Volume(#[from] ClientError),
+    #[error("what it stands on cannot be brought into this cloud's store")]
+    Base(#[from] BaseError),
+    #[error("it took longer than {} minutes", POINT_BUDGET.as_secs() / 60)]
+    Deadline,
+    #[error("a worker died")]
+    Worker(#[from] tokio::task::JoinError),
+}
+
+/// Where points are asked for, and where they are taken: give it to [`run`].
+#[must_use]
+pub fn queue() -> (mpsc::Sender<Point>, mpsc::Receiver<Point>) {
+    mpsc::channel(WAITING)
+}
+
+/// Takes points, one after the other, until cancelled.
+pub async fn run(host: Arc<Host>, mut points: mpsc::Receiver<Point>, cancel: CancellationToken) {
+    loop {
+        let asked = tokio::select! {
+            () = cancel.cancelled() => return,
+            asked = points.recv() => asked,
+        };
+        let Some(asked) = asked else { return };
+        let taken = tokio::select! {
+            () = cancel.cancelled() => return,
+            taken = tokio::time::timeout(POINT_BUDGET, take(&host, asked)) => taken.unwrap_or(Err(PointError::Deadline)),
+        };
+        let (content, problem) = match taken {
+            Ok((content, at)) => {
+                tracing::info!(volume = %asked.volume, ?content, "a point is taken");
+                let age_ms = u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX);
+                (Some(PointContent { age_ms, ..content }), None)
+            }
+            Err(error) => {
+                let problem = crate::chain(&error);
+                tracing::warn!(volume = %asked.volume, error = problem, "a point is not taken");
+                (None, Some(problem))
+            }
+        };
+        let taken = PointTaken { guest: asked.guest, volume: asked.volume, content, problem };
+        if let Err(error) = host.link.query(Query::PointTaken { taken }, ANSWER_BUDGET).await {
+            let error = crate::chain(&error);
+            tracing::warn!(volume = %asked.volume, error, "the controller does not hear of a point");
+        }
+    }
+}
+
+/// The content, and its moment by this host's clock.
+async fn take(host: &Arc<Host>, asked: Point) -> Result<(PointContent, std::time::Instant), PointError> {
+    let places = host.places(asked.guest);
+    let record = tokio::task::spawn_blocking(move || GuestRecord::load(&places)).await??;
+    let copy = record.and_then(|record| record.current).ok_or(PointError::NotHere)?;
+    let home = copy.volumes.iter().find(|home| home.volume == asked.volume).ok_or(PointError::NotHere)?;
+    let taken = home.client().take_point().await?;
+    // The list of its blocks names those of the base, too: from now on all of them are looked for here.
+    let places = ChunkPlaces::new(host.link.clone(), asked.guest);
+    let sources = Arc::new(ChunkSources::new(host.plane.clone(), copy.spec.project, places, &host.store));
+    let bringing = Bringing { guest: asked.guest, roots: vec![taken.root], keys: prepare::keys(&copy) };
+    bringing.complete(Some(&sources), host, |_| ()).await?;
+    let content = PointContent {
+        root: taken.root.to_string(),
+        epoch: taken.epoch,
+        version: taken.version,
+        age_ms: 0,
+        total_blocks: taken.total_blocks,
+        sealed_blocks: taken.sealed_blocks,
+        stored_bytes: taken.stored_bytes,
+    };
+    Ok((content, taken.at))
+}

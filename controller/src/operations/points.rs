@@ -1,0 +1,377 @@
+//! Points of volumes' histories: asked of the host that holds the volume when they are due, recorded when it has brought the
+//! content into its cloud's store. The rules (clock, chain, thinning) are pure and in [`supercloud_api::history`].
+//!
+//! Why a sweep takes nothing of a point on its way: from the asking until the record is written it counts as a writer
+//! ([`PointBoard::oldest_ms`]); after that its root lives.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use supercloud_api::{
+    Freeze, Problem, Volume, VolumeHistory,
+    handover::OperationKind,
+    history::Taken,
+    ids::{GuestId, HostId, ProjectId, RequestId, VolumeId},
+    link::{Answer, Directive, PointContent, PointTaken},
+    unix_ms,
+};
+use supercloud_storage::key::ContentRoot;
+use tokio::{sync::Notify, time::Instant};
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use super::{Engine, EngineError, handler::internal};
+use crate::{
+    chain,
+    state::{Change, Context, EventDraft, GuestRecord, HostRecord, Stored, retry_conflicts},
+};
+
+/// Points that are asked for or under way at once.
+const ASKED_AT_MOST: usize = 1000;
+/// A host that has not answered by then is not listened to: its point holds up sweeps until then.
+const PATIENCE: Duration = Duration::from_secs(3600);
+/// After one that failed the next is tried so soon, or when it is due if that is sooner.
+const RETRY: Duration = Duration::from_secs(300);
+/// The longest problem that is kept, in characters.
+const PROBLEM_AT_MOST: usize = 500;
+
+/// A point that a host is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Asked {
+    /// The host.
+    pub host: HostId,
+    /// Whose volume.
+    pub guest: GuestId,
+    /// Its project.
+    pub project: ProjectId,
+    /// When; the moment of the point is not before.
+    pub at: Instant,
+}
+
+#[derive(Debug, Default)]
+struct Board {
+    capable: HashSet<HostId>,
+    new: BTreeMap<VolumeId, Asked>,
+    /// Passed on: what is not in here is no answer.
+    under_way: BTreeMap<VolumeId, Asked>,
+    /// When the next one of a volume is due; not there: by its history.
+    due: HashMap<VolumeId, Instant>,
+}
+
+/// Where points are asked for. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct PointBoard(Arc<(Mutex<Board>, Notify)>);
+
+impl PointBoard {
+    fn with<T>(&self, work: impl FnOnce(&mut Board) -> T) -> T {
+        work(&mut self.0.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// A point of a volume is to be taken by its host; false when too many are. One that is under way is not asked for again.
+    #[must_use]
+    pub fn ask(&self, volume: VolumeId, asked: Asked) -> bool {
+        let is_taken = self.with(|board| {
+            board.under_way.retain(|_, asked| asked.at.elapsed() < PATIENCE);
+            if board.new.contains_key(&volume) || board.under_way.contains_key(&volume) {
+                return true;
+            }
+            let has_room = board.new.len() + board.under_way.len() < ASKED_AT_MOST;
+            if has_room {
+                board.new.insert(volume, asked);
+            }
+            has_room
+        });
+        self.0.1.notify_one();
+        is_taken
+    }
+
+    /// Whether a host takes points.
+    #[must_use]
+    pub fn takes(&self, host: HostId) -> bool {
+        self.with(|board| board.capable.contains(&host))
+    }
+
+    /// The volume's policy has changed: when its next point is due follows from its history again.
+    pub fn reconsider(&self, volume: VolumeId) {
+        self.with(|board| board.due.remove(&volume));
+    }
+
+    /// What a host said of itself when it came. What it was asked before is lost.
+    pub(crate) fn note_capable(&self, host: HostId, is_capable: bool) {
+        self.with(|board| {
+            board.under_way.retain(|_, asked| asked.host != host);
+            if is_capable {
+                board.capable.insert(host)
+            } else {
+                board.capable.remove(&host)
+            };
+        });
+    }
+
+    /// How long the oldest point of a project has been on its way, in milliseconds.
+    pub(super) fn oldest_ms(&self, project: ProjectId) -> Option<u64> {
+        self.with(|board| {
+            board.under_way.retain(|_, asked| asked.at.elapsed() < PATIENCE);
+            let all = board.new.values().chain(board.under_way.values()).filter(|asked| asked.project == project);
+            all.map(|asked| millis(asked.at.elapsed())).max()
+        })
+    }
+
+    fn under_way(&self, volume: VolumeId, host: HostId, guest: GuestId) -> Option<Asked> {
+        self.with(|board| board.under_way.get(&volume).copied())
+            .filter(|asked| asked.host == host && asked.guest == guest && asked.at.elapsed() < PATIENCE)
+    }
+
+    /// It is over; a failed one is tried again soon.
+    fn end(&self, volume: VolumeId, is_kept: bool) {
+        self.with(|board| {
+            board.under_way.remove(&volume);
+            if !is_kept && let Some(due) = board.due.get_mut(&volume) {
+                *due = (*due).min(Instant::now() + RETRY);
+            }
+        });
+    }
+
+    fn is_due(&self, history: &VolumeHistory) -> bool {
+        let Some(every_s) = history.policy.every_s else { return false };
+        match self.with(|board| board.due.get(&history.volume).copied()) {
+            Some(due) => due <= Instant::now(),
+            // The first one since this controller's start. A clock that went back makes none wait.
+            None => {
+                let last_ms = history.points.last().map_or(0, |last| last.at_ms);
+                let now_ms = unix_ms();
+                now_ms < last_ms || now_ms - last_ms >= every_s.saturating_mul(1000)
+            }
+        }
+    }
+
+    fn set_due(&self, volume: VolumeId, every_s: Option<u64>) {
+        let every = Duration::from_secs(every_s.unwrap_or(0));
+        self.with(|board| board.due.insert(volume, Instant::now() + every));
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+impl Engine {
+    /// Asks for points that are due, and passes on those that are asked for, until cancelled.
+    pub(super) async fn take_points(&self, cancel: CancellationToken) {
+        let mut ticks = tokio::time::interval(self.pace.look);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = cancel.cancelled() => return,
+                () = self.points.0.1.notified() => {}
+                _ = ticks.tick() => if let Err(error) = self.look_at_histories().await {
+                    warn!("points of volumes are not looked at: {}", chain(&error));
+                }
+            }
+            for (volume, asked) in self.points.with(|board| std::mem::take(&mut board.new)) {
+                self.points.with(|board| board.under_way.insert(volume, asked));
+                if !self.sessions.send(asked.host, Directive::TakePoint { guest: asked.guest, volume }) {
+                    self.points.end(volume, false);
+                }
+            }
+        }
+    }
+
+    async fn look_at_histories(&self) -> Result<(), EngineError> {
+        for history in self.state.list::<VolumeHistory>().await? {
+            let Some(volume) = self.state.read::<Volume>(&history.volume).await? else { continue };
+            if volume.base != history.seen_base {
+                self.keep_freeze(&history, &volume).await?;
+            }
+            if !self.points.is_due(&history) {
+                continue;
+            }
+            // Who cannot be asked now is asked as soon as that can be.
+            if let Ok(asked) = self.askable(&volume).await?
+                && self.points.ask(volume.id, asked)
+            {
+                self.points.set_due(volume.id, history.policy.every_s);
+            }
+        }
+        Ok(())
+    }
+
+    /// Who is to be asked for a point of a volume; in words why nobody can be.
+    pub(crate) async fn askable(&self, volume: &Volume) -> Result<Result<Asked, String>, EngineError> {
+        askable(&self.state, &self.points, volume, |host| self.sessions.is_open(host)).await
+    }
+
+    /// A host has taken a point, or not.
+    pub(super) async fn point_taken(&self, host: HostId, taken: PointTaken) -> Result<Answer, Problem> {
+        let Some(asked) = self.points.under_way(taken.volume, host, taken.guest) else { return Ok(Answer::Noted) };
+        let outcome = match taken.content {
+            Some(content) => self.keep_point(host, &asked, taken.volume, &content).await,
+            None => Ok(Err(taken.problem.unwrap_or_else(|| "its host does not say why".to_owned()))),
+        };
+        let is_kept = matches!(outcome, Ok(Ok(())));
+        let told = match outcome {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(problem)) => self.tell_missed(host, taken.volume, &problem).await,
+            Err(error) => Err(error),
+        };
+        // After the record: until then it is a writer.
+        self.points.end(taken.volume, is_kept);
+        told.map(|()| Answer::Noted).map_err(|error| internal(&error))
+    }
+
+    /// Records a point; in words why it is none.
+    async fn keep_point(
+        &self,
+        host: HostId,
+        asked: &Asked,
+        id: VolumeId,
+        content: &PointContent,
+    ) -> Result<Result<(), String>, EngineError> {
+        let Ok(root) = content.root.parse::<ContentRoot>() else {
+            return Ok(Err("its host names a root that is none".to_owned()));
+        };
+        let cloud = self.state.need::<HostRecord>(&host).await?.host.cloud;
+        retry_conflicts(|| async {
+            let (Some(before), Some(volume)) =
+                (self.state.read::<VolumeHistory>(&id).await?, self.state.read::<Volume>(&id).await?)
+            else {
+                return Ok(Err("the volume keeps no history any more".to_owned()));
+            };
+            // A writer that was fenced meanwhile may tell of what nobody else has seen.
+            if volume.host != Some(host) || volume.epoch != content.epoch {
+                return Ok(Err("the volume changed hands meanwhile".to_owned()));
+            }
+            if let Some(last) = before.points.last()
+                && (content.epoch, content.version) < (last.epoch, last.version)
+            {
+                return Ok(Err(format!(
+                    "its host gives version {} after version {}: an older state",
+                    content.version, last.version
+                )));
+            }
+            // By this clock alone: a host's may say anything. Not before it was asked for, however old it is said to be.
+            let age_ms = content.age_ms.min(millis(asked.at.elapsed()));
+            let mut now = before.value.clone();
+            let point = now.append(Taken {
+                wall_ms: unix_ms().saturating_sub(age_ms),
+                epoch: content.epoch,
+                version: content.version,
+                root: root.to_string(),
+                cloud,
+                stored_bytes: content.stored_bytes,
+            });
+            let (number, at_ms, hash) = (point.number, point.at_ms, point.hash.clone());
+            let thinned = now.thin_by_newest();
+            now.problem = None;
+            let mut change = Change::new();
+            change.update(&before, &now).unchanged(&volume);
+            change.event(EventDraft::new("volume.point").project(volume.project).guest(volume.guest).host(host).data(
+                serde_json::json!({
+                    "volume": volume.name, "point": number, "at_ms": at_ms, "hash": hash,
+                    "changed_blocks": content.total_blocks, "read_blocks": content.sealed_blocks,
+                    "stored_bytes": content.stored_bytes, "thinned": thinned,
+                }),
+            ));
+            self.state.commit(&Context::actor(format!("host:{host}"), RequestId::generate()), change).await?;
+            Ok::<_, EngineError>(Ok(()))
+        })
+        .await
+    }
+
+    /// A freeze has left another content than the history has seen: that is a point too, unless a later one was taken since.
+    async fn keep_freeze(&self, before: &Stored<VolumeHistory>, volume: &Stored<Volume>) -> Result<(), EngineError> {
+        let mut now = before.value.clone();
+        now.seen_base.clone_from(&volume.base);
+        let mut change = Change::new();
+        change.unchanged(volume);
+        if let (Some(root), Some(cloud)) = (&volume.base, volume.base_cloud) {
+            let freezes = self.state.list::<Freeze>().await?;
+            let of = |freeze: &&Stored<Freeze>| {
+                freeze.volumes.iter().any(|frozen| frozen.volume == volume.id && frozen.root == *root)
+            };
+            let freeze = freezes.iter().rev().find(of);
+            if let Some(freeze) =
+                freeze.filter(|freeze| now.points.last().is_none_or(|last| last.at_ms < freeze.created_at_ms))
+            {
+                let point = now.append(Taken {
+                    wall_ms: freeze.created_at_ms,
+                    epoch: freeze.epoch,
+                    version: volume.map_version,
+                    root: root.clone(),
+                    cloud,
+                    stored_bytes: 0,
+                });
+                let data = serde_json::json!({
+                    "volume": volume.name, "point": point.number, "at_ms": point.at_ms, "hash": point.hash, "freeze": freeze.id,
+                });
+                now.thin_by_newest();
+                change.event(EventDraft::new("volume.point").project(volume.project).guest(volume.guest).data(data));
+            }
+        }
+        change.update(before, &now);
+        match self.state.commit(&Context::system(), change).await {
+            // Looked at again with the next tick.
+            Err(error) if error.is_conflict() => Ok(()),
+            other => Ok(other.map(|_| ())?),
+        }
+    }
+
+    /// A point was due and could not be taken. Told once for each reason.
+    async fn tell_missed(&self, host: HostId, id: VolumeId, problem: &str) -> Result<(), EngineError> {
+        let problem: String = problem.chars().take(PROBLEM_AT_MOST).collect();
+        retry_conflicts(|| async {
+            let (Some(before), Some(volume)) =
+                (self.state.read::<VolumeHistory>(&id).await?, self.state.read::<Volume>(&id).await?)
+            else {
+                return Ok(());
+            };
+            if before.problem.as_ref() == Some(&problem) {
+                return Ok(());
+            }
+            let now = VolumeHistory { problem: Some(problem.clone()), ..before.value.clone() };
+            let mut change = Change::new();
+            change.update(&before, &now);
+            let data = serde_json::json!({ "volume": volume.name, "problem": problem });
+            change.event(
+                EventDraft::new("volume.no_point").project(volume.project).guest(volume.guest).host(host).data(data),
+            );
+            self.state.commit(&Context::actor(format!("host:{host}"), RequestId::generate()), change).await?;
+            Ok::<_, EngineError>(())
+        })
+        .await
+    }
+}
+
+/// Who is to be asked for a point of a volume; in words why nobody can be.
+pub(crate) async fn askable(
+    state: &crate::state::State,
+    points: &PointBoard,
+    volume: &Volume,
+    is_open: impl Fn(HostId) -> bool,
+) -> Result<Result<Asked, String>, EngineError> {
+    let (Some(guest), Some(host)) = (volume.guest, volume.host) else {
+        return Ok(Err(format!("no host holds volume {}: its guest was never started, or is frozen", volume.name)));
+    };
+    let Some(record) = state.read::<GuestRecord>(&guest).await? else {
+        return Ok(Err(format!("volume {} has no guest", volume.name)));
+    };
+    if !record.owner.is_owned_by(host, volume.epoch) {
+        return Ok(Err(format!("the guest of volume {} does not run", volume.name)));
+    }
+    // A mirror's may be held for weeks, and cuts have a snapshot of their own.
+    let is_mirror =
+        |operation: &supercloud_api::handover::Operation| matches!(operation.kind, OperationKind::Mirror { .. });
+    if record.owner.operation.as_ref().is_some_and(|operation| !is_mirror(operation)) {
+        return Ok(Err(format!("an operation holds the guest of volume {}", volume.name)));
+    }
+    if !is_open(host) {
+        return Ok(Err(format!("the host that holds volume {} is not connected", volume.name)));
+    }
+    if !points.takes(host) {
+        return Ok(Err("the agent of the host that holds it is of a version that takes no points".to_owned()));
+    }
+    Ok(Ok(Asked { host, guest, project: volume.project, at: Instant::now() }))
+}
