@@ -28,7 +28,7 @@ pub const MAX_SIZE_BYTES: u64 = 2 << 40;
 /// The version of every payload.
 const VERSION: u16 = 1;
 /// Digests in one frame at most.
-const DIGESTS_PER_FRAME: usize = 4096;
+const DIGESTS_PER_FRAME: usize = 64;
 /// Bytes of a number and a digest.
 const DIGEST_BYTES: usize = 4 + 32;
 
@@ -273,10 +273,10 @@ impl Encoder {
     ///
     /// # Errors
     /// Those of frames.
-    pub fn end(self) -> Result<Vec<Bytes>, BlocksError> {
+    pub fn end(&mut self) -> Result<Vec<Bytes>, BlocksError> {
         let mut last = Vec::new();
         if !self.digests.is_empty() {
-            last.push(frame(kind::DIGESTS, self.digests)?);
+            last.push(frame(kind::DIGESTS, std::mem::take(&mut self.digests))?);
         }
         last.push(Frame::json(kind::END, VERSION, &End { blocks: self.sent })?.to_bytes()?.into());
         Ok(last)

@@ -14,6 +14,7 @@ use crate::{
     Host, HostPatch, HostRent, Image, ImageCreate, ImageImport, ImagePart, JoinRequest, JoinResponse, JoinToken,
     JoinTokenCreate, Ledger, Market, Mirror, Network, NetworkCreate, Operation, Page, Placement, Port, PriceSeries,
     Problem, Project, ProjectCreate, Renting, Token, TokenCreate, TokenSecret, Volume, WhoAmI,
+    blocks::{self, BlocksError},
 };
 
 /// How long one attempt of a request may take when it does not say otherwise.
@@ -51,6 +52,15 @@ pub enum ClientError {
     /// The settings make no client.
     #[error("the client cannot be set up: {0}")]
     Setup(String),
+    /// A stream of blocks is wrong, or the controller could not go on with it.
+    #[error("blocks from {url}")]
+    Blocks {
+        /// From where.
+        url: String,
+        /// What is wrong.
+        #[source]
+        source: BlocksError,
+    },
     /// The wait was over before the operation was.
     #[error("operation {0} has not ended yet")]
     StillRunning(OperationId),
@@ -334,6 +344,24 @@ impl Client {
         self.once(&path, self.request(Method::POST, &path).json(&body)).await.map(drop)
     }
 
+    /// The blocks of a content that are not all zeros, or their digests; `path` ends with `/blocks`.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    pub async fn blocks(&self, path: &str, range: std::ops::Range<u32>, digests: bool) -> Result<BlockStream> {
+        let url = self.url(path);
+        let query = [("from_block", range.start.to_string()), ("to_block", range.end.to_string())];
+        let request = self.request(Method::GET, path).query(&query).query(&[("digests", digests)]);
+        let response = tokio::time::timeout(REQUEST_BUDGET, request.send()).await;
+        let response = response
+            .map_err(|_| ClientError::Unexpected { url: url.clone(), what: "it does not answer".into() })?
+            .map_err(|source| ClientError::Transport { url: url.clone(), source })?;
+        if response.status() != StatusCode::OK {
+            return Err(refusal(url, response).await);
+        }
+        Ok(BlockStream { response, decoder: blocks::Decoder::default(), url })
+    }
+
     /// The event stream from after `after`; ends when the connection does (call again with the last `seq`).
     ///
     /// # Errors
@@ -359,6 +387,37 @@ impl Client {
     }
 }
 
+/// The blocks of a content, as they come.
+#[derive(Debug)]
+pub struct BlockStream {
+    response: reqwest::Response,
+    decoder: blocks::Decoder,
+    url: String,
+}
+
+impl BlockStream {
+    /// What comes next, checked; ends with [`blocks::Item::End`].
+    ///
+    /// # Errors
+    /// [`ClientError::Transport`] when the connection broke off or is silent for [`REQUEST_BUDGET`], [`ClientError::Blocks`] when
+    /// what came is wrong. Nothing comes after an error.
+    pub async fn next(&mut self) -> Result<blocks::Item> {
+        loop {
+            let wrong = |source| ClientError::Blocks { url: self.url.clone(), source };
+            if let Some(item) = self.decoder.next_item().map_err(wrong)? {
+                return Ok(item);
+            }
+            match tokio::time::timeout(REQUEST_BUDGET, self.response.chunk()).await {
+                Ok(Ok(Some(piece))) => self.decoder.push(&piece),
+                Ok(Ok(None)) | Err(_) => {
+                    return Err(ClientError::Blocks { url: self.url.clone(), source: BlocksError::BrokeOff });
+                }
+                Ok(Err(source)) => return Err(ClientError::Transport { url: self.url.clone(), source }),
+            }
+        }
+    }
+}
+
 /// Why a stream was not opened.
 async fn refusal(url: String, response: reqwest::Response) -> ClientError {
     let status = response.status();
@@ -367,7 +426,9 @@ async fn refusal(url: String, response: reqwest::Response) -> ClientError {
         .map_or_else(|_| ClientError::Unexpected { url, what: status.to_string() }, ClientError::Problem)
 }
 
-fn is_worth_a_retry(error: &ClientError) -> bool {
+/// Whether the same call may do better a little later.
+#[must_use]
+pub fn is_worth_a_retry(error: &ClientError) -> bool {
     match error {
         // Also an answer that broke off: the key makes it safe to ask again.
         ClientError::Transport { source, .. } => {
@@ -375,6 +436,8 @@ fn is_worth_a_retry(error: &ClientError) -> bool {
         }
         // Other retryable problems (no capacity, operation in progress) are the caller's to judge.
         ClientError::Problem(problem) => matches!(problem.status, 429 | 503),
+        ClientError::Blocks { source: BlocksError::BrokeOff | BlocksError::Damaged { .. }, .. } => true,
+        ClientError::Blocks { source: BlocksError::Failed(problem), .. } => matches!(problem.status, 429 | 503),
         _ => false,
     }
 }

@@ -124,7 +124,9 @@ fn a_stream_that_leaves_out_repeats_or_breaks_off_is_refused() {
     }
     let mut failed = frames[..3].to_vec();
     failed.push(Encoder::failed(&Problem::new(Code::Internal, "the disk is gone")).unwrap());
-    assert!(matches!(decode(&failed.concat(), 1000), Err(BlocksError::Failed(problem)) if problem.code == Code::Internal));
+    assert!(
+        matches!(decode(&failed.concat(), 1000), Err(BlocksError::Failed(problem)) if problem.code == Code::Internal)
+    );
     // A good block at another's place.
     let mut swapped = frames.clone();
     let mut other = swapped[3].to_vec();

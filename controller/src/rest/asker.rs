@@ -51,6 +51,13 @@ pub struct Params {
     pub after: Option<u64>,
     /// The newest so many events, and what follows.
     pub last: Option<u64>,
+    /// The first block of a content that is asked for.
+    pub from_block: Option<u32>,
+    /// The first that is not any more.
+    pub to_block: Option<u32>,
+    /// Only the blocks' digests.
+    #[serde(default)]
+    pub digests: bool,
     /// Where an uploaded piece goes.
     pub offset: Option<u64>,
     /// The market.

@@ -5,6 +5,7 @@
 //! `#[utoipa::path]`, a line in [`router`] and one in [`openapi`]; a test compares the four.
 
 mod asker;
+mod blocks;
 mod clouds;
 mod evacuations;
 mod events;
@@ -68,6 +69,8 @@ pub struct Api {
     pub metrics: Metrics,
     uploads: uploads::Uploads,
     streams: events::Streams,
+    /// Contents that are given out.
+    exports: blocks::Exports,
     /// Consoles that are looked at.
     consoles: shares::Shares,
     /// Requests that place guests decide one after the other: they would only make each other decide anew.
@@ -87,6 +90,7 @@ impl Api {
             metrics: metrics.clone(),
             uploads: uploads::Uploads::new(parts.config.uploads_dir()),
             streams: events::Streams::default(),
+            exports: blocks::Exports::default(),
             consoles: shares::Shares::default(),
             placing: Arc::default(),
             reckoning: Arc::default(),
@@ -125,6 +129,7 @@ pub fn router(api: Api) -> Router {
         .route("/v1/images", get(images::list).post(images::create))
         .route("/v1/images/{image}", get(images::read).delete(images::remove))
         .route("/v1/images/{image}/parts/{part}", put(images::upload))
+        .route("/v1/images/{image}/parts/{part}/blocks", get(blocks::of_image))
         .route("/v1/images/{image}/import", post(images::import))
         .route("/v1/volumes", get(volumes::list))
         .route("/v1/volumes/{volume}", get(volumes::read))

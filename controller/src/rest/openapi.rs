@@ -14,8 +14,8 @@ use utoipa::{
 };
 
 use super::{
-    clouds, events, guest_console, guest_create, guest_evacuation, guest_mirrors, guest_operations, guest_placement,
-    guests, hosts, images, join, ledger, networks, operations, plans,
+    blocks, clouds, events, guest_console, guest_create, guest_evacuation, guest_mirrors, guest_operations,
+    guest_placement, guests, hosts, images, join, ledger, networks, operations, plans,
 };
 use super::{evacuations, projects, rentings, session, simulations, stores, system, tokens, volumes};
 use crate::auth::{Access, ROUTES, Route};
@@ -65,6 +65,7 @@ use crate::auth::{Access, ROUTES, Route};
         images::remove,
         images::upload,
         images::import,
+        blocks::of_image,
         volumes::list,
         volumes::read,
         volumes::check,
@@ -210,6 +211,18 @@ fn parameters(route: &Route, lists: bool) -> Vec<Parameter> {
         }
         "/v1/images/{image}/parts/{part}" => {
             all.push(parameter("offset", Query, true, Type::Integer, "Where the piece goes: how much is kept so far."));
+        }
+        path if path.ends_with("/blocks") => {
+            all.push(parameter("from_block", Query, false, Type::Integer, "The first block; 0 when absent."));
+            all.push(parameter(
+                "to_block",
+                Query,
+                false,
+                Type::Integer,
+                "The first block not any more; the end when absent.",
+            ));
+            let text = "Give the digests of the blocks instead, to check what was received before.";
+            all.push(parameter("digests", Query, false, Type::Boolean, text));
         }
         _ => {}
     }
