@@ -13,7 +13,7 @@ use crate::{
     GuestCreate, GuestFailover, GuestFreeze, GuestMigrate, GuestMirror, GuestPatch, GuestStart, GuestStop, GuestThaw,
     Host, HostPatch, HostRent, Image, ImageCreate, ImageImport, ImagePart, JoinRequest, JoinResponse, JoinToken,
     JoinTokenCreate, Ledger, Market, Mirror, Network, NetworkCreate, Operation, Page, Placement, Port, PriceSeries,
-    Problem, Project, ProjectCreate, Renting, Token, TokenCreate, TokenSecret, Volume, WhoAmI,
+    Problem, Project, ProjectCreate, Renting, Token, TokenCreate, TokenSecret, UploadDigest, Volume, WhoAmI,
     blocks::{self, BlocksError},
 };
 
@@ -266,13 +266,22 @@ impl Client {
     /// # Errors
     /// As every call.
     pub async fn upload_part(&self, image: &str, part: ImagePart, offset: u64, piece: bytes::Bytes) -> Result<Image> {
-        let part = serde_json::to_value(part).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default();
-        let path = format!("/v1/images/{image}/parts/{part}");
+        let path = part_path(image, part);
         let request = self
             .request(Method::PUT, &path)
             .query(&[("offset", offset)])
             .header("Content-Type", "application/octet-stream")
             .body(piece);
+        self.send(&path, request).await
+    }
+
+    /// What a stretch of an uploaded part is; at most 1 GiB.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn uploaded_digest(&self, image: &str, part: ImagePart, offset: u64, bytes: u64) -> Result<UploadDigest> {
+        let path = part_path(image, part);
+        let request = self.request(Method::GET, &path).query(&[("offset", offset), ("bytes", bytes)]);
         self.send(&path, request).await
     }
 
@@ -416,6 +425,12 @@ impl BlockStream {
             }
         }
     }
+}
+
+/// The path of a part of an image.
+fn part_path(image: &str, part: ImagePart) -> String {
+    let part = serde_json::to_value(part).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default();
+    format!("/v1/images/{image}/parts/{part}")
 }
 
 /// Why a stream was not opened.

@@ -290,6 +290,19 @@ pub enum VolumeVerb {
         #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=100_000))]
         megabytes_per_s: u64,
     },
+    /// Writes what a volume holds, whose guest is frozen or was never started, to a file that is not there yet; as `image export`.
+    #[command(
+        after_help = "Example:\n  supercloud guest freeze web --watch && supercloud volume export web --format qcow2 web.qcow2"
+    )]
+    Export {
+        /// Its name or id.
+        name: String,
+        /// The file.
+        file: PathBuf,
+        /// What to write: raw (zeros are holes), or qcow2 (version 3).
+        #[arg(long, value_enum, default_value = "raw")]
+        format: ExportFormat,
+    },
 }
 
 /// Verbs of chunk stores.

@@ -222,6 +222,10 @@ async fn volumes(client: &Client, output: Output, verb: VolumeVerb) -> anyhow::R
             show::print(output, &volumes, || listings::volumes(&volumes, &names))
         }
         VolumeVerb::Show { name } => show::print_named(client, output, &client.volume(&name).await?).await,
+        VolumeVerb::Export { name, file, format } => {
+            let volume = client.volume(&name).await?;
+            exports::run(client, format!("/v1/volumes/{}/blocks", volume.id), format.into(), file).await
+        }
         VolumeVerb::Check { name, megabytes_per_s } => {
             let volume = client.check_volume(&name, megabytes_per_s * 1_000_000).await?;
             eprintln!("{} is being checked; `supercloud event list` tells what was found", volume.name);

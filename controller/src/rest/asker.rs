@@ -60,6 +60,8 @@ pub struct Params {
     pub digests: bool,
     /// Where an uploaded piece goes.
     pub offset: Option<u64>,
+    /// How many bytes are asked about.
+    pub bytes: Option<u64>,
     /// The market.
     pub market: Option<String>,
     /// A host or a cloud.

@@ -64,11 +64,13 @@ use crate::auth::{Access, ROUTES, Route};
         images::read,
         images::remove,
         images::upload,
+        images::uploaded,
         images::import,
         blocks::of_image,
         volumes::list,
         volumes::read,
         volumes::check,
+        blocks::of_volume,
         volumes::list_freezes,
         volumes::read_freeze,
         networks::list,
@@ -210,7 +212,19 @@ fn parameters(route: &Route, lists: bool) -> Vec<Parameter> {
             all.push(parameter("last", Query, false, Type::Integer, "The newest so many events, and what follows."));
         }
         "/v1/images/{image}/parts/{part}" => {
-            all.push(parameter("offset", Query, true, Type::Integer, "Where the piece goes: how much is kept so far."));
+            if route.method == axum::http::Method::GET {
+                all.push(parameter("offset", Query, false, Type::Integer, "Where the stretch begins; 0 when absent."));
+                all.push(parameter(
+                    "bytes",
+                    Query,
+                    false,
+                    Type::Integer,
+                    "Its length, at most 1 GiB; that when absent.",
+                ));
+            } else {
+                let text = "Where the piece goes: how much is kept so far.";
+                all.push(parameter("offset", Query, true, Type::Integer, text));
+            }
         }
         path if path.ends_with("/blocks") => {
             all.push(parameter("from_block", Query, false, Type::Integer, "The first block; 0 when absent."));

@@ -1,16 +1,34 @@
 //! Images out of the store.
 
-use std::path::{Path, PathBuf};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use bytes::Bytes;
 use rand::{Rng as _, SeedableRng as _};
 use supercloud_api::{
-    Code, Image, ImageCreate, ImageImport, ImagePart, Role,
+    Code, Image, ImageCreate, ImageImport, ImagePart, Role, Volume,
     blocks::{BLOCK_BYTES, BlocksError, Item, digest},
     client::{Client, ClientError},
+    data::{Channel, Open, Opened, VERSION, kind},
+    frame::{Frame, read_frame, write_frame},
+    ids::HostId,
+    ticket::Ticket,
+    tls::{self, Identity},
+    unix_ms,
 };
+use supercloud_storage::{
+    backend::{DirStore, ObjectStore},
+    key::{DataKeys, ProjectKey},
+    peer::chunks::{ServedProjects, serve_chunks},
+    transfer::{ImportOptions, import_image},
+};
+use tokio_util::sync::CancellationToken;
 
-use super::{TestController, problem};
+use super::{TestController, guest, problem};
+use crate::state::HostRecord;
 
 /// A disk with some random blocks, of no whole number of blocks.
 fn disk() -> Vec<u8> {
@@ -112,6 +130,107 @@ async fn an_image_comes_out_as_it_went_in_and_nothing_damaged_does() {
         std::fs::write(&path, b"no chunk").unwrap();
     }
     assert_eq!(problem(client.blocks(DISK, 0..1, false).await).code, Code::Internal);
+    test.stop().await;
+}
+
+/// An agent that gives chunks out of a store to whoever shows a ticket for it; where it listens, and its certificate's hash.
+async fn agent(test: &TestController, host: HostId, store: Arc<DirStore>) -> (SocketAddr, String) {
+    let key = rcgen::KeyPair::generate().unwrap();
+    let signed = test.parts().authority.sign_host(host, &super::joins::csr(&key)).unwrap();
+    let chain = tls::certificates_of_pem(&signed).unwrap();
+    let me = tls::fingerprint(&chain[0]);
+    let identity = Identity { chain, key: tls::key_of_pem(&key.serialize_pem()).unwrap() };
+    let ca = [test.parts().authority.certificate().clone()];
+    let config = tls::server_config(&ca, identity, &[tls::ALPN_DATA]).unwrap();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (acceptor, own) = (tokio_rustls::TlsAcceptor::from(Arc::new(config)), me.clone());
+    let ticket_key = test.parts().keys.tickets.0.public_key_hex();
+    tokio::spawn(async move {
+        loop {
+            let tcp = listener.accept().await.unwrap().0;
+            let mut stream = acceptor.accept(tcp).await.unwrap();
+            let peer = tls::fingerprint(&stream.get_ref().1.peer_certificates().unwrap()[0]);
+            let open: Open = read_frame(&mut stream).await.unwrap().parse_json(kind::OPEN, VERSION).unwrap();
+            // As an agent judges it (`agent/src/plane/admission.rs`).
+            let ticket = Ticket::verify(&open.ticket, &ticket_key, unix_ms()).unwrap();
+            assert_eq!((ticket.source.host, ticket.source.certificate_sha256), (Some(host), own.clone()));
+            assert_eq!((ticket.destination.host, ticket.destination.certificate_sha256), (None, peer));
+            let Channel::Chunks { project } = open.channel else { panic!("{open:?}") };
+            assert_eq!(project, ticket.project);
+            write_frame(&mut stream, &Frame::json(kind::OPENED, VERSION, &Opened { error: None }).unwrap())
+                .await
+                .unwrap();
+            let projects = ServedProjects::default();
+            projects.add(project);
+            let store = Arc::clone(&store) as Arc<dyn ObjectStore>;
+            tokio::spawn(async move { serve_chunks(store, projects, stream, &CancellationToken::new()).await });
+        }
+    });
+    (address, me)
+}
+
+#[tokio::test]
+async fn a_frozen_volume_comes_out_of_its_clouds_store_by_an_agent() {
+    let test = TestController::start().await;
+    let world = test.world().await;
+    world.client.create_guest(&guest("web")).await.unwrap();
+    let volume = world.client.volumes().await.unwrap().remove(0);
+    // What a freeze would have stored in the cloud, and no controller has.
+    let folder = tempfile::tempdir().unwrap();
+    let store = Arc::new(DirStore::open(folder.path()).unwrap());
+    let key = test.state().project_key(&test.parts().keys.root, world.project).await.unwrap();
+    let keys = Arc::new(DataKeys::derive(world.project, &ProjectKey::from_bytes(key)));
+    let (disk, cancel) = (disk(), CancellationToken::new());
+    let raw = folder.path().join("disk.raw");
+    std::fs::write(&raw, &disk).unwrap();
+    let options = ImportOptions {
+        format: Some(supercloud_storage::transfer::DiskFormat::Raw),
+        work_folder: folder.path().to_owned(),
+        convert_budget: std::time::Duration::from_secs(1),
+    };
+    let stored = import_image(&raw, &options, keys, Arc::clone(&store) as _, &cancel, |_| {}).await.unwrap();
+    let path = format!("/v1/volumes/{}/blocks", volume.id);
+    // Larger than what it stands on: the rest is zeros.
+    let size_bytes = 50 * BLOCK_BYTES as u64;
+    let is_at = |host: Option<HostId>| {
+        let (test, root, cloud) = (&test, stored.root.to_string(), world.hosts[0].cloud);
+        async move {
+            test.edit::<Volume>(&volume.id, |volume| {
+                (volume.base, volume.base_cloud) = (Some(root.clone()), Some(cloud));
+                (volume.host, volume.size_bytes) = (host, size_bytes);
+            })
+            .await;
+        }
+    };
+    is_at(Some(world.hosts[0].id)).await;
+    let busy = problem(world.client.blocks(&path, 0..1, false).await);
+    assert!(busy.code == Code::WrongState && busy.detail.contains("freeze its guest first"), "{busy:?}");
+    is_at(None).await;
+    // Nobody of that cloud is there.
+    assert_eq!(problem(world.client.blocks(&path, 0..1, false).await).code, Code::HostUnavailable);
+    let host = world.hosts[0].id;
+    let (address, certificate_sha256) = agent(&test, host, store).await;
+    test.edit::<HostRecord>(&host, |record| {
+        record.host.data_address = Some(address);
+        record.host.certificate_sha256.clone_from(&certificate_sha256);
+    })
+    .await;
+    let _session = test.parts().sessions.open_for_tests(host);
+    let (items, error) = all(&world.client, &path, 0..50, false).await;
+    assert!(error.is_none(), "{error:?}");
+    let mut out = vec![0; 50 * BLOCK_BYTES];
+    for item in &items[1..] {
+        let Item::Block { block, data } = item else { panic!("{item:?}") };
+        out[*block as usize * BLOCK_BYTES..][..BLOCK_BYTES].copy_from_slice(data);
+    }
+    assert!(out[..disk.len()] == disk && out[disk.len()..].iter().all(|byte| *byte == 0) && items.len() == 7);
+    // It went through, and was not kept here.
+    let own = files(&test.parts().config.chunks_dir());
+    assert!(own.iter().all(|path| path.metadata().unwrap().len() < 60_000), "{own:?}");
+    // Another certificate than the host's own is not talked to.
+    test.edit::<HostRecord>(&host, |record| record.host.certificate_sha256 = "ab".repeat(32)).await;
+    assert_eq!(problem(world.client.blocks(&path, 0..1, false).await).code, Code::HostUnavailable);
     test.stop().await;
 }
 
