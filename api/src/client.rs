@@ -1,6 +1,8 @@
 //! The typed REST client: TLS pinned to the controller's CA, problems as errors, idempotent retry, long-polled
 //! operations, the event stream with resume.
 
+mod blocks;
+
 use std::time::{Duration, Instant};
 
 use futures::{Stream, StreamExt as _};
@@ -14,8 +16,10 @@ use crate::{
     Host, HostPatch, HostRent, Image, ImageCreate, ImageImport, ImagePart, JoinRequest, JoinResponse, JoinToken,
     JoinTokenCreate, Ledger, Market, Mirror, Network, NetworkCreate, Operation, Page, Placement, Port, PriceSeries,
     Problem, Project, ProjectCreate, Renting, Token, TokenCreate, TokenSecret, UploadDigest, Volume, WhoAmI,
-    blocks::{self, BlocksError},
+    blocks::BlocksError,
 };
+
+pub use blocks::BlockStream;
 
 /// How long one attempt of a request may take when it does not say otherwise.
 const REQUEST_BUDGET: Duration = Duration::from_secs(60);
@@ -353,24 +357,6 @@ impl Client {
         self.once(&path, self.request(Method::POST, &path).json(&body)).await.map(drop)
     }
 
-    /// The blocks of a content that are not all zeros, or their digests; `path` ends with `/blocks`.
-    ///
-    /// # Errors
-    /// When it cannot be opened.
-    pub async fn blocks(&self, path: &str, range: std::ops::Range<u32>, digests: bool) -> Result<BlockStream> {
-        let url = self.url(path);
-        let query = [("from_block", range.start.to_string()), ("to_block", range.end.to_string())];
-        let request = self.request(Method::GET, path).query(&query).query(&[("digests", digests)]);
-        let response = tokio::time::timeout(REQUEST_BUDGET, request.send()).await;
-        let response = response
-            .map_err(|_| ClientError::Unexpected { url: url.clone(), what: "it does not answer".into() })?
-            .map_err(|source| ClientError::Transport { url: url.clone(), source })?;
-        if response.status() != StatusCode::OK {
-            return Err(refusal(url, response).await);
-        }
-        Ok(BlockStream { response, decoder: blocks::Decoder::default(), url })
-    }
-
     /// The event stream from after `after`; ends when the connection does (call again with the last `seq`).
     ///
     /// # Errors
@@ -393,37 +379,6 @@ impl Client {
             .bytes_stream()
             .map(move |piece| piece.map_err(|source| ClientError::Transport { url: transport_url.clone(), source }));
         Ok(sse_events(lines))
-    }
-}
-
-/// The blocks of a content, as they come.
-#[derive(Debug)]
-pub struct BlockStream {
-    response: reqwest::Response,
-    decoder: blocks::Decoder,
-    url: String,
-}
-
-impl BlockStream {
-    /// What comes next, checked; ends with [`blocks::Item::End`].
-    ///
-    /// # Errors
-    /// [`ClientError::Transport`] when the connection broke off or is silent for [`REQUEST_BUDGET`], [`ClientError::Blocks`] when
-    /// what came is wrong. Nothing comes after an error.
-    pub async fn next(&mut self) -> Result<blocks::Item> {
-        loop {
-            let wrong = |source| ClientError::Blocks { url: self.url.clone(), source };
-            if let Some(item) = self.decoder.next_item().map_err(wrong)? {
-                return Ok(item);
-            }
-            match tokio::time::timeout(REQUEST_BUDGET, self.response.chunk()).await {
-                Ok(Ok(Some(piece))) => self.decoder.push(&piece),
-                Ok(Ok(None)) | Err(_) => {
-                    return Err(ClientError::Blocks { url: self.url.clone(), source: BlocksError::BrokeOff });
-                }
-                Ok(Err(source)) => return Err(ClientError::Transport { url: self.url.clone(), source }),
-            }
-        }
     }
 }
 

@@ -334,11 +334,6 @@ fn a_part_of_something_else_is_no_harm_and_two_commands_do_not_mix() {
     for (format, file, length) in [("raw", "a", 5_000_000), ("qcow2", "b", 100_000), ("qcow2", "c", 9_000_000)] {
         let other: Vec<u8> = (0..length).map(|_| dice.roll(256) as u8).collect();
         std::fs::write(folder.path().join(format!("{file}.part")), other).unwrap();
-        std::fs::set_permissions(
-            folder.path().join(format!("{file}.part")),
-            std::os::unix::fs::PermissionsExt::from_mode(0o600),
-        )
-        .unwrap();
         let (code, said) = far.export(folder.path(), format, file);
         assert_eq!(code, 0, "{said}");
         judge(folder.path(), format, file, &content);

@@ -62,6 +62,8 @@ impl PartFile {
         let mut options = OpenOptions::new();
         let file = options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let file = file.open(&part).map_err(failed)?;
+        // Also where it was there before; of somebody else's file this fails, and so it should.
+        file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o600)).map_err(failed)?;
         match file.try_lock() {
             Ok(()) => Ok(Self { file, part, whole: path.to_owned() }),
             Err(std::fs::TryLockError::WouldBlock) => Err(PartError::Busy(shown())),
