@@ -1,6 +1,7 @@
 //! `supercloud image export` against a far side that breaks off, lies, and is slow; what comes of it is judged by qemu-img.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(clippy::disallowed_methods, reason = "the test waits on its own thread for what another process writes")]
 
 use std::{
     collections::VecDeque,

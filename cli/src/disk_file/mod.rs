@@ -48,7 +48,7 @@ impl Layout {
 
     /// The length of the whole file.
     #[must_use]
-    pub fn len(&self) -> u64 {
+    pub fn file_bytes(&self) -> u64 {
         self.qcow2.as_ref().map_or(self.size_bytes, qcow2::Tables::len)
     }
 
@@ -94,7 +94,7 @@ mod tests {
         let mut map = BlockMap::zeros(3);
         map.set(2);
         let layout = Layout::new(Format::Raw, 2 * BLOCK + 77, map.clone()).unwrap();
-        assert_eq!((layout.len(), layout.offset(2), layout.block_len(2)), (2 * BLOCK + 77, 2 * BLOCK, 77));
+        assert_eq!((layout.file_bytes(), layout.offset(2), layout.block_len(2)), (2 * BLOCK + 77, 2 * BLOCK, 77));
         assert_eq!((layout.block_len(1), layout.tables().count()), (BLOCK_BYTES, 0));
         assert!(Layout::new(Format::Raw, 2 * BLOCK, map).is_none());
     }

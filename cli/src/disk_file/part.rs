@@ -92,9 +92,9 @@ impl PartFile {
             (kept, end) = (block + 1, block_end);
             next = map.next(block + 1);
         }
-        if next.is_none() && length >= layout.len() {
+        if next.is_none() && length >= layout.file_bytes() {
             // A tail of zeros was there, too.
-            (kept, end) = (map.blocks(), layout.len());
+            (kept, end) = (map.blocks(), layout.file_bytes());
         }
         self.file.set_len(end).map_err(self.failed("cut"))?;
         for (offset, bytes) in layout.tables() {
@@ -152,7 +152,7 @@ impl PartFile {
     /// # Errors
     /// When the file cannot be synced or renamed, or a file of its name has come meanwhile.
     pub fn finish(self, layout: &Layout) -> Result<(), PartError> {
-        self.file.set_len(layout.len()).map_err(self.failed("lengthen"))?;
+        self.file.set_len(layout.file_bytes()).map_err(self.failed("lengthen"))?;
         self.file.sync_all().map_err(self.failed("sync"))?;
         if self.whole.symlink_metadata().is_ok() {
             return Err(PartError::Exists(self.whole.display().to_string()));

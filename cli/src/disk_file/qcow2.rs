@@ -141,7 +141,7 @@ impl Tables {
         let here = cluster * ENTRIES..((cluster + 1) * ENTRIES).min(self.l1_entries);
         let entry = |index| {
             let is_used = count(map, index) > 0;
-            let entry = if is_used { next * CLUSTER | COPIED } else { 0 };
+            let entry = if is_used { (next * CLUSTER) | COPIED } else { 0 };
             next += u64::from(is_used);
             entry.to_be_bytes()
         };
