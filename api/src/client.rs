@@ -1,6 +1,8 @@
 //! The typed REST client: TLS pinned to the controller's CA, problems as errors, idempotent retry, long-polled
 //! operations, the event stream with resume.
 
+mod blocks;
+
 use std::time::{Duration, Instant};
 
 use futures::{Stream, StreamExt as _};
@@ -13,9 +15,11 @@ use crate::{
     GuestCreate, GuestFailover, GuestFreeze, GuestMigrate, GuestMirror, GuestPatch, GuestStart, GuestStop, GuestThaw,
     HistoryPolicy, Host, HostPatch, HostRent, Image, ImageCreate, ImageImport, ImagePart, JoinRequest, JoinResponse,
     JoinToken, JoinTokenCreate, Ledger, Market, Mirror, Network, NetworkCreate, Operation, Page, Placement, Port,
-    PriceSeries, Problem, Project, ProjectCreate, Renting, Token, TokenCreate, TokenSecret, Volume, VolumeAsOf,
-    VolumeHistory, WhoAmI,
+    PriceSeries, Problem, Project, ProjectCreate, Renting, Token, TokenCreate, TokenSecret, UploadDigest, Volume,
+    VolumeAsOf, VolumeHistory, WhoAmI, blocks::BlocksError,
 };
+
+pub use blocks::BlockStream;
 
 /// How long one attempt of a request may take when it does not say otherwise.
 const REQUEST_BUDGET: Duration = Duration::from_secs(60);
@@ -52,6 +56,15 @@ pub enum ClientError {
     /// The settings make no client.
     #[error("the client cannot be set up: {0}")]
     Setup(String),
+    /// A stream of blocks is wrong, or the controller could not go on with it.
+    #[error("blocks from {url}")]
+    Blocks {
+        /// From where.
+        url: String,
+        /// What is wrong.
+        #[source]
+        source: BlocksError,
+    },
     /// The wait was over before the operation was.
     #[error("operation {0} has not ended yet")]
     StillRunning(OperationId),
@@ -257,13 +270,22 @@ impl Client {
     /// # Errors
     /// As every call.
     pub async fn upload_part(&self, image: &str, part: ImagePart, offset: u64, piece: bytes::Bytes) -> Result<Image> {
-        let part = serde_json::to_value(part).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default();
-        let path = format!("/v1/images/{image}/parts/{part}");
+        let path = part_path(image, part);
         let request = self
             .request(Method::PUT, &path)
             .query(&[("offset", offset)])
             .header("Content-Type", "application/octet-stream")
             .body(piece);
+        self.send(&path, request).await
+    }
+
+    /// What a stretch of an uploaded part is; at most 1 GiB.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn uploaded_digest(&self, image: &str, part: ImagePart, offset: u64, bytes: u64) -> Result<UploadDigest> {
+        let path = part_path(image, part);
+        let request = self.request(Method::GET, &path).query(&[("offset", offset), ("bytes", bytes)]);
         self.send(&path, request).await
     }
 
@@ -360,6 +382,12 @@ impl Client {
     }
 }
 
+/// The path of a part of an image.
+fn part_path(image: &str, part: ImagePart) -> String {
+    let part = serde_json::to_value(part).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default();
+    format!("/v1/images/{image}/parts/{part}")
+}
+
 /// Why a stream was not opened.
 async fn refusal(url: String, response: reqwest::Response) -> ClientError {
     let status = response.status();
@@ -368,7 +396,9 @@ async fn refusal(url: String, response: reqwest::Response) -> ClientError {
         .map_or_else(|_| ClientError::Unexpected { url, what: status.to_string() }, ClientError::Problem)
 }
 
-fn is_worth_a_retry(error: &ClientError) -> bool {
+/// Whether the same call may do better a little later.
+#[must_use]
+pub fn is_worth_a_retry(error: &ClientError) -> bool {
     match error {
         // Also an answer that broke off: the key makes it safe to ask again.
         ClientError::Transport { source, .. } => {
@@ -376,6 +406,8 @@ fn is_worth_a_retry(error: &ClientError) -> bool {
         }
         // Other retryable problems (no capacity, operation in progress) are the caller's to judge.
         ClientError::Problem(problem) => matches!(problem.status, 429 | 503),
+        ClientError::Blocks { source: BlocksError::BrokeOff | BlocksError::Damaged { .. }, .. } => true,
+        ClientError::Blocks { source: BlocksError::Failed(problem), .. } => matches!(problem.status, 429 | 503),
         _ => false,
     }
 }

@@ -114,7 +114,7 @@ impl Frame {
 }
 
 /// Kind, version and length out of a header.
-fn parse_header(header: [u8; HEADER_BYTES]) -> Result<(u16, u16, usize), FrameError> {
+pub(crate) fn parse_header(header: [u8; HEADER_BYTES]) -> Result<(u16, u16, usize), FrameError> {
     let kind = u16::from_le_bytes([header[0], header[1]]);
     let version = u16::from_le_bytes([header[2], header[3]]);
     let length = u32::from_le_bytes([header[4], header[5], header[6], header[7]]) as usize;

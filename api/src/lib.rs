@@ -7,6 +7,7 @@
 //! | [`name`], [`page`] | names that people give; pages of a listing |
 //! | [`frame`] | the frames of every wire between our own processes: `kind u16, version u16, length u32` |
 //! | [`history`] | volumes as of past instants: clock, chain, thinning |
+//! | [`blocks`] | the blocks of an image or volume as REST gives them out |
 //! | [`link`] | agent ↔ controller messages |
 //! | [`data`] | agent ↔ agent: opening frames of the data plane and the control channel of a handover |
 //! | [`ticket`] | signed permissions for what two agents do with each other |
@@ -15,6 +16,7 @@
 //!
 //! This crate knows no other crate of ours but [`supercloud_ids`] and [`supercloud_handover`], which live in its folder.
 
+pub mod blocks;
 pub mod data;
 pub mod frame;
 pub mod guest_call;

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use supercloud_api::Role;
+use supercloud_cli::disk_file::Format;
 
 pub use guest::{GuestCreateArguments, GuestVerb};
 pub use plan::{PlanAim, PlanVerb};
@@ -294,6 +295,19 @@ pub enum VolumeVerb {
     /// As of past instants.
     #[command(flatten)]
     History(HistoryVerb),
+    /// Writes what a volume holds, whose guest is frozen or was never started, to a file that is not there yet; as `image export`.
+    #[command(
+        after_help = "Example:\n  supercloud guest freeze web --watch && supercloud volume export web --format qcow2 web.qcow2"
+    )]
+    Export {
+        /// Its name or id.
+        name: String,
+        /// The file.
+        file: PathBuf,
+        /// What to write: raw (zeros are holes), or qcow2 (version 3).
+        #[arg(long, value_enum, default_value = "raw")]
+        format: ExportFormat,
+    },
 }
 
 /// Verbs of chunk stores.
@@ -379,11 +393,58 @@ pub enum ImageVerb {
         #[arg(long, requires = "kernel")]
         cmdline: Option<String>,
     },
+    /// Writes what an image holds to a file that is not there yet, checked against the image's identity as it comes.
+    ///
+    /// Until it is whole the file is called FILE.part; after an interruption the same command goes on from there, when it has
+    /// checked what is in it.
+    #[command(after_help = "Examples:\n  supercloud image export debian --format qcow2 debian.qcow2\n  \
+        supercloud image export lean --part kernel vmlinuz")]
+    Export {
+        /// Name or id.
+        name: String,
+        /// The file.
+        file: PathBuf,
+        /// What to write: raw (zeros are holes), or qcow2 (version 3; disks only).
+        #[arg(long, value_enum, default_value = "raw")]
+        format: ExportFormat,
+        /// Which of its files.
+        #[arg(long, value_enum, default_value = "disk")]
+        part: ExportPart,
+    },
     /// Deletes an image that no volume needs.
     Delete {
         /// Name or id.
         name: String,
     },
+}
+
+/// What a content is written as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ExportFormat {
+    /// The bytes as they are.
+    Raw,
+    /// QEMU's format.
+    Qcow2,
+}
+
+impl From<ExportFormat> for Format {
+    fn from(format: ExportFormat) -> Self {
+        match format {
+            ExportFormat::Raw => Self::Raw,
+            ExportFormat::Qcow2 => Self::Qcow2,
+        }
+    }
+}
+
+/// A file of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ExportPart {
+    /// The disk.
+    Disk,
+    /// The kernel.
+    Kernel,
+    /// Its initial RAM disk.
+    Initrd,
 }
 
 /// Verbs of networks.

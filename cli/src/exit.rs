@@ -32,7 +32,7 @@ Exit codes:
     3  the controller refused
     4  the operation failed or was rolled back; a plan failed
     5  `apply`: the file asks for what cannot be changed in place; nothing was done
-  130  watching was interrupted; the operation goes on
+  130  watching was interrupted, and the operation goes on; an export was
   141  nobody reads the output any more";
 
 /// An operation that did not end as it should.
@@ -73,6 +73,11 @@ impl std::fmt::Display for WatchLeft {
 
 impl std::error::Error for WatchLeft {}
 
+/// The user does not wait for a content to be written to a file.
+#[derive(Debug, thiserror::Error)]
+#[error("interrupted")]
+pub struct ExportLeft;
+
 /// How `apply` ends when it has not done what the file says.
 #[derive(Debug, thiserror::Error)]
 pub enum NotApplied {
@@ -112,7 +117,7 @@ fn code(error: &anyhow::Error) -> u8 {
     if error.downcast_ref::<OperationFailed>().is_some() || error.downcast_ref::<PlanFailed>().is_some() {
         return OPERATION_FAILED;
     }
-    if error.downcast_ref::<WatchLeft>().is_some() {
+    if error.downcast_ref::<WatchLeft>().is_some() || error.downcast_ref::<ExportLeft>().is_some() {
         return INTERRUPTED;
     }
     match error.downcast_ref::<NotApplied>() {

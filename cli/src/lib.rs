@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod disk_file;
 pub mod fields;
 pub mod progress;
 pub mod table;

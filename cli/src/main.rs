@@ -9,6 +9,7 @@ mod contexts;
 mod direct;
 mod exit;
 mod explain;
+mod exports;
 mod guests;
 mod histories;
 mod ledger;

@@ -1,6 +1,9 @@
 //! The progress of an operation as a line of text: phase, bar, bytes, dirty rate, time left. The bar never goes back.
 
-use std::io::{IsTerminal as _, Write as _};
+use std::{
+    io::{IsTerminal as _, Write as _},
+    time::{Duration, Instant},
+};
 
 use supercloud_api::{Operation, Phase};
 
@@ -51,6 +54,91 @@ impl Bar {
             eprintln!();
         }
     }
+}
+
+/// How long between two looks at how fast bytes come.
+const RATE_EVERY: Duration = Duration::from_millis(500);
+/// Where nobody looks on, a line this often.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+
+/// Bytes that come or go: how many of how many, how fast, how long still. On standard error: rewritten in place on a terminal, a
+/// line now and then elsewhere.
+#[derive(Debug)]
+pub struct Rate {
+    is_terminal: bool,
+    is_dirty: bool,
+    total: u64,
+    done: u64,
+    /// Of these, those that did not have to be moved.
+    skipped: u64,
+    began: Instant,
+    shown: Option<Instant>,
+}
+
+impl Rate {
+    /// Nothing of so many.
+    #[must_use]
+    pub fn new(total: u64) -> Self {
+        let is_terminal = std::io::stderr().is_terminal();
+        Self { is_terminal, is_dirty: false, total, done: 0, skipped: 0, began: Instant::now(), shown: None }
+    }
+
+    /// So many more were moved.
+    pub fn done(&mut self, bytes: u64) {
+        self.done = self.done.saturating_add(bytes);
+        self.show(false);
+    }
+
+    /// So many more need not be moved.
+    pub fn skip(&mut self, bytes: u64) {
+        self.skipped = self.skipped.saturating_add(bytes);
+        self.done(bytes);
+    }
+
+    /// So many that were counted are moved after all.
+    pub fn less(&mut self, bytes: u64) {
+        self.skipped = self.skipped.saturating_sub(bytes);
+        self.done = self.done.saturating_sub(bytes);
+    }
+
+    fn show(&mut self, is_last: bool) {
+        let every = if self.is_terminal { RATE_EVERY } else { LINE_EVERY };
+        if !is_last && self.shown.unwrap_or(self.began).elapsed() < every {
+            return;
+        }
+        self.shown = Some(Instant::now());
+        let line = rate_line(self.done, self.total, self.skipped, self.began.elapsed());
+        let mut out = std::io::stderr().lock();
+        // What cannot be shown is not worth failing for.
+        let _ignored = if self.is_terminal {
+            self.is_dirty = true;
+            write!(out, "\r\x1b[2K{line}")
+        } else {
+            writeln!(out, "{line}")
+        };
+        let _ignored = out.flush();
+    }
+
+    /// Says how it ended, and ends the line.
+    pub fn end(&mut self) {
+        self.show(true);
+        if std::mem::take(&mut self.is_dirty) {
+            eprintln!();
+        }
+    }
+}
+
+/// `12.0 MiB of 64.0 MiB, 6.0 MiB/s, 9 s left`: by what was moved in this time, not by what was there before.
+fn rate_line(done: u64, total: u64, skipped: u64, took: Duration) -> String {
+    let all = format!("{} of {}", bytes(done), bytes(total));
+    let (moved, ms) = (done.saturating_sub(skipped), u64::try_from(took.as_millis()).unwrap_or(u64::MAX));
+    if moved == 0 || ms == 0 {
+        return all;
+    }
+    let per_s = u64::try_from(u128::from(moved) * 1000 / u128::from(ms)).unwrap_or(u64::MAX).max(1);
+    let left_ms = u128::from(total.saturating_sub(done)) * 1000 / u128::from(per_s);
+    let left = duration(u64::try_from(left_ms).unwrap_or(u64::MAX));
+    format!("{all}, {}/s, {left} left", bytes(per_s))
 }
 
 /// How far an operation is, 0 to 1: each phase has its part of the bar; inside the copy, what remains of the memory tells.

@@ -16,10 +16,10 @@ use supercloud_cli::{
 
 use crate::{
     arguments::{
-        CloudVerb, EventVerb, HostVerb, ImageVerb, MarketVerb, NetworkVerb, Noun, OperationVerb, Output, ProjectVerb,
-        StoreVerb, TokenVerb, VolumeVerb, Watch,
+        CloudVerb, EventVerb, ExportFormat, ExportPart, HostVerb, ImageVerb, MarketVerb, NetworkVerb, Noun,
+        OperationVerb, Output, ProjectVerb, StoreVerb, TokenVerb, VolumeVerb, Watch,
     },
-    listings, names, show, uploads,
+    exports, listings, names, show, uploads,
 };
 
 /// How long after an event stream broke off it is opened again.
@@ -197,6 +197,19 @@ async fn images(client: &Client, output: Output, verb: ImageVerb) -> anyhow::Res
             let operation = uploads::send(client, &image, files).await?;
             show::follow(client, output, operation, Watch { watch: true, no_watch: false }).await
         }
+        ImageVerb::Export { name, file, format, part } => {
+            if format == ExportFormat::Qcow2 && part != ExportPart::Disk {
+                bail!("qcow2 is a format of disks: export the kernel and the initial RAM disk as raw");
+            }
+            let part = match part {
+                ExportPart::Disk => "disk",
+                ExportPart::Kernel => "kernel",
+                ExportPart::Initrd => "initrd",
+            };
+            // By its id: the name may be given to another image meanwhile.
+            let image = client.image(&name).await?;
+            exports::run(client, format!("/v1/images/{}/parts/{part}/blocks", image.id), format.into(), file).await
+        }
         ImageVerb::Delete { name } => Ok(client.delete_image(&name).await?),
     }
 }
@@ -210,6 +223,10 @@ async fn volumes(client: &Client, output: Output, verb: VolumeVerb) -> anyhow::R
         }
         VolumeVerb::History(verb) => crate::histories::run(client, output, verb).await,
         VolumeVerb::Show { name } => show::print_named(client, output, &client.volume(&name).await?).await,
+        VolumeVerb::Export { name, file, format } => {
+            let volume = client.volume(&name).await?;
+            exports::run(client, format!("/v1/volumes/{}/blocks", volume.id), format.into(), file).await
+        }
         VolumeVerb::Check { name, megabytes_per_s } => {
             let volume = client.check_volume(&name, megabytes_per_s * 1_000_000).await?;
             eprintln!("{} is being checked; `supercloud event list` tells what was found", volume.name);

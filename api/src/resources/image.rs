@@ -85,6 +85,19 @@ pub struct UploadedPart {
     pub bytes: u64,
 }
 
+/// What a stretch of an uploaded part is: for who goes on with an upload and wants to know that it is of the same file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct UploadDigest {
+    /// Which part.
+    pub part: ImagePart,
+    /// Where the stretch begins.
+    pub offset: u64,
+    /// How long it is: as much as was asked for, or less where the upload ends.
+    pub bytes: u64,
+    /// BLAKE3 of it, hex.
+    pub blake3: String,
+}
+
 /// Asks for an image; its parts are uploaded afterwards by `PUT /v1/images/{id}/parts/{part}?offset=`, and
 /// `POST /v1/images/{id}/import` starts the import.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]

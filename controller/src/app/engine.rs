@@ -52,6 +52,7 @@ pub(super) async fn start(parts: &Parts) -> Result<Arc<Engine>, StartError> {
         .map_err(|_| StartError::Interrupted)?
         .map_err(|error| StartError::Chunks(chain(&error)))?;
     let store = Arc::new(store);
+    let _first = parts.chunks.set(Arc::clone(&store));
     let listener = TcpListener::bind(config.link_listen)
         .await
         .map_err(|source| StartError::Listen { address: config.link_listen, source })?;

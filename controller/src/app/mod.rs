@@ -19,6 +19,7 @@ use std::{
 
 use futures::FutureExt as _;
 use supercloud_api::Tenure;
+use supercloud_storage::backend::DirStore;
 use tokio::sync::Notify;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -81,6 +82,8 @@ pub struct Parts {
     pub progress: ProgressBoard,
     /// Where sweeps of chunk stores are asked for, and counted.
     pub sweeps: SweepBoard,
+    /// The controller's own chunk store; known once it is open.
+    pub chunks: Arc<OnceLock<Arc<DirStore>>>,
     /// Where checks of volumes are asked for.
     pub checks: CheckBoard,
     /// Where points of volumes' histories are asked for.
@@ -236,6 +239,7 @@ impl Controller {
             evacuations: EvacuationBoard::default(),
             progress: ProgressBoard::default(),
             sweeps: SweepBoard::default(),
+            chunks: Arc::default(),
             checks: CheckBoard::default(),
             points: PointBoard::default(),
             link_address: Arc::default(),

@@ -112,6 +112,9 @@ pub const ROUTES: &[Route] = &[
     route(Method::GET, "/v1/images/{image}", Access::Read),
     route(Method::DELETE, "/v1/images/{image}", Access::Change),
     route(Method::PUT, "/v1/images/{image}/parts/{part}", Access::Change),
+    route(Method::GET, "/v1/images/{image}/parts/{part}", Access::Change),
+    // What a disk holds may be a secret.
+    route(Method::GET, "/v1/images/{image}/parts/{part}/blocks", Access::Change),
     route(Method::POST, "/v1/images/{image}/import", Access::Change),
     route(Method::GET, "/v1/volumes", Access::Read),
     route(Method::GET, "/v1/volumes/{volume}", Access::Read),
@@ -121,6 +124,7 @@ pub const ROUTES: &[Route] = &[
     route(Method::DELETE, "/v1/volumes/{volume}/history", Access::Change),
     route(Method::GET, "/v1/volumes/{volume}/as-of", Access::Read),
     route(Method::POST, "/v1/volumes/{volume}/points", Access::Change),
+    route(Method::GET, "/v1/volumes/{volume}/blocks", Access::Change),
     route(Method::GET, "/v1/networks", Access::Read),
     route(Method::POST, "/v1/networks", Access::Change),
     route(Method::GET, "/v1/networks/{network}", Access::Read),

@@ -6,6 +6,7 @@
 //! drain its queue is dropped and comes back), and a newer connection of a host replaces the older one.
 
 mod chunks;
+mod reach_out;
 mod session;
 
 use std::{
@@ -31,6 +32,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 pub use chunks::ChunkServer;
+pub use reach_out::{AgentDial, Caller, CallerError};
 
 /// How long a handshake and the first frame may take.
 const OPENING_BUDGET: Duration = Duration::from_secs(15);

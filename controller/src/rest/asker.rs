@@ -53,8 +53,17 @@ pub struct Params {
     pub last: Option<u64>,
     /// An instant of the past, in milliseconds since 1970.
     pub as_of_ms: Option<u64>,
+    /// The first block of a content that is asked for.
+    pub from_block: Option<u32>,
+    /// The first that is not any more.
+    pub to_block: Option<u32>,
+    /// Only the blocks' digests.
+    #[serde(default)]
+    pub digests: bool,
     /// Where an uploaded piece goes.
     pub offset: Option<u64>,
+    /// How many bytes are asked about.
+    pub bytes: Option<u64>,
     /// The market.
     pub market: Option<String>,
     /// A host or a cloud.

@@ -6,12 +6,13 @@ use axum::{
     http::HeaderMap,
 };
 use supercloud_api::{
-    Code, Image, ImageCreate, ImageImport, ImagePart, ImageState, Operation, OperationKind, Page, Ref, Volume,
+    Code, Image, ImageCreate, ImageImport, ImagePart, ImageState, Operation, OperationKind, Page, Ref, UploadDigest,
+    Volume,
     ids::{ImageId, OperationId},
     unix_ms,
 };
 
-use super::{Api, Asker, Failure, Reply, body};
+use super::{Api, Asker, Failure, Reply, body, uploads::MAX_DIGEST_BYTES};
 use crate::state::{Change, EventDraft, GuestRecord, Named as _, OperationRecord, Stored, Work, keys, retry_conflicts};
 
 /// Longest kernel command line, in bytes.
@@ -95,6 +96,12 @@ fn need_uploading(image: &Image) -> Result<(), Failure> {
     Err(Failure::new(Code::WrongState, format!("image {} {now}", image.name)))
 }
 
+/// The part that a path names.
+pub(super) fn part_of(part: String) -> Result<ImagePart, Failure> {
+    serde_json::from_value(serde_json::Value::String(part))
+        .map_err(|_| Failure::bad("a part is disk, kernel or initrd"))
+}
+
 /// Uploads the next piece of a part: `?offset=` is how much of it is kept so far. At most 8 MiB.
 #[utoipa::path(put, path = "/v1/images/{image}/parts/{part}", tag = "images", request_body(content = Vec<u8>, content_type = "application/octet-stream"), responses((status = 200, body = Image)))]
 pub async fn upload(
@@ -103,8 +110,7 @@ pub async fn upload(
     Path((image, part)): Path<(String, String)>,
     piece: Bytes,
 ) -> Result<Reply, Failure> {
-    let part: ImagePart = serde_json::from_value(serde_json::Value::String(part))
-        .map_err(|_| Failure::bad("a part is disk, kernel or initrd"))?;
+    let part = part_of(part)?;
     let offset = asker.params.offset.ok_or_else(|| Failure::bad("say where the piece goes: ?offset=<bytes>"))?;
     if piece.is_empty() {
         return Err(Failure::bad("the piece is empty"));
@@ -113,6 +119,27 @@ pub async fn upload(
     need_uploading(&found)?;
     api.uploads.append(found.id, part, offset, piece).await?;
     Reply::ok(&shown(&api, &found).await?)
+}
+
+/// What a stretch of the uploaded part is, from `?offset=` on for `?bytes=` (at most 1 GiB; so much when absent): for who goes on
+/// with an upload.
+#[utoipa::path(get, path = "/v1/images/{image}/parts/{part}", tag = "images", responses((status = 200, body = UploadDigest)))]
+pub async fn uploaded(
+    State(api): State<Api>,
+    asker: Asker,
+    Path((image, part)): Path<(String, String)>,
+) -> Result<Reply, Failure> {
+    let part = part_of(part)?;
+    let (offset, bytes) = (asker.params.offset.unwrap_or(0), asker.params.bytes.unwrap_or(MAX_DIGEST_BYTES));
+    if !(1..=MAX_DIGEST_BYTES).contains(&bytes) {
+        return Err(Failure::bad(format!("bytes is {bytes}; it must be 1 to {MAX_DIGEST_BYTES}")));
+    }
+    let found = asker.find::<Image>(&api.parts, &Ref::from(image)).await?;
+    need_uploading(&found)?;
+    // One at a time for each token, and few in all: each reads a GiB.
+    let _turn = api.exports.take(&asker)?;
+    let (bytes, digest) = api.uploads.digest(found.id, part, offset, bytes).await?;
+    Reply::ok(&UploadDigest { part, offset, bytes, blake3: digest.to_hex().to_string() })
 }
 
 fn import_operation(asker: &Asker, image: &Image) -> Operation {

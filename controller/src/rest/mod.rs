@@ -5,6 +5,7 @@
 //! `#[utoipa::path]`, a line in [`router`] and one in [`openapi`]; a test compares the four.
 
 mod asker;
+mod blocks;
 mod clouds;
 mod evacuations;
 mod events;
@@ -69,6 +70,8 @@ pub struct Api {
     pub metrics: Metrics,
     uploads: uploads::Uploads,
     streams: events::Streams,
+    /// Contents that are given out.
+    exports: blocks::Exports,
     /// Consoles that are looked at.
     consoles: shares::Shares,
     /// Requests that place guests decide one after the other: they would only make each other decide anew.
@@ -88,6 +91,7 @@ impl Api {
             metrics: metrics.clone(),
             uploads: uploads::Uploads::new(parts.config.uploads_dir()),
             streams: events::Streams::default(),
+            exports: blocks::Exports::default(),
             consoles: shares::Shares::default(),
             placing: Arc::default(),
             reckoning: Arc::default(),
@@ -125,7 +129,8 @@ pub fn router(api: Api) -> Router {
         .route("/v1/tokens/{token}", delete(tokens::remove))
         .route("/v1/images", get(images::list).post(images::create))
         .route("/v1/images/{image}", get(images::read).delete(images::remove))
-        .route("/v1/images/{image}/parts/{part}", put(images::upload))
+        .route("/v1/images/{image}/parts/{part}", put(images::upload).get(images::uploaded))
+        .route("/v1/images/{image}/parts/{part}/blocks", get(blocks::of_image))
         .route("/v1/images/{image}/import", post(images::import))
         .route("/v1/volumes", get(volumes::list))
         .route("/v1/volumes/{volume}", get(volumes::read))
@@ -133,6 +138,7 @@ pub fn router(api: Api) -> Router {
         .route("/v1/volumes/{volume}/history", get(histories::read).put(histories::set).delete(histories::remove))
         .route("/v1/volumes/{volume}/as-of", get(histories::as_of))
         .route("/v1/volumes/{volume}/points", post(histories::take))
+        .route("/v1/volumes/{volume}/blocks", get(blocks::of_volume))
         .route("/v1/freezes", get(volumes::list_freezes))
         .route("/v1/freezes/{freeze}", get(volumes::read_freeze))
         .route("/v1/networks", get(networks::list).post(networks::create))

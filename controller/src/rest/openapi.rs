@@ -14,8 +14,8 @@ use utoipa::{
 };
 
 use super::{
-    clouds, events, guest_console, guest_create, guest_evacuation, guest_mirrors, guest_operations, guest_placement,
-    guests, histories, hosts, images, join, ledger, networks, operations, plans,
+    blocks, clouds, events, guest_console, guest_create, guest_evacuation, guest_mirrors, guest_operations,
+    guest_placement, guests, histories, hosts, images, join, ledger, networks, operations, plans,
 };
 use super::{evacuations, projects, rentings, session, simulations, stores, system, tokens, volumes};
 use crate::auth::{Access, ROUTES, Route};
@@ -64,7 +64,9 @@ use crate::auth::{Access, ROUTES, Route};
         images::read,
         images::remove,
         images::upload,
+        images::uploaded,
         images::import,
+        blocks::of_image,
         volumes::list,
         volumes::read,
         volumes::check,
@@ -73,6 +75,7 @@ use crate::auth::{Access, ROUTES, Route};
         histories::remove,
         histories::as_of,
         histories::take,
+        blocks::of_volume,
         volumes::list_freezes,
         volumes::read_freeze,
         networks::list,
@@ -214,7 +217,31 @@ fn parameters(route: &Route, lists: bool) -> Vec<Parameter> {
             all.push(parameter("last", Query, false, Type::Integer, "The newest so many events, and what follows."));
         }
         "/v1/images/{image}/parts/{part}" => {
-            all.push(parameter("offset", Query, true, Type::Integer, "Where the piece goes: how much is kept so far."));
+            if route.method == axum::http::Method::GET {
+                all.push(parameter("offset", Query, false, Type::Integer, "Where the stretch begins; 0 when absent."));
+                all.push(parameter(
+                    "bytes",
+                    Query,
+                    false,
+                    Type::Integer,
+                    "Its length, at most 1 GiB; that when absent.",
+                ));
+            } else {
+                let text = "Where the piece goes: how much is kept so far.";
+                all.push(parameter("offset", Query, true, Type::Integer, text));
+            }
+        }
+        path if path.ends_with("/blocks") => {
+            all.push(parameter("from_block", Query, false, Type::Integer, "The first block; 0 when absent."));
+            all.push(parameter(
+                "to_block",
+                Query,
+                false,
+                Type::Integer,
+                "The first block not any more; the end when absent.",
+            ));
+            let text = "Give the digests of the blocks instead, to check what was received before.";
+            all.push(parameter("digests", Query, false, Type::Boolean, text));
         }
         _ => {}
     }

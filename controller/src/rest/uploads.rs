@@ -21,6 +21,9 @@ const MAX_KERNEL_BYTES: u64 = 256 << 20;
 /// Largest initial RAM disk, in bytes.
 const MAX_INITRD_BYTES: u64 = 1 << 30;
 
+/// Most that is hashed for one question: a second or two.
+pub const MAX_DIGEST_BYTES: u64 = 1 << 30;
+
 const PARTS: [ImagePart; 3] = [ImagePart::Disk, ImagePart::Kernel, ImagePart::Initrd];
 
 /// The uploads. Cheap to clone.
@@ -103,6 +106,32 @@ impl Uploads {
         off_runtime(move || append(&folder, part, offset, &piece)).await
     }
 
+    /// The length and BLAKE3 of a stretch of a part, at most [`MAX_DIGEST_BYTES`]; shorter where the part ends.
+    pub async fn digest(
+        &self,
+        image: ImageId,
+        part: ImagePart,
+        offset: u64,
+        bytes: u64,
+    ) -> Result<(u64, blake3::Hash), Failure> {
+        let path = self.folder_of(image).join(part_name(part));
+        // No lock: what is there does not change, it only grows.
+        off_runtime(move || {
+            let mut file = match fs::File::open(&path) {
+                Ok(file) => file,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    return Err(Failure::new(Code::NotFound, "nothing of this part was uploaded"));
+                }
+                Err(error) => return Err(failed("open", &error)),
+            };
+            file.seek(SeekFrom::Start(offset)).map_err(|e| failed("read", &e))?;
+            let mut hasher = blake3::Hasher::new();
+            let read = io::copy(&mut file.take(bytes.min(MAX_DIGEST_BYTES)), &mut hasher);
+            Ok((read.map_err(|e| failed("read", &e))?, hasher.finalize()))
+        })
+        .await
+    }
+
     /// Removes everything of an image.
     pub async fn remove(&self, image: ImageId) -> Result<(), Failure> {
         let _turn = self.lock(image).lock().await;
@@ -173,6 +202,11 @@ mod tests {
         assert_eq!(uploads.sizes(image).await.unwrap(), [UploadedPart { part: ImagePart::Disk, bytes: 6 }]);
         assert_eq!(fs::read(folder.path().join(image.to_string()).join("disk")).unwrap(), b"abcdef");
         assert!(uploads.append(image, ImagePart::Kernel, MAX_KERNEL_BYTES, Bytes::from_static(b"x")).await.is_err());
+        let digest = |offset, bytes| uploads.digest(image, ImagePart::Disk, offset, bytes);
+        assert_eq!(digest(2, 3).await.unwrap(), (3, blake3::hash(b"cde")));
+        assert_eq!(digest(4, u64::MAX).await.unwrap(), (2, blake3::hash(b"ef")));
+        assert_eq!(digest(9, 1).await.unwrap(), (0, blake3::hash(b"")));
+        assert!(uploads.digest(image, ImagePart::Kernel, 0, 1).await.is_err());
         uploads.remove(image).await.unwrap();
         uploads.remove(image).await.unwrap();
         assert_eq!(uploads.sizes(image).await.unwrap(), []);

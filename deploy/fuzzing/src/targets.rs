@@ -6,6 +6,7 @@ use std::sync::LazyLock;
 use crate::guest;
 use bytes::Bytes;
 use serde_json::json;
+use supercloud_api::blocks::{self, BlockMap, Decoder, Encoder, Item};
 use supercloud_api::frame::{Frame, read_frame, write_frame};
 use supercloud_api::ids::{GuestId, HostId, ProjectId, VolumeId};
 use supercloud_api::link::{Directive, Envelope, Hello, Notice, Query, Welcome, kind};
@@ -34,6 +35,7 @@ pub struct Target {
 pub const TARGETS: &[Target] = &[
     Target { name: "frame", about: "frames of the links between agents and controller", seeds: frames, run: frame },
     Target { name: "link", about: "what agent and controller say to each other", seeds: link_seeds, run: link },
+    Target { name: "blocks", about: "a disk that is read out of the controller", seeds: block_seeds, run: read_blocks },
     Target { name: "ticket", about: "tickets that a peer shows", seeds: tickets, run: ticket },
     Target { name: "volume-peer", about: "what another host's volume says", seeds: peer_seeds, run: volume_peer },
     Target { name: "chunk", about: "sealed chunks out of a store", seeds: chunks, run: unseal },
@@ -64,6 +66,55 @@ fn frames() -> Vec<Vec<u8>> {
         .into_iter()
         .filter_map(|(kind, body)| Frame::json(kind, 1, &body).ok().map(write))
         .collect()
+}
+
+fn block_seeds() -> Vec<Vec<u8>> {
+    let mut map = BlockMap::zeros(9);
+    [1, 2, 8].into_iter().for_each(|block| map.set(block));
+    let stream = |digests| {
+        let (mut encoder, mut frames) = Encoder::begin("r".into(), 9 << 16, &map, 1..9, digests).ok()?;
+        for block in [1, 2, 8] {
+            let data = [7; blocks::BLOCK_BYTES];
+            frames.extend(if digests { encoder.digest(block, &data).ok()? } else { encoder.block(block, &data).ok() });
+        }
+        frames.extend(encoder.end().ok()?);
+        Some(frames.concat())
+    };
+    [stream(true), stream(false)].into_iter().flatten().collect()
+}
+
+/// However the bytes are cut, the same comes of them; and what comes is in order and of the map.
+fn read_blocks(input: &[u8]) {
+    let read = |piece: usize| {
+        let (mut decoder, mut items) = (Decoder::default(), Vec::new());
+        for piece in input.chunks(piece) {
+            decoder.push(piece);
+            loop {
+                match decoder.next_item() {
+                    Ok(Some(item)) => items.push(item),
+                    Ok(None) => break,
+                    Err(_) => return items,
+                }
+            }
+        }
+        items
+    };
+    let items = read(input.len().max(1));
+    assert!(items == read(1021));
+    let mut last = None;
+    for item in &items[1.min(items.len())..] {
+        let Some(Item::Head(head, map)) = items.first() else { panic!("something came before the head") };
+        match item {
+            Item::Block { block, .. } | Item::Digest { block, .. } => {
+                assert!(
+                    map.has(*block) && (head.from..head.to).contains(block) && last.is_none_or(|last| last < *block)
+                );
+                last = Some(*block);
+            }
+            Item::End => assert_eq!(last, (head.from..head.to).rfind(|block| map.has(*block))),
+            Item::Head(..) => panic!("a second head"),
+        }
+    }
 }
 
 fn frame(input: &[u8]) {

@@ -8,12 +8,13 @@
 //! the chunk cap. Every object is sealed, so a store learns neither sizes nor which blocks are equal.
 
 mod codec;
+mod outline;
 
 use std::sync::Arc;
 
 use bytes::Bytes;
 
-pub use self::codec::FormatError;
+pub use self::{codec::FormatError, outline::Outline};
 use crate::{
     BLOCK_BYTES,
     backend::{ObjectKey, ObjectStore, StoreError},
@@ -174,18 +175,10 @@ impl Manifest {
 
     /// Reads the tree of `root`, checking every chunk of it.
     pub async fn load(reader: &ChunkReader, root: ContentRoot) -> Result<Self, ManifestError> {
-        let read = |source| ManifestError::Read { root, source };
-        let format = |chunk, source| ManifestError::Format { root, chunk, source };
-        let plain = reader.read(ChunkKind::Root, root.as_chunk()).await.map_err(read)?;
-        let (size_bytes, names) = codec::decode_root(&plain).map_err(|e| format(root.as_chunk(), e))?;
-        let mut manifest = Self::zeros(size_bytes)?;
-        let blocks = manifest.blocks() as usize;
-        for (index, name) in names.into_iter().enumerate() {
-            let Some(name) = name else { continue };
-            let plain = reader.read(ChunkKind::Leaf, name).await.map_err(read)?;
-            let within = blocks.saturating_sub(index * LEAF_BLOCKS).min(LEAF_BLOCKS);
-            let leaf = codec::decode_leaf(&plain, within).map_err(|e| format(name, e))?;
-            manifest.leaves[index] = Some(Arc::new(leaf));
+        let outline = Outline::load(reader, root).await?;
+        let mut manifest = Self::zeros(outline.size_bytes())?;
+        for index in 0..outline.leaves() {
+            manifest.leaves[index] = outline.leaf(reader, index).await?.map(Arc::new);
         }
         Ok(manifest)
     }

@@ -28,6 +28,12 @@ async fn an_upload_goes_on_where_it_stopped_also_after_a_restart() {
     let image = client.image("disk").await.unwrap();
     assert_eq!((image.state, image.uploaded[0].bytes), (ImageState::Uploading, 1 << 20));
     client.upload_part("disk", ImagePart::Disk, 1 << 20, piece).await.unwrap();
+    // Who goes on can see that it is the same file.
+    let kept = client.uploaded_digest("disk", ImagePart::Disk, 10, 1 << 20).await.unwrap();
+    assert_eq!((kept.bytes, kept.blake3), (1 << 20, blake3::hash(&[7; 1 << 20]).to_hex().to_string()));
+    let none = problem(client.uploaded_digest("disk", ImagePart::Kernel, 0, 1).await);
+    let too_long = problem(client.uploaded_digest("disk", ImagePart::Disk, 0, (1 << 30) + 1).await);
+    assert_eq!((none.code, too_long.code), (Code::NotFound, Code::BadRequest));
     let large = Bytes::from(vec![0u8; crate::rest::MAX_PIECE_BYTES + 1]);
     assert_eq!(problem(client.upload_part("disk", ImagePart::Disk, 2 << 20, large).await).code, Code::TooLarge);
     let operation = client.import_image("disk", &ImageImport::default()).await.unwrap();

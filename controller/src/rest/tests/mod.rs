@@ -1,5 +1,6 @@
 //! REST against a real controller: its own sockets, TLS, store on disk; the typed client, and raw requests where that is too good.
 
+mod blocks;
 mod events;
 mod guest_calls;
 mod guests;
