@@ -84,7 +84,8 @@ async fn look_at(name: &str, domain: u32, index: usize) -> BackendResult<Is> {
 /// When an interface does not come in time, or cannot be changed.
 pub async fn plug(launch: &Launch, domain: u32, budget: Duration) -> BackendResult<()> {
     let end = Instant::now() + budget;
-    let late = || BackendError::Deadline { what: WHAT, budget_ms: u64::try_from(budget.as_millis()).unwrap_or(u64::MAX) };
+    let late =
+        || BackendError::Deadline { what: WHAT, budget_ms: u64::try_from(budget.as_millis()).unwrap_or(u64::MAX) };
     let ip = |line: String| {
         let words: Vec<String> = line.split(' ').map(str::to_owned).collect();
         xl::run(WHAT, budget, OsStr::new("ip"), words)
@@ -126,9 +127,7 @@ mod tests {
     #[test]
     fn a_card_is_told_from_a_tap_and_from_one_of_another_domain() {
         let cards = tempfile::tempdir().unwrap();
-        for (name, device) in
-            [("sct0", None), ("sct1", Some("../../../vif-7-0")), ("sct2", Some("../../../virtio0"))]
-        {
+        for (name, device) in [("sct0", None), ("sct1", Some("../../../vif-7-0")), ("sct2", Some("../../../virtio0"))] {
             let place = cards.path().join(name);
             std::fs::create_dir(&place).unwrap();
             if let Some(device) = device {
@@ -137,6 +136,9 @@ mod tests {
         }
         let look = |name: &str, domain| look(cards.path(), name, domain, 0).unwrap();
         assert_eq!([look("sct0", 7), look("sct1", 7), look("sct2", 7)], [Is::Else, Is::TheCard, Is::Else]);
-        assert_eq!([look("sct1", 6), look("sct1", 70), look("sct9", 7)], [Is::AnotherCard, Is::AnotherCard, Is::Missing]);
+        assert_eq!(
+            [look("sct1", 6), look("sct1", 70), look("sct9", 7)],
+            [Is::AnotherCard, Is::AnotherCard, Is::Missing]
+        );
     }
 }

@@ -87,11 +87,14 @@ pub fn render(launch: &Launch, disks: &BTreeMap<String, u32>, program: &Path) ->
         let letter = char::from(b'a' + u8::try_from(index).unwrap_or(25));
         let access = if disk.is_read_only { "ro" } else { "rw" };
         let device = disks.get(&disk.name)?;
-        Some(format!("\"format=raw,vdev=xvd{letter},access={access},backendtype=phy,script={script},target=/dev/nbd{device}\""))
+        Some(format!(
+            "\"format=raw,vdev=xvd{letter},access={access},backendtype=phy,script={script},target=/dev/nbd{device}\""
+        ))
     };
     let all: Vec<String> = spec.devices.disks.iter().enumerate().filter_map(disk).collect();
     line("disk", &format!("[{}]", all.join(", ")));
-    let all: Vec<String> = spec.devices.nics.iter().map(|nic| format!("\"mac={},type=vif,script={script}\"", nic.mac)).collect();
+    let all: Vec<String> =
+        spec.devices.nics.iter().map(|nic| format!("\"mac={},type=vif,script={script}\"", nic.mac)).collect();
     line("vif", &format!("[{}]", all.join(", ")));
     // Who looks after domains here decides what becomes of one that stands still.
     for event in ["on_poweroff", "on_reboot", "on_watchdog", "on_crash"] {

@@ -138,12 +138,7 @@ impl Inner {
     ///
     /// # Errors
     /// When neither can be done.
-    pub async fn settle_freeze(
-        &self,
-        guest: &Arc<Guest>,
-        file: &Path,
-        state: Option<RunState>,
-    ) -> BackendResult<bool> {
+    pub async fn settle_freeze(&self, guest: &Arc<Guest>, file: &Path, state: Option<RunState>) -> BackendResult<bool> {
         let cannot = |source| BackendError::File { what: "look for a frozen guest in", path: file.to_owned(), source };
         let is_whole = tokio::fs::try_exists(file).await.map_err(cannot)?;
         if is_whole && state != Some(RunState::Running) {

@@ -128,8 +128,9 @@ pub async fn send(
             let sent = bytes.fetch_add(count as u64, Ordering::Relaxed).saturating_add(count as u64);
             progress.send_modify(|last| advance(last, sent, began.elapsed()));
             let limit = guest.limit.load(Ordering::Relaxed);
-            if limit > 0 {
-                sleep(Duration::from_millis((count as u64).saturating_mul(1000) / limit)).await;
+            // 0: as fast as it goes.
+            if let Some(ms) = (count as u64).saturating_mul(1000).checked_div(limit) {
+                sleep(Duration::from_millis(ms)).await;
             }
         }
     };

@@ -34,8 +34,8 @@ mod guest;
 pub mod hotplug;
 mod inner;
 mod leave;
-mod life;
 pub mod libxl;
+mod life;
 mod migration;
 mod nbd;
 pub mod turn;
@@ -63,6 +63,8 @@ pub struct XenConfig {
     pub program: PathBuf,
     /// The folder of records; it goes with the host's boot.
     pub run_dir: PathBuf,
+    /// Whether guests may move live, where the hypervisor can do it. Off: no such move was seen through to its end yet.
+    pub may_move_live: bool,
     /// Budget of a question or a small change.
     pub call_budget: Duration,
     /// Budget of making a domain, or ending one.
@@ -73,6 +75,12 @@ impl XenConfig {
     /// With the usual budgets.
     #[must_use]
     pub fn new(program: PathBuf, run_dir: PathBuf) -> Self {
-        Self { program, run_dir, call_budget: Duration::from_secs(30), domain_budget: Duration::from_secs(120) }
+        Self {
+            program,
+            run_dir,
+            may_move_live: false,
+            call_budget: Duration::from_secs(30),
+            domain_budget: Duration::from_secs(300),
+        }
     }
 }

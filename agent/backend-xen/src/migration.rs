@@ -180,16 +180,17 @@ impl Inner {
         self: &Arc<Self>,
         id: GuestId,
         stream: PathBuf,
-        options: CopyOptions,
+        options: &CopyOptions,
     ) -> BackendResult<Transfer<Performed>> {
         let guest = self.guest(id)?.ok_or(BackendError::NoSuchGuest { guest: id })?;
         let back_end = Arc::clone(self);
+        let (limit, budget) = (options.bandwidth_bytes_per_s.unwrap_or(0), options.budget);
         let (sender, progress) = watch::channel(TransferProgress::default());
         let done = async move {
             let what = "copy a guest";
             let _work = guest.work.lock().await;
             let Some(_leaving) = guest.leave() else { return Err(wrong(id, "copy it", RunState::Running)) };
-            guest.limit.store(options.bandwidth_bytes_per_s.unwrap_or(0), Ordering::Relaxed);
+            guest.limit.store(limit, Ordering::Relaxed);
             let domain = back_end.running_domain(&guest, "copy it").await?;
             let budget_ms = u64::try_from(DIAL_BUDGET.as_millis()).unwrap_or(u64::MAX);
             let late = |_| BackendError::Deadline { what: "reach the carrier of the stream", budget_ms };
@@ -201,7 +202,7 @@ impl Inner {
                 guest: &guest,
                 domain,
                 is_live: true,
-                budget: options.budget,
+                budget,
                 what,
             };
             let sent = match leave::send(load, dialled, &sender).await {
@@ -244,7 +245,7 @@ impl LiveMigration for XenBackend {
             // Refused by its name.
             self.post_copy()?;
         }
-        self.inner.perform_move(guest, stream, options)
+        self.inner.perform_move(guest, stream, &options)
     }
 
     fn set_limits(&self, guest: GuestId, limits: CopyLimits) -> BoxFuture<'_, BackendResult<()>> {

@@ -28,7 +28,7 @@ pub struct Turn {
 pub fn take(path: &Path) -> io::Result<Option<Turn>> {
     let file = File::options().write(true).create(true).truncate(false).mode(0o600).open(path)?;
     match file.try_lock() {
-        Ok(()) => Ok(Some(Turn { file: file })),
+        Ok(()) => Ok(Some(Turn { file })),
         Err(TryLockError::WouldBlock) => Ok(None),
         Err(TryLockError::Error(error)) => Err(error),
     }

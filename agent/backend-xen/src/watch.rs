@@ -19,8 +19,8 @@ use crate::{
 
 /// How often disks are looked at.
 const EVERY: Duration = Duration::from_secs(1);
-/// Domains are listed every so many looks: that starts a program.
-const LIST_EVERY: u32 = 3;
+/// Domains are listed every so many looks: that starts a program, which on a slow host takes seconds of the processor.
+const LIST_EVERY: u32 = 10;
 
 /// What is to be done with a guest whose domain is this.
 #[derive(Debug, PartialEq, Eq)]

@@ -46,14 +46,8 @@ fn parse_line(line: &str) -> Option<Domain> {
     let (flags, _vcpus, memory, id) = (words.next()?.as_bytes(), words.next()?, words.next()?, words.next()?);
     words.next()?;
     let [running, blocked, paused, shut, why, dying] = flags else { return None };
-    let known: [(u8, &[u8]); 6] = [
-        (*running, b"r-"),
-        (*blocked, b"b-"),
-        (*paused, b"p-"),
-        (*shut, b"s-"),
-        (*why, b"-rscwS?"),
-        (*dying, b"d-"),
-    ];
+    let known: [(u8, &[u8]); 6] =
+        [(*running, b"r-"), (*blocked, b"b-"), (*paused, b"p-"), (*shut, b"s-"), (*why, b"-rscwS?"), (*dying, b"d-")];
     let is_uuid = uuid.len() == 36
         && uuid.bytes().enumerate().all(|(at, byte)| match at {
             8 | 13 | 18 | 23 => byte == b'-',
@@ -249,11 +243,13 @@ gst-0199a7b2-0000-7000-8000-000000000006     8    64     2     --psc-       9.9 
         assert!(parse_list(&without_host.join("\n")).is_err());
         // Cut off anywhere but at the end of a line, or with a letter of another kind, it is no list.
         for end in 1..LIST.trim_end().len() {
-            let is_line = LIST.as_bytes()[end] == b'\n';
+            let is_line = LIST.as_bytes()[end - 1..=end].contains(&b'\n');
             let has_host = LIST[..end].contains("00000000-0000-0000-0000-000000000000        -                -");
             assert_eq!(parse_list(&LIST[..end]).is_ok(), is_line && has_host, "{}", &LIST[..end]);
         }
-        for (from, to) in [("-b----", "-x----"), ("-b----", "-b---"), ("    3   128", "   -3   128"), ("   128 ", "   1e8 ")] {
+        for (from, to) in
+            [("-b----", "-x----"), ("-b----", "-b---"), ("    3   128", "   -3   128"), ("   128 ", "   1e8 ")]
+        {
             assert!(parse_list(&LIST.replacen(from, to, 1)).is_err(), "{to}");
         }
     }
@@ -275,7 +271,8 @@ gst-0199a7b2-0000-7000-8000-000000000006     8    64     2     --psc-       9.9 
     fn only_so_many_words_say_that_a_domain_is_gone() {
         assert!(says_gone("exit status: 1: Error: Domain '7' does not exist."));
         assert!(says_gone("exit status: 2: 7 is an invalid domain identifier (rc=-6)"));
-        for other in ["", "libxl_domain_info failed (code -3).", "cannot open the hypervisor's interface", "signal: 9"] {
+        for other in ["", "libxl_domain_info failed (code -3).", "cannot open the hypervisor's interface", "signal: 9"]
+        {
             assert!(!says_gone(other), "{other}");
         }
     }

@@ -1,5 +1,5 @@
-//! Xen hosts of different hardware, without any virtualization of the processor's: guests with a stock kernel run there, talk, and move
-//! between them without losing their stream.
+//! Xen hosts of different hardware, without any virtualization of the processor's: guests with a stock kernel run there and talk; an agent
+//! that is killed and started again takes them up; one is frozen, and thawed at the other host.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -62,7 +62,7 @@ async fn said(fleet: &Fleet, host: &'static str, line: &'static str) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn guests_on_xen_move_between_hosts_of_different_hardware() {
+async fn guests_on_xen_talk_outlive_their_agent_and_come_back_from_a_freeze() {
     if !require::host_vms() {
         return;
     }
@@ -85,24 +85,34 @@ async fn guests_on_xen_move_between_hosts_of_different_hardware() {
     let client =
         small(GuestSpec::new("watcher", IMAGE, NETWORK, &format!("sc.role=client sc.peer={address}")).at("h2"));
     let made = tokio::try_join!(fleet.create_guest(&server), fleet.create_guest(&client));
-    let (_, client) = made.unwrap_or_else(|error| panic!("{}", chain(&error)));
+    let (web, client) = made.unwrap_or_else(|error| panic!("{}", chain(&error)));
     let console = Arc::new(Mutex::new(fleet.console(client.id).unwrap()));
     let before = heard(&console, 20_000).await;
 
-    for to in ["h2", "h1"] {
-        let moved = fleet.migrate("web", to, |_| {}).await.unwrap_or_else(|error| panic!("{}", chain(&error)));
-        println!("to {to}: {moved:?}");
-        let domains = said(&fleet, if to == "h1" { "h2" } else { "h1" }, "xl list").await;
-        assert_eq!(domains.matches("gst-").count(), usize::from(to == "h1"), "{domains}");
-        let now = heard(&console, before.bytes + 20_000).await;
-        assert_eq!((now.connects, now.resets, now.bad), (1, 0, 0), "{now:?}");
-    }
+    // A live move is refused by name, and the guest goes on.
+    let refused = fleet.migrate("web", "h2", |_| {}).await.unwrap_err();
+    assert!(chain(&refused).contains("live moves"), "{}", chain(&refused));
+
+    // Killed, and started again: the same domain, the same disk, the same stream.
+    let domain = said(&fleet, "h1", "xl list").await;
+    said(&fleet, "h1", "kill -9 $(pidof supercloud-agent)").await;
+    let lab = Arc::clone(fleet.lab());
+    let again = tokio::task::spawn_blocking(move || lab.restart("h1", "agent")).await.unwrap();
+    again.unwrap_or_else(|error| panic!("{}", chain(&error)));
+    let now = heard(&console, before.bytes + 20_000).await;
+    fleet.await_host_up("h1").await.unwrap_or_else(|error| panic!("{}", chain(&error)));
+    let found = said(&fleet, "h1", "xl list").await;
+    assert_eq!(found.matches("gst-").count(), 1, "{domain} before, {found} after");
+    assert_eq!((now.connects, now.resets, now.bad), (1, 0, 0), "{now:?}");
 
     let frozen = fleet.freeze("web", |_| {}).await.unwrap_or_else(|error| panic!("{}", chain(&error)));
     println!("frozen: {frozen:?}");
+    assert!(!said(&fleet, "h1", "xl list").await.contains("gst-"), "a frozen guest has no domain");
     let thawed = fleet.thaw("web", "h2", |_| {}).await.unwrap_or_else(|error| panic!("{}", chain(&error)));
     println!("thawed: {thawed:?}");
-    let last = heard(&console, before.bytes + 60_000).await;
-    assert_eq!((last.connects, last.resets, last.bad), (1, 0, 0), "{last:?}");
+    // Where this takes longer than the client waits for its stream, it begins another one.
+    let last = heard(&console, now.bytes + 20_000).await;
+    assert_eq!((last.bad, last.mem_bad), (0, 0), "{last:?}");
+    println!("{} runs on", web.name);
     fleet.down().await.unwrap_or_else(|error| panic!("{}", chain(&error)));
 }

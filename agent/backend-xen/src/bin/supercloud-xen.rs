@@ -41,7 +41,9 @@ fn main() -> ExitCode {
         eprintln!("supercloud-xen: '{domain}' is no guest's domain");
         return ExitCode::from(2);
     };
-    let turn = match turn::take(Path::new(lock)).and_then(|turn| turn.map(|turn| turn.hand_down().map(|()| turn)).transpose()) {
+    let turn = match turn::take(Path::new(lock))
+        .and_then(|turn| turn.map(|turn| turn.hand_down().map(|()| turn)).transpose())
+    {
         Ok(Some(turn)) => turn,
         Ok(None) => {
             eprintln!("supercloud-xen: domain {domain} is being sent, or let run on, by another one");
