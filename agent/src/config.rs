@@ -129,6 +129,9 @@ pub struct Config {
     /// The program that runs a guest of back end `kvm`; beside this one when absent.
     #[serde(default)]
     pub vmm_program: Option<PathBuf>,
+    /// The program beside Xen's `xl` for back end `xen`; beside this one when absent.
+    #[serde(default)]
+    pub xen_program: Option<PathBuf>,
     /// libvirt's connection URI.
     #[serde(default = "libvirt_uri")]
     pub libvirt_uri: String,
@@ -168,6 +171,8 @@ pub enum BackEnd {
     Libvirt,
     /// Our own VMM on `/dev/kvm`.
     Kvm,
+    /// Xen, on which this host's own system is the first domain: paravirtual guests, without any virtualization of the processor's.
+    Xen,
 }
 
 /// How the cloud's chunk store is swept of what nothing names any more.
@@ -398,7 +403,7 @@ impl Config {
     pub fn qemu_account(&self) -> Result<Account, AccountError> {
         let remedy = match self.back_end {
             BackEnd::Libvirt => "install libvirt-daemon-system, or say the `user` of libvirt's qemu.conf",
-            BackEnd::Kvm => "make it (adduser --system --group NAME), or say another one",
+            BackEnd::Kvm | BackEnd::Xen => "make it (adduser --system --group NAME), or say another one",
         };
         Account::named("qemu_user", &self.qemu_user, remedy)
     }
@@ -461,6 +466,12 @@ impl Config {
     #[must_use]
     pub fn vmm_program(&self) -> PathBuf {
         self.vmm_program.clone().unwrap_or_else(|| beside("supercloud-vmm"))
+    }
+
+    /// The program beside Xen's `xl`.
+    #[must_use]
+    pub fn xen_program(&self) -> PathBuf {
+        self.xen_program.clone().unwrap_or_else(|| beside("supercloud-xen"))
     }
 }
 

@@ -25,6 +25,7 @@ use supercloud_kvm::{KvmBackend, KvmConfig};
 use supercloud_libvirt::{Accelerator, LibvirtBackend, LibvirtConfig};
 use supercloud_sdn::switch::SwitchDriver;
 use supercloud_storage::{backend::depsky::CloudOfClouds, volume::FetchLimit};
+use supercloud_xen::{XenBackend, XenConfig};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -251,6 +252,10 @@ async fn open_backend(config: &Config, report: &ProbeReport) -> anyhow::Result<A
             let run_dir = config.run_dir.join("vmm");
             let kvm = KvmConfig::new(config.vmm_program(), run_dir, (account.uid, account.gid));
             Ok(Arc::new(KvmBackend::open(kvm).await.context("back end 'kvm' cannot be used")?))
+        }
+        BackEnd::Xen => {
+            let xen = XenConfig::new(config.xen_program(), config.run_dir.join("xen"));
+            Ok(Arc::new(XenBackend::open(xen).await.context("back end 'xen' cannot be used")?))
         }
     }
 }

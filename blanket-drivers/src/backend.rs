@@ -280,6 +280,11 @@ pub trait Backend: Send + Sync {
     /// Whether its guests have a memory balloon.
     fn has_balloon(&self) -> bool;
 
+    /// Whether its guests have a virtio entropy source.
+    fn has_rng(&self) -> bool {
+        true
+    }
+
     /// What it can do on this host; asked of the hypervisor, not assumed.
     fn capabilities(&self) -> BoxFuture<'_, BackendResult<Capabilities>>;
 

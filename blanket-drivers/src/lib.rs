@@ -12,6 +12,7 @@
 //! | [`post_copy`] | [`PostCopy`]: memory that a move has left behind, fetched while the guest runs |
 //! | [`mirror`] | [`Mirroring`]: a standby that is kept by cuts, with the caller's commit between them |
 //! | [`probe`] | what the substrate really is, by measuring |
+//! | [`home`] | what is kept of a guest for an agent that comes after |
 //! | [`lasting`] | processes that outlive who starts them, and are found again |
 //! | [`vmm`] | a virtual machine monitor of our own on `/dev/kvm`, as a library |
 //!
@@ -19,11 +20,12 @@
 //!            MachineSpec (travels)        HostArgs (stays)
 //!                      \                     /
 //!                       v                   v
-//!   agent ---> dyn Backend: libvirt + QEMU | our VMM on /dev/kvm | libvirt + Xen
+//!   agent ---> dyn Backend: libvirt + QEMU | our VMM on /dev/kvm | Xen (PV)
 //! ```
 
 pub mod backend;
 pub mod device;
+pub mod home;
 pub mod host;
 pub mod lasting;
 pub mod migrate;

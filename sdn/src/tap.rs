@@ -123,8 +123,9 @@ pub fn create(name: &str, mtu: u16, owner: Option<u32>, reader: Reader) -> Resul
             }
             ioctl_number(&fd, libc::TUNSETPERSIST, 1).map_err(failed("TUNSETPERSIST", name))?;
         }
-        // A guest holds it.
-        Err(TapError::Os { source, .. }) if source.raw_os_error() == Some(libc::EBUSY) && exists(name) => {}
+        // A guest holds it, or (EINVAL) a back end has put an interface of its own in its place.
+        Err(TapError::Os { source, .. })
+            if matches!(source.raw_os_error(), Some(libc::EBUSY | libc::EINVAL)) && exists(name) => {}
         Err(other) => return Err(other),
     }
     seal(name, reader)?;

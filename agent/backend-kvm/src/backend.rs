@@ -130,7 +130,7 @@ impl KvmBackend {
     /// there is to do is done beside, as often as it takes, and until then nothing is said of this guest.
     async fn find_again(&self, home: Home) {
         let (guest, at) = (home.guest, home.clone());
-        let read = tokio::task::spawn_blocking(move || at.read()).await;
+        let read = tokio::task::spawn_blocking(move || at.read::<Record>()).await;
         let record = match read.map_err(io::Error::other).and_then(|read| read) {
             Ok(Some(record)) => record,
             // Its process was never told what to run, and has ended.

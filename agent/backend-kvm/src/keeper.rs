@@ -25,7 +25,7 @@ use tokio::{
 
 use crate::{
     control::{self, Event, Line, Lines, MirrorProgress, Progress, Request, Requests, State},
-    record::{Home, Record, Role},
+    record::{self, Home, Record, Role},
     spawn,
 };
 
@@ -354,7 +354,7 @@ impl Talk {
     async fn run(mut self) {
         let process = lock(&self.shared.record).process;
         while process.is_alive() {
-            match control::connect(&self.shared.home.control()).await {
+            match control::connect(&record::control_socket(&self.shared.home)).await {
                 Ok((requests, lines)) => {
                     if let Err(error) = self.talk(&requests, lines).await {
                         tracing::warn!(guest = %self.shared.home.guest, %error, "the talk with a guest's process broke off");

@@ -1,14 +1,11 @@
 //! What an agent that comes after must know of a guest's process.
 
-use std::{
-    fs, io,
-    os::unix::fs::DirBuilderExt as _,
-    path::{Path, PathBuf},
-};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use supercloud_blanket::{Launch, backend::StopReason, lasting::Lasting};
-use supercloud_ids::{Epoch, GuestId};
+pub use supercloud_blanket::home::Home;
+use supercloud_blanket::{Launch, lasting::Lasting};
+use supercloud_ids::Epoch;
 
 /// What the guest here is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,140 +32,12 @@ pub struct Record {
     pub process: Lasting,
 }
 
-/// Where things of one guest are.
-#[derive(Debug, Clone)]
-pub struct Home {
-    pub guest: GuestId,
-    pub folder: PathBuf,
-    ended: PathBuf,
+/// Where a guest's process listens.
+pub fn control_socket(home: &Home) -> PathBuf {
+    home.folder.join("control")
 }
 
-const ENDED: &str = "ended";
-
-impl Home {
-    pub fn new(run_dir: &Path, guest: GuestId) -> Self {
-        Self { guest, folder: run_dir.join(guest.to_string()), ended: run_dir.join(ENDED).join(guest.to_string()) }
-    }
-
-    /// Makes the folder of all guests; those that have one there.
-    pub fn all(run_dir: &Path) -> io::Result<Vec<Self>> {
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(run_dir.join(ENDED))?;
-        let mut all = Vec::new();
-        for entry in fs::read_dir(run_dir)? {
-            let name = entry?.file_name();
-            if let Some(guest) = name.to_str().and_then(|name| name.parse().ok()) {
-                all.push(Self::new(run_dir, guest));
-            }
-        }
-        Ok(all)
-    }
-
-    pub fn control(&self) -> PathBuf {
-        self.folder.join("control")
-    }
-
-    pub fn log(&self) -> PathBuf {
-        self.folder.join("log")
-    }
-
-    /// An empty folder; that of a process before is gone.
-    pub fn make(&self) -> io::Result<()> {
-        self.remove()?;
-        fs::DirBuilder::new().mode(0o700).create(&self.folder)
-    }
-
-    /// How it ended before is forgotten: it is there.
-    pub fn begin(&self) -> io::Result<()> {
-        gone(fs::remove_file(&self.ended))
-    }
-
-    pub fn remove(&self) -> io::Result<()> {
-        gone(fs::remove_dir_all(&self.folder))
-    }
-
-    pub fn write(&self, record: &Record) -> io::Result<()> {
-        write(&self.folder.join("record.json"), &serde_json::to_vec(record)?)
-    }
-
-    pub fn read(&self) -> io::Result<Option<Record>> {
-        match fs::read(self.folder.join("record.json")) {
-            Ok(text) => Ok(Some(serde_json::from_slice(&text)?)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Remembers how it ended, for who was not there to hear of it.
-    pub fn note_end(&self, reason: StopReason) -> io::Result<()> {
-        write(&self.ended, word(reason).as_bytes())
-    }
-
-    pub fn how_it_ended(&self) -> io::Result<Option<StopReason>> {
-        match fs::read_to_string(&self.ended) {
-            Ok(text) => Ok(REASONS.into_iter().find(|reason| word(*reason) == text)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-}
-
-const REASONS: [StopReason; 6] = [
-    StopReason::PoweredOff,
-    StopReason::Killed,
-    StopReason::Crashed,
-    StopReason::Departed,
-    StopReason::Frozen,
-    StopReason::Failed,
-];
-
-const fn word(reason: StopReason) -> &'static str {
-    match reason {
-        StopReason::PoweredOff => "powered off",
-        StopReason::Killed => "killed",
-        StopReason::Crashed => "crashed",
-        StopReason::Departed => "departed",
-        StopReason::Frozen => "frozen",
-        StopReason::Failed => "failed",
-    }
-}
-
-fn gone(removed: io::Result<()>) -> io::Result<()> {
-    removed.or_else(|error| if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) })
-}
-
-/// Whole or not at all, for who reads it while this host is up.
-fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let new = path.with_extension("new");
-    fs::write(&new, bytes)?;
-    fs::rename(&new, path)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn homes_are_found_and_ends_are_remembered() {
-        let folder = tempfile::tempdir().unwrap();
-        let guest = GuestId::generate();
-        assert!(Home::all(folder.path()).unwrap().is_empty());
-        let home = Home::new(folder.path(), guest);
-        home.make().unwrap();
-        fs::write(folder.path().join("else"), b"").unwrap();
-        let found: Vec<_> = Home::all(folder.path()).unwrap().into_iter().map(|home| home.guest).collect();
-        assert_eq!(found, [guest]);
-        assert_eq!((home.read().unwrap(), home.how_it_ended().unwrap()), (None, None));
-        for reason in REASONS {
-            home.note_end(reason).unwrap();
-            assert_eq!(home.how_it_ended().unwrap(), Some(reason));
-        }
-        home.begin().unwrap();
-        home.begin().unwrap();
-        assert_eq!(home.how_it_ended().unwrap(), None);
-        fs::write(home.folder.join("record.json"), b"{}").unwrap();
-        assert!(home.read().is_err());
-        home.remove().unwrap();
-        home.remove().unwrap();
-        assert!(Home::all(folder.path()).unwrap().is_empty());
-    }
+/// What it says.
+pub fn log_file(home: &Home) -> PathBuf {
+    home.folder.join("log")
 }

@@ -23,7 +23,10 @@ use supercloud_blanket::{
     vmm::travel::left::offers_faults,
 };
 
-use crate::{KvmConfig, record::Home};
+use crate::{
+    KvmConfig,
+    record::{self, Home},
+};
 
 /// `TUNSETIFF` of `linux/if_tun.h`.
 const SET_INTERFACE: libc::Ioctl = 0x4004_54cau32 as libc::Ioctl;
@@ -103,12 +106,12 @@ pub fn start(config: &KvmConfig, home: &Home, launch: &Launch, arrives: bool) ->
         let listener = listen(path).map_err(cannot("listen at", path))?;
         wiring["console"] = handed.add(listener).into();
     }
-    let control = home.control();
+    let control = record::control_socket(home);
     let listener = UnixListener::bind(&control).map_err(cannot("listen at", &control))?;
     wiring["control"] = handed.add(listener).into();
     let text = json!({"spec": launch.spec, "arrives": arrives, "wiring": wiring}).to_string();
 
-    let log_path = home.log();
+    let log_path = record::log_file(home);
     let log = append(&log_path).map_err(cannot("open", &log_path))?;
     let mut command = Command::new(&config.program);
     command
@@ -160,7 +163,7 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
 
 /// The end of what a process said.
 pub fn last_words(home: &Home) -> String {
-    let text = std::fs::read(home.log()).unwrap_or_default();
+    let text = std::fs::read(record::log_file(home)).unwrap_or_default();
     let from = text.len().saturating_sub(400);
     String::from_utf8_lossy(&text[from..]).trim().replace('\n', " | ")
 }

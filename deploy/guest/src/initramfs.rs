@@ -29,7 +29,10 @@ fn boot() -> std::io::Result<()> {
     }
     // The image's builder has put them into the order of their dependencies.
     for name in std::fs::read_to_string("/modules.load")?.lines() {
-        if let Err(error) = sys::load_module(&Path::new("/modules").join(name)) {
+        // ENODEV: of another kind of machine.
+        if let Err(error) = sys::load_module(&Path::new("/modules").join(name))
+            && error.raw_os_error() != Some(libc::ENODEV)
+        {
             println!("initramfs: module {name}: {error}");
         }
     }

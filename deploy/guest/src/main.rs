@@ -3,6 +3,7 @@
 //! ```text
 //! supercloud-guest initramfs        in the initramfs (as /init): load modules, mount the disk, go on to init there
 //! supercloud-guest init             pid 1 on the disk (as /sbin/init): devices, address by DHCP, then the role
+//! supercloud-guest poweroff         (as /sbin/poweroff): what a kernel runs that Xen tells to power off
 //! supercloud-guest server           HTTP on :80, the checked stream on :7000, numbered writes to /data/log
 //! supercloud-guest client PEER      holds one stream to the server and checks every byte
 //! supercloud-guest traveller to=PLACE  asks for its own move there and back, and sees where it is
@@ -44,11 +45,16 @@ fn main() -> ExitCode {
     let verb = match own_name.as_str() {
         "/init" => "initramfs",
         "/sbin/init" => "init",
+        "/sbin/poweroff" => "poweroff",
         _ => words.first().map_or("", String::as_str),
     };
     match verb {
         "initramfs" => initramfs::run(),
         "init" => init::run(),
+        "poweroff" => {
+            sys::power_off();
+            ExitCode::FAILURE
+        }
         "server" | "client" | "traveller" => {
             let text = format!("role={}", words.join(" "));
             match role::parse(&text) {

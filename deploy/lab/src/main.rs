@@ -148,8 +148,7 @@ enum Hosts {
     Namespaces,
     /// Virtual machines with a kernel of their own, each of other hardware, translated by QEMU: slow
     Vm,
-    /// The same without an agent, each with Xen and its first domain, on a processor without virtualization: to try paravirtual guests
-    /// by hand (`exec HOST -- xl ...`). No agent can run guests on Xen yet (docs/xen.md)
+    /// The same, each with Xen and its first domain, on a processor without virtualization: paravirtual guests run there (docs/xen.md)
     Xen,
 }
 

@@ -42,7 +42,10 @@ impl Actor {
         };
         let described = self.class(&assignment.spec.compat_class).and_then(|class| {
             let (cache, has_balloon) = (self.host.boot_cache(), self.host.backend.has_balloon());
-            machine::describe(&plan, &assignment.spec, &class, &self.places, &cache, origin, has_balloon)
+            let mut copy =
+                machine::describe(&plan, &assignment.spec, &class, &self.places, &cache, origin, has_balloon)?;
+            copy.launch.spec.devices.has_rng = self.host.backend.has_rng();
+            Ok(copy)
         });
         let reach = match assignment.peer.as_ref().filter(|_| origin == VolumeOrigin::Peer) {
             Some(peer) => self.check_reach(peer),

@@ -6,6 +6,7 @@ use serde::Serialize;
 use supercloud_scheduler::price::CheapestWithHysteresis;
 
 use crate::addressing::LabIndex;
+use crate::host_vm::Hypervisor;
 use crate::site::{STORE_DIR, Site};
 
 /// The controller's folder, inside its site.
@@ -81,6 +82,8 @@ struct AgentFile {
     overlay_address: Ipv4Addr,
     #[serde(skip_serializing_if = "Option::is_none")]
     back_end: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    qemu_user: Option<&'static str>,
     capacity: CapacityFile,
     ovs: OvsFile,
 }
@@ -110,7 +113,13 @@ pub fn agent(site: &Site) -> Result<String, toml::ser::Error> {
     let is_vm = site.hardware().is_some();
     // A host VM holds its guests' memory, its own, and the agent's; a namespace host is this machine: what counts there is that a lab
     // fits into 8 GiB.
-    let (vcpus, memory_bytes, disk_bytes) = if is_vm { (4, 512 << 20, 2 << 30) } else { (8, 2 << 30, 20 << 30) };
+    let is_xen = site.hypervisor() == Hypervisor::Xen;
+    let (vcpus, memory_bytes, disk_bytes) = match (is_vm, is_xen) {
+        // What the first domain leaves, less what Xen needs for each guest.
+        (true, true) => (4, 320 << 20, 2 << 30),
+        (true, false) => (4, 512 << 20, 2 << 30),
+        (false, _) => (8, 2 << 30, 20 << 30),
+    };
     toml::to_string(&AgentFile {
         data_dir: AGENT_DIR,
         run_dir: "/run/supercloud",
@@ -120,7 +129,9 @@ pub fn agent(site: &Site) -> Result<String, toml::ser::Error> {
         data_listen: format!("0.0.0.0:{DATA_PORT}"),
         data_address: format!("{}:{DATA_PORT}", site.address()),
         overlay_address: site.overlay_address(),
-        back_end: is_vm.then_some("kvm"),
+        back_end: is_vm.then_some(if is_xen { "xen" } else { "kvm" }),
+        // Everything of a domain is done by the superuser's own programs.
+        qemu_user: is_xen.then_some("root"),
         capacity: CapacityFile { vcpus, memory_bytes, disk_bytes },
         ovs: OvsFile {
             run_dir: "/run/openvswitch",
@@ -189,6 +200,11 @@ mod tests {
         let site = Site::new(&spec, index, &StateDir::new(std::path::Path::new("/nowhere"), "x"), "home").unwrap();
         let table: toml::Table = agent(&site).unwrap().parse().unwrap();
         assert_eq!((table["back_end"].as_str(), table["ovs"]["datapath"].as_str()), (Some("kvm"), Some("system")));
+
+        let spec = LabSpec::three_clouds_of_xen("x");
+        let site = Site::new(&spec, index, &StateDir::new(std::path::Path::new("/nowhere"), "x"), "home").unwrap();
+        let table: toml::Table = agent(&site).unwrap().parse().unwrap();
+        assert_eq!((table["back_end"].as_str(), table["qemu_user"].as_str()), (Some("xen"), Some("root")));
 
         let policy = CheapestWithHysteresis::default();
         let table: toml::Table = spotd(index, &policy, 1).unwrap().parse().unwrap();

@@ -69,11 +69,6 @@ impl fmt::Display for LogTails {
 /// A fleet that does not do what it should.
 #[derive(Debug, Error)]
 pub enum FleetError {
-    /// A host on which no agent can run guests.
-    #[error(
-        "host {0:?} has Xen: no agent has a back end for it, so it can only be in a lab of hosts (supercloud-lab up)"
-    )]
-    AgentOnXen(String),
     /// The lab below.
     #[error(transparent)]
     Lab(#[from] LabError),

@@ -37,7 +37,6 @@ pub use error::{FleetError, LogTail, LogTails};
 pub use work::GuestSpec;
 
 use crate::host_init::ProcessSpec;
-use crate::host_vm::Hypervisor;
 use crate::lab::{Lab, LabError, program_dir};
 use crate::site::Site;
 use crate::spec::{CONTROLLER, LabSpec};
@@ -112,11 +111,8 @@ impl Fleet {
     /// The lab alone.
     ///
     /// # Errors
-    /// As [`Lab::start`], and when a host has Xen.
+    /// As [`Lab::start`].
     pub async fn start_lab(spec: LabSpec) -> Result<Arc<Lab>> {
-        if let Some(host) = spec.hosts.iter().find(|host| host.hypervisor == Hypervisor::Xen) {
-            return Err(FleetError::AgentOnXen(host.name.clone()));
-        }
         Ok(Arc::new(tokio::task::spawn_blocking(move || Lab::start(spec)).await??))
     }
 
@@ -515,15 +511,4 @@ fn clouds(spec: &LabSpec) -> Vec<&str> {
         }
     }
     clouds
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn no_agents_are_put_on_hosts_with_xen() {
-        let refused = Fleet::start_lab(LabSpec::three_clouds_of_xen("x")).await;
-        assert!(matches!(refused, Err(FleetError::AgentOnXen(host)) if host == "aws-east"));
-    }
 }

@@ -8,8 +8,8 @@ use crate::command::{CommandError, Run};
 use crate::lab::program_dir;
 
 /// Everything that a fleet starts, and the operator's command.
-pub const PACKAGES: [&str; 5] =
-    ["supercloud-controller", "supercloud-agent", "supercloud-vmm", "supercloud-spotd", "supercloud"];
+pub const PACKAGES: [&str; 6] =
+    ["supercloud-controller", "supercloud-agent", "supercloud-vmm", "supercloud-xen", "supercloud-spotd", "supercloud"];
 
 const BUILD_BUDGET: Duration = Duration::from_secs(3600);
 

@@ -28,7 +28,7 @@ const BUILD_BUDGET: Duration = Duration::from_secs(900);
 pub const PROGRAM_DIR: &str = "/usr/lib/supercloud";
 
 /// Our programs: what an agent starts lies beside it. `supercloud-lab` is the first process of the host.
-const PROGRAMS: [&str; 4] = ["supercloud-lab", "supercloud-agent", "supercloud-volume", "supercloud-vmm"];
+const PROGRAMS: [&str; 3] = ["supercloud-lab", "supercloud-agent", "supercloud-volume"];
 
 /// What they need, and the switch. `libvirt0` is only a library of the agent's.
 const PACKAGES: [&str; 7] =
@@ -43,12 +43,13 @@ fn packages(hypervisor: Hypervisor) -> Vec<&'static str> {
     PACKAGES.iter().chain(more).copied().collect()
 }
 
-/// Our programs in a host. No agent can run guests on Xen yet, so there is none where Xen is.
-fn programs_of(hypervisor: Hypervisor) -> &'static [&'static str] {
-    match hypervisor {
-        Hypervisor::Kvm => &PROGRAMS,
-        Hypervisor::Xen => &PROGRAMS[..1],
-    }
+/// Our programs in a host: those of all, and who runs its guests.
+fn programs_of(hypervisor: Hypervisor) -> Vec<&'static str> {
+    let runs_guests = match hypervisor {
+        Hypervisor::Kvm => "supercloud-vmm",
+        Hypervisor::Xen => "supercloud-xen",
+    };
+    PROGRAMS.into_iter().chain([runs_guests]).collect()
 }
 
 /// What of the packages no program reads here.
@@ -74,7 +75,9 @@ const INIT: &str = r#"#!/bin/busybox sh
 /bin/busybox mount -t sysfs sysfs /sys
 /bin/busybox mount -t devtmpfs devtmpfs /dev
 for module in $(/bin/busybox cat /modules.load); do
-  /bin/busybox insmod /modules/$module || echo "@host no $module"
+  # A disk of a guest is not looked into.
+  case $module in nbd.ko) words=max_part=0 ;; *) words= ;; esac
+  /bin/busybox insmod /modules/$module $words || echo "@host no $module"
 done
 for word in $(/bin/busybox cat /proc/cmdline); do case $word in sc.disk=*) disk=${word#sc.disk=} ;; esac; done
 until [ -b $disk ]; do /bin/busybox sleep 0.1; done
@@ -120,8 +123,6 @@ if [ -e /proc/xen ]; then
   xen=$(echo /usr/lib/xen-[0-9]*/bin)
   mkdir -p /run/xen /var/lib/xen /var/log/xen /var/lock
   mount -t xenfs xenfs /proc/xen
-  # Nothing here runs the packages' scripts for disks and cards of guests.
-  echo run_hotplug_scripts=0 >/etc/xen/xl.conf
   $xen/oxenstored --pid-file /run/xenstored.pid && $xen/xen-init-dom0 && $xen/xenconsoled --pid-file=/run/xenconsoled.pid || echo "@host has no xen tools"
 else
   [ -e /dev/kvm ] || echo "@host has no kvm"

@@ -12,7 +12,7 @@ use super::{ImageError, cache, io_at, running};
 use crate::command::Run;
 
 /// Changed whenever the way of building changes.
-const LAYOUT: &[u8] = b"lean-2";
+const LAYOUT: &[u8] = b"lean-3";
 
 /// Size of the disk.
 const DISK_MIB: u32 = 64;
@@ -112,6 +112,8 @@ fn build(kernel: &Kernel, program: &[u8], dir: &Path) -> Result<(), ImageError> 
     let init = tree.join("sbin/init");
     write(init.clone(), program)?;
     Run::new("chmod").arg("755").arg(&init).ok().map_err(running("filling the disk"))?;
+    let poweroff = tree.join("sbin/poweroff");
+    std::os::unix::fs::symlink("init", &poweroff).map_err(io_at("link", &poweroff))?;
     // For people on the console, where it is there.
     if let Ok(busybox) = fs::read("/bin/busybox") {
         write(tree.join("bin/busybox"), &busybox)?;

@@ -7,8 +7,18 @@ use std::path::{Path, PathBuf};
 use super::{ImageError, io_at};
 
 /// What a guest needs to reach its devices. A name that the kernel has built in is no module and left out.
-pub const WANTED: [&str; 8] =
-    ["virtio_pci", "virtio_blk", "virtio_net", "virtio_rng", "virtio_balloon", "virtio_console", "button", "evdev"];
+pub const WANTED: [&str; 10] = [
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_net",
+    "virtio_rng",
+    "virtio_balloon",
+    "virtio_console",
+    "button",
+    "evdev",
+    "xen_blkfront",
+    "xen_netfront",
+];
 
 /// What a host VM needs: disks and cards of each hardware, `/dev/kvm` on the processor that QEMU emulates, taps and a switch.
 pub const WANTED_BY_HOSTS: [&str; 8] =
@@ -37,8 +47,8 @@ pub const WANTED_BY_AGENTS_HOSTS: [&str; 18] = [
 ];
 
 /// What the first domain of a Xen host needs: the same without KVM, Xen's own devices, and back ends for its guests' disks
-/// and cards.
-pub const WANTED_BY_XEN_HOSTS: [&str; 23] = [
+/// and cards; disks are block devices on volume processes.
+pub const WANTED_BY_XEN_HOSTS: [&str; 24] = [
     "virtio_pci",
     "virtio_blk",
     "virtio_net",
@@ -62,6 +72,7 @@ pub const WANTED_BY_XEN_HOSTS: [&str; 23] = [
     "xenfs",
     "xen_blkback",
     "xen_netback",
+    "nbd",
 ];
 
 /// All modules below a folder: name with underscores -> file.

@@ -22,6 +22,15 @@ const INFO_EXPORT: u16 = 0;
 /// `NBD_FLAG_SEND_FLUSH` of the transmission flags.
 const SENDS_FLUSH: u16 = 1 << 2;
 
+/// What a server offers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Export {
+    /// Its size.
+    pub bytes: u64,
+    /// Its transmission flags (`NBD_FLAG_*`).
+    pub flags: u16,
+}
+
 /// Longest reply that is read; the server's words in an error may be that long.
 const MAX_REPLY_BYTES: u32 = 8192;
 /// Replies until the server says that it is ready.
@@ -39,11 +48,11 @@ fn number<const N: usize>(stream: &mut &UnixStream) -> io::Result<[u8; N]> {
     Ok(bytes)
 }
 
-/// Asks for the default export; its size in bytes. Blocking, but not for ever.
+/// Asks for the default export. Blocking, but not for ever.
 ///
 /// # Errors
 /// When the server refuses, is silent, or does not speak the protocol.
-pub(super) fn negotiate(stream: &UnixStream) -> io::Result<u64> {
+pub fn negotiate(stream: &UnixStream) -> io::Result<Export> {
     stream.set_nonblocking(false)?;
     stream.set_read_timeout(Some(BUDGET))?;
     stream.set_write_timeout(Some(BUDGET))?;
@@ -66,7 +75,7 @@ pub(super) fn negotiate(stream: &UnixStream) -> io::Result<u64> {
     request.extend(0u32.to_be_bytes());
     request.extend(0u16.to_be_bytes());
     stream.write_all(&request)?;
-    let mut size = None;
+    let mut export = None;
     for _ in 0..MAX_REPLIES {
         let magic = u64::from_be_bytes(number(&mut stream)?);
         let option = u32::from_be_bytes(number(&mut stream)?);
@@ -78,8 +87,8 @@ pub(super) fn negotiate(stream: &UnixStream) -> io::Result<u64> {
         let mut data = vec![0; usize::try_from(bytes).map_err(io::Error::other)?];
         stream.read_exact(&mut data)?;
         match kind {
-            REP_ACK => return size.ok_or_else(|| broken("the server does not tell the disk's size")),
-            REP_INFO => size = size.or(export_size(&data)?),
+            REP_ACK => return export.ok_or_else(|| broken("the server does not tell the disk's size")),
+            REP_INFO => export = export.or(told(&data)?),
             kind if kind & REP_ERROR != 0 => {
                 let said: String = String::from_utf8_lossy(&data).chars().take(200).collect();
                 return Err(io::Error::other(format!("the server refuses ({kind:#x}): {said}")));
@@ -90,8 +99,8 @@ pub(super) fn negotiate(stream: &UnixStream) -> io::Result<u64> {
     Err(broken("the server talks without end"))
 }
 
-/// The size, of an information that tells it.
-fn export_size(data: &[u8]) -> io::Result<Option<u64>> {
+/// The export, of an information that tells of it.
+fn told(data: &[u8]) -> io::Result<Option<Export>> {
     let Some((kind, rest)) = data.split_first_chunk::<2>() else { return Err(broken("an information is empty")) };
     if u16::from_be_bytes(*kind) != INFO_EXPORT {
         return Ok(None);
@@ -99,8 +108,9 @@ fn export_size(data: &[u8]) -> io::Result<Option<u64>> {
     let (Some(size), Some(flags)) = (rest.first_chunk::<8>(), rest.get(8..10)) else {
         return Err(broken("the export's information is cut off"));
     };
-    if u16::from_be_bytes([flags[0], flags[1]]) & SENDS_FLUSH == 0 {
+    let flags = u16::from_be_bytes([flags[0], flags[1]]);
+    if flags & SENDS_FLUSH == 0 {
         return Err(broken("the server cannot flush"));
     }
-    Ok(Some(u64::from_be_bytes(*size)))
+    Ok(Some(Export { bytes: u64::from_be_bytes(*size), flags }))
 }

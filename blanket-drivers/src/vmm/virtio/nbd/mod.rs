@@ -8,7 +8,7 @@
 //! A mirror's cut of the disk is a request of a type of our own, [`CMD_CUT`], with the cut's number for an offset and no data.
 
 mod cut;
-mod handshake;
+pub mod handshake;
 mod reader;
 
 use std::{
@@ -100,7 +100,7 @@ impl NbdLink {
     /// # Errors
     /// When it does not serve a disk.
     pub fn new(stream: UnixStream, tell: Tell) -> io::Result<Self> {
-        let bytes = handshake::negotiate(&stream)?;
+        let bytes = handshake::negotiate(&stream)?.bytes;
         stream.set_nonblocking(true)?;
         let bell = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         Ok(Self(Arc::new(Shared { bytes, next: Mutex::new(Some(stream)), bell, tell })))
@@ -111,7 +111,7 @@ impl NbdLink {
     /// # Errors
     /// When the server does not serve a disk of the same size.
     pub fn replace(&self, stream: UnixStream) -> io::Result<()> {
-        let bytes = handshake::negotiate(&stream)?;
+        let bytes = handshake::negotiate(&stream)?.bytes;
         if bytes != self.0.bytes {
             let detail = format!("that disk has {bytes} bytes, this one {}", self.0.bytes);
             return Err(io::Error::new(io::ErrorKind::InvalidData, detail));
