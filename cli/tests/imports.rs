@@ -30,6 +30,12 @@ struct Far {
     state: Arc<Mutex<State>>,
 }
 
+fn done() -> serde_json::Value {
+    json!({ "id": "opn-01a1fea9-e622-75ca-b41b-000000000003", "kind": "image_import", "phase": "done", "progress": {},
+        "guest": null, "is_cancel_requested": false, "actor": "token:a",
+        "request_id": "req-01a1fea9-e617-7305-957c-ad553aef0867", "created_at_ms": 1, "updated_at_ms": 1 })
+}
+
 fn answer(state: &Mutex<State>, method: &str, path: &str, body: &[u8]) -> Option<serde_json::Value> {
     let mut known = state.lock().unwrap();
     let number = |key: &str| -> usize {
@@ -42,6 +48,7 @@ fn answer(state: &Mutex<State>, method: &str, path: &str, body: &[u8]) -> Option
     };
     match (method, path.split('?').next().unwrap().trim_start_matches("/v1/images/")) {
         ("GET", "lean") => Some(image(&known)),
+        ("GET", operation) if operation.contains("operations") => Some(done()),
         ("GET", _) => {
             let (offset, bytes) = (number("offset"), number("bytes"));
             let stretch = &known.kept[offset.min(known.kept.len())..(offset + bytes).min(known.kept.len())];
@@ -62,9 +69,7 @@ fn answer(state: &Mutex<State>, method: &str, path: &str, body: &[u8]) -> Option
         }
         _ => {
             known.is_imported = true;
-            Some(json!({ "id": "opn-01a1fea9-e622-75ca-b41b-000000000003", "kind": "image_import", "phase": "done",
-                "progress": {}, "guest": null, "is_cancel_requested": false, "actor": "token:a",
-                "request_id": "req-01a1fea9-e617-7305-957c-ad553aef0867", "created_at_ms": 1, "updated_at_ms": 1 }))
+            Some(done())
         }
     }
 }

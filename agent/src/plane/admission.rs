@@ -134,20 +134,6 @@ mod tests {
     }
 
     #[test]
-    fn the_controller_takes_chunks_by_a_ticket_that_names_no_host() {
-        let mut f = fixture();
-        let controller = Live { host: None, certificate_sha256: "cc".into() };
-        f.ticket.destination = Party { host: None, certificate_sha256: "cc".into() };
-        (f.ticket.guest, f.ticket.operation) = (None, None);
-        let chunks = Channel::Chunks { project: f.ticket.project };
-        assert_eq!(f.ask(chunks.clone(), &f.source, &controller, 0), Ok(Role::Source));
-        assert!(f.ask(Channel::Control, &f.source, &controller, 0).is_err());
-        // A host with the very certificate is none.
-        let host = Live { host: Some(HostId::generate()), ..controller };
-        assert!(f.ask(chunks, &f.source, &host, 0).is_err());
-    }
-
-    #[test]
     fn a_ticket_gives_its_own_volumes_and_project_only() {
         let mut f = fixture();
         let other = Channel::Volume { volume: VolumeId::generate() };
