@@ -1,6 +1,5 @@
 //! What a point of a volume's history costs, on real files: a volume of 1 GiB over an image of 1 GiB with few changes.
 //! `cargo test -p supercloud-storage --test points --release -- --ignored --nocapture`
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{sync::Arc, time::Instant};
 
