@@ -536,9 +536,33 @@ export interface paths {
             path?: never;
             cookie?: never;
         };
-        get?: never;
+        /**
+         * What a stretch of the uploaded part is, from `?offset=` on for `?bytes=` (at most 1 GiB; so much when absent): for who goes on
+         *     with an upload.
+         */
+        get: operations["images_parts_read"];
         /** Uploads the next piece of a part: `?offset=` is how much of it is kept so far. At most 8 MiB. */
         put: operations["images_parts_put"];
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/images/{image}/parts/{part}/blocks": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * The blocks of an image's part that are not all zeros, with a map that says which these are: a stream of frames (see
+         *     `supercloud_api::blocks`), or their digests, for who has received some and wants to check them.
+         */
+        get: operations["images_parts_blocks"];
+        put?: never;
         post?: never;
         delete?: never;
         options?: never;
@@ -1124,6 +1148,23 @@ export interface paths {
         };
         /** What a volume was as of `as_of_ms`: the newest point that is not younger, and how much older it is. */
         get: operations["volumes_as_of"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/volumes/{volume}/blocks": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** What a volume holds that no host works on: its guest is frozen, or was never started. As for images. */
+        get: operations["volumes_blocks"];
         put?: never;
         post?: never;
         delete?: never;
@@ -3640,6 +3681,23 @@ export interface components {
             /** @description The token. */
             token: components["schemas"]["Token"];
         };
+        /** @description What a stretch of an uploaded part is: for who goes on with an upload and wants to know that it is of the same file. */
+        UploadDigest: {
+            /** @description BLAKE3 of it, hex. */
+            blake3: string;
+            /**
+             * Format: int64
+             * @description How long it is: as much as was asked for, or less where the upload ends.
+             */
+            bytes: number;
+            /**
+             * Format: int64
+             * @description Where the stretch begins.
+             */
+            offset: number;
+            /** @description Which part. */
+            part: components["schemas"]["ImagePart"];
+        };
         /** @description How much of a part has been uploaded; an upload goes on from here. */
         UploadedPart: {
             /**
@@ -5389,6 +5447,46 @@ export interface operations {
             };
         };
     };
+    images_parts_read: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+                /** @description Where the stretch begins; 0 when absent. */
+                offset?: number;
+                /** @description Its length, at most 1 GiB; that when absent. */
+                bytes?: number;
+            };
+            header?: never;
+            path: {
+                /** @description Its id, or its name where it has one. */
+                image: string;
+                /** @description Its id, or its name where it has one. */
+                part: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["UploadDigest"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
     images_parts_put: {
         parameters: {
             query: {
@@ -5418,6 +5516,48 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["Image"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    images_parts_blocks: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+                /** @description The first block; 0 when absent. */
+                from_block?: number;
+                /** @description The first block not any more; the end when absent. */
+                to_block?: number;
+                /** @description Give the digests of the blocks instead, to check what was received before. */
+                digests?: boolean;
+            };
+            header?: never;
+            path: {
+                /** @description Its id, or its name where it has one. */
+                image: string;
+                /** @description Its id, or its name where it has one. */
+                part: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/vnd.supercloud.blocks": string;
                 };
             };
             /** @description A problem (RFC 9457) */
@@ -6873,6 +7013,46 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["VolumeAsOf"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    volumes_blocks: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+                /** @description The first block; 0 when absent. */
+                from_block?: number;
+                /** @description The first block not any more; the end when absent. */
+                to_block?: number;
+                /** @description Give the digests of the blocks instead, to check what was received before. */
+                digests?: boolean;
+            };
+            header?: never;
+            path: {
+                /** @description Its id, or its name where it has one. */
+                volume: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/vnd.supercloud.blocks": string;
                 };
             };
             /** @description A problem (RFC 9457) */
