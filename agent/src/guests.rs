@@ -265,6 +265,7 @@ impl Facts for Guests {
             knows_predictive: true,
             takes_checks: true,
             takes_points: true,
+            moves_none_live: host.backend.live_migration().is_err(),
             takes_mirrors: host.backend.mirroring().is_ok(),
             takes_post_copy: host.backend.post_copy().is_ok(),
         }

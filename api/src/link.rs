@@ -176,6 +176,9 @@ pub struct Hello {
     /// It knows [`Directive::TakePoint`].
     #[serde(default)]
     pub takes_points: bool,
+    /// Its guests cannot be moved while they run.
+    #[serde(default)]
+    pub moves_none_live: bool,
     /// Its guests can be mirrored, and it can stand by for others'.
     #[serde(default)]
     pub takes_mirrors: bool,

@@ -101,6 +101,10 @@ impl Outlook {
         let guest = &record.guest;
         let need = guest_operations::need(&self.picture, record, Some(host));
         let chosen = self.picture.choose(&need, &Place::Anywhere).map(|(host, _)| host);
+        let chosen = chosen.and_then(|to| match placement::moves_live(source) {
+            check if check.is_ok => Ok(to),
+            check => Err(supercloud_api::Problem::new(supercloud_api::Code::Unsupported, check.detail)),
+        });
         let chosen = chosen.and_then(|to| match placement::reachability(source, to) {
             check if check.is_ok => Ok(to),
             check => Err(supercloud_api::Problem::new(supercloud_api::Code::HostUnavailable, check.detail)),

@@ -4,16 +4,16 @@
 //! there.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use serde::Deserialize;
 use supercloud_api::{
-    FleetPlan, GuestState, HostNotice, HostNoticeKind, PlanKind, PlanState,
+    FleetPlan, GuestState, HostNotice, HostNoticeKind, HostState, Name, PlanKind, PlanState, PlanStuck, RentingState,
     handover::Owner,
-    ids::{HostId, RequestId},
+    ids::{GuestId, HostId, RequestId},
     link::Announced,
     unix_ms,
 };
@@ -29,17 +29,19 @@ use crate::{
     },
     rest::Failure,
     state::{
-        Change, Context, EventDraft, GuestRecord, HostRecord, LiveHosts, PlanRecord, State, StateError, Stored,
-        retry_conflicts,
+        Change, Context, EventDraft, GuestRecord, HostRecord, LiveHosts, OperationRecord, PlanRecord, RentingRecord,
+        State, StateError, Stored, retry_conflicts,
     },
 };
 
 /// In whose name hosts are left.
-const ACTOR: &str = "notices";
+pub(crate) const ACTOR: &str = "notices";
 /// Nobody announces anything further ahead, in milliseconds.
 const FURTHEST_MS: u64 = 7 * 24 * 3_600_000;
 /// A time that is told anew must be so much earlier to count, in milliseconds.
-const EARLIER_MS: u64 = 1000;
+const EARLIER_MS: u64 = 30_000;
+/// After so many plans in a row the time between two is not doubled any more.
+const MOST_DOUBLINGS: u32 = 5;
 
 /// What is done about a notice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -78,8 +80,12 @@ impl NoticesConfig {
 
 /// The notice of a host after something was announced; `None`: nothing new. What is told may only get worse: a peer that tells another
 /// time with each word writes nothing.
-fn heard(had: Option<&HostNotice>, said: Announced, now_ms: u64) -> Option<HostNotice> {
-    let at_ms = said.at_ms.filter(|at| *at <= now_ms.saturating_add(FURTHEST_MS));
+fn heard(had: Option<&HostNotice>, withdrawn: Option<&Announced>, said: Announced, now_ms: u64) -> Option<HostNotice> {
+    let is_withdrawn = |gone: &Announced| said.kind <= gone.kind && (said.at_ms.is_none() || said.at_ms == gone.at_ms);
+    if withdrawn.is_some_and(is_withdrawn) {
+        return None;
+    }
+    let at_ms = said.at_ms.filter(|at| *at <= now_ms.saturating_add(FURTHEST_MS)).map(|at| at.max(now_ms));
     let is_news = match had {
         None => true,
         Some(had) if said.kind != had.kind => said.kind > had.kind,
@@ -89,7 +95,9 @@ fn heard(had: Option<&HostNotice>, said: Announced, now_ms: u64) -> Option<HostN
             (_, None) => false,
         },
     };
-    is_news.then_some(HostNotice { kind: said.kind, at_ms, heard_at_ms: now_ms })
+    // What is only told more exactly is no other notice: whoever has cancelled what was done about it has done so.
+    let heard_at_ms = had.filter(|had| had.kind == said.kind).map_or(now_ms, |had| had.heard_at_ms);
+    is_news.then_some(HostNotice { kind: said.kind, at_ms, heard_at_ms })
 }
 
 /// Keeps what was announced for a host, and tells people, if it is new; whether it was.
@@ -101,7 +109,8 @@ pub async fn note(state: &State, host: HostId, said: Announced) -> Result<bool, 
         let Some(found) = state.read::<HostRecord>(&host).await?.filter(|found| !found.is_removed) else {
             return Ok(false);
         };
-        let Some(notice) = heard(found.host.notice.as_ref(), said, unix_ms()) else { return Ok(false) };
+        let had = (found.host.notice.as_ref(), found.withdrawn.as_ref());
+        let Some(notice) = heard(had.0, had.1, said, unix_ms()) else { return Ok(false) };
         let mut now = found.value.clone();
         now.host.notice = Some(notice);
         let data = serde_json::json!({ "kind": notice.kind, "at_ms": notice.at_ms });
@@ -127,12 +136,28 @@ fn forbids(plan: &FleetPlan, host: HostId, heard_at_ms: u64) -> bool {
     }
 }
 
+/// Cancels the plan by which a host is left now, as part of a change that withdraws its notice.
+///
+/// # Errors
+/// When the plans cannot be read.
+pub async fn stop_leaving(state: &State, host: HostId, change: &mut Change) -> Result<(), StateError> {
+    for found in state.list::<PlanRecord>().await? {
+        if found.plan.actor == ACTOR && found.plan.host == Some(host) && found.plan.state == PlanState::Running {
+            let mut now = found.value.clone();
+            if machine::cancel(&mut now.plan).is_ok() {
+                change.update_plan(&found, &mut now);
+            }
+        }
+    }
+    Ok(())
+}
+
 /// How often it is looked, and how long is waited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pace {
     /// Between two looks.
     pub look: Duration,
-    /// Between two plans for one host.
+    /// Between two plans for one host; twice as long after each further one.
     pub again: Duration,
 }
 
@@ -150,8 +175,22 @@ pub struct Leaving {
     plans_wake: Arc<Notify>,
     config: NoticesConfig,
     pace: Pace,
-    /// When a plan was made for a host last, and what was told of those that cannot leave.
-    tries: HashMap<HostId, (Instant, String)>,
+    tries: HashMap<HostId, Tries>,
+}
+
+/// How it went with a host so far.
+#[derive(Debug)]
+struct Tries {
+    count: u32,
+    last: Instant,
+    /// Guests of which was told that they cannot leave.
+    told: BTreeSet<GuestId>,
+}
+
+impl Tries {
+    fn is_due(&self, pace: &Pace) -> bool {
+        self.last.elapsed() >= pace.again.saturating_mul(1 << self.count.saturating_sub(1).min(MOST_DOUBLINGS))
+    }
 }
 
 impl Leaving {
@@ -191,10 +230,10 @@ impl Leaving {
             let host = record.host.id;
             let heard_at_ms = record.host.notice.map_or(0, |notice| notice.heard_at_ms);
             let is_left_alone = plans.iter().map(|record| &record.plan).any(|plan| forbids(plan, host, heard_at_ms));
-            let is_due = self.tries.get(&host).is_none_or(|(at, _)| at.elapsed() >= self.pace.again);
+            let is_due = self.tries.get(&host).is_none_or(|tries| tries.is_due(&self.pace));
             // An empty one, too, takes nobody any more.
             if !is_left_alone && is_due && (runs_at(host) || !record.is_cordoned) {
-                let told = self.tries.remove(&host).map(|(_, told)| told).unwrap_or_default();
+                let (count, told) = self.tries.remove(&host).map(|had| (had.count, had.told)).unwrap_or_default();
                 let told = match self.leave(&record, &told).await {
                     Ok(told) => told,
                     Err(failure) => {
@@ -202,14 +241,14 @@ impl Leaving {
                         told
                     }
                 };
-                self.tries.insert(host, (Instant::now(), told));
+                self.tries.insert(host, Tries { count: count.saturating_add(1), last: Instant::now(), told });
             }
         }
         Ok(())
     }
 
     /// Plans a drain and has it carried out; what was told of guests that cannot leave.
-    async fn leave(&self, record: &HostRecord, told: &str) -> Result<String, Failure> {
+    async fn leave(&self, record: &HostRecord, told: &BTreeSet<GuestId>) -> Result<BTreeSet<GuestId>, Failure> {
         let host = record.host.id;
         let reason = match record.host.notice {
             Some(HostNotice { kind: HostNoticeKind::Interruption, .. }) => "its provider takes the host back",
@@ -217,10 +256,12 @@ impl Leaving {
         };
         let context = Context::actor(ACTOR.to_owned(), RequestId::generate());
         let mut plan = propose(&self.state, &self.live, &Aim::Drain(host), Some(reason.to_owned()), &context).await?;
-        let stuck: Vec<String> =
+        self.leave_to_standbys(&mut plan, host).await?;
+        let stays: BTreeSet<GuestId> = plan.stuck.iter().map(|stuck| stuck.guest).collect();
+        let reasons: Vec<String> =
             plan.stuck.iter().map(|stuck| format!("{}: {}", stuck.guest_name, stuck.reason)).collect();
-        let stuck = stuck.join("; ");
-        let (has_news, has_steps) = (!stuck.is_empty() && stuck != told, !plan.steps.is_empty());
+        let stuck = reasons.join("; ");
+        let (has_news, has_steps) = (!stays.is_subset(told), !plan.steps.is_empty());
         let not_left = || {
             let data = serde_json::json!({ "stuck": &stuck });
             EventDraft::new("host.not_left").host(host).data(data)
@@ -231,7 +272,7 @@ impl Leaving {
                 change.event(not_left());
                 self.state.commit(&context, change).await?;
             }
-            return Ok(stuck);
+            return Ok(stays);
         }
         machine::apply(&mut plan)?;
         let record = PlanRecord { plan, actor: context.actor.clone(), request_id: context.request_id };
@@ -248,7 +289,44 @@ impl Leaving {
         .await?;
         info!(%host, plan = %record.plan.id, steps = record.plan.steps.len(), stuck, "its guests leave");
         self.plans_wake.notify_one();
-        Ok(stuck)
+        Ok(stays)
+    }
+
+    /// Guests with a whole copy elsewhere stay with it: a move would end that first, and might not end in time itself. Only of rented
+    /// hosts: of these their provider says that they are gone, and that has the standby go on.
+    async fn leave_to_standbys(&self, plan: &mut FleetPlan, host: HostId) -> Result<(), StateError> {
+        let rentings = self.state.list::<RentingRecord>().await?;
+        if !rentings.iter().any(|one| one.renting.host == host && one.renting.state == RentingState::Up) {
+            return Ok(());
+        }
+        for step in std::mem::take(&mut plan.steps) {
+            match self.standby(step.guest).await? {
+                Some(standby) => plan.stuck.push(PlanStuck {
+                    guest: step.guest,
+                    guest_name: step.guest_name,
+                    host_name: step.from_name,
+                    reason: format!("its standby at {standby} goes on when its host is gone"),
+                }),
+                None => plan.steps.push(step),
+            }
+        }
+        Ok(())
+    }
+
+    /// Where a guest's mirror has a whole copy, on a host that is there and stays.
+    async fn standby(&self, guest: GuestId) -> Result<Option<Name>, StateError> {
+        let Some(guest) = self.state.read::<GuestRecord>(&guest).await? else { return Ok(None) };
+        let mirror = guest.owner.operation.as_ref().filter(|operation| operation.is_mirrored());
+        let (Some(to), Some(id)) = (mirror.and_then(|mirror| mirror.kind.destination()), guest.guest.operation) else {
+            return Ok(None);
+        };
+        let operation = self.state.read::<OperationRecord>(&id).await?;
+        let is_whole = operation
+            .and_then(|found| found.value.operation.progress.mirror)
+            .is_some_and(|standing| standing.committed > 0);
+        let host = self.state.read::<HostRecord>(&to).await?;
+        let host = host.filter(|host| !host.is_taken_back() && host.view(&self.live).state == HostState::Up);
+        Ok(host.filter(|_| is_whole).map(|host| host.host.name.clone()))
     }
 }
 
@@ -260,19 +338,30 @@ mod tests {
     #[test]
     fn what_is_told_may_only_get_worse() {
         let said = |kind, at_ms| Announced { kind, at_ms };
-        let after = |had: &HostNotice, kind, at_ms| heard(Some(had), said(kind, at_ms), 10);
-        let hint = heard(None, said(Rebalance, None), 5).unwrap();
+        let after = |had: &HostNotice, kind, at_ms| heard(Some(had), None, said(kind, at_ms), 10);
+        let hint = heard(None, None, said(Rebalance, None), 5).unwrap();
         assert_eq!(hint, HostNotice { kind: Rebalance, at_ms: None, heard_at_ms: 5 });
         assert_eq!(after(&hint, Rebalance, None), None);
         let taken = after(&hint, Interruption, Some(120_000)).unwrap();
         assert_eq!(taken, HostNotice { kind: Interruption, at_ms: Some(120_000), heard_at_ms: 10 });
         assert_eq!(after(&taken, Rebalance, Some(1)), None);
         assert_eq!(after(&taken, Interruption, None), None);
-        assert_eq!(after(&taken, Interruption, Some(119_001)), None);
+        assert_eq!(after(&taken, Interruption, Some(90_001)), None);
         assert_eq!(after(&taken, Interruption, Some(130_000)), None);
-        assert_eq!(after(&taken, Interruption, Some(119_000)).unwrap().at_ms, Some(119_000));
+        let earlier = heard(Some(&taken), None, said(Interruption, Some(90_000)), 20).unwrap();
+        assert_eq!((earlier.at_ms, earlier.heard_at_ms), (Some(90_000), 10), "the same notice, told more exactly");
+        // Withdrawn by somebody: the same again is none, another one is.
+        let gone = said(Interruption, Some(120_000));
+        let again = |kind, at_ms| heard(None, Some(&gone), said(kind, at_ms), 30);
+        assert_eq!(
+            (again(Interruption, Some(120_000)), again(Interruption, None), again(Rebalance, None)),
+            (None, None, None)
+        );
+        assert!(again(Interruption, Some(500_000)).is_some());
+        // The past is now.
+        assert_eq!(heard(None, None, said(Interruption, Some(3)), 30).unwrap().at_ms, Some(30));
         // Nobody knows so far ahead.
-        assert_eq!(heard(None, said(Interruption, Some(u64::MAX)), 5).unwrap().at_ms, None);
+        assert_eq!(heard(None, None, said(Interruption, Some(u64::MAX)), 5).unwrap().at_ms, None);
     }
 
     #[test]

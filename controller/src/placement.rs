@@ -221,6 +221,19 @@ fn refusal(verdicts: &[(&Host, Result<Score, Refusal>)], at: &Place, need: &Need
 
 /// Whether two hosts can reach each other: one of them must be one that can be dialled.
 #[must_use]
+pub fn moves_live(source: &Host) -> PlanCheck {
+    let detail = match source.moves_live {
+        true => format!("{} moves guests while they run", source.name),
+        false => format!(
+            "the back end of {} moves no guest while it runs: freeze it (`supercloud guest freeze`) and thaw it elsewhere",
+            source.name
+        ),
+    };
+    PlanCheck { name: "live_move".to_owned(), is_ok: source.moves_live, detail }
+}
+
+/// Whether one of two hosts can dial the other, as far as it is known.
+#[must_use]
 pub fn reachability(source: &Host, destination: &Host) -> PlanCheck {
     let detail = match (source.data_address, destination.data_address) {
         (_, Some(address)) => format!("{} would dial {} at {address} (not tried)", source.name, destination.name),
@@ -262,6 +275,7 @@ mod tests {
             agent_version: "0".into(),
             certificate_sha256: String::new(),
             last_seen_ms: 0,
+            moves_live: true,
             notice: None,
             created_at_ms: 0,
         }

@@ -161,6 +161,7 @@ impl Facts for Nothing {
             knows_predictive: false,
             takes_checks: false,
             takes_points: false,
+            moves_none_live: false,
             takes_mirrors: false,
             takes_post_copy: false,
         }

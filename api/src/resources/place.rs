@@ -101,6 +101,10 @@ pub struct HostNotice {
     pub heard_at_ms: u64,
 }
 
+const fn yes() -> bool {
+    true
+}
+
 /// A machine that runs an agent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Host {
@@ -128,6 +132,9 @@ pub struct Host {
     pub used: Room,
     /// The compat classes it can run.
     pub compat_classes: Vec<CompatClass>,
+    /// Whether its guests can be moved while they run; else they are frozen and thawed.
+    #[serde(default = "yes")]
+    pub moves_live: bool,
     /// What the substrate probe found (`kind`, ns per instruction, …), as measured.
     #[schema(value_type = Object)]
     pub probe: serde_json::Value,

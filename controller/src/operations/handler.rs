@@ -218,6 +218,7 @@ impl Engine {
                 hello.compat_classes.iter().filter(|class| is_plausible_class(class)).take(16).cloned().collect();
             let probe_bytes = hello.probe.to_string().len();
             record.probe = if probe_bytes <= PROBE_AT_MOST { hello.probe.clone() } else { serde_json::json!({}) };
+            record.moves_live = !hello.moves_none_live;
             record.agent_version = hello.agent_version.chars().take(64).collect();
             certificate_sha256.clone_into(&mut record.certificate_sha256);
             record.last_seen_ms = unix_ms();

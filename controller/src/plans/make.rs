@@ -86,7 +86,7 @@ const FULL_PERMILLE: u64 = 900;
 /// There is no such thing, it cannot be done at all, or it has more than [`AT_MOST_STEPS`] steps.
 pub fn make(aim: &Aim, fleet: &Fleet<'_>) -> Result<Made, Problem> {
     let mut draft = Draft::new(fleet);
-    let moves = match aim {
+    let mut moves = match aim {
         Aim::Drain(host) => draft.empty(&[*host])?,
         Aim::Evacuate(cloud) => {
             let hosts: Vec<HostId> =
@@ -98,6 +98,10 @@ pub fn make(aim: &Aim, fleet: &Fleet<'_>) -> Result<Made, Problem> {
         }
         Aim::Gather(guests, target) => draft.gather(guests, *target)?,
     };
+    // One after the other, by plans, is all that is left for a single host.
+    if matches!(aim, Aim::Drain(_)) {
+        draft.later(&mut moves);
+    }
     if moves.moves.len() > AT_MOST_STEPS {
         let what = format!("the plan has {} moves; at most {AT_MOST_STEPS} fit into one", moves.moves.len());
         return Err(Problem::new(Code::TooLarge, format!("{what}: drain the hosts one after the other")));
@@ -225,7 +229,7 @@ impl<'a> Draft<'a> {
             let Some(at) = owner.and_then(|host| self.number(host)) else { continue };
             let _ = self.cluster.assign(number, &demand, at);
             let host = self.hosts[at as usize];
-            if guest.state != GuestState::Running || host.state == HostState::Unreachable {
+            if guest.state != GuestState::Running || host.state == HostState::Unreachable || !host.moves_live {
                 continue;
             }
             let avoid = if host.data_address.is_none() { behind_nat.clone() } else { Vec::new() };
@@ -268,6 +272,7 @@ impl<'a> Draft<'a> {
                 let reason = match guest.checked_sub(COMING) {
                     Some(_) => "it is on its way there: plan again when it has come".to_owned(),
                     None if host.state == HostState::Unreachable => "the host's agent is not connected".to_owned(),
+                    None if !host.moves_live => placement::moves_live(host).detail,
                     None => self.why_stuck(guest),
                 };
                 self.stuck(guest % COMING, host, reason);
@@ -308,6 +313,16 @@ impl<'a> Draft<'a> {
             "there is no other host".to_owned()
         } else {
             format!("no host takes it: {}", each.join("; "))
+        }
+    }
+
+    /// Leaves what does not fit into one plan to the next.
+    fn later(&mut self, moves: &mut Moves) {
+        let rest = moves.moves.split_off(moves.moves.len().min(AT_MOST_STEPS));
+        for one in rest {
+            let host = self.host(one.from);
+            let reason = format!("a plan has at most {AT_MOST_STEPS} moves: plan again when these are done");
+            self.stuck(one.guest, host, reason);
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use supercloud_api::{Cloud, Code, FleetPlan, Operation, ids::CloudId};
+use supercloud_api::{Cloud, Code, FleetPlan, Operation, PlanState, ids::CloudId};
 use supercloud_scheduler::money::NanoUsd;
 
 use super::{
@@ -11,8 +11,9 @@ use super::{
     measured::Measured,
 };
 use crate::{
+    notices,
     rest::{Failure, guest_plan::Picture},
-    state::{Change, Context, HostRecord, LiveHosts, OperationRecord, PlanRecord, State, StateError},
+    state::{Change, Context, HostRecord, LiveHosts, OperationRecord, PlanRecord, State, StateError, Stored},
 };
 
 /// What it takes to reach an aim, by where everything is now. Nothing is kept of it.
@@ -47,7 +48,12 @@ pub async fn make_way(state: &State, change: &mut Change) -> Result<(), Failure>
     if kept.len() < AT_MOST_KEPT {
         return Ok(());
     }
-    match kept.iter().find(|record| record.plan.state.is_at_rest()) {
+    // Those that were made by themselves before those of people, but for what somebody has stopped: that must be known.
+    let is_of_itself = |record: &&Stored<PlanRecord>| record.plan.actor == notices::ACTOR;
+    let is_over = |record: &&Stored<PlanRecord>| matches!(record.plan.state, PlanState::Done | PlanState::Failed);
+    let at_rest = || kept.iter().filter(|record| record.plan.state.is_at_rest());
+    let oldest = at_rest().filter(is_of_itself).find(is_over);
+    match oldest.or_else(|| at_rest().find(|record| !is_of_itself(record))).or_else(|| at_rest().next()) {
         Some(oldest) => {
             change.delete(oldest);
             Ok(())

@@ -3,7 +3,8 @@
 use std::{sync::Arc, time::Duration};
 
 use supercloud_api::{
-    Code, CordonState, FleetPlan, Host, OperationKind, Phase, PlanKind, PlanStep, PlanStepState, Problem,
+    Code, CordonState, FleetPlan, Host, HostNoticeKind, OperationKind, Phase, PlanKind, PlanStep, PlanStepState,
+    Problem,
     handover::{self, BeginRequest, Owner},
     ids::{HostId, OperationId, PlanId},
     link::MigrationOptions,
@@ -251,6 +252,10 @@ impl Runner {
         let Some(destination) = picture.host(to) else {
             return pass_over(Code::NotFound, format!("host {to_name} is not there any more")).await;
         };
+        if destination.notice.is_some_and(|notice| notice.kind == HostNoticeKind::Interruption) {
+            let why = format!("the provider of {to_name} takes it back, too");
+            return pass_over(Code::NoCapacity, why).await;
+        }
         match self.operation(found, step, &guest, &picture, from, destination) {
             Ok((operation, record)) => {
                 let mut now = guest.value.clone();

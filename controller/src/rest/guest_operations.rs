@@ -303,6 +303,10 @@ fn with_reachability<'a>(
         let detail = format!("the agent of {}, where the guest is, is not connected", source.name);
         return Err(Problem::new(Code::HostUnavailable, detail));
     }
+    let live = placement::moves_live(source);
+    if !live.is_ok {
+        return Err(Problem::new(Code::Unsupported, live.detail));
+    }
     let check = placement::reachability(source, host);
     if !check.is_ok {
         return Err(Problem::new(Code::HostUnavailable, check.detail));

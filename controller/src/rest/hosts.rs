@@ -5,11 +5,14 @@ use axum::{
     extract::{Path, State},
     http::HeaderMap,
 };
-use supercloud_api::{Code, Freeze, Host, HostPatch, Page, Ref, Volume, VolumeHistory, handover::Owner};
+use supercloud_api::{
+    Code, Freeze, Host, HostPatch, Page, Ref, Volume, VolumeHistory, handover::Owner, link::Announced,
+};
 
 use super::{Api, Asker, Failure, Reply, body, check_if_match};
 use crate::{
     auth::Reach,
+    notices,
     state::{Change, EventDraft, GuestRecord, HostRecord, Stored, retry_conflicts},
 };
 
@@ -59,9 +62,11 @@ pub async fn change(
         }
         let mut now = found.value.clone();
         now.is_cordoned = wanted.cordoned.unwrap_or(now.is_cordoned);
-        if wanted.cordoned == Some(false) {
+        if wanted.cordoned == Some(false)
+            && let Some(notice) = now.host.notice.take()
+        {
             // Else its guests would leave all the same. What is announced anew counts.
-            now.host.notice = None;
+            now.withdrawn = Some(Announced { kind: notice.kind, at_ms: notice.at_ms });
         }
         if now == found.value {
             return Ok(Reply::ok(&shown(&api, &asker, &found))?.at(found.revision));
@@ -69,6 +74,9 @@ pub async fn change(
         let mut change = Change::new();
         let kind = if now.is_cordoned { "host.cordoned" } else { "host.uncordoned" };
         change.update(&found, &now).event(EventDraft::new(kind).host(now.host.id));
+        if found.host.notice.is_some() && now.host.notice.is_none() {
+            notices::stop_leaving(&api.parts.state, now.host.id, &mut change).await?;
+        }
         let reply = Reply::ok(&shown(&api, &asker, &now))?;
         asker.commit(&api.parts, None, change, reply).await
     })

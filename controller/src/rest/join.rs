@@ -173,6 +173,7 @@ async fn first_join(
         agent_version: String::new(),
         certificate_sha256: fingerprint.to_owned(),
         last_seen_ms: 0,
+        moves_live: true,
         notice: None,
         created_at_ms: unix_ms(),
     };
@@ -182,7 +183,7 @@ async fn first_join(
         .update(record, &used)
         .unchanged(&cloud)
         .claim(keys::host_index(index), host.id)
-        .create_named(&HostRecord { host, is_cordoned: false, is_removed: false })
+        .create_named(&HostRecord { host, is_cordoned: false, is_removed: false, withdrawn: None })
         .event(
             EventDraft::new("host.joined")
                 .host(record.host)

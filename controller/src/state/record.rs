@@ -4,14 +4,14 @@ use std::{collections::BTreeSet, fmt::Display};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use supercloud_api::{
-    Cloud, DiskFormat, FleetPlan, Freeze, Guest, GuestState, Host, HostState, Image, Name, Network, Operation, Port,
-    Project, Renting, Token, Volume, VolumeHistory,
+    Cloud, DiskFormat, FleetPlan, Freeze, Guest, GuestState, Host, HostNoticeKind, HostState, Image, Name, Network,
+    Operation, Port, Project, Renting, Token, Volume, VolumeHistory,
     handover::{Owner, OwnerRecord},
     ids::{
         CloudId, FreezeId, GuestId, HostId, ImageId, NetworkId, OperationId, PlanId, PortId, ProjectId, RentingId,
         RequestId, TokenId, VolumeId,
     },
-    link::{MigrationOptions, MirrorOptions},
+    link::{Announced, MigrationOptions, MirrorOptions},
 };
 
 use super::LiveHosts;
@@ -70,9 +70,18 @@ pub struct HostRecord {
     pub is_cordoned: bool,
     /// It was removed: its certificate is denied.
     pub is_removed: bool,
+    /// A notice that somebody has withdrawn: the same one again counts for nothing.
+    #[serde(default)]
+    pub withdrawn: Option<Announced>,
 }
 
 impl HostRecord {
+    /// Whether its provider takes it back: nobody is to be placed there.
+    #[must_use]
+    pub fn is_taken_back(&self) -> bool {
+        self.host.notice.is_some_and(|notice| notice.kind == HostNoticeKind::Interruption)
+    }
+
     /// The host as the API shows it now.
     #[must_use]
     pub fn view(&self, live: &LiveHosts) -> Host {
@@ -81,7 +90,7 @@ impl HostRecord {
         host.state = match now {
             _ if self.is_removed => HostState::Removed,
             None => HostState::Unreachable,
-            Some(_) if self.is_cordoned => HostState::Cordoned,
+            Some(_) if self.is_cordoned || self.is_taken_back() => HostState::Cordoned,
             Some(_) => HostState::Up,
         };
         if let Some(now) = now {

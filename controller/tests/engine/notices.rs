@@ -89,6 +89,30 @@ async fn guests_with_nowhere_to_go_stay_and_leave_when_there_is_room() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn hosts_that_are_taken_back_together_send_nobody_to_each_other() {
+    let mut world = World::new(seed("notice-two", 85), 3).await;
+    let mut guests = guests_on(&mut world, 0, 2).await;
+    guests.extend(guests_on(&mut world, 1, 2).await);
+    // The second word comes when plans of the first are under way.
+    world.stall(Stage::Copy, true);
+    world.faults(0, |faults| faults.announced = Some(TAKEN));
+    world.until("a move", async |world| moves(world).await > 0).await;
+    world.faults(1, |faults| faults.announced = Some(TAKEN));
+    world.until("both are known", async |world| host(world, 1).await.host.notice.is_some()).await;
+    world.stall(Stage::Copy, false);
+    world
+        .until("all are at the third", async |world| {
+            let mut all = true;
+            for guest in &guests {
+                all &= world.place(*guest).await == Some(2);
+            }
+            all
+        })
+        .await;
+    assert!(guests.iter().all(|guest| lock(&world.ground).boots[guest] == 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_plan_that_somebody_cancels_does_not_begin_again_by_itself() {
     let mut world = World::new(seed("notice-cancelled", 84), 2).await;
     let guests = guests_on(&mut world, 0, 1).await;

@@ -161,12 +161,13 @@ impl World {
             agent_version: String::new(),
             certificate_sha256: String::new(),
             last_seen_ms: 0,
+            moves_live: true,
             notice: None,
             created_at_ms: 0,
         };
         let mut change = Change::new();
         keep_host(self.state(), &host, &mut change).await.unwrap();
-        change.create_named(&HostRecord { host, is_cordoned: false, is_removed: false });
+        change.create_named(&HostRecord { host, is_cordoned: false, is_removed: false, withdrawn: None });
         self.state().commit(&Context::system(), change).await.unwrap();
     }
 

@@ -164,6 +164,7 @@ impl Seat {
             knows_predictive: false,
             takes_checks: false,
             takes_points: true,
+            moves_none_live: false,
             takes_mirrors: true,
             takes_post_copy: true,
         }

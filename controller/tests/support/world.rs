@@ -294,7 +294,7 @@ impl World {
         .unwrap();
         let mut change = Change::new();
         change.create(&Cloud { id: cloud, name: name(&format!("c{n}")), provider: "lab".into(), created_at_ms: 1 });
-        change.create(&HostRecord { host: record, is_cordoned: false, is_removed: false });
+        change.create(&HostRecord { host: record, is_cordoned: false, is_removed: false, withdrawn: None });
         self.state().commit(&Context::system(), change).await.unwrap();
         let seat = Seat {
             host,

@@ -34,6 +34,7 @@ fn host(name: &str, cloud: CloudId, gib: u64) -> Host {
         agent_version: "0".into(),
         certificate_sha256: String::new(),
         last_seen_ms: 0,
+        moves_live: true,
         notice: None,
         created_at_ms: 0,
     }

@@ -206,10 +206,11 @@ impl TestController {
             agent_version: "0".into(),
             certificate_sha256: "ab".into(),
             last_seen_ms: 0,
+            moves_live: true,
             notice: None,
             created_at_ms: unix_ms(),
         };
-        let record = HostRecord { host: host.clone(), is_cordoned: false, is_removed: false };
+        let record = HostRecord { host: host.clone(), is_cordoned: false, is_removed: false, withdrawn: None };
         let mut change = Change::new();
         change.create_named(&record);
         crate::ledger::keep_host(self.state(), &host, &mut change).await.unwrap();
