@@ -208,10 +208,8 @@ impl Backend for XenBackend {
                 guest.until_settled(self.inner.config.call_budget).await?;
             }
             let guests = self.inner.all()?;
-            if guests.is_empty() {
-                return Ok(Vec::new());
-            }
             let domains = xl::list(self.inner.config.call_budget).await?;
+            self.inner.check_strays(&domains, &guests)?;
             let mut all = Vec::new();
             for guest in guests {
                 let domain = self.inner.domain_of(&guest, &domains).await?;
