@@ -10,7 +10,7 @@
 //! All functions block; call them on a blocking thread. They act in the network namespace of the calling thread.
 
 use std::{
-    ffi::c_short,
+    ffi::{OsStr, c_short},
     fs,
     io::{self, Write},
     net::Ipv4Addr,
@@ -23,6 +23,8 @@ use supercloud_ids::PortId;
 
 /// What taps' names start with.
 pub const TAP_PREFIX: &str = "sct";
+/// Where the kernel shows the interfaces.
+const INTERFACES: &str = "/sys/class/net";
 
 /// Why an interface could not be changed.
 #[derive(Debug, thiserror::Error)]
@@ -112,6 +114,15 @@ fn attach(name: &str) -> Result<OwnedFd, TapError> {
     Ok(fd)
 }
 
+/// Whether the interface is a Xen domain's card, by the device that the kernel says it belongs to: `.../vif-<domain>-<index>`.
+fn is_xen_card(interfaces: &Path, name: &str) -> bool {
+    let device = fs::read_link(interfaces.join(name).join("device"));
+    let device = device.as_deref().ok().and_then(Path::file_name).and_then(OsStr::to_str);
+    let numbers = device.and_then(|device| device.strip_prefix("vif-")?.split_once('-'));
+    let is_number = |text: &str| text.parse::<u32>().is_ok();
+    numbers.is_some_and(|(domain, index)| is_number(domain) && is_number(index))
+}
+
 /// Makes a persistent tap (or takes the one that is there), seals it against the host's network stack, sets its MTU and
 /// brings it up. `owner` is the uid that may open it besides root. A tap in use by a running guest is left as it is,
 /// but for MTU and seal.
@@ -123,9 +134,11 @@ pub fn create(name: &str, mtu: u16, owner: Option<u32>, reader: Reader) -> Resul
             }
             ioctl_number(&fd, libc::TUNSETPERSIST, 1).map_err(failed("TUNSETPERSIST", name))?;
         }
-        // A guest holds it, or (EINVAL) a back end has put an interface of its own in its place.
+        // A guest holds it.
+        Err(TapError::Os { source, .. }) if source.raw_os_error() == Some(libc::EBUSY) && exists(name) => {}
+        // It is no tap: the Xen back end has put a domain's card in its place. Anything else is nobody's we know.
         Err(TapError::Os { source, .. })
-            if matches!(source.raw_os_error(), Some(libc::EBUSY | libc::EINVAL)) && exists(name) => {}
+            if source.raw_os_error() == Some(libc::EINVAL) && is_xen_card(Path::new(INTERFACES), name) => {}
         Err(other) => return Err(other),
     }
     seal(name, reader)?;
@@ -248,5 +261,25 @@ mod tests {
         for bad in ["", "0123456789abcdef", "a/b", "a b", "ä", "a%d"] {
             assert!(ifreq(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn only_a_domains_card_stands_for_a_tap() {
+        let interfaces = tempfile::tempdir().unwrap();
+        for (name, device) in [
+            ("sct0", "../../../vif-7-0"),
+            ("sct1", "../../../virtio0"),
+            ("sct2", "../../../vif-7"),
+            ("sct3", "../../../vif-a-0"),
+            ("sct4", "vif-7-0/other"),
+        ] {
+            let place = interfaces.path().join(name);
+            fs::create_dir(&place).unwrap();
+            std::os::unix::fs::symlink(device, place.join("device")).unwrap();
+        }
+        // A bridge or a bond has no device.
+        fs::create_dir(interfaces.path().join("sct5")).unwrap();
+        let cards: Vec<_> = (0..7).filter(|at| is_xen_card(interfaces.path(), &format!("sct{at}"))).collect();
+        assert_eq!(cards, [0]);
     }
 }

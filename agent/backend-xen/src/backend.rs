@@ -23,7 +23,7 @@ use crate::{
     freeze::FROZEN_FORMAT,
     guest::{Guest, blocking, run_state},
     inner::Inner,
-    nbd, watch as watching, xl,
+    libxl, nbd, watch as watching, xl,
 };
 
 /// The pause before something is tried again with a guest that was found again.
@@ -53,6 +53,14 @@ fn class(info: &xl::Info) -> CompatClass {
     }
 }
 
+/// libxl may change its calls with every release, and those that are made here are one release's.
+fn check_release(info: &xl::Info) -> Result<(), String> {
+    if info.release == libxl::RELEASE {
+        return Ok(());
+    }
+    Err(format!("this host runs Xen {}; only Xen {} can be used (docs/xen.md)", info.version, libxl::RELEASE))
+}
+
 /// Why guests cannot move live on a hypervisor that was built with these settings, if so.
 fn no_live(built: &str, may_move_live: bool) -> Option<String> {
     let has_shadow = built.lines().any(|line| line.trim() == "CONFIG_SHADOW_PAGING=y");
@@ -79,6 +87,7 @@ impl XenBackend {
         let info = xl::xl(what, config.call_budget, ["info"]).await?;
         let info =
             xl::parse_info(&info).ok_or_else(|| refused("xl info says nothing that is understood".to_owned()))?;
+        check_release(&info).map_err(refused)?;
         if let Some(missing) = blocking(what, || Ok(nbd::missing())).await? {
             return Err(refused(missing));
         }
@@ -91,7 +100,7 @@ impl XenBackend {
         let homes = blocking("use the folder of guests", move || Home::all(&run_dir)).await?;
         let no_live = no_live(&built.unwrap_or_default(), config.may_move_live);
         let mut inner = Inner {
-            library: format!("libxenlight.so.{}", info.release),
+            library: libxl::library(),
             version: format!("Xen {}", info.version),
             config,
             class: class(&info),
@@ -199,10 +208,8 @@ impl Backend for XenBackend {
                 guest.until_settled(self.inner.config.call_budget).await?;
             }
             let guests = self.inner.all()?;
-            if guests.is_empty() {
-                return Ok(Vec::new());
-            }
             let domains = xl::list(self.inner.config.call_budget).await?;
+            self.inner.check_strays(&domains, &guests)?;
             let mut all = Vec::new();
             for guest in guests {
                 let domain = self.inner.domain_of(&guest, &domains).await?;
@@ -278,6 +285,22 @@ mod tests {
         assert!(is_plain(Path::new("/usr/lib/supercloud/supercloud-xen")));
         for odd in ["supercloud-xen", "/a b", "/a,b", "/a\"b", "/ä"] {
             assert!(!is_plain(Path::new(odd)), "{odd}");
+        }
+    }
+
+    #[test]
+    fn another_release_of_xen_is_refused_by_name() {
+        let info = |release: &str| xl::Info {
+            release: release.to_owned(),
+            version: format!("{release}.5"),
+            features: String::new(),
+        };
+        check_release(&info("4.17")).unwrap();
+        for other in ["4.16", "4.18", "4.1", "5.17"] {
+            assert!(
+                check_release(&info(other)).is_err_and(|why| why.contains(other) && why.contains("4.17")),
+                "{other}"
+            );
         }
     }
 

@@ -37,7 +37,8 @@ fn part_of(file: &Path) -> PathBuf {
 
 /// Removes what there is of a freeze that was none, for good. Blocking.
 fn remove_frozen(file: &Path) -> io::Result<()> {
-    for left in [file.to_owned(), part_of(file)] {
+    // In this order: who is still about to give it its name finds nothing to name, or has done so before.
+    for left in [part_of(file), file.to_owned()] {
         match std::fs::remove_file(&left) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
@@ -125,7 +126,7 @@ impl Inner {
     }
 
     /// Rolls a freeze back: there is no file any more, and then the guest runs. When the file cannot be removed, it does not.
-    async fn thaw_here(&self, guest: &Arc<Guest>, file: &Path) -> BackendResult<()> {
+    pub async fn thaw_here(&self, guest: &Arc<Guest>, file: &Path) -> BackendResult<()> {
         let left = file.to_owned();
         blocking("remove what is left of a freeze", move || remove_frozen(&left)).await?;
         if self.state(guest).await? == Some(RunState::Paused(PauseReason::Saving)) {

@@ -26,7 +26,7 @@ use tokio::{
 
 use crate::{
     console,
-    nbd::{self, Disk},
+    nbd::{self, Disk, Turn},
     xl::{Domain, Shutdown},
 };
 
@@ -117,6 +117,15 @@ pub async fn blocking<T: Send + 'static>(
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What has become of a guest's disks since they were last looked after.
+#[derive(Debug, Default)]
+pub struct Mended {
+    /// The names of those that are away, each told once.
+    pub away: Vec<String>,
+    /// The last that was away is there again.
+    pub are_all_back: bool,
 }
 
 /// A guest that is here.
@@ -306,15 +315,24 @@ impl Guest {
         if is_done { Ok(()) } else { self.open_disks(false).await.map(drop) }
     }
 
-    /// Looks after its disks' connections; the names of those that have none. Nobody else does so meanwhile.
-    pub async fn mend_disks(&self) -> BackendResult<Vec<String>> {
+    /// Looks after its disks' connections; what there is to be told of them. Nobody else does so meanwhile.
+    pub async fn mend_disks(&self) -> BackendResult<Mended> {
         if self.is_mending.swap(true, Ordering::AcqRel) {
-            return Ok(Vec::new());
+            return Ok(Mended::default());
         }
         let disks = Arc::clone(&self.disks);
         let mended = blocking("look after a guest's disks", move || {
             let mut disks = lock(&disks);
-            Ok(disks.iter_mut().filter_map(|disk| disk.mend().is_err().then(|| disk.name().to_owned())).collect())
+            let (mut mended, mut is_any_back) = (Mended::default(), false);
+            for disk in disks.iter_mut() {
+                match disk.look_after() {
+                    Some(Turn::Away) => mended.away.push(disk.name().to_owned()),
+                    Some(Turn::Back) => is_any_back = true,
+                    None => {}
+                }
+            }
+            mended.are_all_back = is_any_back && !disks.iter().any(Disk::is_away);
+            Ok(mended)
         })
         .await;
         self.is_mending.store(false, Ordering::Release);

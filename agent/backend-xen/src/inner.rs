@@ -1,7 +1,7 @@
 //! What the back end's tasks share: its guests, their domains, and what is done when they come and go.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -49,6 +49,16 @@ pub struct Inner {
 /// Held by who changes something about a guest's domain.
 pub type Work = OwnedMutexGuard<()>;
 
+/// A domain of such a UUID; one that is being taken apart is as good as gone.
+fn stray(all: &[xl::Domain], is_such: impl Fn(&str) -> bool) -> Option<&xl::Domain> {
+    all.iter().find(|domain| !domain.is_dying && is_such(&domain.uuid))
+}
+
+/// Whether a UUID may be a guest's id: those are of version 7. Xen's tools make others, of version 4, for domains made by hand.
+fn is_of_a_guest(uuid: &str) -> bool {
+    uuid.as_bytes().get(14) == Some(&b'7')
+}
+
 impl Inner {
     fn guests(&self) -> MutexGuard<'_, BTreeMap<GuestId, Arc<Guest>>> {
         self.guests.lock().unwrap_or_else(PoisonError::into_inner)
@@ -86,15 +96,47 @@ impl Inner {
         Ok(self.guests().get(&id).cloned())
     }
 
-    /// Likewise, once it is as it shall be.
+    /// Likewise, once it is as it shall be. That a guest without a record is not here is Xen's to say.
     ///
     /// # Errors
-    /// As [`Self::guest`], and when that takes too long.
+    /// As [`Self::guest`], when that takes too long, and when there is a domain of a guest without a record.
     pub async fn settled(&self, id: GuestId) -> BackendResult<Option<Arc<Guest>>> {
-        let Some(guest) = self.guest(id)? else { return Ok(None) };
-        guest.until_settled(self.config.call_budget).await?;
+        if let Some(guest) = self.guest(id)? {
+            guest.until_settled(self.config.call_budget).await?;
+        }
         // It may have turned out to be none.
-        self.guest(id)
+        if let Some(guest) = self.guest(id)? {
+            return Ok(Some(guest));
+        }
+        let all = xl::list(self.config.call_budget).await?;
+        // It may have come meanwhile.
+        match (self.guest(id)?, stray(&all, |uuid| uuid == id.uuid().to_string())) {
+            (Some(guest), _) => Ok(Some(guest)),
+            (None, None) => Ok(None),
+            (None, Some(domain)) => Err(self.is_stray(domain)),
+        }
+    }
+
+    /// Refuses a list with a domain that looks like a guest's and is none of those, nor of those that have come since.
+    ///
+    /// # Errors
+    /// When there is one.
+    pub fn check_strays(&self, all: &[xl::Domain], guests: &[Arc<Guest>]) -> BackendResult<()> {
+        let known: BTreeSet<_> = guests.iter().chain(&self.known()).map(|guest| guest.uuid()).collect();
+        match stray(all, |uuid| is_of_a_guest(uuid) && !known.contains(uuid)) {
+            Some(domain) => Err(self.is_stray(domain)),
+            None => Ok(()),
+        }
+    }
+
+    fn is_stray(&self, domain: &xl::Domain) -> BackendError {
+        let detail = format!(
+            "domain {} (UUID {}) is there, and {} has no record of it; once nobody needs it, `xl destroy {0}` ends it",
+            domain.id,
+            domain.uuid,
+            self.config.run_dir.display()
+        );
+        BackendError::Failed { what: "find a guest", detail }
     }
 
     /// Its domain, if it has one: the one of its UUID. That one whose number is known is gone is asked for by that number, and has to be
@@ -338,5 +380,31 @@ impl Inner {
         self.forget(guest).await?;
         self.tell(guest.id(), GuestEvent::Stopped(reason));
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_domain_without_a_record_is_not_absence() {
+        let domain = |uuid: &str, is_dying| xl::Domain {
+            uuid: uuid.to_owned(),
+            id: 3,
+            memory_mib: 64,
+            is_paused: false,
+            shutdown: None,
+            is_dying,
+        };
+        let ours = GuestId::generate().uuid().to_string();
+        let by_hand = "7a0b2c1d-7777-4777-8777-777777777777";
+        assert!(is_of_a_guest(&ours) && !is_of_a_guest(by_hand) && !is_of_a_guest(""), "{ours}");
+        let all = [domain(by_hand, false), domain(&ours, false)];
+        assert_eq!(stray(&all, |uuid| uuid == ours), Some(&all[1]));
+        assert_eq!(stray(&all, is_of_a_guest), Some(&all[1]));
+        assert_eq!(stray(&all[..1], is_of_a_guest), None);
+        // It is being taken apart.
+        assert_eq!(stray(&[domain(&ours, true)], |uuid| uuid == ours), None);
     }
 }

@@ -1,14 +1,17 @@
 //! The two calls of libxl that `xl` does not offer on its own, found in the library when they are needed: nothing of Xen's is wanted
 //! where this is compiled, and hosts without Xen never come here.
 //!
-//! The library's name carries Xen's version (`libxenlight.so.4.17`), so the two belong together. Signatures: `libxl.h` and
-//! `xentoollog.h` of Xen 4.17.
+//! The library's name carries Xen's version (`libxenlight.so.4.17`), and no other than [`RELEASE`]'s is loaded: signatures are those of
+//! `libxl.h` and `xentoollog.h` of Xen 4.17, and libxl may change them with every release.
 
 use std::{
     ffi::{CStr, CString, c_char, c_int, c_uint, c_void},
     fmt,
     os::fd::RawFd,
 };
+
+/// The release of Xen whose libxl is used here.
+pub const RELEASE: &str = "4.17";
 
 /// `LIBXL_SUSPEND_LIVE`: copy while the domain runs.
 const SUSPEND_LIVE: c_int = 2;
@@ -22,6 +25,8 @@ const GUEST_TIMED_OUT: c_int = -8;
 /// Why a call was not made, or failed.
 #[derive(Debug)]
 pub enum LibxlError {
+    /// This is not libxl of [`RELEASE`].
+    Release(String),
     /// The library, or something in it, is not there.
     Missing(String),
     /// It cannot begin.
@@ -42,6 +47,9 @@ impl std::error::Error for LibxlError {}
 impl fmt::Display for LibxlError {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Release(name) => {
+                write!(out, "libxl cannot be used: {name} is not of Xen {RELEASE}, for which this is made")
+            }
             Self::Missing(what) => write!(out, "libxl cannot be used: {what}"),
             Self::Begin(code) => write!(out, "libxl cannot begin (error {code})"),
             Self::Call { what, code, is_running: true } => write!(out, "{what} failed (error {code}); the domain runs"),
@@ -54,6 +62,11 @@ type Alloc = unsafe extern "C" fn(*mut *mut c_void, c_int, c_uint, *mut c_void) 
 type Suspend = unsafe extern "C" fn(*mut c_void, u32, c_int, c_int, *const c_void) -> c_int;
 type Resume = unsafe extern "C" fn(*mut c_void, u32, c_int, *const c_void) -> c_int;
 type CreateLogger = unsafe extern "C" fn(*mut libc::FILE, c_int, c_uint) -> *mut c_void;
+
+/// The library's name.
+pub fn library() -> String {
+    format!("libxenlight.so.{RELEASE}")
+}
 
 /// libxl, begun. It lives as long as its process: nothing is given back.
 pub struct Libxl {
@@ -89,8 +102,11 @@ impl Libxl {
     /// Loads the library of this name and begins to use it. What it does is told on standard error, a line each.
     ///
     /// # Errors
-    /// When it is not there, or cannot begin.
+    /// When it is another release's, is not there, or cannot begin.
     pub fn begin(library: &str) -> Result<Self, LibxlError> {
+        if library != self::library() {
+            return Err(LibxlError::Release(library.to_owned()));
+        }
         let (light, log) = (open(library)?, open("libxentoollog.so.1")?);
         let logger = symbol(log, c"xtl_createlogger_stdiostream")?;
         let (alloc, suspend, resume) = (
@@ -98,7 +114,8 @@ impl Libxl {
             symbol(light, c"libxl_domain_suspend")?,
             symbol(light, c"libxl_domain_resume")?,
         );
-        // SAFETY: the functions of these names have these signatures (see the head of this file).
+        // SAFETY: the functions of these names have these signatures in the release that was asked for just now (see the head of this
+        // file); xentoollog's have been the same since its library got its number, 1.
         let (alloc, suspend, resume, logger) = unsafe {
             (
                 std::mem::transmute::<*mut c_void, Alloc>(alloc),
@@ -157,7 +174,16 @@ mod tests {
 
     #[test]
     fn a_host_without_xen_says_what_is_missing() {
-        let Err(error) = Libxl::begin("libxenlight.so.0.0-not-there") else { panic!("it is there") };
+        let error = open("libxenlight.so.0.0-not-there").unwrap_err();
         assert!(error.to_string().contains("libxenlight.so.0.0-not-there"), "{error}");
+    }
+
+    #[test]
+    fn another_releases_library_is_not_loaded() {
+        for other in ["libxenlight.so.4.18", "libxenlight.so.4.1", "libxenlight.so", "/tmp/libxenlight.so.4.17", ""] {
+            let Err(error) = Libxl::begin(other) else { panic!("{other} is taken") };
+            assert!(matches!(&error, LibxlError::Release(name) if name == other), "{error}");
+        }
+        assert_eq!(library(), "libxenlight.so.4.17");
     }
 }

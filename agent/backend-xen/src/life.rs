@@ -1,6 +1,6 @@
 //! Starting, stopping, pausing and resetting guests; and taking up those that an agent before has left.
 
-use std::{ffi::OsStr, sync::Arc, time::Duration};
+use std::{ffi::OsStr, path::PathBuf, sync::Arc, time::Duration};
 
 use supercloud_blanket::{
     BackendError, BackendResult, Launch,
@@ -19,6 +19,27 @@ use crate::{
 
 /// How often a guest that was asked to power off is looked at.
 const POWER_OFF_POLL: Duration = Duration::from_millis(500);
+
+/// What has left a guest as it is, and did not get to undoing that.
+#[derive(Debug, PartialEq, Eq)]
+enum LeftBehind {
+    /// A freeze into this file that failed, and whose rolling back did as well.
+    ByFreeze(PathBuf),
+    /// A copy, where nothing else lets it run on.
+    ByCopy,
+}
+
+/// Whether a guest that shall run has to be freed of something first. The caller holds its work: nothing of that goes on.
+fn left_behind(state: Option<RunState>, role: &Role, can_move_live: bool) -> Option<LeftBehind> {
+    match (state?, role) {
+        (RunState::Running | RunState::Paused(PauseReason::Saving), Role::Freezing(file)) => {
+            Some(LeftBehind::ByFreeze(file.clone()))
+        }
+        // Where guests move live, the end of the move says what becomes of it.
+        (RunState::Paused(PauseReason::Departed), _) if !can_move_live => Some(LeftBehind::ByCopy),
+        _ => None,
+    }
+}
 
 impl Inner {
     /// Makes its domain and lets it run. The caller holds its work, and there is no domain of it.
@@ -110,6 +131,14 @@ impl Inner {
     pub async fn resume_guest(&self, id: GuestId, epoch: Epoch) -> BackendResult<()> {
         let guest = self.settled(id).await?.ok_or(BackendError::NoSuchGuest { guest: id })?;
         let _work = guest.work.lock().await;
+        if let Some(left) = left_behind(self.state(&guest).await?, &guest.record().role, self.no_live.is_none()) {
+            // Whoever sends it may be about to suspend it.
+            self.until_alone(&guest).await?;
+            match left {
+                LeftBehind::ByFreeze(file) => self.thaw_here(&guest, &file).await?,
+                LeftBehind::ByCopy => self.run_on(&guest).await?,
+            }
+        }
         let domain = self.domain(&guest).await?;
         match (run_state(domain.as_ref(), &guest.record().role), domain) {
             (Some(RunState::Running), _) => {}
@@ -186,5 +215,34 @@ impl Inner {
             Some(_) => self.adopt_domain(guest).await.map(drop),
             None => self.release(guest, StopReason::Crashed).await,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_that_shall_run_is_freed_of_a_failed_freeze() {
+        let freezing = Role::Freezing("/f".into());
+        let by_freeze = || Some(LeftBehind::ByFreeze("/f".into()));
+        let paused = |reason| Some(RunState::Paused(reason));
+        for can_move_live in [false, true] {
+            let left = |state, role: &Role| left_behind(state, role, can_move_live);
+            assert_eq!(left(paused(PauseReason::Saving), &freezing), by_freeze());
+            // It runs again, and its mark could not be renewed.
+            assert_eq!(left(Some(RunState::Running), &freezing), by_freeze());
+            // Without a domain the file may be all there is of it.
+            for state in [None, Some(RunState::Crashed), Some(RunState::ShuttingDown)] {
+                assert_eq!(left(state, &freezing), None, "{state:?}");
+            }
+            // The file is the guest.
+            assert_eq!(left(paused(PauseReason::Saving), &Role::Frozen), None);
+            assert_eq!(left(Some(RunState::Running), &Role::Owner), None);
+            assert_eq!(left(paused(PauseReason::Asked), &Role::Owner), None);
+            assert_eq!(left(paused(PauseReason::Arrived), &Role::Arrived), None);
+        }
+        let departed = |can_move_live| left_behind(paused(PauseReason::Departed), &Role::Owner, can_move_live);
+        assert_eq!((departed(false), departed(true)), (Some(LeftBehind::ByCopy), None));
     }
 }

@@ -184,6 +184,34 @@ pub fn missing() -> Option<String> {
     })
 }
 
+/// So many tries to mend it have to fail in a row until a disk is said to be away: a volume's process that is just being started again is
+/// there by the next one.
+const TELL_AFTER: u32 = 2;
+
+/// What there is to be told of a disk's connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Turn {
+    /// It is away.
+    Away,
+    /// It is there again, and was said to be away.
+    Back,
+}
+
+/// How often in a row a disk could not be mended.
+#[derive(Debug, Default)]
+struct Outage(u32);
+
+impl Outage {
+    /// Notes how a try ended; what is to be told, once.
+    fn note(&mut self, is_there: bool) -> Option<Turn> {
+        if is_there {
+            return (std::mem::take(&mut self.0) >= TELL_AFTER).then_some(Turn::Back);
+        }
+        self.0 = self.0.saturating_add(1);
+        (self.0 == TELL_AFTER).then_some(Turn::Away)
+    }
+}
+
 /// A guest's disk as a block device of the kernel's.
 #[derive(Debug)]
 pub struct Disk {
@@ -193,6 +221,7 @@ pub struct Disk {
     at: NbdSocket,
     /// A second descriptor of the kernel's connection, to see it break; none of a device that an agent before has made.
     connection: Option<UnixStream>,
+    outage: Outage,
 }
 
 fn dial(at: &NbdSocket) -> io::Result<(UnixStream, handshake::Export)> {
@@ -248,7 +277,7 @@ impl Disk {
         let told = ask(family()?, Verb::Connect as u8, &attributes)?;
         let index = get(&told, attribute::INDEX).and_then(|index| index.try_into().ok());
         let index = index.map(u32::from_ne_bytes).ok_or_else(|| broken("the kernel does not tell the device"))?;
-        Ok(Self { index, identifier, at: at.clone(), connection: Some(stream) })
+        Ok(Self { index, identifier, at: at.clone(), connection: Some(stream), outage: Outage::default() })
     }
 
     /// The device that an agent before has made, if it is there. Blocking.
@@ -257,7 +286,8 @@ impl Disk {
     /// When the kernel's devices cannot be listed.
     pub fn find(identifier: String, at: &NbdSocket) -> io::Result<Option<Self>> {
         let index = find_named(Path::new("/sys/block"), &identifier)?;
-        Ok(index.map(|index| Self { index, identifier, at: at.clone(), connection: None }))
+        let outage = Outage::default();
+        Ok(index.map(|index| Self { index, identifier, at: at.clone(), connection: None, outage }))
     }
 
     /// Its name among the guest's disks: the identifier is `<guest>:<name>`.
@@ -292,6 +322,20 @@ impl Disk {
         ask(family()?, Verb::Reconfigure as u8, &attributes)?;
         self.connection = Some(stream);
         Ok(())
+    }
+
+    /// Likewise; what there is to be told of how that went. Blocking.
+    pub fn look_after(&mut self) -> Option<Turn> {
+        let mended = self.mend();
+        if let Err(error) = &mended {
+            tracing::debug!(disk = %self.identifier, %error, "a disk's connection cannot be mended now");
+        }
+        self.outage.note(mended.is_ok())
+    }
+
+    /// Whether it was said to be away, and not yet to be back.
+    pub fn is_away(&self) -> bool {
+        self.outage.0 >= TELL_AFTER
     }
 
     /// Ends the device, whose domain is gone. Blocking.
@@ -394,6 +438,20 @@ mod tests {
         assert_eq!(bytes.len(), 24);
         assert_eq!(bytes[..4], 24u32.to_ne_bytes());
         assert_eq!(bytes[16..], [3, 1, 0, 0, 1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn an_outage_is_told_once_and_its_end_as_well() {
+        let told = |tries: &[bool]| {
+            let mut outage = Outage::default();
+            tries.iter().map(|is_there| outage.note(*is_there)).collect::<Vec<_>>()
+        };
+        let (away, back) = (Some(Turn::Away), Some(Turn::Back));
+        assert_eq!(told(&[true, false, true, false, true]), [None; 5], "one failure is nothing");
+        assert_eq!(told(&[false, false, false, false, true, true]), [None, away, None, None, back, None]);
+        assert_eq!(told(&[false, false, true, false, false, true]), [None, away, back, None, away, back]);
+        let mut long = Outage(u32::MAX);
+        assert_eq!((long.note(false), long.note(true)), (None, back));
     }
 
     #[test]

@@ -78,10 +78,13 @@ pub async fn keep(back_end: Arc<Inner>) {
 
 async fn mend(back_end: Arc<Inner>, guest: Arc<Guest>) {
     match guest.mend_disks().await {
-        Ok(away) => {
-            for disk in away {
-                // Its volume's process is started anew by who hears this.
+        Ok(mended) => {
+            for disk in mended.away {
                 back_end.tell(guest.id(), GuestEvent::DiskError { disk });
+            }
+            if mended.are_all_back {
+                // What had waited for them goes on.
+                back_end.tell(guest.id(), GuestEvent::Resumed);
             }
         }
         Err(error) => tracing::warn!(guest = %guest.id(), %error, "its disks cannot be looked after now"),
