@@ -395,8 +395,8 @@ pub enum ImageVerb {
     },
     /// Writes what an image holds to a file that is not there yet, checked against the image's identity as it comes.
     ///
-    /// Until it is whole the file is called FILE.part; after an interruption the same command goes on from there, when it has
-    /// checked what is in it.
+    /// Until it is whole the file is called FILE.supercloud-part; after an interruption the same command goes on from there,
+    /// when it has checked what is in it.
     #[command(after_help = "Examples:\n  supercloud image export debian --format qcow2 debian.qcow2\n  \
         supercloud image export lean --part kernel vmlinuz")]
     Export {

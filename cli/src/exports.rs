@@ -38,7 +38,7 @@ struct Export {
 /// Writes a content to a file that is not there yet.
 ///
 /// # Errors
-/// As every call, and when the file cannot be written. What was written stays in `FILE.part`; the same command goes on from there.
+/// As every call, and when the file cannot be written. What was written stays in `FILE.supercloud-part`; the same command goes on from there.
 pub async fn run(client: &Client, path: String, format: Format, file: PathBuf) -> anyhow::Result<()> {
     let (head, layout) = look(client, &path, format).await?;
     let target = file.clone();

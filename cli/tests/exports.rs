@@ -15,7 +15,7 @@ use std::{
 };
 
 use supercloud_api::blocks::{BLOCK_BYTES, BlockMap, Encoder, block_count};
-use supercloud_cli::disk_file::{Format, Layout, PART_SUFFIX};
+use supercloud_cli::disk_file::{Format, Layout, PART_SUFFIX, PartError, PartFile};
 
 const IMAGE: &str = "img-01a1fea9-e622-75ca-b41b-000000000001";
 
@@ -240,7 +240,7 @@ fn judge(folder: &Path, format: &str, file: &str, content: &[u8]) {
         qemu_img(folder, &["check", "-q", "-f", "qcow2", file]);
         qemu_img(folder, &["compare", "-q", "-f", "qcow2", "-F", "raw", file, "wanted.raw"]);
     }
-    assert!(!folder.join(format!("{file}.part")).exists());
+    assert!(!folder.join(format!("{file}{PART_SUFFIX}")).exists());
     assert_eq!(path.metadata().unwrap().mode() & 0o777, 0o600, "a disk is its owner's alone");
 }
 
@@ -303,7 +303,7 @@ fn an_export_that_was_killed_goes_on_with_what_is_sound() {
         let kind = if format == "raw" { Format::Raw } else { Format::Qcow2 };
         far.kill_after(folder.path(), kind, "disk", before);
         assert!(!folder.path().join("disk").exists());
-        let part: PathBuf = folder.path().join("disk.part");
+        let part: PathBuf = folder.path().join(format!("disk{PART_SUFFIX}"));
         let file = std::fs::File::options().read(true).write(true).open(&part).unwrap();
         let length = file.metadata().unwrap().len();
         far.asked();
@@ -334,15 +334,68 @@ fn a_part_of_something_else_is_no_harm_and_two_commands_do_not_mix() {
     let far = Far::of(content.clone());
     for (format, file, length) in [("raw", "a", 5_000_000), ("qcow2", "b", 100_000), ("qcow2", "c", 9_000_000)] {
         let other: Vec<u8> = (0..length).map(|_| dice.roll(256) as u8).collect();
-        std::fs::write(folder.path().join(format!("{file}.part")), other).unwrap();
+        std::fs::write(folder.path().join(format!("{file}{PART_SUFFIX}")), other).unwrap();
         let (code, said) = far.export(folder.path(), format, file);
         assert_eq!(code, 0, "{said}");
         judge(folder.path(), format, file, &content);
     }
-    let held = std::fs::File::create(folder.path().join("d.part")).unwrap();
+    let held = std::fs::File::create(folder.path().join(format!("d{PART_SUFFIX}"))).unwrap();
     held.lock().unwrap();
     let (code, said) = far.export(folder.path(), "raw", "d");
     assert!(code == 1 && said.contains("by another command"), "{said}");
     drop(held);
     assert_eq!(far.export(folder.path(), "raw", "d").0, 0);
+}
+
+#[test]
+fn what_another_has_left_under_the_parts_name_is_not_touched() {
+    let mut dice = Dice(0x5eed_0504);
+    println!("seed {:#x}", dice.0);
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let far = Far::of(content(&mut dice, 10));
+    std::fs::write(at("precious"), "precious").unwrap();
+    std::os::unix::fs::symlink(at("precious"), at(&format!("link{PART_SUFFIX}"))).unwrap();
+    std::os::unix::fs::symlink(at("new"), at(&format!("dangling{PART_SUFFIX}"))).unwrap();
+    std::fs::hard_link(at("precious"), at(&format!("hard{PART_SUFFIX}"))).unwrap();
+    std::fs::create_dir(at(&format!("folder{PART_SUFFIX}"))).unwrap();
+    assert!(Command::new("mkfifo").arg(at(&format!("pipe{PART_SUFFIX}"))).status().unwrap().success());
+    let mode = at("precious").metadata().unwrap().mode();
+    for (file, why) in [
+        ("link", "a symbolic link"),
+        ("dangling", "a symbolic link"),
+        ("hard", "another name"),
+        ("pipe", "no plain file"),
+        ("folder", "cannot open"),
+    ] {
+        let (code, said) = far.export(folder.path(), "raw", file);
+        assert!(code == 1 && said.contains(why), "{file}: {code} {said}");
+        assert!(!at(file).exists());
+    }
+    assert_eq!(std::fs::read(at("precious")).unwrap(), b"precious");
+    assert_eq!(at("precious").metadata().unwrap().mode(), mode);
+    assert!(!at("new").exists());
+    // What another program calls its part stays, too.
+    std::fs::write(at("d.part"), "another's").unwrap();
+    assert_eq!(far.export(folder.path(), "raw", "d").0, 0);
+    assert_eq!(std::fs::read(at("d.part")).unwrap(), b"another's");
+}
+
+#[test]
+fn a_file_that_comes_meanwhile_is_not_overwritten() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk");
+    let layout = || Layout::new(Format::Raw, BLOCK_BYTES as u64, BlockMap::zeros(1)).unwrap();
+    let part = PartFile::open(&path).unwrap();
+    std::fs::write(&path, "came meanwhile").unwrap();
+    assert!(matches!(part.finish(&layout()), Err(PartError::Exists(_))));
+    assert_eq!(std::fs::read(&path).unwrap(), b"came meanwhile");
+    // Nor does another file get the name that has taken the part's.
+    std::fs::remove_file(&path).unwrap();
+    let part = PartFile::open(&path).unwrap();
+    let name = folder.path().join(format!("disk{PART_SUFFIX}"));
+    std::fs::remove_file(&name).unwrap();
+    std::fs::write(&name, "another").unwrap();
+    assert!(matches!(part.finish(&layout()), Err(PartError::Foreign { .. })));
+    assert!(!path.exists() && std::fs::read(&name).unwrap() == b"another");
 }

@@ -3,16 +3,20 @@
 use std::{
     fs::{File, OpenOptions},
     io,
-    os::unix::fs::{FileExt as _, OpenOptionsExt as _},
+    os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
 };
 
+use rustix::{
+    fs::{CWD, OFlags, RenameFlags, renameat_with},
+    io::Errno,
+};
 use supercloud_api::blocks::{BLOCK_BYTES, digest};
 
 use super::Layout;
 
-/// What the name of a file ends with that is not whole.
-pub const PART_SUFFIX: &str = ".part";
+/// What the name of a file ends with that is not whole: of our own, as others call theirs `.part`.
+pub const PART_SUFFIX: &str = ".supercloud-part";
 
 /// Why a file cannot be written.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +27,14 @@ pub enum PartError {
     /// Somebody else is writing it.
     #[error("{0} is being written by another command")]
     Busy(String),
+    /// What has the part's name is nothing that this command would have left.
+    #[error("{path} is {what}: it is left alone; remove it, or name another file")]
+    Foreign {
+        /// The part.
+        path: String,
+        /// What it is.
+        what: &'static str,
+    },
     /// The system refused.
     #[error("cannot {what} {path}")]
     File {
@@ -48,7 +60,8 @@ impl PartFile {
     /// Opens `path` with [`PART_SUFFIX`], which may be there from an earlier run, for this process alone.
     ///
     /// # Errors
-    /// When `path` itself is there, or another process writes it.
+    /// When `path` itself is there, another process writes it, or what has the part's name is no plain file of this user's with
+    /// one name: that is not touched.
     pub fn open(path: &Path) -> Result<Self, PartError> {
         let shown = || path.display().to_string();
         if path.symlink_metadata().is_ok() {
@@ -58,16 +71,49 @@ impl PartFile {
         part.push(PART_SUFFIX);
         let part = PathBuf::from(part);
         let failed = |source| PartError::File { what: "open", path: part.display().to_string(), source };
-        // A disk's content is its owner's alone.
+        let foreign = |what| PartError::Foreign { path: part.display().to_string(), what };
+        // A disk's content is its owner's alone. A link is not followed, and at a pipe it does not wait.
         let mut options = OpenOptions::new();
         let file = options.read(true).write(true).create(true).truncate(false).mode(0o600);
-        let file = file.open(&part).map_err(failed)?;
-        // Also where it was there before; of somebody else's file this fails, and so it should.
-        file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o600)).map_err(failed)?;
+        let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        let file = match file.custom_flags(flags.bits().cast_signed()).open(&part) {
+            Ok(file) => file,
+            Err(error) if Errno::from_io_error(&error) == Some(Errno::LOOP) => return Err(foreign("a symbolic link")),
+            Err(error) => return Err(failed(error)),
+        };
+        let about = file.metadata().map_err(failed)?;
+        if !about.is_file() {
+            return Err(foreign("no plain file"));
+        }
+        if about.nlink() > 1 {
+            return Err(foreign("a file that has another name, too"));
+        }
+        // Where there is no such folder, the change of the mode below fails for all but the owner and root.
+        if std::fs::metadata("/proc/self").is_ok_and(|me| me.uid() != about.uid()) {
+            return Err(foreign("somebody else's"));
+        }
         match file.try_lock() {
-            Ok(()) => Ok(Self { file, part, whole: path.to_owned() }),
-            Err(std::fs::TryLockError::WouldBlock) => Err(PartError::Busy(shown())),
-            Err(std::fs::TryLockError::Error(source)) => Err(failed(source)),
+            Ok(()) => {}
+            Err(std::fs::TryLockError::WouldBlock) => return Err(PartError::Busy(shown())),
+            Err(std::fs::TryLockError::Error(source)) => return Err(failed(source)),
+        }
+        // Whoever had the lock until now may have given the file its name, or removed it.
+        let file = Self { file, part, whole: path.to_owned() };
+        if !file.has_its_name()? {
+            return Err(PartError::Busy(shown()));
+        }
+        // Also where it was there before.
+        file.file.set_permissions(std::fs::Permissions::from_mode(0o600)).map_err(file.failed("open"))?;
+        Ok(file)
+    }
+
+    /// Whether the part's name is this very file's.
+    fn has_its_name(&self) -> Result<bool, PartError> {
+        let ours = self.file.metadata().map_err(self.failed("look at"))?;
+        match self.part.symlink_metadata() {
+            Ok(named) => Ok((named.dev(), named.ino()) == (ours.dev(), ours.ino())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(self.failed("look at")(error)),
         }
     }
 
@@ -154,11 +200,29 @@ impl PartFile {
     pub fn finish(self, layout: &Layout) -> Result<(), PartError> {
         self.file.set_len(layout.file_bytes()).map_err(self.failed("lengthen"))?;
         self.file.sync_all().map_err(self.failed("sync"))?;
-        if self.whole.symlink_metadata().is_ok() {
-            return Err(PartError::Exists(self.whole.display().to_string()));
+        if !self.has_its_name()? {
+            return Err(PartError::Foreign { path: self.part.display().to_string(), what: "another file by now" });
         }
-        std::fs::rename(&self.part, &self.whole).map_err(self.failed("rename"))?;
+        match self.rename() {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                return Err(PartError::Exists(self.whole.display().to_string()));
+            }
+            Err(error) => return Err(self.failed("rename")(error)),
+        }
         let folder = self.whole.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         File::open(folder).and_then(|folder| folder.sync_all()).map_err(self.failed("keep the name of"))
+    }
+
+    /// Gives the part the whole file's name, which nothing may have.
+    fn rename(&self) -> io::Result<()> {
+        match renameat_with(CWD, &self.part, CWD, &self.whole, RenameFlags::NOREPLACE) {
+            // Some file systems (NFS) cannot; a second name they can give.
+            Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {
+                std::fs::hard_link(&self.part, &self.whole)?;
+                std::fs::remove_file(&self.part)
+            }
+            renamed => Ok(renamed?),
+        }
     }
 }
