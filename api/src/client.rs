@@ -45,6 +45,14 @@ pub enum ClientError {
         #[source]
         source: reqwest::Error,
     },
+    /// It was silent for too long.
+    #[error("no answer from {url} within {budget:?}")]
+    Silent {
+        /// Where.
+        url: String,
+        /// How long it had.
+        budget: Duration,
+    },
     /// It answered with something that is not what this version of the API says.
     #[error("unexpected answer from {url}: {what}")]
     Unexpected {
@@ -404,6 +412,7 @@ pub fn is_worth_a_retry(error: &ClientError) -> bool {
         ClientError::Transport { source, .. } => {
             source.is_connect() || source.is_timeout() || source.is_request() || source.is_body() || source.is_decode()
         }
+        ClientError::Silent { .. } => true,
         // Other retryable problems (no capacity, operation in progress) are the caller's to judge.
         ClientError::Problem(problem) => matches!(problem.status, 429 | 503),
         ClientError::Blocks { source: BlocksError::BrokeOff | BlocksError::Damaged { .. }, .. } => true,

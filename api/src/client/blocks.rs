@@ -16,7 +16,7 @@ impl Client {
         let request = self.request(Method::GET, path).query(&query).query(&[("digests", digests)]);
         let response = tokio::time::timeout(REQUEST_BUDGET, request.send()).await;
         let response = response
-            .map_err(|_| ClientError::Unexpected { url: url.clone(), what: "it does not answer".into() })?
+            .map_err(|_| ClientError::Silent { url: url.clone(), budget: REQUEST_BUDGET })?
             .map_err(|source| ClientError::Transport { url: url.clone(), source })?;
         if response.status() != StatusCode::OK {
             return Err(refusal(url, response).await);
@@ -37,8 +37,8 @@ impl BlockStream {
     /// What comes next, checked; ends with [`Item::End`].
     ///
     /// # Errors
-    /// [`ClientError::Transport`] when the connection broke off or is silent for [`REQUEST_BUDGET`], [`ClientError::Blocks`] when
-    /// what came is wrong. Nothing comes after an error.
+    /// [`ClientError::Transport`] when the connection broke off, [`ClientError::Blocks`] when it ended early or was silent for
+    /// [`REQUEST_BUDGET`], or what came is wrong. Nothing comes after an error.
     pub async fn next(&mut self) -> Result<Item> {
         loop {
             let wrong = |source| ClientError::Blocks { url: self.url.clone(), source };

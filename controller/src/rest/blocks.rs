@@ -2,6 +2,8 @@
 //! chunk, each checked against the Merkle tree that the content's root names, as fast as the reader takes them. What lies in a
 //! cloud's store is asked of that cloud's agents; it does not go through a file here.
 
+mod agents;
+
 use std::{convert::Infallible, ops::Range, sync::Arc, time::Duration};
 
 use axum::{
@@ -11,7 +13,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
-use futures::StreamExt as _;
+use futures::{FutureExt as _, StreamExt as _};
 use supercloud_api::{
     Code, Image, ImageState, Problem, Ref, Volume,
     blocks::{BLOCK_BYTES, BlockMap, BlocksError, Encoder, MEDIA_TYPE, block_count},
@@ -21,7 +23,6 @@ use supercloud_storage::{
     backend::{ObjectStore, StoreError, StoreFuture},
     key::{ChunkKind, ChunkName, ContentRoot, DataKeys, ProjectKey},
     manifest::{LEAF_BLOCKS, ManifestError, Outline},
-    peer::chunks::ChunkClient,
     source::{ChunkReader, ChunkSource, ReadError, StoreSource},
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -32,12 +33,7 @@ use super::{
     images::part_of,
     shares::{Share, Shares},
 };
-use crate::{
-    app::Parts,
-    chain,
-    link::{AgentDial, Caller},
-    state::{HostRecord, StateError},
-};
+use crate::{app::Parts, chain, state::StateError};
 
 /// Contents that are given out at once: each takes a core's time and some 2 MiB.
 const EXPORTS_AT_ONCE: usize = 8;
@@ -47,12 +43,12 @@ const EXPORTS_OF_ONE: usize = 2;
 const READS_AT_ONCE: usize = 8;
 /// Frames that wait for a slow reader.
 const QUEUE: usize = 8;
-/// Agents of a cloud that are asked for its chunks.
-const AGENTS_AT_MOST: usize = 4;
 /// How long a reader may take to take a frame.
 const SLOW_READER_BUDGET: Duration = Duration::from_secs(60);
 /// The token is looked at again after so many leaves (256 MiB each).
 const LOOK_EVERY_LEAVES: usize = 4;
+/// And after so long, also while the reader takes nothing.
+const LOOK_EVERY: Duration = if cfg!(test) { Duration::from_millis(50) } else { Duration::from_secs(30) };
 
 /// The places for contents that are given out. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -191,28 +187,7 @@ async fn sources(api: &Api, content: &Content) -> Result<Vec<Arc<dyn ChunkSource
     let own = StoreSource::new(content.project, Arc::clone(store) as Arc<dyn ObjectStore>);
     let mut sources: Vec<Arc<dyn ChunkSource>> = vec![Arc::new(ReadOnly(own))];
     let Some(cloud) = content.cloud else { return Ok(sources) };
-    let caller = Caller::new(&api.parts.authority, Arc::clone(&api.parts.keys))
-        .map_err(|error| Failure::new(Code::Internal, chain(&error)))?;
-    for record in api.parts.state.list::<HostRecord>().await? {
-        let host = &record.host;
-        let is_there = host.cloud == cloud && !record.is_removed && api.parts.sessions.is_open(host.id);
-        let Some(address) = host.data_address.filter(|_| is_there) else { continue };
-        let dial = AgentDial {
-            caller: caller.clone(),
-            host: host.id,
-            certificate_sha256: host.certificate_sha256.clone(),
-            address,
-            project: content.project,
-        };
-        sources.push(Arc::new(ChunkClient::new(Arc::new(dial), content.project)));
-        if sources.len() > AGENTS_AT_MOST {
-            break;
-        }
-    }
-    if sources.len() == 1 {
-        let why = "no host of the cloud in whose store it lies is connected at an address that the controller can dial";
-        return Err(Failure::new(Code::HostUnavailable, why));
-    }
+    sources.extend(agents::of_cloud(api, cloud, content.project).await?);
     Ok(sources)
 }
 
@@ -259,8 +234,11 @@ async fn give_out(api: &Api, asker: &Asker, content: Content) -> Result<Response
 /// Which blocks are not all zeros, of so many.
 async fn map_of(reader: &ChunkReader, outline: &Outline, blocks: u32) -> Result<BlockMap, ManifestError> {
     let mut map = BlockMap::zeros(blocks);
-    for index in 0..outline.leaves() {
-        for (block, _) in blocks_of(outline, reader, index).await? {
+    // A leaf covers 256 MiB: a large volume has hundreds, and the reader waits for the first byte.
+    let leaves: Vec<_> = (0..outline.leaves()).map(|index| blocks_of(outline, reader, index).boxed()).collect();
+    let mut leaves = futures::stream::iter(leaves).buffered(READS_AT_ONCE);
+    while let Some(leaf) = leaves.next().await {
+        for (block, _) in leaf? {
             map.set(block);
         }
     }
@@ -279,6 +257,18 @@ async fn blocks_of(
     Ok(names.filter_map(|(at, name)| name.map(|name| (block(at), name))).collect())
 }
 
+/// Ends when the token is good no more, or nobody can say so.
+async fn until_revoked(parts: Parts, token: TokenId) -> ExportError {
+    loop {
+        tokio::time::sleep(LOOK_EVERY).await;
+        match may_go_on(&parts, token).await {
+            Ok(true) => {}
+            Ok(false) => return ExportError::Revoked,
+            Err(error) => return error.into(),
+        }
+    }
+}
+
 /// Gives out one content; owned by the controller's tasks. Ends with the content, with its reader, or with the controller.
 struct Giving {
     parts: Parts,
@@ -294,8 +284,10 @@ struct Giving {
 impl Giving {
     async fn run(self, begun: Vec<Bytes>, _turn: Turn) {
         let (sender, root) = (self.sender.clone(), self.outline.root());
+        let until_revoked = until_revoked(self.parts.clone(), self.token);
         let outcome = tokio::select! {
             outcome = self.give(begun) => outcome,
+            error = until_revoked => Err(error),
             () = sender.closed() => Err(ExportError::Gone),
         };
         match outcome {

@@ -136,9 +136,9 @@ pub async fn uploaded(
     }
     let found = asker.find::<Image>(&api.parts, &Ref::from(image)).await?;
     need_uploading(&found)?;
-    // One at a time for each token, and few in all: each reads a GiB.
-    let _turn = api.exports.take(&asker)?;
-    let (bytes, digest) = api.uploads.digest(found.id, part, offset, bytes).await?;
+    // Two at a time for each token, and few in all: each reads a GiB, to its end also when nobody waits for it any more.
+    let turn = api.exports.take(&asker)?;
+    let (bytes, digest) = api.uploads.digest(found.id, part, offset, bytes, turn).await?;
     Reply::ok(&UploadDigest { part, offset, bytes, blake3: digest.to_hex().to_string() })
 }
 

@@ -106,17 +106,20 @@ impl Uploads {
         off_runtime(move || append(&folder, part, offset, &piece)).await
     }
 
-    /// The length and BLAKE3 of a stretch of a part, at most [`MAX_DIGEST_BYTES`]; shorter where the part ends.
+    /// The length and BLAKE3 of a stretch of a part, at most [`MAX_DIGEST_BYTES`]; shorter where the part ends. `place` is dropped
+    /// when the work is over, which may be after the caller has gone.
     pub async fn digest(
         &self,
         image: ImageId,
         part: ImagePart,
         offset: u64,
         bytes: u64,
+        place: impl Send + 'static,
     ) -> Result<(u64, blake3::Hash), Failure> {
         let path = self.folder_of(image).join(part_name(part));
         // No lock: what is there does not change, it only grows.
         off_runtime(move || {
+            let _place = place;
             let mut file = match fs::File::open(&path) {
                 Ok(file) => file,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -202,13 +205,35 @@ mod tests {
         assert_eq!(uploads.sizes(image).await.unwrap(), [UploadedPart { part: ImagePart::Disk, bytes: 6 }]);
         assert_eq!(fs::read(folder.path().join(image.to_string()).join("disk")).unwrap(), b"abcdef");
         assert!(uploads.append(image, ImagePart::Kernel, MAX_KERNEL_BYTES, Bytes::from_static(b"x")).await.is_err());
-        let digest = |offset, bytes| uploads.digest(image, ImagePart::Disk, offset, bytes);
+        let digest = |offset, bytes| uploads.digest(image, ImagePart::Disk, offset, bytes, ());
         assert_eq!(digest(2, 3).await.unwrap(), (3, blake3::hash(b"cde")));
         assert_eq!(digest(4, u64::MAX).await.unwrap(), (2, blake3::hash(b"ef")));
         assert_eq!(digest(9, 1).await.unwrap(), (0, blake3::hash(b"")));
-        assert!(uploads.digest(image, ImagePart::Kernel, 0, 1).await.is_err());
+        assert!(uploads.digest(image, ImagePart::Kernel, 0, 1, ()).await.is_err());
         uploads.remove(image).await.unwrap();
         uploads.remove(image).await.unwrap();
         assert_eq!(uploads.sizes(image).await.unwrap(), []);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_place_is_kept_until_the_hashing_is_over_also_when_nobody_waits() {
+        let folder = tempfile::tempdir().unwrap();
+        let uploads = Uploads::new(folder.path().to_owned());
+        let image = ImageId::generate();
+        let path = folder.path().join(image.to_string()).join("disk");
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        // A pipe: the work waits at it until somebody writes.
+        assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
+        let place = Arc::new(());
+        let mut asked = Box::pin(uploads.digest(image, ImagePart::Disk, 0, 1, Arc::clone(&place)));
+        assert!(futures::poll!(&mut asked).is_pending());
+        drop(asked);
+        let holders = Arc::strong_count(&place);
+        let writer = tokio::task::spawn_blocking(move || fs::File::options().write(true).open(path));
+        writer.await.unwrap().unwrap();
+        assert_eq!(holders, 2, "the work went on, and its place was taken");
+        while Arc::strong_count(&place) > 1 {
+            tokio::task::yield_now().await;
+        }
     }
 }

@@ -255,6 +255,20 @@ async fn who_does_not_read_takes_no_more_than_its_own_places() {
     let own = test.client(&test.token("p", Role::Operator).await.secret);
     let (items, error) = all(&own, DISK, 0..1536, false).await;
     assert!(error.is_none() && items.len() == 1537, "{error:?}");
+    // A token that is revoked meanwhile reads no more than what is under way.
+    let short = test.token("p", Role::Operator).await;
+    let mut stream = test.client(&short.secret).blocks(DISK, 0..1536, false).await.unwrap();
+    test.admin_client().delete_token(&short.token.id.to_string()).await.unwrap();
+    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+    let error = loop {
+        match stream.next().await {
+            Ok(Item::End) => panic!("all of it came"),
+            Ok(_) => {}
+            Err(error) => break error,
+        }
+    };
+    let ClientError::Blocks { source: BlocksError::Failed(told), .. } = error else { panic!("{error:?}") };
+    assert_eq!(told.code, Code::Unauthenticated, "{told:?}");
     // A reader that went away gives its place back.
     drop(held);
     for _ in 0..600 {
