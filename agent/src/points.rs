@@ -1,11 +1,14 @@
 //! Points of volumes' histories: the volume process brings the content of a moment into its folder of the cloud's store, the agent
 //! all that this stands on; then the controller is told. Nothing is kept here: what the controller does not record is swept.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use supercloud_api::link::{PointContent, PointTaken, Query};
 use supercloud_ids::{GuestId, VolumeId};
-use supercloud_storage::process::ClientError;
+use supercloud_storage::process::{ClientError, PointContent as TakenPoint};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -47,6 +50,8 @@ enum PointError {
     Volume(#[from] ClientError),
     #[error("what it stands on cannot be brought into this cloud's store")]
     Base(#[from] BaseError),
+    #[error("an earlier one had not ended")]
+    Earlier,
     #[error("it took longer than {} minutes", POINT_BUDGET.as_secs() / 60)]
     Deadline,
     #[error("a worker died")]
@@ -91,13 +96,29 @@ pub async fn run(host: Arc<Host>, mut points: mpsc::Receiver<Point>, cancel: Can
     }
 }
 
+/// What a volume process gives for a question of now. It may still be at a point that was asked for before (by an agent that ended, or
+/// gave up): that one's moment is not this one's, so when it has ended the question is put once more.
+async fn taken_since_asked<F>(ask: impl Fn() -> F) -> Result<TakenPoint, PointError>
+where
+    F: Future<Output = Result<TakenPoint, ClientError>>,
+{
+    for _ in 0..2 {
+        let asked = Instant::now();
+        let taken = ask().await?;
+        if taken.at >= asked {
+            return Ok(taken);
+        }
+    }
+    Err(PointError::Earlier)
+}
+
 /// The content, and its moment by this host's clock.
-async fn take(host: &Arc<Host>, asked: Point) -> Result<(PointContent, std::time::Instant), PointError> {
+async fn take(host: &Arc<Host>, asked: Point) -> Result<(PointContent, Instant), PointError> {
     let places = host.places(asked.guest);
     let record = tokio::task::spawn_blocking(move || GuestRecord::load(&places)).await??;
     let copy = record.and_then(|record| record.current).ok_or(PointError::NotHere)?;
     let home = copy.volumes.iter().find(|home| home.volume == asked.volume).ok_or(PointError::NotHere)?;
-    let taken = home.client().take_point().await?;
+    let taken = taken_since_asked(async || home.client().take_point().await).await?;
     // The list of its blocks names those of the base, too: from now on all of them are looked for here.
     let places = ChunkPlaces::new(host.link.clone(), asked.guest);
     let sources = Arc::new(ChunkSources::new(host.plane.clone(), copy.spec.project, places, &host.store));
@@ -113,4 +134,35 @@ async fn take(host: &Arc<Host>, asked: Point) -> Result<(PointContent, std::time
         stored_bytes: taken.stored_bytes,
     };
     Ok((content, taken.at))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    fn taken(at: Instant) -> Result<TakenPoint, ClientError> {
+        let root = "00".repeat(32).parse().unwrap();
+        let epoch = supercloud_ids::Epoch(1);
+        Ok(TakenPoint { root, epoch, version: 1, at, total_blocks: 0, sealed_blocks: 0, stored_bytes: 0 })
+    }
+
+    #[tokio::test]
+    async fn an_earlier_points_moment_is_not_taken_for_this_ones() {
+        let before = Instant::now().checked_sub(Duration::from_millis(1)).unwrap();
+        let asked = AtomicUsize::new(0);
+        let never = taken_since_asked(async || {
+            asked.fetch_add(1, Ordering::SeqCst);
+            taken(before)
+        });
+        assert!(matches!(never.await, Err(PointError::Earlier)));
+        assert_eq!(asked.swap(0, Ordering::SeqCst), 2);
+        // The earlier one has ended: the next is of now.
+        let second = taken_since_asked(async || match asked.fetch_add(1, Ordering::SeqCst) {
+            0 => taken(before),
+            _ => taken(Instant::now()),
+        });
+        assert!(second.await.is_ok_and(|taken| taken.at > before));
+    }
 }

@@ -17,7 +17,7 @@ use supercloud_ids::{CloudId, Epoch, ProjectId, VolumeId};
 
 pub use self::{
     chain::{ChainFault, Verified, expected_hash, verify},
-    thinning::{PolicyFault, check_policy, points_at_most, thin},
+    thinning::{PolicyFault, check_policy, pause_at_most_ms, points_at_most, thin},
 };
 use crate::{HistoryPolicy, ThinnedPoints, VolumeAsOf, VolumeHistory, VolumePoint};
 
@@ -141,7 +141,7 @@ impl VolumeHistory {
     /// Thins the points by the policy; gives those that go.
     pub fn thin(&mut self, now_ms: u64) -> Vec<VolumePoint> {
         let instants: Vec<u64> = self.points.iter().map(|point| point.at_ms).collect();
-        let keeps = thin(&instants, &self.policy.keep, now_ms);
+        let keeps = thin(&instants, &self.policy.keep, now_ms, pause_at_most_ms(&self.policy));
         let mut gone = Vec::new();
         let mut kept = Vec::with_capacity(self.points.len());
         for (point, is_kept) in std::mem::take(&mut self.points).into_iter().zip(keeps) {

@@ -73,7 +73,7 @@ proptest! {
     #[test]
     fn thinning_leaves_no_gap_longer_than_its_band_says(at in instants(), keep in a_policy(), later in 0u64..200_000_000) {
         let now = at.last().copied().unwrap_or(0) + later;
-        let keeps = thin(&at, &keep, now);
+        let keeps = thin(&at, &keep, now, u64::MAX);
         prop_assert_eq!(keeps.len(), at.len());
         prop_assert!(keeps.last().is_none_or(|newest| *newest), "the newest is gone");
         let band = |at: u64| keep.iter().find(|band| now - at <= band.for_s * 1000);
@@ -102,11 +102,11 @@ proptest! {
         at in instants(), keep in a_policy(), later in 0u64..50_000_000, more in 0u64..200_000_000,
     ) {
         let now = at.last().copied().unwrap_or(0) + later;
-        let once = kept(&at, &thin(&at, &keep, now));
-        prop_assert_eq!(&kept(&once, &thin(&once, &keep, now)), &once);
+        let once = kept(&at, &thin(&at, &keep, now, u64::MAX));
+        prop_assert_eq!(&kept(&once, &thin(&once, &keep, now, u64::MAX)), &once);
         // Thinned now and then, or never before: what an instant means then is no more than a gap older.
         let then = now + more;
-        let twice = kept(&once, &thin(&once, &keep, then));
+        let twice = kept(&once, &thin(&once, &keep, then, u64::MAX));
         prop_assert!(twice.iter().all(|at| once.contains(at)), "a point came back");
         let last = keep[keep.len() - 1];
         let gap = |at: u64| keep.iter().find(|band| then - at <= band.for_s * 1000).unwrap_or(&last).every_s * 1000;
@@ -119,6 +119,18 @@ proptest! {
             let first_gone = at.iter().copied().find(|at| *at > is).unwrap_or(was);
             prop_assert!(was - is <= gap(first_gone), "{asked}: {was} -> {is}, gap {}", gap(first_gone));
         }
+    }
+
+    /// Pauses that count as less do not let more points be kept, and what is left is left when it is done again.
+    #[test]
+    fn long_pauses_keep_within_the_policys_bound(at in instants(), keep in a_policy(), every_s in proptest::option::of(60u64..90_000)) {
+        let mut at = at;
+        at.dedup();
+        let now = at.last().copied().unwrap_or(0);
+        let pause = pause_at_most_ms(&HistoryPolicy { every_s, keep: keep.clone() });
+        let once = kept(&at, &thin(&at, &keep, now, pause));
+        prop_assert!(once.len() as u64 <= points_at_most(&keep), "{} of {}", once.len(), points_at_most(&keep));
+        prop_assert_eq!(&kept(&once, &thin(&once, &keep, now, pause)), &once);
     }
 
     #[test]
@@ -243,4 +255,33 @@ fn policies_are_within_their_ranges() {
     assert_eq!(check(None, &[(3600, 120), (7200, 60)]), Err(PolicyFault::Gap(1, 60)));
     assert_eq!(check(None, &[(3600, 7200)]), Err(PolicyFault::Gap(0, 7200)));
     assert_eq!(check(None, &[(86_400, 60)]), Err(PolicyFault::Points(2884)));
+}
+
+#[test]
+fn a_clock_that_stands_still_or_jumps_ahead_thins_little() {
+    let quarter = 900_000;
+    let numbers = |history: &VolumeHistory| history.points.iter().map(|point| point.number).collect::<Vec<_>>();
+    // It went back an hour: what is taken meanwhile is all of one instant, and stays.
+    let mut back = history(&[10 * HOUR, 20 * HOUR, 19 * HOUR, 19 * HOUR + quarter, 19 * HOUR + 2 * quarter, 21 * HOUR]);
+    assert_eq!(back.thin_by_newest(), 0);
+    verify(&back).unwrap();
+    // For ever: only so many.
+    let mut stuck = history(&[0, 20 * HOUR]);
+    for version in 3..400 {
+        stuck.append(taken(HOUR, version));
+        stuck.thin_by_newest();
+    }
+    assert_eq!(stuck.points.len(), 102, "{:?}", numbers(&stuck));
+    verify(&stuck).unwrap();
+
+    // Four years ahead: points of the last band (a week) stay, as two days at most are counted.
+    let days: Vec<u64> = (0..5).map(|day| day * 24 * HOUR).collect();
+    let mut ahead = history(&days);
+    let jumped = days[4] + 4 * 365 * 24 * HOUR;
+    for (more, version) in [(0, 6), (quarter, 7), (2 * quarter, 8)] {
+        ahead.append(taken(jumped + more, version));
+        ahead.thin_by_newest();
+    }
+    assert_eq!(numbers(&ahead), [1, 2, 3, 4, 5, 6, 7, 8]);
+    assert_eq!(pause_at_most_ms(&ahead.policy), 48 * HOUR);
 }

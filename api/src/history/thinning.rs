@@ -10,6 +10,10 @@ const EVERY_AT_MOST_S: u64 = 30 * 86_400;
 /// The longest band, in seconds: ten years.
 const FOR_AT_MOST_S: u64 = 3_653 * 86_400;
 const BANDS_AT_MOST: usize = 8;
+/// Of points of one instant (while the clock that went back stands still) so many are not thinned by gap: the newest.
+const SAME_INSTANT_AT_MOST: usize = 100;
+/// By how much a pause between points may exceed the longest one that the policy makes and still count as time, in milliseconds.
+const PAUSE_SLACK_MS: u64 = 86_400_000;
 
 /// What is wrong with a policy.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -73,30 +77,56 @@ pub fn check_policy(policy: &HistoryPolicy) -> Result<(), PolicyFault> {
     }
 }
 
-/// Which of these instants (in milliseconds, in order) are kept now.
+/// The longest time between two points that counts in full, in milliseconds: the coarsest gap, or the time between points if that is
+/// longer, and a day. So a clock that jumps ahead by years ages no point by more than this.
+#[must_use]
+pub fn pause_at_most_ms(policy: &HistoryPolicy) -> u64 {
+    let gaps = policy.keep.iter().map(|band| band.every_s);
+    let longest_s = gaps.chain(policy.every_s).max().unwrap_or(0);
+    longest_s.saturating_mul(1000).saturating_add(PAUSE_SLACK_MS)
+}
+
+/// How old instants (in milliseconds, in order) are, where time between two of them counts as at most `pause_ms`.
+fn ages_ms(instants_ms: &[u64], now_ms: u64, pause_ms: u64) -> Vec<u64> {
+    let mut ages = vec![0; instants_ms.len()];
+    let mut after: Option<(u64, u64)> = None;
+    for (age, at_ms) in ages.iter_mut().zip(instants_ms).rev() {
+        *age = match after {
+            None => now_ms.saturating_sub(*at_ms),
+            Some((after_ms, age_ms)) => age_ms.saturating_add(after_ms.saturating_sub(*at_ms).min(pause_ms)),
+        };
+        after = Some((*at_ms, *age));
+    }
+    ages
+}
+
+/// Which of these instants (in milliseconds, in order) are kept now. Time between two of them counts as at most `pause_ms`
+/// ([`pause_at_most_ms`]) when they age.
 ///
 /// - The newest is.
 /// - Of those that are older than the last band, the newest is: it is what the volume was at the band's end.
 /// - Of the others one goes when its neighbours (the one before that is kept, and the one after) are not further apart than the
 ///   gap of the band in which it lies itself. So no gap above that is made, and what is left is left when it is done again: of
 ///   any three that are kept in one band, the outer two are further apart than the gap.
+/// - Points of one instant say nothing of how far apart they were: the newest 100 of them do not go by gap.
 ///
 /// A point only ages, and bands only get coarser with age: one that is gone would not be kept later either.
 #[must_use]
-pub fn thin(instants_ms: &[u64], keep: &[HistoryBand], now_ms: u64) -> Vec<bool> {
-    let gap_ms = |at_ms: u64| {
-        let age_ms = now_ms.saturating_sub(at_ms);
-        let band = keep.iter().find(|band| age_ms <= band.for_s.saturating_mul(1000));
+pub fn thin(instants_ms: &[u64], keep: &[HistoryBand], now_ms: u64, pause_ms: u64) -> Vec<bool> {
+    let ages = ages_ms(instants_ms, now_ms, pause_ms);
+    let gap_ms = |index: usize| {
+        let band = keep.iter().find(|band| ages[index] <= band.for_s.saturating_mul(1000));
         band.map(|band| band.every_s.saturating_mul(1000))
     };
     let mut keeps = vec![true; instants_ms.len()];
     let mut before: Option<u64> = None;
     for (index, at_ms) in instants_ms.iter().enumerate() {
         let Some(after) = instants_ms.get(index + 1) else { break };
-        let goes = match (gap_ms(*at_ms), before) {
+        let goes = match (gap_ms(index), before) {
             // Beyond the last band: there until another one is.
-            (None, _) => gap_ms(*after).is_none(),
+            (None, _) => gap_ms(index + 1).is_none(),
             (Some(_), None) => false,
+            (Some(_), Some(_)) if is_stuck(instants_ms, index) => false,
             (Some(gap), Some(before)) => after.saturating_sub(before) <= gap,
         };
         keeps[index] = !goes;
@@ -105,4 +135,12 @@ pub fn thin(instants_ms: &[u64], keep: &[HistoryBand], now_ms: u64) -> Vec<bool>
         }
     }
     keeps
+}
+
+/// Whether a point shares its instant with others, and is among the newest of them.
+fn is_stuck(instants_ms: &[u64], index: usize) -> bool {
+    let is_same = |other: Option<&u64>| other == instants_ms.get(index);
+    let is_shared =
+        is_same(instants_ms.get(index + 1)) || index.checked_sub(1).is_some_and(|at| is_same(instants_ms.get(at)));
+    is_shared && !is_same(instants_ms.get(index.saturating_add(SAME_INSTANT_AT_MOST)))
 }

@@ -57,8 +57,25 @@ struct Board {
     new: BTreeMap<VolumeId, Asked>,
     /// Passed on: what is not in here is no answer.
     under_way: BTreeMap<VolumeId, Asked>,
+    /// Of them, those whose host has come anew since: it may have forgotten them, or answer yet.
+    doubtful: HashSet<VolumeId>,
     /// When the next one of a volume is due; not there: by its history.
     due: HashMap<VolumeId, Instant>,
+}
+
+impl Asked {
+    /// Whether an answer to it still counts.
+    fn is_heard(&self) -> bool {
+        self.at.elapsed() < PATIENCE
+    }
+}
+
+impl Board {
+    /// When the point of a volume was asked for that is to be taken or under way; one that is doubtful may be asked for again.
+    fn since(&self, volume: VolumeId) -> Option<Instant> {
+        let under_way = self.under_way.get(&volume).filter(|_| !self.doubtful.contains(&volume));
+        self.new.get(&volume).or(under_way).filter(|asked| asked.is_heard()).map(|asked| asked.at)
+    }
 }
 
 /// Where points are asked for. Cheap to clone.
@@ -70,22 +87,34 @@ impl PointBoard {
         work(&mut self.0.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// A point of a volume is to be taken by its host; false when too many are. One that is under way is not asked for again.
+    /// A point of a volume is to be taken by its host; false when too many are. One that is under way is not asked for again, unless
+    /// its host has come anew since; then the moment of the first question stays, as the answer may be to that one.
     #[must_use]
     pub fn ask(&self, volume: VolumeId, asked: Asked) -> bool {
         let is_taken = self.with(|board| {
-            board.under_way.retain(|_, asked| asked.at.elapsed() < PATIENCE);
-            if board.new.contains_key(&volume) || board.under_way.contains_key(&volume) {
+            let Board { under_way, doubtful, .. } = &mut *board;
+            under_way.retain(|_, asked| asked.is_heard());
+            doubtful.retain(|volume| under_way.contains_key(volume));
+            if board.since(volume).is_some() {
                 return true;
             }
+            let before = board.under_way.get(&volume);
+            let before = before.filter(|before| (before.host, before.guest) == (asked.host, asked.guest));
+            let at = before.map_or(asked.at, |before| before.at);
             let has_room = board.new.len() + board.under_way.len() < ASKED_AT_MOST;
             if has_room {
-                board.new.insert(volume, asked);
+                board.new.insert(volume, Asked { at, ..asked });
             }
             has_room
         });
         self.0.1.notify_one();
         is_taken
+    }
+
+    /// How long a point of a volume has been asked for or under way.
+    #[must_use]
+    pub fn since(&self, volume: VolumeId) -> Option<Duration> {
+        self.with(|board| board.since(volume)).map(|at| at.elapsed())
     }
 
     /// Whether a host takes points.
@@ -99,10 +128,18 @@ impl PointBoard {
         self.with(|board| board.due.remove(&volume));
     }
 
-    /// What a host said of itself when it came. What it was asked before is lost.
+    /// What a host said of itself when it came. It may have forgotten what it was asked before, so that is asked again soon; when it
+    /// has not (only the connection was lost), its answer still counts.
     pub(crate) fn note_capable(&self, host: HostId, is_capable: bool) {
         self.with(|board| {
-            board.under_way.retain(|_, asked| asked.host != host);
+            board.under_way.retain(|_, asked| is_capable || asked.host != host);
+            let Board { under_way, doubtful, due, .. } = &mut *board;
+            for (volume, _) in under_way.iter().filter(|(_, asked)| asked.host == host) {
+                doubtful.insert(*volume);
+                if let Some(due) = due.get_mut(volume) {
+                    *due = (*due).min(Instant::now() + RETRY);
+                }
+            }
             if is_capable {
                 board.capable.insert(host)
             } else {
@@ -114,21 +151,23 @@ impl PointBoard {
     /// How long the oldest point of a project has been on its way, in milliseconds.
     pub(super) fn oldest_ms(&self, project: ProjectId) -> Option<u64> {
         self.with(|board| {
-            board.under_way.retain(|_, asked| asked.at.elapsed() < PATIENCE);
-            let all = board.new.values().chain(board.under_way.values()).filter(|asked| asked.project == project);
-            all.map(|asked| millis(asked.at.elapsed())).max()
+            let all = board.new.values().chain(board.under_way.values());
+            all.filter(|asked| asked.project == project && asked.is_heard())
+                .map(|asked| millis(asked.at.elapsed()))
+                .max()
         })
     }
 
     fn under_way(&self, volume: VolumeId, host: HostId, guest: GuestId) -> Option<Asked> {
         self.with(|board| board.under_way.get(&volume).copied())
-            .filter(|asked| asked.host == host && asked.guest == guest && asked.at.elapsed() < PATIENCE)
+            .filter(|asked| asked.host == host && asked.guest == guest && asked.is_heard())
     }
 
     /// It is over; a failed one is tried again soon.
     fn end(&self, volume: VolumeId, is_kept: bool) {
         self.with(|board| {
             board.under_way.remove(&volume);
+            board.doubtful.remove(&volume);
             if !is_kept && let Some(due) = board.due.get_mut(&volume) {
                 *due = (*due).min(Instant::now() + RETRY);
             }
@@ -172,7 +211,10 @@ impl Engine {
                 }
             }
             for (volume, asked) in self.points.with(|board| std::mem::take(&mut board.new)) {
-                self.points.with(|board| board.under_way.insert(volume, asked));
+                self.points.with(|board| {
+                    board.doubtful.remove(&volume);
+                    board.under_way.insert(volume, asked);
+                });
                 if !self.sessions.send(asked.host, Directive::TakePoint { guest: asked.guest, volume }) {
                     self.points.end(volume, false);
                 }
@@ -374,4 +416,51 @@ pub(crate) async fn askable(
         return Ok(Err("the agent of the host that holds it is of a version that takes no points".to_owned()));
     }
     Ok(Ok(Asked { host, guest, project: volume.project, at: Instant::now() }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_is_dated_by_the_first_question_that_it_may_answer() {
+        let (board, volume, host) = (PointBoard::default(), VolumeId::generate(), HostId::generate());
+        let (guest, project) = (GuestId::generate(), ProjectId::generate());
+        let ask = |at| board.ask(volume, Asked { host, guest, project, at });
+        let pass_on = || {
+            board.with(|board| {
+                let new = std::mem::take(&mut board.new);
+                let count = new.len();
+                new.keys().for_each(|volume| drop(board.doubtful.remove(volume)));
+                board.under_way.extend(new);
+                count
+            })
+        };
+        let under_way = || board.under_way(volume, host, guest).map(|asked| asked.at);
+        let now = Instant::now();
+        let first = now.checked_sub(Duration::from_secs(60)).unwrap();
+        assert!(ask(first) && pass_on() == 1);
+        // It is on its way: not asked for again.
+        assert!(ask(now) && pass_on() == 0);
+        assert!(board.since(volume).is_some_and(|since| since >= Duration::from_secs(60)));
+
+        // The host comes anew. It may answer, and may be asked again; whichever it answers, it was asked at first.
+        board.note_capable(host, true);
+        assert_eq!((board.since(volume), under_way()), (None, Some(first)));
+        assert!(ask(now) && pass_on() == 1);
+        assert_eq!(under_way(), Some(first));
+        assert!(board.since(volume).is_some() && board.oldest_ms(project).is_some_and(|oldest| oldest >= 60_000));
+
+        // One that takes none any more answers nothing.
+        board.note_capable(host, false);
+        assert_eq!((under_way(), board.oldest_ms(project)), (None, None));
+        // What took too long is not heard, and does not date the next one.
+        board.with(|board| {
+            let Some(at) = now.checked_sub(PATIENCE) else { return };
+            board.under_way.insert(volume, Asked { host, guest, project, at });
+        });
+        assert_eq!((under_way(), board.oldest_ms(project)), (None, None));
+        assert!(ask(now) && pass_on() == 1);
+        assert_eq!(under_way(), Some(now));
+    }
 }

@@ -146,6 +146,10 @@ pub async fn take(State(api): State<Api>, asker: Asker, Path(volume): Path<Strin
     let asked = askable(&api.parts.state, &api.parts.points, &volume, is_open).await;
     let asked = asked.map_err(|error| Failure::new(Code::Internal, error.to_string()))?;
     let asked = asked.map_err(|why| Failure::new(Code::WrongState, why))?;
+    if let Some(since) = api.parts.points.since(volume.id) {
+        let why = format!("a point of volume {} has been under way for {} s", volume.name, since.as_secs());
+        return Err(Failure::new(Code::WrongState, why));
+    }
     if !asker.params.dry_run && !api.parts.points.ask(volume.id, asked) {
         return Err(Failure::new(Code::TooManyRequests, "too many points are under way"));
     }

@@ -403,6 +403,20 @@ fn touch(path: &Path) -> io::Result<()> {
     if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Bytes that are free on the file system of a folder, for who is not root.
+fn free_bytes(folder: &Path) -> Result<u64, StoreError> {
+    let name =
+        CString::new(folder.as_os_str().as_bytes()).map_err(|error| failed("cannot name", folder)(error.into()))?;
+    // SAFETY: statvfs is a C structure of numbers, for which all zeros is a valid value.
+    let mut stat: libc::statvfs = unsafe { std::mem::zeroed() };
+    // SAFETY: `name` ends with a zero byte and lives during the call; the kernel writes one statvfs.
+    let rc = unsafe { libc::statvfs(name.as_ptr(), &raw mut stat) };
+    if rc != 0 {
+        return Err(failed("cannot tell the free space of", folder)(io::Error::last_os_error()));
+    }
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
 fn sync_folder(folder: &Path) -> Result<(), StoreError> {
     File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed("cannot sync folder", folder))
 }
@@ -426,6 +440,10 @@ impl ObjectStore for DirStore {
 
     fn get(&self, key: ObjectKey, cap: usize) -> StoreFuture<'_, Bytes> {
         Box::pin(self.blocking(move |inner| inner.get(key, cap)))
+    }
+
+    fn free_bytes(&self) -> StoreFuture<'_, Option<u64>> {
+        Box::pin(self.blocking(move |inner| free_bytes(&inner.root).map(Some)))
     }
 
     fn exists(&self, key: ObjectKey) -> StoreFuture<'_, bool> {

@@ -23,6 +23,8 @@ pub(crate) struct MemStore {
     pub stamps: Mutex<BTreeMap<ObjectKey, SystemTime>>,
     /// The store's clock, in milliseconds; each put takes one.
     pub clock_ms: Arc<AtomicU64>,
+    /// What it says is free; none: it has no end.
+    pub free: Mutex<Option<u64>>,
 }
 
 impl MemStore {
@@ -46,6 +48,10 @@ impl MemStore {
 }
 
 impl ObjectStore for MemStore {
+    fn free_bytes(&self) -> StoreFuture<'_, Option<u64>> {
+        Box::pin(async move { Ok(*self.free.lock().unwrap()) })
+    }
+
     fn put(&self, key: ObjectKey, bytes: Bytes) -> StoreFuture<'_, ()> {
         Box::pin(async move {
             self.up()?;

@@ -214,6 +214,11 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     /// At most `limit` objects whose names start with `prefix` and come after `after`, in order of names.
     fn list<'a>(&'a self, prefix: &'a str, after: Option<&'a str>, limit: usize) -> StoreFuture<'a, Vec<ObjectEntry>>;
 
+    /// Bytes that can still be put before its disk is full; none where that is not known or has no end.
+    fn free_bytes(&self) -> StoreFuture<'_, Option<u64>> {
+        Box::pin(std::future::ready(Ok(None)))
+    }
+
     /// How much older than the moment of its last put or refresh an object can look. A sweep leaves alone what looks
     /// younger than this.
     fn stamp_slack(&self) -> Duration {

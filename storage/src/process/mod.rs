@@ -17,7 +17,7 @@ mod serve;
 mod sockets;
 
 pub use self::{
-    client::{ClientError, VolumeClient},
+    client::{ClientError, PointContent, VolumeClient},
     config::{ConfigError, KeySource, NbdMode, StartRole, VolumeProcessConfig},
     serve::{ProcessError, run},
 };

@@ -61,6 +61,7 @@ fn refusal(error: &VolumeError) -> Refusal {
         | VolumeError::Base(_)
         | VolumeError::BaseBlock { .. }
         | VolumeError::Store(_)
+        | VolumeError::NoRoom { .. }
         | VolumeError::Worker(_) => RefusalCode::Internal,
     };
     Refusal { code, message: chain(error) }

@@ -1,6 +1,6 @@
 //! Why an operation on a volume failed.
 
-use super::{journal::JournalError, remote::FetchError, role::RoleError};
+use super::{journal::JournalError, publish::POINT_RESERVE_BYTES, remote::FetchError, role::RoleError};
 use crate::{manifest::ManifestError, source::ReadError};
 
 /// Why an operation on a volume failed.
@@ -86,6 +86,16 @@ pub enum VolumeError {
     /// There is nobody to pull blocks from.
     #[error("the volume has no source host to pull blocks from")]
     NoSource,
+    /// A point of the history might fill the disk that guests write to.
+    #[error(
+        "a point may need {needed_bytes} bytes and {POINT_RESERVE_BYTES} must stay free; {free_bytes} are free in the store"
+    )]
+    NoRoom {
+        /// What it may take.
+        needed_bytes: u64,
+        /// What there is.
+        free_bytes: u64,
+    },
     /// A worker thread died.
     #[error("a worker died")]
     Worker(#[source] tokio::task::JoinError),

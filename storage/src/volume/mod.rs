@@ -73,7 +73,7 @@ pub use self::{
     journal::{Identity, JournalError},
     map::{BlockMap, BlockState, Entry},
     peering::PeerBlock,
-    publish::Published,
+    publish::{POINT_RESERVE_BYTES, Published},
     remote::{BlockSource, FetchError, FetchFuture, FetchLimit, Fetched, MapEntry, MapPage, Priority},
 };
 use crate::{

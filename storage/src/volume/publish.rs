@@ -33,6 +33,9 @@ use crate::{
 const RUN_BLOCKS: usize = 32;
 const RUNS_AT_ONCE: usize = 3;
 
+/// Free space that a point of the history leaves where the store lies, in bytes: guests write to the same disk.
+pub const POINT_RESERVE_BYTES: u64 = 256 << 20;
+
 /// What a publish made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Published {
@@ -155,6 +158,10 @@ impl Volume {
             }
         };
         let sealed_blocks = entries.len() as u64;
+        if aim == Aim::Point {
+            // All of them, as if none could be compressed.
+            has_room(&**store, sealed_blocks.saturating_mul(BLOCK_BYTES as u64)).await?;
+        }
         let runs: Vec<Vec<(u32, Entry)>> = entries.chunks(RUN_BLOCKS).map(<[_]>::to_vec).collect();
         let mut runs = std::pin::pin!(
             futures::stream::iter(runs)
@@ -176,6 +183,10 @@ impl Volume {
                     }
                     objects.push((key, bytes));
                 }
+            }
+            if aim == Aim::Point {
+                // Others fill the disk, too.
+                has_room(&**store, objects.iter().map(|(_, bytes)| bytes.len() as u64).sum()).await?;
             }
             // Also those that exist: their durability is the store's answer to the put.
             sweep::put_chunks(&**store, inner.keys.project(), objects).await?;
@@ -228,6 +239,16 @@ impl Volume {
             Err(VolumeError::Source(_)) if self.missing() == 0 => Ok(()),
             other => other,
         }
+    }
+}
+
+/// Refuses a point for which a store's disk has no room beside its reserve.
+async fn has_room(store: &dyn ObjectStore, needed_bytes: u64) -> Result<(), VolumeError> {
+    match store.free_bytes().await? {
+        Some(free_bytes) if free_bytes < needed_bytes.saturating_add(POINT_RESERVE_BYTES) => {
+            Err(VolumeError::NoRoom { needed_bytes, free_bytes })
+        }
+        _ => Ok(()),
     }
 }
 

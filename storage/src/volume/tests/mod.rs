@@ -3,6 +3,7 @@
 mod handover;
 mod mirror;
 mod model;
+mod points;
 mod roles;
 
 use std::sync::Arc;
