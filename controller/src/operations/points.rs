@@ -431,7 +431,7 @@ mod tests {
             board.with(|board| {
                 let new = std::mem::take(&mut board.new);
                 let count = new.len();
-                new.keys().for_each(|volume| drop(board.doubtful.remove(volume)));
+                board.doubtful.retain(|volume| !new.contains_key(volume));
                 board.under_way.extend(new);
                 count
             })
