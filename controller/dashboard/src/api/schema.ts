@@ -1788,6 +1788,8 @@ export interface components {
              * @description When its agent was last heard of.
              */
             last_seen_ms: number;
+            /** @description Whether its guests can be moved while they run; else they are frozen and thawed. */
+            moves_live?: boolean;
             /** @description Its name, unique in the whole system. */
             name: components["schemas"]["Name"];
             notice?: null | components["schemas"]["HostNotice"];
@@ -2604,6 +2606,8 @@ export interface components {
                  * @description When its agent was last heard of.
                  */
                 last_seen_ms: number;
+                /** @description Whether its guests can be moved while they run; else they are frozen and thawed. */
+                moves_live?: boolean;
                 /** @description Its name, unique in the whole system. */
                 name: components["schemas"]["Name"];
                 notice?: null | components["schemas"]["HostNotice"];

@@ -161,12 +161,15 @@ fn a_gang_has_a_place_for_all_or_there_is_no_plan() {
 }
 
 #[test]
-fn too_many_moves_for_one_plan_are_refused() {
+fn moves_too_many_for_one_plan_are_left_to_the_next_or_refused() {
     let mut world = world();
     let (from, gib) = (world.hosts[0].clone(), 1);
     world.hosts[2].capacity = Room { vcpus: 1 << 20, memory_bytes: 1 << 50, disk_bytes: 1 << 50 };
     world.guests = (0..=AT_MOST_STEPS).map(|n| guest(&format!("g{n}"), gib, &from)).collect();
-    let refused = world.make(&Aim::Drain(from.id)).unwrap_err();
+    let made = world.make(&Aim::Drain(from.id)).unwrap();
+    assert_eq!((made.steps.len(), made.stuck.len()), (AT_MOST_STEPS, 1));
+    assert!(made.stuck[0].reason.contains("plan again"), "{}", made.stuck[0].reason);
+    let refused = world.make(&Aim::Evacuate(from.cloud)).unwrap_err();
     assert_eq!(refused.code, Code::TooLarge);
 }
 
