@@ -219,7 +219,7 @@ fn refusal(verdicts: &[(&Host, Result<Score, Refusal>)], at: &Place, need: &Need
     Problem::new(code, format!("no host takes the guest: {}", each.join("; ")))
 }
 
-/// Whether two hosts can reach each other: one of them must be one that can be dialled.
+/// Whether a host's guests can be moved while they run.
 #[must_use]
 pub fn moves_live(source: &Host) -> PlanCheck {
     let detail = match source.moves_live {
@@ -232,7 +232,7 @@ pub fn moves_live(source: &Host) -> PlanCheck {
     PlanCheck { name: "live_move".to_owned(), is_ok: source.moves_live, detail }
 }
 
-/// Whether one of two hosts can dial the other, as far as it is known.
+/// Whether two hosts can reach each other: one of them must be one that can be dialled.
 #[must_use]
 pub fn reachability(source: &Host, destination: &Host) -> PlanCheck {
     let detail = match (source.data_address, destination.data_address) {

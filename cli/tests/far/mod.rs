@@ -203,6 +203,8 @@ impl State {
                 Some(thing) => (200, thing.clone()),
                 None => problem(404, "not_found", &format!("there is no {name}")),
             },
+            // As a controller that does not tell what it has of an upload.
+            ["images", _, "parts", _] => problem(405, "bad_request", "only PUT is for this path"),
             _ => problem(404, "not_found", "no such route"),
         }
     }
