@@ -7,7 +7,7 @@
 
 use std::{
     fs, io,
-    os::unix::fs::DirBuilderExt as _,
+    os::unix::{fs::DirBuilderExt as _, net::UnixListener},
     path::{Path, PathBuf},
 };
 
@@ -24,6 +24,21 @@ pub struct Home {
     /// Its folder.
     pub folder: PathBuf,
     ended: PathBuf,
+}
+
+/// Listens at a guest's socket, for this user and root alone; what lay there before is removed.
+///
+/// # Errors
+/// What the file system says.
+pub fn listen(path: &Path) -> io::Result<UnixListener> {
+    use std::os::unix::fs::PermissionsExt as _;
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
 }
 
 const ENDED: &str = "ended";

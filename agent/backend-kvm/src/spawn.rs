@@ -18,7 +18,7 @@ use std::{
 
 use serde_json::json;
 use supercloud_blanket::{
-    BackendError, BackendResult, Launch,
+    BackendError, BackendResult, Launch, home,
     lasting::{self, Lasting},
     vmm::travel::left::offers_faults,
 };
@@ -103,7 +103,7 @@ pub fn start(config: &KvmConfig, home: &Home, launch: &Launch, arrives: bool) ->
         wiring["console_out"] = handed.add(append(path).map_err(cannot("open", path))?).into();
     }
     if let Some(path) = &launch.host.console_socket {
-        let listener = listen(path).map_err(cannot("listen at", path))?;
+        let listener = home::listen(path).map_err(cannot("listen at", path))?;
         wiring["console"] = handed.add(listener).into();
     }
     let control = record::control_socket(home);
@@ -147,18 +147,6 @@ pub fn open_userfaultfd() -> io::Result<File> {
     let device = File::options().read(true).write(true).open("/dev/userfaultfd")?;
     offers_faults(&device)?;
     Ok(device)
-}
-
-/// Listens for this user and root alone; what lay there before is removed.
-fn listen(path: &Path) -> io::Result<UnixListener> {
-    use std::os::unix::fs::PermissionsExt as _;
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let listener = UnixListener::bind(path)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    Ok(listener)
 }
 
 /// The end of what a process said.

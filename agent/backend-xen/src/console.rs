@@ -3,9 +3,9 @@
 //! Xen's own daemon (`xenconsoled`) has a terminal for each domain, whose path is in the store. While no agent is there, that daemon
 //! keeps what the domain says, up to its own bound.
 
-use std::{ffi::OsStr, fs::File, io, os::unix::fs::OpenOptionsExt as _, path::Path, sync::Arc, time::Duration};
+use std::{ffi::OsStr, fs::File, io, os::unix::fs::OpenOptionsExt as _, sync::Arc, time::Duration};
 
-use supercloud_blanket::Launch;
+use supercloud_blanket::{Launch, home};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _, unix::AsyncFd},
     net::{UnixListener, UnixStream},
@@ -58,7 +58,14 @@ async fn talk(launch: &Launch, domain: u32, budget: Duration) -> io::Result<()> 
         None => None,
     };
     let (said, _) = broadcast::channel::<Arc<[u8]>>(64);
-    let listener = launch.host.console_socket.as_deref().map(listen).transpose()?;
+    let listener = match &launch.host.console_socket {
+        Some(path) => {
+            let listener = home::listen(path)?;
+            listener.set_nonblocking(true)?;
+            Some(UnixListener::from_std(listener)?)
+        }
+        None => None,
+    };
     let mut clients = JoinSet::new();
     let mut chunk = vec![0; CHUNK_BYTES];
     loop {
@@ -90,18 +97,6 @@ async fn talk(launch: &Launch, domain: u32, budget: Duration) -> io::Result<()> 
             Some(_) = clients.join_next(), if !clients.is_empty() => {}
         }
     }
-}
-
-/// For this user and root alone; what lay there before is removed.
-fn listen(path: &Path) -> io::Result<UnixListener> {
-    use std::os::unix::fs::PermissionsExt as _;
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let listener = UnixListener::bind(path)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    Ok(listener)
 }
 
 /// One who is connected; it ends when that one hangs up.

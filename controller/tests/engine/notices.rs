@@ -1,30 +1,22 @@
 //! Hosts that their providers take back: guests leave them by themselves, once, through deaths of the controller.
 
-use supercloud_api::{HostNoticeKind, OperationKind, PlanKind, PlanState, ids::GuestId, link::Announced};
+use supercloud_api::{HostNoticeKind, OperationKind, PlanKind, PlanState, link::Announced};
 use supercloud_controller::{
     plans::machine,
     state::{Change, Context, HostRecord, OperationRecord, PlanRecord, retry_conflicts},
 };
 
-use crate::support::{
-    agent::{Stage, lock},
-    seed,
-    world::World,
+use crate::{
+    plans::guests_on,
+    support::{
+        agent::{Stage, lock},
+        seed,
+        world::World,
+    },
 };
 
 const TAKEN: Announced = Announced { kind: HostNoticeKind::Interruption, at_ms: None };
 const HINT: Announced = Announced { kind: HostNoticeKind::Rebalance, at_ms: None };
-
-async fn guests_on(world: &mut World, host: usize, count: usize) -> Vec<GuestId> {
-    let mut guests = Vec::new();
-    for _ in 0..count {
-        let guest = world.guest().await;
-        world.done(world.start(guest, host).await).await;
-        guests.push(guest);
-    }
-    world.settled().await;
-    guests
-}
 
 async fn events(world: &World, kind: &str) -> usize {
     let (events, _) = world.state().events(0, 10_000).await.unwrap();

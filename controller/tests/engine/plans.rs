@@ -92,7 +92,7 @@ async fn is_cordoned(world: &World, host: usize) -> bool {
 }
 
 /// Running guests on one host.
-async fn guests_on(world: &mut World, host: usize, count: usize) -> Vec<GuestId> {
+pub async fn guests_on(world: &mut World, host: usize, count: usize) -> Vec<GuestId> {
     let mut guests = Vec::new();
     for _ in 0..count {
         let guest = world.guest().await;
