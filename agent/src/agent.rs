@@ -9,7 +9,7 @@ use std::{
 
 use supercloud_api::{
     CompatClass,
-    link::{Answer, Directive, Query},
+    link::{Answer, Directive, FlowsOf, PathPeer, Query},
     unix_ms,
 };
 use supercloud_blanket::Backend;
@@ -29,14 +29,14 @@ use crate::{
     config::Config,
     consoles::Consoles,
     durable::{self, DurableError},
-    farewell,
+    farewell, flows,
     guest::GuestMessage,
     guests::Guests,
     holdings::{self, Holdings},
     host::{Brought, Host, Ledger},
     identity::{Identity, IdentityError, Material, Request},
     link::{self, LinkEvent, LinkHandle},
-    metadata,
+    metadata, paths,
     plane::{self, DataPlane},
     points::{self, Point},
     ports::Switch,
@@ -195,6 +195,10 @@ pub async fn run(parts: Parts, cancel: CancellationToken) -> Result<(), AgentErr
     tasks.spawn(holdings::run(host.clone(), cancel.clone()));
     tasks.spawn(sweeper::run(host.clone(), bell.clone(), cancel.clone()));
     tasks.spawn(announced::follow(host.config.provider_notices.clone(), announced_tx, cancel.clone()));
+    let (flows, asked_flows) = flows::queue();
+    tasks.spawn(flows::run(host.clone(), asked_flows, cancel.clone()));
+    let (peers_tx, peers) = watch::channel(Vec::new());
+    tasks.spawn(paths::run(host.link.clone(), peers, cancel.clone()));
     let routes = Routes {
         guests: guests.clone(),
         ticket_key: key_tx,
@@ -202,6 +206,8 @@ pub async fn run(parts: Parts, cancel: CancellationToken) -> Result<(), AgentErr
         bell,
         checks,
         points,
+        flows,
+        peers: peers_tx,
         consoles: Consoles::new(host.clone()),
     };
     tasks.spawn(dispatch(host.clone(), routes, events, cancel.clone()));
@@ -287,6 +293,8 @@ struct Routes {
     bell: SweepBell,
     checks: mpsc::Sender<Check>,
     points: mpsc::Sender<Point>,
+    flows: mpsc::Sender<(u64, FlowsOf)>,
+    peers: watch::Sender<Vec<PathPeer>>,
     consoles: Consoles,
 }
 
@@ -331,7 +339,7 @@ async fn dispatch(host: Arc<Host>, routes: Routes, mut events: mpsc::Receiver<Li
 
 /// `told` is the newest revision of an overlay view in this session.
 fn direct(routes: &Routes, told: &mut Option<u64>, directive: Directive) {
-    let Routes { guests, views, bell, checks, points, consoles, .. } = routes;
+    let Routes { guests, views, bell, checks, points, flows, peers, consoles, .. } = routes;
     match directive {
         Directive::Order { guest, order, assignment, mark } => {
             if let Some(mark) = mark {
@@ -372,6 +380,12 @@ fn direct(routes: &Routes, told: &mut Option<u64>, directive: Directive) {
             }
         }
         Directive::Console { console, order } => consoles.order(console, order),
+        Directive::MeasurePaths { peers: told } => drop(peers.send_replace(told)),
+        Directive::TellFlows { asked, of } => {
+            if flows.try_send((asked, of)).is_err() {
+                tracing::warn!(port = %of.port, "too many ask for flows: this one is not answered");
+            }
+        }
     }
 }
 

@@ -268,6 +268,8 @@ impl Facts for Guests {
             moves_none_live: host.backend.live_migration().is_err(),
             takes_mirrors: host.backend.mirroring().is_ok(),
             takes_post_copy: host.backend.post_copy().is_ok(),
+            measures_paths: true,
+            tells_flows: true,
         }
     }
 

@@ -10,7 +10,7 @@ use std::{
 
 use axum::http::{Method, StatusCode};
 use supercloud_api::{
-    Cloud, Evacuation, EvacuationState, GuestState, HostState, Operation, OperationKind, Phase, Volume,
+    Cloud, Evacuation, EvacuationState, GuestState, HostState, Link, LinkState, Operation, OperationKind, Phase, Volume,
     handover::Owner,
     ids::{CloudId, HostId, OperationId},
 };
@@ -269,6 +269,30 @@ impl Metrics {
             "Running guests of which it is not known whether their cloud has all that the disks stand on.",
             &one(bases.iter().filter(|told| told.is_none()).count() as u64),
         );
+        let links = crate::paths::links(parts).await?;
+        let count = |state| links.iter().filter(|link| link.state == state).count() as u64;
+        let states = [
+            ("answers", LinkState::Answers),
+            ("silent", LinkState::Silent),
+            ("not_measured", LinkState::NotMeasured),
+        ];
+        let series = states.map(|(name, state)| (format!("{{state=\"{name}\"}}"), count(state)));
+        gauge("supercloud_links", "Ways between hosts by what is known of them.", &series);
+        let between = between_clouds(&links);
+        let series = |value: fn(&Between) -> Option<u64>| -> Vec<(String, u64)> {
+            let label = |(from, to): &(&str, &str)| format!("{{from=\"{from}\",to=\"{to}\"}}");
+            between.iter().filter_map(|(pair, found)| Some((label(pair), value(found)?))).collect()
+        };
+        gauge(
+            "supercloud_link_rtt_us",
+            "Median round-trip time between the hosts of two clouds, or of one, in microseconds.",
+            &series(Between::rtt_us),
+        );
+        gauge(
+            "supercloud_link_loss_ppm",
+            "Opening packets between them that went again, in millionths.",
+            &series(Between::loss_ppm),
+        );
         let rate = crate::ledger::rate(&parts.state).await?;
         gauge(
             "supercloud_paid_nanousd_per_hour",
@@ -363,6 +387,43 @@ impl Metrics {
             times.write(out, "supercloud_http_request_seconds", &format!("route=\"{route}\""));
         }
     }
+}
+
+/// Pairs of clouds that are told of, at most.
+const CLOUD_PAIRS_AT_MOST: usize = 400;
+
+/// What is known of the ways from one cloud to another.
+#[derive(Debug, Default)]
+struct Between {
+    times_us: Vec<u32>,
+    sent: u64,
+    resent: u64,
+}
+
+impl Between {
+    fn rtt_us(&self) -> Option<u64> {
+        self.times_us.get(self.times_us.len() / 2).copied().map(u64::from)
+    }
+
+    fn loss_ppm(&self) -> Option<u64> {
+        (self.sent > 0).then(|| self.resent * 1_000_000 / self.sent)
+    }
+}
+
+fn between_clouds(links: &[Link]) -> BTreeMap<(&str, &str), Between> {
+    let mut found: BTreeMap<(&str, &str), Between> = BTreeMap::new();
+    for link in links.iter().filter(|link| link.state == LinkState::Answers) {
+        let pair = (link.from_cloud_name.as_str(), link.to_cloud_name.as_str());
+        if found.len() >= CLOUD_PAIRS_AT_MOST && !found.contains_key(&pair) {
+            continue;
+        }
+        let between = found.entry(pair).or_default();
+        between.times_us.extend(link.rtt_us);
+        between.sent += u64::from(link.sent);
+        between.resent += u64::from(link.resent);
+    }
+    found.values_mut().for_each(|between| between.times_us.sort_unstable());
+    found
 }
 
 /// How many volumes stand on what lies in a cloud's store while no host of that cloud has them.

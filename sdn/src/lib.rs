@@ -22,6 +22,7 @@ pub mod dhcp;
 pub mod flows;
 pub mod openflow;
 pub mod ovsdb;
+pub mod shown;
 pub mod switch;
 pub mod tap;
 pub mod view;

@@ -22,10 +22,11 @@ use supercloud_api::{
     Propagation, Shape,
     handover::{OperationKind, Owner, Phase},
     ids::{CloudId, Epoch, GuestId, HostId, NetworkId, OperationId, PortId, ProjectId, VolumeId},
-    link::{BootSpec, GuestSpec, PortSpec, Secret, VolumeSpec},
+    PortTraffic,
+    link::{BootSpec, FlowsOf, FlowsTold, GuestSpec, PortSpec, Secret, VolumeSpec},
 };
 use supercloud_blanket::{BoxFuture, backend::RunState};
-use supercloud_sdn::view::OverlayView;
+use supercloud_sdn::{switch::SwitchError, view::OverlayView};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -64,6 +65,12 @@ impl Switch for FakeSwitch {
         let attached = self.attached.lock().unwrap();
         let ports = attached.keys().map(|port| (*port, (supercloud_sdn::tap::tap_name(*port), 1))).collect();
         Box::pin(async move { Ok(ports) })
+    }
+
+    fn flows(&self, of: FlowsOf) -> BoxFuture<'_, Result<FlowsTold, PortError>> {
+        let is_attached = self.attached.lock().unwrap().contains_key(&of.port);
+        let told = FlowsTold { traffic: PortTraffic::default(), flows: Vec::new(), left_out: 0 };
+        Box::pin(async move { if is_attached { Ok(told) } else { Err(SwitchError::NotAttached(of.port).into()) } })
     }
 
     fn revision(&self) -> u64 {

@@ -164,6 +164,8 @@ impl Facts for Nothing {
             moves_none_live: false,
             takes_mirrors: false,
             takes_post_copy: false,
+            measures_paths: false,
+            tells_flows: false,
         }
     }
 

@@ -70,6 +70,8 @@ impl LinkHandler for Engine {
             self.consoles.note_capable(host, hello.takes_consoles);
             self.checks.note_capable(host, hello.takes_checks);
             self.points.note_capable(host, hello.takes_points);
+            self.paths.note_capable(host, hello.measures_paths);
+            self.flows.note_capable(host, hello.tells_flows);
             {
                 let mut knowing = self.knows_predictive.lock().unwrap_or_else(PoisonError::into_inner);
                 if hello.knows_predictive {
@@ -123,6 +125,14 @@ impl LinkHandler for Engine {
                     self.guest_event(host, guest, epoch, event, times.into()).await
                 }
                 Notice::Discarded { guest } => self.discarded(host, guest).await,
+                Notice::Paths { paths } => {
+                    self.paths.told(host, paths, unix_ms());
+                    Ok(())
+                }
+                Notice::Flows { asked, told } => {
+                    self.flows.told(host, asked, told.into());
+                    Ok(())
+                }
                 Notice::Console { console, news } => {
                     self.consoles.told(host, console, news);
                     Ok(())
@@ -166,6 +176,8 @@ impl LinkHandler for Engine {
     fn closed(&self, host: HostId) -> BoxFuture<'_, ()> {
         Box::pin(async move {
             self.consoles.host_gone(host);
+            self.paths.host_gone(host);
+            self.flows.host_gone(host);
             self.sweeps.guard(|guard| guard.end_turn(host));
             let last_seen_ms = self.live.gone(host).map(|live| live.last_seen_ms);
             let context = Context::actor(format!("host:{host}"), RequestId::generate());

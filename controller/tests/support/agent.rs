@@ -167,6 +167,8 @@ impl Seat {
             moves_none_live: false,
             takes_mirrors: true,
             takes_post_copy: true,
+            measures_paths: false,
+            tells_flows: false,
         }
     }
 }
@@ -395,6 +397,8 @@ impl Agent {
             }
             Directive::OverlayPiece { .. } => self.violate("a small view comes in pieces"),
             Directive::Console { .. } => self.violate("it never said that it shows consoles"),
+            Directive::MeasurePaths { .. } => self.violate("it never said that it measures paths"),
+            Directive::TellFlows { .. } => self.violate("it never said that it tells flows"),
             Directive::Discard { guest } => {
                 if lock(&self.seat.faults).stalled.contains(&Stage::Discard) {
                     return;

@@ -6,13 +6,13 @@ use std::{
     time::Duration,
 };
 
-use supercloud_ids::{HostId, PortId};
+use supercloud_ids::{HostId, NetworkId, PortId};
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, MissedTickBehavior, interval_at, sleep_until},
 };
 
-use super::{Applied, Datapath, Request, SwitchConfig, SwitchError, SwitchStatus};
+use super::{Applied, Datapath, PortLook, Request, SwitchConfig, SwitchError, SwitchStatus};
 use crate::{
     compile::{
         Cookie, CookieKind, LocalPorts, MAX_TAP_OFPORT, MD_LISTEN, MD_OFPORT, MD_PREFIX_LEN, TUNNEL_OFPORT_BASE,
@@ -257,6 +257,7 @@ impl Actor {
                 drop(reply.send(done));
             }
             Request::Counters { port, reply } => drop(reply.send(self.counters(port).await)),
+            Request::Look { port, network, reply } => drop(reply.send(self.look(port, network).await)),
             Request::Attached { reply } => {
                 let list = self.taps.iter().filter_map(|(p, (name, of))| Some((*p, (name.clone(), (*of)?)))).collect();
                 drop(reply.send(Ok(list)));
@@ -486,6 +487,19 @@ impl Actor {
         let list = connection.port_counters(*number).await?;
         let unexpected = SwitchError::Connection(ConnectionError::Unexpected { what: "port counters" });
         list.into_iter().find(|c| c.port == *number).ok_or(unexpected)
+    }
+
+    async fn look(&self, port: PortId, network: NetworkId) -> Result<PortLook, SwitchError> {
+        let counters = self.counters(port).await?;
+        let Some((connection, _)) = &self.link else { return Err(SwitchError::Down) };
+        let own = Cookie::new(CookieKind::Guest, port.uuid().as_bytes());
+        let mut flows = connection.dump_flows_of(own.0, Cookie::OWNER_BITS).await?;
+        let flood = Cookie::new(CookieKind::Flood, network.uuid().as_bytes());
+        flows.extend(connection.dump_flows_of(flood.0, u64::MAX).await?);
+        let taps = self.taps.values().filter_map(|(name, number)| Some(((*number)?, name.clone())));
+        let tunnels = self.tunnels.iter().filter_map(|(host, (_, number))| Some(((*number)?, format!("tunnel({host})"))));
+        let names = taps.chain(tunnels).chain(self.md0.map(|number| (number, "metadata".to_owned()))).collect();
+        Ok(PortLook { counters, flows, names })
     }
 
     /// A DHCP request of a local guest. The port is known by the switch port, whatever the frame says.

@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use supercloud_ids::{Epoch, HostId, PortId};
+use supercloud_ids::{Epoch, HostId, NetworkId, PortId};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::JoinSet,
@@ -25,8 +25,9 @@ use tokio::{
 use crate::{
     addr::Ipv4Prefix,
     connection::ConnectionError,
-    openflow::PortCounters,
+    openflow::{FlowStats, PortCounters},
     ovsdb::OvsdbError,
+    shown::PortNames,
     tap::TapError,
     view::{OverlayView, ViewError},
 };
@@ -163,6 +164,17 @@ pub struct SwitchStatus {
     pub error: Option<String>,
 }
 
+/// What the switch holds for a port at one moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PortLook {
+    /// What has passed by it: `rx` is what the guest sent.
+    pub counters: PortCounters,
+    /// The flows that are for it, and those that carry its network's broadcasts.
+    pub flows: Vec<FlowStats>,
+    /// What the switch's ports are called.
+    pub names: PortNames,
+}
+
 pub(crate) type Reply<T> = oneshot::Sender<Result<T, SwitchError>>;
 
 pub(crate) enum Request {
@@ -172,6 +184,7 @@ pub(crate) enum Request {
     NoteSwitch { port: PortId, owner: HostId, epoch: Epoch, reply: Reply<Applied> },
     Reconcile { reply: Reply<Applied> },
     Counters { port: PortId, reply: Reply<PortCounters> },
+    Look { port: PortId, network: NetworkId, reply: Reply<PortLook> },
     Attached { reply: Reply<BTreeMap<PortId, (String, u32)>> },
 }
 
@@ -238,6 +251,11 @@ impl SwitchDriver {
     /// Counters of a port: `rx` is what the guest sent.
     pub async fn port_counters(&self, port: PortId) -> Result<PortCounters, SwitchError> {
         self.ask(|reply| Request::Counters { port, reply }).await
+    }
+
+    /// What the switch holds for a port whose tap is attached.
+    pub async fn look(&self, port: PortId, network: NetworkId) -> Result<PortLook, SwitchError> {
+        self.ask(|reply| Request::Look { port, network, reply }).await
     }
 
     /// The attached taps: name and switch port.

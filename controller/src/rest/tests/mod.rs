@@ -10,6 +10,7 @@ mod images;
 mod joins;
 mod lasting;
 mod ledger;
+mod links;
 mod mirrors;
 mod monitoring;
 mod moves;
