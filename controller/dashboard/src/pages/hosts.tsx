@@ -3,10 +3,10 @@ import { change, Refused } from "../api/http";
 import type { Host } from "../api/types";
 import { may } from "../store/derive";
 import { hostRisk, priced } from "../store/risk";
-import { clouds, evacuations, events, guests, hosts, markets, now, rentings, ways, who } from "../store/store";
+import { areAllWays, clouds, evacuations, events, guests, hosts, markets, now, rentings, ways, who } from "../store/store";
 import { ago, bytes, moment, price } from "../ui/format";
 import { Empty, Facts, Grid, Panel, State, room } from "../ui/parts";
-import { LinkGrid } from "../ui/links";
+import { LinkGrid, useLinksOf } from "../ui/links";
 import { PlanButton } from "../ui/plan_ask";
 import { EventLine } from "./events";
 
@@ -101,7 +101,7 @@ export function Hosts() {
         ]} />
       </Panel>
       <Clouds />
-      <Panel title={`Links between hosts (${ways.value.length})`} wide><LinkGrid name="links" links={ways.value} /></Panel>
+      <Panel title={`Links between hosts (${ways.value.length}${areAllWays.value ? "" : " of more"})`} wide><LinkGrid name="links" links={ways.value} /></Panel>
       <Rentings />
     </div>
   );
@@ -121,6 +121,7 @@ function Classes(props: { host: Host }) {
 export function HostPage(props: { id: string }) {
   const [problem, setProblem] = useState("");
   const host = [...hosts.value.values()].find((one) => one.name === props.id || one.id === props.id);
+  const links = useLinksOf(host ? [host.id] : []);
   if (!host) return <Panel title="No such host" wide><Empty>There is no host {props.id}.</Empty></Panel>;
   const own = [...guests.value.values()].filter((guest) => guest.host === host.id);
   const told = events.value.filter((event) => event.host === host.id).slice(-30).reverse();
@@ -158,7 +159,7 @@ export function HostPage(props: { id: string }) {
       <Panel title="What its substrate gives, as measured">
         <ProbeFacts probe={host.probe as Probe | null} />
       </Panel>
-      <Panel title="Links" wide><LinkGrid name={`links of ${host.name}`} links={ways.value.filter((one) => one.from === host.id || one.to === host.id)} /></Panel>
+      <Panel title="Links" wide><LinkGrid name={`links of ${host.name}`} links={links} /></Panel>
       <Panel title={`Guests here (${own.length})`}>
         {own.length === 0 ? <Empty>none</Empty> : <ul class="plain">{own.map((guest) => <li key={guest.id}><a href={`#/guests/${guest.id}`}>{guest.name}</a> <State of={guest.state} /></li>)}</ul>}
       </Panel>

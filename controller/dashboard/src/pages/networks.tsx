@@ -1,9 +1,10 @@
 // Networks: which hosts have their ports, the tunnels between them, and what a switch does with a port.
 import type { Port, PortFlows } from "../api/types";
 import { HEIGHT, MOST_HOSTS, WIDTH, topology } from "../store/topology";
-import { guests, hosts, networks, now, ports, projects, ways as links } from "../store/store";
+import { guests, hosts, networks, now, ports, projects } from "../store/store";
 import { between, linkText } from "../store/ways";
 import { useAnswer } from "../ui/answer";
+import { useLinksOf } from "../ui/links";
 import { ago, bytes, duration } from "../ui/format";
 import { Empty, Facts, Grid, GuestLink, HostLink, Panel, State, hostName } from "../ui/parts";
 
@@ -33,8 +34,9 @@ export function Networks() {
 /** The network as the hosts span it: who has ports, and the tunnels between them with their round trips. */
 function Drawing(props: { name: string; ports: Port[] }) {
   const found = topology(props.ports, hosts.value);
+  const links = useLinksOf(found.nodes.map((node) => node.id));
   if (found.nodes.length === 0) return <Empty>None of its guests runs: it spans no host.</Empty>;
-  const tunnels = found.tunnels.map((tunnel) => ({ ...tunnel, link: between(links.value, tunnel.a.id, tunnel.b.id) }));
+  const tunnels = found.tunnels.map((tunnel) => ({ ...tunnel, link: between(links, tunnel.a.id, tunnel.b.id) }));
   const text = `${props.name}: ${found.nodes.length} hosts, ${tunnels.length} tunnels`;
   return (
     <>
@@ -103,8 +105,9 @@ const PURPOSES: Record<PortFlows["flows"][number]["purpose"], string> = {
 function Paths(props: { port: Port }) {
   const { port } = props;
   const others = portsOf(port.network).filter((one) => one.id !== port.id && one.host);
+  const links = useLinksOf(port.host ? [port.host] : []);
   if (!port.host || others.length === 0) return <Empty>{port.host ? "No other guest of the network runs." : "Its guest runs nowhere."}</Empty>;
-  const rows = others.map((one) => ({ ...one, link: one.host === port.host ? undefined : between(links.value, one.host!, port.host!) }));
+  const rows = others.map((one) => ({ ...one, link: one.host === port.host ? undefined : between(links, one.host!, port.host!) }));
   return (
     <Grid name="paths" items={rows} empty="" columns={[
       { title: "to", key: (one) => guests.value.get(one.guest)?.name ?? "", show: (one) => <GuestLink id={one.guest} /> },

@@ -63,7 +63,7 @@ describe("price and risk", () => {
   const one = (state: Evacuation["state"]) => ({ host: "h", state }) as Evacuation;
   it("of a host are those of how it is rented", () => {
     const ended = { ...spot, id: "old", tenure: "on_demand", state: "ended" } as Renting;
-    expect(priced(host, [ended, spot], [{ ...market, tenure: "on_demand" }, market])).toEqual({ market, renting: spot });
+    expect(priced(host, [spot, ended], [{ ...market, tenure: "on_demand" }, market])).toEqual({ market, renting: spot });
     expect(priced({ ...host, id: "own" }, [spot], [market])).toEqual({ market: undefined, renting: undefined });
     expect(hostRisk(host, undefined, [])).toEqual({ tone: "", text: "–" });
     expect(hostRisk(host, spot, [one("late"), one("in_time")])).toEqual({ tone: "bad", text: "1 of 2 too late" });

@@ -43,6 +43,8 @@ export const ledger: Signal<Ledger | null> = signal(null);
 export const evacuations: Signal<Evacuation[]> = signal([]);
 /** Ways between hosts, as their agents measure them. */
 export const ways: Signal<HostLink[]> = signal([]);
+/** Whether these are all: of a big fleet the first page is enough for the map, and pages of hosts ask for theirs. */
+export const areAllWays = signal(true);
 /** Newest last. */
 export const events: Signal<Event[]> = signal([]);
 const EVENTS_KEPT = 2000;
@@ -137,7 +139,11 @@ const loaders: Record<string, () => Promise<void>> = {
   },
   ways: async () => {
     try {
-      ways.value = await list<HostLink>("/v1/links");
+      const page = await get<{ items: HostLink[]; next_page?: string | null }>("/v1/links?limit=1000");
+      batch(() => {
+        ways.value = page.items;
+        areAllWays.value = !page.next_page;
+      });
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
       ways.value = [];

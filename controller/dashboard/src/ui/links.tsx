@@ -1,9 +1,39 @@
 // Ways between hosts, as their agents measure them.
+import { useEffect, useState } from "preact/hooks";
+import { list } from "../api/http";
 import type { HostLink } from "../api/types";
 import { lossText, roundTrip } from "../store/ways";
-import { now } from "../store/store";
+import { areAllWays, now, ways } from "../store/store";
 import { ago } from "./format";
 import { Grid, HostLink as Host, State } from "./parts";
+
+const EVERY_MS = 10_000;
+
+/** The ways from and to these hosts: those that the page has, or, where it has not all, asked for. */
+export function useLinksOf(ids: string[]): HostLink[] {
+  const [found, setFound] = useState<HostLink[]>([]);
+  const hasAll = areAllWays.value;
+  const key = ids.join();
+  useEffect(() => {
+    if (hasAll || key === "") return;
+    let isHere = true;
+    const ask = async () => {
+      try {
+        const told = await Promise.all(key.split(",").map((id) => list<HostLink>(`/v1/links?host=${id}`)));
+        if (isHere) setFound(told.flat());
+      } catch {
+        // That the controller is away is told elsewhere; what was shown stays.
+      }
+    };
+    void ask();
+    const timer = setInterval(() => void ask(), EVERY_MS);
+    return () => {
+      isHere = false;
+      clearInterval(timer);
+    };
+  }, [key, hasAll]);
+  return hasAll ? ways.value.filter((link) => ids.includes(link.from) || ids.includes(link.to)) : found;
+}
 
 const ORDER: Record<HostLink["state"], number> = { silent: 0, answers: 1, not_measured: 2 };
 
