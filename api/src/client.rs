@@ -14,9 +14,9 @@ use crate::{
     ChunkStore, Cloud, CloudCreate, Evacuation, Event, FeedClock, FleetPlan, FleetPlanCreate, Freeze, Guest,
     GuestCreate, GuestFailover, GuestFreeze, GuestMigrate, GuestMirror, GuestPatch, GuestStart, GuestStop, GuestThaw,
     HistoryPolicy, Host, HostPatch, HostRent, Image, ImageCreate, ImageImport, ImagePart, JoinRequest, JoinResponse,
-    JoinToken, JoinTokenCreate, Ledger, Link, Market, Mirror, Network, NetworkCreate, Operation, Page, Placement, Port, PortFlows,
-    PriceSeries, Problem, Project, ProjectCreate, Renting, Site, Token, TokenCreate, TokenSecret, UploadDigest, Volume,
-    VolumeAsOf, VolumeHistory, WhoAmI, blocks::BlocksError,
+    JoinToken, JoinTokenCreate, Ledger, Link, Market, Mirror, Network, NetworkCreate, Operation, Page, Placement, Port,
+    PortFlows, PriceSeries, Problem, Project, ProjectCreate, Renting, Site, Token, TokenCreate, TokenSecret,
+    UploadDigest, Volume, VolumeAsOf, VolumeHistory, WhoAmI, blocks::BlocksError,
 };
 
 pub use blocks::BlockStream;

@@ -88,7 +88,8 @@ pub async fn ports(client: &Client, output: Output, network: Option<&str>) -> an
 
 fn ports_table(ports: &[Port], names: &Names) -> Table {
     let named = |id: String| names.get(&id).cloned().unwrap_or(id);
-    let mut table = Table::new(["GUEST", "IPV4", "MAC", "HOST", "NETWORK"]).and_wide(["ID", "PREPARED AT", "MOVED FROM", "EPOCH"]);
+    let mut table =
+        Table::new(["GUEST", "IPV4", "MAC", "HOST", "NETWORK"]).and_wide(["ID", "PREPARED AT", "MOVED FROM", "EPOCH"]);
     for port in ports {
         let or_dash = |id: Option<String>| id.map_or_else(|| "-".to_owned(), named);
         let cells = [
@@ -141,7 +142,8 @@ pub async fn flows(client: &Client, output: Output, of: &str) -> anyhow::Result<
 }
 
 fn flows_table(ports: &[PortFlows]) -> Table {
-    let mut table = Table::new(["PURPOSE", "TABLE", "PRIORITY", "PACKETS", "BYTES", "ACTIONS"]).and_wide(["HOST", "AGE S", "MATCH"]);
+    let mut table = Table::new(["PURPOSE", "TABLE", "PRIORITY", "PACKETS", "BYTES", "ACTIONS"])
+        .and_wide(["HOST", "AGE S", "MATCH"]);
     for port in ports {
         for flow in &port.flows {
             let purpose = match flow.purpose {

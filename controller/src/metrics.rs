@@ -10,7 +10,8 @@ use std::{
 
 use axum::http::{Method, StatusCode};
 use supercloud_api::{
-    Cloud, Evacuation, EvacuationState, GuestState, HostState, Link, LinkState, Operation, OperationKind, Phase, Volume,
+    Cloud, Evacuation, EvacuationState, GuestState, HostState, Link, LinkState, Operation, OperationKind, Phase,
+    Volume,
     handover::Owner,
     ids::{CloudId, HostId, OperationId},
 };
@@ -271,11 +272,8 @@ impl Metrics {
         );
         let links = crate::paths::links(parts).await?;
         let count = |state| links.iter().filter(|link| link.state == state).count() as u64;
-        let states = [
-            ("answers", LinkState::Answers),
-            ("silent", LinkState::Silent),
-            ("not_measured", LinkState::NotMeasured),
-        ];
+        let states =
+            [("answers", LinkState::Answers), ("silent", LinkState::Silent), ("not_measured", LinkState::NotMeasured)];
         let series = states.map(|(name, state)| (format!("{{state=\"{name}\"}}"), count(state)));
         gauge("supercloud_links", "Ways between hosts by what is known of them.", &series);
         let between = between_clouds(&links);

@@ -190,8 +190,7 @@ fn link(from: &Host, to: &Host, is_capable: bool, told: Option<(u64, &PathMeasur
 /// When the records cannot be read.
 pub async fn links(parts: &Parts) -> Result<Vec<Link>, StateError> {
     let hosts = parts.state.list::<HostRecord>().await?;
-    let shown: Vec<Host> =
-        hosts.iter().filter(|host| !host.is_removed).map(|host| host.view(&parts.hosts)).collect();
+    let shown: Vec<Host> = hosts.iter().filter(|host| !host.is_removed).map(|host| host.view(&parts.hosts)).collect();
     Ok(parts.paths.links(&shown, unix_ms()))
 }
 

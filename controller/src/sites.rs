@@ -191,7 +191,8 @@ fn points(places: &Places, history: &VolumeHistory) -> Vec<Site> {
         *bytes = bytes.saturating_add(point.stored_bytes);
     }
     let site = |(cloud, (count, bytes)): (CloudId, (usize, u64))| {
-        let detail = if count == 1 { "1 point of its history".to_owned() } else { format!("{count} points of its history") };
+        let detail =
+            if count == 1 { "1 point of its history".to_owned() } else { format!("{count} points of its history") };
         Site { bytes: Some(bytes), ..places.in_store(SiteKind::Points, SiteHolds::Whole, Some(cloud), detail) }
     };
     clouds.into_iter().map(site).collect()

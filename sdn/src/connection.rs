@@ -25,8 +25,8 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::openflow::{
-    BUNDLE_ATOMIC, BUNDLE_ORDERED, BundleControl, DecodeError, EncodeError, FlowStats, HEADER_LEN, Match, Message, Meter,
-    MultipartReply, MultipartRequest, PacketIn, PacketOut, PortCounters, VERSION, decode_header,
+    BUNDLE_ATOMIC, BUNDLE_ORDERED, BundleControl, DecodeError, EncodeError, FlowStats, HEADER_LEN, Match, Message,
+    Meter, MultipartReply, MultipartRequest, PacketIn, PacketOut, PortCounters, VERSION, decode_header,
 };
 
 /// How long one exchange may take unless the caller says otherwise.

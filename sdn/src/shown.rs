@@ -32,9 +32,12 @@ fn value(field: Field, value: u128, names: &PortNames) -> String {
     match field {
         Field::InPort => port_name(narrow(value), names),
         Field::EthDst | Field::EthSrc | Field::ArpSha | Field::ArpTha | Field::NdSll | Field::NdTll => mac(value),
-        Field::Ipv4Src | Field::Ipv4Dst | Field::ArpSpa | Field::ArpTpa | Field::TunnelIpv4Src | Field::TunnelIpv4Dst => {
-            Ipv4Addr::from(narrow(value)).to_string()
-        }
+        Field::Ipv4Src
+        | Field::Ipv4Dst
+        | Field::ArpSpa
+        | Field::ArpTpa
+        | Field::TunnelIpv4Src
+        | Field::TunnelIpv4Dst => Ipv4Addr::from(narrow(value)).to_string(),
         Field::Ipv6Src | Field::Ipv6Dst | Field::NdTarget => Ipv6Addr::from(value).to_string(),
         Field::EthType | Field::TunnelId | Field::Reg0 => format!("{value:#x}"),
         _ => value.to_string(),
@@ -100,10 +103,7 @@ mod tests {
             .with(Field::EthSrc, 0x0200_0000_0001_u64)
             .with(Field::EthType, 0x0800_u16)
             .with(Field::Ipv4Src, 0x0a4d_000b_u32);
-        assert_eq!(
-            matching(&from, &names),
-            "in_port=tap7,eth_src=02:00:00:00:00:01,eth_type=0x800,ip_src=10.77.0.11"
-        );
+        assert_eq!(matching(&from, &names), "in_port=tap7,eth_src=02:00:00:00:00:01,eth_type=0x800,ip_src=10.77.0.11");
         let group = Match::any().with_mask(Field::EthDst, 0x0100_0000_0000_u64, 0x0100_0000_0000);
         assert_eq!(matching(&group, &names), "eth_dst=01:00:00:00:00:00/01:00:00:00:00:00");
         assert_eq!((matching(&Match::any(), &names).as_str(), actions(&[], &names).as_str()), ("any", "drop"));

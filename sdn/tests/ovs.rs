@@ -250,7 +250,8 @@ fn a_move_is_cut_over(lab: &mut Lab, world: &mut World, a11: &str, a13: &str, a1
     assert_eq!(ping(a14, "10.77.0.13", 3, ""), 0, "a host that does not know of the switch takes no frame from there");
     assert!(counters(world).tx_packets >= before + 3, "but what it sends is forwarded by the source");
     let look = {
-        let (driver, network) = (world.drivers[1].clone(), world.view.ports.iter().find(|p| p.port == moved).unwrap().network);
+        let (driver, network) =
+            (world.drivers[1].clone(), world.view.ports.iter().find(|p| p.port == moved).unwrap().network);
         lab.hosts[1].on(async move { driver.look(moved, network).await.unwrap() })
     };
     assert_eq!(look.counters.tx_packets, counters(world).tx_packets);

@@ -19,10 +19,9 @@ use supercloud_agent::{
     ports::{PortError, Switch},
 };
 use supercloud_api::{
-    Propagation, Shape,
+    PortTraffic, Propagation, Shape,
     handover::{OperationKind, Owner, Phase},
     ids::{CloudId, Epoch, GuestId, HostId, NetworkId, OperationId, PortId, ProjectId, VolumeId},
-    PortTraffic,
     link::{BootSpec, FlowsOf, FlowsTold, GuestSpec, PortSpec, Secret, VolumeSpec},
 };
 use supercloud_blanket::{BoxFuture, backend::RunState};

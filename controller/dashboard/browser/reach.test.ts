@@ -102,7 +102,7 @@ describe("a network", () => {
       const { context, page, problems } = found;
       await runs(found);
       await visit(page, `networks/${network}`);
-      const drawing = page.getByRole("img", { name: "office: 2 hosts, 1 tunnels" });
+      const drawing = page.getByRole("img", { name: "office: 2 hosts, 1 tunnel" });
       await drawing.waitFor();
       await page.getByRole("region", { name: "tunnels of office" }).getByText("40 ms, 4.0 % lost").waitFor();
       expect(await drawing.locator("line.answers").count()).toBe(1);

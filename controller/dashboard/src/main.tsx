@@ -28,6 +28,9 @@ const PAGES: [string, string][] = [
   ["images", "Images"], ["networks", "Networks"], ["events", "Audit"], ["tokens", "Tokens"],
 ];
 
+/** Pages of things that another page lists. */
+const LISTED_ON: Record<string, string> = { volumes: "images", ports: "networks" };
+
 const isAway = signal(false);
 
 function Page() {
@@ -76,7 +79,7 @@ function App() {
       <header class="top">
         <a class="brand" href="#/"><img src="./favicon.svg" alt="" /> Supercloud</a>
         <nav aria-label="pages">
-          {shown.map(([path, title]) => <a key={path} href={`#/${path}`} aria-current={path === page ? "page" : undefined}>{title}</a>)}
+          {shown.map(([path, title]) => <a key={path} href={`#/${path}`} aria-current={path === (LISTED_ON[page] ?? page) ? "page" : undefined}>{title}</a>)}
         </nav>
         <span class="grow" />
         <Search />

@@ -6,8 +6,8 @@ use axum::{
     http::HeaderMap,
 };
 use supercloud_api::{
-    Code, Image, ImageCreate, ImageImport, ImagePart, ImageState, Operation, OperationKind, Page, Ref, Site, UploadDigest,
-    Volume,
+    Code, Image, ImageCreate, ImageImport, ImagePart, ImageState, Operation, OperationKind, Page, Ref, Site,
+    UploadDigest, Volume,
     ids::{ImageId, OperationId},
     unix_ms,
 };

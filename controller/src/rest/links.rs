@@ -4,11 +4,7 @@ use axum::extract::{Path, State};
 use supercloud_api::{Code, Link, Page, Port, PortFlows, Ref, ids::HostId, link::FlowsOf, unix_ms};
 
 use super::{Api, Asker, Failure, Reply};
-use crate::{
-    flows::FlowsError,
-    paths,
-    state::HostRecord,
-};
+use crate::{flows::FlowsError, paths, state::HostRecord};
 
 /// Questions for flows that one token may have open at once.
 const FLOWS_OF_ONE: usize = 4;

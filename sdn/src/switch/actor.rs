@@ -497,7 +497,8 @@ impl Actor {
         let flood = Cookie::new(CookieKind::Flood, network.uuid().as_bytes());
         flows.extend(connection.dump_flows_of(flood.0, u64::MAX).await?);
         let taps = self.taps.values().filter_map(|(name, number)| Some(((*number)?, name.clone())));
-        let tunnels = self.tunnels.iter().filter_map(|(host, (_, number))| Some(((*number)?, format!("tunnel({host})"))));
+        let tunnels =
+            self.tunnels.iter().filter_map(|(host, (_, number))| Some(((*number)?, format!("tunnel({host})"))));
         let names = taps.chain(tunnels).chain(self.md0.map(|number| (number, "metadata".to_owned()))).collect();
         Ok(PortLook { counters, flows, names })
     }

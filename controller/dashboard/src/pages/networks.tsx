@@ -1,6 +1,6 @@
 // Networks: which hosts have their ports, the tunnels between them, and what a switch does with a port.
 import type { Port, PortFlows } from "../api/types";
-import { HEIGHT, MOST_HOSTS, WIDTH, topology } from "../store/topology";
+import { MOST_HOSTS, WIDTH, topology } from "../store/topology";
 import { guests, hosts, networks, now, ports, projects } from "../store/store";
 import { between, linkText } from "../store/ways";
 import { useAnswer } from "../ui/answer";
@@ -37,22 +37,21 @@ function Drawing(props: { name: string; ports: Port[] }) {
   const links = useLinksOf(found.nodes.map((node) => node.id));
   if (found.nodes.length === 0) return <Empty>None of its guests runs: it spans no host.</Empty>;
   const tunnels = found.tunnels.map((tunnel) => ({ ...tunnel, link: between(links, tunnel.a.id, tunnel.b.id) }));
-  const text = `${props.name}: ${found.nodes.length} hosts, ${tunnels.length} tunnels`;
+  const count = (number: number, what: string) => `${number} ${what}${number === 1 ? "" : "s"}`;
+  const text = `${props.name}: ${count(found.nodes.length, "host")}, ${count(tunnels.length, "tunnel")}`;
   return (
     <>
-      <div class="topology">
-        <svg viewBox={`0 0 ${WIDTH} ${HEIGHT}`} role="img" aria-label={text}>
+      <div class="topology" tabIndex={0} role="region" aria-label={`drawing of ${props.name}`}>
+        <svg viewBox={`0 0 ${WIDTH} ${found.height}`} role="img" aria-label={text}>
           {tunnels.map(({ a, b, link }) => <line key={a.id + b.id} class={link?.state ?? "not_measured"} x1={a.x} y1={a.y} x2={b.x} y2={b.y} />)}
           {tunnels.length <= 15 && tunnels.map(({ a, b, link }) => <text key={a.id + b.id} class="rtt" x={(a.x + b.x) / 2} y={(a.y + b.y) / 2 - 5}>{linkText(link)}</text>)}
           {found.nodes.map((node) => (
-            <a key={node.id} href={`#/hosts/${node.name}`}>
-              <g class={`node ${node.state}`}>
-                <rect x={node.x - 105} y={node.y - 32} width="210" height="64" rx="8" />
-                <text x={node.x} y={node.y - 12} class="name">{node.name.length > 22 ? `${node.name.slice(0, 21)}…` : node.name}</text>
-                <text x={node.x} y={node.y + 5} class="cloud-name">{node.cloud}</text>
-                <text x={node.x} y={node.y + 22}>{node.ports.length === 0 ? "being prepared" : node.ports.length <= 2 ? node.ports.map((port) => guests.value.get(port.guest)?.name ?? port.ipv4).join(", ").slice(0, 30) : `${node.ports.length} ports`}</text>
-              </g>
-            </a>
+            <g key={node.id} class={`node ${node.state}`}>
+              <rect x={node.x - 105} y={node.y - 32} width="210" height="64" rx="8" />
+              <text x={node.x} y={node.y - 12} class="name">{node.name.length > 22 ? `${node.name.slice(0, 21)}…` : node.name}</text>
+              <text x={node.x} y={node.y + 5} class="cloud-name">{node.cloud}</text>
+              <text x={node.x} y={node.y + 22}>{node.ports.length === 0 ? "being prepared" : node.ports.length <= 2 ? node.ports.map((port) => guests.value.get(port.guest)?.name ?? port.ipv4).join(", ").slice(0, 30) : `${node.ports.length} ports`}</text>
+            </g>
           ))}
         </svg>
       </div>

@@ -3,12 +3,14 @@ import type { Host, Port } from "../api/types";
 
 export interface Node { id: string; name: string; cloud: string; state: string; ports: Port[]; x: number; y: number }
 export interface Tunnel { a: Node; b: Node }
-export interface Topology { nodes: Node[]; tunnels: Tunnel[]; away: Port[]; leftOut: number }
+export interface Topology { nodes: Node[]; tunnels: Tunnel[]; away: Port[]; leftOut: number; height: number }
 
 /** As many hosts are drawn; their number of tunnels is its square. */
 export const MOST_HOSTS = 12;
 export const WIDTH = 760;
 export const HEIGHT = 400;
+/** Two hosts stand side by side. */
+const LOW = 110;
 
 /** Hosts on an ellipse, those of one cloud side by side; between any two of them there is a tunnel. Ports that are nowhere stand aside. */
 export function topology(ports: Port[], hosts: ReadonlyMap<string, Host>): Topology {
@@ -26,10 +28,11 @@ export function topology(ports: Port[], hosts: ReadonlyMap<string, Host>): Topol
   });
   found.sort((a, b) => a.cloud.localeCompare(b.cloud) || a.name.localeCompare(b.name));
   const shown = found.slice(0, MOST_HOSTS);
+  const height = shown.length <= 2 ? LOW : HEIGHT;
   const nodes = shown.map((one, at): Node => {
     const angle = shown.length === 1 ? Math.PI / 2 : (2 * Math.PI * at) / shown.length - Math.PI;
-    return { ...one, x: WIDTH / 2 + (shown.length === 1 ? 0 : (WIDTH / 2 - 110) * Math.cos(angle)), y: HEIGHT / 2 + (shown.length === 1 ? 0 : (HEIGHT / 2 - 60) * Math.sin(angle)) };
+    return { ...one, x: WIDTH / 2 + (shown.length === 1 ? 0 : (WIDTH / 2 - 110) * Math.cos(angle)), y: height / 2 + (shown.length <= 2 ? 0 : (height / 2 - 60) * Math.sin(angle)) };
   });
   const tunnels = nodes.flatMap((a, at) => nodes.slice(at + 1).map((b) => ({ a, b })));
-  return { nodes, tunnels, away, leftOut: found.length - shown.length };
+  return { nodes, tunnels, away, leftOut: found.length - shown.length, height };
 }
