@@ -61,7 +61,8 @@ describe("the ways between hosts", () => {
       await visit(page, "");
       await page.getByText("to west: 41 ms, 4.0 % lost").waitFor();
       await page.getByText("to home: 41 ms, 4.0 % lost").waitFor();
-      await expect.poll(() => page.locator(".arcs path.way.answers").count()).toBe(1);
+      // One above the other they have no arc: it would go through what is written.
+      await expect.poll(() => page.locator(".arcs path.way.answers").count()).toBe(view.width > 1000 ? 1 : 0);
       expect(await sideways(page)).toBe(0);
       expect(await barriers(page)).toEqual([]);
       await shot(page, `reach-map-${places(view)}`);

@@ -50,7 +50,8 @@ export function Map_(props: { places: Place[]; operations: Operation[]; links: H
       };
       setLines(drawn.flatMap((way) => {
         const [from, to] = [top(way.from), top(way.to)];
-        return from && to ? [{ id: way.id, from, to, state: way.state }] : [];
+        // Between clouds in different rows it would go through what is written in others; it is in their lists.
+        return from && to && Math.abs(from[1] - to[1]) < 8 ? [{ id: way.id, from, to, state: way.state }] : [];
       }));
     };
     draw();
@@ -85,7 +86,7 @@ export function Map_(props: { places: Place[]; operations: Operation[]; links: H
       ))}
       <svg class="arcs" aria-hidden="true">
         {lines.map(({ id, from, to, state }) => (
-          <path key={id} class={`way ${state}`} d={Math.abs(from[1] - to[1]) < 8 ? `M${from[0]} ${from[1]} C${from[0]} ${from[1] - 26} ${to[0]} ${to[1] - 26} ${to[0]} ${to[1]}` : `M${from[0]} ${from[1]} L${to[0]} ${to[1]}`} />
+          <path key={id} class={`way ${state}`} d={`M${from[0]} ${from[1]} C${from[0]} ${from[1] - 26} ${to[0]} ${to[1] - 26} ${to[0]} ${to[1]}`} />
         ))}
         {arcs.map(({ id, from, to }) => (
           <path key={id} d={`M${from[0]} ${from[1]} Q${(from[0] + to[0]) / 2} ${Math.min(from[1], to[1]) - 40} ${to[0]} ${to[1]}`} />
