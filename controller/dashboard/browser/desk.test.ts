@@ -237,9 +237,9 @@ describe("a controller with guests", () => {
     await controller.boot();
     await rest.must("POST", "/v1/networks", { name: "made-meanwhile", cidr: "10.21.0.0/24" });
     await page.getByText("The controller does not answer").waitFor({ state: "hidden" });
-    await page.getByRole("heading", { name: "made-meanwhile" }).waitFor();
+    await page.getByRole("link", { name: "made-meanwhile" }).waitFor();
     await rest.must("POST", "/v1/networks", { name: "made-after", cidr: "10.22.0.0/24" });
-    await page.getByRole("heading", { name: "made-after" }).waitFor();
+    await page.getByRole("link", { name: "made-after" }).waitFor();
     expect(await page.evaluate(() => performance.timeOrigin)).toBe(before);
     // That requests failed meanwhile is what this is about.
     problems.length = 0;
