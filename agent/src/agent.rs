@@ -9,7 +9,7 @@ use std::{
 
 use supercloud_api::{
     CompatClass,
-    link::{Answer, Directive, FlowsOf, PathPeer, Query},
+    link::{Answer, Directive, PathPeer, Query},
     unix_ms,
 };
 use supercloud_blanket::Backend;
@@ -293,7 +293,7 @@ struct Routes {
     bell: SweepBell,
     checks: mpsc::Sender<Check>,
     points: mpsc::Sender<Point>,
-    flows: mpsc::Sender<(u64, FlowsOf)>,
+    flows: mpsc::Sender<flows::Asked>,
     peers: watch::Sender<Vec<PathPeer>>,
     consoles: Consoles,
 }
@@ -339,7 +339,7 @@ async fn dispatch(host: Arc<Host>, routes: Routes, mut events: mpsc::Receiver<Li
 
 /// `told` is the newest revision of an overlay view in this session.
 fn direct(routes: &Routes, told: &mut Option<u64>, directive: Directive) {
-    let Routes { guests, views, bell, checks, points, flows, peers, consoles, .. } = routes;
+    let Routes { guests, views, bell, checks, points, flows: questions, peers, consoles, .. } = routes;
     match directive {
         Directive::Order { guest, order, assignment, mark } => {
             if let Some(mark) = mark {
@@ -382,7 +382,7 @@ fn direct(routes: &Routes, told: &mut Option<u64>, directive: Directive) {
         Directive::Console { console, order } => consoles.order(console, order),
         Directive::MeasurePaths { peers: told } => drop(peers.send_replace(told)),
         Directive::TellFlows { asked, of } => {
-            if flows.try_send((asked, of)).is_err() {
+            if questions.try_send(flows::Asked { number: asked, of }).is_err() {
                 tracing::warn!(port = %of.port, "too many ask for flows: this one is not answered");
             }
         }

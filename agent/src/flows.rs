@@ -16,20 +16,29 @@ const WAITING: usize = 16;
 /// How long the switch may take; who asked waits little longer.
 const BUDGET: Duration = Duration::from_secs(4);
 
+/// A question of the controller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Asked {
+    /// By which the answer is known.
+    pub number: u64,
+    /// Whose flows.
+    pub of: FlowsOf,
+}
+
 /// Where flows are asked for, and where that is answered: give it to [`run`].
 #[must_use]
-pub fn queue() -> (mpsc::Sender<(u64, FlowsOf)>, mpsc::Receiver<(u64, FlowsOf)>) {
+pub fn queue() -> (mpsc::Sender<Asked>, mpsc::Receiver<Asked>) {
     mpsc::channel(WAITING)
 }
 
 /// Answers, one after the other, until cancelled.
-pub async fn run(host: Arc<Host>, mut asked: mpsc::Receiver<(u64, FlowsOf)>, cancel: CancellationToken) {
+pub async fn run(host: Arc<Host>, mut asked: mpsc::Receiver<Asked>, cancel: CancellationToken) {
     loop {
         let next = tokio::select! {
             () = cancel.cancelled() => return,
             next = asked.recv() => next,
         };
-        let Some((asked, of)) = next else { return };
+        let Some(Asked { number, of }) = next else { return };
         let looked = tokio::select! {
             () = cancel.cancelled() => return,
             looked = timeout(BUDGET, host.switch.flows(of)) => looked,
@@ -39,6 +48,6 @@ pub async fn run(host: Arc<Host>, mut asked: mpsc::Receiver<(u64, FlowsOf)>, can
             Ok(Err(error)) => Err(Problem::new(Code::HostUnavailable, chain(&error))),
             Err(_) => Err(Problem::new(Code::HostUnavailable, "the host's switch did not answer in time")),
         };
-        host.link.tell(Notice::Flows { asked, told: told.into() });
+        host.link.tell(Notice::Flows { asked: number, told: told.into() });
     }
 }
