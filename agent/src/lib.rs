@@ -41,6 +41,7 @@ pub mod jobs;
 pub mod join;
 pub mod link;
 pub mod metadata;
+pub mod overlay_key;
 pub mod plane;
 pub mod points;
 pub mod ports;

@@ -9,7 +9,10 @@ use supercloud_api::{
     Guest, Host, HostState, Network, Port,
     ids::{GuestId, HostId},
 };
-use supercloud_sdn::view::{HostView, NetworkView, OverlayView, PortView};
+use supercloud_sdn::{
+    view::{HostView, NetworkView, OverlayView, PortView},
+    wireguard::End,
+};
 
 /// Why a record cannot be part of a view.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -25,8 +28,15 @@ fn concerns(port: &Port, host: HostId) -> bool {
     port.host == Some(host) || port.prepared_at == Some(host) || port.moved_from == Some(host)
 }
 
-/// The hosts that have a place in the overlay. What an agent says of its address is not trusted: one that cannot be an end
-/// of a tunnel, or that an older host has, counts as none (the switches would refuse the view as a whole).
+/// How a host says that it encrypts; none when what it says is of no use.
+fn end_of(record: &Host) -> Option<Option<End>> {
+    let Some(said) = &record.overlay_encryption else { return Some(None) };
+    let end = End { public_key: said.public_key.parse().ok()?, endpoint: said.endpoint };
+    end.is_usable().then_some(Some(end))
+}
+
+/// The hosts that have a place in the overlay. What an agent says of its address and its key is not trusted: one that cannot be an
+/// end of a tunnel, or that an older host has, counts as none (the switches would refuse the view as a whole).
 fn reachable_hosts(hosts: &[Host]) -> Vec<HostView> {
     let mut views: Vec<HostView> = hosts
         .iter()
@@ -37,13 +47,16 @@ fn reachable_hosts(hosts: &[Host]) -> Vec<HostView> {
                 && !overlay_addr.is_broadcast()
                 && !overlay_addr.is_multicast()
                 && !overlay_addr.is_loopback();
-            is_usable.then_some(HostView { host: record.id, overlay_addr, index: record.overlay_index })
+            let encryption = end_of(record)?;
+            is_usable.then_some(HostView { host: record.id, overlay_addr, index: record.overlay_index, encryption })
         })
         .collect();
-    // Ids grow with time: the host that joined first keeps the address.
+    // Ids grow with time: the host that joined first keeps the address, and the key.
     views.sort_by_key(|view| view.host);
     let mut taken = BTreeSet::new();
     views.retain(|view| taken.insert(view.overlay_addr));
+    let mut keys = BTreeSet::new();
+    views.retain(|view| view.encryption.is_none_or(|end| keys.insert(end.public_key)));
     views
 }
 
@@ -64,7 +77,12 @@ pub fn view_for(
     let needed: BTreeSet<HostId> =
         ports.iter().flat_map(|port| [port.host, port.prepared_at, port.moved_from]).flatten().chain([host]).collect();
     let known_hosts = reachable_hosts(hosts);
-    let hosts = known_hosts.into_iter().filter(|view| needed.contains(&view.host)).collect::<Vec<_>>();
+    // Who encrypts has no tunnel to who does not: guests' packets never go in the clear because of the other end.
+    let encrypts = hosts.iter().any(|record| record.id == host && record.overlay_encryption.is_some());
+    let hosts = known_hosts
+        .into_iter()
+        .filter(|view| needed.contains(&view.host) && (view.host == host || view.encryption.is_some() == encrypts))
+        .collect::<Vec<_>>();
     let known: BTreeSet<HostId> = hosts.iter().map(|host| host.host).collect();
     let networks = networks
         .iter()
@@ -176,6 +194,42 @@ mod tests {
         assert_eq!(view.check(), Ok(()));
         assert_eq!(view.hosts.iter().map(|view| view.host).collect::<Vec<_>>(), [hosts[0].id]);
         assert_eq!(view.ports.iter().filter(|port| port.host.is_some()).count(), 1);
+    }
+
+    #[test]
+    fn who_encrypts_has_no_tunnel_to_who_does_not() {
+        let key = |first: char| format!("{first}Igo9xNzJMWLKASShiTqIybxZ0U3wGLiUeJ1PKf8ykw=");
+        let says = |public_key: String, endpoint: Option<&str>| {
+            let endpoint = endpoint.map(|at| at.parse().unwrap());
+            Some(supercloud_api::OverlayEncryption { public_key, endpoint })
+        };
+        let mut hosts = [host(1), host(2), host(3), host(4), host(5), host(6)];
+        hosts[0].overlay_encryption = says(key('H'), Some("203.0.113.1:51820"));
+        hosts[1].overlay_encryption = says(key('J'), None);
+        // Another one's key, no key, no address: nobody's.
+        hosts[3].overlay_encryption = says(key('H'), None);
+        hosts[4].overlay_encryption = says("secret".into(), None);
+        hosts[5].overlay_encryption = says(key('K'), Some("0.0.0.0:51820"));
+        let nets = [network(10)];
+        let ports: Vec<_> = (0..6).map(|i| port(&nets[0], 2 + i, Some(&hosts[usize::from(i)]))).collect();
+        let told = |own: usize| {
+            let view = view_for(hosts[own].id, 1, &hosts, &nets, &ports, &[]).unwrap();
+            assert_eq!(view.check(), Ok(()));
+            view.hosts
+                .iter()
+                .map(|view| hosts.iter().position(|host| host.id == view.host).unwrap())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(told(0), [0, 1]);
+        assert_eq!(told(1), [0, 1]);
+        assert_eq!(told(2), [2], "the one that does not encrypt");
+        assert_eq!(told(4), [0, 1], "its own key is none; the others are told of nobody without one");
+        let view = view_for(hosts[0].id, 1, &hosts, &nets, &ports, &[]).unwrap();
+        assert_eq!(
+            view.ports.iter().filter(|port| port.host.is_some()).count(),
+            2,
+            "ports elsewhere are as good as nowhere"
+        );
     }
 
     #[test]

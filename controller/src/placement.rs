@@ -267,6 +267,7 @@ mod tests {
             state: HostState::Up,
             data_address: None,
             overlay_address: None,
+            overlay_encryption: None,
             overlay_index: 1,
             capacity: Room { vcpus: 4, memory_bytes: 4 << 30, disk_bytes: 10 << 30 },
             used: Room::default(),

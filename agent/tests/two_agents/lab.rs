@@ -19,7 +19,7 @@ use supercloud_agent::{
     ports::{PortError, Switch},
 };
 use supercloud_api::{
-    Propagation, Shape,
+    OverlayEncryption, Propagation, Shape,
     handover::{OperationKind, Owner, Phase},
     ids::{CloudId, Epoch, GuestId, HostId, NetworkId, OperationId, PortId, ProjectId, VolumeId},
     link::{BootSpec, GuestSpec, PortSpec, Secret, VolumeSpec},
@@ -68,6 +68,10 @@ impl Switch for FakeSwitch {
 
     fn revision(&self) -> u64 {
         0
+    }
+
+    fn encryption(&self) -> Option<OverlayEncryption> {
+        None
     }
 }
 

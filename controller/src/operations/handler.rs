@@ -213,6 +213,9 @@ impl Engine {
             let record = &mut now.host;
             record.data_address = hello.data_address;
             record.overlay_address = hello.overlay_address;
+            // A key is 44 characters; what is none is for the overlay to refuse.
+            record.overlay_encryption =
+                hello.overlay_encryption.clone().filter(|encryption| encryption.public_key.len() <= 64);
             record.capacity = hello.capacity;
             record.compat_classes =
                 hello.compat_classes.iter().filter(|class| is_plausible_class(class)).take(16).cloned().collect();

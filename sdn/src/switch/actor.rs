@@ -25,6 +25,7 @@ use crate::{
     ovsdb::{BridgeSpec, Interface, InterfaceSpec, Vswitch},
     tap,
     view::OverlayView,
+    wireguard::{self, Device, Peer},
 };
 
 const PORT_MARK: &str = "supercloud-port";
@@ -53,6 +54,9 @@ pub(super) struct Actor {
     tunnels: BTreeMap<HostId, (Ipv4Addr, Option<u32>)>,
     md0: Option<u32>,
     userspace: bool,
+    /// What encrypts, if something does, and whom it speaks with.
+    device: Option<Device>,
+    met: Option<Vec<Peer>>,
     /// Whether the switch takes meters; found out by trying.
     meters: bool,
     status: watch::Sender<SwitchStatus>,
@@ -70,10 +74,18 @@ impl Actor {
             tunnels: BTreeMap::new(),
             md0: None,
             userspace: true,
+            device: None,
+            met: None,
             meters: true,
             status,
         };
         actor.ensure_bridge().await?;
+        if let Some(encryption) = actor.config.encryption.clone() {
+            if actor.userspace {
+                return Err(SwitchError::NeedsKernel);
+            }
+            actor.device = Some(Device::open(encryption, actor.config.overlay_addr).await?);
+        }
         actor.read_ports().await?;
         actor.connect().await?;
         actor.status.send_modify(|s| s.connected = true);
@@ -119,6 +131,7 @@ impl Actor {
                         tracing::warn!(%err, "the switch could not be put right");
                         self.note_error(&err);
                     }
+                    self.renew_encryption().await;
                     self.warm(None).await;
                 }
             }
@@ -362,6 +375,8 @@ impl Actor {
         if self.link.as_ref().is_none_or(|(c, _)| c.is_closed()) {
             return Err(SwitchError::Down);
         }
+        let peers = wireguard::peers(&view, self.config.host, self.device.is_some())?;
+        let is_met = self.meet(&peers).await?;
         let new_tunnels = self.ensure_tunnels(&view).await?;
         let mut tables = compile(&view, self.config.host, &self.local_ports())?;
         let mut programmed = self.program(&tables).await;
@@ -376,12 +391,39 @@ impl Actor {
         let mut applied = programmed?;
         applied.revision = view.revision;
         self.drop_tunnels(&view).await?;
+        if let (Some(device), true) = (&self.device, is_met) {
+            device.forget(&peers).await?;
+        }
         self.warm(Some(&new_tunnels)).await;
         self.status.send_modify(|s| {
             s.revision = Some(view.revision);
             s.flows = tables.len();
         });
         Ok(applied)
+    }
+
+    /// Lets the encryption speak with these, where it is not so already; whether something was done. Before their tunnels are made.
+    async fn meet(&mut self, peers: &[Peer]) -> Result<bool, SwitchError> {
+        let Some(device) = &self.device else { return Ok(false) };
+        if self.met.as_deref() == Some(peers) {
+            return Ok(false);
+        }
+        device.meet(peers).await?;
+        self.met = Some(peers.to_vec());
+        Ok(true)
+    }
+
+    /// Puts the interface, its rules and its peers right again, should somebody have changed them.
+    async fn renew_encryption(&self) {
+        let (Some(device), Some(peers)) = (&self.device, &self.met) else { return };
+        let renewed = match device.meet(peers).await {
+            Ok(()) => device.forget(peers).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = renewed {
+            tracing::warn!(%error, "the encryption of the overlay could not be put right");
+            self.note_error(&error.into());
+        }
     }
 
     async fn program(&self, tables: &FlowTables) -> Result<Applied, SwitchError> {

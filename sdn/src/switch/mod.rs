@@ -29,6 +29,7 @@ use crate::{
     ovsdb::OvsdbError,
     tap::TapError,
     view::{OverlayView, ViewError},
+    wireguard::{PeersError, WireguardConfig, WireguardError},
 };
 
 /// Which datapath the bridge uses.
@@ -73,6 +74,8 @@ pub struct SwitchConfig {
     pub metadata_port: Option<String>,
     /// Destinations that guests must not reach: underlay, hosts, controllers.
     pub blocked: Vec<Ipv4Prefix>,
+    /// How this host's tunnels are encrypted; none: not. It takes the kernel's datapath.
+    pub encryption: Option<WireguardConfig>,
     /// How long each exchange with the switch may take.
     pub deadline: Duration,
 }
@@ -91,6 +94,7 @@ impl SwitchConfig {
             underlay: None,
             metadata_port: Some("md0".into()),
             blocked: vec![],
+            encryption: None,
             deadline: Duration::from_secs(10),
         }
     }
@@ -111,6 +115,18 @@ pub enum SwitchError {
     /// An interface of the host.
     #[error(transparent)]
     Tap(#[from] TapError),
+    /// A host of the view is of the other kind.
+    #[error(transparent)]
+    Peers(#[from] PeersError),
+    /// The interface that encrypts.
+    #[error("the encryption of the overlay failed")]
+    Wireguard(#[from] WireguardError),
+    /// Encryption with the switch's own datapath.
+    #[error(
+        "encrypted tunnels need the switch's kernel datapath (datapath = 'system' in [ovs], module openvswitch): the one in \
+         its own process does not send through a WireGuard interface"
+    )]
+    NeedsKernel,
     /// No tap is attached for the port.
     #[error("no tap is attached for port {0}")]
     NotAttached(PortId),
