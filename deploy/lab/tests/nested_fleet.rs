@@ -22,13 +22,24 @@ const NAMES: [&str; 3] = ["aws-east", "gcp-west", "home"];
 const NETWORK: &str = "lan";
 const IMAGE: &str = "lean";
 
+/// What a command in a host says.
+async fn said(fleet: &Fleet, host: &'static str, line: &'static str) -> String {
+    let lab = fleet.lab().clone();
+    let said = tokio::task::spawn_blocking(move || lab.exec(host, &["sh", "-c", line], LONG)).await.unwrap();
+    said.unwrap_or_else(|error| panic!("{host}: {}", chain(&error)))
+}
+
+/// Guests' frames on the emulated WAN: those that everybody there can read, and encrypted ones.
+fn on_the_wire(fleet: &Fleet) -> (u64, u64) {
+    let (links, _) = fleet.lab().links().unwrap();
+    let counters = links.iter().map(|link| link.counters);
+    counters.fold((0, 0), |(plain, encrypted), one| (plain + one.plain_tunnel_frames, encrypted + one.encrypted_frames))
+}
+
 /// The processes of our VMM in a host.
 async fn processes(fleet: &Fleet, host: &'static str) -> usize {
-    let lab = fleet.lab().clone();
-    let look = move || {
-        lab.exec(host, &["sh", "-c", "ls -d /run/supercloud/vmm/gst-*/control; pidof supercloud-vmm | wc -w"], LONG)
-    };
-    let said = tokio::task::spawn_blocking(look).await.unwrap().unwrap_or_else(|error| panic!("{}", chain(&error)));
+    let line = "ls -d /run/supercloud/vmm/gst-*/control; pidof supercloud-vmm | wc -w";
+    let said = said(fleet, host, line).await;
     said.lines().last().and_then(|line| line.trim().parse().ok()).unwrap_or_else(|| panic!("{host}: {said}"))
 }
 
@@ -79,5 +90,28 @@ async fn agents_join_and_guests_talk_between_hosts_of_different_hardware() {
     let counts =
         [processes(&fleet, NAMES[0]).await, processes(&fleet, NAMES[1]).await, processes(&fleet, NAMES[2]).await];
     assert!(counts == [0, 1, 1], "{counts:?}");
+
+    // Nobody on the way has read any of it.
+    let (plain, encrypted) = on_the_wire(&fleet);
+    assert!(plain == 0 && encrypted > 20, "{plain} frames in the clear, {encrypted} encrypted");
+    // Without the interface nothing is said at all, rather than in the clear; and the agent puts it there again.
+    said(&fleet, "home", "ip link delete sc-wg").await;
+    let mut console = fleet.console(client.id).unwrap();
+    let before = stats.bytes;
+    let again = tokio::task::spawn_blocking(move || {
+        (0..LOOKS).any(|_| {
+            pause(Duration::from_secs(1));
+            console.poll().iter().any(|heard| match &heard.said {
+                Said::Client(stats) => {
+                    assert_eq!((stats.connects, stats.resets, stats.bad), (1, 0, 0), "{stats:?}");
+                    stats.bytes > before + 100_000
+                }
+                _ => false,
+            })
+        })
+    });
+    assert!(again.await.unwrap(), "they do not talk again");
+    assert!(said(&fleet, "home", "wg show sc-wg peers").await.contains('='));
+    assert_eq!(on_the_wire(&fleet).0, 0, "frames in the clear");
     fleet.down().await.unwrap_or_else(|error| panic!("{}", chain(&error)));
 }

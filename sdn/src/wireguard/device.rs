@@ -175,7 +175,7 @@ impl Device {
     pub async fn meet(&self, peers: &[Peer]) -> Result<(), WireguardError> {
         self.ensure().await?;
         let name = self.config.interface.as_str();
-        run("wg", &["syncconf", name, "/dev/stdin"], &settings(&self.config, peers)).await?;
+        run("wg", &["syncconf", name, "/proc/self/fd/0"], &settings(&self.config, peers)).await?;
         let (made, _) = routes(name, &self.routes().await?, peers);
         if made.is_empty() { Ok(()) } else { run("ip", &["-batch", "-"], &made).await.map(drop) }
     }
