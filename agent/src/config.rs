@@ -427,7 +427,7 @@ impl Config {
         Ok(())
     }
 
-    fn check_wireguard(&self, wireguard: &Wireguard) -> Result<(), ConfigError> {
+    fn check_wireguard(&self, asked: &Wireguard) -> Result<(), ConfigError> {
         let wrong = |field: &'static str, why: String| Err(ConfigError::Value { field, why });
         if self.overlay_address.is_none() {
             return wrong(
@@ -440,10 +440,10 @@ impl Config {
                 "must be \"system\" with [wireguard]: the switch's own process does not send through its interface";
             return wrong("ovs.datapath", why.into());
         }
-        if wireguard.listen_port == 0 {
+        if asked.listen_port == 0 {
             return wrong("wireguard.listen_port", "must be 1 to 65535".into());
         }
-        let name = &wireguard.interface;
+        let name = &asked.interface;
         let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
         if !(1..=15).contains(&name.len()) || name.starts_with('-') || !name.bytes().all(is_plain) {
             return wrong(
@@ -451,10 +451,13 @@ impl Config {
                 format!("'{name}' is no name of an interface: 1 to 15 letters, digits, - and _"),
             );
         }
-        if let Some(endpoint) = wireguard.endpoint
-            && (endpoint.ip().is_unspecified() || endpoint.port() == 0)
-        {
+        let Some(endpoint) = self.wireguard_endpoint() else { return Ok(()) };
+        if !wireguard::is_machine(endpoint) {
             return wrong("wireguard.endpoint", format!("{endpoint} is none that others can send to"));
+        }
+        if self.overlay_address.is_some_and(|address| endpoint.ip().to_canonical() == address) {
+            let why = "is the address at which others reach this host: with [wireguard] it is another one, private, which no interface has";
+            return wrong("overlay_address", why.into());
         }
         Ok(())
     }
@@ -629,6 +632,7 @@ mod tests {
             (encrypted("[ovs]\ndatapath = 'system'\n[wireguard]\nlisten_port = 0"), "wireguard.listen_port"),
             (encrypted("[ovs]\ndatapath = 'system'\n[wireguard]\ninterface = '-f'"), "wireguard.interface"),
             (encrypted("[ovs]\ndatapath = 'system'\n[wireguard]\nendpoint = '0.0.0.0:1'"), "wireguard.endpoint"),
+            (encrypted("data_address = '10.0.0.1:8445'\n[ovs]\ndatapath = 'system'\n[wireguard]"), "overlay_address"),
         ] {
             assert!(matches!(parse(&text), Err(ConfigError::Value { field: found, .. }) if found == field), "{text}");
         }

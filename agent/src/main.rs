@@ -24,7 +24,7 @@ use supercloud_blanket::{
 };
 use supercloud_kvm::{KvmBackend, KvmConfig};
 use supercloud_libvirt::{Accelerator, LibvirtBackend, LibvirtConfig};
-use supercloud_sdn::switch::{SwitchConfig, SwitchDriver};
+use supercloud_sdn::switch::{SwitchConfig, SwitchDriver, drop_other_tunnels};
 use supercloud_storage::{backend::depsky::CloudOfClouds, volume::FetchLimit};
 use supercloud_xen::{XenBackend, XenConfig};
 use tokio::signal::unix::{SignalKind, signal};
@@ -244,6 +244,7 @@ async fn open_driver(
     config: &Config,
     mut switch: SwitchConfig,
 ) -> anyhow::Result<(SwitchDriver, Option<OverlayEncryption>)> {
+    drop_other_tunnels(&switch, config.wireguard.is_some()).await?;
     let (device, encryption) = overlay_key::load(config).await?.unzip();
     switch.encryption = device;
     Ok((SwitchDriver::open(switch).await?, encryption))

@@ -195,6 +195,11 @@ impl OverlayView {
             range(net.dns.len() <= 8, "number of DNS servers", &net.dns.len(), &net.network)?;
             range(is_usable(&net.cidr, net.gateway), "gateway", &net.gateway, &net.network)?;
         }
+        // What is encrypted would be encrypted again, without end.
+        for (host, end) in self.hosts.iter().filter_map(|host| Some((host, host.encryption?))) {
+            let is_inside = end.endpoint.is_some_and(|at| addrs.iter().any(|addr| at.ip().to_canonical() == *addr));
+            range(!is_inside, "endpoint", &"inside the overlay", &host.host)?;
+        }
         self.check_ports(&ids, &networks)
     }
 

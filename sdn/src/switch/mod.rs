@@ -119,14 +119,8 @@ pub enum SwitchError {
     #[error(transparent)]
     Peers(#[from] PeersError),
     /// The interface that encrypts.
-    #[error("the encryption of the overlay failed")]
-    Wireguard(#[from] WireguardError),
-    /// Encryption with the switch's own datapath.
-    #[error(
-        "encrypted tunnels need the switch's kernel datapath (datapath = 'system' in [ovs], module openvswitch): the one in \
-         its own process does not send through a WireGuard interface"
-    )]
-    NeedsKernel,
+    #[error("the encryption of the overlay failed: {0}")]
+    Wireguard(WireguardError),
     /// No tap is attached for the port.
     #[error("no tap is attached for port {0}")]
     NotAttached(PortId),
@@ -198,6 +192,18 @@ pub struct SwitchDriver {
     status: watch::Receiver<SwitchStatus>,
     patience: Duration,
     _task: JoinSet<()>,
+}
+
+/// Removes the tunnels that an earlier configuration of this host has left and that are not what this one asks for: from another overlay
+/// address, in the clear where it `encrypts` now, or the other way round. Say it before the driver is opened, so that nothing that then
+/// fails leaves guests talking in the clear. Others are made anew with the first view.
+///
+/// # Errors
+/// When the switch's database is away.
+pub async fn drop_other_tunnels(config: &SwitchConfig, encrypts: bool) -> Result<(), SwitchError> {
+    timeout(config.deadline.saturating_mul(2), actor::drop_other_tunnels(config, encrypts))
+        .await
+        .map_err(|_| SwitchError::Gone)?
 }
 
 impl SwitchDriver {

@@ -4,10 +4,11 @@
 //!   guest -> br-int -> VXLAN, from and to overlay addresses -> route to the peer's -> sc-wg: encrypted, UDP -> the wire
 //! ```
 //!
-//! Every host of the view is a peer that may use its overlay address only; who speaks from another one is not heard. Packet
-//! rules see to it that a tunnel's packet leaves and enters by the interface or not at all: should the interface or a route vanish,
-//! guests are cut off rather than overheard. What the kernel holds is told it by `ip`, `wg` and `nft`; the plans of what to tell
-//! ([`settings`], [`routes`]) are pure.
+//! Every host of the view is a peer that may use its overlay address only; who speaks from another one is not heard. A routing table of
+//! its own leads tunnels' packets, and nothing else, to the interface: what a peer says of its address never diverts anything
+//! else of this host. Packet rules see to it that a tunnel's packet leaves and enters by the interface or not at all, and that nothing
+//! else does: should the interface or a route vanish, guests are cut off rather than overheard. What the kernel holds is told it by
+//! `ip`, `wg` and `nft`; the plans of what to tell ([`settings`], [`routes`], [`rules`]) are pure.
 //!
 //! It takes the switch's kernel datapath: the one in the switch's own process looks for its peers on its own bridges only.
 
@@ -17,13 +18,13 @@ mod key;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Write as _,
-    net::{Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
 };
 
 use serde::{Deserialize, Serialize};
 use supercloud_ids::HostId;
 
-pub use device::{Device, WireguardError, make_key, public_key};
+pub use device::{Device, WireguardError, make_key, public_key, remove_others};
 pub use key::{BadKey, PrivateKey, PublicKey};
 
 use crate::view::OverlayView;
@@ -35,8 +36,17 @@ pub const INTERFACE: &str = "sc-wg";
 /// What the interface takes at once, in bytes: full packets of a network made before its hosts encrypted (MTU 1450 and
 /// [`crate::view::TUNNEL_OVERHEAD`]) still pass; what comes out is then cut into two on the wire.
 pub const DEVICE_MTU: u16 = 1500;
-/// What a network's MTU may be so that nothing is cut on a wire of 1500 bytes: WireGuard takes 80 over IPv6, VXLAN its 50.
-pub const NETWORK_MTU: u16 = 1500 - 80 - crate::view::TUNNEL_OVERHEAD;
+/// What a network's MTU may be so that nothing is cut on a wire of 1500 bytes. WireGuard pads to 16 bytes (never beyond the interface's
+/// MTU) and takes 80 over IPv6: 1408 bytes are a whole number of them, and 1488 on the wire. VXLAN takes its part of the 1408.
+pub const NETWORK_MTU: u16 = 1408 - crate::view::TUNNEL_OVERHEAD;
+/// The UDP port of tunnels (RFC 7348).
+const VXLAN_PORT: u16 = 4789;
+/// The routing table that tunnels' packets follow, the priority of the rule that says so, and the group of interfaces that are ours.
+const TABLE: u32 = 47_890;
+const PRIORITY: u32 = 4789;
+const GROUP: u32 = 47_890;
+/// The packet rules' table.
+const RULES: &str = "inet supercloud_overlay";
 /// How often a host that nobody can dial speaks, so that its NAT remembers it. Seconds.
 const KEEPALIVE_S: u32 = 25;
 
@@ -54,15 +64,20 @@ impl End {
     /// Whether its endpoint, if it says one, can be an address of a machine.
     #[must_use]
     pub fn is_usable(&self) -> bool {
-        self.endpoint.is_none_or(|at| {
-            let is_broadcast = matches!(at.ip(), std::net::IpAddr::V4(ip) if ip.is_broadcast());
-            at.port() != 0
-                && !at.ip().is_unspecified()
-                && !at.ip().is_loopback()
-                && !at.ip().is_multicast()
-                && !is_broadcast
-        })
+        self.endpoint.is_none_or(is_machine)
     }
+}
+
+/// Whether this can be where a machine takes encrypted packets.
+#[must_use]
+pub fn is_machine(endpoint: SocketAddr) -> bool {
+    let ip = endpoint.ip().to_canonical();
+    let is_broadcast = matches!(ip, IpAddr::V4(ip) if ip.is_broadcast());
+    !matches!(endpoint.port(), 0 | VXLAN_PORT)
+        && !ip.is_unspecified()
+        && !ip.is_loopback()
+        && !ip.is_multicast()
+        && !is_broadcast
 }
 
 /// This host's side.
@@ -141,22 +156,30 @@ pub fn settings(config: &WireguardConfig, peers: &[Peer]) -> String {
 #[must_use]
 pub fn routes(interface: &str, have: &BTreeSet<Ipv4Addr>, peers: &[Peer]) -> (String, String) {
     let want: BTreeSet<Ipv4Addr> = peers.iter().map(|peer| peer.overlay_addr).collect();
-    let line = |verb, to: &Ipv4Addr| format!("route {verb} {to}/32 dev {interface}\n");
+    let line = |verb, to: &Ipv4Addr| format!("route {verb} {to}/32 dev {interface} table {TABLE}\n");
     let made = want.difference(have).map(|to| line("replace", to)).collect();
     let removed = have.difference(&want).map(|to| line("delete", to)).collect();
     (made, removed)
 }
 
-/// The packet rules (nft(8)): what is sent from this host's end of the tunnels, or to it, passes by the interface only.
+/// The packet rules (nft(8)): tunnels' packets of this host's overlay address pass by the interface only, and only they do.
 #[must_use]
 pub fn rules(interface: &str, overlay_addr: Ipv4Addr) -> String {
-    let table = "inet supercloud_overlay";
+    let is_in = format!("ip daddr {overlay_addr} udp dport {VXLAN_PORT}");
+    let is_out = format!("ip saddr {overlay_addr} udp dport {VXLAN_PORT}");
     format!(
-        "add table {table}\ndelete table {table}\ntable {table} {{\n\
+        "add table {RULES}\ndelete table {RULES}\ntable {RULES} {{\n\
          chain incoming {{ type filter hook input priority -10; policy accept;\n\
-         ip daddr {overlay_addr} udp dport 4789 iifname != \"{interface}\" drop\n}}\n\
+         iifname \"{interface}\" {is_in} accept\n\
+         iifname \"{interface}\" counter drop\n\
+         {is_in} counter drop\n}}\n\
          chain outgoing {{ type filter hook output priority -10; policy accept;\n\
-         ip saddr {overlay_addr} udp dport 4789 oifname != \"{interface}\" drop\n}}\n}}\n"
+         oifname \"{interface}\" {is_out} accept\n\
+         oifname \"{interface}\" counter drop\n\
+         {is_out} counter drop\n}}\n\
+         chain forwarded {{ type filter hook forward priority -10; policy accept;\n\
+         iifname \"{interface}\" counter drop\n\
+         oifname \"{interface}\" counter drop\n}}\n}}\n"
     )
 }
 

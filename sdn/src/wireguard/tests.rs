@@ -75,8 +75,8 @@ fn routes_are_made_before_and_removed_after() {
     let peer = |last| Peer { overlay_addr: Ipv4Addr::new(10, 99, 0, last), end: end(0, None) };
     let have = [Ipv4Addr::new(10, 99, 0, 1), Ipv4Addr::new(10, 99, 0, 9)].into();
     let (made, removed) = routes("sc-wg", &have, &[peer(1), peer(2)]);
-    assert_eq!(made, "route replace 10.99.0.2/32 dev sc-wg\n");
-    assert_eq!(removed, "route delete 10.99.0.9/32 dev sc-wg\n");
+    assert_eq!(made, "route replace 10.99.0.2/32 dev sc-wg table 47890\n");
+    assert_eq!(removed, "route delete 10.99.0.9/32 dev sc-wg table 47890\n");
     let (made, removed) = routes("sc-wg", &have, &[peer(1), peer(9)]);
     assert_eq!((made.as_str(), removed.as_str()), ("", ""));
 }
@@ -85,9 +85,32 @@ fn routes_are_made_before_and_removed_after() {
 fn an_endpoint_is_an_address_of_a_machine() {
     assert!(end(0, None).is_usable());
     assert!(end(0, Some("203.0.113.7:51820")).is_usable());
-    for bad in
-        ["0.0.0.0:1", "203.0.113.7:0", "127.0.0.1:5", "224.0.0.1:5", "255.255.255.255:5", "[::]:5", "[ff02::1]:5"]
-    {
+    for bad in [
+        "0.0.0.0:1",
+        "203.0.113.7:0",
+        "127.0.0.1:5",
+        "224.0.0.1:5",
+        "255.255.255.255:5",
+        "[::]:5",
+        "[ff02::1]:5",
+        "[::ffff:127.0.0.1]:5",
+        "203.0.113.7:4789",
+    ] {
         assert!(!end(0, Some(bad)).is_usable(), "{bad}");
     }
+}
+
+#[test]
+fn an_endpoint_inside_the_overlay_is_refused() {
+    let view = |endpoint| OverlayView {
+        hosts: vec![host(1, Some(end(0, None))), host(2, Some(end(1, Some(endpoint))))],
+        ..OverlayView::default()
+    };
+    assert!(view("10.99.0.3:51820").check().is_ok());
+    for inside in ["10.99.0.1:51820", "10.99.0.2:51820", "[::ffff:10.99.0.1]:51820"] {
+        assert!(view(inside).check().is_err(), "{inside}");
+    }
+    let mut twice = view("10.99.0.3:51820");
+    twice.hosts[1].encryption = twice.hosts[0].encryption;
+    assert!(twice.check().is_err(), "one key, two hosts");
 }
