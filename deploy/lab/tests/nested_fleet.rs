@@ -126,7 +126,7 @@ async fn agents_join_and_guests_talk_between_hosts_of_different_hardware() {
     assert!(plain == 0 && encrypted > 20, "{plain} frames in the clear, {encrypted} encrypted");
     // Led past the interface, by the way that the underlay's addresses take, nothing is said at all rather than in the clear: the
     // packet rules drop it.
-    said(&fleet, "home", "ip rule delete priority 4789").await;
+    said(&fleet, "home", "/sbin/ip rule delete priority 4789; /sbin/ip rule delete priority 4789").await;
     silent_then_whole(&fleet, client.id, true).await;
     // And without the interface.
     said(&fleet, "home", "ip link delete sc-wg").await;

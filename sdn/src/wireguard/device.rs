@@ -125,7 +125,7 @@ pub async fn remove_others(kept: Option<&str>) -> Result<(), WireguardError> {
     let group = GROUP.to_string();
     let shown = run("ip", &["-json", "link", "show", "group", &group], "").await?;
     let ours: Vec<Interface> = parse(&shown, "ip link")?;
-    for old in ours.iter().filter(|one| Some(one.ifname.as_str()) != kept) {
+    for old in ours.iter().filter(|one| !one.ifname.is_empty() && Some(one.ifname.as_str()) != kept) {
         run("ip", &["link", "delete", "dev", &old.ifname], "").await?;
     }
     Ok(())
@@ -139,6 +139,8 @@ fn parse<T: for<'de> Deserialize<'de>>(said: &str, program: &'static str) -> Res
 
 #[derive(Deserialize)]
 struct Interface {
+    /// Interfaces of other groups are shown as nothing, but shown.
+    #[serde(default)]
     ifname: String,
 }
 
@@ -164,6 +166,10 @@ struct Rule {
     priority: u32,
     #[serde(default)]
     src: String,
+    #[serde(default)]
+    dport: Option<u16>,
+    #[serde(default)]
+    sport: Option<u16>,
 }
 
 /// This host's interface.
@@ -201,7 +207,7 @@ impl Device {
         // A tunnel's packet for which the table has no peer goes nowhere.
         batch += &format!("route replace blackhole default table {TABLE}\n");
         run("ip", &["-batch", "-"], &batch).await?;
-        self.ensure_rule().await
+        self.ensure_rules().await
     }
 
     async fn ensure_link(&self) -> Result<(), WireguardError> {
@@ -220,23 +226,24 @@ impl Device {
         }
     }
 
-    /// That tunnels' packets of this host, and only they, follow the table.
-    async fn ensure_rule(&self) -> Result<(), WireguardError> {
+    /// That tunnels' packets of this host, and only they, follow the table: on their way out; and in the question where a packet that came
+    /// in would be answered to (a strict `rp_filter`), in which the ports are the other way round.
+    async fn ensure_rules(&self) -> Result<(), WireguardError> {
         let (priority, table) = (PRIORITY.to_string(), TABLE.to_string());
         let shown = run("ip", &["-json", "-4", "rule", "show"], "").await?;
         let shown: Vec<Rule> = parse(&shown, "ip rule")?;
         let own = self.overlay_addr.to_string();
         let ours: Vec<&Rule> = shown.iter().filter(|rule| rule.priority == PRIORITY).collect();
-        if ours.len() == 1 && ours[0].src == own {
-            return Ok(());
+        for (side, is_there) in [
+            ("dport", ours.iter().any(|rule| rule.src == own && rule.dport.is_some())),
+            ("sport", ours.iter().any(|rule| rule.src == own && rule.sport.is_some())),
+        ] {
+            if !is_there {
+                let rule = ["priority", &priority, "from", &own, "ipproto", "udp", side, "4789", "lookup", &table];
+                run("ip", &[&["rule", "add"][..], &rule].concat(), "").await?;
+            }
         }
-        // The new one before the old ones go: they are told apart by the address.
-        if !ours.iter().any(|rule| rule.src == own) {
-            let rule = [
-                "rule", "add", "priority", &priority, "from", &own, "ipproto", "udp", "dport", "4789", "lookup", &table,
-            ];
-            run("ip", &rule, "").await?;
-        }
+        // Those of another address go after these are there: they are told apart by it.
         for old in ours.iter().filter(|rule| rule.src != own) {
             run("ip", &["rule", "delete", "priority", &priority, "from", &old.src], "").await?;
         }
