@@ -42,6 +42,7 @@ pub mod jobs;
 pub mod join;
 pub mod link;
 pub mod metadata;
+pub mod overlay_key;
 pub mod paths;
 pub mod plane;
 pub mod points;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use supercloud_api::{
-    FlowPurpose, PortFlow, PortTraffic,
+    FlowPurpose, OverlayEncryption, PortFlow, PortTraffic,
     link::{FlowsOf, FlowsTold, MAX_PORT_FLOWS},
 };
 use supercloud_blanket::BoxFuture;
@@ -58,19 +58,22 @@ pub trait Switch: Send + Sync {
     fn flows(&self, of: FlowsOf) -> BoxFuture<'_, PortResult<FlowsTold>>;
     /// The revision of the view in force; 0 before the first.
     fn revision(&self) -> u64;
+    /// How this host's tunnels are encrypted, as others must know it; none: not.
+    fn encryption(&self) -> Option<OverlayEncryption>;
 }
 
 /// Open vSwitch.
 pub struct OvsSwitch {
     driver: SwitchDriver,
     host: HostId,
+    encryption: Option<OverlayEncryption>,
 }
 
 impl OvsSwitch {
-    /// Around a driver that is open.
+    /// Around a driver that is open, and encrypts like this.
     #[must_use]
-    pub fn new(driver: SwitchDriver, host: HostId) -> Self {
-        Self { driver, host }
+    pub fn new(driver: SwitchDriver, host: HostId, encryption: Option<OverlayEncryption>) -> Self {
+        Self { driver, host, encryption }
     }
 }
 
@@ -185,6 +188,10 @@ impl Switch for OvsSwitch {
     fn revision(&self) -> u64 {
         self.driver.status().borrow().revision.unwrap_or(0)
     }
+
+    fn encryption(&self) -> Option<OverlayEncryption> {
+        self.encryption.clone()
+    }
 }
 
 /// A host without an overlay: guests without ports only.
@@ -217,5 +224,9 @@ impl Switch for NoSwitch {
 
     fn revision(&self) -> u64 {
         0
+    }
+
+    fn encryption(&self) -> Option<OverlayEncryption> {
+        None
     }
 }

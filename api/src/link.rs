@@ -35,7 +35,7 @@ use supercloud_handover::{OrderBody, Report};
 use supercloud_ids::{CloudId, Epoch, FreezeId, GuestId, HostId, OperationId, ProjectId, VolumeId};
 
 use crate::{
-    CompatClass, FrozenVolume, HostNoticeKind, Name, Operation, Problem, Progress, Room,
+    CompatClass, FrozenVolume, HostNoticeKind, Name, Operation, OverlayEncryption, Problem, Progress, Room,
     guest_call::{GuestCall, GuestStanding},
 };
 
@@ -151,6 +151,9 @@ pub struct Hello {
     pub data_address: Option<SocketAddr>,
     /// Its address in the overlay's underlay.
     pub overlay_address: Option<Ipv4Addr>,
+    /// How it encrypts the overlay's tunnels; absent: not.
+    #[serde(default)]
+    pub overlay_encryption: Option<OverlayEncryption>,
     /// What it offers to guests.
     pub capacity: Room,
     /// What it can run.

@@ -35,8 +35,17 @@ fn yes_or_no(is: bool) -> String {
 /// Hosts, with what they cost now and whether their guests could leave in time.
 pub fn hosts(hosts: &[Host], rented: &Rented, evacuations: &[Evacuation]) -> Table {
     let columns = ["NAME", "CLOUD", "STATE", "VCPUS", "MEMORY", "CLASS", "PRICE/H", "RISK", "SEEN"];
-    let mut table =
-        Table::new(columns).and_wide(["ID", "TYPE", "TENURE", "DISK", "DATA ADDRESS", "OVERLAY", "AGENT", "SINCE"]);
+    let mut table = Table::new(columns).and_wide([
+        "ID",
+        "TYPE",
+        "TENURE",
+        "DISK",
+        "DATA ADDRESS",
+        "OVERLAY",
+        "ENCRYPTED",
+        "AGENT",
+        "SINCE",
+    ]);
     for host in hosts {
         let (renting, market) = rented.get(&host.id).map_or((None, None), |(r, m)| (Some(r), m.as_ref()));
         let cells = [
@@ -57,6 +66,7 @@ pub fn hosts(hosts: &[Host], rented: &Rented, evacuations: &[Evacuation]) -> Tab
             format!("{} / {}", bytes(host.used.disk_bytes), bytes(host.capacity.disk_bytes)),
             or_dash(host.data_address),
             or_dash(host.overlay_address),
+            or_dash(host.overlay_encryption.as_ref().map(|_| "wireguard")),
             host.agent_version.clone(),
             time(host.created_at_ms),
         ];

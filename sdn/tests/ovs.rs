@@ -122,8 +122,11 @@ fn real_switches_carry_isolate_move_and_recover() {
     let b33 = lab.guest("b33", 1, "sdb33", &mac(4));
     let a14 = lab.guest("a14", 2, "sda14", &mac(5));
     let drivers = lab.hosts.iter().map(ovs_lab::Host::driver).collect();
-    let hosts =
-        lab.hosts.iter().map(|h| HostView { host: h.id, overlay_addr: h.overlay_addr, index: h.index }).collect();
+    let hosts = lab
+        .hosts
+        .iter()
+        .map(|h| HostView { host: h.id, overlay_addr: h.overlay_addr, index: h.index, encryption: None })
+        .collect();
     let view = OverlayView { revision: 1, hosts, networks: vec![a, b], ports: ports.to_vec() };
     let mut world = World { view, drivers };
     let number = world.attach(&lab, 0, ports[0].port, "sda11");

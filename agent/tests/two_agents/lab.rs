@@ -19,7 +19,7 @@ use supercloud_agent::{
     ports::{PortError, Switch},
 };
 use supercloud_api::{
-    PortTraffic, Propagation, Shape,
+    OverlayEncryption, PortTraffic, Propagation, Shape,
     handover::{OperationKind, Owner, Phase},
     ids::{CloudId, Epoch, GuestId, HostId, NetworkId, OperationId, PortId, ProjectId, VolumeId},
     link::{BootSpec, FlowsOf, FlowsTold, GuestSpec, PortSpec, Secret, VolumeSpec},
@@ -74,6 +74,10 @@ impl Switch for FakeSwitch {
 
     fn revision(&self) -> u64 {
         0
+    }
+
+    fn encryption(&self) -> Option<OverlayEncryption> {
+        None
     }
 }
 

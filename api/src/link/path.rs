@@ -34,9 +34,9 @@ pub struct PathMeasured {
     pub misses: u16,
     /// Of the newest one that was not: the machine refused the connection, so it is there.
     pub is_refused: bool,
-    /// Opening packets of those that were answered.
+    /// Opening packets of the probes, also of those that nothing answered.
     pub sent: u32,
-    /// Of these, those that went again because they or their answers got lost.
+    /// Of these, those that got lost, or whose answers did: they went again, or nothing came at all.
     pub resent: u32,
     /// Median round-trip time, in microseconds, of the answered ones without loss.
     pub rtt_us: Option<u32>,

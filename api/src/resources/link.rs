@@ -46,15 +46,16 @@ pub struct Link {
     pub rtt_us: Option<u32>,
     /// The least of them.
     pub rtt_least_us: Option<u32>,
-    /// The share of opening packets, 0 to 1, that went again because they or their answers got lost; absent below 20 packets.
+    /// The share of opening packets, 0 to 1, that got lost, or whose answers did, also of probes that nothing answered; absent
+    /// below 20 packets.
     pub loss: Option<f64>,
     /// Probes that have ended.
     pub probes: u32,
     /// Of these, those that were answered.
     pub answered: u32,
-    /// Opening packets of those that were answered.
+    /// Opening packets of the probes, also of those that nothing answered.
     pub sent: u32,
-    /// Of these, those that went again.
+    /// Of these, those that got lost, or whose answers did.
     pub resent: u32,
     /// When one was answered last, by the clock of the host that measures.
     pub answered_at_ms: Option<u64>,

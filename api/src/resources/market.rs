@@ -37,7 +37,8 @@ pub struct Market {
     pub feed_time_ms: u64,
     /// The feed's time now.
     pub feed_now_ms: u64,
-    /// What befell our own rentings there; absent: nothing was rented there yet, so nothing is known.
+    /// What befell our own rentings there; absent: nothing was rented there yet, so nothing is known, or the asker sees one
+    /// project only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seen: Option<MarketSeen>,
 }

@@ -17,7 +17,7 @@ use super::{Engine, EngineError, is_plausible_class, sweeps::RootsAsked};
 use crate::{
     chain,
     link::{LinkHandler, Unwelcome},
-    notices,
+    notices, overlay,
     state::{Change, Context, EventDraft, GuestRecord, HostRecord, LiveHost, OperationRecord, Work, retry_conflicts},
 };
 
@@ -222,9 +222,17 @@ impl Engine {
                 return Ok(None);
             }
             let mut now = before.value.clone();
+            let others = self.state.list::<HostRecord>().await?;
+            let others = others.iter().filter(|one| !one.value.is_removed && one.value.host.id != host);
+            let has_place = overlay::is_free(hello, others.map(|one| &one.value.host));
             let record = &mut now.host;
             record.data_address = hello.data_address;
             record.overlay_address = hello.overlay_address;
+            record.overlay_encryption.clone_from(&hello.overlay_encryption);
+            if let Err(why) = has_place {
+                warn!(%host, name = %record.name, "it has no place in the overlay: {why}");
+                (record.overlay_address, record.overlay_encryption) = (None, None);
+            }
             record.capacity = hello.capacity;
             record.compat_classes =
                 hello.compat_classes.iter().filter(|class| is_plausible_class(class)).take(16).cloned().collect();

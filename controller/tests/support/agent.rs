@@ -153,6 +153,7 @@ impl Seat {
             agent_version: "test".into(),
             data_address: self.data_address,
             overlay_address: Some(self.overlay_address),
+            overlay_encryption: None,
             capacity: Room { vcpus: 64, memory_bytes: 1 << 36, disk_bytes: 1 << 40 },
             compat_classes: vec![class()],
             probe: serde_json::json!({}),

@@ -145,7 +145,7 @@ export function HostPage(props: { id: string }) {
           ...room(host).map(([name, part]): [string, string] => [name, percent(part)]),
           ["capacity", `${host.capacity.vcpus} vCPU, ${bytes(host.capacity.memory_bytes)}, disk ${bytes(host.capacity.disk_bytes)}`],
           ["agents dial it at", host.data_address ?? "nowhere: it dials"],
-          ["overlay", host.overlay_address ?? "–"],
+          ["overlay", host.overlay_address ? `${host.overlay_address}, ${host.overlay_encryption ? "encrypted (WireGuard)" : "not encrypted"}` : "–"],
           ["heard of", ago(host.last_seen_ms, now.value)],
           ["agent", host.agent_version],
           ["runs", <Classes host={host} />],
