@@ -197,7 +197,7 @@ pub async fn run(parts: Parts, cancel: CancellationToken) -> Result<(), AgentErr
     tasks.spawn(announced::follow(host.config.provider_notices.clone(), announced_tx, cancel.clone()));
     let (flows, asked_flows) = flows::queue();
     tasks.spawn(flows::run(host.clone(), asked_flows, cancel.clone()));
-    let (peers_tx, peers) = watch::channel(Vec::new());
+    let (peers_tx, peers) = watch::channel(None);
     tasks.spawn(paths::run(host.link.clone(), peers, cancel.clone()));
     let routes = Routes {
         guests: guests.clone(),
@@ -294,7 +294,8 @@ struct Routes {
     checks: mpsc::Sender<Check>,
     points: mpsc::Sender<Point>,
     flows: mpsc::Sender<flows::Asked>,
-    peers: watch::Sender<Vec<PathPeer>>,
+    /// None while no controller has asked in its session.
+    peers: watch::Sender<Option<Vec<PathPeer>>>,
     consoles: Consoles,
 }
 
@@ -311,11 +312,13 @@ async fn dispatch(host: Arc<Host>, routes: Routes, mut events: mpsc::Receiver<Li
             Some(LinkEvent::Down) => {
                 tracing::info!("the controller is away; guests go on");
                 routes.consoles.close_all();
+                routes.peers.send_replace(None);
             }
             Some(LinkEvent::Up(welcome)) => {
                 // Revisions are compared within one session only: a controller that was killed may have told of one that it
                 // had not written down, and a store that was restored begins at a lower one.
                 told = None;
+                routes.peers.send_replace(None);
                 routes.ticket_key.send_replace(Some(welcome.ticket_key));
                 routes.guests.link_up(&welcome.owned);
             }
@@ -380,7 +383,7 @@ fn direct(routes: &Routes, told: &mut Option<u64>, directive: Directive) {
             }
         }
         Directive::Console { console, order } => consoles.order(console, order),
-        Directive::MeasurePaths { peers: told } => drop(peers.send_replace(told)),
+        Directive::MeasurePaths { peers: told } => drop(peers.send_replace(Some(told))),
         Directive::TellFlows { asked, of } => {
             if questions.try_send(flows::Asked { number: asked, of }).is_err() {
                 tracing::warn!(port = %of.port, "too many ask for flows: this one is not answered");

@@ -1,4 +1,4 @@
-//! What hosts' switches hold for ports: asked of the agent when somebody wants to know, kept nowhere.
+//! What hosts' switches hold for ports: asked of the agent when somebody wants to know, kept for a second.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -8,11 +8,14 @@ use std::{
 
 use supercloud_api::{
     Problem,
-    ids::HostId,
+    ids::{HostId, PortId},
     link::{Directive, FlowsOf, FlowsTold, MAX_PORT_FLOWS},
     unix_ms,
 };
-use tokio::{sync::oneshot, time::timeout};
+use tokio::{
+    sync::oneshot,
+    time::{Instant, timeout},
+};
 
 use crate::link::Sessions;
 
@@ -22,6 +25,8 @@ const BUDGET: Duration = Duration::from_secs(5);
 const ASKED_AT_MOST: usize = 64;
 /// Of these, to one host.
 const OF_ONE_HOST: usize = 8;
+/// Who asks within so long of an answer is given the same: however many look at a port, its switch is asked about once a second.
+const KEPT: Duration = Duration::from_secs(1);
 /// The longest text of a flow, in characters.
 const TEXT_AT_MOST: usize = 500;
 
@@ -44,11 +49,16 @@ pub enum FlowsError {
 
 type Answer = Result<FlowsTold, Problem>;
 
+/// The last answer of a port's host: until when it is given again, when it was asked for (ms since 1970), what it was. Who asks holds
+/// the lock, and others wait for the same answer.
+type Kept = Arc<tokio::sync::Mutex<Option<(Instant, u64, Result<FlowsTold, FlowsError>)>>>;
+
 #[derive(Debug, Default)]
 struct Board {
     capable: HashSet<HostId>,
     asked: HashMap<u64, (HostId, oneshot::Sender<Answer>)>,
     next: u64,
+    kept: HashMap<(HostId, PortId), Kept>,
 }
 
 /// The questions that are open. Cheap to clone.
@@ -116,11 +126,40 @@ impl FlowBoard {
         }
     }
 
-    /// Asks a host what its switch holds for a port.
+    /// What a host's switch holds for a port, and when it was asked, in milliseconds since 1970: now, or within [`KEPT`].
     ///
     /// # Errors
     /// [`FlowsError`].
-    pub async fn ask(&self, host: HostId, of: FlowsOf) -> Result<FlowsTold, FlowsError> {
+    pub async fn look(&self, host: HostId, of: FlowsOf) -> Result<(u64, FlowsTold), FlowsError> {
+        let kept = {
+            let mut board = self.board();
+            let now = Instant::now();
+            // Those that somebody holds or waits for stay.
+            let is_needed = |kept: &Kept| {
+                let is_fresh = |last: &Option<(Instant, _, _)>| last.as_ref().is_some_and(|(until, _, _)| *until > now);
+                Arc::strong_count(kept) > 1 || kept.try_lock().is_ok_and(|last| is_fresh(&last))
+            };
+            board.kept.retain(|_, kept| is_needed(kept));
+            Arc::clone(board.kept.entry((host, of.port)).or_default())
+        };
+        let mut last = kept.lock().await;
+        if let Some((until, at_ms, told)) = &*last
+            && *until > Instant::now()
+        {
+            return told.clone().map(|told| (*at_ms, told));
+        }
+        let at_ms = unix_ms();
+        let told = self.ask(host, of).await;
+        // That it could not be asked is no answer of it.
+        *last = match &told {
+            Err(FlowsError::NotThere | FlowsError::TooMany) => None,
+            answer => Some((Instant::now() + KEPT, at_ms, answer.clone())),
+        };
+        told.map(|told| (at_ms, told))
+    }
+
+    /// Asks a host what its switch holds for a port.
+    async fn ask(&self, host: HostId, of: FlowsOf) -> Result<FlowsTold, FlowsError> {
         let (answer, told) = oneshot::channel();
         let asked = {
             let mut board = self.board();
@@ -234,5 +273,39 @@ mod tests {
         let many = futures::future::join_all((0..=OF_ONE_HOST).map(|_| flows.ask(host, of()))).await;
         let count = |error: FlowsError| many.iter().filter(|told| **told == Err(error.clone())).count();
         assert_eq!((count(FlowsError::Deadline), count(FlowsError::TooMany)), (OF_ONE_HOST, 1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn however_many_look_at_a_port_its_host_is_asked_once_a_second() {
+        let sessions = Sessions::default();
+        let flows = FlowBoard::new(sessions.clone());
+        let host = HostId::generate();
+        let mut orders = sessions.open_for_tests(host);
+        flows.note_capable(host, true);
+        let port = of();
+        for round in 1..=3 {
+            let answering = async {
+                let asked = number(orders.recv().await);
+                tokio::time::sleep(KEPT / 4).await;
+                flows.told(host, asked, Ok(told(round, 1)));
+            };
+            let many = futures::future::join_all((0..100).map(|_| flows.look(host, port)));
+            let (many, ()) = tokio::join!(many, answering);
+            assert!(many.iter().all(|told| told.as_ref().is_ok_and(|(_, told)| told.flows.len() == round)), "{round}");
+            assert_eq!(flows.look(host, port).await.unwrap().1.flows.len(), round, "a little later, too");
+            assert!(orders.try_recv().is_err(), "once for all of them");
+            tokio::time::sleep(KEPT).await;
+        }
+        // Silence is shared, too: nobody waits a second time for it.
+        let began = Instant::now();
+        let many = futures::future::join_all((0..100).map(|_| flows.look(host, port))).await;
+        assert!(many.iter().all(|told| *told == Err(FlowsError::Deadline)));
+        assert!(began.elapsed() < 2 * BUDGET);
+        flows.host_gone(host);
+        tokio::time::sleep(KEPT).await;
+        assert_eq!(flows.look(host, port).await.unwrap_err(), FlowsError::NotThere);
+        tokio::time::sleep(KEPT).await;
+        assert_eq!(flows.look(host, of()).await.unwrap_err(), FlowsError::NotThere);
+        assert_eq!(flows.board().kept.len(), 1, "old answers are given up");
     }
 }

@@ -10,8 +10,7 @@ use std::{
 
 use axum::http::{Method, StatusCode};
 use supercloud_api::{
-    Cloud, Evacuation, EvacuationState, GuestState, HostState, Link, LinkState, Operation, OperationKind, Phase,
-    Volume,
+    Cloud, Evacuation, EvacuationState, GuestState, HostState, Operation, OperationKind, Phase, Volume,
     handover::Owner,
     ids::{CloudId, HostId, OperationId},
 };
@@ -19,6 +18,7 @@ use supercloud_api::{
 use crate::{
     app::Parts,
     operations::sweeps::{StoreCount, StoreOf},
+    paths::Between,
     state::{GuestRecord, HostRecord, OperationRecord, Seen, StateError, Stored},
 };
 
@@ -270,16 +270,14 @@ impl Metrics {
             "Running guests of which it is not known whether their cloud has all that the disks stand on.",
             &one(bases.iter().filter(|told| told.is_none()).count() as u64),
         );
-        let links = crate::paths::links(parts).await?;
-        let count = |state| links.iter().filter(|link| link.state == state).count() as u64;
-        let states =
-            [("answers", LinkState::Answers), ("silent", LinkState::Silent), ("not_measured", LinkState::NotMeasured)];
-        let series = states.map(|(name, state)| (format!("{{state=\"{name}\"}}"), count(state)));
+        let links = crate::paths::totals(parts, &hosts);
+        let states = [("answers", links.answer), ("silent", links.silent), ("not_measured", links.not_measured)];
+        let series = states.map(|(name, count)| (format!("{{state=\"{name}\"}}"), count));
         gauge("supercloud_links", "Ways between hosts by what is known of them.", &series);
-        let between = between_clouds(&links);
+        gauge("supercloud_links_broken", "Silent ways to hosts whose agents are connected.", &one(links.broken));
         let series = |value: fn(&Between) -> Option<u64>| -> Vec<(String, u64)> {
-            let label = |(from, to): &(&str, &str)| format!("{{from=\"{from}\",to=\"{to}\"}}");
-            between.iter().filter_map(|(pair, found)| Some((label(pair), value(found)?))).collect()
+            let label = |(from, to): &(String, String)| format!("{{from=\"{from}\",to=\"{to}\"}}");
+            links.between.iter().filter_map(|(pair, found)| Some((label(pair), value(found)?))).collect()
         };
         gauge(
             "supercloud_link_rtt_us",
@@ -288,7 +286,7 @@ impl Metrics {
         );
         gauge(
             "supercloud_link_loss_ppm",
-            "Opening packets between them that went again, in millionths.",
+            "Opening packets between connected hosts of them that got lost, in millionths.",
             &series(Between::loss_ppm),
         );
         let rate = crate::ledger::rate(&parts.state).await?;
@@ -385,43 +383,6 @@ impl Metrics {
             times.write(out, "supercloud_http_request_seconds", &format!("route=\"{route}\""));
         }
     }
-}
-
-/// Pairs of clouds that are told of, at most.
-const CLOUD_PAIRS_AT_MOST: usize = 400;
-
-/// What is known of the ways from one cloud to another.
-#[derive(Debug, Default)]
-struct Between {
-    times_us: Vec<u32>,
-    sent: u64,
-    resent: u64,
-}
-
-impl Between {
-    fn rtt_us(&self) -> Option<u64> {
-        self.times_us.get(self.times_us.len() / 2).copied().map(u64::from)
-    }
-
-    fn loss_ppm(&self) -> Option<u64> {
-        (self.sent > 0).then(|| self.resent * 1_000_000 / self.sent)
-    }
-}
-
-fn between_clouds(links: &[Link]) -> BTreeMap<(&str, &str), Between> {
-    let mut found: BTreeMap<(&str, &str), Between> = BTreeMap::new();
-    for link in links.iter().filter(|link| link.state == LinkState::Answers) {
-        let pair = (link.from_cloud_name.as_str(), link.to_cloud_name.as_str());
-        if found.len() >= CLOUD_PAIRS_AT_MOST && !found.contains_key(&pair) {
-            continue;
-        }
-        let between = found.entry(pair).or_default();
-        between.times_us.extend(link.rtt_us);
-        between.sent += u64::from(link.sent);
-        between.resent += u64::from(link.resent);
-    }
-    found.values_mut().for_each(|between| between.times_us.sort_unstable());
-    found
 }
 
 /// How many volumes stand on what lies in a cloud's store while no host of that cloud has them.

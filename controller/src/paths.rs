@@ -8,12 +8,13 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     hash::{DefaultHasher, Hash as _, Hasher as _},
     net::SocketAddr,
+    ops::{Bound, ControlFlow},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use supercloud_api::{
-    Host, HostState, Link, LinkState,
+    Host, Link, LinkState,
     ids::{CloudId, HostId},
     link::{Directive, MAX_PATH_PEERS, PathMeasured, PathPeer},
     unix_ms,
@@ -22,7 +23,7 @@ use supercloud_api::{
 use crate::{
     app::Parts,
     chain,
-    state::{HostRecord, State, StateError},
+    state::{HostRecord, State, StateError, Stored},
 };
 
 /// Whether somebody has to be told anew is looked at this often.
@@ -33,6 +34,8 @@ const FRESH_MS: u64 = 45_000;
 const MISSES: u16 = 2;
 /// Below so many packets a share of lost ones says nothing.
 const LOSS_FROM: u32 = 20;
+/// Pairs of clouds that are told of by name; the rest would make more series than anybody reads.
+const CLOUD_PAIRS_AT_MOST: usize = 400;
 
 /// A host, as far as the choice of peers needs it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,7 +63,7 @@ fn peers_of(me: HostId, spots: &[Spot], most: usize) -> Vec<PathPeer> {
     }
     let mut ranked = Vec::new();
     for (cloud, mut own) in by_cloud {
-        own.sort_by_key(|(spot, _)| (!spot.is_connected, order(me, spot.host)));
+        own.sort_by_cached_key(|(spot, _)| (!spot.is_connected, order(me, spot.host)));
         let ranks = own.into_iter().enumerate();
         ranked.extend(ranks.map(|(rank, (spot, address))| (rank, order(me, cloud), spot.host, address)));
     }
@@ -115,52 +118,214 @@ impl PathBoard {
         board.told.insert(host, (now_ms, paths));
     }
 
-    /// The ways that are measured, or would be, between these hosts, at `now_ms`; in the order of their ids.
-    #[must_use]
-    pub fn links(&self, hosts: &[Host], now_ms: u64) -> Vec<Link> {
-        let known: HashMap<HostId, &Host> = hosts.iter().map(|host| (host.id, host)).collect();
+    /// Shows each way that is measured, or would be, between `known` hosts, in the order of their ids, until `show` says that it
+    /// is enough. The board is held meanwhile: only what is copied belongs in there.
+    fn each(
+        &self,
+        known: &HashMap<HostId, End<'_>>,
+        which: Which,
+        now_ms: u64,
+        mut show: impl FnMut(Seen) -> ControlFlow<()>,
+    ) {
         let board = self.board();
-        let mut links = Vec::new();
-        for (from, peers) in &board.peers {
-            let Some(from) = known.get(from) else { continue };
-            let is_capable = board.capable.contains(&from.id);
-            let told = board.told.get(&from.id).filter(|(at_ms, _)| now_ms.saturating_sub(*at_ms) <= FRESH_MS);
-            for to in peers.iter().filter_map(|peer| known.get(&peer.host)) {
-                let path = told.and_then(|(at_ms, paths)| Some((*at_ms, paths.get(&to.id)?)));
-                links.push(link(from, to, is_capable, path));
+        let from = which.after.map_or(Bound::Unbounded, |(from, _)| Bound::Included(from));
+        for (from, peers) in board.peers.range((from, Bound::Unbounded)) {
+            if !known.contains_key(from) {
+                continue;
+            }
+            let is_capable = board.capable.contains(from);
+            let told = board.told.get(from).filter(|(at_ms, _)| now_ms.saturating_sub(*at_ms) <= FRESH_MS);
+            // Peers are in the order of their ids.
+            let only = which.only.filter(|only| only != from);
+            let found = only.map(|only| peers.binary_search_by_key(&only, |peer| peer.host));
+            let peers = match found {
+                None => &peers[..],
+                Some(Ok(at)) => &peers[at..=at],
+                Some(Err(_)) => continue,
+            };
+            for to in peers.iter().map(|peer| peer.host).filter(|to| known.contains_key(to)) {
+                if which.after.is_some_and(|after| (*from, to) <= after) {
+                    continue;
+                }
+                let told = told.and_then(|(at_ms, paths)| Some((*at_ms, *paths.get(&to)?)));
+                if show(Seen { from: *from, to, is_capable, told }).is_break() {
+                    return;
+                }
             }
         }
-        links
+    }
+
+    /// Ways between these hosts, and whether there are more behind the last.
+    fn page(&self, known: &HashMap<HostId, End<'_>>, which: Which, now_ms: u64) -> (Vec<Link>, bool) {
+        let mut found = Vec::new();
+        self.each(known, which, now_ms, |seen| {
+            found.push(seen);
+            if found.len() > which.limit { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        let is_more = found.len() > which.limit;
+        found.truncate(which.limit);
+        let shown = |seen: &Seen| Some(link(known.get(&seen.from)?, known.get(&seen.to)?, seen));
+        (found.iter().filter_map(shown).collect(), is_more)
+    }
+
+    /// All of them in few figures.
+    fn totals(&self, known: &HashMap<HostId, End<'_>>, now_ms: u64) -> Totals {
+        let mut totals = Totals::default();
+        self.each(known, Which::default(), now_ms, |seen| {
+            if let (Some(from), Some(to)) = (known.get(&seen.from), known.get(&seen.to)) {
+                totals.add(from, to, &seen);
+            }
+            ControlFlow::Continue(())
+        });
+        totals.between.values_mut().for_each(|between| between.times_us.sort_unstable());
+        totals
+    }
+}
+
+/// Which ways are wanted.
+#[derive(Debug, Clone, Copy)]
+pub struct Which {
+    /// Only those from and to this host.
+    pub only: Option<HostId>,
+    /// Only those behind this one, in the order of ids.
+    pub after: Option<(HostId, HostId)>,
+    /// At most so many.
+    pub limit: usize,
+}
+
+impl Default for Which {
+    fn default() -> Self {
+        Self { only: None, after: None, limit: usize::MAX }
+    }
+}
+
+/// A host at an end of a way.
+#[derive(Debug, Clone, Copy)]
+struct End<'a> {
+    host: &'a Host,
+    is_connected: bool,
+}
+
+/// What is known of a way.
+#[derive(Debug, Clone, Copy)]
+struct Seen {
+    from: HostId,
+    to: HostId,
+    is_capable: bool,
+    told: Option<(u64, PathMeasured)>,
+}
+
+impl Seen {
+    fn path(&self) -> Option<&PathMeasured> {
+        self.told.as_ref().map(|(_, path)| path).filter(|path| path.probes > 0)
+    }
+
+    fn state(&self) -> LinkState {
+        match self.path() {
+            None => LinkState::NotMeasured,
+            Some(path) if path.answered == 0 || path.misses >= MISSES => LinkState::Silent,
+            Some(_) => LinkState::Answers,
+        }
+    }
+
+    /// Opening packets, and those of them that got lost. What cannot be is not shown: an agent may tell anything.
+    fn packets(&self) -> (u32, u32) {
+        self.path().map_or((0, 0), |path| (path.sent, path.resent.min(path.sent)))
+    }
+}
+
+/// What was measured between the hosts of two clouds, or of one, in one direction.
+#[derive(Debug, Default)]
+pub struct Between {
+    times_us: Vec<u32>,
+    sent: u64,
+    lost: u64,
+}
+
+impl Between {
+    /// The median of the ways' round-trip times, in microseconds.
+    #[must_use]
+    pub fn rtt_us(&self) -> Option<u64> {
+        self.times_us.get(self.times_us.len() / 2).copied().map(u64::from)
+    }
+
+    /// Lost opening packets, in millionths; none of too few packets.
+    #[must_use]
+    pub fn loss_ppm(&self) -> Option<u64> {
+        (self.sent >= u64::from(LOSS_FROM)).then(|| self.lost * 1_000_000 / self.sent)
+    }
+}
+
+/// All ways in few figures.
+#[derive(Debug, Default)]
+pub struct Totals {
+    /// Ways that answer.
+    pub answer: u64,
+    /// Ways that do not.
+    pub silent: u64,
+    /// Of these, those to hosts whose agents are connected: it is the way that is broken.
+    pub broken: u64,
+    /// Ways that nobody measures.
+    pub not_measured: u64,
+    /// By the names of the clouds from and to which they lead.
+    pub between: BTreeMap<(String, String), Between>,
+}
+
+impl Totals {
+    fn add(&mut self, from: &End<'_>, to: &End<'_>, seen: &Seen) {
+        let state = seen.state();
+        match state {
+            LinkState::Answers => self.answer += 1,
+            LinkState::Silent => self.silent += 1,
+            LinkState::NotMeasured => self.not_measured += 1,
+        }
+        self.broken += u64::from(state == LinkState::Silent && to.is_connected);
+        // To a host that is away everything is lost; that tells nothing of the way.
+        if state == LinkState::NotMeasured || state == LinkState::Silent && !to.is_connected {
+            return;
+        }
+        let pair = (from.host.cloud_name.to_string(), to.host.cloud_name.to_string());
+        if self.between.len() >= CLOUD_PAIRS_AT_MOST && !self.between.contains_key(&pair) {
+            return;
+        }
+        let between = self.between.entry(pair).or_default();
+        between.times_us.extend(seen.path().filter(|_| state == LinkState::Answers).and_then(|path| path.rtt_us));
+        let (sent, lost) = seen.packets();
+        between.sent += u64::from(sent);
+        between.lost += u64::from(lost);
     }
 }
 
 /// Why nobody has measured the ways from a host.
-fn not_measured(from: &Host, is_capable: bool) -> String {
-    let is_away = matches!(from.state, HostState::Unreachable | HostState::Removed);
-    match (is_away, is_capable) {
-        (true, _) => format!("{} is not connected", from.name),
-        (false, false) => format!("the agent of {} is of a version that measures nothing", from.name),
-        (false, true) => format!("{} has told nothing of it lately", from.name),
+fn not_measured(from: &End<'_>, is_capable: bool) -> String {
+    let name = &from.host.name;
+    match (from.is_connected, is_capable) {
+        (false, _) => format!("{name} is not connected"),
+        (true, false) => format!("the agent of {name} is of a version that measures nothing"),
+        (true, true) => format!("{name} has told nothing of it lately"),
     }
 }
 
-fn link(from: &Host, to: &Host, is_capable: bool, told: Option<(u64, &PathMeasured)>) -> Link {
-    let path = told.map(|(_, path)| path).filter(|path| path.probes > 0);
-    let (state, why) = match path {
-        None => (LinkState::NotMeasured, Some(not_measured(from, is_capable))),
-        Some(path) if path.answered == 0 || path.misses >= MISSES => {
-            let last = format!("the last {} probes", path.misses);
-            let last = if path.misses == 1 { "the last probe".to_owned() } else { last };
-            let why = match path.is_refused {
-                true => format!("the machine is there, but no agent takes connections there ({last})"),
-                false => format!("no answer to {last}"),
-            };
-            (LinkState::Silent, Some(why))
-        }
-        Some(_) => (LinkState::Answers, None),
+fn no_answer(path: &PathMeasured) -> String {
+    let last = match path.misses {
+        1 => "the last probe".to_owned(),
+        misses => format!("the last {misses} probes"),
     };
-    // What cannot be is not shown: an agent may tell anything.
-    let (sent, resent) = path.map_or((0, 0), |path| (path.sent, path.resent.min(path.sent)));
+    match path.is_refused {
+        true => format!("the machine is there, but no agent takes connections there ({last})"),
+        false => format!("no answer to {last}"),
+    }
+}
+
+fn link(from: &End<'_>, to: &End<'_>, seen: &Seen) -> Link {
+    let (path, state) = (seen.path(), seen.state());
+    let why = match state {
+        LinkState::NotMeasured => Some(not_measured(from, seen.is_capable)),
+        LinkState::Silent => path.map(no_answer),
+        LinkState::Answers => None,
+    };
+    let (sent, resent) = seen.packets();
+    let (from, to) = (from.host, to.host);
     Link {
         from: from.id,
         from_name: from.name.clone(),
@@ -180,18 +345,32 @@ fn link(from: &Host, to: &Host, is_capable: bool, told: Option<(u64, &PathMeasur
         sent,
         resent,
         answered_at_ms: path.and_then(|path| path.answered_at_ms),
-        told_at_ms: path.and(told).map(|(at_ms, _)| at_ms),
+        told_at_ms: path.and(seen.told.as_ref()).map(|(at_ms, _)| *at_ms),
     }
 }
 
-/// The ways that are measured now, between hosts that were not removed.
+/// The ends that ways may have: hosts that were not removed.
+fn ends<'a>(parts: &Parts, hosts: &'a [Stored<HostRecord>]) -> HashMap<HostId, End<'a>> {
+    let end = |record: &'a Stored<HostRecord>| {
+        let host = &record.value.host;
+        (host.id, End { host, is_connected: parts.hosts.get(host.id).is_some() })
+    };
+    hosts.iter().filter(|record| !record.is_removed).map(end).collect()
+}
+
+/// A page of the ways that are measured now, between hosts that were not removed, and whether there are more behind it.
 ///
 /// # Errors
 /// When the records cannot be read.
-pub async fn links(parts: &Parts) -> Result<Vec<Link>, StateError> {
+pub async fn links(parts: &Parts, which: Which) -> Result<(Vec<Link>, bool), StateError> {
     let hosts = parts.state.list::<HostRecord>().await?;
-    let shown: Vec<Host> = hosts.iter().filter(|host| !host.is_removed).map(|host| host.view(&parts.hosts)).collect();
-    Ok(parts.paths.links(&shown, unix_ms()))
+    Ok(parts.paths.page(&ends(parts, &hosts), which, unix_ms()))
+}
+
+/// All ways between these hosts in few figures.
+#[must_use]
+pub fn totals(parts: &Parts, hosts: &[Stored<HostRecord>]) -> Totals {
+    parts.paths.totals(&ends(parts, hosts), unix_ms())
 }
 
 async fn spots(state: &State, parts: &Parts) -> Result<Vec<Spot>, StateError> {
@@ -246,121 +425,4 @@ fn tell(parts: &Parts, told: &mut HashMap<HostId, (u64, Vec<PathPeer>)>) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn spot(cloud: CloudId, at: u16) -> Spot {
-        let address = Some(SocketAddr::from(([192, 0, 2, 1], 1000 + at)));
-        Spot { host: HostId::generate(), cloud, address, is_connected: true }
-    }
-
-    #[test]
-    fn few_hosts_all_measure_each_other() {
-        let clouds = [CloudId::generate(), CloudId::generate()];
-        let mut spots: Vec<Spot> = (0..5).map(|at| spot(clouds[usize::from(at % 2)], at)).collect();
-        spots[4].address = None;
-        for me in &spots {
-            let peers: Vec<HostId> = peers_of(me.host, &spots, 64).iter().map(|peer| peer.host).collect();
-            let mut wanted: Vec<HostId> = spots[..4].iter().map(|spot| spot.host).filter(|h| *h != me.host).collect();
-            wanted.sort_unstable();
-            assert_eq!(peers, wanted, "all that can be dialled, and not itself");
-        }
-    }
-
-    #[test]
-    fn of_many_each_cloud_has_its_turn_and_everybody_is_measured_by_somebody() {
-        let clouds: Vec<CloudId> = (0..10).map(|_| CloudId::generate()).collect();
-        let mut spots: Vec<Spot> = (0..400_u16).map(|at| spot(clouds[usize::from(at % 10)], at)).collect();
-        for away in spots.iter_mut().step_by(7) {
-            away.is_connected = false;
-        }
-        let cloud_of: HashMap<HostId, CloudId> = spots.iter().map(|spot| (spot.host, spot.cloud)).collect();
-        let away: HashSet<HostId> = spots.iter().filter(|spot| !spot.is_connected).map(|spot| spot.host).collect();
-        let mut measured_by: HashMap<HostId, usize> = HashMap::new();
-        for me in &spots {
-            let peers = peers_of(me.host, &spots, 20);
-            assert_eq!(peers, peers_of(me.host, &spots, 20), "the same at every look");
-            for cloud in &clouds {
-                let count = peers.iter().filter(|peer| cloud_of[&peer.host] == *cloud).count();
-                assert_eq!(count, 2, "two of each cloud");
-            }
-            for peer in peers {
-                assert!(!away.contains(&peer.host), "who is there is asked first");
-                *measured_by.entry(peer.host).or_default() += 1;
-            }
-        }
-        let most = measured_by.values().max().copied().unwrap();
-        assert_eq!(measured_by.len(), spots.len() - away.len());
-        assert!(most < 80, "by 20 on average, not all by the same: {most}");
-        // One host more changes few choices.
-        let before: Vec<_> = spots.iter().map(|me| peers_of(me.host, &spots, 20)).collect();
-        let mut more = spots.clone();
-        more.push(spot(clouds[0], 999));
-        let is_same = |(me, before): (&Spot, &Vec<PathPeer>)| peers_of(me.host, &more, 20) == *before;
-        assert!(spots.iter().zip(&before).filter(|pair| is_same(*pair)).count() > 300);
-    }
-
-    fn host(name: &str, state: HostState) -> Host {
-        let room = serde_json::json!({"vcpus": 1, "memory_bytes": 1, "disk_bytes": 1});
-        serde_json::from_value(serde_json::json!({
-            "id": HostId::generate(), "name": name, "cloud": CloudId::generate(), "cloud_name": "c", "state": state,
-            "data_address": null, "overlay_address": null, "overlay_index": 1, "capacity": room, "used": room,
-            "compat_classes": [], "probe": {}, "agent_version": "", "certificate_sha256": "", "last_seen_ms": 0,
-            "created_at_ms": 0,
-        }))
-        .unwrap()
-    }
-
-    #[test]
-    fn what_is_told_is_shown_while_it_is_fresh_and_only_what_was_asked_for() {
-        let hosts = [host("a", HostState::Up), host("b", HostState::Up), host("c", HostState::Unreachable)];
-        let [a, b, c] = [hosts[0].id, hosts[1].id, hosts[2].id];
-        let board = PathBoard::default();
-        let address = SocketAddr::from(([192, 0, 2, 1], 1));
-        let peer = |host| PathPeer { host, address };
-        board.board().peers = [(a, vec![peer(b), peer(c)]), (b, vec![peer(a)]), (c, vec![peer(a)])].into();
-        board.note_capable(a, true);
-        let path = PathMeasured {
-            to: b,
-            probes: 24,
-            answered: 24,
-            misses: 0,
-            is_refused: false,
-            sent: 25,
-            resent: 1,
-            rtt_us: Some(900),
-            rtt_least_us: Some(700),
-            answered_at_ms: Some(5),
-        };
-        let silent = PathMeasured { to: c, probes: 9, answered: 7, misses: 2, sent: 7, resent: 0, ..path };
-        let unasked = PathMeasured { to: HostId::generate(), ..path };
-        board.told(a, vec![path, silent, unasked], 1000);
-        board.told(HostId::generate(), vec![path], 1000);
-        let links = board.links(&hosts, 2000);
-        let find = |from, to| links.iter().find(|link| (link.from, link.to) == (from, to)).unwrap();
-        assert_eq!(links.len(), 4);
-        let there = find(a, b);
-        assert_eq!((there.state, there.rtt_us, there.loss), (LinkState::Answers, Some(900), Some(0.04)));
-        assert_eq!((there.told_at_ms, there.answered_at_ms), (Some(1000), Some(5)));
-        let away = find(a, c);
-        assert_eq!((away.state, away.loss), (LinkState::Silent, None), "too few packets for a share");
-        assert_eq!(away.why.as_deref(), Some("no answer to the last 2 probes"));
-        let why = |link: &Link| link.why.clone().unwrap();
-        assert_eq!(find(b, a).state, LinkState::NotMeasured);
-        assert!(why(find(b, a)).contains("version") && why(find(c, a)).contains("not connected"));
-        // Once is chance; a machine that refuses is there.
-        board.told(a, vec![PathMeasured { misses: 1, ..path }, PathMeasured { is_refused: true, ..silent }], 3000);
-        let links = board.links(&hosts, 3000);
-        assert!(links.iter().any(|link| link.to == b && link.state == LinkState::Answers));
-        assert!(links.iter().any(|link| link.to == c && link.why.as_ref().unwrap().contains("no agent")));
-        // Nonsense is not shown as such.
-        board.told(a, vec![PathMeasured { sent: 30, resent: 90, answered: 99, ..path }], 3000);
-        let links = board.links(&hosts, 3000);
-        let odd = links.iter().find(|link| link.to == b && link.from == a).unwrap();
-        assert_eq!((odd.loss, odd.answered, odd.probes), (Some(1.0), 24, 24));
-        assert!(board.links(&hosts, 3000 + FRESH_MS + 1).iter().all(|link| link.state == LinkState::NotMeasured));
-        board.host_gone(a);
-        assert!(board.links(&hosts, 3000).iter().all(|link| link.state == LinkState::NotMeasured));
-        assert!(board.links(&hosts[..1], 3000).is_empty(), "hosts that were removed are not shown");
-    }
-}
+mod tests;

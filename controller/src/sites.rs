@@ -1,6 +1,6 @@
 //! Where the bytes of images and volumes lie, from the records and from what agents tell: nothing is guessed, and no store is read.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use supercloud_api::{
     Cloud, Freeze, Host, Image, ImagePart, ImageState, Site, SiteHolds, SiteKind, Volume, VolumeHistory,
@@ -10,7 +10,7 @@ use supercloud_api::{
 
 use crate::{
     app::Parts,
-    state::{GuestRecord, HostRecord, LiveHosts, StateError},
+    state::{GuestRecord, HostRecord, LiveHosts, OperationRecord, StateError},
 };
 
 /// The names, and where hosts stand.
@@ -93,7 +93,7 @@ pub async fn of_image(parts: &Parts, image: &Image) -> Result<Vec<Site>, StateEr
     let disk = image.parts.iter().find(|part| part.part == ImagePart::Disk).map(|part| part.root.as_str());
     let volumes = parts.state.list::<Volume>().await?;
     let from_it = |volume: &Volume| volume.image == Some(image.id) && disk.is_some() && volume.base.as_deref() == disk;
-    let users: Vec<_> = volumes.iter().filter(|volume| from_it(volume)).filter_map(|volume| volume.guest).collect();
+    let users: HashSet<_> = volumes.iter().filter(|volume| from_it(volume)).filter_map(|volume| volume.guest).collect();
     // By cloud: how many guests run from it there, and the least that any of their hosts says is missing.
     let mut clouds: BTreeMap<CloudId, (u32, Option<u64>)> = BTreeMap::new();
     for guest in parts.state.list::<GuestRecord>().await?.iter().filter(|guest| users.contains(&guest.guest.id)) {
@@ -125,8 +125,13 @@ pub async fn of_volume(parts: &Parts, volume: &Volume) -> Result<Vec<Site>, Stat
         Some(Owner::Frozen(freeze)) => parts.state.read::<Freeze>(&freeze).await?,
         _ => None,
     };
+    let mirror = match guest.as_ref().and_then(|guest| guest.guest.operation) {
+        Some(operation) => parts.state.read::<OperationRecord>(&operation).await?,
+        None => None,
+    };
+    let mirror = mirror.and_then(|record| record.value.operation.progress.mirror);
     let (guest, history) = (guest.as_deref(), history.as_deref());
-    let mut sites = on_hosts(&places, volume, guest);
+    let mut sites = on_hosts(&places, volume, guest, mirror.is_some_and(|standing| standing.committed > 0));
     sites.extend(in_stores(&places, volume, guest.and_then(|guest| running(guest, &parts.hosts))));
     if let Some(freeze) = freeze {
         let detail = format!("freeze {}", freeze.id);
@@ -136,7 +141,8 @@ pub async fn of_volume(parts: &Parts, volume: &Volume) -> Result<Vec<Site>, Stat
     Ok(sites)
 }
 
-fn on_hosts(places: &Places, volume: &Volume, guest: Option<&GuestRecord>) -> Vec<Site> {
+/// `is_mirror_whole`: the guest's mirror has committed a cut, so that its standby has all.
+fn on_hosts(places: &Places, volume: &Volume, guest: Option<&GuestRecord>, is_mirror_whole: bool) -> Vec<Site> {
     let mut sites = Vec::new();
     if let Some(host) = volume.host {
         let (holds, detail) = match volume.needed_source {
@@ -148,8 +154,11 @@ fn on_hosts(places: &Places, volume: &Volume, guest: Option<&GuestRecord>) -> Ve
     let Some(guest) = guest else { return sites };
     let standby = guest.owner.operation.as_ref().filter(|operation| operation.is_mirrored());
     if let Some(host) = standby.and_then(|operation| operation.kind.destination()) {
-        let detail = "takes over when the guest's host dies";
-        sites.push(places.at_host(SiteKind::Standby, SiteHolds::Whole, host, detail));
+        let (holds, detail) = match is_mirror_whole {
+            true => (SiteHolds::Whole, "takes over when the guest's host dies"),
+            false => (SiteHolds::Part, "has no whole copy yet: it cannot take over"),
+        };
+        sites.push(places.at_host(SiteKind::Standby, holds, host, detail));
     }
     for holder in guest.owner.holders.iter().filter(|holder| Some(holder.host) != volume.host && !holder.lost) {
         let detail = match holder.needed {

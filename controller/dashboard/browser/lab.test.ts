@@ -91,21 +91,21 @@ describe.skipIf(!url)("a lab with real guests", () => {
   });
 
   it("shows the round trips that the lab's links have", async () => {
-    // 40, 90 and 140 ms, without loss: see `LabSpec::three_clouds`.
+    // 40, 90 and 140 ms, without loss: see `LabSpec::three_clouds`. Probes of hosts that were starting are out of the window in two minutes.
     const LEAST: Record<string, number> = { "aws-east home": 40, "aws-east gcp-west": 90, "gcp-west home": 140 };
-    const links = async () => (await rest.must("GET", "/v1/links?limit=1000")).items.filter((one: { state: string; sent: number }) => one.state === "answers" && one.sent >= 20);
+    const links = async () => (await rest.must("GET", "/v1/links?limit=1000")).items.filter((one: { state: string; sent: number }) => one.state === "answers" && one.sent >= 20 && one.resent === 0);
     await expect.poll(async () => (await links()).length, { timeout: 300_000, interval: 2000 }).toBe(6);
     for (const one of await links()) {
       const least = LEAST[[one.from_cloud_name, one.to_cloud_name].sort().join(" ")]!;
       expect(one.rtt_least_us / 1000).toBeGreaterThanOrEqual(least - 1);
       expect(one.rtt_least_us / 1000).toBeLessThan(least + 30);
-      expect(one.resent).toBe(0);
     }
     const { context, page, problems } = await desk(browser, url, token);
     await visit(page, "");
     await page.getByText(/to home: \d+ ms, 0\.0 % lost/).first().waitFor();
     await shot(page, "lab-map");
-    const port = (await rest.must("GET", "/v1/ports?limit=1000")).items.find((one: { guest: string }) => one.guest === here || one.host === here);
+    const guest = await web();
+    const port = (await rest.must("GET", "/v1/ports?limit=1000")).items.find((one: { guest: string }) => one.guest === guest.id);
     await visit(page, `ports/${port.id}`);
     await page.getByRole("region", { name: "flows", exact: true }).getByText("delivered to it").waitFor();
     await shot(page, "lab-flows");

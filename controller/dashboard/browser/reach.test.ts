@@ -65,13 +65,13 @@ describe("the ways between hosts", () => {
       await expect.poll(() => page.locator(".arcs path.way.answers").count()).toBe(view.width > 1000 ? 1 : 0);
       expect(await sideways(page)).toBe(0);
       expect(await barriers(page)).toEqual([]);
-      await shot(page, `reach-map-${places(view)}`);
+      await shot(page, `scripted-reach-map-${places(view)}`);
       await visit(page, "hosts");
       const table = page.getByRole("region", { name: "links", exact: true });
       expect(await table.innerText()).toMatch(/40 ms[\s\S]*4\.0 % lost/);
       expect(await sideways(page)).toBe(0);
       expect(await barriers(page)).toEqual([]);
-      await shot(page, `reach-hosts-${places(view)}`);
+      await shot(page, `scripted-reach-hosts-${places(view)}`);
       await visit(page, "hosts/h1");
       await page.getByRole("region", { name: "links of h1" }).getByText("4.0 % lost").first().waitFor();
       expect(await barriers(page)).toEqual([]);
@@ -85,7 +85,7 @@ describe("the ways between hosts", () => {
     await visit(silent.page, "");
     await silent.page.getByText("to west: no answer").waitFor();
     expect(await silent.page.locator(".arcs path.way.silent").count()).toBe(1);
-    await shot(silent.page, "reach-silent");
+    await shot(silent.page, "scripted-reach-silent");
     await silent.context.close();
     // The real controller's own answer: nobody has dialled in.
     const { context, page } = await desk(browser, controller.url, controller.token);
@@ -109,7 +109,7 @@ describe("a network", () => {
       expect(await drawing.locator("line.answers").count()).toBe(1);
       expect(await sideways(page)).toBe(0);
       expect(await barriers(page)).toEqual([]);
-      await shot(page, `reach-network-${places(view)}`);
+      await shot(page, `scripted-reach-network-${places(view)}`);
       expect(problems).toEqual([]);
       await context.close();
     }
@@ -138,7 +138,7 @@ describe("a network", () => {
       await page.getByRole("region", { name: "paths" }).getByText("tunnel h1 ↔ h2").waitFor();
       expect(await sideways(page)).toBe(0);
       expect(await barriers(page)).toEqual([]);
-      await shot(page, `reach-flows-${places(view)}`);
+      await shot(page, `scripted-reach-flows-${places(view)}`);
       expect(problems).toEqual([]);
       await context.close();
     }
@@ -173,7 +173,7 @@ describe("time travel", () => {
       expect(await slider.getAttribute("aria-valuetext")).toContain("point 4");
       expect(await sideways(page)).toBe(0);
       expect(await barriers(page)).toEqual([]);
-      await shot(page, `reach-travel-${places(view)}`);
+      await shot(page, `scripted-reach-travel-${places(view)}`);
       expect(problems).toEqual([]);
       await context.close();
     }
@@ -188,7 +188,7 @@ describe("time travel", () => {
     await page.getByRole("dialog").getByRole("alert").filter({ hasText: "keeps no history" }).waitFor();
     expect(await page.getByRole("button", { name: "Make it" }).count()).toBe(0);
     expect(await barriers(page)).toEqual([]);
-    await shot(page, "reach-travel-clone");
+    await shot(page, "scripted-reach-travel-clone");
     await context.close();
   });
 

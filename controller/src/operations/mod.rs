@@ -176,6 +176,8 @@ pub struct Engine {
     pub(crate) flows: FlowBoard,
     /// Hosts that know `predictive`, as they said when they came.
     knows_predictive: Mutex<HashSet<HostId>>,
+    /// What hosts said last that they can.
+    abilities: Mutex<HashMap<HostId, handler::Abilities>>,
     /// What carries out what guests ask.
     guest_door: OnceLock<Arc<dyn GuestDoor>>,
 }
@@ -275,6 +277,7 @@ impl Engine {
             paths,
             flows,
             knows_predictive: Mutex::default(),
+            abilities: Mutex::default(),
             guest_door: OnceLock::new(),
         };
         (Arc::new(engine), queue)

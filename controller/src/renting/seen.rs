@@ -1,15 +1,25 @@
 //! What was seen of markets: what became of the machines that we rented there. Nothing is known of a market before that.
 
-use std::collections::HashMap;
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use supercloud_api::{
     Market, MarketSeen, Renting, RentingEnd, Tenure,
     ids::{CloudId, HostId},
 };
 
+use tokio::{sync::Mutex, time::Instant};
+
 use crate::state::{HostRecord, RentingRecord, State, StateError};
 
+/// All rentings are read at most this often.
+const KEPT: Duration = Duration::from_secs(5);
+
 type Key = (CloudId, String, Tenure);
+type Found = Arc<HashMap<Key, MarketSeen>>;
 
 /// By market; `is_announced`: the provider has said of this host that it takes it back, or may.
 fn seen<'a>(
@@ -31,25 +41,47 @@ fn seen<'a>(
     found
 }
 
-/// Notes with each market what was seen there.
-///
-/// # Errors
-/// When the records cannot be read.
-pub async fn note(state: &State, markets: &mut [Market], now_ms: u64) -> Result<(), StateError> {
+async fn read(state: &State, now_ms: u64) -> Result<HashMap<Key, MarketSeen>, StateError> {
     let rentings = state.list::<RentingRecord>().await?;
     if rentings.is_empty() {
-        return Ok(());
+        return Ok(HashMap::new());
     }
     let hosts = state.list::<HostRecord>().await?;
-    let announced: Vec<HostId> =
+    let announced: HashSet<HostId> =
         hosts.iter().filter(|host| !host.is_removed && host.host.notice.is_some()).map(|host| host.host.id).collect();
-    let is_announced = |host: HostId| announced.contains(&host);
-    let found = seen(rentings.iter().map(|record| &record.renting), is_announced, now_ms);
-    for market in markets {
-        let key = (market.cloud, market.instance_type.clone(), market.tenure);
-        market.seen = found.get(&key).copied();
+    Ok(seen(rentings.iter().map(|record| &record.renting), |host| announced.contains(&host), now_ms))
+}
+
+/// What was seen of all markets, read again every five seconds when somebody asks. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct SeenMarkets(Arc<Mutex<Option<(Instant, Found)>>>);
+
+impl SeenMarkets {
+    async fn found(&self, state: &State, now_ms: u64) -> Result<Found, StateError> {
+        // Held while it is read: others wait for the same.
+        let mut kept = self.0.lock().await;
+        if let Some((until, found)) = &*kept
+            && *until > Instant::now()
+        {
+            return Ok(Arc::clone(found));
+        }
+        let found = Arc::new(read(state, now_ms).await?);
+        *kept = Some((Instant::now() + KEPT, Arc::clone(&found)));
+        Ok(found)
     }
-    Ok(())
+
+    /// Notes with each market what was seen there.
+    ///
+    /// # Errors
+    /// When the records cannot be read.
+    pub async fn note(&self, state: &State, markets: &mut [Market], now_ms: u64) -> Result<(), StateError> {
+        let found = self.found(state, now_ms).await?;
+        for market in markets {
+            let key = (market.cloud, market.instance_type.clone(), market.tenure);
+            market.seen = found.get(&key).copied();
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]

@@ -53,6 +53,8 @@ use axum::{
 
 use tokio::sync::Mutex;
 
+use crate::renting::seen::SeenMarkets;
+
 pub use asker::{Asker, Params, body, check_if_match};
 pub use gate::{MAX_JSON_BYTES, MAX_PIECE_BYTES};
 pub use guest_calls::GuestCalls;
@@ -77,6 +79,8 @@ pub struct Api {
     consoles: shares::Shares,
     /// Flows that are asked for.
     flows: shares::Shares,
+    /// What was seen of markets.
+    seen_markets: SeenMarkets,
     /// Requests that place guests decide one after the other: they would only make each other decide anew.
     placing: Arc<Mutex<()>>,
     /// The ledger is reckoned up for one after the other: it may take all of a core.
@@ -97,6 +101,7 @@ impl Api {
             exports: blocks::Exports::default(),
             consoles: shares::Shares::default(),
             flows: shares::Shares::default(),
+            seen_markets: SeenMarkets::default(),
             placing: Arc::default(),
             reckoning: Arc::default(),
             simulating: Arc::default(),

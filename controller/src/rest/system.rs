@@ -11,7 +11,7 @@ use supercloud_api::{Code, FeedClock, Market, Page, PriceSeries, unix_ms};
 use utoipa::ToSchema;
 
 use super::{Api, Asker, Failure, Reply, body, openapi};
-use crate::renting;
+use crate::auth::Reach;
 
 /// How the controller is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
@@ -65,7 +65,10 @@ pub async fn markets(State(api): State<Api>, asker: Asker) -> Result<Reply, Fail
     items.retain(|market| after.as_ref().is_none_or(|after| market.name > *after));
     let next_page = if items.len() > limit { items.get(limit - 1).map(|last| last.name.clone()) } else { None };
     items.truncate(limit);
-    renting::seen::note(&api.parts.state, &mut items, unix_ms()).await?;
+    // What the fleet rents is no business of members of one project.
+    if asker.caller.as_ref().is_some_and(|caller| caller.reach() == Reach::All) {
+        api.seen_markets.note(&api.parts.state, &mut items, unix_ms()).await?;
+    }
     Reply::ok(&Page { items, next_page })
 }
 

@@ -1,7 +1,7 @@
 // The first screen: is anything wrong, what moves, where everything is, what it would cost, how good the moves were, who did what.
 import { alarms, places, record } from "../store/derive";
 import { isAtRest, tally } from "../store/plans";
-import { clouds, evacuations, events, guests, hosts, ledger, markets, now, operations, plans, underWay, ways } from "../store/store";
+import { areAllWays, clouds, evacuations, events, guests, hosts, ledger, markets, now, operations, plans, underWay, ways } from "../store/store";
 import { Cancel } from "../ui/actions";
 import { ago, duration, price } from "../ui/format";
 import { Map_ } from "../ui/map";
@@ -44,7 +44,7 @@ export function Where() {
   const found = places(clouds.value.values(), hosts.value.values(), guests.value.values());
   return (
     <Panel title="Where everything is" wide>
-      {found.length === 0 ? <Empty>No cloud yet: <code>supercloud cloud create NAME</code></Empty> : <Map_ places={found} operations={underWay.value} links={ways.value} />}
+      {found.length === 0 ? <Empty>No cloud yet: <code>supercloud cloud create NAME</code></Empty> : <Map_ places={found} operations={underWay.value} links={ways.value} areAll={areAllWays.value} />}
     </Panel>
   );
 }

@@ -2,6 +2,7 @@ import { describe, expect, it } from "vitest";
 import type { Evacuation, Host, HostLink, Market, Port, Renting, VolumePoint } from "../api/types";
 import { hostRisk, marketRisk, priced } from "./risk";
 import { MOST_HOSTS, topology } from "./topology";
+import { refused } from "../ui/answer";
 import { bands, bandsText, marks, pointAsOf, seconds } from "./travel";
 import { between, linkText, lossText, roundTrip, wayText, ways } from "./ways";
 
@@ -35,6 +36,18 @@ describe("ways between clouds", () => {
     const found = between([link("b1", "a1", { state: "not_measured" }), link("a1", "b1"), link("a2", "b1")], "b1", "a1");
     expect(found).toMatchObject({ from: "a1", to: "b1" });
     expect(linkText(between([], "a", "b"))).toBe("not measured");
+  });
+});
+
+describe("what an endpoint told", () => {
+  const known = { path: "/v1/x", value: 7, problem: "", isNone: false };
+  const problem = (status: number, code: string) => ({ status, code, detail: "no" });
+  it("is kept over a refusal that passes, and ends when there is no such thing", () => {
+    expect(refused(known, "/v1/x", problem(429, "too_many_requests"))).toEqual({ ...known, problem: "no" });
+    expect(refused(known, "/v1/x", problem(503, "store_unavailable")).value).toBe(7);
+    expect(refused(known, "/v1/x", problem(404, "not_found"))).toEqual({ path: "/v1/x", problem: "no", isNone: true });
+    expect(refused(known, "/v1/x", problem(409, "wrong_state")).value).toBeUndefined();
+    expect(refused(known, "/v1/y", problem(429, "too_many_requests")).value).toBeUndefined();
   });
 });
 

@@ -146,7 +146,8 @@ const loaders: Record<string, () => Promise<void>> = {
       });
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
-      ways.value = [];
+      // Too many ask: what was told before stays until the next time.
+      if (error.problem.status === 403 || error.problem.status === 404) ways.value = [];
     }
   },
   plans: () => (seesAll() ? all(plans, "/v1/plans") : Promise.resolve()),

@@ -131,7 +131,9 @@ export function Travel(props: { volume: Volume; guest: Guest | undefined; histor
   const { volume, guest } = props;
   const history = props.history.value;
   const [chosen, setChosen] = useState<number>();
-  const [asked, setAsked] = useState<"clone" | "policy" | "end">();
+  const [asked, setAsked] = useState<"policy" | "end">();
+  // The point when its button was pressed: the newest changes while the dialog is open, what is made of one does not.
+  const [source, setSource] = useState<VolumePoint>();
   const [said, setSaid] = useState("");
   const { isWorking, problem, attempt } = useAttempt();
   const mayChange = may(who.value, "change");
@@ -165,7 +167,7 @@ export function Travel(props: { volume: Volume; guest: Guest | undefined; histor
             <button disabled={index <= 0} onClick={() => go_to(points[index - 1])}>← earlier point</button>
             <button disabled={index < 0 || index >= points.length - 1} onClick={() => go_to(points[index + 1])}>later point →</button>
             <span class="grow" />
-            {mayChange && guest && <button class="main" onClick={() => setAsked("clone")}>New guest from point {found.number}…</button>}
+            {mayChange && guest && <button class="main" onClick={() => setSource(found)}>New guest from point {found.number}…</button>}
           </div>
           <Facts rows={[
             ["as of", moment(at)],
@@ -191,7 +193,7 @@ export function Travel(props: { volume: Volume; guest: Guest | undefined; histor
           <p class="small soft">Kept {bandsText(history.policy.keep)}. Whether the chain of points holds is checked where the controller has no say: <code>supercloud volume history {volume.name} --verify</code></p>
         </>
       )}
-      {asked === "clone" && found && guest && <Clone volume={volume} guest={guest} point={found} close={() => setAsked(undefined)} />}
+      {source && guest && <Clone volume={volume} guest={guest} point={source} close={() => setSource(undefined)} />}
       {asked === "policy" && <Policy volume={volume} history={history} close={() => setAsked(undefined)} done={props.history.again} />}
       {asked === "end" && (
         <Sure title={`End the history of ${volume.name}`} verb="Give all points up" close={() => setAsked(undefined)} act={async () => {

@@ -3,15 +3,16 @@
 use std::time::Duration;
 
 use supercloud_api::{
-    Code, Freeze, Link, LinkState, Port, PortTraffic, Role, SiteHolds, SiteKind, Volume, VolumeHistory,
-    handover::{Holder, Owner},
-    ids::{Epoch, FreezeId, HostId},
+    Code, Freeze, Link, LinkState, MarketSeen, MirrorStanding, Port, PortTraffic, Role, SiteHolds, SiteKind, Volume,
+    VolumeHistory,
+    handover::{self, Holder, Owner, Stamp, Verdict},
+    ids::{Epoch, FreezeId, HostId, OperationId, RentingId},
     link::{Directive, FlowsTold, PathMeasured},
     unix_ms,
 };
 
 use super::{TestController, guest, problem};
-use crate::state::{Change, Context, GuestRecord};
+use crate::state::{Change, Context, GuestRecord, OperationRecord, RentingRecord};
 
 /// Measured well.
 pub fn path(to: HostId) -> PathMeasured {
@@ -143,6 +144,48 @@ async fn sites_are_what_records_and_hosts_tell() {
     assert_eq!(sites[0].holds, SiteHolds::Part);
     assert_eq!((sites[1].kind, sites[1].host), (SiteKind::OlderBlocks, Some(west.id)));
 
+    // A standby holds all from its first whole cut on.
+    let host_of = |sites: &[supercloud_api::Site]| {
+        let found = sites.iter().find(|site| site.kind == SiteKind::Standby).cloned();
+        found.map(|site| (site.host, site.holds))
+    };
+    assert_eq!(host_of(&of_volume().await), None);
+    let operation = OperationId::generate();
+    test.edit::<GuestRecord>(&web, |record| {
+        record.guest.operation = Some(operation);
+        record.owner.operation = Some(handover::Operation {
+            id: operation,
+            turn: 1,
+            kind: handover::OperationKind::Mirror { to: west.id },
+            phase: handover::Phase::Copy,
+            from: Stamp { owner: Owner::Host(east.id), epoch },
+            verdict: Verdict::Open,
+            group: false,
+            source_open: true,
+            destination_open: true,
+            source_lost: false,
+        });
+    })
+    .await;
+    assert_eq!(host_of(&of_volume().await), Some((Some(west.id), SiteHolds::Part)), "nothing is told of it");
+    let mut record = test.state().list::<OperationRecord>().await.unwrap().remove(0).value;
+    record.operation.id = operation;
+    record.operation.progress.mirror = Some(MirrorStanding::default());
+    let mut change = Change::new();
+    change.create(&record);
+    test.state().commit(&Context::system(), change).await.unwrap();
+    assert_eq!(host_of(&of_volume().await), Some((Some(west.id), SiteHolds::Part)), "its first cut is under way");
+    test.edit::<OperationRecord>(&operation, |record| {
+        record.operation.progress.mirror = Some(MirrorStanding { cut: 2, committed: 1, ..MirrorStanding::default() });
+    })
+    .await;
+    assert_eq!(host_of(&of_volume().await), Some((Some(west.id), SiteHolds::Whole)));
+    test.edit::<GuestRecord>(&web, |record| {
+        record.guest.operation = None;
+        record.owner.operation = None;
+    })
+    .await;
+
     // Frozen in the west: nothing runs, the freeze is one more site.
     let freeze = Freeze {
         id: FreezeId::generate(),
@@ -183,5 +226,40 @@ async fn sites_are_what_records_and_hosts_tell() {
     let stranger = test.client(&test.project("other").await.1);
     assert_eq!(problem(stranger.volume_sites(&volume.id.to_string()).await).code, Code::NotFound);
     assert_eq!(problem(stranger.image_sites(&image.id.to_string()).await).code, Code::NotFound);
+    test.stop().await;
+}
+
+#[tokio::test]
+async fn what_the_fleet_rents_is_shown_to_those_who_see_all_of_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let feed = folder.path().join("feed.csv");
+    let rows = "# supercloud-feed 1\nfeed_ms,cloud,instance_type,tenure,usd_per_hour\n0,east,m,spot,0.04\n0,west,m,spot,0.02\n";
+    std::fs::write(&feed, rows).unwrap();
+    let test = TestController::start_with(folder, &format!("[feed]\nfile = '{}'\nspeed = 0.0\n", feed.display())).await;
+    let world = test.world().await;
+    let renting = serde_json::json!({
+        "renting": {
+            "id": RentingId::generate(), "cloud": world.hosts[0].cloud, "cloud_name": "east", "provider": "p",
+            "host": HostId::generate(), "host_name": "h", "instance_type": "m", "tenure": "spot",
+            "max_price_nanousd_per_hour": null, "state": "ended", "end": "taken", "instance": null, "address": null,
+            "is_started_by_hand": false, "ending_as": null, "error": null, "rent_operation": OperationId::generate(),
+            "return_operation": null, "created_at_ms": 0, "launched_at_ms": 100, "up_at_ms": null, "ended_at_ms": 400,
+        },
+        "sealed_secret": "",
+    });
+    let renting: RentingRecord = serde_json::from_value(renting).unwrap();
+    let mut change = Change::new();
+    change.create(&renting);
+    test.state().commit(&Context::system(), change).await.unwrap();
+    let seen = async |secret: &str| {
+        let markets = test.client(secret).markets().await.unwrap();
+        assert_eq!(markets.len(), 2);
+        markets.into_iter().filter_map(|market| Some((market.cloud, market.seen?))).collect::<Vec<_>>()
+    };
+    let all = seen(&test.token("*", Role::Viewer).await.secret).await;
+    let expected = MarketSeen { machines: 1, ran_ms: 300, taken: 1, announced: 0 };
+    assert_eq!(all, [(world.hosts[0].cloud, expected)]);
+    assert_eq!(seen(&test.token("p", Role::Viewer).await.secret).await, []);
+    assert_eq!(seen(&test.token("p", Role::Operator).await.secret).await, []);
     test.stop().await;
 }
