@@ -917,7 +917,7 @@ export interface paths {
         };
         /**
          * The flows that the switch of a port's host holds for it, with what passed by each: asked of the host's agent now, which may take
-         *     up to five seconds.
+         *     up to five seconds, or less than a second ago.
          */
         get: operations["ports_flows"];
         put?: never;
@@ -1874,6 +1874,7 @@ export interface components {
             notice?: null | components["schemas"]["HostNotice"];
             /** @description Its address in the overlay's underlay; tunnels end there. */
             overlay_address?: string | null;
+            overlay_encryption?: null | components["schemas"]["OverlayEncryption"];
             /**
              * Format: int32
              * @description Its small number in the overlay (1 to 4094), which names its tunnels.
@@ -2212,7 +2213,8 @@ export interface components {
             from_name: components["schemas"]["Name"];
             /**
              * Format: double
-             * @description The share of opening packets, 0 to 1, that went again because they or their answers got lost; absent below 20 packets.
+             * @description The share of opening packets, 0 to 1, that got lost, or whose answers did, also of probes that nothing answered; absent
+             *     below 20 packets.
              */
             loss?: number | null;
             /**
@@ -2222,7 +2224,7 @@ export interface components {
             probes: number;
             /**
              * Format: int32
-             * @description Of these, those that went again.
+             * @description Of these, those that got lost, or whose answers did.
              */
             resent: number;
             /**
@@ -2237,7 +2239,7 @@ export interface components {
             rtt_us?: number | null;
             /**
              * Format: int32
-             * @description Opening packets of those that were answered.
+             * @description Opening packets of the probes, also of those that nothing answered.
              */
             sent: number;
             /** @description What is known. */
@@ -2487,6 +2489,13 @@ export interface components {
          * @enum {string}
          */
         OperationKind: "image_import" | "guest_start" | "guest_stop" | "guest_delete" | "guest_migrate" | "guest_mirror" | "guest_freeze" | "guest_thaw" | "host_rent" | "host_return";
+        /** @description How a host encrypts the overlay's tunnels: by WireGuard, beneath them. */
+        OverlayEncryption: {
+            /** @description Where it takes encrypted packets (UDP); absent behind a NAT: it speaks first. */
+            endpoint?: string | null;
+            /** @description Its public key (Curve25519), base64. */
+            public_key: string;
+        };
         /** @description One page of a listing. `next_page`, when present, is passed back as `?page=`. */
         Page_ChunkStore: {
             /** @description The items of this page, ordered by id. */
@@ -2792,6 +2801,7 @@ export interface components {
                 notice?: null | components["schemas"]["HostNotice"];
                 /** @description Its address in the overlay's underlay; tunnels end there. */
                 overlay_address?: string | null;
+                overlay_encryption?: null | components["schemas"]["OverlayEncryption"];
                 /**
                  * Format: int32
                  * @description Its small number in the overlay (1 to 4094), which names its tunnels.
@@ -2858,7 +2868,8 @@ export interface components {
                 from_name: components["schemas"]["Name"];
                 /**
                  * Format: double
-                 * @description The share of opening packets, 0 to 1, that went again because they or their answers got lost; absent below 20 packets.
+                 * @description The share of opening packets, 0 to 1, that got lost, or whose answers did, also of probes that nothing answered; absent
+                 *     below 20 packets.
                  */
                 loss?: number | null;
                 /**
@@ -2868,7 +2879,7 @@ export interface components {
                 probes: number;
                 /**
                  * Format: int32
-                 * @description Of these, those that went again.
+                 * @description Of these, those that got lost, or whose answers did.
                  */
                 resent: number;
                 /**
@@ -2883,7 +2894,7 @@ export interface components {
                 rtt_us?: number | null;
                 /**
                  * Format: int32
-                 * @description Opening packets of those that were answered.
+                 * @description Opening packets of the probes, also of those that nothing answered.
                  */
                 sent: number;
                 /** @description What is known. */

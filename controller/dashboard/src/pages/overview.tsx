@@ -44,7 +44,8 @@ export function Where() {
   const found = places(clouds.value.values(), hosts.value.values(), guests.value.values());
   return (
     <Panel title="Where everything is" wide>
-      {found.length === 0 ? <Empty>No cloud yet: <code>supercloud cloud create NAME</code></Empty> : <Map_ places={found} operations={underWay.value} links={ways.value} areAll={areAllWays.value} />}
+      {found.length === 0 ? <Empty>No cloud yet: <code>supercloud cloud create NAME</code></Empty> : <Map_ places={found} operations={underWay.value} links={ways.value} />}
+      {!areAllWays.value && <p class="small soft" role="note">This fleet has more ways than a page holds: the round trips and losses here are those of {ways.value.length} of them. Each host's page has all of its own.</p>}
     </Panel>
   );
 }

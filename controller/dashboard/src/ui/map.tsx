@@ -24,8 +24,7 @@ function Ways(props: { cloud: string; ways: Way[] }) {
   );
 }
 
-/** `areAll`: the links are all there are; else what is said of the ways is said of a part. */
-export function Map_(props: { places: Place[]; operations: Operation[]; links: HostLink[]; areAll: boolean }) {
+export function Map_(props: { places: Place[]; operations: Operation[]; links: HostLink[] }) {
   const box = useRef<HTMLDivElement>(null);
   const [arcs, setArcs] = useState<Arc[]>([]);
   const [lines, setLines] = useState<(Arc & { state: Way["state"] })[]>([]);
@@ -61,8 +60,6 @@ export function Map_(props: { places: Place[]; operations: Operation[]; links: H
     return () => observer.disconnect();
   }, [mark]);
   return (
-    <>
-    {!props.areAll && <p class="small soft" role="note">The fleet has more ways than are shown here: round trips and loss are those of {props.links.length} of them. Each host's page has all of its own.</p>}
     <div class="map" ref={box}>
       {props.places.map((place) => (
         <div class="cloud" key={place.cloud.id} data-cloud={place.cloud.id}>
@@ -96,6 +93,5 @@ export function Map_(props: { places: Place[]; operations: Operation[]; links: H
         ))}
       </svg>
     </div>
-    </>
   );
 }
