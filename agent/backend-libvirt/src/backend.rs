@@ -415,7 +415,7 @@ impl Backend for LibvirtBackend {
         BACK_END
     }
 
-    fn has_balloon(&self) -> bool {
+    fn has_balloon(&self, _: &CompatClass) -> bool {
         true
     }
 

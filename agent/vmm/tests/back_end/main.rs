@@ -303,8 +303,12 @@ async fn what_is_lacking_or_away_is_named_and_leaves_nothing() {
     let guest = GuestId::generate();
     let good = host.launch(guest, 1).await;
     type Spoil = fn(&mut Launch);
-    let cases: [(&str, Spoil); 7] = [
-        ("balloon", |launch| launch.spec.devices.has_balloon = true),
+    let cases: [(&str, Spoil); 8] = [
+        ("balloon", |launch| {
+            launch.spec.devices.has_balloon = true;
+            launch.spec.class.machine_version = "1".to_owned();
+        }),
+        ("kvm/kvm/3", |launch| launch.spec.class.machine_version = "3".to_owned()),
         ("/nowhere/nbd", |launch| launch.spec.boot = Boot::Disk),
         ("host-other", |launch| launch.spec.class.cpu_baseline = "host-other".to_owned()),
         ("libvirt-qemu", |launch| launch.spec.class.back_end = "libvirt-qemu".to_owned()),

@@ -7,7 +7,10 @@
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _};
 
 use super::TravelError;
-use crate::vmm::{Ram, memory::PAGE_BYTES};
+use crate::vmm::{
+    Ram,
+    memory::{self, Holes, PAGE_BYTES},
+};
 
 const PAGE: usize = PAGE_BYTES as usize;
 const HEAD: usize = 9;
@@ -69,6 +72,24 @@ impl Packer {
             .map_err(|_| TravelError::Malformed("a page beyond memory"))?;
         self.pack_read(number, out);
         Ok(())
+    }
+
+    /// Likewise, of a memory with these holes; what is one is not read, which would put a page of zeros there.
+    ///
+    /// # Errors
+    /// As [`Packer::pack`], and when the system does not say where holes are.
+    pub(super) fn pack_or_hole(
+        &mut self,
+        ram: &Ram,
+        holes: &mut Holes<'_>,
+        number: u64,
+        out: &mut Vec<u8>,
+    ) -> Result<(), TravelError> {
+        if holes.is_hole(number)? {
+            self.pack_copy(number, None, out);
+            return Ok(());
+        }
+        self.pack(ram, number, out)
     }
 
     /// Appends a page that was copied aside; `None`: nothing but zeros.
@@ -150,6 +171,11 @@ impl Unpacker {
     /// When it is not what a packer makes, or not of this memory.
     pub fn unpack(&mut self, ram: &Ram, from: &[u8], is_first: bool) -> Result<(), TravelError> {
         self.each(ram, from, is_first, |at, page| {
+            if page.iter().all(|byte| *byte == 0) {
+                // It takes no space here either.
+                let page = at.0 / PAGE_BYTES;
+                return memory::take_out(ram, page, page + 1).map(drop).map_err(TravelError::from);
+            }
             ram.write_slice(page, at).map_err(|_| TravelError::Malformed("a page beyond memory"))
         })
     }

@@ -16,22 +16,23 @@ use crate::vmm::{
     virtio::nbd::{LinkNews, NbdLink},
 };
 
-const BYTES: usize = 64 * 512;
+pub const BYTES: usize = 64 * 512;
 
 /// A request as the server reads it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Asked {
-    command: u16,
+pub struct Asked {
+    pub flags: u16,
+    pub command: u16,
     cookie: u64,
-    offset: usize,
-    bytes: usize,
+    pub offset: usize,
+    pub bytes: usize,
     data: Vec<u8>,
 }
 
-struct Server(UnixStream);
+pub struct Server(pub UnixStream);
 
 impl Server {
-    fn shake_hands(&mut self, size: u64) {
+    pub fn shake_hands(&mut self, flags: u16, size: u64) {
         self.put(&0x4e42_444d_4147_4943u64.to_be_bytes());
         self.put(&0x4948_4156_454f_5054u64.to_be_bytes());
         self.put(&3u16.to_be_bytes());
@@ -43,7 +44,7 @@ impl Server {
         self.get::<6>();
         let mut export = 0u16.to_be_bytes().to_vec();
         export.extend(size.to_be_bytes());
-        export.extend(5u16.to_be_bytes());
+        export.extend(flags.to_be_bytes());
         for (kind, data) in [(3u32, [&3u16.to_be_bytes()[..], &[0; 12]].concat()), (3, export), (1, Vec::new())] {
             self.put(&0x0003_e889_0455_65a9u64.to_be_bytes());
             self.put(&7u32.to_be_bytes());
@@ -64,21 +65,21 @@ impl Server {
     }
 
     /// The next request; `None` when the client has gone.
-    fn next(&mut self) -> Option<Asked> {
+    pub fn next(&mut self) -> Option<Asked> {
         let mut magic = [0; 4];
         self.0.read_exact(&mut magic).ok()?;
         assert_eq!(magic, 0x2560_9513u32.to_be_bytes());
-        assert_eq!(self.get::<2>(), [0; 2]);
+        let flags = u16::from_be_bytes(self.get());
         let command = u16::from_be_bytes(self.get());
         let cookie = u64::from_be_bytes(self.get());
         let offset = usize::try_from(u64::from_be_bytes(self.get())).unwrap();
         let bytes = usize::try_from(u32::from_be_bytes(self.get())).unwrap();
         let mut data = vec![0; if command == 1 { bytes } else { 0 }];
         self.0.read_exact(&mut data).ok()?;
-        Some(Asked { command, cookie, offset, bytes, data })
+        Some(Asked { flags, command, cookie, offset, bytes, data })
     }
 
-    fn answer(&mut self, asked: &Asked, error: u32, data: &[u8]) {
+    pub fn answer(&mut self, asked: &Asked, error: u32, data: &[u8]) {
         self.put(&0x6744_6698u32.to_be_bytes());
         self.put(&error.to_be_bytes());
         self.put(&asked.cookie.to_be_bytes());
@@ -112,17 +113,27 @@ fn serving_bytes<T: Send + 'static>(
     bytes: usize,
     work: impl FnOnce(Server) -> T + Send + 'static,
 ) -> (UnixStream, JoinHandle<T>) {
+    // It can flush, and nothing else.
+    serving_with(5, bytes, work)
+}
+
+/// Likewise, of a server with these transmission flags.
+pub fn serving_with<T: Send + 'static>(
+    flags: u16,
+    bytes: usize,
+    work: impl FnOnce(Server) -> T + Send + 'static,
+) -> (UnixStream, JoinHandle<T>) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     theirs.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let thread = std::thread::spawn(move || {
         let mut server = Server(theirs);
-        server.shake_hands(u64::try_from(bytes).unwrap());
+        server.shake_hands(flags, u64::try_from(bytes).unwrap());
         work(server)
     });
     (ours, thread)
 }
 
-fn linked(stream: UnixStream) -> (NbdLink, Receiver<LinkNews>) {
+pub fn linked(stream: UnixStream) -> (NbdLink, Receiver<LinkNews>) {
     let (sender, news) = channel();
     let tell = move |what| {
         let _ = sender.send(what);
@@ -130,7 +141,7 @@ fn linked(stream: UnixStream) -> (NbdLink, Receiver<LinkNews>) {
     (NbdLink::new(stream, Box::new(tell)).unwrap(), news)
 }
 
-fn pattern() -> Vec<u8> {
+pub fn pattern() -> Vec<u8> {
     (0..BYTES).map(|at| u8::try_from((at * 7 + at / 512) % 251).unwrap()).collect()
 }
 
@@ -275,7 +286,7 @@ fn a_link_that_breaks_costs_the_guest_nothing_but_time() {
     assert!(!driver.has_used(0));
     // A server of another disk is not taken; the next one is, and gets all of it again.
     let (other, theirs) = UnixStream::pair().unwrap();
-    let wrong = std::thread::spawn(move || Server(theirs).shake_hands(4096));
+    let wrong = std::thread::spawn(move || Server(theirs).shake_hands(5, 4096));
     assert!(link.replace(other).unwrap_err().to_string().contains("4096"));
     wrong.join().unwrap();
     let (stream, server) = serving(|server| server.serve(pattern()));
