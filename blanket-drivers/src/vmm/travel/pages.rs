@@ -293,6 +293,25 @@ mod tests {
     }
 
     #[test]
+    fn a_hole_travels_and_is_put_nowhere() {
+        let (from, to) = (ram(), ram());
+        from.write_obj(7u64, GuestAddress(3 * PAGE_BYTES)).unwrap();
+        for page in [3, 5] {
+            to.write_obj(9u64, GuestAddress(page * PAGE_BYTES + 8)).unwrap();
+        }
+        let (mut packer, mut holes, mut wire) = (Packer::new().unwrap(), Holes::new(&from), Vec::new());
+        (0..16).for_each(|page| packer.pack_or_hole(&from, &mut holes, page, &mut wire).unwrap());
+        assert_eq!((packer.forms.zero, packer.forms.compressed), (15, 1));
+        Unpacker::new().unwrap().unpack(&to, &wire, false).unwrap();
+        for ram in [&from, &to] {
+            let mut holes = Holes::new(ram);
+            let there: Vec<u64> = (0..1024).filter(|page| !holes.is_hole(*page).unwrap()).collect();
+            assert_eq!(there, [3]);
+            assert_eq!(ram.read_obj::<[u64; 2]>(GuestAddress(3 * PAGE_BYTES)).unwrap(), [7, 0]);
+        }
+    }
+
+    #[test]
     fn pages_that_are_not_there_are_refused() {
         let to = ram();
         for number in [BYTES / 4096, u64::MAX, u64::MAX / 4096, 1 << 52] {
