@@ -7,7 +7,7 @@ use std::{
 };
 
 use supercloud_blanket::{
-    Backend, BackendError, BackendResult, BoxFuture, Launch, LiveMigration,
+    Backend, BackendError, BackendResult, BoxFuture, CompatClass, Launch, LiveMigration,
     backend::{
         BackendEvent, Capabilities, Frozen, GuestInfo, MemoryStats, PauseReason, RunState, StopMode, StopReason,
     },
