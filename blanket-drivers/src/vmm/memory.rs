@@ -98,7 +98,7 @@ pub fn take_out(ram: &Ram, first: u64, after: u64) -> io::Result<u64> {
         let Some(pages) = to.checked_sub(from).filter(|pages| *pages > 0) else { continue };
         let (offset, bytes) = ((from - start) * PAGE_BYTES, pages * PAGE_BYTES);
         let data = next_data(region, offset)?;
-        if data.is_none_or(|data| data.start >= offset + bytes) {
+        if data.is_none_or(|data| data >= offset + bytes) {
             continue;
         }
         let (at, length) =
@@ -115,32 +115,25 @@ pub fn take_out(ram: &Ram, first: u64, after: u64) -> io::Result<u64> {
     Ok(taken)
 }
 
-/// The next part of a region's file that was ever written, and not taken out, from `offset` in the region on; in bytes of the region.
+/// Where in a region's file the next page is that was ever written, and not taken out, from `offset` in the region on; in bytes of the
+/// region. How far what is there reaches is not asked: the system looks at each page of it to tell, and who goes on page by page would
+/// ask for all of it each time.
 ///
 /// # Errors
 /// When the system does not say.
-fn next_data(
-    region: &vm_memory::GuestRegionMmap<AtomicBitmap>,
-    offset: u64,
-) -> io::Result<Option<std::ops::Range<u64>>> {
+fn next_data(region: &vm_memory::GuestRegionMmap<AtomicBitmap>, offset: u64) -> io::Result<Option<u64>> {
     let file = region.file_offset().ok_or_else(|| io::Error::other("memory without a file"))?;
-    let seek = |at: u64, whence| {
-        let at = libc::off_t::try_from(at).map_err(io::Error::other)?;
-        // SAFETY: a plain system call on a descriptor of ours; nobody reads or writes at its place.
-        let found = unsafe { libc::lseek(file.file().as_raw_fd(), at, whence) };
-        match u64::try_from(found) {
-            Ok(found) => Ok(Some(found)),
-            Err(_) => match io::Error::last_os_error() {
-                error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
-                error => Err(error),
-            },
-        }
-    };
     let (start, end) = (file.start(), file.start() + region.len());
-    let Some(data) = seek(start + offset, libc::SEEK_DATA)?.filter(|data| *data < end) else { return Ok(None) };
-    // One that was taken out in between is a hole of no length.
-    let hole = seek(data, libc::SEEK_HOLE)?.unwrap_or(end).clamp(data, end);
-    Ok(Some(data - start..hole - start))
+    let at = libc::off_t::try_from(start + offset).map_err(io::Error::other)?;
+    // SAFETY: a plain system call on a descriptor of ours; nobody reads or writes at its place.
+    let found = unsafe { libc::lseek(file.file().as_raw_fd(), at, libc::SEEK_DATA) };
+    match u64::try_from(found) {
+        Ok(found) => Ok((found < end).then(|| found.saturating_sub(start))),
+        Err(_) => match io::Error::last_os_error() {
+            error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+            error => Err(error),
+        },
+    }
 }
 
 /// Which pages of a memory are holes: never written, or taken out. For who asks for one page after the other, ascending, and hears
@@ -148,7 +141,8 @@ fn next_data(
 #[derive(Debug)]
 pub struct Holes<'r> {
     ram: &'r Ram,
-    /// Pages of which it is known: in the first range, up to where the second begins, are none that were written; in the second are all.
+    /// Pages of which it is known: in the first range are none that were written; the second is one that was, or none. More of what is
+    /// there is not looked for: that takes longer than to ask again, and the guest may stand still meanwhile.
     hole: std::ops::Range<u64>,
     data: std::ops::Range<u64>,
 }
@@ -176,11 +170,10 @@ impl<'r> Holes<'r> {
         let Some(at) = page.checked_mul(PAGE_BYTES) else { return Ok(()) };
         let Some(region) = self.ram.find_region(GuestAddress(at)) else { return Ok(()) };
         let start = region.start_addr().0;
-        let end = start + region.len();
-        let data = next_data(region, at - start)?.unwrap_or(region.len()..region.len());
-        let from = (start + data.start) / PAGE_BYTES;
+        let data = next_data(region, at - start)?;
+        let from = (start + data.unwrap_or(region.len())) / PAGE_BYTES;
         self.hole = page..from;
-        self.data = from..(start + data.end).min(end).div_ceil(PAGE_BYTES);
+        self.data = from..from + u64::from(data.is_some());
         Ok(())
     }
 }
@@ -255,6 +248,9 @@ mod tests {
             assert_eq!(now, if is_out { 0 } else { 7 });
         }
         let mut holes = Holes::new(&ram);
+        // How far what is there reaches is not looked for.
+        assert!(!holes.is_hole(3).unwrap() && holes.data == (3..4) && holes.hole.is_empty());
+        assert!(holes.is_hole(0).unwrap() && (&holes.hole, &holes.data) == (&(0..3), &(3..4)));
         let all: Vec<u64> = (0..16).filter(|page| !holes.is_hole(*page).unwrap()).collect();
         assert_eq!(all, [3, 4, 5, 6]);
         assert!(![low, high - 1, high + 2048, u64::MAX].into_iter().any(|page| holes.is_hole(page).unwrap()));
