@@ -224,7 +224,11 @@ impl Block {
 
     /// Answers what is done.
     fn finish(&mut self, ring: &mut Ring) {
-        while let Some(Completion { id, result }) = self.backend.done() {
+        self.finish_by(ring, |backend| backend.done());
+    }
+
+    fn finish_by(&mut self, ring: &mut Ring, next: impl Fn(&mut dyn BlockBackend) -> Option<Completion>) {
+        while let Some(Completion { id, result }) = next(&mut *self.backend) {
             let Some(InFlight { status, written }) = self.in_flight.remove(&id) else { continue };
             match result {
                 Ok(()) => answer(ring, id, status, STATUS_OK, written),
@@ -318,8 +322,8 @@ impl Handler for Block {
         }
         let outcome = self.backend.await_cut(until);
         if let Some(Some(ring)) = rings.first_mut() {
-            // What was answered meanwhile is not in flight any more.
-            self.finish(ring);
+            // What was answered meanwhile is not in flight any more. What is answered from now on is not in the cut.
+            self.finish_by(ring, |backend| backend.done_before_cut());
         }
         outcome
     }

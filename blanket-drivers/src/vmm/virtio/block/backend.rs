@@ -101,6 +101,12 @@ pub trait BlockBackend: Send {
     /// The next request that is done, if there is one; does not wait.
     fn done(&mut self) -> Option<Completion>;
 
+    /// Likewise, of those that were done when a cut was taken: nothing is done for it. [`BlockBackend::done`] and
+    /// [`BlockBackend::submit`] go on with everything.
+    fn done_before_cut(&mut self) -> Option<Completion> {
+        None
+    }
+
     /// What there is to wait for while requests are in flight; nothing of one that does everything at once.
     fn wakers(&self) -> Wakers<'_> {
         Wakers::default()

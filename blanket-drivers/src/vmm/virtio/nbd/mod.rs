@@ -48,8 +48,8 @@ const CMD_TRIM: u16 = 4;
 const CMD_WRITE_ZEROES: u16 = 6;
 /// Zeros shall take space as if they were written.
 const FLAG_NO_HOLE: u16 = 1 << 1;
-/// Error numbers of the protocol of which another try helps nobody: EPERM, EINVAL, EOVERFLOW.
-const FINAL_ERRORS: [u32; 3] = [1, 22, 75];
+/// Error numbers of the protocol of which another try helps nobody: EPERM, EINVAL, EOVERFLOW, ENOTSUP.
+const FINAL_ERRORS: [u32; 4] = [1, 22, 75, 95];
 
 /// The pause before a request that failed is tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -157,6 +157,7 @@ impl NbdLink {
             refused_until: None,
             is_refused: false,
             cuts: Cuts::default(),
+            is_still: false,
         }
     }
 }
@@ -219,6 +220,9 @@ pub struct NbdDisk {
     refused_until: Option<Instant>,
     is_refused: bool,
     cuts: Cuts,
+    /// From the beginning of a cut until requests are served again, or there is none: nothing but it is sent, and nothing behind its
+    /// answer is read. Else what is not in the cut could be answered to a guest that is saved with it.
+    is_still: bool,
 }
 
 /// Why a link cannot be used any more; what there is to do is the same for all.
@@ -319,6 +323,9 @@ impl NbdDisk {
                     Sent::Whole => {}
                     Sent::InPart => return Ok(()),
                 }
+                if self.is_still {
+                    return Ok(());
+                }
                 if self.refused_until.is_some_and(|until| Instant::now() < until) {
                     return Ok(());
                 }
@@ -374,6 +381,9 @@ impl NbdDisk {
                 }
                 continue;
             }
+            if self.is_still && self.cuts.is_answered() {
+                return Ok(());
+            }
             if receiving.header_read < REPLY_BYTES {
                 match moved(stream.read(&mut receiving.header[receiving.header_read..]))? {
                     Some(count) => receiving.header_read += count,
@@ -405,11 +415,15 @@ impl NbdDisk {
                     self.pending.remove(&id);
                     self.done.push_back(Completion { id, result: Ok(()) });
                 }
-                (error, _) if FINAL_ERRORS.contains(&error) => {
+                (error, operation) if FINAL_ERRORS.contains(&error) => {
                     *receiving = Receiving::default();
+                    let result = match operation {
+                        // Nobody is promised anything by it.
+                        BlockOperation::Discard { .. } => Ok(()),
+                        _ => Err(io::Error::from_raw_os_error(i32::try_from(error).unwrap_or(libc::EIO))),
+                    };
                     self.pending.remove(&id);
                     self.emptied.remove(&id);
-                    let result = Err(io::Error::from_raw_os_error(i32::try_from(error).unwrap_or(libc::EIO)));
                     self.done.push_back(Completion { id, result });
                 }
                 (error, _) => {
@@ -482,15 +496,21 @@ impl BlockBackend for NbdDisk {
         if self.ram.is_none() {
             self.ram = Some(Arc::clone(ram));
         }
+        self.is_still = false;
         self.pending.insert(id, operation);
         self.waiting.push_back(id);
         self.pump();
     }
 
     fn done(&mut self) -> Option<Completion> {
+        self.is_still = false;
         if self.done.is_empty() {
             self.pump();
         }
+        self.done.pop_front()
+    }
+
+    fn done_before_cut(&mut self) -> Option<Completion> {
         self.done.pop_front()
     }
 
@@ -498,12 +518,12 @@ impl BlockBackend for NbdDisk {
         let mut events = vec![(bell(&self.shared.bell), libc::POLLIN)];
         let until = self.refused_until.map(|until| until.saturating_duration_since(Instant::now()));
         if let Some(socket) = &self.socket {
-            let wants_room =
-                self.sending.is_some() || self.cuts.has_more() || (until.is_none() && !self.waiting.is_empty());
+            let may_send = until.is_none() && !self.is_still;
+            let wants_room = self.sending.is_some() || self.cuts.has_more() || (may_send && !self.waiting.is_empty());
             let room = if wants_room { libc::POLLOUT } else { 0 };
             events.push((socket.as_fd(), libc::POLLIN | room));
         }
-        Wakers { events, after: until.filter(|_| !self.waiting.is_empty()) }
+        Wakers { events, after: until.filter(|_| !self.waiting.is_empty() && !self.is_still) }
     }
 
     fn pending(&self) -> Vec<(RequestId, BlockOperation)> {
@@ -516,6 +536,7 @@ impl BlockBackend for NbdDisk {
             return Err(io::Error::new(io::ErrorKind::NotConnected, "there is no way to the disk"));
         }
         self.cuts.begin(number)?;
+        self.is_still = true;
         self.pump();
         Ok(())
     }
@@ -524,10 +545,12 @@ impl BlockBackend for NbdDisk {
         loop {
             self.pump();
             if let Some(outcome) = self.cuts.outcome() {
+                self.is_still = outcome.is_ok();
                 return outcome;
             }
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
+                self.is_still = false;
                 return Err(io::Error::new(
                     io::ErrorKind::TimedOut,
                     "the volume process has not taken the cut in time",
@@ -540,6 +563,7 @@ impl BlockBackend for NbdDisk {
     }
 
     fn drain(&mut self) -> Vec<(RequestId, BlockOperation)> {
+        self.is_still = false;
         let end = Instant::now() + DRAIN_BUDGET;
         loop {
             self.pump();

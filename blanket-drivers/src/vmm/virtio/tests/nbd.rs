@@ -2,7 +2,7 @@
 
 use std::{
     io::Read as _,
-    os::unix::net::UnixStream,
+    os::{fd::AsRawFd as _, unix::net::UnixStream},
     sync::mpsc::{Receiver, channel},
     thread::JoinHandle,
     time::{Duration, Instant},
@@ -84,6 +84,13 @@ impl Server {
         self.put(&error.to_be_bytes());
         self.put(&asked.cookie.to_be_bytes());
         self.put(data);
+    }
+
+    /// Whether something comes before so many milliseconds are over.
+    fn has_more_within(&self, ms: libc::c_int) -> bool {
+        let mut polled = libc::pollfd { fd: self.0.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one descriptor, of a socket of ours, in a place that lives until the call returns.
+        unsafe { libc::poll(&raw mut polled, 1, ms) > 0 }
     }
 
     /// Serves to the end; the disk as it was left.
@@ -408,6 +415,68 @@ fn a_cut_is_taken_while_a_request_hangs() {
     driver.device.resume();
     drop((driver, link));
     assert_eq!(server.join().unwrap(), ([(0x5343, 7, 0), (0x5343, 8, 0)], None));
+}
+
+/// What is answered behind a cut's answer may not be in the cut: it is not answered to the guest before that is saved.
+#[test]
+fn what_is_answered_behind_a_cut_is_answered_after_it() {
+    let (has_it, asked) = channel();
+    let (stream, server) = serving(move |mut server| {
+        let write = server.next().unwrap();
+        has_it.send(()).unwrap();
+        let cut = server.next().unwrap();
+        let one = |asked: &Asked| [&0x6744_6698u32.to_be_bytes()[..], &[0; 4], &asked.cookie.to_be_bytes()].concat();
+        server.put(&[one(&cut), one(&write)].concat());
+        (cut.command, server.next())
+    });
+    let (link, _news) = linked(stream);
+    let mut driver = Driver::new(block::device(Box::new(link.disk()), "disk", false));
+    driver.bring_up(1 << 9);
+    offer(&mut driver, 0, 1, 9, readable(BUFFERS + 0x1_0000, 512));
+    asked.recv().unwrap();
+    driver.device.hold();
+    driver.device.begin_cut(7).unwrap();
+    driver.device.await_cut(Instant::now() + Duration::from_secs(20)).unwrap();
+    assert!(!driver.has_used(0));
+    let saved = serde_json::to_value(driver.device.save().unwrap()).unwrap();
+    let aside: serde_json::Value =
+        serde_json::from_slice(&serde_json::from_value::<Vec<u8>>(saved["handler"].clone()).unwrap()).unwrap();
+    assert!(aside[0]["operation"]["write"].is_object(), "{aside}");
+    driver.device.resume();
+    assert_eq!(driver.await_used(0), (0, 1));
+    drop((driver, link));
+    assert_eq!(server.join().unwrap(), (0x5343, None));
+}
+
+/// Between a cut's request and the guest's going on nothing else is sent: a server would do it behind the cut.
+#[test]
+fn nothing_is_sent_behind_a_cut_until_the_device_goes_on() {
+    let (has_it, asked) = channel();
+    let (stream, server) = serving(move |mut server| {
+        let write = server.next().unwrap();
+        has_it.send(()).unwrap();
+        let cut = server.next().unwrap();
+        // It is to be tried again, in a second; the cut takes longer.
+        server.answer(&write, 28, &[]);
+        let came = server.has_more_within(1500);
+        server.answer(&cut, 0, &[]);
+        let again = server.next().unwrap();
+        server.answer(&again, 0, &[]);
+        (came, again == write, server.next())
+    });
+    let (link, _news) = linked(stream);
+    let mut driver = Driver::new(block::device(Box::new(link.disk()), "disk", false));
+    driver.bring_up(1 << 9);
+    offer(&mut driver, 0, 1, 9, readable(BUFFERS + 0x1_0000, 512));
+    asked.recv().unwrap();
+    driver.device.hold();
+    driver.device.begin_cut(7).unwrap();
+    driver.device.await_cut(Instant::now() + Duration::from_secs(20)).unwrap();
+    assert!(!driver.has_used(0));
+    driver.device.resume();
+    assert_eq!(driver.await_used(0), (0, 1));
+    drop((driver, link));
+    assert_eq!(server.join().unwrap(), (false, true, None));
 }
 
 #[test]
