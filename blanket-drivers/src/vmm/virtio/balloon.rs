@@ -8,14 +8,17 @@
 //! taken out counts as written, after it was taken out: a move or a mirror that runs sends it again, as zeros. While memory is missing
 //! that a move has left behind, nothing is taken out ([`Balloon::keep`]): requests are answered, and the memory stays.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering},
+use std::{
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering},
+    },
 };
 
 use serde::{Deserialize, Serialize};
 
-use super::{Device, Handler, Next, Ring, Segments, ring::Chain, worker::BUDGET};
+use super::{Device, Handler, Next, Ring, Segment, Segments, worker::BUDGET};
 use crate::vmm::{
     Ram,
     memory::{self, PAGE_BYTES},
@@ -33,6 +36,15 @@ const DEFLATE: usize = 1;
 const QUEUES: [u16; 5] = [128; 5];
 /// Most pages of one request that are looked at; Linux sends 256.
 const MAX_PAGES: usize = 4096;
+/// Most ranges of one report that are looked at; Linux sends 32. The rest stays: a report is a hint.
+const MAX_RANGES: usize = 256;
+/// Most pages that are taken out for one report, 512 MiB, whatever its ranges are.
+const MAX_REPORTED: u64 = (512 << 20) / PAGE_BYTES;
+/// A round of a queue ends, besides after [`BUDGET`] requests, with the one that brings it to so many ranges or pages: the device is
+/// to be stopped soon.
+const ROUND_RANGES: usize = 256;
+/// Likewise, of pages: 512 MiB.
+const ROUND_PAGES: u64 = MAX_REPORTED;
 /// Configuration (5.5.4): pages that are asked for, pages that were given, and what belongs to features that are not offered.
 const CONFIG_BYTES: usize = 16;
 const ACTUAL_AT: u64 = 4;
@@ -171,49 +183,73 @@ pub fn device(memory_bytes: u64) -> Device {
 }
 
 impl Inflated {
-    /// The guest sets these pages aside.
-    fn inflate(&self, ram: &Ram, chain: &Chain) {
-        let pages = page_numbers(ram, &chain.readable);
-        let mut pages = pages.into_iter().peekable();
-        while let Some(first) = pages.next() {
-            let mut after = first + 1;
-            while pages.next_if_eq(&after).is_some() {
-                after += 1;
-            }
-            self.balloon.take_out(ram, first, after);
-        }
-    }
-
-    /// The guest does not use these ranges now.
-    fn report(&self, ram: &Ram, chain: &Chain) {
-        for segment in &chain.writable.0 {
-            // Whole pages only. It was checked that it lies in memory, so that nothing wraps.
-            let first = segment.at.0.div_ceil(PAGE_BYTES);
-            let after = (segment.at.0 + u64::from(segment.bytes)) / PAGE_BYTES;
-            if first < after {
-                self.balloon.take_out(ram, first, after);
-            }
-        }
-    }
-
     fn serve_one(&self, index: usize, ring: &mut Ring) -> Next {
-        for _ in 0..BUDGET {
+        let mut round = Round::default();
+        while !round.is_over() {
             let Some(chain) = ring.pop() else {
                 return if ring.ask_for_kicks() { Next::Again } else { Next::Wait };
             };
-            if chain.is_whole {
-                match index {
-                    INFLATE => self.inflate(ring.ram(), &chain),
-                    // It has them at once: they are zeros as soon as it looks.
-                    DEFLATE => {}
-                    _ if self.features & F_REPORTING != 0 => self.report(ring.ram(), &chain),
-                    _ => {}
-                }
-            }
+            let ranges = match index {
+                _ if !chain.is_whole => Vec::new(),
+                INFLATE => set_aside(ring.ram(), &chain.readable),
+                // It has them at once: they are zeros as soon as it looks.
+                DEFLATE => Vec::new(),
+                _ if self.features & F_REPORTING != 0 => reported(&chain.writable),
+                _ => Vec::new(),
+            };
+            ranges.iter().for_each(|pages| self.balloon.take_out(ring.ram(), pages.start, pages.end));
+            round.count(&ranges);
             ring.finish(chain.head, 0);
         }
         Next::Again
     }
+}
+
+/// What a round has done so far.
+#[derive(Debug, Default)]
+struct Round {
+    requests: usize,
+    ranges: usize,
+    pages: u64,
+}
+
+impl Round {
+    /// One more request, with these ranges.
+    fn count(&mut self, ranges: &[Range<u64>]) {
+        self.requests += 1;
+        self.ranges += ranges.len();
+        self.pages += ranges.iter().map(|pages| pages.end - pages.start).sum::<u64>();
+    }
+
+    const fn is_over(&self) -> bool {
+        self.requests >= BUDGET || self.ranges >= ROUND_RANGES || self.pages >= ROUND_PAGES
+    }
+}
+
+/// The pages that a guest does not use now: whole ones only, and no more than are bounded.
+fn reported(writable: &Segments) -> Vec<Range<u64>> {
+    let mut left = MAX_REPORTED;
+    let range = |segment: &Segment| {
+        // It was checked that it lies in memory, so that nothing wraps.
+        let first = segment.at.0.div_ceil(PAGE_BYTES);
+        let after = (segment.at.0 + u64::from(segment.bytes)) / PAGE_BYTES;
+        let pages = after.saturating_sub(first).min(left);
+        left -= pages;
+        (pages > 0).then_some(first..first + pages)
+    };
+    writable.0.iter().take(MAX_RANGES).filter_map(range).collect()
+}
+
+/// The pages that a guest sets aside.
+fn set_aside(ram: &Ram, readable: &Segments) -> Vec<Range<u64>> {
+    let mut ranges: Vec<Range<u64>> = Vec::new();
+    for page in page_numbers(ram, readable) {
+        match ranges.last_mut() {
+            Some(last) if last.end == page => last.end += 1,
+            _ => ranges.push(page..page + 1),
+        }
+    }
+    ranges
 }
 
 /// The pages that a request names, each once, ascending.
@@ -269,5 +305,45 @@ impl Handler for Inflated {
     fn forget(&mut self) {
         // A driver that begins anew has all of its memory.
         self.balloon.actual.store(0, Ordering::SeqCst);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::GuestAddress;
+
+    fn segments(pages: impl IntoIterator<Item = (u64, u64)>) -> Segments {
+        let segment = |(first, pages): (u64, u64)| Segment {
+            at: GuestAddress(first * PAGE_BYTES),
+            bytes: u32::try_from(pages * PAGE_BYTES).unwrap(),
+        };
+        Segments(pages.into_iter().map(segment).collect())
+    }
+
+    #[test]
+    fn a_report_is_bounded_in_ranges_and_in_pages() {
+        let many = reported(&segments((0..1000).map(|at| (2 * at, 1))));
+        assert_eq!((many.len(), many.last().cloned()), (256, Some(510..511)));
+        // 400 MiB each: of the second what is left, of the third nothing.
+        let large = reported(&segments([(1000, 102_400), (5000, 102_400), (9000, 102_400)]));
+        assert_eq!(large, [1000..103_400, 5000..5000 + 131_072 - 102_400]);
+    }
+
+    #[test]
+    fn a_round_is_over_after_so_many_requests_ranges_or_pages() {
+        let rounds = |ranges: &[Range<u64>]| {
+            let mut round = Round::default();
+            let mut count = 0;
+            while !round.is_over() {
+                round.count(ranges);
+                count += 1;
+            }
+            count
+        };
+        assert_eq!(rounds(&[]), BUDGET);
+        assert_eq!(rounds(&vec![1..2; 32]), 8);
+        assert_eq!(rounds(&vec![1..2; 256]), 1);
+        assert_eq!(rounds(&[0..16_384, 20_000..36_384]), 4);
     }
 }
