@@ -108,7 +108,11 @@ impl block::BlockBackend for Part {
             Write { offset, from } => offset + from.bytes(),
             Flush => 0,
             Discard { extents } | Zero { extents } => {
-                let most = if matches!(operation, Zero { .. }) { block::clear::MAX_ZERO_SECTORS } else { 1 << 21 };
+                let most = if matches!(operation, Zero { .. }) {
+                    block::clear::MAX_ZERO_SECTORS
+                } else {
+                    block::clear::MAX_DISCARD_SECTORS
+                };
                 assert!((1..=16).contains(&extents.len()), "{} extents", extents.len());
                 assert!(extents.iter().all(|extent| (1..=most).contains(&(extent.bytes / 512))), "{extents:?}");
                 extents.iter().map(|extent| extent.offset + u64::from(extent.bytes)).max().unwrap_or(0)

@@ -7,8 +7,8 @@ use crate::vmm::{Ram, virtio::Segments};
 
 /// Most extents of a request.
 pub const MAX_EXTENTS: u32 = 16;
-/// Most sectors that one extent discards: 1 GiB.
-pub const MAX_DISCARD_SECTORS: u32 = 1 << 21;
+/// Most sectors that one extent discards: 64 MiB. What a device has in hand when it is stopped, or a cut is taken, is waited for.
+pub const MAX_DISCARD_SECTORS: u32 = 1 << 17;
 /// Most sectors that one extent makes zeros: 16 MiB, as they may have to be written, and what a device has in hand when it is
 /// stopped is begun anew.
 pub const MAX_ZERO_SECTORS: u32 = 1 << 15;
@@ -99,7 +99,7 @@ fn one(extent: &[u8; EXTENT_BYTES], sectors: u64, kind: Kind) -> Result<Extent, 
         return Err(STATUS_IO_ERROR);
     }
     let keeps_space = kind == Kind::Zero && flags & FLAG_UNMAP == 0;
-    // Neither wraps: the sectors are there, and at most 1 GiB.
+    // Neither wraps: the sectors are there, and at most 64 MiB.
     Ok(Extent { offset: sector * SECTOR_BYTES, bytes: count * SECTOR_BYTES as u32, keeps_space })
 }
 

@@ -57,7 +57,7 @@ fn a_disk_in_a_file_gives_back_what_is_emptied() {
     let used = |file: &File| file.metadata().unwrap().blocks() * 512;
     let full = used(&file);
     let mut driver = Driver::new(thin(&file, false));
-    assert_eq!(config(&mut driver), [1 << 21, 16, 8, 1 << 15, 16, 1]);
+    assert_eq!(config(&mut driver), [1 << 17, 16, 8, 1 << 15, 16, 1]);
     assert_eq!(features(&mut driver) & 0x6000, 0x6000);
     driver.bring_up(FEATURES);
     assert_eq!(empty(&mut driver, DISCARD, &[(0, 256, 0), (512, 128, 0)]), 0);
@@ -337,4 +337,31 @@ fn a_cut_between_two_extents_has_the_whole_request_in_it() {
     assert_eq!(aside[0]["operation"]["discard"]["extents"].as_array().unwrap().len(), 2, "{aside}");
     drop((driver, link));
     assert_eq!(server.join().unwrap(), (8192, super::super::nbd::CMD_CUT, None));
+}
+
+#[test]
+fn a_discard_that_the_server_cannot_do_is_done_and_zeros_are_an_error() {
+    for error in [1u32, 22, 75, 95] {
+        let (stream, server) = serving_with(ALL, BYTES, move |mut server| {
+            for _ in 0..2 {
+                let asked = server.next().unwrap();
+                server.answer(&asked, error, &[]);
+            }
+            server.next()
+        });
+        let (link, _news) = linked(stream);
+        let mut driver = Driver::new(block::thin(Box::new(link.disk()), "disk", false));
+        driver.bring_up(FEATURES);
+        for (kind, status) in [(DISCARD, 0), (WRITE_ZEROES, 1)] {
+            driver.put(BUFFERS, &[&kind.to_le_bytes()[..], &[0; 12], &[0xee]].concat());
+            // Of the second extent nobody is asked any more.
+            driver.put(BUFFERS + 0x1000, &extents(&[(0, 8, 0), (16, 8, 0)]));
+            driver.offer(0, 0, &[readable(BUFFERS, 16), readable(BUFFERS + 0x1000, 32), writable(BUFFERS + 16, 1)]);
+            driver.kick(0);
+            assert_eq!(driver.await_used(0), (0, 1));
+            assert_eq!(driver.get(BUFFERS + 16, 1), [status], "{kind} {error}");
+        }
+        drop((driver, link));
+        assert_eq!(server.join().unwrap(), None);
+    }
 }
