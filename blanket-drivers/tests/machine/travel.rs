@@ -99,7 +99,7 @@ fn a_guest_that_writes_all_the_while_arrives_whole() {
             ControlFlow::Continue(())
         });
         let sent = sent.unwrap();
-        assert!(sent.progress.round >= 2 && sent.progress.forms.zero > 1000, "{sent:?}");
+        assert!(sent.progress.round >= 2, "{sent:?}");
         let (moved, _) = there.join().unwrap().unwrap();
         for page in machine.page_numbers() {
             let (mut here, mut there) = ([0u8; 4096], [0u8; 4096]);

@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     migrate::MemoryMode,
-    vmm::{Machine, state},
+    vmm::{Machine, memory::Holes, state},
 };
 
 /// What the state takes, as long as it is not known: a vCPU's share.
@@ -180,7 +180,8 @@ impl<'a, W: Write> Sender<'a, W> {
     /// Copies memory while the guest runs, until it is to be paused; what was written since, and whether that is left behind.
     fn rounds(&mut self, machine: &mut Machine) -> Result<(Vec<u64>, bool), TravelError> {
         let config = machine.config();
-        let mut pages = machine.page_numbers();
+        // What was never written is zeros at the other end as well.
+        let mut pages = machine.pages_there()?;
         let is_running = machine.is_running();
         let mut began;
         loop {
@@ -232,9 +233,12 @@ impl<'a, W: Write> Sender<'a, W> {
         self.progress.round += 1;
         self.progress.left_pages = pages.len() as u64;
         let (mut left, mut frame) = (pages.iter(), std::mem::take(&mut self.frame));
+        let mut holes = Holes::new(machine.ram());
         loop {
             frame.clear();
-            self.packer.fill(&mut left, &mut frame, |packer, page, out| packer.pack(machine.ram(), page, out))?;
+            self.packer.fill(&mut left, &mut frame, |packer, page, out| {
+                packer.pack_or_hole(machine.ram(), &mut holes, page, out)
+            })?;
             self.progress.left_pages = left.len() as u64;
             self.progress.forms = self.packer.forms;
             if frame.is_empty() {
