@@ -14,7 +14,7 @@ use super::{BlockBackend, BlockOperation, Completion, Empties, RequestId, clear:
 use crate::vmm::Ram;
 
 /// Zeros are written in pieces of this size.
-const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// A disk in a file, read and written at once.
 #[derive(Debug)]

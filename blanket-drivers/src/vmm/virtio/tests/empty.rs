@@ -120,7 +120,9 @@ fn extents_that_are_not_good_are_refused_and_change_nothing() {
     let mut driver = Driver::new(thin(&file, false));
     driver.bring_up(FEATURES);
     let good = (0, 8, 0);
-    let refused: [(u32, Vec<(u64, u32, u32)>, u8); 10] = [
+    /// The kind of request, its extents, the status that it gets.
+    type Case = (u32, Vec<(u64, u32, u32)>, u8);
+    let refused: [Case; 10] = [
         (DISCARD, vec![], 1),
         (DISCARD, vec![(0, 0, 0)], 1),
         (DISCARD, vec![(SECTORS, 1, 0)], 1),
