@@ -392,6 +392,10 @@ impl Controller {
         self.state().specs[&guest].project
     }
 
+    pub fn is_linked(&self, host: HostId) -> bool {
+        self.state().links.contains_key(&host)
+    }
+
     pub fn direct(&self, host: HostId, directive: Directive) {
         self.state().links[&host].send(directive).unwrap();
     }

@@ -14,6 +14,7 @@ async fn an_agent_measures_the_ways_that_it_is_told_and_no_others() {
     let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let peer = |host, address| PathPeer { host, address };
     let peers = vec![peer(to, lab.hosts[1].data_address()), peer(nobody, closed)];
+    lab.eventually("the agent is there", async || lab.controller.is_linked(from)).await;
     lab.controller.direct(from, Directive::MeasurePaths { peers });
     let of = |host| lab.controller.paths(from).into_iter().find(|path| path.to == host);
     let both = async || of(to).is_some_and(|path| path.answered > 1) && of(nobody).is_some();
