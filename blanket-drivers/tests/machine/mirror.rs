@@ -1,5 +1,7 @@
 //! Machines that are mirrored while their guests run, on `/dev/kvm`.
 
+mod image;
+
 use std::{
     fs::File,
     io::{Read as _, Write as _},

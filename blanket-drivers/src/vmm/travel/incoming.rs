@@ -61,6 +61,11 @@ impl<R: Read> Opened<R> {
         self.is_mirror
     }
 
+    /// What machine comes.
+    pub(super) const fn config(&self) -> MachineConfig {
+        self.config
+    }
+
     /// What comes, whatever machine it is of.
     pub(super) fn into_reader(self) -> Reader<R> {
         self.reader

@@ -16,6 +16,7 @@
 //! order gives no machine. `END` says that it is whole; that the machine may run there is not this module's to say.
 
 pub mod converge;
+pub mod image;
 pub mod incoming;
 pub mod left;
 pub mod mirror;
@@ -78,6 +79,9 @@ pub enum TravelError {
     /// The stream.
     #[error("the stream")]
     Frame(#[from] FrameError),
+    /// A file in which a machine is to be.
+    #[error("the file of the machine")]
+    File(#[source] std::io::Error),
     /// The machine.
     #[error("the machine")]
     Machine(#[from] VmmError),

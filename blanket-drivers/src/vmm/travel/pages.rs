@@ -146,6 +146,13 @@ impl Packer {
     }
 }
 
+/// Appends a page as it is: for a stream that stays within a host.
+pub(super) fn put_plain(number: u64, page: &[u8; PAGE], out: &mut Vec<u8>) {
+    out.extend(number.to_le_bytes());
+    out.push(RAW);
+    out.extend(page);
+}
+
 /// Makes pages zeros, which take no space here either where the system can do that. Else they are written: what was begun to be put
 /// into memory is not given up halfway for some space.
 fn empty(ram: &Ram, pages: Range<u64>) -> Result<(), TravelError> {
@@ -230,6 +237,17 @@ impl Unpacker {
     pub(super) fn each(
         &mut self,
         ram: &Ram,
+        from: &[u8],
+        skips_zeros: bool,
+        take: impl FnMut(GuestAddress, &[u8]) -> Result<(), TravelError>,
+    ) -> Result<(), TravelError> {
+        self.each_that(|at| ram.check_range(at, PAGE), from, skips_zeros, take)
+    }
+
+    /// Likewise, of a memory of which `is_page` knows where its pages begin.
+    pub(super) fn each_that(
+        &mut self,
+        is_page: impl Fn(GuestAddress) -> bool,
         mut from: &[u8],
         skips_zeros: bool,
         mut take: impl FnMut(GuestAddress, &[u8]) -> Result<(), TravelError>,
@@ -240,7 +258,7 @@ impl Unpacker {
             let mut number = [0; 8];
             number.copy_from_slice(&head[..8]);
             let at = u64::from_le_bytes(number).checked_mul(PAGE_BYTES).map(GuestAddress);
-            let at = at.filter(|at| ram.check_range(*at, PAGE));
+            let at = at.filter(|at| is_page(*at));
             let at = at.ok_or(TravelError::Malformed("a page beyond memory"))?;
             let content = match head[8] {
                 ZERO => {

@@ -38,6 +38,6 @@ pub const MAX_CUT_BYTES: usize = 1 << 30;
 /// A cut's number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Number {
-    number: u64,
+pub(super) struct Number {
+    pub(super) number: u64,
 }

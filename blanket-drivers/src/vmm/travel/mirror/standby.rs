@@ -118,6 +118,11 @@ impl Parser {
 }
 
 fn unpacked(packed: &[u8]) -> Result<MachineState, TravelError> {
+    Ok(unpacked_with_text(packed)?.0)
+}
+
+/// A state as it travels in a cut, and the JSON that it is.
+pub(in crate::vmm::travel) fn unpacked_with_text(packed: &[u8]) -> Result<(MachineState, Vec<u8>), TravelError> {
     let malformed = |_| TravelError::Malformed("a state that cannot be unpacked");
     let mut json = Vec::new();
     let mut unpacker = zstd::stream::read::Decoder::with_buffer(packed).map_err(malformed)?;
@@ -125,7 +130,7 @@ fn unpacked(packed: &[u8]) -> Result<MachineState, TravelError> {
     unpacker.window_log_max(MAX_STATE_BYTES.ilog2()).map_err(malformed)?;
     unpacker.take(MAX_STATE_BYTES as u64).read_to_end(&mut json).map_err(malformed)?;
     let refused = |source| FrameError::Payload { kind: kind::CUT_STATE, source };
-    Ok(serde_json::from_slice(&json).map_err(refused)?)
+    Ok((serde_json::from_slice(&json).map_err(refused)?, json))
 }
 
 /// The receiving end of a mirror's stream.
