@@ -284,9 +284,35 @@ impl VolumeClient {
     /// Takes a point and waits for its end. Dropping the future leaves it under way: the next one to ask takes part in it.
     pub async fn take_point(&self) -> Result<PointContent, ClientError> {
         self.order(ControlRequestV1::TakePoint).await?;
+        self.point_taken(None).await
+    }
+
+    /// Drops what is kept of the last cut; those that follow are of this series.
+    pub async fn begin_cuts(&self, series: u64) -> Result<(), ClientError> {
+        self.order(ControlRequestV1::BeginCuts { series }).await
+    }
+
+    /// Drops what is kept of the last cut, if that is of this series.
+    pub async fn end_cuts_of(&self, series: u64) -> Result<(), ClientError> {
+        self.order(ControlRequestV1::EndCutsOf { series }).await
+    }
+
+    /// As [`Self::take_point`], of the newest cut of a series.
+    pub async fn take_point_of_cut(&self, series: u64, number: u64) -> Result<PointContent, ClientError> {
+        self.order(ControlRequestV1::TakePointOfCut { series, number }).await?;
+        self.point_taken(Some(series)).await
+    }
+
+    async fn point_taken(&self, of: Option<u64>) -> Result<PointContent, ClientError> {
         loop {
             match self.status().await?.point {
-                PointStatus::Done { root, epoch, version, age_ms, total_blocks, sealed_blocks, stored_bytes } => {
+                PointStatus::Done { series, .. } if of.is_some() && series != of => {
+                    let message = "another point took the place of that of the cut".into();
+                    return Err(ClientError::Publish { message });
+                }
+                PointStatus::Done {
+                    root, epoch, version, age_ms, total_blocks, sealed_blocks, stored_bytes, ..
+                } => {
                     // What it says is older by the way here: the moment is never told as earlier than it was.
                     let now = Instant::now();
                     let at = now.checked_sub(Duration::from_millis(age_ms)).unwrap_or(now);

@@ -76,6 +76,24 @@ pub enum ControlRequestV1 {
     /// Upload the content of this moment for the volume's history; answers at once, ask `Status` for [`PointStatus`]. Only of an
     /// active volume all of whose blocks are here. While one is under way nothing else is begun; a `Publish` ends it.
     TakePoint,
+    /// At the source of a checkpoint: as `EndCuts`, and the cuts that follow are of this series. A process of the version before does not
+    /// know it, and refuses.
+    BeginCuts {
+        /// By which `TakePointOfCut` knows them; never 0, and another one each time.
+        series: u64,
+    },
+    /// As `EndCuts`, if the cuts are of this series; else nothing.
+    EndCutsOf {
+        /// The series.
+        series: u64,
+    },
+    /// As `TakePoint`, of the instant of a cut: the newest one of this series. Ends a point that is under way.
+    TakePointOfCut {
+        /// The series.
+        series: u64,
+        /// The cut's number in it.
+        number: u64,
+    },
     /// At the standby of a mirror: pull blocks from the running source as `PreCopy` does; from the source's first cut on, stage cut
     /// after cut apart from what is committed. Goes on until `StopFollow` or `Promote`; asked again, it changes the limit.
     Follow {
@@ -353,6 +371,9 @@ pub enum PointStatus {
         sealed_blocks: u64,
         /// Bytes that had to be stored.
         stored_bytes: u64,
+        /// Of one of a cut: the cut's series.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        series: Option<u64>,
     },
     /// Failed, or ended by a publish.
     Failed {

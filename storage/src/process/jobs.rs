@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::control::{PointStatus, PreCopyStatus, PublishStatus};
 use crate::{
     backend::ObjectStore,
-    volume::{Ahead, FetchLimit, Published, Volume, VolumeError, chain, role::Role},
+    volume::{Ahead, CutOf, FetchLimit, Published, Volume, VolumeError, chain, role::Role},
 };
 
 /// The pause after the source could not be asked.
@@ -69,8 +69,9 @@ pub(super) struct Jobs {
 enum PointOutcome {
     #[default]
     None,
-    Running,
-    Done(Epoch, Published),
+    /// Of a cut of this series, or of the moment at which it was begun.
+    Running(Option<CutOf>),
+    Done(Epoch, Published, Option<CutOf>),
     Failed(String),
 }
 
@@ -173,9 +174,9 @@ impl Jobs {
     pub(super) fn point_status(&self) -> PointStatus {
         match &*self.point_outcome.borrow() {
             PointOutcome::None => PointStatus::None,
-            PointOutcome::Running => PointStatus::Running,
+            PointOutcome::Running(_) => PointStatus::Running,
             PointOutcome::Failed(message) => PointStatus::Failed { message: message.clone() },
-            PointOutcome::Done(epoch, done) => PointStatus::Done {
+            PointOutcome::Done(epoch, done, cut) => PointStatus::Done {
                 root: done.root,
                 epoch: *epoch,
                 version: done.version,
@@ -183,23 +184,42 @@ impl Jobs {
                 total_blocks: done.total_blocks,
                 sealed_blocks: done.sealed_blocks,
                 stored_bytes: done.stored_bytes,
+                series: cut.map(|cut| cut.series),
             },
         }
     }
 
     /// Takes a point, unless one is being taken.
     pub(super) fn start_point(&mut self) {
-        if is_running(self.point.as_ref()) {
-            return;
+        if !is_running(self.point.as_ref()) {
+            self.begin_point(None);
         }
+    }
+
+    /// Takes a point of a cut, in place of the one that is being taken.
+    pub(super) async fn start_point_of_cut(&mut self, cut: CutOf) {
+        let is_known = match &*self.point_outcome.borrow() {
+            PointOutcome::Running(now) | PointOutcome::Done(_, _, now) => *now == Some(cut),
+            PointOutcome::None | PointOutcome::Failed(_) => false,
+        };
+        if !is_known {
+            self.stop_point().await;
+            self.begin_point(Some(cut));
+        }
+    }
+
+    fn begin_point(&mut self, cut: Option<CutOf>) {
         let (volume, store, outcome) = (self.volume.clone(), self.store.clone(), self.point_outcome.clone());
-        outcome.send_replace(PointOutcome::Running);
+        outcome.send_replace(PointOutcome::Running(cut));
         self.point = Some(Job::start(move |cancel| async move {
             let before = volume.role();
-            let taken = volume.point(&store, &cancel, |_| ()).await;
+            let taken = match cut {
+                Some(cut) => volume.point_of_cut(cut, &store, &cancel, |_| ()).await,
+                None => volume.point(&store, &cancel, |_| ()).await,
+            };
             outcome.send_replace(match (taken, before, volume.role()) {
                 // Of one epoch all the while: a writer that was fenced meanwhile has had its last moment before.
-                (Ok(done), Role::Active { epoch }, now) if now == before => PointOutcome::Done(epoch, done),
+                (Ok(done), Role::Active { epoch }, now) if now == before => PointOutcome::Done(epoch, done, cut),
                 (Ok(_), _, now) => PointOutcome::Failed(format!("the volume changed hands meanwhile: it is {now:?}")),
                 (Err(error), ..) => PointOutcome::Failed(chain(&error)),
             });

@@ -19,7 +19,7 @@ use super::{
 use crate::{
     BLOCK_BYTES,
     volume::{
-        Ahead, Volume, VolumeError, chain,
+        Ahead, CutOf, Volume, VolumeError, chain,
         role::{Role, RoleError},
     },
     wire::{Frame, WireError, read_frame, write_frame},
@@ -176,6 +176,15 @@ impl Desk {
                     return Err(RoleError::Role { role, action: "have a point taken" }.into());
                 }
                 self.jobs.lock().await.start_point();
+            }
+            ControlRequestV1::BeginCuts { series } => volume.begin_cuts(series).await?,
+            ControlRequestV1::EndCutsOf { series } => volume.end_cuts_of(series).await?,
+            ControlRequestV1::TakePointOfCut { series, number } => {
+                let role = volume.role();
+                if !role.is_active() {
+                    return Err(RoleError::Role { role, action: "have a point taken" }.into());
+                }
+                self.jobs.lock().await.start_point_of_cut(CutOf { series, number }).await;
             }
             ControlRequestV1::CancelPublish => self.jobs.lock().await.stop_publish().await,
             ControlRequestV1::Follow { bandwidth_bytes_per_s } => {

@@ -2,10 +2,12 @@
 //!
 //! A cut keeps what changed since the version that the follower said it has (its last committed cut), and only until the
 //! follower has taken it, the next cut comes or the mirror ends: a follower that stays away costs one snapshot.
+//!
+//! Without a follower a cut is the disk's part of a checkpoint: all of its content, for a point of the history ([`CutOf`]).
 
 use std::{
-    sync::{Arc, Mutex},
-    time::Duration,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -46,8 +48,29 @@ struct Current {
     version: u64,
     since: u64,
     snapshot: SnapshotId,
+    /// Of the volume at its instant.
+    role: Role,
+    /// Its instant.
+    at: Instant,
     /// When it was computed.
     root: Option<MapRoot>,
+}
+
+/// A cut that a point of the history is to be of. Numbers of cuts begin anew with each series: only both together mean one instant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CutOf {
+    /// As who began the series named it; never 0.
+    pub series: u64,
+    /// The cut's number in it.
+    pub number: u64,
+}
+
+/// A cut that is a point's from now on.
+#[derive(Debug)]
+pub(super) struct TakenCut {
+    pub snapshot: SnapshotId,
+    pub version: u64,
+    pub at: Instant,
 }
 
 /// The cuts of a volume.
@@ -68,6 +91,8 @@ struct State {
     current: Option<Current>,
     /// The version that the follower has everything up to.
     have: u64,
+    /// Which series of numbers it is; 0: a mirror's.
+    series: u64,
 }
 
 impl Default for Cuts {
@@ -92,9 +117,27 @@ impl Volume {
 
     /// Drops what is kept of the last cut; the next one may have any number.
     pub async fn end_cuts(&self) -> Result<(), VolumeError> {
-        let ended = self.inner.blocking(|inner| {
+        self.begin_cuts(0).await
+    }
+
+    /// Likewise; the cuts that follow are of this series, each whole by itself, until another one is begun. Nothing to do when that is
+    /// under way already.
+    pub async fn begin_cuts(&self, series: u64) -> Result<(), VolumeError> {
+        self.change_cuts(series, move |now| series == 0 || now != series).await
+    }
+
+    /// Drops what is kept of the last cut, if it is of this series.
+    pub async fn end_cuts_of(&self, series: u64) -> Result<(), VolumeError> {
+        self.change_cuts(0, move |now| now == series).await
+    }
+
+    async fn change_cuts(&self, series: u64, is_to: impl Fn(u64) -> bool + Send + 'static) -> Result<(), VolumeError> {
+        let ended = self.inner.blocking(move |inner| {
             let one = relock(&inner.cuts.making);
-            *relock(&inner.cuts.state) = State::default();
+            if !is_to(relock(&inner.cuts.state).series) {
+                return Ok(());
+            }
+            *relock(&inner.cuts.state) = State { series, ..State::default() };
             let ended = inner.end_snapshot(Purpose::Cut);
             inner.cuts.newest.send_replace(0);
             drop(one);
@@ -240,7 +283,10 @@ impl Inner {
             state.current = None;
             state.have
         };
+        let mut instant = None;
         let judge = |role: Role| {
+            // No operation of the guest is half done now.
+            instant = Some((role, Instant::now()));
             if !role.is_active() {
                 return Err(RoleError::Role { role, action: "be cut" }.into());
             }
@@ -252,8 +298,33 @@ impl Inner {
         };
         let begun = self.begin_snapshot(Purpose::Cut, since, judge)?;
         let (version, snapshot) = (begun.version, begun.id);
-        relock(&self.cuts.state).current = Some(Current { number, version, since, snapshot, root: None });
+        let (role, at) = instant.ok_or(VolumeError::Cut { number, why: "has no instant" })?;
+        relock(&self.cuts.state).current = Some(Current { number, version, since, snapshot, role, at, root: None });
         self.cuts.newest.send_replace(number);
         Ok(())
+    }
+
+    /// Makes of a cut a point's snapshot: whatever becomes of the cuts, it stays until the point has it.
+    pub(super) fn take_cut(&self, of: CutOf) -> Result<TakenCut, VolumeError> {
+        let CutOf { series, number } = of;
+        let one = relock(&self.cuts.making);
+        let refused = |why| VolumeError::Cut { number, why };
+        let current = {
+            let mut state = relock(&self.cuts.state);
+            if state.series != series || series == 0 {
+                return Err(refused("is of a series that is over"));
+            }
+            // What a follower may have taken a part of is no whole content.
+            let is_it = |current: &mut Current| current.number == number && current.since == 0;
+            state.current.take_if(is_it).ok_or_else(|| refused("is not kept (any more)"))?
+        };
+        let before = self.keep_for_publish(current.snapshot);
+        drop(one);
+        drop(before?);
+        let role = *self.role.read().unwrap_or_else(PoisonError::into_inner);
+        if role != current.role {
+            return Err(refused("was made before the volume changed hands"));
+        }
+        Ok(TakenCut { snapshot: current.snapshot, version: current.version, at: current.at })
     }
 }

@@ -67,7 +67,7 @@ use self::{
     snapshot::Snapshots,
 };
 pub use self::{
-    cut::CutInfo,
+    cut::{CutInfo, CutOf},
     error::VolumeError,
     handover::{Ahead, PreCopy},
     journal::{Identity, JournalError},

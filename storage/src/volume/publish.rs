@@ -13,8 +13,9 @@ use futures::StreamExt as _;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    FetchLimit, Inner, Volume, VolumeError,
-    map::{BlockState, Entry},
+    CutOf, FetchLimit, Inner, Volume, VolumeError,
+    cut::TakenCut,
+    map::{BlockMap, BlockState, Entry},
     relock,
     role::Role,
     snapshot::{Purpose, SnapshotId},
@@ -58,8 +59,14 @@ pub struct Published {
 enum Aim {
     /// It will be all that is left of the volume: every block is read.
     Freeze,
-    /// The volume goes on.
-    Point,
+    /// The volume goes on. Of this moment, or of that of a cut.
+    Point(Option<CutOf>),
+}
+
+impl Aim {
+    const fn is_point(self) -> bool {
+        matches!(self, Self::Point(_))
+    }
 }
 
 /// Ends the snapshot also when the publish is dropped half way.
@@ -93,7 +100,18 @@ impl Volume {
         cancel: &CancellationToken,
         progress: impl FnMut(PublishStatus) + Send,
     ) -> Result<Published, VolumeError> {
-        self.bring(Aim::Point, store, cancel, progress).await
+        self.bring(Aim::Point(None), store, cancel, progress).await
+    }
+
+    /// As [`Volume::point`], of the moment of a cut that is the newest of its series, and was not taken yet: it is taken by this.
+    pub async fn point_of_cut(
+        &self,
+        cut: CutOf,
+        store: &Arc<dyn ObjectStore>,
+        cancel: &CancellationToken,
+        progress: impl FnMut(PublishStatus) + Send,
+    ) -> Result<Published, VolumeError> {
+        self.bring(Aim::Point(Some(cut)), store, cancel, progress).await
     }
 
     async fn bring(
@@ -111,7 +129,7 @@ impl Volume {
         let role = self.role();
         let is_right = match aim {
             Aim::Freeze => matches!(role, Role::Active { .. } | Role::Sealed { .. }),
-            Aim::Point => role.is_active(),
+            Aim::Point(_) => role.is_active(),
         };
         if !is_right {
             return Err(super::RoleError::Role { role, action: "be published" }.into());
@@ -121,17 +139,21 @@ impl Volume {
                 () = cancel.cancelled() => return Err(cancelled()),
                 fetched = self.fetch_before_publish() => fetched?,
             },
-            Aim::Point if self.missing() > 0 => {
+            Aim::Point(None) if self.missing() > 0 => {
                 // All may be here, and only not durable yet.
                 self.flush().await?;
                 if self.missing() > 0 {
                     return Err(VolumeError::Map { what: "blocks are still at the host that it came from".into() });
                 }
             }
-            Aim::Point => {}
+            // At a cut all was here.
+            Aim::Point(_) => {}
         }
         let _snapshot = SnapshotGuard(inner);
-        let (begun, at) = inner.blocking(Inner::begin_publish).await?;
+        let (begun, at) = match aim {
+            Aim::Point(Some(cut)) => inner.blocking(move |inner| inner.begin_publish_of(cut)).await?,
+            Aim::Freeze | Aim::Point(None) => inner.blocking(Inner::begin_publish).await?,
+        };
         let (snapshot, version, entries) = begun;
         let mut manifest = match &inner.base {
             // The same leaves, shared; sizes can differ when the volume was made larger than its image.
@@ -147,7 +169,7 @@ impl Volume {
         progress(PublishStatus::Running { done_blocks, total_blocks });
         let entries = match aim {
             Aim::Freeze => entries,
-            Aim::Point => {
+            Aim::Point(_) => {
                 let unknown = tokio::select! {
                     () = cancel.cancelled() => return Err(cancelled()),
                     unknown = self.count_on_known(snapshot, &**store, &mut manifest, entries) => unknown?,
@@ -158,7 +180,7 @@ impl Volume {
             }
         };
         let sealed_blocks = entries.len() as u64;
-        if aim == Aim::Point {
+        if aim.is_point() {
             // All of them, as if none could be compressed.
             has_room(&**store, sealed_blocks.saturating_mul(BLOCK_BYTES as u64)).await?;
         }
@@ -184,7 +206,7 @@ impl Volume {
                     objects.push((key, bytes));
                 }
             }
-            if aim == Aim::Point {
+            if aim.is_point() {
                 // Others fill the disk, too.
                 has_room(&**store, objects.iter().map(|(_, bytes)| bytes.len() as u64).sum()).await?;
             }
@@ -268,6 +290,15 @@ type SealedBlock = (u32, Option<(ChunkName, Bytes)>);
 /// The snapshot, its version and its blocks.
 type BegunPublish = (SnapshotId, u64, Vec<(u32, Entry)>);
 
+/// The blocks that differ from the base.
+fn all_here(map: &BlockMap) -> Result<Vec<(u32, Entry)>, VolumeError> {
+    let entries: Vec<_> = map.entries().collect();
+    match entries.iter().find(|(_, entry)| entry.state == BlockState::Remote) {
+        Some((block, _)) => Err(VolumeError::Map { what: format!("block {block} is still at the source") }),
+        None => Ok(entries),
+    }
+}
+
 impl Inner {
     /// Marks the moment; gives the blocks that differ from the base, and the moment.
     fn begin_publish(&self) -> Result<(BegunPublish, Instant), VolumeError> {
@@ -277,11 +308,13 @@ impl Inner {
             at = Instant::now();
             Ok(())
         })?;
-        let entries: Vec<_> = begun.map.entries().collect();
-        if let Some((block, _)) = entries.iter().find(|(_, entry)| entry.state == BlockState::Remote) {
-            return Err(VolumeError::Map { what: format!("block {block} is still at the source") });
-        }
-        Ok(((begun.id, begun.version, entries), at))
+        Ok(((begun.id, begun.version, all_here(&begun.map)?), at))
+    }
+
+    /// Likewise, of the moment of a cut.
+    fn begin_publish_of(&self, cut: CutOf) -> Result<(BegunPublish, Instant), VolumeError> {
+        let TakenCut { snapshot, version, at } = self.take_cut(cut)?;
+        Ok(((snapshot, version, all_here(&self.snapshot_map(snapshot)?)?), at))
     }
 
     fn seal_run(&self, snapshot: SnapshotId, run: &[(u32, Entry)]) -> Result<Vec<SealedBlock>, VolumeError> {

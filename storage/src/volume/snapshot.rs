@@ -130,6 +130,16 @@ impl Inner {
         Some(list.swap_remove(index))
     }
 
+    /// A cut's snapshot is a publish's from now on, in place of the one that was there, which is given.
+    pub(super) fn keep_for_publish(&self, id: SnapshotId) -> Result<Option<Snapshot>, VolumeError> {
+        let mut list = relock(&self.snapshots.list);
+        let before = list.iter().position(|snapshot| snapshot.purpose == Purpose::Publish);
+        let before = before.map(|index| list.swap_remove(index));
+        let snapshot = list.iter_mut().find(|snapshot| snapshot.id == id).ok_or_else(gone)?;
+        snapshot.purpose = Purpose::Publish;
+        Ok(before)
+    }
+
     /// Called, with the block's stripe held, by whoever is about to change a local block.
     pub(super) fn save_for_snapshots(&self, block: u32) {
         let lacking: Vec<_> = {

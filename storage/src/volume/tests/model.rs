@@ -13,7 +13,7 @@ use crate::{
     key::{ChunkKind, ContentRoot},
     manifest::Manifest,
     source::ChunkReader,
-    volume::{Volume, disk::Disk, role::Role, sim::SimDisk},
+    volume::{CutOf, Volume, disk::Disk, role::Role, sim::SimDisk},
 };
 
 #[derive(Debug, Clone)]
@@ -46,6 +46,12 @@ enum Op {
     Point,
     /// Some points are thinned out, and a sweep takes all that nothing names any more.
     Thin(u64),
+    /// A cut of a checkpoint; in a series of its own, or the next of the one before.
+    Cut {
+        begins: bool,
+    },
+    /// The newest cut becomes a point.
+    PointOfCut,
 }
 
 const SECTORS: usize = SIZE / SECTOR;
@@ -68,6 +74,8 @@ fn op() -> impl Strategy<Value = Op> {
         1 => Just(Op::Publish),
         3 => Just(Op::Point),
         1 => any::<u64>().prop_map(Op::Thin),
+        2 => any::<bool>().prop_map(|begins| Op::Cut { begins }),
+        2 => Just(Op::PointOfCut),
     ]
 }
 
@@ -121,7 +129,12 @@ async fn check(ops: Vec<Op>, has_base: bool) -> Result<(), TestCaseError> {
     let mut number = 0;
     // What the points hold.
     let mut points: Vec<(ContentRoot, Vec<u8>)> = Vec::new();
+    // The newest series, the newest cut in it, and what it holds unless a point took it.
+    let (mut series, mut cut) = (0, None::<(u64, Option<Vec<u8>>)>);
     for op in ops {
+        if matches!(op, Op::Kill | Op::PowerCut(_) | Op::Close) {
+            cut = None;
+        }
         match op {
             Op::Write { at, len, is_fua } => {
                 let mut bytes = vec![0; len * SECTOR];
@@ -194,6 +207,36 @@ async fn check(ops: Vec<Op>, has_base: bool) -> Result<(), TestCaseError> {
                 prop_assert_eq!((again.root, again.stored_bytes), (taken.root, 0));
                 // Blocks of zeros have no chunk; nothing else is read twice.
                 prop_assert_eq!(again.sealed_blocks, 0);
+            }
+            Op::Cut { begins } => {
+                if begins || cut.is_none() {
+                    series += 1;
+                    volume.begin_cuts(series).await.unwrap();
+                    cut = Some((0, None));
+                }
+                let number = cut.take().map_or(1, |(number, _)| number + 1);
+                volume.cut(number).await.unwrap();
+                prop_assert!(volume.cut(number).await.is_err());
+                // Asked again, it is the same series.
+                volume.begin_cuts(series).await.unwrap();
+                cut = Some((number, Some(model.now.clone())));
+            }
+            Op::PointOfCut => {
+                let store: Arc<dyn ObjectStore> = world.store.clone();
+                let number = cut.as_ref().map_or(1, |(number, _)| *number);
+                let of = |series, number| CutOf { series, number };
+                let never = CancellationToken::new();
+                for other in
+                    [of(series, number + 1), of(series + 1, number), of(0, number), of(series, number.wrapping_sub(1))]
+                {
+                    let taken = volume.point_of_cut(other, &store, &never, |_| ()).await;
+                    prop_assert!(taken.is_err(), "another cut than was made");
+                }
+                let taken = volume.point_of_cut(of(series, number), &store, &never, |_| {}).await;
+                match cut.as_mut().and_then(|(_, content)| content.take()) {
+                    Some(content) => points.push((taken.unwrap().root, content)),
+                    None => prop_assert!(taken.is_err(), "nothing was cut, or it was taken"),
+                }
             }
             Op::Thin(seed) => {
                 let mut rng = rand::rngs::SmallRng::seed_from_u64(seed);
