@@ -11,6 +11,7 @@ use supercloud_ids::{Epoch, GuestId};
 use tokio::sync::broadcast;
 
 use crate::{
+    checkpoint::Checkpointing,
     device::SpecError,
     host::Launch,
     migrate::{LiveMigration, Transfer},
@@ -354,6 +355,14 @@ pub trait Backend: Send + Sync {
     /// [`BackendError::Unsupported`].
     fn mirroring(&self) -> BackendResult<&dyn Mirroring> {
         Err(BackendError::Unsupported { back_end: self.name(), option: "mirrors".to_owned() })
+    }
+
+    /// Checkpoints of running guests, or a refusal that names them. What takes them thaws them.
+    ///
+    /// # Errors
+    /// [`BackendError::Unsupported`].
+    fn checkpointing(&self) -> BackendResult<&dyn Checkpointing> {
+        Err(BackendError::Unsupported { back_end: self.name(), option: "checkpoints of running guests".to_owned() })
     }
 
     /// Moves that leave memory behind ([`crate::migrate::MemoryMode`]), or a refusal that names them, and why this host has none.

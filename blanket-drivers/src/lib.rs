@@ -11,6 +11,7 @@
 //! | [`migrate`] | [`LiveMigration`]: the two halves of a live move, with the caller's decision between them |
 //! | [`post_copy`] | [`PostCopy`]: memory that a move has left behind, fetched while the guest runs |
 //! | [`mirror`] | [`Mirroring`]: a standby that is kept by cuts, with the caller's commit between them |
+//! | [`checkpoint`] | [`checkpoint::Checkpointing`]: a running guest in a file, while it runs on |
 //! | [`probe`] | what the substrate really is, by measuring |
 //! | [`home`] | what is kept of a guest for an agent that comes after |
 //! | [`lasting`] | processes that outlive who starts them, and are found again |
@@ -24,6 +25,7 @@
 //! ```
 
 pub mod backend;
+pub mod checkpoint;
 pub mod device;
 pub mod home;
 pub mod host;

@@ -16,8 +16,9 @@ use supercloud_blanket::{
         BackendEvent, Capabilities, Frozen, GuestEvent, GuestInfo, MemoryStats, PauseReason, RunState, StopMode,
         StopReason,
     },
+    checkpoint::Checkpointing,
     migrate::{Transfer, TransferProgress},
-    vmm::{cpu, version::MachineVersion},
+    vmm::{cpu, travel::image, version::MachineVersion},
 };
 use supercloud_ids::{Epoch, GuestId};
 use tokio::{
@@ -26,7 +27,7 @@ use tokio::{
 };
 
 use crate::{
-    ACCELERATOR, BACK_END, KvmConfig,
+    ACCELERATOR, BACK_END, KvmConfig, checkpoint,
     control::{Request, State},
     keeper::Keeper,
     migration::{self, Leaving},
@@ -320,13 +321,14 @@ impl KvmBackend {
     }
 
     async fn thaw_guest(&self, launch: Launch, file: PathBuf, format: String) -> BackendResult<GuestInfo> {
-        if format != FROZEN_FORMAT {
+        let is_image = format == checkpoint::FORMAT;
+        if format != FROZEN_FORMAT && !is_image {
             let option = format!("frozen guests of format '{}'", format.chars().take(64).collect::<String>());
             return Err(BackendError::Unsupported { back_end: BACK_END, option });
         }
         let guest = launch.guest;
         let keeper = self.launch(launch, true).await?;
-        let thawed = thaw(&keeper, &file).await;
+        let thawed = thaw(&keeper, &file, is_image).await;
         if thawed.is_err() {
             keeper.end(StopReason::Failed, self.config.process_budget).await?;
         }
@@ -392,6 +394,7 @@ async fn save(
 ) -> BackendResult<u64> {
     let what = "freeze a guest";
     let (ours, theirs) = UnixStream::pair().map_err(failed(what))?;
+    let turn = keeper.make_way().await?;
     keeper.ask(what, migration::verb("stream"), Some(theirs.into())).await?;
     let path = part.to_owned();
     let write = move || {
@@ -404,7 +407,7 @@ async fn save(
     };
     let writing = tokio::task::spawn_blocking(write);
     let send = Request { max_downtime_ms: Some(FREEZE_DOWNTIME_MS), ..migration::verb("send") };
-    let sent = Leaving { keeper, what, budget: FREEZE_BUDGET }.send(send, progress).await;
+    let sent = Leaving { keeper, what, budget: FREEZE_BUDGET, turn }.send(send, progress).await;
     // The process lets its end go, so that the copy ends, too.
     let closed = keeper.ask(what, migration::verb("hang_up"), None).await;
     let written: io::Result<u64> = writing.await.map_err(io::Error::other).and_then(|written| written);
@@ -422,8 +425,8 @@ async fn save(
     Ok(bytes)
 }
 
-/// Has the guest come out of the file; it stands still.
-async fn thaw(keeper: &Keeper, file: &Path) -> BackendResult<()> {
+/// Has the guest come out of the file: of a freeze's, or of a checkpoint's. It stands still.
+async fn thaw(keeper: &Keeper, file: &Path, is_image: bool) -> BackendResult<()> {
     let what = "thaw a guest";
     let cannot = |source| BackendError::File { what: "read the frozen guest in", path: file.to_owned(), source };
     let path = file.to_owned();
@@ -432,17 +435,25 @@ async fn thaw(keeper: &Keeper, file: &Path) -> BackendResult<()> {
     let mut from = opened.and_then(|opened| opened).map_err(cannot)?;
     keeper.ask(what, migration::verb("stream"), Some(theirs.into())).await?;
     let reading = tokio::task::spawn_blocking(move || {
-        let copied = io::copy(&mut from, &mut &ours);
+        let copied = match is_image {
+            true => image::send(&from, &ours).map_err(io::Error::other),
+            false => io::copy(&mut from, &mut &ours).map(drop),
+        };
         // Until the other end has closed it: what is on its way is not cut off.
         let _ = ours.shutdown(std::net::Shutdown::Write);
         copied
     });
     let seen = keeper.until(what, FREEZE_BUDGET, migration::has_come).await?;
+    if is_image && migration::came(what, keeper, &seen).is_err() {
+        // Rather what is wrong with the file than that its stream was cut off.
+        reading.await.map_err(io::Error::other).and_then(|read| read).map_err(cannot)?;
+        return migration::came(what, keeper, &seen);
+    }
     migration::came(what, keeper, &seen)?;
     // A file that says that something is elsewhere is none of ours.
     seen.must_be_whole(keeper.guest(), "thaw it")?;
     let read = reading.await.map_err(io::Error::other).and_then(|read| read);
-    read.map(drop).map_err(cannot)
+    read.map_err(cannot)
 }
 
 impl Backend for KvmBackend {
@@ -598,6 +609,10 @@ impl Backend for KvmBackend {
     }
 
     fn mirroring(&self) -> BackendResult<&dyn Mirroring> {
+        Ok(self)
+    }
+
+    fn checkpointing(&self) -> BackendResult<&dyn Checkpointing> {
         Ok(self)
     }
 

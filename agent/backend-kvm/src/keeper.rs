@@ -24,6 +24,7 @@ use tokio::{
 };
 
 use crate::{
+    checkpoint::Way,
     control::{self, Event, Line, Lines, MirrorProgress, Progress, Request, Requests, State},
     record::{self, Home, Record, Role},
     spawn,
@@ -150,6 +151,8 @@ pub struct Keeper {
     staged: watch::Receiver<u64>,
     missing: watch::Receiver<u64>,
     is_settled: watch::Sender<bool>,
+    /// By which the guest leaves.
+    pub way: Way,
     budget: Duration,
     task: JoinHandle<()>,
 }
@@ -210,7 +213,8 @@ impl Keeper {
             told: BTreeSet::new(),
         };
         let is_settled = watch::Sender::new(is_settled);
-        Self { shared, asks, seen, staged, missing, is_settled, budget, task: tokio::spawn(talk.run()) }
+        let (way, task) = (Way::default(), tokio::spawn(talk.run()));
+        Self { shared, asks, seen, staged, missing, is_settled, way, budget, task }
     }
 
     pub fn guest(&self) -> GuestId {

@@ -6,6 +6,7 @@
 //! | `migration` | [`supercloud_blanket::LiveMigration`] |
 //! | `post_copy` | [`supercloud_blanket::PostCopy`] |
 //! | `mirror` | [`supercloud_blanket::Mirroring`] |
+//! | `checkpoint` | [`supercloud_blanket::checkpoint::Checkpointing`] |
 //! | `keeper` | who talks to a guest's process: its state, its events, ways to its disks that broke |
 //! | `control` | the lines that go between the two |
 //! | `spawn` | the descriptors that a process gets, and its start |
@@ -15,6 +16,7 @@
 //! whoever comes next finds them by it. What is only arriving then is ended, a freeze that was broken off is rolled back.
 
 mod backend;
+mod checkpoint;
 mod control;
 mod keeper;
 mod migration;

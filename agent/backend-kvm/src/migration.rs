@@ -39,6 +39,7 @@ use tokio::{
 use crate::{
     BACK_END, KvmBackend,
     backend::{failed, words},
+    checkpoint::Turn,
     control::{Progress, Request, State},
     keeper::{Keeper, Seen},
     record::Role,
@@ -148,20 +149,23 @@ pub(crate) struct Leaving<'a> {
     pub keeper: &'a Keeper,
     pub what: &'static str,
     pub budget: Duration,
+    /// Until it has begun.
+    pub turn: Turn,
 }
 
 impl Leaving<'_> {
     /// Sends it until everything is on the stream, and it stands still. On an error it runs on.
     pub(crate) async fn send(
-        &self,
+        self,
         request: Request,
         shown: &watch::Sender<TransferProgress>,
     ) -> BackendResult<Progress> {
-        let Self { keeper, what, budget } = *self;
+        let Self { keeper, what, budget, turn } = self;
         keeper.set_cancelled(false);
         let began = Instant::now();
         let memory_bytes = keeper.record().launch.spec.memory_bytes;
         keeper.ask(what, request, None).await?;
+        drop(turn);
         let mut overdue = None;
         let seen = loop {
             let left = budget.saturating_sub(began.elapsed());
@@ -353,6 +357,7 @@ impl LiveMigration for KvmBackend {
                 return Err(BackendError::Unsupported { back_end: BACK_END, option });
             }
             let socket = dial(&stream).await?;
+            let turn = keeper.make_way().await?;
             keeper.ask(what, verb("stream"), Some(socket)).await?;
             let send = Request {
                 max_downtime_ms: options.max_downtime_ms.map(|ms| ms.max(1)),
@@ -361,7 +366,7 @@ impl LiveMigration for KvmBackend {
                 memory,
                 ..verb("send")
             };
-            let sent = Leaving { keeper: &keeper, what, budget: options.budget }.send(send, &sender).await?;
+            let sent = Leaving { keeper: &keeper, what, budget: options.budget, turn }.send(send, &sender).await?;
             let paused_for = Duration::from_millis(sent.paused_ms.unwrap_or(0));
             let progress = *sender.borrow();
             let left_bytes = sent.left_behind_bytes.unwrap_or(0);

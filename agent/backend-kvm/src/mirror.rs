@@ -25,6 +25,7 @@ use tokio::sync::watch;
 use crate::{
     KvmBackend,
     backend::words,
+    checkpoint::Turn,
     control::{self, Request},
     keeper::{Keeper, Seen},
     migration::{check, dial, verb},
@@ -52,11 +53,13 @@ async fn follow(
     request: Request,
     progress: &watch::Sender<MirrorProgress>,
     what: &'static str,
+    turn: Turn,
 ) -> BackendResult<()> {
     let memory_bytes = keeper.record().launch.spec.memory_bytes;
     progress.send_modify(|shown| shown.memory_total_bytes = memory_bytes);
     let before = keeper.seen().mirrors_over;
     keeper.ask(what, request, None).await?;
+    drop(turn);
     loop {
         let last = keeper.seen().mirror;
         let news = |seen: &Seen| seen.gone.is_some() || seen.mirrors_over > before || seen.mirror != last;
@@ -131,8 +134,9 @@ impl Mirroring for KvmBackend {
             };
             let outcome = async {
                 let socket = dial(&stream).await?;
+                let turn = keeper.make_way().await?;
                 keeper.ask(what, verb("stream"), Some(socket)).await?;
-                follow(&keeper, request, &sender, what).await
+                follow(&keeper, request, &sender, what, turn).await
             };
             let outcome = outcome.await;
             if let Err(error) = &outcome {

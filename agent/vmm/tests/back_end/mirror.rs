@@ -1,5 +1,7 @@
 //! Mirrors between real processes, one of which is killed.
 
+mod checkpoint;
+
 use std::{
     io::{Read as _, Seek as _},
     os::unix::net::UnixListener as StdListener,
