@@ -1,7 +1,7 @@
 //! The controller's decisions: begin, switch, abort, who owns it, a host is lost. Data in, data out.
 
 use serde::{Deserialize, Serialize};
-use supercloud_ids::{Epoch, GuestId, HostId, OperationId};
+use supercloud_ids::{Epoch, FreezeId, GuestId, HostId, OperationId};
 
 use crate::{
     message::{
@@ -99,6 +99,28 @@ pub fn begin(record: &OwnerRecord, request: &BeginRequest) -> Result<OwnerRecord
         destination_open: request.kind.destination().is_some(),
         source_lost: false,
     });
+    Ok(next)
+}
+
+/// Sets a guest that nobody runs back to what a store holds of it, its memory included: from then on it is frozen as of that, at its
+/// epoch, and what others hold of it is not needed any more. What it wrote after that is given up: whoever asks for this knows.
+///
+/// # Errors
+/// When an operation is under way, or a host may run it.
+pub fn set_back(record: &OwnerRecord, freeze: FreezeId) -> Result<OwnerRecord, BeginRefusal> {
+    if let Some(op) = &record.operation {
+        return Err(BeginRefusal::Busy(op.id));
+    }
+    match record.owner {
+        Owner::Lost(_) | Owner::Stopped => {}
+        owner => return Err(BeginRefusal::WrongState(owner)),
+    }
+    let mut next = record.clone();
+    next.owner = Owner::Frozen(freeze);
+    next.holders.retain(|holder| !holder.lost);
+    for holder in &mut next.holders {
+        holder.needed = false;
+    }
     Ok(next)
 }
 

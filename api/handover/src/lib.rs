@@ -93,6 +93,7 @@ pub use accept::{Accepted, GroupNeed, accept};
 pub use decide::{
     AbortDecision, AskDecision, BeginRefusal, BeginRequest, GroupDecision, LossDecision, SwitchDecision, WhenOpen,
     ask_owner, begin, grant_switch, grant_switch_all, leave_plan, note_host_lost, request_abort, request_abort_all,
+    set_back,
 };
 pub use destination::{DestinationEffect, DestinationEvent, DestinationHandover, DestinationState, Outcome};
 pub use local::{LocalEffect, LocalEvent, LocalHandover};

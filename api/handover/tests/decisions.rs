@@ -216,6 +216,53 @@ fn a_lost_destination_after_the_switch_is_an_alarm_and_the_source_is_kept() {
     assert_eq!(other.record.and_then(|record| record.last).map(|last| last.phase), Some(Phase::Failed));
 }
 
+#[test]
+fn only_a_guest_that_nobody_runs_is_set_back_and_then_it_thaws_once() {
+    let n = names();
+    let freeze = FreezeId::generate();
+    assert_eq!(set_back(&owned_by(n.a), freeze), Err(BeginRefusal::WrongState(Owner::Host(n.a))));
+    let unowned = OwnerRecord::new(owned_by(n.a).guest);
+    assert_eq!(set_back(&unowned, freeze), Err(BeginRefusal::WrongState(Owner::Unowned)));
+    let under_way = begun(&owned_by(n.a), n.op, OperationKind::Stop);
+    assert_eq!(set_back(&under_way, freeze), Err(BeginRefusal::Busy(n.op)));
+
+    // Lost with its host: nothing is waited for that was there.
+    let lost = note_host_lost(&owned_by(n.a), n.a).record.unwrap();
+    let back = set_back(&lost, freeze).unwrap();
+    assert_eq!(
+        (back.stamp(), back.holders.len(), back.check()),
+        (Stamp { owner: Owner::Frozen(freeze), epoch: Epoch(4) }, 0, Ok(()))
+    );
+    assert_eq!(back.alarm(), None);
+    assert!(set_back(&back, FreezeId::generate()).is_err());
+    // What comes back of it is not the guest any more, whatever it says.
+    let query = OwnerQuery { operation: None, epoch: Epoch(4), copy: LocalCopy::Intact, wants_back: true };
+    let gone = SourceOrder::Elsewhere { now: back.stamp(), yours: Epoch(4), needed: false };
+    assert_eq!(ask_owner(&back, n.a, &query, WhenOpen::Abort).answer, gone);
+    let late = accept(&back, n.a, &Report::GuestLost { operation: None, epoch: Epoch(4) }, WhenOpen::Wait);
+    assert_eq!(late.record, None);
+
+    // Lost by itself, or stopped: its host lets go of what it has, also while the thaw goes on.
+    let by_itself =
+        accept(&owned_by(n.a), n.a, &Report::GuestLost { operation: None, epoch: Epoch(4) }, WhenOpen::Wait);
+    let by_itself = by_itself.record.unwrap();
+    assert!(by_itself.holder(n.a, Epoch(4)).is_some_and(|holder| holder.needed));
+    let back = set_back(&by_itself, freeze).unwrap();
+    assert!(back.holder(n.a, Epoch(4)).is_some_and(|holder| !holder.needed));
+    for to in [n.a, n.b] {
+        let record = begun(&back, OperationId::generate(), OperationKind::Thaw { freeze, to });
+        let (record, grant) = granted(grant_switch(&record, to, &request(&record)));
+        assert_eq!((grant.owner, grant.epoch), (Owner::Host(to), Epoch(5)));
+        assert_eq!(record.check(), Ok(()));
+        let again = BeginRequest {
+            operation: OperationId::generate(),
+            kind: OperationKind::Thaw { freeze, to: n.c },
+            group: false,
+        };
+        assert!(begin(&record, &again).is_err());
+    }
+}
+
 /// Two guests of one group that move together.
 fn group(n: &Names) -> Vec<OwnerRecord> {
     let kind = OperationKind::Migrate { to: n.b, post_copy: false };

@@ -193,6 +193,15 @@ fn first_start_with_crashes_and_cancel() {
 }
 
 #[test]
+fn a_guest_that_is_lost_or_stopped_is_set_back_to_a_checkpoint() {
+    let faults = Faults { kills: 1, ..NONE };
+    holds(of("migration, kill, set back", vec![migrate(1), thaw(0, 2)], faults));
+    let faults = Faults { crashes: 1, cancels: 1, ..NONE };
+    holds(of("stop, set back here, crash, cancel", vec![OperationKind::Stop, thaw(0, 0)], faults));
+    holds(of("stop, set back elsewhere, crash, cancel", vec![OperationKind::Stop, thaw(0, 1)], faults));
+}
+
+#[test]
 fn stop_and_start_again_here_and_elsewhere() {
     let faults = Faults { crashes: 1, cancels: 1, ..NONE };
     holds(of("stop, start here, crash, cancel", vec![OperationKind::Stop, start(0)], faults));

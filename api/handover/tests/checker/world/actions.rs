@@ -136,15 +136,31 @@ impl Model {
         Ok(Some(next))
     }
 
+    /// Whether a freeze of the scenario makes it.
+    fn makes(&self, id: FreezeId) -> bool {
+        self.scenario.kinds.iter().any(|kind| matches!(kind, OperationKind::Freeze { freeze } if *freeze == id))
+    }
+
     pub(super) fn act(&mut self, w: &mut World, action: Action) -> Result<bool, Violation> {
         let record = self.record(w).clone();
         match action {
             Action::Begin => {
                 let n = usize::from(w.begun);
                 let kind = self.scenario.kinds[n];
-                let Ok(next) = begin(&record, &BeginRequest { operation: operation(n), kind, group: false }) else {
+                // A thaw of what no freeze makes is one of a checkpoint, which was taken when nothing was written yet.
+                let back = match kind {
+                    OperationKind::Thaw { freeze: id, .. } if !self.makes(id) => {
+                        set_back(&record, id).ok().zip(Some(id))
+                    }
+                    _ => None,
+                };
+                let from = back.as_ref().map_or(&record, |(back, _)| back);
+                let Ok(next) = begin(from, &BeginRequest { operation: operation(n), kind, group: false }) else {
                     return Ok(false);
                 };
+                if let Some(at) = back.and_then(|(_, id)| (0..FREEZES).find(|n| freeze(*n) == id)) {
+                    (w.store[at], w.truth) = (Some(0), 0);
+                }
                 w.begun += 1;
                 self.write(w, next);
             }
