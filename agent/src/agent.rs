@@ -377,8 +377,8 @@ fn direct(routes: &Routes, told: &mut Option<u64>, directive: Directive) {
                 tracing::warn!(%guest, %volume, "too many checks wait: this one is not made");
             }
         }
-        Directive::TakePoint { guest, volume } => {
-            if points.try_send(Point { guest, volume }).is_err() {
+        Directive::TakePoint { guest, volume, memory } => {
+            if points.try_send(Point { guest, volume, memory }).is_err() {
                 tracing::warn!(%guest, %volume, "too many points wait: this one is not taken");
             }
         }

@@ -266,6 +266,7 @@ impl Facts for Guests {
             knows_predictive: true,
             takes_checks: true,
             takes_points: true,
+            takes_checkpoints: host.backend.checkpointing().is_ok(),
             moves_none_live: host.backend.live_migration().is_err(),
             takes_mirrors: host.backend.mirroring().is_ok(),
             takes_post_copy: host.backend.post_copy().is_ok(),

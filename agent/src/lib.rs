@@ -25,6 +25,7 @@ pub mod accounts;
 pub mod agent;
 pub mod announced;
 pub mod checker;
+pub mod checkpoints;
 pub mod chunks;
 pub mod cloud_store;
 pub mod config;

@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    checkpoints::{self, CheckpointError},
     chunks::{ChunkPlaces, ChunkSources},
     durable::DurableError,
     guest::record::GuestRecord,
@@ -37,6 +38,8 @@ pub struct Point {
     pub guest: GuestId,
     /// Of which of its volumes.
     pub volume: VolumeId,
+    /// With its memory: a checkpoint.
+    pub memory: bool,
 }
 
 /// Why a point was not taken.
@@ -48,6 +51,8 @@ enum PointError {
     NotHere,
     #[error("the volume was not kept")]
     Volume(#[from] ClientError),
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
     #[error("what it stands on cannot be brought into this cloud's store")]
     Base(#[from] BaseError),
     #[error("an earlier one had not ended")]
@@ -118,7 +123,12 @@ async fn take(host: &Arc<Host>, asked: Point) -> Result<(PointContent, Instant),
     let record = tokio::task::spawn_blocking(move || GuestRecord::load(&places)).await??;
     let copy = record.and_then(|record| record.current).ok_or(PointError::NotHere)?;
     let home = copy.volumes.iter().find(|home| home.volume == asked.volume).ok_or(PointError::NotHere)?;
-    let taken = taken_since_asked(async || home.client().take_point().await).await?;
+    let (taken, memory) = if asked.memory {
+        let (taken, memory) = checkpoints::take(host, asked.guest, &copy, home).await?;
+        (taken, Some(memory))
+    } else {
+        (taken_since_asked(async || home.client().take_point().await).await?, None)
+    };
     // The list of its blocks names those of the base, too: from now on all of them are looked for here.
     let places = ChunkPlaces::new(host.link.clone(), asked.guest);
     let sources = Arc::new(ChunkSources::new(host.plane.clone(), copy.spec.project, places, &host.store));
@@ -132,6 +142,7 @@ async fn take(host: &Arc<Host>, asked: Point) -> Result<(PointContent, Instant),
         total_blocks: taken.total_blocks,
         sealed_blocks: taken.sealed_blocks,
         stored_bytes: taken.stored_bytes,
+        memory,
     };
     Ok((content, taken.at))
 }

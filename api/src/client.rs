@@ -488,6 +488,8 @@ calls! {
     volume_as_of(volume: &str, as_of_ms: u64) -> VolumeAsOf = get(format!("/v1/volumes/{volume}/as-of?as_of_ms={as_of_ms}"));
     /// Has a point of a volume taken now.
     take_volume_point(volume: &str) -> VolumeHistory = post(format!("/v1/volumes/{volume}/points"), &serde_json::json!({}));
+    /// Has a checkpoint of a running guest taken now.
+    checkpoint_guest(guest: &str) -> VolumeHistory = post(format!("/v1/guests/{guest}/checkpoints"), &serde_json::json!({}));
     /// All hosts.
     hosts() -> Vec<Host> = list("/v1/hosts");
     /// One host, by name or id.

@@ -43,7 +43,8 @@ pub use self::console::{CONSOLE_TAKEN, ConsoleBytes, ConsoleNews, ConsoleOrder, 
 pub use self::guest::{BootSpec, ChunkSource, GuestSpec, MigrationOptions, MirrorOptions, Peer, PortSpec, VolumeSpec};
 pub use self::path::{FlowsOf, FlowsTold, MAX_PATH_PEERS, MAX_PORT_FLOWS, PathMeasured, PathPeer};
 pub use self::store::{
-    ChunksChecked, HistoryMark, ManifestPart, PointContent, PointTaken, StoreRoot, StoreSwept, VolumeChecked,
+    CheckpointContent, ChunksChecked, HistoryMark, ManifestPart, PointContent, PointTaken, StoreRoot, StoreSwept,
+    VolumeChecked,
 };
 
 /// The version of every payload of this link.
@@ -181,6 +182,9 @@ pub struct Hello {
     /// It knows [`Directive::TakePoint`].
     #[serde(default)]
     pub takes_points: bool,
+    /// It takes points with the memory of running guests, and thaws from them.
+    #[serde(default)]
+    pub takes_checkpoints: bool,
     /// Its guests cannot be moved while they run.
     #[serde(default)]
     pub moves_none_live: bool,
@@ -375,6 +379,9 @@ pub enum Directive {
         guest: GuestId,
         /// Its volume.
         volume: VolumeId,
+        /// With the guest's memory at the same instant; said only to hosts that take checkpoints.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        memory: bool,
     },
     /// Measure the ways to these hosts from now on, and to no others ([`Notice::Paths`]). Told only to hosts that measure.
     MeasurePaths {

@@ -13,7 +13,7 @@ use supercloud_cli::{
 
 use crate::{
     arguments::{GuestCreateArguments, GuestVerb, Output},
-    console, listings, mirrors, names, show,
+    console, histories, listings, mirrors, names, show,
 };
 
 /// Runs a verb.
@@ -103,8 +103,18 @@ pub async fn run(client: &Client, output: Output, verb: GuestVerb) -> anyhow::Re
             }
             show::follow(client, output, client.freeze_guest(&name, &body).await?, watch).await
         }
-        GuestVerb::Thaw { name, to, trial, watch } => {
-            let body = GuestThaw { to: to.map(Into::into), freeze: None };
+        GuestVerb::Checkpoint { name } => {
+            let history = client.checkpoint_guest(&name).await?;
+            eprintln!("checkpoint {} is being taken; `supercloud volume history {name}` shows it", history.next);
+            show::print(output, &history, || histories::table(&history))
+        }
+        GuestVerb::Thaw { name, to, checkpoint, trial, watch } => {
+            let body = GuestThaw {
+                to: to.map(Into::into),
+                freeze: None,
+                checkpoint: checkpoint.is_some(),
+                point: checkpoint.flatten(),
+            };
             if trial.dry_run {
                 return rehearse(client, output, Method::POST, &format!("/v1/guests/{name}/thaw"), &body).await;
             }

@@ -15,6 +15,9 @@ use crate::{
     guests, show,
 };
 
+/// Checkpoints whose memory is kept where nothing is said.
+const MEMORIES: u32 = 2;
+
 /// Runs a verb.
 pub async fn run(client: &Client, output: Output, verb: HistoryVerb) -> anyhow::Result<()> {
     match verb {
@@ -43,8 +46,9 @@ pub async fn run(client: &Client, output: Output, verb: HistoryVerb) -> anyhow::
             }
             Ok(client.end_volume_history(&name).await?)
         }
-        HistoryVerb::Keep { name, every, bands, trial, .. } => {
-            let policy = HistoryPolicy { every_s: every, keep: bands };
+        HistoryVerb::Keep { name, every, bands, memory, trial, .. } => {
+            let memory = memory.map(|newest| newest.unwrap_or(MEMORIES));
+            let policy = HistoryPolicy { every_s: every, keep: bands, memory };
             let history: VolumeHistory = if trial.dry_run {
                 let path = format!("/v1/volumes/{name}/history?dry_run=true");
                 client.call(Method::PUT, &path, &policy).await?
@@ -82,8 +86,8 @@ fn check(history: &VolumeHistory, noted: Option<&str>) -> anyhow::Result<()> {
     bail!("no point has the noted hash: it was thinned out together with its neighbours, or this is another history")
 }
 
-fn table(history: &VolumeHistory) -> Table {
-    let mut table = Table::new(["POINT", "TIME", "EPOCH", "VERSION", "STORED"]).and_wide(["CONTENT", "HASH"]);
+pub fn table(history: &VolumeHistory) -> Table {
+    let mut table = Table::new(["POINT", "TIME", "EPOCH", "VERSION", "STORED", "MEMORY"]).and_wide(["CONTENT", "HASH"]);
     for point in &history.points {
         table.row_wide(
             [
@@ -92,6 +96,11 @@ fn table(history: &VolumeHistory) -> Table {
                 point.epoch.to_string(),
                 point.version.to_string(),
                 bytes(point.stored_bytes),
+                match &point.memory {
+                    Some(memory) if memory.is_kept => bytes(memory.bytes),
+                    Some(_) => "gone".to_owned(),
+                    None => "-".to_owned(),
+                },
             ],
             [point.root.clone(), point.hash.clone()],
         );

@@ -11,7 +11,7 @@ pub fn roles() -> impl TypedValueParser<Value = Role> {
 
 /// What is done for a lost guest.
 pub fn on_loss() -> impl TypedValueParser<Value = OnLoss> {
-    PossibleValuesParser::new(["nothing", "restart-from-volume"])
+    PossibleValuesParser::new(["nothing", "restart-from-volume", "thaw-checkpoint"])
         .try_map(|text| serde_json::from_value::<OnLoss>(serde_json::Value::String(text.replace('-', "_"))))
 }
 

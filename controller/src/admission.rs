@@ -17,6 +17,8 @@ pub enum Request {
     Freeze,
     /// Resume it from the store.
     Thaw,
+    /// Set it back to a checkpoint, and resume it from there.
+    SetBack,
     /// Delete it.
     Delete,
     /// Change a setting that no host knows of.
@@ -25,13 +27,14 @@ pub enum Request {
 
 impl Request {
     /// All of them.
-    pub const ALL: [Request; 8] = [
+    pub const ALL: [Request; 9] = [
         Request::Start,
         Request::Stop,
         Request::Migrate,
         Request::Mirror,
         Request::Freeze,
         Request::Thaw,
+        Request::SetBack,
         Request::Delete,
         Request::Patch,
     ];
@@ -45,6 +48,8 @@ impl Request {
             Self::Start => &[Created, Stopped, Lost],
             Self::Stop | Self::Migrate | Self::Mirror | Self::Freeze => &[Running],
             Self::Thaw => &[Frozen],
+            // Never while a copy may run.
+            Self::SetBack => &[Stopped, Lost],
             Self::Delete => &[Created, Stopped, Frozen, Lost],
             Self::Patch => &[Created, Running, Stopped, Frozen, Lost],
         }
@@ -66,6 +71,7 @@ impl Request {
             Self::Mirror => "mirrored",
             Self::Freeze => "frozen",
             Self::Thaw => "thawed",
+            Self::SetBack => "set back to a checkpoint",
             Self::Delete => "deleted",
             Self::Patch => "changed",
         }
@@ -157,13 +163,14 @@ mod tests {
     use GuestState::{Created, Frozen, Lost, Running, Stopped};
 
     /// The table once more, as a person would write it: rows are requests, columns created, running, stopped, frozen, lost.
-    const EXPECTED: [(Request, [bool; 5]); 8] = [
+    const EXPECTED: [(Request, [bool; 5]); 9] = [
         (Request::Start, [true, false, true, false, true]),
         (Request::Stop, [false, true, false, false, false]),
         (Request::Migrate, [false, true, false, false, false]),
         (Request::Mirror, [false, true, false, false, false]),
         (Request::Freeze, [false, true, false, false, false]),
         (Request::Thaw, [false, false, false, true, false]),
+        (Request::SetBack, [false, false, true, false, true]),
         (Request::Delete, [true, false, true, true, true]),
         (Request::Patch, [true, true, true, true, true]),
     ];

@@ -13,6 +13,7 @@ pub mod admission;
 pub mod app;
 pub mod auth;
 pub mod ca;
+mod checkpoints;
 pub mod consoles;
 pub mod dashboard;
 pub mod evacuation;

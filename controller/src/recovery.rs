@@ -8,10 +8,10 @@ use std::{
 };
 
 use supercloud_api::{
-    Code, GuestState, HostState, KeptMirror, MirrorMode, OnLoss, Operation, OperationKind, Plan, PlanStepState,
+    Code, Freeze, GuestState, HostState, KeptMirror, MirrorMode, OnLoss, Operation, OperationKind, Plan, PlanStepState,
     Problem, Ref,
     handover::{self, BeginRequest},
-    ids::{GuestId, HostId, OperationId, PlanId, RequestId},
+    ids::{FreezeId, GuestId, HostId, OperationId, PlanId, RequestId},
     link::MirrorOptions,
 };
 use tokio::time::Instant;
@@ -20,6 +20,7 @@ use tracing::{info, warn};
 use crate::{
     admission::Request,
     chain,
+    checkpoints::SetBack,
     placement::Place,
     rest::{
         Failure, guest_mirrors, guest_operations,
@@ -68,6 +69,9 @@ impl Default for Pace {
 #[derive(Debug, Clone, PartialEq)]
 enum Todo {
     Restart,
+    /// To be set back to its newest checkpoint; or it was, and is to be thawed.
+    SetBack,
+    Thaw(FreezeId),
     Mirror(KeptMirror),
 }
 
@@ -79,6 +83,9 @@ fn todo(record: &GuestRecord) -> Option<Todo> {
     }
     match (guest.state, guest.on_loss, &guest.kept_mirror) {
         (GuestState::Lost, OnLoss::RestartFromVolume, _) => Some(Todo::Restart),
+        (GuestState::Lost, OnLoss::ThawCheckpoint, _) => Some(Todo::SetBack),
+        // If it was set back, and not frozen by somebody: who begins it looks at that.
+        (GuestState::Frozen, OnLoss::ThawCheckpoint, _) => guest.freeze.map(Todo::Thaw),
         (GuestState::Running, _, Some(kept)) => Some(Todo::Mirror(kept.clone())),
         _ => None,
     }
@@ -165,14 +172,21 @@ impl Recovery {
     async fn pass(&mut self) -> Result<usize, StateError> {
         let guests = self.state.list::<GuestRecord>().await?;
         let now = Instant::now();
-        let wishes = |record: &GuestRecord| {
-            record.guest.kept_mirror.is_some() || record.guest.on_loss == OnLoss::RestartFromVolume
-        };
-        let known: HashMap<GuestId, Option<Todo>> =
+        let wishes =
+            |record: &GuestRecord| record.guest.kept_mirror.is_some() || record.guest.on_loss != OnLoss::Nothing;
+        let mut known: HashMap<GuestId, Option<Todo>> =
             guests.iter().filter(|record| wishes(record)).map(|record| (record.guest.id, todo(record))).collect();
         if known.is_empty() {
             self.tries.clear();
             return Ok(0);
+        }
+        for todo in known.values_mut() {
+            if let Some(Todo::Thaw(freeze)) = todo
+                && self.state.read::<Freeze>(freeze).await?.is_none_or(|made| made.point.is_none())
+            {
+                // It was frozen by somebody.
+                *todo = None;
+            }
         }
         let planned = self.planned().await?;
         self.tries.retain(|guest, tries| match known.get(guest) {
@@ -218,6 +232,17 @@ async fn begin(state: &State, live: &LiveHosts, guest: GuestId, todo: &Todo) -> 
         }
         match todo {
             Todo::Restart => restart(state, &picture, &found).await.map(Some),
+            Todo::SetBack => {
+                let back = SetBack::plan(state, &found, None).await?;
+                thaw(state, live, picture, &found, Some(&back), back.freeze).await.map(Some)
+            }
+            Todo::Thaw(freeze) => {
+                let made = state.read::<Freeze>(freeze).await?;
+                if made.is_none_or(|made| made.point.is_none()) {
+                    return Ok(None);
+                }
+                thaw(state, live, picture, &found, None, *freeze).await.map(Some)
+            }
             Todo::Mirror(kept) => mirror(state, live, &picture, &found, kept).await.map(Some),
         }
     })
@@ -240,6 +265,32 @@ async fn restart(state: &State, picture: &Picture, found: &Stored<GuestRecord>) 
         reason: "it was lost; on_loss is restart_from_volume",
     };
     begun.commit(state, picture, found).await
+}
+
+/// Has a guest go on from a checkpoint: it is set back first, or it was.
+async fn thaw(
+    state: &State,
+    live: &LiveHosts,
+    mut picture: Picture,
+    found: &Stored<GuestRecord>,
+    back: Option<&SetBack>,
+    freeze: FreezeId,
+) -> Result<OperationId, Failure> {
+    guest_plan::admit(if back.is_some() { Request::SetBack } else { Request::Thaw }, found)?;
+    let project = state.need::<ProjectRecord>(&found.guest.project).await?;
+    picture.check_quota(found.guest.project, project.project.quota, 0, Some(found.guest.shape), 0)?;
+    picture.only_with_checkpoints(live)?;
+    let (host, checks) = picture.choose(&guest_operations::need(&picture, found, None), &Place::Anywhere)?;
+    let begun = Begun {
+        kind: OperationKind::GuestThaw,
+        handover: handover::OperationKind::Thaw { freeze, to: host.id },
+        work: Work::GuestThaw { freeze },
+        source: None,
+        destination: host.id,
+        plan: guest_plan::plan_for(host, checks),
+        reason: "it was lost; on_loss is thaw_checkpoint",
+    };
+    begun.commit_of(state, &picture, found, back).await
 }
 
 async fn mirror(
@@ -322,8 +373,19 @@ impl Begun {
         picture: &Picture,
         found: &Stored<GuestRecord>,
     ) -> Result<OperationId, Failure> {
+        self.commit_of(state, picture, found, None).await
+    }
+
+    /// The same, of a guest that is set back in the same step.
+    async fn commit_of(
+        self,
+        state: &State,
+        picture: &Picture,
+        found: &Stored<GuestRecord>,
+        back: Option<&SetBack>,
+    ) -> Result<OperationId, Failure> {
         let id = OperationId::generate();
-        let mut now = found.value.clone();
+        let mut now = back.map_or_else(|| found.value.clone(), |back| back.guest.clone());
         guest_plan::begin_on(&mut now, &BeginRequest { operation: id, kind: self.handover, group: false })?;
         let context = Context::actor(ACTOR.to_owned(), RequestId::generate());
         let operation = Operation {
@@ -336,6 +398,9 @@ impl Begun {
             ..context.planned(id, self.kind)
         };
         let mut change = Change::new();
+        if let Some(back) = back {
+            back.write(&mut now, state.book().now(), &mut change);
+        }
         change.update(found, &now);
         picture.pass(&mut change, keys::room_guard(self.destination));
         picture.pass(&mut change, keys::usage_guard(now.guest.project));
@@ -350,6 +415,7 @@ async fn tell(state: &State, guest: GuestId, todo: &Todo, detail: &str) -> Resul
     let Some(found) = state.read::<GuestRecord>(&guest).await? else { return Ok(()) };
     let what = match todo {
         Todo::Restart => "restart",
+        Todo::SetBack | Todo::Thaw(_) => "thaw_checkpoint",
         Todo::Mirror(_) => "mirror",
     };
     warn!(%guest, what, detail, "it cannot be begun now");

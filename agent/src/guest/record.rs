@@ -84,6 +84,12 @@ impl Places {
         self.folder.join("memory")
     }
 
+    /// Memory of a checkpoint on its way into the store.
+    #[must_use]
+    pub fn checkpoint(&self) -> PathBuf {
+        self.folder.join("checkpoint")
+    }
+
     /// The folder in which the hypervisor makes the socket below: its own.
     #[must_use]
     pub fn incoming(&self) -> PathBuf {

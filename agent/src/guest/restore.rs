@@ -65,6 +65,9 @@ fn restarted(record: &GuestRecord, info: Option<&GuestInfo>, standby: bool) -> V
 impl Actor {
     /// Looks at what is there, takes it up again, and gives the events that tell the machines.
     pub(super) async fn restore(&mut self) -> Vec<LocalEvent> {
+        let left = self.places.clone();
+        // A checkpoint goes with its agent.
+        let _ = tokio::task::spawn_blocking(move || crate::checkpoints::remove_left(&left)).await;
         let info = loop {
             let info = self.find_process().await;
             match self.restore_spool(info.as_ref()).await {

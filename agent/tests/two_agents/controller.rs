@@ -21,7 +21,7 @@ use supercloud_api::{
         self, AbortReason, BeginRequest, DestinationOrder, OperationKind, Order, OrderBody, Owner, OwnerRecord, Phase,
         Report, SourceOrder, WhenOpen,
     },
-    ids::{CloudId, GuestId, HostId, OperationId, ProjectId, VolumeId},
+    ids::{CloudId, FreezeId, GuestId, HostId, OperationId, ProjectId, VolumeId},
     link::{
         self, Answer, Assignment, ChunkSource, Directive, Envelope, FrozenContent, GuestSpec, Hello, MigrationOptions,
         MirrorOptions, Notice, Outcome, Peer, Query, Welcome, kind,
@@ -263,6 +263,21 @@ impl Controller {
         if let Some(record) = handover::note_host_lost(&state.records[&guest], host).record {
             state.records.insert(guest, record);
         }
+        drop(state);
+        self.send_orders(guest);
+    }
+
+    /// The guest is set back to a checkpoint that this host has taken.
+    pub fn set_back(&self, guest: GuestId, freeze: FreezeId, point: &link::PointContent, host: HostId) {
+        let mut state = self.state();
+        let record = handover::set_back(&state.records[&guest], freeze).unwrap_or_else(|refusal| panic!("{refusal}"));
+        state.records.insert(guest, record);
+        let memory = point.memory.clone().expect("it has memory");
+        let memory = link::FrozenMemory { freeze, root: memory.root, bytes: memory.bytes, format: memory.format };
+        for volume in &mut state.specs.get_mut(&guest).unwrap().volumes {
+            volume.base_root = Some(point.root.clone());
+        }
+        state.frozen = Some((FrozenContent { memory, volumes: Vec::new() }, host));
         drop(state);
         self.send_orders(guest);
     }

@@ -19,6 +19,7 @@ use supercloud_blanket::{
         BackendEvent, Capabilities, Frozen, GuestEvent, GuestInfo, MemoryStats, PauseReason, RunState, StopMode,
         StopReason,
     },
+    checkpoint::Checkpointing,
     migrate::{
         Cookie, CopyLimits, CopyOptions, MemoryMode, Performed, Transfer, TransferPhase, TransferProgress, Verdict,
     },
@@ -32,6 +33,7 @@ use tokio::{
 };
 
 use crate::{
+    checkpoints::Disks,
     mirroring::{Held, MIRROR, Standby},
     nbd::Nbd,
     post_copying::{Missing, PAGE_BYTES, PAGES},
@@ -54,6 +56,8 @@ pub struct World {
     pub violations: Mutex<Vec<String>>,
     /// Per guest: slot to the newest number that its disk acknowledged.
     pub acknowledged: Mutex<HashMap<GuestId, HashMap<u64, u64>>>,
+    /// Likewise, as of its newest checkpoint.
+    pub checkpointed: Mutex<Disks>,
     pub boots: AtomicU64,
     /// How long a piece of memory takes to go.
     pub piece_ms: AtomicU64,
@@ -233,6 +237,13 @@ impl Hypervisor {
         let what = GuestEvent::Stopped(StopReason::PoweredOff);
         let _ = self.0.events.send(BackendEvent::Guest { guest: id, what });
     }
+}
+
+/// A guest in a file.
+pub fn saved(next: u64) -> Vec<u8> {
+    let mut bytes = vec![7; SAVED_BYTES];
+    bytes[..8].copy_from_slice(&next.to_le_bytes());
+    bytes
 }
 
 fn record(number: u64) -> Vec<u8> {
@@ -478,8 +489,7 @@ impl Backend for Hypervisor {
         // The hypervisor's own work: it goes on when nobody waits for it.
         let work = tokio::spawn(async move {
             let next = inner.pause(guest, PauseReason::Saving).await?;
-            let mut bytes = vec![7; SAVED_BYTES];
-            bytes[..8].copy_from_slice(&next.to_le_bytes());
+            let bytes = saved(next);
             tokio::fs::write(&file, &bytes[..1000]).await.map_err(failed("save"))?;
             let began = std::time::Instant::now();
             while began.elapsed() < Duration::from_millis(inner.world.save_ms.load(Ordering::SeqCst)) {
@@ -533,6 +543,10 @@ impl Backend for Hypervisor {
     }
 
     fn mirroring(&self) -> BackendResult<&dyn Mirroring> {
+        Ok(self)
+    }
+
+    fn checkpointing(&self) -> BackendResult<&dyn Checkpointing> {
         Ok(self)
     }
 

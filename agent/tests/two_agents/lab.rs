@@ -165,6 +165,11 @@ impl TestHost {
         self.config.guests_dir().join(guest.to_string()).join("memory")
     }
 
+    /// Where it is while a checkpoint is taken.
+    pub fn checkpoint_file(&self, guest: GuestId) -> std::path::PathBuf {
+        self.memory_file(guest).with_file_name("checkpoint")
+    }
+
     /// From now on the guest's record cannot be kept, as on a full disk, until `is_full` is false.
     pub fn fill_disk(&self, guest: GuestId, is_full: bool) {
         // In the place of the temporary file.

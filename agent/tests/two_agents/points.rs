@@ -14,7 +14,7 @@ use supercloud_storage::{
 use crate::lab::{Lab, TestHost};
 
 async fn take(lab: &Lab, host: &TestHost, guest: GuestId, volume: VolumeId, nth: usize) -> PointTaken {
-    lab.controller.direct(host.id, Directive::TakePoint { guest, volume });
+    lab.controller.direct(host.id, Directive::TakePoint { guest, volume, memory: false });
     lab.eventually("a point has ended", async || lab.controller.points(host.id).len() == nth).await;
     let told = lab.controller.points(host.id).remove(nth - 1);
     assert_eq!((told.guest, told.volume), (guest, volume));
@@ -49,7 +49,7 @@ async fn a_point_of_a_running_guest_is_whole_in_its_clouds_store() {
     assert!(stranger.content.is_none() && stranger.problem.is_some_and(|why| why.contains("does not run here")));
 
     // A freeze right after the order to take one: its content is that of the freeze, not of the point.
-    lab.controller.direct(host.id, Directive::TakePoint { guest, volume });
+    lab.controller.direct(host.id, Directive::TakePoint { guest, volume, memory: false });
     let freeze = FreezeId::generate();
     lab.done(guest, OperationKind::Freeze { freeze }).await;
     lab.done(guest, OperationKind::Thaw { freeze, to: lab.hosts[1].id }).await;

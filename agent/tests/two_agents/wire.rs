@@ -162,6 +162,7 @@ impl Facts for Nothing {
             knows_predictive: false,
             takes_checks: false,
             takes_points: false,
+            takes_checkpoints: false,
             moves_none_live: false,
             takes_mirrors: false,
             takes_post_copy: false,

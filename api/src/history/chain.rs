@@ -3,7 +3,7 @@
 use supercloud_ids::VolumeId;
 
 use super::NO_HASH;
-use crate::{VolumeHistory, VolumePoint};
+use crate::{PointMemory, VolumeHistory, VolumePoint};
 
 /// What a check of a history found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,6 +59,12 @@ pub fn expected_hash(volume: VolumeId, previous: &str, point: &VolumePoint) -> S
     }
     hasher.update(blake3::hash(point.root.as_bytes()).as_bytes());
     hasher.update(point.cloud.uuid().as_bytes());
+    if let Some(PointMemory { root, bytes, format, is_kept: _ }) = &point.memory {
+        // A point without is as long as it was before there were any with. That it is not kept any more is no other point.
+        hasher.update(blake3::hash(root.as_bytes()).as_bytes());
+        hasher.update(&bytes.to_le_bytes());
+        hasher.update(blake3::hash(format.as_bytes()).as_bytes());
+    }
     hasher.finalize().to_hex().to_string()
 }
 

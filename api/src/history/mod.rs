@@ -17,9 +17,9 @@ use supercloud_ids::{CloudId, Epoch, ProjectId, VolumeId};
 
 pub use self::{
     chain::{ChainFault, Verified, expected_hash, verify},
-    thinning::{PolicyFault, check_policy, pause_at_most_ms, points_at_most, thin},
+    thinning::{MEMORIES_AT_MOST, PolicyFault, check_policy, pause_at_most_ms, points_at_most, thin},
 };
-use crate::{HistoryPolicy, ThinnedPoints, VolumeAsOf, VolumeHistory, VolumePoint};
+use crate::{HistoryPolicy, PointMemory, ThinnedPoints, VolumeAsOf, VolumeHistory, VolumePoint};
 
 /// Points of one volume that can be kept at once: policies that may keep more are refused.
 pub const POINTS_AT_MOST: u64 = 500;
@@ -41,6 +41,8 @@ pub struct Taken {
     pub cloud: CloudId,
     /// Bytes that had to be stored for it.
     pub stored_bytes: u64,
+    /// The guest's memory at the same instant.
+    pub memory: Option<PointMemory>,
 }
 
 /// Why an instant, or a number, means no point.
@@ -83,6 +85,15 @@ pub enum AsOfRefusal {
         /// The newest of them.
         newest: u64,
     },
+    /// No point has memory.
+    #[error("it has no checkpoint: no point of its history has the guest's memory")]
+    NoCheckpoint,
+    /// The point has none.
+    #[error("point {number} has no memory of the guest (any more): it is of the disk only")]
+    NoMemory {
+        /// Its number.
+        number: u64,
+    },
     /// There is none of this number.
     #[error("there is no point {number}; the newest is {newest}")]
     None {
@@ -91,6 +102,14 @@ pub enum AsOfRefusal {
         /// The newest.
         newest: u64,
     },
+}
+
+impl VolumePoint {
+    /// Whether a guest can be thawed from it.
+    #[must_use]
+    pub fn is_checkpoint(&self) -> bool {
+        self.memory.as_ref().is_some_and(|memory| memory.is_kept)
+    }
 }
 
 impl VolumeHistory {
@@ -129,6 +148,7 @@ impl VolumeHistory {
             root: taken.root,
             cloud: taken.cloud,
             stored_bytes: taken.stored_bytes,
+            memory: taken.memory,
             hash: String::new(),
         };
         point.hash = expected_hash(self.volume, &self.head, &point);
@@ -138,14 +158,23 @@ impl VolumeHistory {
         &self.points[self.points.len() - 1]
     }
 
-    /// Thins the points by the policy; gives those that go.
+    /// The memory of older points is not kept any more; gives of how many that was.
+    fn drop_memories(&mut self) -> usize {
+        let kept = usize::try_from(self.policy.memory.unwrap_or(1)).unwrap_or(usize::MAX);
+        let memories = self.points.iter_mut().rev().filter_map(|point| point.memory.as_mut());
+        let old = memories.filter(|memory| memory.is_kept).skip(kept);
+        old.map(|memory| memory.is_kept = false).count()
+    }
+
+    /// Thins the points by the policy; gives those that go. Checkpoints whose memory is kept stay.
     pub fn thin(&mut self, now_ms: u64) -> Vec<VolumePoint> {
+        self.drop_memories();
         let instants: Vec<u64> = self.points.iter().map(|point| point.at_ms).collect();
         let keeps = thin(&instants, &self.policy.keep, now_ms, pause_at_most_ms(&self.policy));
         let mut gone = Vec::new();
         let mut kept = Vec::with_capacity(self.points.len());
         for (point, is_kept) in std::mem::take(&mut self.points).into_iter().zip(keeps) {
-            if is_kept {
+            if is_kept || point.is_checkpoint() {
                 kept.push(point);
                 continue;
             }
@@ -177,6 +206,20 @@ impl VolumeHistory {
             }
         }
         self.thinned = rows;
+    }
+
+    /// The checkpoint of a number; the newest when none is said.
+    ///
+    /// # Errors
+    /// When there is none, or its memory is not kept any more.
+    pub fn checkpoint(&self, number: Option<u64>) -> Result<&VolumePoint, AsOfRefusal> {
+        let Some(number) = number else {
+            return self.points.iter().rev().find(|point| point.is_checkpoint()).ok_or(AsOfRefusal::NoCheckpoint);
+        };
+        match self.point(number)? {
+            point if point.is_checkpoint() => Ok(point),
+            _ => Err(AsOfRefusal::NoMemory { number }),
+        }
     }
 
     /// How many points were thinned out.

@@ -11,7 +11,7 @@ fn bands(bands: &[(u64, u64)]) -> Vec<HistoryBand> {
 }
 
 fn policy(keep: &[(u64, u64)]) -> HistoryPolicy {
-    HistoryPolicy { every_s: Some(900), keep: bands(keep) }
+    HistoryPolicy { every_s: Some(900), keep: bands(keep), memory: None }
 }
 
 fn taken(wall_ms: u64, version: u64) -> Taken {
@@ -22,6 +22,7 @@ fn taken(wall_ms: u64, version: u64) -> Taken {
         root: format!("{version:064x}"),
         cloud: CloudId::generate(),
         stored_bytes: version * 7,
+        memory: None,
     }
 }
 
@@ -127,7 +128,7 @@ proptest! {
         let mut at = at;
         at.dedup();
         let now = at.last().copied().unwrap_or(0);
-        let pause = pause_at_most_ms(&HistoryPolicy { every_s, keep: keep.clone() });
+        let pause = pause_at_most_ms(&HistoryPolicy { every_s, keep: keep.clone(), memory: None });
         let once = kept(&at, &thin(&at, &keep, now, pause));
         prop_assert!(once.len() as u64 <= points_at_most(&keep), "{} of {}", once.len(), points_at_most(&keep));
         prop_assert_eq!(&kept(&once, &thin(&once, &keep, now, pause)), &once);
@@ -243,7 +244,8 @@ fn what_was_thinned_out_is_refused_by_name() {
 
 #[test]
 fn policies_are_within_their_ranges() {
-    let check = |every_s, keep: &[(u64, u64)]| check_policy(&HistoryPolicy { every_s, keep: bands(keep) });
+    let check =
+        |every_s, keep: &[(u64, u64)]| check_policy(&HistoryPolicy { every_s, keep: bands(keep), memory: None });
     assert_eq!(check(Some(900), &[(4 * 3600, 900), (7 * 86_400, 86_400)]), Ok(()));
     assert_eq!(check(None, &[(60, 60)]), Ok(()));
     assert_eq!(check(Some(59), &[(60, 60)]), Err(PolicyFault::Every(59)));
@@ -284,4 +286,60 @@ fn a_clock_that_stands_still_or_jumps_ahead_thins_little() {
     }
     assert_eq!(numbers(&ahead), [1, 2, 3, 4, 5, 6, 7, 8]);
     assert_eq!(pause_at_most_ms(&ahead.policy), 48 * HOUR);
+}
+
+#[test]
+fn the_memory_of_the_newest_checkpoints_is_kept_and_they_with_it() {
+    let memory = |version: u64| PointMemory {
+        root: format!("{:064x}", version + 1000),
+        bytes: 1 << 30,
+        format: "an-image/1".into(),
+        is_kept: true,
+    };
+    let mut history = history(&[]);
+    assert_eq!(history.checkpoint(None), Err(AsOfRefusal::NoCheckpoint));
+    history.policy.memory = Some(2);
+    // A minute apart, each third one with memory: all would be thinned but the first and the newest.
+    for version in 1..=20u64 {
+        let with = (version % 3 == 0).then(|| memory(version));
+        history.append(Taken { memory: with, ..taken(version * 60_000, version) });
+        history.thin_by_newest();
+        verify(&history).unwrap();
+    }
+    let checkpoints = |history: &VolumeHistory| {
+        history.points.iter().filter(|point| point.is_checkpoint()).map(|point| point.number).collect::<Vec<_>>()
+    };
+    assert_eq!(checkpoints(&history), [15, 18]);
+    assert_eq!(history.checkpoint(None).unwrap().number, 18);
+    assert_eq!(history.checkpoint(Some(15)).unwrap().number, 15);
+    assert_eq!(history.checkpoint(Some(20)), Err(AsOfRefusal::NoMemory { number: 20 }));
+    assert!(matches!(history.checkpoint(Some(12)), Err(AsOfRefusal::Thinned { .. })));
+    assert_eq!(history.checkpoint(Some(21)), Err(AsOfRefusal::None { number: 21, newest: 20 }));
+    assert!(history.points.len() < 8, "{:?}", history.points);
+
+    // Without a policy for it the newest one's is kept; what was said of the others stays said.
+    history.policy.memory = None;
+    history.policy.keep = bands(&[(7200, 60)]);
+    history.append(taken(21 * 60_000, 21));
+    history.thin_by_newest();
+    assert_eq!(checkpoints(&history), [18]);
+    assert_eq!(history.checkpoint(Some(15)), Err(AsOfRefusal::NoMemory { number: 15 }));
+    verify(&history).unwrap();
+    let changes: [fn(&mut PointMemory); 3] =
+        [|memory| memory.root = "00".repeat(32), |memory| memory.bytes += 1, |memory| memory.format.push('x')];
+    for change in changes {
+        let mut forged = history.clone();
+        let point = forged.points.iter_mut().find(|point| point.number == 18).unwrap();
+        point.memory.iter_mut().for_each(change);
+        assert_eq!(verify(&forged), Err(ChainFault::Hash { number: 18 }));
+        point_without_memory(&mut forged);
+        assert_eq!(verify(&forged), Err(ChainFault::Hash { number: 18 }));
+    }
+    let check = |memory| check_policy(&HistoryPolicy { memory, ..policy(&[(60, 60)]) });
+    assert_eq!((check(Some(1)), check(Some(20)), check(None)), (Ok(()), Ok(()), Ok(())));
+    assert_eq!((check(Some(0)), check(Some(21))), (Err(PolicyFault::Memory(0)), Err(PolicyFault::Memory(21))));
+}
+
+fn point_without_memory(history: &mut VolumeHistory) {
+    history.points.iter_mut().filter(|point| point.number == 18).for_each(|point| point.memory = None);
 }

@@ -9,6 +9,8 @@ const EVERY_AT_LEAST_S: u64 = 60;
 const EVERY_AT_MOST_S: u64 = 30 * 86_400;
 /// The longest band, in seconds: ten years.
 const FOR_AT_MOST_S: u64 = 3_653 * 86_400;
+/// Memories that a history may keep.
+pub const MEMORIES_AT_MOST: u32 = 20;
 const BANDS_AT_MOST: usize = 8;
 /// Of points of one instant (while the clock that went back stands still) so many are not thinned by gap: the newest.
 const SAME_INSTANT_AT_MOST: usize = 100;
@@ -32,6 +34,9 @@ pub enum PolicyFault {
         "keep[{0}].every_s is {1}; it must be at least {EVERY_AT_LEAST_S} and that of the band before, and at most for_s"
     )]
     Gap(usize, u64),
+    /// Of how many points memory is kept.
+    #[error("memory is {0}; it must be 1 to {MEMORIES_AT_MOST}")]
+    Memory(u32),
     /// In all.
     #[error("it may keep {0} points; at most {POINTS_AT_MOST} are possible")]
     Points(u64),
@@ -70,6 +75,9 @@ pub fn check_policy(policy: &HistoryPolicy) -> Result<(), PolicyFault> {
             return Err(PolicyFault::Gap(index, band.every_s));
         }
         before = *band;
+    }
+    if let Some(memories) = policy.memory.filter(|memories| !(1..=MEMORIES_AT_MOST).contains(memories)) {
+        return Err(PolicyFault::Memory(memories));
     }
     match points_at_most(&policy.keep) {
         points if points > POINTS_AT_MOST => Err(PolicyFault::Points(points)),

@@ -103,6 +103,26 @@ pub struct PointContent {
     pub sealed_blocks: u64,
     /// Bytes that had to be stored.
     pub stored_bytes: u64,
+    /// Memory and devices of the guest at the same instant, if they were asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<CheckpointContent>,
+}
+
+/// Memory and devices of a guest at the instant of a point, whose content is in the store of the host's cloud.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointContent {
+    /// Root of its manifest, hex.
+    pub root: String,
+    /// Its size, in bytes.
+    pub bytes: u64,
+    /// What reads it.
+    pub format: String,
+    /// Blocks of it that had to be stored: the others were there.
+    pub stored_blocks: u64,
+    /// Blocks of it that are not zeros.
+    pub filled_blocks: u64,
+    /// For how long the guest stood still, in microseconds.
+    pub stood_still_us: u64,
 }
 
 /// A point of a volume's history was taken, or not.

@@ -239,6 +239,9 @@ pub enum OnLoss {
     /// It boots again, where its disk is if that host is there, else where there is room. With its host it loses what it wrote to its
     /// disk since its image or its last thaw: only a mirror keeps that.
     RestartFromVolume,
+    /// It is thawed from its newest checkpoint, where there is room: memory, devices and disk are those of that instant, and what came
+    /// after it is lost. Without a checkpoint it stays lost, and an event says so.
+    ThawCheckpoint,
 }
 
 /// A mirror that is begun again when it has taken over, or has broken: at the same place where that is not where the guest is, else
@@ -354,6 +357,13 @@ pub struct GuestThaw {
     /// The freeze that is meant; refused when the guest's newest is another one.
     #[serde(default)]
     pub freeze: Option<FreezeId>,
+    /// A guest that is lost or stopped is set back to a checkpoint, and goes on from that: the newest, unless `point` says which. **What
+    /// it wrote after it, to memory and disk, is given up.**
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub checkpoint: bool,
+    /// With `checkpoint`: the number of the point in its volume's history.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub point: Option<u64>,
 }
 
 /// A change of a guest.
@@ -401,6 +411,9 @@ pub struct Freeze {
     pub is_consumed: bool,
     /// When it was made.
     pub created_at_ms: u64,
+    /// The guest was not frozen, but set back to this point of its volume's history: a checkpoint.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub point: Option<u64>,
 }
 
 /// A volume inside a freeze.

@@ -15,6 +15,11 @@ pub struct HistoryPolicy {
     pub every_s: Option<u64>,
     /// How densely points are kept, by their age: one to eight bands, the youngest first.
     pub keep: Vec<HistoryBand>,
+    /// Points that are due are taken with the memory of the running guest: they are checkpoints, from which it can be thawed. The memory
+    /// of the newest so many is kept (1 to 20). Absent: points are of the disk only, and of checkpoints that somebody asks for
+    /// the newest one's memory is kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<u32>,
 }
 
 /// Points up to an age, and the longest gap that thinning may make between them.
@@ -46,8 +51,24 @@ pub struct VolumePoint {
     pub cloud: CloudId,
     /// Bytes that had to be stored for it.
     pub stored_bytes: u64,
+    /// The guest's memory and devices at the very instant of the disk: then it is a checkpoint.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<PointMemory>,
     /// BLAKE3 over all of this and the hash of the point before (hex).
     pub hash: String,
+}
+
+/// Memory and devices of a guest at the instant of a point.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PointMemory {
+    /// Root of its content, in the store of the point's cloud.
+    pub root: String,
+    /// Its size, in bytes.
+    pub bytes: u64,
+    /// What reads it.
+    pub format: String,
+    /// Whether it is kept: the guest can be thawed from it. The memory of older points goes before they do.
+    pub is_kept: bool,
 }
 
 /// Points that were thinned out, in a row.

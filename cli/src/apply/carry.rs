@@ -180,7 +180,7 @@ impl<'a> Carrier<'a> {
             Action::Stop => self.client.stop_guest(id, &GuestStop::default()).await?,
             Action::Freeze => self.client.freeze_guest(id, &GuestFreeze { reason: Some(REASON.into()) }).await?,
             Action::Thaw { place: to } => {
-                self.client.thaw_guest(id, &GuestThaw { to: place(to), freeze: None }).await?
+                self.client.thaw_guest(id, &GuestThaw { to: place(to), ..GuestThaw::default() }).await?
             }
             Action::Migrate { place } => self.client.migrate_guest(id, &move_to(place)).await?,
             Action::FollowPrices { follow } => {

@@ -351,6 +351,7 @@ impl<'a> Planner<'a> {
             let detail = match wanted.on_loss {
                 OnLoss::Nothing => "when it is lost, leave it to people",
                 OnLoss::RestartFromVolume => "when it is lost, start it again by itself",
+                OnLoss::ThawCheckpoint => "when it is lost, have it go on from its newest checkpoint by itself",
             };
             self.step(WAVE_GUESTS, Kind::Guest, key, id(), action, detail);
         }

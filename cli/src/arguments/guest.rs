@@ -201,13 +201,24 @@ pub enum GuestVerb {
         #[command(flatten)]
         watch: Watch,
     },
-    /// Resumes a frozen guest, anywhere, once.
+    /// Takes a checkpoint of a running guest now: memory, devices and disk of one instant, while it runs on. It is a point of its
+    /// volume's history (`volume history`); `volume keep --memory` takes them by themselves.
+    Checkpoint {
+        /// Name or id.
+        name: String,
+    },
+    /// Resumes a frozen guest, anywhere, once; with `--checkpoint`, one that is lost or stopped, from there.
+    #[command(after_help = "Examples:\n  supercloud guest thaw web\n  supercloud guest thaw web --checkpoint\n  \
+        supercloud guest thaw web --checkpoint 17 --to oak --dry-run")]
     Thaw {
         /// Name or id.
         name: String,
         /// A host or a cloud; anywhere with room when absent.
         #[arg(long)]
         to: Option<String>,
+        /// Set it back to its newest checkpoint, or to this point: what it wrote after it, to memory and disk, is given up.
+        #[arg(long, value_name = "POINT", num_args = 0..=1)]
+        checkpoint: Option<Option<u64>>,
         /// Whether it is only tried.
         #[command(flatten)]
         trial: Trial,
@@ -227,7 +238,8 @@ pub enum GuestVerb {
     },
     /// Says what is done by itself when the guest's process is gone, or its host was removed or taken back: a host that is merely
     /// silent is not lost. A mirror takes over in any case.
-    #[command(after_help = "Example:\n  supercloud guest on-loss web restart-from-volume")]
+    #[command(after_help = "Example:\n  supercloud guest on-loss web restart-from-volume\n  \
+        supercloud guest on-loss web thaw-checkpoint")]
     OnLoss {
         /// Name or id.
         name: String,
@@ -288,7 +300,7 @@ pub struct GuestCreateArguments {
     /// Let price policies move it.
     #[arg(long)]
     pub follow_prices: bool,
-    /// What is done by itself when its running copy is lost: `nothing`, or `restart-from-volume`.
+    /// What is done by itself when its running copy is lost: `nothing`, `restart-from-volume` or `thaw-checkpoint`.
     #[arg(long, value_parser = values::on_loss(), default_value = "nothing")]
     pub on_loss: OnLoss,
     /// Make it, but do not start it.

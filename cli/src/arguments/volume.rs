@@ -41,7 +41,8 @@ pub enum HistoryVerb {
     /// freezes alone.
     #[command(
         after_help = "Examples:\n  supercloud volume keep web --every 15m --for 4h:15m --for 2d:1h --for 30d:1d\n  \
-        supercloud volume keep web --for 7d:1h\n  supercloud volume keep web --off"
+        supercloud volume keep web --for 7d:1h\n  supercloud volume keep web --every 5m --for 1h:5m --memory\n  \
+        supercloud volume keep web --off"
     )]
     Keep {
         /// The volume's name or id.
@@ -52,8 +53,12 @@ pub enum HistoryVerb {
         /// Points not older than the first are thinned to gaps of at most the second; may be given again, younger ones first.
         #[arg(long = "for", value_name = "AGE:GAP", value_parser = values::band, required_unless_present = "off")]
         bands: Vec<HistoryBand>,
+        /// Take points with the memory of the running guest: checkpoints, from which it can go on (`guest thaw --checkpoint`). The memory
+        /// of the newest so many is kept (1 to 20; 2 when not said).
+        #[arg(long, value_name = "NEWEST", num_args = 0..=1)]
+        memory: Option<Option<u32>>,
         /// Keep no history: all points go.
-        #[arg(long, conflicts_with_all = ["every", "bands"])]
+        #[arg(long, conflicts_with_all = ["every", "bands", "memory"])]
         off: bool,
         /// Whether it is only tried.
         #[command(flatten)]

@@ -205,6 +205,7 @@ fn frozen(attached: &mut Attached, freeze: FreezeId, epoch: Epoch, cloud: CloudI
         volumes: content.volumes.clone(),
         is_consumed: false,
         created_at_ms: unix_ms(),
+        point: None,
     });
 }
 

@@ -98,6 +98,8 @@ impl LinkHandler for Engine {
             self.live.note_post_copy(host, hello.takes_post_copy);
             self.checks.note_capable(host, hello.takes_checks);
             self.points.note_capable(host, hello.takes_points);
+            self.points.note_checkpoints(host, hello.takes_checkpoints);
+            self.live.note_checkpoints(host, hello.takes_checkpoints);
             let abilities =
                 Abilities { consoles: hello.takes_consoles, paths: hello.measures_paths, flows: hello.tells_flows };
             self.abilities.lock().unwrap_or_else(PoisonError::into_inner).insert(host, abilities);

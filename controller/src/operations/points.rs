@@ -11,11 +11,11 @@ use std::{
 };
 
 use supercloud_api::{
-    Freeze, Problem, Volume, VolumeHistory,
+    Freeze, PointMemory, Problem, Volume, VolumeHistory,
     handover::OperationKind,
     history::Taken,
     ids::{GuestId, HostId, ProjectId, RequestId, VolumeId},
-    link::{Answer, Directive, PointContent, PointTaken},
+    link::{Answer, CheckpointContent, Directive, PointContent, PointTaken},
     unix_ms,
 };
 use supercloud_storage::key::ContentRoot;
@@ -35,6 +35,10 @@ const ASKED_AT_MOST: usize = 1000;
 const PATIENCE: Duration = Duration::from_secs(3600);
 /// After one that failed the next is tried so soon, or when it is due if that is sooner.
 const RETRY: Duration = Duration::from_secs(300);
+/// What a checkpoint may have beside the guest's memory, in bytes.
+const MEMORY_EXTRA_BYTES: u64 = 64 << 20;
+/// The longest name of a format, in bytes.
+const FORMAT_AT_MOST: usize = 64;
 /// The longest problem that is kept, in characters.
 const PROBLEM_AT_MOST: usize = 500;
 
@@ -49,11 +53,15 @@ pub struct Asked {
     pub project: ProjectId,
     /// When; the moment of the point is not before.
     pub at: Instant,
+    /// With the guest's memory: a checkpoint.
+    pub memory: bool,
 }
 
 #[derive(Debug, Default)]
 struct Board {
     capable: HashSet<HostId>,
+    /// Of them, those that take points with memory.
+    checkpointing: HashSet<HostId>,
     new: BTreeMap<VolumeId, Asked>,
     /// Passed on: what is not in here is no answer.
     under_way: BTreeMap<VolumeId, Asked>,
@@ -121,6 +129,19 @@ impl PointBoard {
     #[must_use]
     pub fn takes(&self, host: HostId) -> bool {
         self.with(|board| board.capable.contains(&host))
+    }
+
+    /// Whether a host takes points with the memory of running guests.
+    #[must_use]
+    pub fn takes_checkpoints(&self, host: HostId) -> bool {
+        self.with(|board| board.checkpointing.contains(&host))
+    }
+
+    pub(crate) fn note_checkpoints(&self, host: HostId, takes_checkpoints: bool) {
+        self.with(|board| match takes_checkpoints {
+            true => board.checkpointing.insert(host),
+            false => board.checkpointing.remove(&host),
+        });
     }
 
     /// The volume's policy has changed: when its next point is due follows from its history again.
@@ -215,7 +236,10 @@ impl Engine {
                     board.doubtful.remove(&volume);
                     board.under_way.insert(volume, asked);
                 });
-                if !self.sessions.send(asked.host, Directive::TakePoint { guest: asked.guest, volume }) {
+                if !self
+                    .sessions
+                    .send(asked.host, Directive::TakePoint { guest: asked.guest, volume, memory: asked.memory })
+                {
                     self.points.end(volume, false);
                 }
             }
@@ -231,8 +255,13 @@ impl Engine {
             if !self.points.is_due(&history) {
                 continue;
             }
+            let mut asked = self.askable(&volume, history.policy.memory.is_some()).await?;
+            if asked.is_err() {
+                // Rather a point of the disk than none.
+                asked = self.askable(&volume, false).await?;
+            }
             // Who cannot be asked now is asked as soon as that can be.
-            if let Ok(asked) = self.askable(&volume).await?
+            if let Ok(asked) = asked
                 && self.points.ask(volume.id, asked)
             {
                 self.points.set_due(volume.id, history.policy.every_s);
@@ -242,8 +271,8 @@ impl Engine {
     }
 
     /// Who is to be asked for a point of a volume; in words why nobody can be.
-    pub(crate) async fn askable(&self, volume: &Volume) -> Result<Result<Asked, String>, EngineError> {
-        askable(&self.state, &self.points, volume, |host| self.sessions.is_open(host)).await
+    async fn askable(&self, volume: &Volume, memory: bool) -> Result<Result<Asked, String>, EngineError> {
+        askable(&self.state, &self.points, volume, memory, |host| self.sessions.is_open(host)).await
     }
 
     /// A host has taken a point, or not.
@@ -276,11 +305,17 @@ impl Engine {
             return Ok(Err("its host names a root that is none".to_owned()));
         };
         let cloud = self.state.need::<HostRecord>(&host).await?.host.cloud;
+        let guest = self.state.read::<GuestRecord>(&asked.guest).await?;
+        let memory_bytes = guest.map_or(0, |guest| guest.guest.shape.memory_bytes);
         retry_conflicts(|| async {
             let (Some(before), Some(volume)) =
                 (self.state.read::<VolumeHistory>(&id).await?, self.state.read::<Volume>(&id).await?)
             else {
                 return Ok(Err("the volume keeps no history any more".to_owned()));
+            };
+            let memory = match memory_of(&before, content, asked.memory, memory_bytes) {
+                Ok(memory) => memory,
+                Err(why) => return Ok(Err(why)),
             };
             // A writer that was fenced meanwhile may tell of what nobody else has seen.
             if volume.host != Some(host) || volume.epoch != content.epoch {
@@ -304,6 +339,7 @@ impl Engine {
                 root: root.to_string(),
                 cloud,
                 stored_bytes: content.stored_bytes,
+                memory,
             });
             let (number, at_ms, hash) = (point.number, point.at_ms, point.hash.clone());
             let thinned = now.thin_by_newest();
@@ -315,6 +351,10 @@ impl Engine {
                     "volume": volume.name, "point": number, "at_ms": at_ms, "hash": hash,
                     "changed_blocks": content.total_blocks, "read_blocks": content.sealed_blocks,
                     "stored_bytes": content.stored_bytes, "thinned": thinned,
+                    "memory": content.memory.as_ref().map(|memory| serde_json::json!({
+                        "bytes": memory.bytes, "filled_blocks": memory.filled_blocks, "stored_blocks": memory.stored_blocks,
+                        "stood_still_us": memory.stood_still_us,
+                    })),
                 }),
             ));
             self.state.commit(&Context::actor(format!("host:{host}"), RequestId::generate()), change).await?;
@@ -345,6 +385,7 @@ impl Engine {
                     root: root.clone(),
                     cloud,
                     stored_bytes: 0,
+                    memory: None,
                 });
                 let data = serde_json::json!({
                     "volume": volume.name, "point": point.number, "at_ms": point.at_ms, "hash": point.hash, "freeze": freeze.id,
@@ -392,6 +433,7 @@ pub(crate) async fn askable(
     state: &crate::state::State,
     points: &PointBoard,
     volume: &Volume,
+    memory: bool,
     is_open: impl Fn(HostId) -> bool,
 ) -> Result<Result<Asked, String>, EngineError> {
     let (Some(guest), Some(host)) = (volume.guest, volume.host) else {
@@ -415,7 +457,41 @@ pub(crate) async fn askable(
     if !points.takes(host) {
         return Ok(Err("the agent of the host that holds it is of a version that takes no points".to_owned()));
     }
-    Ok(Ok(Asked { host, guest, project: volume.project, at: Instant::now() }))
+    if memory {
+        if record.owner.operation.is_some() {
+            return Ok(Err(format!("the guest of volume {} is mirrored: its memory is kept there", volume.name)));
+        }
+        if record.guest.volumes.len() != 1 {
+            return Ok(Err(format!("the guest of volume {} has other volumes: a checkpoint is of one", volume.name)));
+        }
+        if !points.takes_checkpoints(host) {
+            let why = "the host that holds it takes no checkpoints of running guests: its back end lacks it, or its agent is older";
+            return Ok(Err(why.to_owned()));
+        }
+    }
+    Ok(Ok(Asked { host, guest, project: volume.project, at: Instant::now(), memory }))
+}
+
+/// What a host gives of a guest's memory, as it may be kept; in words why it may not.
+fn memory_of(
+    history: &VolumeHistory,
+    content: &PointContent,
+    is_wanted: bool,
+    memory_bytes: u64,
+) -> Result<Option<PointMemory>, String> {
+    let Some(CheckpointContent { root, bytes, format, .. }) = &content.memory else {
+        return if is_wanted { Err("its host gives the disk without the guest's memory".to_owned()) } else { Ok(None) };
+    };
+    let Ok(root) = root.parse::<ContentRoot>() else {
+        return Err("its host names a root of the memory that is none".to_owned());
+    };
+    if *bytes > memory_bytes.saturating_add(MEMORY_EXTRA_BYTES) || format.len() > FORMAT_AT_MOST {
+        return Err(format!(
+            "its host gives {bytes} bytes of memory for volume {}: more than the guest has",
+            history.volume
+        ));
+    }
+    Ok(Some(PointMemory { root: root.to_string(), bytes: *bytes, format: format.clone(), is_kept: true }))
 }
 
 #[cfg(test)]
@@ -426,7 +502,7 @@ mod tests {
     fn an_answer_is_dated_by_the_first_question_that_it_may_answer() {
         let (board, volume, host) = (PointBoard::default(), VolumeId::generate(), HostId::generate());
         let (guest, project) = (GuestId::generate(), ProjectId::generate());
-        let ask = |at| board.ask(volume, Asked { host, guest, project, at });
+        let ask = |at| board.ask(volume, Asked { host, guest, project, at, memory: false });
         let pass_on = || {
             board.with(|board| {
                 let new = std::mem::take(&mut board.new);
@@ -457,7 +533,7 @@ mod tests {
         // What took too long is not heard, and does not date the next one.
         board.with(|board| {
             let Some(at) = now.checked_sub(PATIENCE) else { return };
-            board.under_way.insert(volume, Asked { host, guest, project, at });
+            board.under_way.insert(volume, Asked { host, guest, project, at, memory: false });
         });
         assert_eq!((under_way(), board.oldest_ms(project)), (None, None));
         assert!(ask(now) && pass_on() == 1);

@@ -225,6 +225,9 @@ impl Engine {
                 let points = history.points.iter().filter(|point| here == StoreOf::Cloud(point.cloud));
                 for point in points.filter(|_| history.project == project) {
                     add(root(&point.root, "a point of a volume")?, true);
+                    if let Some(memory) = point.memory.as_ref().filter(|memory| memory.is_kept) {
+                        add(root(&memory.root, "a checkpoint")?, true);
+                    }
                 }
             }
             for volume in self.state.list::<Volume>().await? {

@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     admission::Request,
+    checkpoints::SetBack,
     placement::{self, Need, Place},
     state::{Change, GuestRecord, LiveHosts, ProjectRecord, Stored, Work, keys, retry_conflicts},
 };
@@ -56,9 +57,22 @@ pub(super) async fn submit_with(
     api: &Api,
     asker: &Asker,
     found: &Stored<GuestRecord>,
+    now: GuestRecord,
+    picture: Option<&Picture>,
+    wanted: Wanted,
+) -> Result<Reply, Failure> {
+    submit_also(api, asker, found, now, picture, wanted, |_, _| ()).await
+}
+
+/// The same; `also` changes what is to change besides.
+async fn submit_also(
+    api: &Api,
+    asker: &Asker,
+    found: &Stored<GuestRecord>,
     mut now: GuestRecord,
     picture: Option<&Picture>,
     wanted: Wanted,
+    also: impl FnOnce(&mut GuestRecord, &mut Change),
 ) -> Result<Reply, Failure> {
     let id = OperationId::generate();
     guest_plan::begin_on(&mut now, &BeginRequest { operation: id, kind: wanted.handover, group: false })?;
@@ -67,6 +81,7 @@ pub(super) async fn submit_with(
         return Reply::ok(&operation);
     }
     let mut change = Change::new();
+    also(&mut now, &mut change);
     change.update(found, &now);
     if let (Some(picture), Some(host)) = (picture, operation.destination) {
         picture.pass(&mut change, keys::room_guard(host));
@@ -361,7 +376,7 @@ pub async fn freeze(
     .await
 }
 
-/// Resumes a frozen guest, once.
+/// Resumes a frozen guest, once; or sets a guest that is lost or stopped back to a checkpoint and resumes it from that.
 #[utoipa::path(post, path = "/v1/guests/{guest}/thaw", tag = "guests", request_body = GuestThaw, responses((status = 202, body = Operation), (status = 200, description = "Dry run", body = Operation)))]
 pub async fn thaw(
     State(api): State<Api>,
@@ -374,10 +389,11 @@ pub async fn thaw(
     let reference = Ref::from(guest);
     let _turn = api.placing.lock().await;
     retry_conflicts(|| async {
-        let picture = Picture::take(&api.parts).await?;
+        let mut picture = Picture::take(&api.parts).await?;
         let found = asker.find_guest(&api.parts, &reference).await?;
-        guest_plan::admit(Request::Thaw, &found)?;
-        let Some(freeze) = found.guest.freeze else {
+        let back = set_back(&api, &found, &wanted, &mut picture).await?;
+        let now = back.as_ref().map_or(&found.value, |back| &back.guest);
+        let Some(freeze) = now.guest.freeze else {
             return Err(Failure::new(Code::Internal, "the guest is frozen, and its record names no freeze"));
         };
         if let Some(stale) = wanted.freeze.filter(|meant| *meant != freeze) {
@@ -392,19 +408,46 @@ pub async fn thaw(
         match picture.choose(&need(&picture, &found, None), &place) {
             Ok((host, checks)) => {
                 let plan = Some(guest_plan::plan_for(host, checks));
-                let route = Route { destination: Some(host.id), plan, ..Route::default() };
+                let reason = back.as_ref().map(|back| format!("set back to point {} of its volume", back.point));
+                let route = Route { destination: Some(host.id), plan, reason, ..Route::default() };
                 let wanted = Wanted {
                     kind: OperationKind::GuestThaw,
                     handover: handover::OperationKind::Thaw { freeze, to: host.id },
                     work: Work::GuestThaw { freeze },
                     route,
                 };
-                submit(&api, &asker, &found, Some(&picture), wanted).await
+                submit_also(&api, &asker, &found, now.clone(), Some(&picture), wanted, |guest, change| {
+                    if let Some(back) = &back {
+                        back.write(guest, api.parts.state.book().now(), change);
+                    }
+                })
+                .await
             }
             Err(problem) => refuse(&asker, &found, OperationKind::GuestThaw, problem),
         }
     })
     .await
+}
+
+/// Whether the guest may be thawed, or what it is set back to first: then only hosts count that can go on from that.
+async fn set_back(
+    api: &Api,
+    found: &GuestRecord,
+    wanted: &GuestThaw,
+    picture: &mut Picture,
+) -> Result<Option<SetBack>, Failure> {
+    match (wanted.checkpoint, wanted.point, wanted.freeze) {
+        (false, Some(_), _) => return Err(Failure::bad("point: only with checkpoint")),
+        (true, _, Some(_)) => return Err(Failure::bad("freeze and checkpoint exclude each other")),
+        (false, None, _) => {
+            guest_plan::admit(Request::Thaw, found)?;
+            return Ok(None);
+        }
+        (true, ..) => guest_plan::admit(Request::SetBack, found)?,
+    }
+    let back = SetBack::plan(&api.parts.state, found, wanted.point).await?;
+    picture.only_with_checkpoints(&api.parts.hosts)?;
+    Ok(Some(back))
 }
 
 /// Deletes a guest that does not run, with its volumes and ports.

@@ -98,6 +98,19 @@ impl Picture {
         placement::choose(need, at, &self.hosts, &reserved)
     }
 
+    /// Leaves only hosts that thaw from checkpoints.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn only_with_checkpoints(&mut self, live: &LiveHosts) -> Result<(), Problem> {
+        self.hosts.retain(|host| live.takes_checkpoints(host.id));
+        if self.hosts.is_empty() {
+            let detail = "no host thaws from checkpoints: their back ends lack it, or their agents are older or away";
+            return Err(Problem::new(Code::HostUnavailable, detail));
+        }
+        Ok(())
+    }
+
     /// What every host says to a guest, best first.
     pub fn explain(&self, need: &Need, at: &Place) -> Vec<(&Host, Result<Score, Refusal>)> {
         let disk = |record: &GuestRecord| self.disk_of(record.guest.id);

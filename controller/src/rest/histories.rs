@@ -6,8 +6,9 @@ use axum::{
     http::{HeaderMap, StatusCode},
 };
 use supercloud_api::{
-    Code, DiskFrom, HistoryPolicy, Ref, Volume, VolumeAsOf, VolumeHistory,
+    Code, DiskFrom, HistoryBand, HistoryPolicy, Ref, Volume, VolumeAsOf, VolumeHistory,
     history::{AsOfRefusal, check_policy},
+    ids::HostId,
     unix_ms,
 };
 
@@ -16,6 +17,9 @@ use crate::{
     operations::points::askable,
     state::{Change, EventDraft, Stored, retry_conflicts},
 };
+
+/// How points are kept of a volume of which only checkpoints were asked for.
+const ASKED_FOR: HistoryBand = HistoryBand { for_s: 7 * 86_400, every_s: 3600 };
 
 fn none_of(volume: &Volume) -> Failure {
     Failure::new(
@@ -143,7 +147,18 @@ pub async fn take(State(api): State<Api>, asker: Asker, Path(volume): Path<Strin
     let volume = asker.find::<Volume>(&api.parts, &Ref::from(volume)).await?;
     let found = api.parts.state.read::<VolumeHistory>(&volume.id).await?.ok_or_else(|| none_of(&volume))?;
     let is_open = |host| api.parts.hosts.get(host).is_some();
-    let asked = askable(&api.parts.state, &api.parts.points, &volume, is_open).await;
+    ask(&api, &asker, &volume, false, is_open).await?;
+    Reply::json(StatusCode::ACCEPTED, &found.value)
+}
+
+async fn ask(
+    api: &Api,
+    asker: &Asker,
+    volume: &Volume,
+    memory: bool,
+    is_open: impl Fn(HostId) -> bool,
+) -> Result<(), Failure> {
+    let asked = askable(&api.parts.state, &api.parts.points, volume, memory, is_open).await;
     let asked = asked.map_err(|error| Failure::new(Code::Internal, error.to_string()))?;
     let asked = asked.map_err(|why| Failure::new(Code::WrongState, why))?;
     if let Some(since) = api.parts.points.since(volume.id) {
@@ -153,5 +168,45 @@ pub async fn take(State(api): State<Api>, asker: Asker, Path(volume): Path<Strin
     if !asker.params.dry_run && !api.parts.points.ask(volume.id, asked) {
         return Err(Failure::new(Code::TooManyRequests, "too many points are under way"));
     }
-    Reply::json(StatusCode::ACCEPTED, &found.value)
+    Ok(())
+}
+
+/// Has a checkpoint of a running guest taken now: memory, devices and disk of one instant, while it runs on. It is a point of its
+/// volume's history, which is begun if there is none. An event tells when it is: `volume.point`, or `volume.no_point` with why.
+#[utoipa::path(post, path = "/v1/guests/{guest}/checkpoints", tag = "guests", responses((status = 202, body = VolumeHistory)))]
+pub async fn checkpoint(State(api): State<Api>, asker: Asker, Path(guest): Path<String>) -> Result<Reply, Failure> {
+    let guest = asker.find_guest(&api.parts, &Ref::from(guest)).await?;
+    let Some(volume) = guest.guest.volumes.first() else {
+        return Err(Failure::new(Code::WrongState, format!("guest {} has no volume", guest.guest.name)));
+    };
+    let is_open = |host| api.parts.hosts.get(host).is_some();
+    let volume = api.parts.state.need::<Volume>(volume).await?;
+    // Before a history is begun in vain.
+    let asked = askable(&api.parts.state, &api.parts.points, &volume, true, is_open).await;
+    let asked = asked.map_err(|error| Failure::new(Code::Internal, error.to_string()))?;
+    asked.map_err(|why| Failure::new(Code::WrongState, why))?;
+    let history = retry_conflicts(|| async {
+        let volume = api.parts.state.need::<Volume>(&volume.id).await?;
+        if let Some(found) = api.parts.state.read::<VolumeHistory>(&volume.id).await? {
+            return Ok(found.value);
+        }
+        let policy = HistoryPolicy { every_s: None, keep: vec![ASKED_FOR], memory: None };
+        let begun = VolumeHistory::begin(volume.id, volume.project, policy.clone(), volume.base.clone(), unix_ms());
+        if asker.params.dry_run {
+            return Ok(begun);
+        }
+        let mut change = Change::new();
+        change.unchanged(&volume).create(&begun);
+        change.event(
+            EventDraft::new("volume.history")
+                .project(volume.project)
+                .guest(volume.guest)
+                .data(serde_json::json!({ "volume": volume.name, "policy": policy, "thinned": 0 })),
+        );
+        asker.commit(&api.parts, volume.project, change, Reply::ok(&begun)?).await?;
+        Ok::<_, Failure>(begun)
+    })
+    .await?;
+    ask(&api, &asker, &volume, true, is_open).await?;
+    Reply::json(StatusCode::ACCEPTED, &history)
 }

@@ -171,6 +171,7 @@ pub fn router(api: Api) -> Router {
             "/v1/guests/{guest}/mirrors",
             post(guest_mirrors::begin).get(guest_mirrors::list).delete(guest_mirrors::end),
         )
+        .route("/v1/guests/{guest}/checkpoints", post(histories::checkpoint))
         .route("/v1/guests/{guest}/failover", post(guest_mirrors::fail_over))
         .route("/v1/guests/{guest}/freeze", post(guest_operations::freeze))
         .route("/v1/guests/{guest}/thaw", post(guest_operations::thaw))

@@ -78,6 +78,7 @@ use crate::auth::{Access, ROUTES, Route};
         histories::remove,
         histories::as_of,
         histories::take,
+        histories::checkpoint,
         blocks::of_volume,
         volumes::list_freezes,
         volumes::read_freeze,

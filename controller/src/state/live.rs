@@ -42,6 +42,8 @@ struct Live {
     mirroring: HashSet<HostId>,
     /// Those from and to which guests may move and leave memory behind, likewise.
     post_copying: HashSet<HostId>,
+    /// Those that take checkpoints and thaw from them, likewise.
+    checkpointing: HashSet<HostId>,
     /// Since when those hosts are away whose links ended under our eyes.
     away: HashMap<HostId, Instant>,
     /// Since when others may have been.
@@ -51,8 +53,8 @@ struct Live {
 impl Default for Live {
     fn default() -> Self {
         let (hosts, bases, away) = (HashMap::new(), HashMap::new(), HashMap::new());
-        let (mirroring, post_copying) = (HashSet::new(), HashSet::new());
-        Self { hosts, bases, away, mirroring, post_copying, began: Instant::now() }
+        let (mirroring, post_copying, checkpointing) = (HashSet::new(), HashSet::new(), HashSet::new());
+        Self { hosts, bases, away, mirroring, post_copying, checkpointing, began: Instant::now() }
     }
 }
 
@@ -107,6 +109,21 @@ impl LiveHosts {
     #[must_use]
     pub fn takes_post_copy(&self, host: HostId) -> bool {
         self.0.read().unwrap_or_else(PoisonError::into_inner).post_copying.contains(&host)
+    }
+
+    /// The agent says whether it takes checkpoints of guests, and thaws from them.
+    pub fn note_checkpoints(&self, host: HostId, takes_checkpoints: bool) {
+        let checkpointing = &mut self.0.write().unwrap_or_else(PoisonError::into_inner).checkpointing;
+        match takes_checkpoints {
+            true => checkpointing.insert(host),
+            false => checkpointing.remove(&host),
+        };
+    }
+
+    /// Whether it said so when it was last heard of.
+    #[must_use]
+    pub fn takes_checkpoints(&self, host: HostId) -> bool {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).checkpointing.contains(&host)
     }
 
     /// For how long a host has had no link to this controller, as far as this process knows; `None`: it has one.

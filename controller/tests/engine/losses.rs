@@ -68,6 +68,7 @@ async fn a_guest_that_was_frozen_hundreds_of_times_can_be_deleted() {
                 volumes: vec![FrozenVolume { volume: record.guest.volumes[0], root: "0".repeat(64), stored_bytes: 1 }],
                 is_consumed: true,
                 created_at_ms: 1,
+                point: None,
             });
         }
         world.state().commit(&Context::system(), change).await.unwrap();

@@ -8,6 +8,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod checkpoints;
 mod chunks;
 mod crashes;
 mod hostile;

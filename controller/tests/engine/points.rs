@@ -20,7 +20,7 @@ fn root(byte: u8) -> String {
 }
 
 async fn begin(world: &World, volume: &Volume, every_s: Option<u64>) {
-    let policy = HistoryPolicy { every_s, keep: vec![HistoryBand { for_s: 3600, every_s: 600 }] };
+    let policy = HistoryPolicy { every_s, keep: vec![HistoryBand { for_s: 3600, every_s: 600 }], memory: None };
     let mut change = Change::new();
     change.create(&VolumeHistory::begin(volume.id, volume.project, policy, volume.base.clone(), unix_ms()));
     world.state().commit(&Context::system(), change).await.unwrap();
@@ -39,6 +39,7 @@ fn content(volume: &Volume, version: u64, byte: u8, age_ms: u64) -> PointContent
         total_blocks: 1,
         sealed_blocks: 1,
         stored_bytes: 10,
+        memory: None,
     }
 }
 
@@ -52,7 +53,8 @@ async fn tell(world: &World, guest: GuestId, volume: &Volume, content: Option<Po
 
 /// Asks for a point.
 fn ask(world: &World, guest: GuestId, volume: &Volume) {
-    let asked = Asked { host: world.id(0), guest, project: world.project, at: tokio::time::Instant::now() };
+    let asked =
+        Asked { host: world.id(0), guest, project: world.project, at: tokio::time::Instant::now(), memory: false };
     assert!(world.controller.as_ref().unwrap().points.ask(volume.id, asked));
 }
 

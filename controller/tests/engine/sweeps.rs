@@ -134,6 +134,7 @@ async fn hosts_are_told_what_lives_and_an_older_copy_of_the_records_is_not_belie
         volumes: vec![FrozenVolume { volume: VolumeId::generate(), root: root(byte + 1), stored_bytes: 0 }],
         is_consumed,
         created_at_ms: 1,
+        point: None,
     };
     let mut change = Change::new();
     change.create(&freeze(false, 1)).create(&freeze(true, 3));

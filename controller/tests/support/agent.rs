@@ -165,6 +165,7 @@ impl Seat {
             knows_predictive: false,
             takes_checks: false,
             takes_points: true,
+            takes_checkpoints: true,
             moves_none_live: false,
             takes_mirrors: true,
             takes_post_copy: true,

@@ -248,7 +248,9 @@ impl Agent {
             OperationKind::Thaw { freeze, .. } => {
                 let told = lock(&self.seat.disk).guests.get(&guest).and_then(|kept| kept.assignment.clone());
                 let memory = told.and_then(|assignment| assignment.frozen);
-                let frozen = ground.frozen.get(&freeze).cloned();
+                let frozen = ground.frozen.get(&freeze);
+                let checkpoint = || ground.checkpoints.get(&memory.as_ref()?.root);
+                let frozen = frozen.or_else(checkpoint).cloned();
                 match (memory, frozen) {
                     (Some(memory), Some(frozen)) => {
                         if frozen.is_dropped || memory.freeze != freeze || memory.root != super::root_of(frozen.boot) {

@@ -93,6 +93,8 @@ pub struct Frozen {
 pub struct Ground {
     pub locals: BTreeMap<(HostId, GuestId), Local>,
     pub frozen: BTreeMap<FreezeId, Frozen>,
+    /// Checkpoints in a cloud's store, by the roots of their memory.
+    pub checkpoints: BTreeMap<String, Frozen>,
     /// Writes that the guest's applications were told are safe.
     pub written: BTreeMap<GuestId, u64>,
     pub boots: BTreeMap<GuestId, u64>,

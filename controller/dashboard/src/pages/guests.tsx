@@ -182,7 +182,7 @@ export function GuestPage(props: { id: string; part?: string }) {
           ["image", images.value.get(guest.image)?.name ?? guest.image],
           ["compat class", guest.compat_class ? `${guest.compat_class.back_end}/${guest.compat_class.accelerator}/${guest.compat_class.machine_version}` : "fixed at its first start"],
           ["follows prices", <Setting guest={guest} isOn={guest.follow_prices} text="policies may move it" turned={{ follow_prices: !guest.follow_prices }} />],
-          ["when it is lost", <Setting guest={guest} isOn={guest.on_loss === "restart_from_volume"} text="start it again by itself" turned={{ on_loss: guest.on_loss === "nothing" ? "restart_from_volume" : "nothing" }} />],
+          ["when it is lost", <Setting guest={guest} isOn={guest.on_loss !== "nothing"} text={guest.on_loss === "thaw_checkpoint" ? "let it go on from its newest checkpoint by itself" : "start it again by itself"} turned={{ on_loss: guest.on_loss === "nothing" ? "restart_from_volume" : "nothing" }} />],
           ["a mirror is kept", <KeptMirror guest={guest} />],
           ["made", moment(guest.created_at_ms)],
         ]} />

@@ -14,6 +14,7 @@ fn policy(every_s: Option<u64>, keep: &[(u64, u64)]) -> HistoryPolicy {
     HistoryPolicy {
         every_s,
         keep: keep.iter().map(|(for_s, every_s)| HistoryBand { for_s: *for_s, every_s: *every_s }).collect(),
+        memory: None,
     }
 }
 
@@ -61,6 +62,7 @@ async fn a_volume_is_cloned_as_of_an_instant() {
                 root: format!("{version:064x}"),
                 cloud,
                 stored_bytes: 0,
+                memory: None,
             });
         }
     })

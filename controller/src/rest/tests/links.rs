@@ -199,6 +199,7 @@ async fn sites_are_what_records_and_hosts_tell() {
         volumes: Vec::new(),
         is_consumed: false,
         created_at_ms: 0,
+        point: None,
     };
     let policy = serde_json::from_value(serde_json::json!({"keep": [{"for_s": 3600, "every_s": 60}]})).unwrap();
     let mut history = VolumeHistory::begin(volume.id, world.project, policy, None, 1);

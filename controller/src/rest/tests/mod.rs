@@ -1,6 +1,7 @@
 //! REST against a real controller: its own sockets, TLS, store on disk; the typed client, and raw requests where that is too good.
 
 mod blocks;
+mod checkpoints;
 mod events;
 mod guest_calls;
 mod guests;

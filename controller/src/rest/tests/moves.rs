@@ -182,13 +182,13 @@ async fn a_freeze_thaws_once_and_a_stale_one_never() {
         record.set_owner(owner, None);
     })
     .await;
-    let stale = GuestThaw { to: None, freeze: Some(FreezeId::generate()) };
+    let stale = GuestThaw { freeze: Some(FreezeId::generate()), ..GuestThaw::default() };
     let refused = problem(world.client.thaw_guest("web", &stale).await);
     assert_eq!(refused.code, Code::WrongState);
     assert!(refused.detail.contains(&freeze.to_string()), "{}", refused.detail);
     let started = problem(world.client.start_guest("web", &GuestStart::default()).await);
     assert!(started.detail.contains("thaw it first"), "{}", started.detail);
-    let good = GuestThaw { to: Some("west".into()), freeze: Some(freeze) };
+    let good = GuestThaw { to: Some("west".into()), freeze: Some(freeze), ..GuestThaw::default() };
     let operation = world.client.thaw_guest("web", &good).await.unwrap();
     assert_eq!(operation.destination, Some(world.hosts[1].id));
     assert_eq!(problem(world.client.thaw_guest("web", &good).await).code, Code::OperationInProgress);

@@ -205,7 +205,7 @@ impl Fleet {
     /// # Errors
     /// As [`Fleet::migrate`].
     pub async fn thaw(&self, guest: &str, to: &str, watch: impl FnMut(&Operation)) -> Result<Operation> {
-        let body = GuestThaw { to: Some(to.into()), freeze: None };
+        let body = GuestThaw { to: Some(to.into()), ..GuestThaw::default() };
         let what = format!("thawing {guest} in {to}");
         let operation = self.client.thaw_guest(guest, &body).await.map_err(|source| self.call(&what, source))?;
         self.finish(&what, operation, watch).await

@@ -179,7 +179,7 @@ impl Ground {
         self.fleet.freeze(SERVER, |_| {}).await?;
         self.check_frozen().await?;
         let to = Self::other_seat(&before.host);
-        let body = GuestThaw { to: Some(to.into()), freeze: None };
+        let body = GuestThaw { to: Some(to.into()), ..GuestThaw::default() };
         let operation = self.fleet.client().thaw_guest(SERVER, &body).await?;
         let told = self.strike_life(case, &operation, self.server, to).await?;
         match told.ended {
