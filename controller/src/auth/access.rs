@@ -153,6 +153,7 @@ pub const ROUTES: &[Route] = &[
     route(Method::GET, "/v1/guests/{guest}/mirrors", Access::Read),
     route(Method::DELETE, "/v1/guests/{guest}/mirrors", Access::Change),
     route(Method::POST, "/v1/guests/{guest}/failover", Access::Change),
+    route(Method::POST, "/v1/guests/{guest}/checkpoints", Access::Change),
     route(Method::POST, "/v1/guests/{guest}/freeze", Access::MoveOwn),
     route(Method::POST, "/v1/guests/{guest}/thaw", Access::Move),
     route(Method::GET, "/v1/freezes", Access::Read),

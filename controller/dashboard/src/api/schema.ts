@@ -246,6 +246,26 @@ export interface paths {
         patch: operations["guests_change"];
         trace?: never;
     };
+    "/v1/guests/{guest}/checkpoints": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Has a checkpoint of a running guest taken now: memory, devices and disk of one instant, while it runs on. It is a point of its
+         *     volume's history, which is begun if there is none. An event tells when it is: `volume.point`, or `volume.no_point` with why.
+         */
+        post: operations["checkpoint"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/guests/{guest}/console": {
         parameters: {
             query?: never;
@@ -427,7 +447,7 @@ export interface paths {
         };
         get?: never;
         put?: never;
-        /** Resumes a frozen guest, once. */
+        /** Resumes a frozen guest, once; or sets a guest that is lost or stopped back to a checkpoint and resumes it from that. */
         post: operations["guests_thaw"];
         delete?: never;
         options?: never;
@@ -1610,6 +1630,11 @@ export interface components {
             memory_format: string;
             /** @description Root of the memory and device state (opaque to us, tagged with the hypervisor's version). */
             memory_root: string;
+            /**
+             * Format: int64
+             * @description The guest was not frozen, but set back to this point of its volume's history: a checkpoint.
+             */
+            point?: number | null;
             /** @description The project. */
             project: components["schemas"]["ProjectId"];
             /** @description Root of each volume's content. */
@@ -1806,7 +1831,17 @@ export interface components {
         };
         /** @description Where a frozen guest is resumed. */
         GuestThaw: {
+            /**
+             * @description A guest that is lost or stopped is set back to a checkpoint, and goes on from that: the newest, unless `point` says which. **What
+             *     it wrote after it, to memory and disk, is given up.**
+             */
+            checkpoint?: boolean;
             freeze?: null | components["schemas"]["FreezeId"];
+            /**
+             * Format: int64
+             * @description With `checkpoint`: the number of the point in its volume's history.
+             */
+            point?: number | null;
             to?: null | components["schemas"]["Ref"];
         };
         /** @description How the controller is. */
@@ -1838,6 +1873,13 @@ export interface components {
             every_s?: number | null;
             /** @description How densely points are kept, by their age: one to eight bands, the youngest first. */
             keep: components["schemas"]["HistoryBand"][];
+            /**
+             * Format: int32
+             * @description Points that are due are taken with the memory of the running guest: they are checkpoints, from which it can be thawed. The memory
+             *     of the newest so many is kept (1 to 20). Absent: points are of the disk only, and of checkpoints that somebody asks for
+             *     the newest one's memory is kept.
+             */
+            memory?: number | null;
         };
         /** @description A machine that runs an agent. */
         Host: {
@@ -2438,7 +2480,7 @@ export interface components {
          *     over whatever is said here.
          * @enum {string}
          */
-        OnLoss: "nothing" | "restart_from_volume";
+        OnLoss: "nothing" | "restart_from_volume" | "thaw_checkpoint";
         /** @description A durable piece of work. */
         Operation: {
             /** @description Who asked: `token:<name>`, `guest:<id>`, `system`. */
@@ -2697,6 +2739,11 @@ export interface components {
                 memory_format: string;
                 /** @description Root of the memory and device state (opaque to us, tagged with the hypervisor's version). */
                 memory_root: string;
+                /**
+                 * Format: int64
+                 * @description The guest was not frozen, but set back to this point of its volume's history: a checkpoint.
+                 */
+                point?: number | null;
                 /** @description The project. */
                 project: components["schemas"]["ProjectId"];
                 /** @description Root of each volume's content. */
@@ -3474,6 +3521,20 @@ export interface components {
             /** @description Why. */
             reason: string;
         };
+        /** @description Memory and devices of a guest at the instant of a point. */
+        PointMemory: {
+            /**
+             * Format: int64
+             * @description Its size, in bytes.
+             */
+            bytes: number;
+            /** @description What reads it. */
+            format: string;
+            /** @description Whether it is kept: the guest can be thawed from it. The memory of older points goes before they do. */
+            is_kept: boolean;
+            /** @description Root of its content, in the store of the point's cloud. */
+            root: string;
+        };
         /** @description A guest's attachment to a network. */
         Port: {
             /** @description The guest's epoch, which it inherits. */
@@ -4224,6 +4285,7 @@ export interface components {
             epoch: components["schemas"]["Epoch"];
             /** @description BLAKE3 over all of this and the hash of the point before (hex). */
             hash: string;
+            memory?: null | components["schemas"]["PointMemory"];
             /**
              * Format: int64
              * @description Its number: 1, 2, … in the order in which they were taken; none is used twice.
@@ -4929,6 +4991,25 @@ export interface operations {
                 };
                 content: {
                     "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    checkpoint: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            202: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["VolumeHistory"];
                 };
             };
         };
