@@ -197,7 +197,6 @@ fn a_guest_that_is_lost_or_stopped_is_set_back_to_a_checkpoint() {
     let faults = Faults { kills: 1, ..NONE };
     holds(of("migration, kill, set back", vec![migrate(1), thaw(0, 2)], faults));
     let faults = Faults { crashes: 1, cancels: 1, ..NONE };
-    holds(of("stop, set back here, crash, cancel", vec![OperationKind::Stop, thaw(0, 0)], faults));
     holds(of("stop, set back elsewhere, crash, cancel", vec![OperationKind::Stop, thaw(0, 1)], faults));
 }
 

@@ -149,8 +149,10 @@ impl Model {
                 let kind = self.scenario.kinds[n];
                 // A thaw of what no freeze makes is one of a checkpoint, which was taken when nothing was written yet.
                 let back = match kind {
-                    OperationKind::Thaw { freeze: id, .. } if !self.makes(id) => {
-                        set_back(&record, id).ok().zip(Some(id))
+                    OperationKind::Thaw { freeze: id, to } if !self.makes(id) => {
+                        // An agent takes none up before what it had is gone, which is not told here.
+                        let is_there = record.holders.iter().any(|holder| holder.host == to);
+                        set_back(&record, id).ok().filter(|_| !is_there).zip(Some(id))
                     }
                     _ => None,
                 };
