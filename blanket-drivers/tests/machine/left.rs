@@ -77,7 +77,17 @@ impl Moved {
     fn of(source: &mut Machine, device: &File, memory: MemoryMode) -> Self {
         let limits = Limits { max_downtime_ms: 0, max_rounds: 3, memory, ..Limits::default() };
         let mut wire = Vec::new();
-        let sent = send(source, &mut wire, &|| limits, &mut on).unwrap();
+        let ram = source.ram().clone();
+        let sent = send(source, &mut wire, &|| limits, &mut |progress| {
+            // On a busy machine the guest would write nothing in a round.
+            if !progress.is_last && progress.left_pages == 0 {
+                let now = || ram.read_obj::<u32>(GuestAddress(DIRTY_ROUNDS)).unwrap();
+                let before = now();
+                wait_until(|| now() > before + 1, || format!("rounds after {before}"));
+            }
+            ControlFlow::Continue(())
+        });
+        let sent = sent.unwrap();
         let opened = travel::open(wire.as_slice()).unwrap();
         let config = MachineConfig { vcpus: 1, memory_bytes: MEMORY_BYTES };
         let incoming = || Incoming::new(Kvm::new().unwrap(), config, Console::default().sink(), Vec::new()).unwrap();

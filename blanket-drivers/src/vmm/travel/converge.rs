@@ -47,6 +47,8 @@ pub struct Seen {
     pub rounds: u32,
     /// Pages that were written since the last round began.
     pub dirty_pages: u64,
+    /// Of those, such of which it is not known any more what was sent: they go as new ones, at half of their size at least.
+    pub fresh_pages: u64,
     /// Pages of the last round that were not all zeros, what the round took on the wire in bytes, and how long that lasted in
     /// microseconds.
     pub sent_pages: u64,
@@ -54,6 +56,8 @@ pub struct Seen {
     pub sent_bytes: u64,
     /// See `sent_pages`.
     pub took_us: u64,
+    /// The most bytes per second that went over in a round so far: a round of few bytes says little about the link.
+    pub best_bytes_per_s: u64,
     /// What the state beside memory takes on the wire, in bytes.
     pub state_bytes: u64,
 }
@@ -93,18 +97,23 @@ pub enum Next {
     GiveUp(WhyNot),
 }
 
-/// How long the guest would stand still now, in milliseconds: what is dirty, at what a page took and at the speed of the last
-/// round, and the state.
+/// How long the guest would stand still now, in milliseconds: what is dirty, at what a page took in the last round, and the state at
+/// the speed of the fastest one.
 #[must_use]
 pub fn predicted_downtime_ms(seen: &Seen) -> u64 {
-    // Nothing but zeros so far: what comes may be anything.
-    let per_page = match seen.sent_pages {
-        0 => u128::from(PAGE_BYTES),
-        pages => u128::from(seen.sent_bytes).div_ceil(u128::from(pages)),
+    let (took_us, sent_bytes) = (u128::from(seen.took_us.max(1)), u128::from(seen.sent_bytes.max(1)));
+    // What went says how fast the link is at least.
+    let bytes_per_s = (sent_bytes * 1_000_000 / took_us).max(seen.best_bytes_per_s.into()).max(1);
+    let us = |bytes: u128| bytes.saturating_mul(1_000_000).div_ceil(bytes_per_s);
+    let dirty_pages = u128::from(seen.dirty_pages);
+    let pages_us = match seen.sent_pages {
+        // Nothing but zeros so far: what comes may be anything.
+        0 => us(dirty_pages * u128::from(PAGE_BYTES)),
+        pages => dirty_pages.saturating_mul(took_us).div_ceil(pages.into()),
     };
-    let bytes = u128::from(seen.dirty_pages) * per_page + u128::from(seen.state_bytes);
-    let us = bytes.saturating_mul(seen.took_us.max(1).into()) / u128::from(seen.sent_bytes.max(1));
-    u64::try_from(us.div_ceil(1000)).unwrap_or(u64::MAX)
+    // They may be others than those that went in the last round, of which little had changed.
+    let pages_us = pages_us.max(us(u128::from(seen.fresh_pages) * u128::from(PAGE_BYTES / 2)));
+    u64::try_from(pages_us.saturating_add(us(seen.state_bytes.into())).div_ceil(1000)).unwrap_or(u64::MAX)
 }
 
 /// Decides after a round.
@@ -159,9 +168,11 @@ mod tests {
         Seen {
             rounds: 1,
             dirty_pages,
+            fresh_pages: 0,
             sent_pages: 10_000,
             sent_bytes: 1_000_000,
             took_us: 1_000_000,
+            best_bytes_per_s: 0,
             state_bytes: 50_000,
         }
     }
@@ -172,6 +183,12 @@ mod tests {
         assert_eq!(predicted_downtime_ms(&seen(500)), 100);
         assert_eq!(next(&limits, &seen(500)), Next::Switch);
         assert_eq!(next(&limits, &seen(511)), Next::Copy);
+        // Little of what went was new, and all that is dirty is: 100 pages at 2 KiB.
+        let fresh = Seen { fresh_pages: 100, ..seen(100) };
+        assert_eq!((predicted_downtime_ms(&seen(100)), predicted_downtime_ms(&fresh)), (60, 255));
+        // A round of a few bytes says nothing about the link, and the state does not take longer for it.
+        let few = Seen { sent_pages: 1, sent_bytes: 30, took_us: 10_000, best_bytes_per_s: 1_000_000, ..seen(1) };
+        assert_eq!(predicted_downtime_ms(&few), 60);
         let late = Seen { rounds: 3, ..seen(20_000) };
         let Next::GiveUp(why) = next(&limits, &late) else { panic!() };
         assert_eq!((why.predicted_downtime_ms, why.rounds), (2050, 3));
@@ -211,9 +228,14 @@ mod tests {
         fn less_to_send_never_takes_longer_and_it_always_ends(
             dirty: u32, more: u32, pages in 0u64..1 << 40, bytes: u64, took: u64, state in 0u64..1 << 40, rounds in 0u32..100,
         ) {
-            let a = Seen { rounds, dirty_pages: dirty.into(), sent_pages: pages, sent_bytes: bytes, took_us: took, state_bytes: state };
+            let a = Seen {
+                rounds, dirty_pages: dirty.into(), fresh_pages: 0, sent_pages: pages, sent_bytes: bytes, took_us: took,
+                best_bytes_per_s: bytes / 3, state_bytes: state,
+            };
             let b = Seen { dirty_pages: u64::from(dirty) + u64::from(more), ..a };
             prop_assert!(predicted_downtime_ms(&a) <= predicted_downtime_ms(&b));
+            let fresh = Seen { fresh_pages: b.dirty_pages, ..b };
+            prop_assert!(predicted_downtime_ms(&b) <= predicted_downtime_ms(&fresh));
             let limits = Limits { max_rounds: 50, ..Limits::default() };
             prop_assert!(rounds < 50 || next(&limits, &a) != Next::Copy);
         }

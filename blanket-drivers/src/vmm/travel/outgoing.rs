@@ -11,11 +11,12 @@ use serde::Serialize;
 use supercloud_api::frame::MAX_PAYLOAD_BYTES;
 
 use super::{
-    Hello, Round, TravelError, VERSION, converge,
+    HELLO_VERSION, Hello, Round, TravelError, VERSION, converge,
     converge::{Limits, Next, Seen},
     kind,
     left::{Leaves, Left, PageSet, page_range, written},
-    pages::{FRAME_BYTES, Forms, MOST_BYTES, Packer},
+    packed::Packer,
+    pages::Forms,
     wire::{STALL, STALL_AT_END, Wire},
 };
 use crate::{
@@ -25,6 +26,9 @@ use crate::{
 
 /// What the state takes, as long as it is not known: a vCPU's share.
 const STATE_BYTES_PER_VCPU: u64 = 24 << 10;
+/// How often in a round it is asked what was written meanwhile.
+const ASK_EVERY: Duration = Duration::from_millis(100);
+
 /// How far it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Progress {
@@ -75,7 +79,7 @@ pub fn send(
     if limits().memory != MemoryMode::PostCopy {
         machine.note_writes(true)?;
     }
-    let mut sender = Sender::new(to, limits, watch)?;
+    let mut sender = Sender::new(machine, to, limits, watch)?;
     let outcome = sender.run(machine);
     // The guest may be standing still meanwhile: it is told in a moment or not at all.
     let outcome = outcome.map_err(|why| if why.leaves_stream_whole() { sender.give_up(why) } else { why });
@@ -87,7 +91,12 @@ pub fn send(
 struct Sender<'a, W> {
     wire: Wire<W>,
     packer: Packer,
-    frame: Vec<u8>,
+    /// Pages that are known to be written since they were sent.
+    written: PageSet,
+    /// When it was asked for them last.
+    asked_at: Instant,
+    /// See [`Seen::best_bytes_per_s`].
+    best_bytes_per_s: u64,
     progress: Progress,
     limits: &'a dyn Fn() -> Limits,
     /// Since the guest stands still: when it has stood still for long enough, and for how long that is.
@@ -99,14 +108,17 @@ struct Sender<'a, W> {
 
 impl<'a, W: Write> Sender<'a, W> {
     fn new(
+        machine: &Machine,
         to: W,
         limits: &'a dyn Fn() -> Limits,
         watch: &'a mut dyn FnMut(&Progress) -> ControlFlow<()>,
     ) -> Result<Self, TravelError> {
         Ok(Self {
             wire: Wire::new(to),
-            packer: Packer::new()?,
-            frame: Vec::with_capacity(FRAME_BYTES + MOST_BYTES),
+            packer: Packer::new(machine.config().memory_bytes)?,
+            written: PageSet::below(page_range(machine.ram())),
+            asked_at: Instant::now(),
+            best_bytes_per_s: 0,
             progress: Progress::default(),
             limits,
             give_up_at: None,
@@ -200,18 +212,24 @@ impl<'a, W: Write> Sender<'a, W> {
                 }
             }
             // Pages of zeros take nothing; what a guest writes is rarely that.
-            let filled = |forms: Forms| forms.raw + forms.compressed;
+            let filled = |forms: Forms| forms.raw + forms.compressed + forms.changed + forms.same;
             let sent_pages = filled(self.packer.forms) - filled(before.0);
             let took_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX).max(1);
-            pages = machine.take_written()?;
+            self.ask(machine)?;
+            pages = self.written.iter().collect();
+            self.written.clear();
             let dirty_pages = pages.len() as u64;
             self.progress.dirty_pages_per_s = dirty_pages.saturating_mul(1_000_000) / took_us;
+            let sent_bytes = self.progress.sent_bytes - before.1;
+            self.best_bytes_per_s = self.best_bytes_per_s.max(sent_bytes.saturating_mul(1_000_000) / took_us);
             let seen = Seen {
                 rounds: self.progress.round,
                 dirty_pages,
+                fresh_pages: pages.iter().filter(|page| !self.packer.knows(**page)).count() as u64,
                 sent_pages,
-                sent_bytes: self.progress.sent_bytes - before.1,
+                sent_bytes,
                 took_us,
+                best_bytes_per_s: self.best_bytes_per_s,
                 state_bytes: STATE_BYTES_PER_VCPU * u64::from(config.vcpus),
             };
             let limits = (self.limits)();
@@ -231,21 +249,35 @@ impl<'a, W: Write> Sender<'a, W> {
     fn round(&mut self, machine: &Machine, pages: &[u64]) -> Result<(), TravelError> {
         self.progress.round += 1;
         self.progress.left_pages = pages.len() as u64;
-        let (mut left, mut frame) = (pages.iter(), std::mem::take(&mut self.frame));
+        let (mut left, is_first) = (pages.iter(), self.progress.round == 1);
         loop {
-            frame.clear();
-            self.packer.fill(&mut left, &mut frame, |packer, page, out| packer.pack(machine.ram(), page, out))?;
+            let Self { packer, written, .. } = self;
+            // What was written before it is sent needs not be sent again for that. It is read after this; what is written later is told later.
+            let is_written = |page| written.remove(page) || !is_first;
+            let frame = packer.pack(machine.ram(), &mut left, is_written)?;
             self.progress.left_pages = left.len() as u64;
             self.progress.forms = self.packer.forms;
-            if frame.is_empty() {
-                break;
-            }
-            self.send(kind::PAGES, &frame)?;
+            let Some(frame) = frame else { break };
+            let (before, began) = (self.progress.sent_bytes, Instant::now());
+            self.send(kind::PACKED, &frame)?;
+            self.packer.sent(self.progress.sent_bytes - before, began.elapsed());
             self.look()?;
+            if !self.progress.is_last && self.asked_at.elapsed() >= ASK_EVERY {
+                self.ask(machine)?;
+            }
         }
-        self.frame = frame;
         self.look()?;
         self.json(kind::ROUND, &Round { number: self.progress.round })
+    }
+
+    /// Asks what was written since this was asked last.
+    fn ask(&mut self, machine: &Machine) -> Result<(), TravelError> {
+        for page in machine.take_written()? {
+            self.written.insert(page);
+            self.packer.was_written(page);
+        }
+        self.asked_at = Instant::now();
+        Ok(())
     }
 
     /// Whether it is still wanted, and the guest does not stand still for too long.
@@ -261,8 +293,9 @@ impl<'a, W: Write> Sender<'a, W> {
     fn send(&mut self, kind: u16, payload: &[u8]) -> Result<(), TravelError> {
         let patience = if self.is_given_up { STALL_AT_END } else { STALL };
         let Self { wire, watch, progress, give_up_at, is_given_up, .. } = self;
+        let version = if kind == kind::HELLO { HELLO_VERSION } else { VERSION };
         let sent =
-            wire.write(kind, VERSION, payload, patience, &mut || look(*is_given_up, *give_up_at, watch, progress));
+            wire.write(kind, version, payload, patience, &mut || look(*is_given_up, *give_up_at, watch, progress));
         progress.sent_bytes = wire.sent_bytes;
         sent?;
         // When END is out nothing may fail any more.

@@ -32,6 +32,10 @@ pub struct Forms {
     pub raw: u64,
     /// Compressed.
     pub compressed: u64,
+    /// What changed of them since they were sent last.
+    pub changed: u64,
+    /// Not at all: they were as they were sent last.
+    pub same: u64,
 }
 
 /// Packs pages; keeps what it needs between them.
