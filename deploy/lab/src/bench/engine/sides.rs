@@ -46,7 +46,7 @@ pub struct Work {
 pub struct Moved {
     /// From the request to the first tick at the destination.
     pub total_ms: f64,
-    /// The longest time without a tick, less the usual one between two.
+    /// The longest time without a tick, less the usual one between two; 1 at least.
     pub downtime_ms: f64,
     /// On the link.
     pub bytes: f64,
@@ -148,7 +148,8 @@ fn judge(work: &Work, asked: Instant, ticks: [&Ticks; 2], bytes: u64, cpu: [Dura
     let gap = came.saturating_duration_since(*left).as_secs_f64();
     Ok(Moved {
         total_ms: (*came - asked).as_secs_f64() * 1000.0,
-        downtime_ms: (gap - usual).max(0.0) * 1000.0,
+        // Less cannot be told by ticks, and nothing has no ratio.
+        downtime_ms: ((gap - usual) * 1000.0).max(1.0),
         bytes: bytes as f64,
         dirty_bytes_per_s: f64::from(work.pages_per_tick) * 4096.0 / usual,
         cpu_ms: cpu[1].saturating_sub(cpu[0]).as_secs_f64() * 1000.0,
