@@ -8,15 +8,11 @@ pub struct Level(usize);
 
 /// What levels cost, as multiples of the first one's: level of zstd (0: raw), time of the processor, bytes. Measured on 48 MiB of
 /// programs and libraries with a window of 2 MiB; what they are multiples of is measured on the way.
-const LADDER: [(i32, f64, f64); 7] = [
-    (0, 0.02, f64::NAN),
-    (1, 1.0, 1.0),
-    (2, 1.5, 0.86),
-    (3, 1.9, 0.82),
-    (5, 3.6, 0.765),
-    (6, 4.6, 0.745),
-    (7, 7.5, 0.73),
-];
+///
+/// Levels 5 to 7 (3.6 to 7.5 times the time, 0.77 to 0.73 of the bytes) are left out: where processors are short the link is served
+/// late, and looks slow, and who then compresses harder takes away more of what is short. There, with them, a move of 48 MiB took 2 to
+/// 4 s of processor, and QEMU's with its compressor less than one.
+const LADDER: [(i32, f64, f64); 4] = [(0, 0.02, f64::NAN), (1, 1.0, 1.0), (2, 1.5, 0.86), (3, 1.9, 0.82)];
 
 impl Level {
     /// What is begun with: right for links of some hundred Mbit/s.
@@ -205,8 +201,7 @@ mod tests {
         let level = |mbit: f64| drive(64, mbit * 125_000.0, 4e-9, 0.37, [1.0, 1.0], None).1.zstd();
         let levels: Vec<_> = [10.0, 100.0, 300.0, 1000.0, 10_000.0, 40_000.0].map(level).into();
         println!("{levels:?}");
-        assert_eq!(levels[0], Some(7));
-        assert!(levels[1] >= Some(5) && levels[2] >= Some(3), "{levels:?}");
+        assert_eq!(levels[..3], [Some(3); 3]);
         assert!(levels[3] >= Some(1) && levels[5].is_none(), "{levels:?}");
         assert!(levels.is_sorted_by(|a, b| a >= b), "{levels:?}");
     }
