@@ -11,7 +11,7 @@ pub struct Level(usize);
 ///
 /// Levels 5 to 7 (3.6 to 7.5 times the time, 0.77 to 0.73 of the bytes) are left out: where processors are short the link is served
 /// late, and looks slow, and who then compresses harder takes away more of what is short. There, with them, a move of 48 MiB took 2 to
-/// 4 s of processor, and QEMU's with its compressor less than one.
+/// 4 s of processor.
 const LADDER: [(i32, f64, f64); 4] = [(0, 0.02, f64::NAN), (1, 1.0, 1.0), (2, 1.5, 0.86), (3, 1.9, 0.82)];
 
 impl Level {
