@@ -114,6 +114,9 @@ impl Row {
     }
 }
 
+/// The target of a row of which nothing is asked.
+const NO_TARGET: &str = "none";
+
 impl Row {
     /// A row of which less is better, and ours is to be at most this share of the peer's.
     #[must_use]
@@ -127,7 +130,13 @@ impl Row {
     #[must_use]
     pub fn beside(metric: &str, ours: &Sample, peer: &Sample, peer_name: &str) -> Option<Self> {
         let row = Self::no_slower(metric, ours, peer, peer_name)?;
-        Some(Self { target: "none".to_owned(), holds: true, ..row })
+        Some(row.without_target())
+    }
+
+    /// The same, of which nothing is asked.
+    #[must_use]
+    pub fn without_target(self) -> Self {
+        Self { target: NO_TARGET.to_owned(), holds: true, ..self }
     }
 
     /// A row without a peer, of which the median is to be at least `least`.
@@ -193,7 +202,11 @@ pub fn table(rows: &[Row]) -> String {
     let mut table = Table::new(["METRIC", "OURS", "PEER", "RATIO (95 %)", "TARGET", "HOLDS"]);
     for row in rows {
         let Detail { ours, peer, ratio } = row.detail.clone();
-        let holds = if row.holds { "yes" } else { "NO" };
+        let holds = match (row.target.as_str(), row.holds) {
+            (NO_TARGET, _) => "n/a",
+            (_, true) => "yes",
+            (_, false) => "NO",
+        };
         table.row([row.metric.clone(), ours, peer, ratio, row.target.clone(), holds.to_owned()]);
     }
     table.render()
