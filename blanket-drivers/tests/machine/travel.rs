@@ -13,7 +13,7 @@ use supercloud_api::frame::{Frame, FrameError, read_frame_blocking};
 use supercloud_blanket::vmm::{
     Incoming, Machine, MachineConfig, Outcome, Ram,
     boot::BootFiles,
-    travel::{Limits, Progress, TravelError, pages::Packer, receive, send},
+    travel::{Limits, Progress, StreamVersion, TravelError, pages::Packer, receive, send},
 };
 use vm_memory::{Bytes as _, GuestAddress};
 
@@ -234,6 +234,38 @@ fn a_stream_of_the_version_before_is_taken_and_one_of_both_is_not() {
     moved.resume();
     let before = word(moved.ram(), DIRTY_ROUNDS);
     wait_until(|| word(moved.ram(), DIRTY_ROUNDS) > before, || format!("round after {before}"));
+}
+
+#[test]
+fn who_reads_the_version_before_gets_that() {
+    if !runs_guests("who_reads_the_version_before_gets_that") {
+        return;
+    }
+    let (mut machine, _console) = boot(DIRTY, 1);
+    machine.resume();
+    wait_until(|| word(machine.ram(), DIRTY_ROUNDS) > 1, || "rounds".to_owned());
+    let rounds = std::cell::Cell::new(0);
+    let limits = || Limits {
+        max_downtime_ms: if rounds.get() < 3 { 0 } else { 60_000 },
+        stream: StreamVersion::for_who_reads(1),
+        ..Limits::default()
+    };
+    let mut bytes = Vec::new();
+    send(&mut machine, &mut bytes, &limits, &mut |progress| {
+        rounds.set(progress.round);
+        ControlFlow::Continue(())
+    })
+    .unwrap();
+    let mut from = bytes.as_slice();
+    let frames: Vec<Frame> = std::iter::from_fn(|| read_frame_blocking(&mut from).ok()).collect();
+    assert_eq!((frames[0].kind, frames[0].version), (1, 1));
+    assert!(frames.iter().all(|frame| frame.version == 1 && frame.kind != 9), "nothing of the version after");
+    assert!(frames.iter().filter(|frame| frame.kind == 2).count() > 2);
+    let (moved, _) = receive(bytes.as_slice(), make).unwrap();
+    is_the_same(machine.ram(), moved.ram(), &machine.page_numbers());
+    let still = word(moved.ram(), DIRTY_ROUNDS);
+    moved.resume();
+    wait_until(|| word(moved.ram(), DIRTY_ROUNDS) > still, || format!("rounds after {still}"));
 }
 
 #[test]

@@ -28,12 +28,13 @@ use std::{
 };
 
 use guest::{TALK, elf, runs_guests};
+use supercloud_api::frame::read_frame;
 use supercloud_blanket::{
     Backend, BackendError, HostArgs, Launch, MachineSpec,
     backend::{BackendEvent, GuestEvent, PauseReason, RunState, StopMode, StopReason},
     device::{Boot, Clock, Console, Disk, GuestDevices},
     host::NbdSocket,
-    migrate::{CopyLimits, CopyOptions, TransferPhase, Verdict},
+    migrate::{Cookie, CopyLimits, CopyOptions, TransferPhase, Verdict},
 };
 use supercloud_ids::{Epoch, GuestId};
 use supercloud_kvm::{KvmBackend, KvmConfig};
@@ -415,6 +416,40 @@ async fn a_guest_moves_and_the_decision_is_the_callers() {
     it.destination.back_end.live_migration().unwrap().discard(it.guest).await.unwrap();
     assert_eq!(it.destination.state(it.guest).await, None);
     it.source.echoes(b'b').await;
+}
+
+#[tokio::test]
+async fn a_host_that_was_not_upgraded_gets_a_stream_that_it_reads() {
+    needs_guests!("a_host_that_was_not_upgraded_gets_a_stream_that_it_reads");
+    // What an agent of before says, and what one of now does.
+    for (cookie, version) in [(Some(&br#"{"version":1,"fetches":true}"#[..]), 1), (None, 2)] {
+        let (it, now) = Move::prepared(0).await;
+        let cookie = cookie.map_or(now, |cookie| Cookie::new(cookie.to_vec()).unwrap());
+        let listener = UnixListener::bind(it.source.path("through.sock")).unwrap();
+        let to = it.destination.path("in.sock");
+        let carrier = tokio::spawn(async move {
+            let (mut here, _) = listener.accept().await.unwrap();
+            let mut there = UnixStream::connect(to).await.unwrap();
+            let hello = read_frame(&mut here).await.unwrap();
+            let pages = read_frame(&mut here).await.unwrap();
+            for frame in [&hello, &pages] {
+                there.write_all(&frame.to_bytes().unwrap()).await.unwrap();
+            }
+            let _ = tokio::io::copy(&mut here, &mut there).await;
+            (hello.version, pages.kind)
+        });
+        let options = CopyOptions { max_downtime_ms: Some(2000), ..CopyOptions::default() };
+        let moves = it.source.back_end.live_migration().unwrap();
+        let transfer = moves.perform(it.guest, cookie, it.source.path("through.sock"), options).unwrap();
+        let performed = timeout(PATIENCE, transfer.done).await.unwrap().unwrap();
+        let there = it.destination.back_end.live_migration().unwrap();
+        there.complete(it.guest, performed.cookie).await.unwrap();
+        it.destination.back_end.resume(it.guest, Epoch(2)).await.unwrap();
+        moves.confirm(it.guest, Verdict::Release).await.unwrap();
+        it.destination.echoes(b'b').await;
+        let kind = if version == 1 { 2 } else { 9 };
+        assert_eq!(timeout(PATIENCE, carrier).await.unwrap().unwrap(), (version, kind));
+    }
 }
 
 #[tokio::test]

@@ -12,8 +12,8 @@
 //! ABORT  instead of END, at any point: it was given up
 //! ```
 //!
-//! What a HELLO of version 1 begins has PAGES in place of PACKED: pages one by one (see `pages`). Such streams are read, and not written
-//! any more; who knows no version 2 of HELLO refuses it by that name at its first frame.
+//! What a HELLO of version 1 begins has PAGES in place of PACKED: pages one by one (see `pages`). Such streams are read, and written to who
+//! reads no others; who knows no version 2 of HELLO refuses it by that name at its first frame.
 //!
 //! The guest runs while rounds are copied and is paused before the last one. A stream that is cut, changed or in another
 //! order gives no machine. `END` says that it is whole; that the machine may run there is not this module's to say.
@@ -25,6 +25,7 @@ pub mod mirror;
 pub mod outgoing;
 pub mod packed;
 pub mod pages;
+mod pages_out;
 mod wire;
 
 use serde::{Deserialize, Serialize};
@@ -40,6 +41,33 @@ pub use outgoing::{Progress, Sent, send};
 pub const VERSION: u16 = 1;
 /// The version of HELLO: 2 since pages are packed together.
 const HELLO_VERSION: u16 = 2;
+
+/// Which version of the stream is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum StreamVersion {
+    /// Pages one by one.
+    One,
+    /// Pages together.
+    #[default]
+    Two,
+}
+
+impl StreamVersion {
+    /// The newest that is written here to who reads versions up to `reads`; none is older than the first.
+    #[must_use]
+    pub const fn for_who_reads(reads: u16) -> Self {
+        if reads >= HELLO_VERSION { Self::Two } else { Self::One }
+    }
+
+    /// As a number.
+    #[must_use]
+    pub const fn hello(self) -> u16 {
+        match self {
+            Self::One => 1,
+            Self::Two => HELLO_VERSION,
+        }
+    }
+}
 
 /// Kinds of frames.
 mod kind {

@@ -11,12 +11,12 @@ use serde::Serialize;
 use supercloud_api::frame::MAX_PAYLOAD_BYTES;
 
 use super::{
-    HELLO_VERSION, Hello, Round, TravelError, VERSION, converge,
+    Hello, Round, StreamVersion, TravelError, VERSION, converge,
     converge::{Limits, Next, Seen},
     kind,
     left::{Leaves, Left, PageSet, page_range, written},
-    packed::Packer,
     pages::Forms,
+    pages_out::PagesOut,
     wire::{STALL, STALL_AT_END, Wire},
 };
 use crate::{
@@ -90,13 +90,15 @@ pub fn send(
 
 struct Sender<'a, W> {
     wire: Wire<W>,
-    packer: Packer,
+    packer: PagesOut,
+    /// Of the stream.
+    version: StreamVersion,
     /// Pages that are known to be written since they were sent.
     written: PageSet,
     /// When it was asked for them last.
     asked_at: Instant,
-    /// See [`Seen::best_bytes_per_s`].
-    best_bytes_per_s: u64,
+    /// See [`Seen::link_bytes_per_s`].
+    link_bytes_per_s: u64,
     progress: Progress,
     limits: &'a dyn Fn() -> Limits,
     /// Since the guest stands still: when it has stood still for long enough, and for how long that is.
@@ -113,12 +115,14 @@ impl<'a, W: Write> Sender<'a, W> {
         limits: &'a dyn Fn() -> Limits,
         watch: &'a mut dyn FnMut(&Progress) -> ControlFlow<()>,
     ) -> Result<Self, TravelError> {
+        let version = limits().stream;
         Ok(Self {
             wire: Wire::new(to),
-            packer: Packer::new(machine.config().memory_bytes)?,
+            packer: PagesOut::new(version, machine.config().memory_bytes)?,
+            version,
             written: PageSet::below(page_range(machine.ram())),
             asked_at: Instant::now(),
-            best_bytes_per_s: 0,
+            link_bytes_per_s: 0,
             progress: Progress::default(),
             limits,
             give_up_at: None,
@@ -197,7 +201,7 @@ impl<'a, W: Write> Sender<'a, W> {
         let mut began;
         loop {
             began = Instant::now();
-            let before = (self.packer.forms, self.progress.sent_bytes);
+            let before = (self.packer.forms(), self.progress.sent_bytes, self.wire.waited);
             match self.progress.throttle_percent {
                 0 => self.round(machine, &pages)?,
                 percent => {
@@ -213,7 +217,7 @@ impl<'a, W: Write> Sender<'a, W> {
             }
             // Pages of zeros take nothing; what a guest writes is rarely that.
             let filled = |forms: Forms| forms.raw + forms.compressed + forms.changed + forms.same;
-            let sent_pages = filled(self.packer.forms) - filled(before.0);
+            let sent_pages = filled(self.packer.forms()) - filled(before.0);
             let took_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX).max(1);
             self.ask(machine)?;
             pages = self.written.iter().collect();
@@ -221,15 +225,16 @@ impl<'a, W: Write> Sender<'a, W> {
             let dirty_pages = pages.len() as u64;
             self.progress.dirty_pages_per_s = dirty_pages.saturating_mul(1_000_000) / took_us;
             let sent_bytes = self.progress.sent_bytes - before.1;
-            self.best_bytes_per_s = self.best_bytes_per_s.max(sent_bytes.saturating_mul(1_000_000) / took_us);
+            let waited = self.wire.waited.saturating_sub(before.2);
+            self.link_bytes_per_s = converge::link_bytes_per_s(self.link_bytes_per_s, sent_bytes, took_us, waited);
             let seen = Seen {
                 rounds: self.progress.round,
                 dirty_pages,
-                fresh_pages: pages.iter().filter(|page| !self.packer.knows(**page)).count() as u64,
+                dirty_bytes: self.packer.would_take(machine.ram(), &pages),
                 sent_pages,
                 sent_bytes,
                 took_us,
-                best_bytes_per_s: self.best_bytes_per_s,
+                link_bytes_per_s: self.link_bytes_per_s,
                 state_bytes: STATE_BYTES_PER_VCPU * u64::from(config.vcpus),
             };
             let limits = (self.limits)();
@@ -256,11 +261,12 @@ impl<'a, W: Write> Sender<'a, W> {
             let is_written = |page| written.remove(page) || !is_first;
             let frame = packer.pack(machine.ram(), &mut left, is_written)?;
             self.progress.left_pages = left.len() as u64;
-            self.progress.forms = self.packer.forms;
+            self.progress.forms = self.packer.forms();
             let Some(frame) = frame else { break };
-            let (before, began) = (self.progress.sent_bytes, Instant::now());
-            self.send(kind::PACKED, &frame)?;
-            self.packer.sent(self.progress.sent_bytes - before, began.elapsed());
+            let before = (self.progress.sent_bytes, self.wire.waited);
+            self.send(self.packer.kind(), &frame)?;
+            let waited = self.wire.waited.saturating_sub(before.1);
+            self.packer.sent(self.progress.sent_bytes - before.0, waited);
             self.look()?;
             if !self.progress.is_last && self.asked_at.elapsed() >= ASK_EVERY {
                 self.ask(machine)?;
@@ -293,7 +299,7 @@ impl<'a, W: Write> Sender<'a, W> {
     fn send(&mut self, kind: u16, payload: &[u8]) -> Result<(), TravelError> {
         let patience = if self.is_given_up { STALL_AT_END } else { STALL };
         let Self { wire, watch, progress, give_up_at, is_given_up, .. } = self;
-        let version = if kind == kind::HELLO { HELLO_VERSION } else { VERSION };
+        let version = if kind == kind::HELLO { self.version.hello() } else { VERSION };
         let sent =
             wire.write(kind, version, payload, patience, &mut || look(*is_given_up, *give_up_at, watch, progress));
         progress.sent_bytes = wire.sent_bytes;

@@ -24,6 +24,7 @@
 //! Each frame can be read only after those before it. What is fetched later, in another order, or kept apart until it counts (what a
 //! move leaves behind, a mirror's cuts) goes page by page ([`super::pages`]).
 
+mod ahead;
 pub mod level;
 mod pack;
 pub mod sent;
@@ -55,3 +56,8 @@ const MAX_PAGES: u64 = 16_384;
 /// What a compressor refers to, by its logarithm, and the most that is accepted.
 const WINDOW_LOG: u32 = 21;
 const MAX_WINDOW_LOG: u32 = 23;
+const ZEROS: [u8; PAGE] = [0; PAGE];
+
+fn is_zero(page: &[u8; PAGE]) -> bool {
+    *page == ZEROS
+}

@@ -6,7 +6,7 @@ use vm_memory::{Bytes as _, GuestAddress};
 use zstd::stream::raw::{CParameter, Encoder, InBuffer, Operation as _, OutBuffer};
 
 use super::{
-    CHANGED, CHECK, HEAD, LENGTH, MAX_PAGES, PAGE, PLAIN, RAW, WINDOW_LOG, ZERO,
+    CHANGED, CHECK, HEAD, LENGTH, MAX_PAGES, PAGE, PLAIN, RAW, WINDOW_LOG, ZERO, is_zero,
     level::{Estimate, Level, Seen},
     sent::Versions,
     unpack::xor,
@@ -24,7 +24,7 @@ const FRAME_PAGES: u64 = MAX_PAGES / 4;
 /// Room for what becomes of a frame, and of the end of the one before.
 const ROOM: usize = 2 * FRAME_PLAIN;
 /// A page of which more words of eight bytes have changed goes as a new one.
-const MOST_CHANGED: usize = 128;
+pub(super) const MOST_CHANGED: usize = 128;
 /// Versions that are kept of pages: no more than this, and than half of memory.
 const VERSIONS_BYTES: u64 = 64 << 20;
 
@@ -32,10 +32,13 @@ const VERSIONS_BYTES: u64 = 64 << 20;
 pub struct Packer {
     zstd: Encoder<'static>,
     estimate: Estimate,
+    /// In place of what is estimated.
+    #[cfg(test)]
+    pub(super) forced: Option<Level>,
     /// What the encoder was set to, and whether it is in the middle of a zstd frame.
     level: Level,
     is_open: bool,
-    versions: Versions,
+    pub(super) versions: Versions,
     page: Box<[u8; PAGE]>,
     changes: Box<[u8; PAGE]>,
     plain: Vec<u8>,
@@ -75,6 +78,8 @@ impl Packer {
         Ok(Self {
             zstd,
             estimate: Estimate::default(),
+            #[cfg(test)]
+            forced: None,
             level,
             is_open: false,
             versions: Versions::with_room_for(VERSIONS_BYTES.min(memory_bytes / 2)),
@@ -122,12 +127,6 @@ impl Packer {
         }
         self.close_run();
         if self.plain.is_empty() { Ok(None) } else { Ok(Some(self.frame()?)) }
-    }
-
-    /// Whether it is known what was sent of a page last: zeros are not kept, and nothing that there is no room for.
-    #[must_use]
-    pub fn knows(&self, number: u64) -> bool {
-        self.versions.get(number).is_some()
     }
 
     /// A page was written since it was packed, and will come again.
@@ -231,6 +230,8 @@ impl Packer {
         self.packed.clear();
         let mut to = OutBuffer::around(&mut self.packed);
         let wanted = self.estimate.level();
+        #[cfg(test)]
+        let wanted = self.forced.unwrap_or(wanted);
         if wanted != self.level {
             self.level = wanted;
             // Raw pages' numbers are compressed all the same.
@@ -273,11 +274,6 @@ fn check_room(to: &OutBuffer<'_, Vec<u8>>) -> std::io::Result<()> {
     if to.pos() < to.capacity() { Ok(()) } else { Err(std::io::Error::other("a frame that got longer by compression")) }
 }
 
-fn is_zero(page: &[u8; PAGE]) -> bool {
-    const ZEROS: [u8; PAGE] = [0; PAGE];
-    *page == ZEROS
-}
-
 /// Spans that are looked at in a page, and bytes of each.
 const SPANS: usize = 8;
 const SPAN: usize = 64;
@@ -287,7 +283,7 @@ const NOISE: u32 = 1700;
 
 /// Whether a page looks as if nothing could be got out of compressing it: by how often bytes are the same as others in a sample (the sum
 /// of the squares of their counts).
-fn is_noise(page: &[u8; PAGE]) -> bool {
+pub(super) fn is_noise(page: &[u8; PAGE]) -> bool {
     let mut counts = [0u32; 256];
     for span in page.chunks_exact(PAGE / SPANS) {
         for byte in &span[..SPAN] {

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use vm_memory::{Bytes as _, GuestAddress};
 
-use super::*;
+use super::{level::Level, *};
 use crate::vmm::{Ram, memory, travel::TravelError};
 
 const BYTES: u64 = 4 << 20;
@@ -61,8 +61,9 @@ proptest! {
         rounds in proptest::collection::vec(
             proptest::collection::btree_map(0..PAGES, (0u8..7, any::<u64>()), 0..200), 1..5,
         ),
-        room in prop_oneof![Just(0u64), Just(40 << 12), Just(BYTES)],
+        room in prop_oneof![Just(0u64), Just(40 << 12), Just(BYTES)], levels in proptest::collection::vec(0usize..4, 1..12),
     ) {
+        let mut levels = levels.iter().cycle();
         let (from, to) = (ram(), ram());
         let (mut packer, mut unpacker) = (Packer::new(room * 2).unwrap(), Unpacker::new().unwrap());
         for (number, writes) in rounds.iter().enumerate() {
@@ -78,7 +79,11 @@ proptest! {
             }
             // The first round has all of it, as a move's has.
             let pages: Vec<u64> = if number == 0 { (0..PAGES).collect() } else { writes.keys().copied().collect() };
-            for frame in pack(&mut packer, &from, &pages) {
+            let mut left = pages.iter();
+            loop {
+                packer.forced = levels.next().and_then(|level| Level::all().nth(*level));
+                let Some(frame) = packer.pack(&from, &mut left, |page| page % 2 == 0).unwrap() else { break };
+                prop_assert_eq!(Some(packer.level()), packer.forced);
                 unpacker.unpack(&to, &frame, number == 0).unwrap();
             }
             prop_assert!(content(&from) == content(&to), "round {}", number);
@@ -114,11 +119,78 @@ proptest! {
         let place = at.index(changed.len());
         changed[place] ^= 1 << bit;
         // What is another page then is found out by the stream's hash.
-        let _ = Unpacker::new().unwrap().unpack(&to, &changed, false);
+        let outcome = Unpacker::new().unwrap().unpack(&to, &changed, false);
+        prop_assert!(outcome.is_ok() || is_refused(&outcome), "{outcome:?}");
         let cut = at.index(frames[0].len());
         prop_assert!(is_refused(&Unpacker::new().unwrap().unpack(&to, &frames[0][..cut], false)), "cut at {cut}");
         prop_assert!(is_refused(&Unpacker::new().unwrap().unpack(&to, &frames[1], false)), "the second before the first");
     }
+}
+
+proptest! {
+    #[test]
+    fn a_change_of_level_that_is_cut_or_changed_is_refused_or_does_no_harm(
+        at in any::<prop::sample::Index>(), bit in 0u8..8, levels in [0usize..4, 0usize..4],
+    ) {
+        let (from, to) = (ram(), ram());
+        for number in 0..80 {
+            from.write_slice(&page(u8::try_from(number % 4).unwrap(), number + 7), GuestAddress(number * PAGE_BYTES)).unwrap();
+        }
+        let mut packer = Packer::new(BYTES).unwrap();
+        let all: Vec<u64> = (0..80).collect();
+        let mut left = all.iter();
+        let frames = levels.map(|level| {
+            packer.forced = Level::all().nth(level);
+            packer.pack(&from, &mut left, |_| false).unwrap().unwrap()
+        });
+        let second = |frame: &[u8]| {
+            let mut unpacker = Unpacker::new().unwrap();
+            unpacker.unpack(&to, &frames[0], false).unwrap();
+            unpacker.unpack(&to, frame, false)
+        };
+        prop_assert!(second(&frames[1]).is_ok());
+        let mut changed = frames[1].clone();
+        changed[at.index(frames[1].len())] ^= 1 << bit;
+        let outcome = second(&changed);
+        prop_assert!(outcome.is_ok() || is_refused(&outcome), "{outcome:?}");
+        let cut = at.index(frames[1].len());
+        prop_assert!(is_refused(&second(&frames[1][..cut])), "cut at {cut}");
+    }
+}
+
+#[test]
+fn what_goes_by_choice_or_anew_is_foretold_as_what_it_takes() {
+    let from = ram();
+    let mut packer = Packer::new(2 * BYTES).unwrap();
+    let all: Vec<u64> = (0..PAGES).collect();
+    let fill = |kind: u8, seed: u64, pages: std::ops::Range<u64>| {
+        pages.for_each(|number| {
+            from.write_slice(&page(kind, seed + number), GuestAddress(number * PAGE_BYTES)).unwrap()
+        });
+    };
+    fill(2, 0, 0..PAGES);
+    pack(&mut packer, &from, &all);
+    assert_eq!(packer.would_take(&from, &all), 0, "nothing was written");
+    assert_eq!(packer.would_take(&from, &[]), 0);
+    // Counters: each page takes some bytes.
+    (0..PAGES).for_each(|number| from.write_obj(number + 7, GuestAddress(number * PAGE_BYTES)).unwrap());
+    let counters = packer.would_take(&from, &all);
+    assert!((PAGES..PAGES * 60).contains(&counters), "{counters}");
+    // Pages that are known, filled anew: noise goes as it is, and eight letters take three bits each.
+    fill(3, 5000, 0..512);
+    let filled = packer.would_take(&from, &all);
+    assert!(filled.abs_diff(512 * 4096) < 512 * 4096 / 5, "{filled} for half of them");
+    assert_eq!(packer.would_take(&from, &all[..200]), 200 * 4096, "all are looked at");
+    fill(2, 9000, 0..200);
+    let letters = packer.would_take(&from, &all[..200]);
+    assert!((200 * 1400..200 * 2200).contains(&letters), "{letters}");
+    packer.forced = Some(Level::RAW);
+    pack(&mut packer, &from, &all[..200]);
+    fill(2, 12_000, 0..200);
+    assert_eq!(packer.would_take(&from, &all[..200]), 200 * 4096, "nothing is compressed now");
+    fill(0, 0, 0..200);
+    assert_eq!(packer.would_take(&from, &all[..200]), 0, "zeros");
+    assert_eq!(packer.would_take(&from, &[PAGES, u64::MAX]), 0, "not in memory");
 }
 
 #[test]

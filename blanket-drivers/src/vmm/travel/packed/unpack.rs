@@ -3,7 +3,9 @@
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _};
 use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation as _, OutBuffer};
 
-use super::{CHANGED, CHECK, HEAD, LENGTH, MAX_PAGES, MAX_PLAIN, MAX_WINDOW_LOG, PAGE, PLAIN, RAW, ZERO};
+use super::{
+    CHANGED, CHECK, HEAD, LENGTH, MAX_PAGES, MAX_PLAIN, MAX_WINDOW_LOG, PAGE, PLAIN, RAW, ZERO, ZEROS, is_zero,
+};
 use crate::vmm::{Ram, memory::PAGE_BYTES, travel::TravelError};
 
 const SHORT: TravelError = TravelError::Malformed("pages that are cut off");
@@ -61,8 +63,11 @@ impl Unpacker {
             match run.form {
                 ZERO if is_first => {}
                 ZERO => {
-                    page.fill(0);
-                    run.each(|at| write(ram, at, &page[..]))?;
+                    // Few bytes tell of many zeros: what is so already is not written again.
+                    run.each(|at| {
+                        read(ram, at, page)?;
+                        if is_zero(page) { Ok(()) } else { write(ram, at, &ZEROS) }
+                    })?;
                 }
                 PLAIN => run.each(|at| write(ram, at, take(&mut plain)?))?,
                 RAW => run.each(|at| write(ram, at, take(&mut raw)?))?,
