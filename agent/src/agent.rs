@@ -9,7 +9,7 @@ use std::{
 
 use supercloud_api::{
     CompatClass,
-    link::{Answer, Directive, Query},
+    link::{Answer, Directive, PathPeer, Query},
     unix_ms,
 };
 use supercloud_blanket::Backend;
@@ -29,14 +29,14 @@ use crate::{
     config::Config,
     consoles::Consoles,
     durable::{self, DurableError},
-    farewell,
+    farewell, flows,
     guest::GuestMessage,
     guests::Guests,
     holdings::{self, Holdings},
     host::{Brought, Host, Ledger},
     identity::{Identity, IdentityError, Material, Request},
     link::{self, LinkEvent, LinkHandle},
-    metadata,
+    metadata, paths,
     plane::{self, DataPlane},
     points::{self, Point},
     ports::Switch,
@@ -195,6 +195,10 @@ pub async fn run(parts: Parts, cancel: CancellationToken) -> Result<(), AgentErr
     tasks.spawn(holdings::run(host.clone(), cancel.clone()));
     tasks.spawn(sweeper::run(host.clone(), bell.clone(), cancel.clone()));
     tasks.spawn(announced::follow(host.config.provider_notices.clone(), announced_tx, cancel.clone()));
+    let (flows, asked_flows) = flows::queue();
+    tasks.spawn(flows::run(host.clone(), asked_flows, cancel.clone()));
+    let (peers_tx, peers) = watch::channel(None);
+    tasks.spawn(paths::run(host.link.clone(), peers, cancel.clone()));
     let routes = Routes {
         guests: guests.clone(),
         ticket_key: key_tx,
@@ -202,6 +206,8 @@ pub async fn run(parts: Parts, cancel: CancellationToken) -> Result<(), AgentErr
         bell,
         checks,
         points,
+        flows,
+        peers: peers_tx,
         consoles: Consoles::new(host.clone()),
     };
     tasks.spawn(dispatch(host.clone(), routes, events, cancel.clone()));
@@ -287,6 +293,9 @@ struct Routes {
     bell: SweepBell,
     checks: mpsc::Sender<Check>,
     points: mpsc::Sender<Point>,
+    flows: mpsc::Sender<flows::Asked>,
+    /// None while no controller has asked in its session.
+    peers: watch::Sender<Option<Vec<PathPeer>>>,
     consoles: Consoles,
 }
 
@@ -303,11 +312,13 @@ async fn dispatch(host: Arc<Host>, routes: Routes, mut events: mpsc::Receiver<Li
             Some(LinkEvent::Down) => {
                 tracing::info!("the controller is away; guests go on");
                 routes.consoles.close_all();
+                routes.peers.send_replace(None);
             }
             Some(LinkEvent::Up(welcome)) => {
                 // Revisions are compared within one session only: a controller that was killed may have told of one that it
                 // had not written down, and a store that was restored begins at a lower one.
                 told = None;
+                routes.peers.send_replace(None);
                 routes.ticket_key.send_replace(Some(welcome.ticket_key));
                 routes.guests.link_up(&welcome.owned);
             }
@@ -331,7 +342,7 @@ async fn dispatch(host: Arc<Host>, routes: Routes, mut events: mpsc::Receiver<Li
 
 /// `told` is the newest revision of an overlay view in this session.
 fn direct(routes: &Routes, told: &mut Option<u64>, directive: Directive) {
-    let Routes { guests, views, bell, checks, points, consoles, .. } = routes;
+    let Routes { guests, views, bell, checks, points, flows: questions, peers, consoles, .. } = routes;
     match directive {
         Directive::Order { guest, order, assignment, mark } => {
             if let Some(mark) = mark {
@@ -372,6 +383,12 @@ fn direct(routes: &Routes, told: &mut Option<u64>, directive: Directive) {
             }
         }
         Directive::Console { console, order } => consoles.order(console, order),
+        Directive::MeasurePaths { peers: told } => drop(peers.send_replace(Some(told))),
+        Directive::TellFlows { asked, of } => {
+            if questions.try_send(flows::Asked { number: asked, of }).is_err() {
+                tracing::warn!(port = %of.port, "too many ask for flows: this one is not answered");
+            }
+        }
     }
 }
 

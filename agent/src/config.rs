@@ -36,6 +36,7 @@ use supercloud_api::Room;
 use supercloud_sdn::{
     addr::Ipv4Prefix,
     switch::{Datapath, SwitchConfig, Underlay},
+    wireguard,
 };
 
 use supercloud_ids::HostId;
@@ -120,7 +121,10 @@ pub struct Config {
     /// This host's end of the overlay's tunnels; absent: no networks.
     #[serde(default)]
     pub overlay_address: Option<Ipv4Addr>,
-    /// Tunnels are not encrypted yet: outside of the lab's addresses (198.18.0.0/15) this must be said explicitly.
+    /// Encrypts the overlay's tunnels: the overlay address is then that of an interface which the agent makes.
+    #[serde(default)]
+    pub wireguard: Option<Wireguard>,
+    /// Tunnels are not encrypted without `wireguard`: outside of the lab's addresses (198.18.0.0/15) this must be said explicitly.
     #[serde(default)]
     pub insecure_overlay: bool,
     /// What runs guests here.
@@ -270,6 +274,29 @@ impl Default for Ovs {
     }
 }
 
+/// The interface beneath the overlay's tunnels.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Wireguard {
+    /// Where encrypted packets are taken (UDP).
+    #[serde(default = "wireguard_port")]
+    pub listen_port: u16,
+    /// Where the other hosts send them: `data_address` with this port when absent, and nowhere without a `data_address`.
+    #[serde(default)]
+    pub endpoint: Option<SocketAddr>,
+    /// The interface's name. It belongs to the agent.
+    #[serde(default = "wireguard_interface")]
+    pub interface: String,
+}
+
+fn wireguard_port() -> u16 {
+    wireguard::LISTEN_PORT
+}
+
+fn wireguard_interface() -> String {
+    wireguard::INTERFACE.to_owned()
+}
+
 /// Which datapath the integration bridge uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -381,17 +408,56 @@ impl Config {
         {
             return wrong("data_address", format!("{address} is none that others can dial"));
         }
+        if let Some(wireguard) = &self.wireguard {
+            self.check_wireguard(wireguard)?;
+        }
         if let Some(address) = self.overlay_address {
             let in_lab = matches!(address.octets(), [198, 18 | 19, ..]);
-            if !in_lab && !self.insecure_overlay && !IpAddr::V4(address).is_loopback() {
+            let is_secret = self.wireguard.is_some();
+            if !in_lab && !is_secret && !self.insecure_overlay && !IpAddr::V4(address).is_loopback() {
                 return wrong(
                     "overlay_address",
                     format!(
-                        "{address} is outside of the lab, and tunnels between hosts are not encrypted yet: use a \
-                         private, trusted network and say insecure_overlay = true (--insecure-overlay)"
+                        "{address} is outside of the lab, and tunnels between hosts are not encrypted: add a section [wireguard], \
+                         or use a private, trusted network and say insecure_overlay = true (--insecure-overlay)"
                     ),
                 );
             }
+        }
+        Ok(())
+    }
+
+    fn check_wireguard(&self, asked: &Wireguard) -> Result<(), ConfigError> {
+        let wrong = |field: &'static str, why: String| Err(ConfigError::Value { field, why });
+        if self.overlay_address.is_none() {
+            return wrong(
+                "overlay_address",
+                "is missing, and [wireguard] is there: say a private address of its own for each host".into(),
+            );
+        }
+        if self.ovs.datapath == DatapathChoice::Netdev {
+            let why =
+                "must be \"system\" with [wireguard]: the switch's own process does not send through its interface";
+            return wrong("ovs.datapath", why.into());
+        }
+        if asked.listen_port == 0 {
+            return wrong("wireguard.listen_port", "must be 1 to 65535".into());
+        }
+        let name = &asked.interface;
+        let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
+        if !(1..=15).contains(&name.len()) || name.starts_with('-') || !name.bytes().all(is_plain) {
+            return wrong(
+                "wireguard.interface",
+                format!("'{name}' is no name of an interface: 1 to 15 letters, digits, - and _"),
+            );
+        }
+        let Some(endpoint) = self.wireguard_endpoint() else { return Ok(()) };
+        if !wireguard::is_machine(endpoint) {
+            return wrong("wireguard.endpoint", format!("{endpoint} is none that others can send to"));
+        }
+        if self.overlay_address.is_some_and(|address| endpoint.ip().to_canonical() == address) {
+            let why = "is the address at which others reach this host: with [wireguard] it is another one, private, which no interface has";
+            return wrong("overlay_address", why.into());
         }
         Ok(())
     }
@@ -416,6 +482,13 @@ impl Config {
         let remedy =
             "make it (systemd-sysusers with deploy/sysusers/supercloud.conf, or adduser --system --group NAME)";
         Account::named("volume_user", &self.volume_user, remedy)
+    }
+
+    /// Where the other hosts send what is encrypted for this one.
+    #[must_use]
+    pub fn wireguard_endpoint(&self) -> Option<SocketAddr> {
+        let wireguard = self.wireguard.as_ref()?;
+        wireguard.endpoint.or_else(|| Some(SocketAddr::new(self.data_address?.ip(), wireguard.listen_port)))
     }
 
     /// The switch driver's configuration; none without an overlay address.
@@ -547,6 +620,22 @@ mod tests {
         );
         parse(&with("overlay_address = '10.0.0.1'\ninsecure_overlay = true")).unwrap();
         parse(&with("overlay_address = '198.19.3.1'")).unwrap();
+        let encrypted = |more: &str| with(&format!("overlay_address = '10.0.0.1'\n{more}"));
+        let config =
+            parse(&encrypted("data_address = '192.0.2.1:8445'\n[ovs]\ndatapath = 'system'\n[wireguard]")).unwrap();
+        assert_eq!(config.wireguard_endpoint(), Some("192.0.2.1:51820".parse().unwrap()));
+        let config = parse(&encrypted("[ovs]\ndatapath = 'probe'\n[wireguard]\nlisten_port = 7")).unwrap();
+        assert_eq!(config.wireguard_endpoint(), None, "behind a NAT");
+        for (text, field) in [
+            (with("[ovs]\ndatapath = 'system'\n[wireguard]"), "overlay_address"),
+            (encrypted("[wireguard]"), "ovs.datapath"),
+            (encrypted("[ovs]\ndatapath = 'system'\n[wireguard]\nlisten_port = 0"), "wireguard.listen_port"),
+            (encrypted("[ovs]\ndatapath = 'system'\n[wireguard]\ninterface = '-f'"), "wireguard.interface"),
+            (encrypted("[ovs]\ndatapath = 'system'\n[wireguard]\nendpoint = '0.0.0.0:1'"), "wireguard.endpoint"),
+            (encrypted("data_address = '10.0.0.1:8445'\n[ovs]\ndatapath = 'system'\n[wireguard]"), "overlay_address"),
+        ] {
+            assert!(matches!(parse(&text), Err(ConfigError::Value { field: found, .. }) if found == field), "{text}");
+        }
         let four: String = (0..4)
             .map(|i| {
                 format!("[[cloud_of_clouds.member]]\nname = 'p-{i}'\nbucket = {{ bucket = 'abc', prefix = 'p{i}' }}\n")

@@ -254,6 +254,7 @@ impl Facts for Guests {
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             data_address: host.config.data_address,
             overlay_address: host.config.overlay_address,
+            overlay_encryption: host.switch.encryption(),
             capacity: host.ledger.capacity(),
             compat_classes: host.classes.clone(),
             probe: self.probe.clone(),
@@ -268,6 +269,8 @@ impl Facts for Guests {
             moves_none_live: host.backend.live_migration().is_err(),
             takes_mirrors: host.backend.mirroring().is_ok(),
             takes_post_copy: host.backend.post_copy().is_ok(),
+            measures_paths: true,
+            tells_flows: true,
         }
     }
 

@@ -14,16 +14,17 @@ use supercloud_agent::{
     config::{BackEnd, Config},
     durable,
     identity::Identity,
-    join,
+    join, overlay_key,
     ports::{NoSwitch, OvsSwitch, Switch},
 };
+use supercloud_api::OverlayEncryption;
 use supercloud_blanket::{
     Backend,
     probe::{self, ProbeReport},
 };
 use supercloud_kvm::{KvmBackend, KvmConfig};
 use supercloud_libvirt::{Accelerator, LibvirtBackend, LibvirtConfig};
-use supercloud_sdn::switch::SwitchDriver;
+use supercloud_sdn::switch::{SwitchConfig, SwitchDriver, drop_other_tunnels};
 use supercloud_storage::{backend::depsky::CloudOfClouds, volume::FetchLimit};
 use supercloud_xen::{XenBackend, XenConfig};
 use tokio::signal::unix::{SignalKind, signal};
@@ -53,7 +54,7 @@ struct Arguments {
     /// The configuration, TOML.
     #[arg(long, value_name = "FILE", default_value = "/etc/supercloud/agent.toml")]
     config: PathBuf,
-    /// Tunnels between hosts are not encrypted yet; say that the underlay is trusted (as insecure_overlay = true).
+    /// Tunnels between hosts may go unencrypted: the underlay is trusted (as insecure_overlay = true). Better: [wireguard].
     #[arg(long)]
     insecure_overlay: bool,
     #[command(subcommand)]
@@ -229,14 +230,24 @@ async fn open_switch(config: &Config, identity: &Identity) -> Arc<dyn Switch> {
         return Arc::new(NoSwitch);
     };
     loop {
-        match SwitchDriver::open(switch.clone()).await {
-            Ok(driver) => return Arc::new(OvsSwitch::new(driver, identity.host)),
+        match open_driver(config, switch.clone()).await {
+            Ok((driver, encryption)) => return Arc::new(OvsSwitch::new(driver, identity.host, encryption)),
             Err(error) => {
-                tracing::warn!(error = supercloud_agent::chain(&error), "the switch is not there yet");
+                tracing::warn!("the switch is not there yet: {error:#}");
                 tokio::time::sleep(SWITCH_RETRY).await;
             }
         }
     }
+}
+
+async fn open_driver(
+    config: &Config,
+    mut switch: SwitchConfig,
+) -> anyhow::Result<(SwitchDriver, Option<OverlayEncryption>)> {
+    drop_other_tunnels(&switch, config.wireguard.is_some()).await?;
+    let (device, encryption) = overlay_key::load(config).await?.unzip();
+    switch.encryption = device;
+    Ok((SwitchDriver::open(switch).await?, encryption))
 }
 
 async fn open_backend(config: &Config, report: &ProbeReport) -> anyhow::Result<Arc<dyn Backend>> {

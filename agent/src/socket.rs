@@ -35,6 +35,35 @@ pub fn watch_over(stream: &TcpStream) -> io::Result<()> {
     set(stream, libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, budget)
 }
 
+/// What the kernel knows of the opening of a connection that this side has just opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Opening {
+    /// The round-trip time of the handshake in microseconds; of no worth when packets went again.
+    pub rtt_us: u32,
+    /// Packets that went again.
+    pub resent: u32,
+}
+
+/// Asks for it (`TCP_INFO`, tcp(7)).
+///
+/// # Errors
+/// When the system refuses, or tells too little.
+pub fn opening(stream: &TcpStream) -> io::Result<Opening> {
+    // SAFETY: all bytes zero is a value of this plain struct of integers.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
+    let into = (&raw mut info).cast();
+    // SAFETY: the descriptor is open while `stream` lives; the kernel writes at most `length` bytes, the size of the struct.
+    let rc = unsafe { libc::getsockopt(stream.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, into, &raw mut length) };
+    if rc != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if (length as usize) < std::mem::offset_of!(libc::tcp_info, tcpi_total_retrans) + size_of::<u32>() {
+        return Err(io::Error::from(io::ErrorKind::Unsupported));
+    }
+    Ok(Opening { rtt_us: info.tcpi_rtt, resent: info.tcpi_total_retrans })
+}
+
 /// Listens on a unix socket of mode 0600 that belongs to `client`, so that it can connect; what lay there before is removed.
 /// Its folder must not be writable for others, and who connects must be asked for [`is_peer_allowed`]: between bind and
 /// chmod the mode is what the umask gives.

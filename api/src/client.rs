@@ -14,9 +14,9 @@ use crate::{
     ChunkStore, Cloud, CloudCreate, Evacuation, Event, FeedClock, FleetPlan, FleetPlanCreate, Freeze, Guest,
     GuestCreate, GuestFailover, GuestFreeze, GuestMigrate, GuestMirror, GuestPatch, GuestStart, GuestStop, GuestThaw,
     HistoryPolicy, Host, HostPatch, HostRent, Image, ImageCreate, ImageImport, ImagePart, JoinRequest, JoinResponse,
-    JoinToken, JoinTokenCreate, Ledger, Market, Mirror, Network, NetworkCreate, Operation, Page, Placement, Port,
-    PriceSeries, Problem, Project, ProjectCreate, Renting, Token, TokenCreate, TokenSecret, UploadDigest, Volume,
-    VolumeAsOf, VolumeHistory, WhoAmI, blocks::BlocksError,
+    JoinToken, JoinTokenCreate, Ledger, Link, Market, Mirror, Network, NetworkCreate, Operation, Page, Placement, Port,
+    PortFlows, PriceSeries, Problem, Project, ProjectCreate, Renting, Site, Token, TokenCreate, TokenSecret,
+    UploadDigest, Volume, VolumeAsOf, VolumeHistory, WhoAmI, blocks::BlocksError,
 };
 
 pub use blocks::BlockStream;
@@ -548,6 +548,10 @@ calls! {
     cancel_plan(plan: PlanId) -> FleetPlan = post(format!("/v1/plans/{plan}/cancel"), &());
     /// Has a plan that has come to rest taken back.
     undo_plan(plan: PlanId, dry_run: bool) -> FleetPlan = post(format!("/v1/plans/{plan}/undo?dry_run={dry_run}"), &());
+    /// Where an image lies.
+    image_sites(image: &str) -> Vec<Site> = list(format!("/v1/images/{image}/sites"));
+    /// Where a volume lies.
+    volume_sites(volume: &str) -> Vec<Site> = list(format!("/v1/volumes/{volume}/sites"));
     /// All networks.
     networks() -> Vec<Network> = list("/v1/networks");
     /// One network.
@@ -558,6 +562,12 @@ calls! {
     delete_network(network: &str) -> () = delete(format!("/v1/networks/{network}"));
     /// All ports.
     ports() -> Vec<Port> = list("/v1/ports");
+    /// What the switch of its host holds for a port now.
+    port_flows(port: &str) -> PortFlows = get(format!("/v1/ports/{port}/flows"));
+    /// The ways between hosts, as their agents measure them.
+    links() -> Vec<Link> = list("/v1/links?limit=1000");
+    /// Those from and to one host.
+    links_of(host: &str) -> Vec<Link> = list(format!("/v1/links?host={host}&limit=1000"));
     /// All guests.
     guests() -> Vec<Guest> = list("/v1/guests");
     /// One guest.

@@ -22,6 +22,7 @@
 
 mod console;
 mod guest;
+mod path;
 mod store;
 
 use std::{
@@ -34,12 +35,13 @@ use supercloud_handover::{OrderBody, Report};
 use supercloud_ids::{CloudId, Epoch, FreezeId, GuestId, HostId, OperationId, ProjectId, VolumeId};
 
 use crate::{
-    CompatClass, FrozenVolume, HostNoticeKind, Name, Operation, Problem, Progress, Room,
+    CompatClass, FrozenVolume, HostNoticeKind, Name, Operation, OverlayEncryption, Problem, Progress, Room,
     guest_call::{GuestCall, GuestStanding},
 };
 
 pub use self::console::{CONSOLE_TAKEN, ConsoleBytes, ConsoleNews, ConsoleOrder, MAX_CONSOLE_BYTES};
 pub use self::guest::{BootSpec, ChunkSource, GuestSpec, MigrationOptions, MirrorOptions, Peer, PortSpec, VolumeSpec};
+pub use self::path::{FlowsOf, FlowsTold, MAX_PATH_PEERS, MAX_PORT_FLOWS, PathMeasured, PathPeer};
 pub use self::store::{
     ChunksChecked, HistoryMark, ManifestPart, PointContent, PointTaken, StoreRoot, StoreSwept, VolumeChecked,
 };
@@ -149,6 +151,9 @@ pub struct Hello {
     pub data_address: Option<SocketAddr>,
     /// Its address in the overlay's underlay.
     pub overlay_address: Option<Ipv4Addr>,
+    /// How it encrypts the overlay's tunnels; absent: not.
+    #[serde(default)]
+    pub overlay_encryption: Option<OverlayEncryption>,
     /// What it offers to guests.
     pub capacity: Room,
     /// What it can run.
@@ -185,6 +190,12 @@ pub struct Hello {
     /// Guests may leave memory behind when they move from or to it ([`crate::MemoryMode`]).
     #[serde(default)]
     pub takes_post_copy: bool,
+    /// It knows [`Directive::MeasurePaths`].
+    #[serde(default)]
+    pub measures_paths: bool,
+    /// It knows [`Directive::TellFlows`].
+    #[serde(default)]
+    pub tells_flows: bool,
 }
 
 /// The controller's answer to a [`Hello`].
@@ -364,6 +375,18 @@ pub enum Directive {
         guest: GuestId,
         /// Its volume.
         volume: VolumeId,
+    },
+    /// Measure the ways to these hosts from now on, and to no others ([`Notice::Paths`]). Told only to hosts that measure.
+    MeasurePaths {
+        /// At most [`MAX_PATH_PEERS`].
+        peers: Vec<PathPeer>,
+    },
+    /// Tell what the switch holds for a port ([`Notice::Flows`]). Told only to hosts that tell flows.
+    TellFlows {
+        /// By which the answer is known.
+        asked: u64,
+        /// Whose.
+        of: FlowsOf,
     },
 }
 
@@ -583,6 +606,18 @@ pub enum Notice {
         console: u64,
         /// What.
         news: ConsoleNews,
+    },
+    /// The ways to the hosts of the newest [`Directive::MeasurePaths`]; told every ten seconds.
+    Paths {
+        /// One for each.
+        paths: Vec<PathMeasured>,
+    },
+    /// The answer to a [`Directive::TellFlows`].
+    Flows {
+        /// Its number.
+        asked: u64,
+        /// What the switch holds, or why that cannot be told.
+        told: Outcome<FlowsTold>,
     },
 }
 

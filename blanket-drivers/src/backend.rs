@@ -277,8 +277,8 @@ pub trait Backend: Send + Sync {
         false
     }
 
-    /// Whether its guests have a memory balloon.
-    fn has_balloon(&self) -> bool;
+    /// Whether its guests of this class have a memory balloon.
+    fn has_balloon(&self, class: &CompatClass) -> bool;
 
     /// Whether its guests have a virtio entropy source.
     fn has_rng(&self) -> bool {

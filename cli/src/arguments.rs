@@ -90,6 +90,9 @@ pub enum Noun {
     /// Guests' disks.
     #[command(subcommand)]
     Volume(VolumeVerb),
+    /// How hosts reach each other: round-trip times and loss, as their agents measure them.
+    #[command(subcommand)]
+    Link(LinkVerb),
     /// Private networks.
     #[command(subcommand)]
     Network(NetworkVerb),
@@ -284,6 +287,11 @@ pub enum VolumeVerb {
         /// Its name or id.
         name: String,
     },
+    /// Where it lies: hosts that have blocks of it, stores that have what it stands on and what was kept of it.
+    Sites {
+        /// Its name or id.
+        name: String,
+    },
     /// Has all read that it stands on, in its cloud's store; what is missing or damaged is mended where it can be had elsewhere.
     Check {
         /// Its name or id.
@@ -374,6 +382,11 @@ pub enum ImageVerb {
         /// Name or id.
         name: String,
     },
+    /// Where its content lies, as far as the controller knows.
+    Sites {
+        /// Name or id.
+        name: String,
+    },
     /// Imports a disk (raw or qcow2), alone or with a kernel to boot directly.
     #[command(after_help = "Examples:\n  supercloud image import disk.qcow2 --name debian\n  \
         supercloud image import root.raw --name lean --kernel vmlinuz --initrd initrd.img --cmdline 'console=ttyS0'")]
@@ -447,6 +460,17 @@ pub enum ExportPart {
     Initrd,
 }
 
+/// Verbs of links.
+#[derive(Debug, Subcommand)]
+pub enum LinkVerb {
+    /// The ways between hosts, each direction by itself.
+    List {
+        /// Only those from and to this host.
+        #[arg(long)]
+        host: Option<String>,
+    },
+}
+
 /// Verbs of networks.
 #[derive(Debug, Subcommand)]
 pub enum NetworkVerb {
@@ -467,6 +491,16 @@ pub enum NetworkVerb {
         /// A name server told to guests; may be given again.
         #[arg(long)]
         dns: Vec<std::net::Ipv4Addr>,
+    },
+    /// The ports of a network: which guest has which address, and where.
+    Ports {
+        /// Name or id; all networks when absent.
+        network: Option<String>,
+    },
+    /// What the switch of its host holds for a guest's port now, with what has passed by each flow.
+    Flows {
+        /// The guest, by name or id; or the id of a port.
+        of: String,
     },
     /// Deletes a network without ports.
     Delete {

@@ -3,7 +3,7 @@
 use serde::Serialize;
 use supercloud_api::{
     Cloud, Evacuation, EvacuationState, Event, Guest, Host, HostNotice, HostNoticeKind, HostState, Image, ImageContent,
-    Market, Network, Operation, Project, Tenure, Token, Volume,
+    Market, Network, Operation, Project, Site, SiteHolds, Tenure, Token, Volume,
 };
 use supercloud_cli::{
     fields::Names,
@@ -35,8 +35,17 @@ fn yes_or_no(is: bool) -> String {
 /// Hosts, with what they cost now and whether their guests could leave in time.
 pub fn hosts(hosts: &[Host], rented: &Rented, evacuations: &[Evacuation]) -> Table {
     let columns = ["NAME", "CLOUD", "STATE", "VCPUS", "MEMORY", "CLASS", "PRICE/H", "RISK", "SEEN"];
-    let mut table =
-        Table::new(columns).and_wide(["ID", "TYPE", "TENURE", "DISK", "DATA ADDRESS", "OVERLAY", "AGENT", "SINCE"]);
+    let mut table = Table::new(columns).and_wide([
+        "ID",
+        "TYPE",
+        "TENURE",
+        "DISK",
+        "DATA ADDRESS",
+        "OVERLAY",
+        "ENCRYPTED",
+        "AGENT",
+        "SINCE",
+    ]);
     for host in hosts {
         let (renting, market) = rented.get(&host.id).map_or((None, None), |(r, m)| (Some(r), m.as_ref()));
         let cells = [
@@ -57,6 +66,7 @@ pub fn hosts(hosts: &[Host], rented: &Rented, evacuations: &[Evacuation]) -> Tab
             format!("{} / {}", bytes(host.used.disk_bytes), bytes(host.capacity.disk_bytes)),
             or_dash(host.data_address),
             or_dash(host.overlay_address),
+            or_dash(host.overlay_encryption.as_ref().map(|_| "wireguard")),
             host.agent_version.clone(),
             time(host.created_at_ms),
         ];
@@ -312,9 +322,45 @@ pub fn events(events: &[Event]) -> Table {
     table
 }
 
-/// Markets with their prices now; wide: how much of the on-demand price that is. What is on the spot market can be taken back.
+/// How often machines of ours were taken back on a spot market; what is rented on demand is not.
+fn seen_risk(market: &Market) -> String {
+    if market.tenure == Tenure::OnDemand {
+        return "-".to_owned();
+    }
+    let Some(seen) = market.seen else { return "not measured".to_owned() };
+    let announced = if seen.announced > 0 { format!(", {} ANNOUNCED", seen.announced) } else { String::new() };
+    format!("{} taken in {}{announced}", seen.taken, duration(seen.ran_ms))
+}
+
+/// Sites of an image or a volume.
+pub fn sites(sites: &[Site]) -> Table {
+    let mut table = Table::new(["WHAT", "WHERE", "HOLDS", "BYTES", "LACKS", "DETAIL"]);
+    for site in sites {
+        let place = match (site.host, site.cloud) {
+            (Some(_), _) => format!("host {}", site.name),
+            (None, Some(_)) => format!("store of {}", site.name),
+            (None, None) => "controller's store".to_owned(),
+        };
+        let holds = match site.holds {
+            SiteHolds::Whole => "all",
+            SiteHolds::Part => "part",
+            SiteHolds::NotKnown => "not known",
+        };
+        table.row([
+            word(site.kind).replace('_', " "),
+            place,
+            holds.to_owned(),
+            or_dash(site.bytes.map(bytes)),
+            or_dash(site.missing_bytes.map(bytes)),
+            site.detail.clone(),
+        ]);
+    }
+    table
+}
+
+/// Markets with their prices now, and what befell our machines there; wide: how much of the on-demand price that is.
 pub fn markets(markets: &[Market]) -> Table {
-    let mut table = Table::new(["MARKET", "PRICE/H", "ON DEMAND/H"]).and_wide([
+    let mut table = Table::new(["MARKET", "PRICE/H", "ON DEMAND/H", "RISK"]).and_wide([
         "CLOUD",
         "TYPE",
         "TENURE",
@@ -335,7 +381,8 @@ pub fn markets(markets: &[Market]) -> Table {
             market.feed_time_ms.to_string(),
             market.feed_now_ms.to_string(),
         ];
-        table.row_wide([market.name.clone(), usd(price), or_dash(on_demand.map(usd))], wide);
+        let cells = [market.name.clone(), usd(price), or_dash(on_demand.map(usd)), seen_risk(market)];
+        table.row_wide(cells, wide);
     }
     table
 }

@@ -13,6 +13,7 @@ mod exports;
 mod guests;
 mod histories;
 mod ledger;
+mod links;
 mod listings;
 mod mirrors;
 mod names;

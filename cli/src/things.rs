@@ -37,6 +37,7 @@ pub async fn run(client: &Client, output: Output, noun: Noun) -> anyhow::Result<
         Noun::Token(verb) => tokens(client, output, verb).await,
         Noun::Image(verb) => images(client, output, verb).await,
         Noun::Volume(verb) => volumes(client, output, verb).await,
+        Noun::Link(verb) => crate::links::run(client, output, verb).await,
         Noun::Network(verb) => networks(client, output, verb).await,
         Noun::Migration(verb) => operations(client, output, verb, Some(OperationKind::GuestMigrate)).await,
         Noun::Operation(verb) => operations(client, output, verb, None).await,
@@ -182,6 +183,10 @@ async fn images(client: &Client, output: Output, verb: ImageVerb) -> anyhow::Res
             show::print(output, &images, || listings::images(&images, &names))
         }
         ImageVerb::Show { name } => show::print_named(client, output, &client.image(&name).await?).await,
+        ImageVerb::Sites { name } => {
+            let sites = client.image_sites(&name).await?;
+            show::print(output, &sites, || listings::sites(&sites))
+        }
         ImageVerb::Import { file, name, kernel, initrd, cmdline } => {
             let name = match name {
                 Some(name) => name,
@@ -223,6 +228,10 @@ async fn volumes(client: &Client, output: Output, verb: VolumeVerb) -> anyhow::R
         }
         VolumeVerb::History(verb) => crate::histories::run(client, output, verb).await,
         VolumeVerb::Show { name } => show::print_named(client, output, &client.volume(&name).await?).await,
+        VolumeVerb::Sites { name } => {
+            let sites = client.volume_sites(&name).await?;
+            show::print(output, &sites, || listings::sites(&sites))
+        }
         VolumeVerb::Export { name, file, format } => {
             let volume = client.volume(&name).await?;
             exports::run(client, format!("/v1/volumes/{}/blocks", volume.id), format.into(), file).await
@@ -242,6 +251,8 @@ async fn networks(client: &Client, output: Output, verb: NetworkVerb) -> anyhow:
             let names = wide_names(client, output, &networks).await?;
             show::print(output, &networks, || listings::networks(&networks, &names))
         }
+        NetworkVerb::Ports { network } => crate::links::ports(client, output, network.as_deref()).await,
+        NetworkVerb::Flows { of } => crate::links::flows(client, output, &of).await,
         NetworkVerb::Show { name } => show::print_named(client, output, &client.network(&name).await?).await,
         NetworkVerb::Create { name, cidr, dns } => {
             let body = NetworkCreate { name: name.parse()?, project: None, cidr, dns };

@@ -109,6 +109,10 @@ impl Outlook {
             check if check.is_ok => Ok(to),
             check => Err(supercloud_api::Problem::new(supercloud_api::Code::HostUnavailable, check.detail)),
         });
+        let chosen = chosen.and_then(|to| match placement::one_overlay(source, to) {
+            check if check.is_ok || guest.ports.is_empty() => Ok(to),
+            check => Err(supercloud_api::Problem::new(supercloud_api::Code::Incompatible, check.detail)),
+        });
         let destination = chosen.as_ref().ok().copied();
         let link = destination.and_then(|to| self.measured.link(source.cloud, to.cloud));
         let writes = self.measured.dirty_rate(guest.id);

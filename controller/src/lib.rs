@@ -16,6 +16,7 @@ pub mod ca;
 pub mod consoles;
 pub mod dashboard;
 pub mod evacuation;
+pub mod flows;
 pub mod keys;
 pub mod ledger;
 pub mod link;
@@ -24,6 +25,7 @@ pub mod metrics;
 pub mod notices;
 pub mod operations;
 pub mod overlay;
+pub mod paths;
 pub mod placement;
 pub mod plans;
 pub mod price_board;
@@ -31,6 +33,7 @@ pub mod recovery;
 pub mod renting;
 pub mod rest;
 pub mod simulation;
+pub mod sites;
 pub mod state;
 
 /// An error with its causes, as one line for the log.

@@ -167,6 +167,7 @@ impl FeedMarkets {
                     on_demand_nanousd_per_hour: feed.price_at(&on_demand, now_ms).map(|step| step.price.0),
                     feed_time_ms: step.at_ms,
                     feed_now_ms: now_ms,
+                    seen: None,
                 })
             })
             .collect()

@@ -18,6 +18,7 @@ use supercloud_api::{
 use crate::{
     app::Parts,
     operations::sweeps::{StoreCount, StoreOf},
+    paths::Between,
     state::{GuestRecord, HostRecord, OperationRecord, Seen, StateError, Stored},
 };
 
@@ -268,6 +269,25 @@ impl Metrics {
             "supercloud_guests_base_unknown",
             "Running guests of which it is not known whether their cloud has all that the disks stand on.",
             &one(bases.iter().filter(|told| told.is_none()).count() as u64),
+        );
+        let links = crate::paths::totals(parts, &hosts);
+        let states = [("answers", links.answer), ("silent", links.silent), ("not_measured", links.not_measured)];
+        let series = states.map(|(name, count)| (format!("{{state=\"{name}\"}}"), count));
+        gauge("supercloud_links", "Ways between hosts by what is known of them.", &series);
+        gauge("supercloud_links_broken", "Silent ways to hosts whose agents are connected.", &one(links.broken));
+        let series = |value: fn(&Between) -> Option<u64>| -> Vec<(String, u64)> {
+            let label = |(from, to): &(String, String)| format!("{{from=\"{from}\",to=\"{to}\"}}");
+            links.between.iter().filter_map(|(pair, found)| Some((label(pair), value(found)?))).collect()
+        };
+        gauge(
+            "supercloud_link_rtt_us",
+            "Median round-trip time between the hosts of two clouds, or of one, in microseconds.",
+            &series(Between::rtt_us),
+        );
+        gauge(
+            "supercloud_link_loss_ppm",
+            "Opening packets between connected hosts of them that got lost, in millionths.",
+            &series(Between::loss_ppm),
         );
         let rate = crate::ledger::rate(&parts.state).await?;
         gauge(

@@ -232,6 +232,27 @@ pub fn moves_live(source: &Host) -> PlanCheck {
     PlanCheck { name: "live_move".to_owned(), is_ok: source.moves_live, detail }
 }
 
+/// Whether a guest's networks reach two hosts alike: those that encrypt their tunnels have none to those that do not.
+#[must_use]
+pub fn one_overlay(source: &Host, destination: &Host) -> PlanCheck {
+    let says = |host: &Host| match host.overlay_encryption {
+        Some(_) => format!("{} encrypts its tunnels", host.name),
+        None => format!("{} does not encrypt its tunnels", host.name),
+    };
+    let is_ok = source.overlay_encryption.is_some() == destination.overlay_encryption.is_some();
+    let joint = if is_ok { "and" } else { "but" };
+    let rest = if is_ok {
+        ""
+    } else {
+        ": the guest would lose its networks there ([wireguard] in agent.toml, on all hosts alike)"
+    };
+    PlanCheck {
+        name: "overlay".to_owned(),
+        is_ok,
+        detail: format!("{} {joint} {}{rest}", says(source), says(destination)),
+    }
+}
+
 /// Whether two hosts can reach each other: one of them must be one that can be dialled.
 #[must_use]
 pub fn reachability(source: &Host, destination: &Host) -> PlanCheck {
@@ -267,6 +288,7 @@ mod tests {
             state: HostState::Up,
             data_address: None,
             overlay_address: None,
+            overlay_encryption: None,
             overlay_index: 1,
             capacity: Room { vcpus: 4, memory_bytes: 4 << 30, disk_bytes: 10 << 30 },
             used: Room::default(),
@@ -331,5 +353,19 @@ mod tests {
         let open = Host { data_address: Some("192.0.2.1:1".parse().unwrap()), ..host("b", cloud) };
         assert!(!reachability(&nat, &nat).is_ok);
         assert!(reachability(&nat, &open).is_ok && reachability(&open, &nat).is_ok);
+    }
+
+    #[test]
+    fn a_guest_with_networks_stays_among_hosts_that_encrypt_or_among_those_that_do_not() {
+        let cloud = CloudId::generate();
+        let secret = |name| Host {
+            overlay_encryption: Some(supercloud_api::OverlayEncryption { public_key: "k".into(), endpoint: None }),
+            ..host(name, cloud)
+        };
+        assert!(one_overlay(&secret("a"), &secret("b")).is_ok);
+        assert!(one_overlay(&host("a", cloud), &host("b", cloud)).is_ok);
+        let refused = one_overlay(&secret("a"), &host("b", cloud));
+        assert!(!refused.is_ok && refused.detail.contains("b does not encrypt"), "{}", refused.detail);
+        assert!(!one_overlay(&host("a", cloud), &secret("b")).is_ok);
     }
 }

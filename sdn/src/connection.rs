@@ -25,8 +25,8 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::openflow::{
-    BUNDLE_ATOMIC, BUNDLE_ORDERED, BundleControl, DecodeError, EncodeError, FlowStats, HEADER_LEN, Message, Meter,
-    MultipartReply, MultipartRequest, PacketIn, PacketOut, PortCounters, VERSION, decode_header,
+    BUNDLE_ATOMIC, BUNDLE_ORDERED, BundleControl, DecodeError, EncodeError, FlowStats, HEADER_LEN, Match, Message,
+    Meter, MultipartReply, MultipartRequest, PacketIn, PacketOut, PortCounters, VERSION, decode_header,
 };
 
 /// How long one exchange may take unless the caller says otherwise.
@@ -365,7 +365,16 @@ impl Connection {
 
     /// All flows of the switch.
     pub async fn dump_flows(&self) -> Result<Vec<FlowStats>, ConnectionError> {
-        self.list(MultipartRequest::all_flows(), "flows", |part| match part {
+        self.flows(MultipartRequest::all_flows()).await
+    }
+
+    /// The flows whose cookie has these bits where the mask has any.
+    pub async fn dump_flows_of(&self, cookie: u64, cookie_mask: u64) -> Result<Vec<FlowStats>, ConnectionError> {
+        self.flows(MultipartRequest::Flows { table: 0xff, cookie, cookie_mask, matching: Match::any() }).await
+    }
+
+    async fn flows(&self, request: MultipartRequest) -> Result<Vec<FlowStats>, ConnectionError> {
+        self.list(request, "flows", |part| match part {
             MultipartReply::Flows(list) => Some(list),
             _ => None,
         })

@@ -227,6 +227,14 @@ fn seal(name: &str, reader: Reader) -> Result<(), TapError> {
     Ok(())
 }
 
+/// Seals a tap that is there anew, for another reader: the switch went to another datapath.
+///
+/// # Errors
+/// When a setting cannot be written.
+pub fn hand_to(name: &str, reader: Reader) -> Result<(), TapError> {
+    if exists(name) { seal(name, reader) } else { Ok(()) }
+}
+
 fn unseal(name: &str) {
     // Made first, so that removing one that is not there is no error.
     let _ = nft(&format!("add table netdev {table}\ndelete table netdev {table}\n", table = table(name)));

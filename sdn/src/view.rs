@@ -11,7 +11,10 @@ use std::{
 use serde::{Deserialize, Serialize};
 use supercloud_ids::{Epoch, HostId, NetworkId, PortId, ProjectId};
 
-use crate::addr::{Ipv4Prefix, Ipv6Prefix, MacAddr};
+use crate::{
+    addr::{Ipv4Prefix, Ipv6Prefix, MacAddr},
+    wireguard::End,
+};
 
 /// The largest VNI of a network. The top bit of the 24-bit field marks frames that the source of a move forwards
 /// ([`crate::compile::FORWARDED`]), so that no frame is ever forwarded twice.
@@ -47,6 +50,9 @@ pub struct HostView {
     pub overlay_addr: Ipv4Addr,
     /// A small number of its own, stable for the life of the host: names its tunnel at its peers.
     pub index: u16,
+    /// How it encrypts its tunnels; absent: not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encryption: Option<End>,
 }
 
 /// A project's L2 segment.
@@ -163,6 +169,7 @@ impl OverlayView {
             }
         }
         let (mut ids, mut indices, mut addrs) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+        let mut keys = BTreeSet::new();
         for host in &self.hosts {
             unique(&mut ids, "host", host.host)?;
             unique(&mut indices, "host index", host.index)?;
@@ -171,6 +178,11 @@ impl OverlayView {
             let addr = host.overlay_addr;
             let usable = !addr.is_unspecified() && !addr.is_broadcast() && !addr.is_multicast() && !addr.is_loopback();
             range(usable, "overlay address", &addr, &host.host)?;
+            if let Some(end) = host.encryption {
+                unique(&mut keys, "public key", end.public_key)?;
+                let endpoint = end.endpoint.map_or_else(String::new, |at| at.to_string());
+                range(end.is_usable(), "endpoint", &endpoint, &host.host)?;
+            }
         }
         let (mut networks, mut vnis) = (BTreeMap::new(), BTreeSet::new());
         for net in &self.networks {
@@ -182,6 +194,11 @@ impl OverlayView {
             range(net.mtu >= MIN_MTU, "MTU", &net.mtu, &net.network)?;
             range(net.dns.len() <= 8, "number of DNS servers", &net.dns.len(), &net.network)?;
             range(is_usable(&net.cidr, net.gateway), "gateway", &net.gateway, &net.network)?;
+        }
+        // What is encrypted would be encrypted again, without end.
+        for (host, end) in self.hosts.iter().filter_map(|host| Some((host, host.encryption?))) {
+            let is_inside = end.endpoint.is_some_and(|at| addrs.iter().any(|addr| at.ip().to_canonical() == *addr));
+            range(!is_inside, "endpoint", &"inside the overlay", &host.host)?;
         }
         self.check_ports(&ids, &networks)
     }

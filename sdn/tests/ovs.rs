@@ -8,8 +8,9 @@ use std::{net::Ipv4Addr, process::Command, sync::Arc, time::Duration};
 use ovs_lab::{Lab, missing, must, run};
 use supercloud_ids::{Epoch, HostId, NetworkId, PortId, ProjectId};
 use supercloud_sdn::{
-    compile::{MD_LISTEN, gateway_mac, md_addr},
+    compile::{Cookie, CookieKind, MD_LISTEN, gateway_mac, md_addr},
     ovsdb::OvsdbError,
+    shown,
     switch::{SwitchDriver, SwitchError},
     tap,
     view::{HostView, NetworkView, OverlayView, PortView},
@@ -121,8 +122,11 @@ fn real_switches_carry_isolate_move_and_recover() {
     let b33 = lab.guest("b33", 1, "sdb33", &mac(4));
     let a14 = lab.guest("a14", 2, "sda14", &mac(5));
     let drivers = lab.hosts.iter().map(ovs_lab::Host::driver).collect();
-    let hosts =
-        lab.hosts.iter().map(|h| HostView { host: h.id, overlay_addr: h.overlay_addr, index: h.index }).collect();
+    let hosts = lab
+        .hosts
+        .iter()
+        .map(|h| HostView { host: h.id, overlay_addr: h.overlay_addr, index: h.index, encryption: None })
+        .collect();
     let view = OverlayView { revision: 1, hosts, networks: vec![a, b], ports: ports.to_vec() };
     let mut world = World { view, drivers };
     let number = world.attach(&lab, 0, ports[0].port, "sda11");
@@ -248,6 +252,21 @@ fn a_move_is_cut_over(lab: &mut Lab, world: &mut World, a11: &str, a13: &str, a1
     let before = counters(world).tx_packets;
     assert_eq!(ping(a14, "10.77.0.13", 3, ""), 0, "a host that does not know of the switch takes no frame from there");
     assert!(counters(world).tx_packets >= before + 3, "but what it sends is forwarded by the source");
+    let look = {
+        let (driver, network) =
+            (world.drivers[1].clone(), world.view.ports.iter().find(|p| p.port == moved).unwrap().network);
+        lab.hosts[1].on(async move { driver.look(moved, network).await.unwrap() })
+    };
+    assert_eq!(look.counters.tx_packets, counters(world).tx_packets);
+    let kinds: Vec<_> = look.flows.iter().filter_map(|flow| Cookie(flow.cookie).kind()).collect();
+    for kind in [CookieKind::Guest, CookieKind::Dhcp, CookieKind::Deliver, CookieKind::Flood] {
+        assert!(kinds.contains(&kind), "{kind:?} is among {kinds:?}");
+    }
+    let tap = look.names.get(&look.counters.port).unwrap();
+    let delivered = look.flows.iter().filter(|flow| Cookie(flow.cookie).is(CookieKind::Deliver));
+    let delivered: Vec<String> = delivered.map(|flow| shown::actions(&flow.instructions, &look.names)).collect();
+    assert!(delivered.contains(&format!("output:{tap}")), "{delivered:?}");
+    assert!(look.flows.iter().any(|flow| flow.packets > 0), "what has passed is counted");
 
     // An older view does not undo it, the controller's next one completes it.
     world.view.revision = 3;

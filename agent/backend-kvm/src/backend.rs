@@ -17,7 +17,7 @@ use supercloud_blanket::{
         StopReason,
     },
     migrate::{Transfer, TransferProgress},
-    vmm::cpu,
+    vmm::{cpu, version::MachineVersion},
 };
 use supercloud_ids::{Epoch, GuestId};
 use tokio::{
@@ -26,7 +26,7 @@ use tokio::{
 };
 
 use crate::{
-    ACCELERATOR, BACK_END, KvmConfig, MACHINE_VERSION,
+    ACCELERATOR, BACK_END, KvmConfig,
     control::{Request, State},
     keeper::Keeper,
     migration::{self, Leaving},
@@ -115,13 +115,15 @@ impl KvmBackend {
         Ok(back_end)
     }
 
-    fn class(&self) -> CompatClass {
-        CompatClass {
+    /// Those that guests can have here: new ones the first, and others go on with what they have.
+    fn classes(&self) -> Vec<CompatClass> {
+        let class = |version: MachineVersion| CompatClass {
             back_end: BACK_END.to_owned(),
             accelerator: ACCELERATOR.to_owned(),
-            machine_version: MACHINE_VERSION.to_owned(),
+            machine_version: version.name().to_owned(),
             cpu_baseline: self.baseline.clone(),
-        }
+        };
+        MachineVersion::ALL.into_iter().map(class).collect()
     }
 
     fn keepers(&self) -> MutexGuard<'_, BTreeMap<GuestId, Arc<Keeper>>> {
@@ -207,11 +209,13 @@ impl KvmBackend {
     fn admit(&self, launch: &Launch) -> BackendResult<()> {
         launch.check()?;
         let lacks = |option: String| Err(BackendError::Unsupported { back_end: BACK_END, option });
-        if launch.spec.class != self.class() {
-            return lacks(format!("class '{}'; it has {} here", launch.spec.class, self.class()));
+        let classes = self.classes();
+        if !classes.contains(&launch.spec.class) {
+            let classes: Vec<String> = classes.iter().map(ToString::to_string).collect();
+            return lacks(format!("class '{}'; it has {} here", launch.spec.class, classes.join(", ")));
         }
-        if launch.spec.devices.has_balloon {
-            return lacks("a memory balloon".to_owned());
+        if launch.spec.devices.has_balloon && !self.has_balloon(&launch.spec.class) {
+            return lacks(format!("a memory balloon of class '{}'", launch.spec.class));
         }
         match self.keeper(launch.guest)? {
             Some(_) => Err(BackendError::AlreadyThere { guest: launch.guest }),
@@ -452,8 +456,8 @@ impl Backend for KvmBackend {
         true
     }
 
-    fn has_balloon(&self) -> bool {
-        false
+    fn has_balloon(&self, class: &CompatClass) -> bool {
+        MachineVersion::named(&class.machine_version).is_some_and(MachineVersion::has_balloon)
     }
 
     fn capabilities(&self) -> BoxFuture<'_, BackendResult<Capabilities>> {
@@ -461,7 +465,7 @@ impl Backend for KvmBackend {
             Ok(Capabilities {
                 back_end: BACK_END.to_owned(),
                 version: env!("CARGO_PKG_VERSION").to_owned(),
-                classes: vec![self.class()],
+                classes: self.classes(),
                 no_live_migration: None,
             })
         })

@@ -31,9 +31,6 @@ pub use backend::KvmBackend;
 pub const BACK_END: &str = "kvm";
 /// How its guests' instructions are executed.
 pub const ACCELERATOR: &str = "kvm";
-/// The machine that a guest sees: rises when devices or their places change.
-pub const MACHINE_VERSION: &str = "1";
-
 /// Where things are, and how long they may take.
 #[derive(Debug, Clone)]
 pub struct KvmConfig {

@@ -7,7 +7,7 @@ use std::{
 };
 
 use supercloud_blanket::{
-    Backend, BackendError, BackendResult, BoxFuture, Launch, LiveMigration,
+    Backend, BackendError, BackendResult, BoxFuture, CompatClass, Launch, LiveMigration,
     backend::{
         BackendEvent, Capabilities, Frozen, GuestInfo, MemoryStats, PauseReason, RunState, StopMode, StopReason,
     },
@@ -415,7 +415,7 @@ impl Backend for LibvirtBackend {
         BACK_END
     }
 
-    fn has_balloon(&self) -> bool {
+    fn has_balloon(&self, _: &CompatClass) -> bool {
         true
     }
 

@@ -148,7 +148,7 @@ impl Backend for XenBackend {
         true
     }
 
-    fn has_balloon(&self) -> bool {
+    fn has_balloon(&self, _: &CompatClass) -> bool {
         false
     }
 

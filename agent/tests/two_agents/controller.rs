@@ -76,6 +76,9 @@ struct State {
     problems: Vec<supercloud_api::Problem>,
     discarded: HashSet<GuestId>,
     consoles: Vec<(HostId, u64, link::ConsoleNews)>,
+    /// The newest word of each.
+    paths: HashMap<HostId, Vec<link::PathMeasured>>,
+    flows: Vec<(HostId, u64, link::Outcome<link::FlowsTold>)>,
     events: Vec<link::GuestEventKind>,
     hook: Option<Hook>,
     /// Queries that are still to be left unanswered, with a broken link.
@@ -165,6 +168,8 @@ impl Controller {
                 problems: Vec::new(),
                 discarded: HashSet::new(),
                 consoles: Vec::new(),
+                paths: HashMap::new(),
+                flows: Vec::new(),
                 events: Vec::new(),
                 hook: None,
                 queries_to_lose: 0,
@@ -387,6 +392,10 @@ impl Controller {
         self.state().specs[&guest].project
     }
 
+    pub fn is_linked(&self, host: HostId) -> bool {
+        self.state().links.contains_key(&host)
+    }
+
     pub fn direct(&self, host: HostId, directive: Directive) {
         self.state().links[&host].send(directive).unwrap();
     }
@@ -424,6 +433,18 @@ impl Controller {
     }
 
     /// What the sweeps of a host's store told.
+    /// What a host told last of the ways to others.
+    pub fn paths(&self, host: HostId) -> Vec<link::PathMeasured> {
+        self.state().paths.get(&host).cloned().unwrap_or_default()
+    }
+
+    /// The answer of a host to a question for flows.
+    pub fn flows(&self, host: HostId, asked: u64) -> Option<Result<link::FlowsTold, Problem>> {
+        let state = self.state();
+        let told = state.flows.iter().find(|(from, number, _)| (*from, *number) == (host, asked));
+        told.map(|(_, _, told)| told.clone().into())
+    }
+
     /// What consoles told, in order.
     pub fn consoles(&self, host: HostId) -> Vec<(u64, link::ConsoleNews)> {
         let told = &self.state().consoles;
@@ -747,6 +768,8 @@ impl Controller {
             Notice::Discarded { guest } => {
                 self.state().discarded.insert(guest);
             }
+            Notice::Paths { paths } => drop(self.state().paths.insert(host, paths)),
+            Notice::Flows { asked, told } => self.state().flows.push((host, asked, told)),
             Notice::Console { console, news } => self.state().consoles.push((host, console, news)),
             Notice::GuestEvent { event, .. } => self.state().events.push(event),
             Notice::Heartbeat { guests, .. } => {

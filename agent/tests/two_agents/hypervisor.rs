@@ -354,7 +354,7 @@ impl Backend for Hypervisor {
         "test"
     }
 
-    fn has_balloon(&self) -> bool {
+    fn has_balloon(&self, _: &CompatClass) -> bool {
         true
     }
 

@@ -19,13 +19,13 @@ use supercloud_agent::{
     ports::{PortError, Switch},
 };
 use supercloud_api::{
-    Propagation, Shape,
+    OverlayEncryption, PortTraffic, Propagation, Shape,
     handover::{OperationKind, Owner, Phase},
     ids::{CloudId, Epoch, GuestId, HostId, NetworkId, OperationId, PortId, ProjectId, VolumeId},
-    link::{BootSpec, GuestSpec, PortSpec, Secret, VolumeSpec},
+    link::{BootSpec, FlowsOf, FlowsTold, GuestSpec, PortSpec, Secret, VolumeSpec},
 };
 use supercloud_blanket::{BoxFuture, backend::RunState};
-use supercloud_sdn::view::OverlayView;
+use supercloud_sdn::{switch::SwitchError, view::OverlayView};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -66,8 +66,18 @@ impl Switch for FakeSwitch {
         Box::pin(async move { Ok(ports) })
     }
 
+    fn flows(&self, of: FlowsOf) -> BoxFuture<'_, Result<FlowsTold, PortError>> {
+        let is_attached = self.attached.lock().unwrap().contains_key(&of.port);
+        let told = FlowsTold { traffic: PortTraffic::default(), flows: Vec::new(), left_out: 0 };
+        Box::pin(async move { if is_attached { Ok(told) } else { Err(SwitchError::NotAttached(of.port).into()) } })
+    }
+
     fn revision(&self) -> u64 {
         0
+    }
+
+    fn encryption(&self) -> Option<OverlayEncryption> {
+        None
     }
 }
 

@@ -15,6 +15,7 @@ mod mirroring;
 mod mirrors;
 mod moves;
 mod nbd;
+mod paths;
 mod points;
 mod post_copies;
 mod post_copying;

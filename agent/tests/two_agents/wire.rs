@@ -150,6 +150,7 @@ impl Facts for Nothing {
             agent_version: "test".into(),
             data_address: None,
             overlay_address: None,
+            overlay_encryption: None,
             capacity: Room::default(),
             compat_classes: Vec::new(),
             probe: serde_json::Value::Null,
@@ -164,6 +165,8 @@ impl Facts for Nothing {
             moves_none_live: false,
             takes_mirrors: false,
             takes_post_copy: false,
+            measures_paths: false,
+            tells_flows: false,
         }
     }
 

@@ -11,7 +11,10 @@ use std::{
 };
 
 use serde::Deserialize;
-use supercloud_blanket::device::{Boot, Console, MachineSpec, SpecError};
+use supercloud_blanket::{
+    device::{Boot, Console, MachineSpec, SpecError},
+    vmm::version::MachineVersion,
+};
 
 /// The back end's name in a guest's class.
 pub const BACK_END: &str = "kvm";
@@ -110,8 +113,10 @@ impl Launch {
         if launch.spec.class.back_end != BACK_END {
             return Err(LaunchError::Lacks("a class of another back end"));
         }
-        if launch.spec.devices.has_balloon {
-            return Err(LaunchError::Lacks("the memory balloon"));
+        let version = MachineVersion::named(&launch.spec.class.machine_version);
+        let version = version.ok_or(LaunchError::Lacks("a machine of that version"))?;
+        if launch.spec.devices.has_balloon && !version.has_balloon() {
+            return Err(LaunchError::Lacks("the memory balloon of a machine of that version"));
         }
         let refuse = |name: &str, why| Err(LaunchError::Descriptor { name: name.to_owned(), why });
         let (has_kernel, has_initrd) = match &launch.spec.boot {
@@ -281,10 +286,11 @@ mod tests {
     fn what_this_back_end_lacks_is_refused_by_name() {
         assert!(Launch::parse(&text(|_| {})).is_ok());
         type Spoil = fn(&mut serde_json::Value);
-        let cases: [(&str, Spoil); 8] = [
+        let cases: [(&str, Spoil); 9] = [
             ("control", |v| v["arrives"] = true.into()),
             ("another back end", |v| v["spec"]["class"]["back_end"] = "libvirt".into()),
             ("balloon", |v| v["spec"]["devices"]["has_balloon"] = true.into()),
+            ("version", |v| v["spec"]["class"]["machine_version"] = "3".into()),
             ("kernel", |v| v["spec"]["boot"] = serde_json::json!({"from": "disk"})),
             ("initrd", |v| v["wiring"]["initrd"] = 6.into()),
             ("disks", |v| v["wiring"]["disks"] = serde_json::json!({"root": 5, "more": 6})),
@@ -295,6 +301,11 @@ mod tests {
             let said = Launch::parse(&text(spoil)).expect_err(word).to_string();
             assert!(said.contains(word), "{said} should name {word}");
         }
+        let second = Launch::parse(&text(|v| {
+            v["spec"]["devices"]["has_balloon"] = true.into();
+            v["spec"]["class"]["machine_version"] = "2".into();
+        }));
+        assert!(second.is_ok(), "{second:?}");
         assert!(Launch::parse(&text(|v| v["wiring"]["more"] = 1.into())).is_err());
         assert!(Launch::parse(&" ".repeat(MAX_TEXT_BYTES + 1)).is_err());
     }

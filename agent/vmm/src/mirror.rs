@@ -213,8 +213,10 @@ impl Mirrored {
         match (ask, machine) {
             (Ask::Begin(answer), Some(machine)) => {
                 self.is_new = false;
-                let noted = machine.note_writes(true).map_err(TravelError::from);
-                drop(answer.send(noted.map(|()| Memory { ram: machine.ram().clone(), pages: machine.page_numbers() })));
+                // What was never written is zeros at the standby as well.
+                let begun = machine.note_writes(true).and_then(|()| machine.pages_there());
+                let begun = begun.map(|pages| Memory { ram: machine.ram().clone(), pages });
+                drop(answer.send(begun.map_err(TravelError::from)));
             }
             (Ask::Written(answer), Some(machine)) => {
                 let written = machine.take_written().map_err(TravelError::from).map(|written| {

@@ -25,6 +25,7 @@ use supercloud_blanket::{
         boot::BootFiles,
         legacy::Sink,
         travel::{StreamVersion, TravelError, mirror::StagedCut},
+        version::MachineVersion,
         virtio::{self, Device, nbd::LinkNews},
     },
 };
@@ -392,10 +393,15 @@ impl Owner<'_> {
     fn devices(&self) -> anyhow::Result<Vec<Device>> {
         let clone = |file: &File| file.try_clone().context("copying a descriptor");
         let mut devices = Vec::new();
+        let version = MachineVersion::named(&self.spec.class.machine_version).unwrap_or(MachineVersion::One);
         self.mirrored.outputs().forget_cards();
         for disk in &self.spec.devices.disks {
             let backend = self.disks.backend(&disk.name)?;
-            devices.push(virtio::block::device(backend, &disk.name, disk.is_read_only));
+            devices.push(if version.has_thin_disks() {
+                virtio::block::thin(backend, &disk.name, disk.is_read_only)
+            } else {
+                virtio::block::device(backend, &disk.name, disk.is_read_only)
+            });
         }
         for nic in &self.spec.devices.nics {
             let tap = self.held.taps.get(&nic.name).with_context(|| format!("card '{}'", nic.name))?;
@@ -409,6 +415,9 @@ impl Owner<'_> {
         }
         if self.spec.devices.has_rng {
             devices.push(virtio::rng::device());
+        }
+        if self.spec.devices.has_balloon {
+            devices.push(virtio::balloon::device(self.spec.memory_bytes));
         }
         Ok(devices)
     }

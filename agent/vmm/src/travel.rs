@@ -156,9 +156,9 @@ impl Receiving {
                 Ok((opened, incoming)) => {
                     let came = opened.receive_or_leave(incoming, userfaultfd.is_some());
                     let came = came.and_then(|(machine, told, left)| {
-                        let fetch = left
-                            .zip(userfaultfd)
-                            .map(|(left, device)| Fetch::start(&device, machine.ram(), left, left::teller(&inputs)));
+                        let fetch = left.zip(userfaultfd).map(|(left, device)| {
+                            Fetch::start(&device, machine.ram(), machine.keep_memory(), left, left::teller(&inputs))
+                        });
                         Ok((machine, told, fetch.transpose()?))
                     });
                     inputs.send(Input::Received(Box::new(came)))

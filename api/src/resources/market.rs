@@ -37,6 +37,23 @@ pub struct Market {
     pub feed_time_ms: u64,
     /// The feed's time now.
     pub feed_now_ms: u64,
+    /// What befell our own rentings there; absent: nothing was rented there yet, so nothing is known, or the asker sees one
+    /// project only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seen: Option<MarketSeen>,
+}
+
+/// What was seen of a market: our own rentings there, those that ended too.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MarketSeen {
+    /// Machines that were rented there.
+    pub machines: u32,
+    /// How long they were there, together, in milliseconds.
+    pub ran_ms: u64,
+    /// Of them, those that the provider took.
+    pub taken: u32,
+    /// Those that are there now and that the provider has said it takes back, or may.
+    pub announced: u32,
 }
 
 /// One step of a price series: the price holds until the next point.

@@ -124,6 +124,9 @@ pub struct Host {
     /// Its address in the overlay's underlay; tunnels end there.
     #[schema(value_type = Option<String>)]
     pub overlay_address: Option<Ipv4Addr>,
+    /// How it encrypts its tunnels; absent: not.
+    #[serde(default)]
+    pub overlay_encryption: Option<OverlayEncryption>,
     /// Its small number in the overlay (1 to 4094), which names its tunnels.
     pub overlay_index: u16,
     /// What it offers.
@@ -149,6 +152,16 @@ pub struct Host {
     pub notice: Option<HostNotice>,
     /// When it joined.
     pub created_at_ms: u64,
+}
+
+/// How a host encrypts the overlay's tunnels: by WireGuard, beneath them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct OverlayEncryption {
+    /// Its public key (Curve25519), base64.
+    pub public_key: String,
+    /// Where it takes encrypted packets (UDP); absent behind a NAT: it speaks first.
+    #[schema(value_type = Option<String>)]
+    pub endpoint: Option<SocketAddr>,
 }
 
 /// A chunk store: the controller's own, in which images lie, or a cloud's.

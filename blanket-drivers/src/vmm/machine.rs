@@ -25,7 +25,7 @@ use super::{
     pci::{self, Ecam, Function, MessageSink},
     state::{self, Chips, MachineState},
     vcpu::{Buses, Vcpus},
-    virtio::{Device, VirtioPci, transport},
+    virtio::{Balloon, Device, VirtioPci, balloon::Keep, transport},
 };
 
 /// A guest that is slowed down stands still for a part of each of these.
@@ -100,6 +100,7 @@ struct Body {
     /// What each vCPU was told of itself. Not asked of KVM: some add what the processor has beyond it.
     cpuid: Vec<Vec<kvm_cpuid_entry2>>,
     devices: Vec<Arc<Mutex<VirtioPci>>>,
+    balloon: Option<Arc<Balloon>>,
     serial: Arc<Mutex<SerialPort>>,
     vm: Arc<Vm>,
 }
@@ -277,6 +278,67 @@ impl Machine {
         parts.flat_map(|(at, bytes)| at / PAGE_BYTES..(at + bytes) / PAGE_BYTES).collect()
     }
 
+    /// The pages of guest memory that were ever written, and not taken out of it: all others are zeros.
+    ///
+    /// # Errors
+    /// When the system does not say.
+    pub fn pages_there(&self) -> Result<Vec<u64>, VmmError> {
+        let mut holes = memory::Holes::new(self.ram());
+        let mut there = Vec::new();
+        for page in self.page_numbers() {
+            if !holes.is_hole(page).map_err(super::io_error("looking for what is written of a guest's memory"))? {
+                there.push(page);
+            }
+        }
+        Ok(there)
+    }
+
+    /// Its balloon, if it has one.
+    #[must_use]
+    pub fn balloon(&self) -> Option<&Arc<Balloon>> {
+        self.body.balloon.as_ref()
+    }
+
+    /// Keeps its balloon from taking anything out of its memory, if it has one, while it stands still.
+    pub fn keep_memory(&self) -> Option<Keep> {
+        self.balloon().map(Balloon::keep)
+    }
+
+    /// Asks the guest to give so much of its memory, and no more.
+    ///
+    /// # Errors
+    /// When it has no balloon, or not so much memory.
+    pub fn ask_for_memory(&self, bytes: u64) -> Result<(), VmmError> {
+        let balloon = self.balloon().ok_or_else(|| state::refused("there is no balloon"))?;
+        if !balloon.ask_for(bytes) {
+            return Err(VmmError::Range {
+                what: "the balloon's size",
+                value: bytes,
+                range: "up to the guest's memory",
+            });
+        }
+        for device in &self.body.devices {
+            let device = device.lock().unwrap_or_else(PoisonError::into_inner);
+            if device.balloon().is_some() {
+                device.tell_of_config();
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes of its memory that take space on this host.
+    ///
+    /// # Errors
+    /// When the system does not say.
+    pub fn resident_bytes(&self) -> Result<u64, VmmError> {
+        use std::os::unix::fs::MetadataExt as _;
+        let what = "asking how much space a guest's memory takes";
+        let first = self.ram().iter().next().and_then(|region| region.file_offset());
+        let file = first.ok_or_else(|| state::refused("there is no memory"))?;
+        // Of both parts: they are in one file.
+        Ok(file.file().metadata().map_err(super::io_error(what))?.blocks() * 512)
+    }
+
     /// The serial port, to feed it.
     #[must_use]
     pub fn serial(&self) -> Arc<Mutex<SerialPort>> {
@@ -303,9 +365,10 @@ impl Body {
         ports.add("serial port", layout::SERIAL.into(), 8, port)?;
         legacy::add_power(&mut ports, &sender)?;
         let mut registers = Bus::default();
+        let balloon = devices.iter().find_map(|device| device.balloon.clone());
         let devices = add_devices(&vm, &mut registers, devices)?;
         let buses = Buses { ports: Arc::new(ports), registers: Arc::new(registers) };
-        Ok((Self { config, buses, outcomes: sender, cpuid: Vec::new(), devices, serial, vm }, outcomes))
+        Ok((Self { config, buses, outcomes: sender, cpuid: Vec::new(), devices, balloon, serial, vm }, outcomes))
     }
 
     fn save(&self, vcpus: &[VcpuFd]) -> Result<MachineState, VmmError> {

@@ -34,6 +34,7 @@ pub mod pci;
 pub mod state;
 pub mod travel;
 pub mod vcpu;
+pub mod version;
 pub mod virtio;
 
 pub use machine::{Incoming, Machine, MachineConfig, Outcome};

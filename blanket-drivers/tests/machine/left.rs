@@ -77,17 +77,18 @@ impl Moved {
     fn of(source: &mut Machine, device: &File, memory: MemoryMode) -> Self {
         let limits = Limits { max_downtime_ms: 0, max_rounds: 3, memory, ..Limits::default() };
         let mut wire = Vec::new();
-        let ram = source.ram().clone();
-        let sent = send(source, &mut wire, &|| limits, &mut |progress| {
-            // On a busy machine the guest would write nothing in a round.
-            if !progress.is_last && progress.left_pages == 0 {
-                let now = || ram.read_obj::<u32>(GuestAddress(DIRTY_ROUNDS)).unwrap();
-                let before = now();
-                wait_until(|| now() > before + 1, || format!("rounds after {before}"));
+        // On a busy machine a round could be over before the guest has written anything.
+        let (ram, mut round) = (source.ram().clone(), 0);
+        let mut watch = |progress: &Progress| {
+            if progress.round > round && !progress.is_last {
+                round = progress.round;
+                let turn = || ram.read_obj::<u32>(GuestAddress(DIRTY_ROUNDS)).unwrap();
+                let before = turn();
+                wait_until(|| turn() != before, || format!("a turn after {before}"));
             }
             ControlFlow::Continue(())
-        });
-        let sent = sent.unwrap();
+        };
+        let sent = send(source, &mut wire, &|| limits, &mut watch).unwrap();
         let opened = travel::open(wire.as_slice()).unwrap();
         let config = MachineConfig { vcpus: 1, memory_bytes: MEMORY_BYTES };
         let incoming = || Incoming::new(Kvm::new().unwrap(), config, Console::default().sink(), Vec::new()).unwrap();
@@ -96,7 +97,7 @@ impl Moved {
         let (machine, _, left) = opened.receive_or_leave(incoming(), true).unwrap();
         let (tell, news) = channel();
         let tell = Box::new(move |what| drop(tell.send(what)));
-        let fetch = Fetch::start(device, machine.ram(), left.unwrap(), tell).unwrap();
+        let fetch = Fetch::start(device, machine.ram(), machine.keep_memory(), left.unwrap(), tell).unwrap();
         Self { machine, fetch, news, sent }
     }
 
@@ -380,7 +381,14 @@ fn what_a_move_costs_by_what_it_leaves_behind() {
             let (machine, _, left) = receiver.join().unwrap().unwrap();
             let (tell, news) = channel();
             let fetch = left.map(|left| {
-                Fetch::start(&device, machine.ram(), left, Box::new(move |what| drop(tell.send(what)))).unwrap()
+                Fetch::start(
+                    &device,
+                    machine.ram(),
+                    machine.keep_memory(),
+                    left,
+                    Box::new(move |what| drop(tell.send(what))),
+                )
+                .unwrap()
             });
             machine.resume();
             let (still, resumed) = (paused.unwrap().elapsed(), Instant::now());

@@ -2,6 +2,7 @@
 #![cfg(target_arch = "x86_64")]
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod balloon;
 mod guest;
 mod left;
 mod mirror;

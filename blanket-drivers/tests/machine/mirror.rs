@@ -39,6 +39,8 @@ use vm_memory::{Bytes as _, GuestAddress};
 
 const CONFIG: MachineConfig = MachineConfig { vcpus: 1, memory_bytes: 32 << 20 };
 const DISK_BYTES: usize = 64 << 10;
+/// The kind of a stream's frame that ends a cut.
+const CUT_END: u8 = 19;
 /// Where a frame has its number: behind the card's header and the addresses.
 const NUMBER_AT: usize = 26;
 
@@ -487,6 +489,7 @@ fn a_stream_that_is_not_what_was_sent_leaves_the_last_commit_whole() {
         }
         committed
     };
+    let last = frames.iter().rposition(|frame| frame[0] == CUT_END).unwrap();
     let mut state = 7u64;
     for at in 0..frames.len() {
         // One in eight of the many frames of pages, and all others.
@@ -500,7 +503,8 @@ fn a_stream_that_is_not_what_was_sent_leaves_the_last_commit_whole() {
         if let Some(byte) = changed[at].get_mut(middle) {
             *byte ^= 4;
             let committed = check(&changed, format!("a flipped bit in {at}"));
-            assert!(committed < all, "a flipped bit in {at} of {}", frames.len());
+            // What was begun after the last one that is whole counts for nothing.
+            assert!(committed < all || at > last, "a flipped bit in {at} of {}", frames.len());
         }
         let mut changed = frames.clone();
         changed.remove(at);

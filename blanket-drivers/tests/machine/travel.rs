@@ -136,7 +136,7 @@ fn a_guest_that_writes_all_the_while_arrives_whole() {
             ControlFlow::Continue(())
         });
         let sent = sent.unwrap();
-        assert!(sent.progress.round >= 2 && sent.progress.forms.zero > 1000, "{sent:?}");
+        assert!(sent.progress.round >= 2, "{sent:?}");
         let (moved, _) = there.join().unwrap().unwrap();
         assert!(sent.progress.forms.changed > 0, "words of pages were written: {sent:?}");
         is_the_same(machine.ram(), moved.ram(), &machine.page_numbers());
@@ -260,7 +260,7 @@ fn who_reads_the_version_before_gets_that() {
     let frames: Vec<Frame> = std::iter::from_fn(|| read_frame_blocking(&mut from).ok()).collect();
     assert_eq!((frames[0].kind, frames[0].version), (1, 1));
     assert!(frames.iter().all(|frame| frame.version == 1 && frame.kind != 9), "nothing of the version after");
-    assert!(frames.iter().filter(|frame| frame.kind == 2).count() > 2);
+    assert!(frames.iter().any(|frame| frame.kind == 2), "no pages");
     let (moved, _) = receive(bytes.as_slice(), make).unwrap();
     is_the_same(machine.ram(), moved.ram(), &machine.page_numbers());
     let still = word(moved.ram(), DIRTY_ROUNDS);

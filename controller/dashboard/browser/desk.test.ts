@@ -110,7 +110,7 @@ describe("a controller with guests", () => {
       await visit(page, `guests/${web.id}`);
       await page.getByRole("heading", { name: "web", exact: true }).waitFor();
       expect(await page.locator("main").getByRole("button", { name: /Start|Migrate|Freeze|Stop|Thaw/ }).count(), role).toBe(buttons);
-      expect(await page.locator("main").getByRole("checkbox").count(), role).toBe(buttons);
+      expect(await page.locator("main").getByRole("checkbox").count(), role).toBe(2 * buttons);
       expect(await page.getByRole("link", { name: "Tokens" }).count(), role).toBe(role === "admin" ? 1 : 0);
       if (buttons === 0) {
         const { status } = await rest.as(secret).send("POST", `/v1/guests/${web.id}/start`, {});
@@ -219,27 +219,27 @@ describe("a controller with guests", () => {
     // Nor does a page stay half filled where one of its questions failed.
     let failures = 2;
     await page.route("**/v1/networks?*", (route) => (failures-- > 0 ? route.abort("connectionreset") : route.fallback()));
-    await page.getByRole("heading", { name: "office" }).waitFor();
+    await page.getByRole("link", { name: "office" }).waitFor();
     await context.close();
   });
 
   it("says that the controller is gone, and goes on where it was when it is back", async () => {
     const { context, page, problems } = await desk(browser, controller.url, controller.token);
     await visit(page, "networks");
-    await page.getByRole("heading", { name: "office" }).waitFor();
+    await page.getByRole("link", { name: "office" }).waitFor();
     const before = await page.evaluate(() => performance.timeOrigin);
     await controller.kill();
     await page.getByText("The controller does not answer").waitFor();
     // What was known stays in sight.
-    expect(await page.getByRole("heading", { name: "office" }).count()).toBe(1);
+    expect(await page.getByRole("link", { name: "office" }).count()).toBe(1);
     expect(await barriers(page)).toEqual([]);
     await shot(page, "broken");
     await controller.boot();
     await rest.must("POST", "/v1/networks", { name: "made-meanwhile", cidr: "10.21.0.0/24" });
     await page.getByText("The controller does not answer").waitFor({ state: "hidden" });
-    await page.getByRole("heading", { name: "made-meanwhile" }).waitFor();
+    await page.getByRole("link", { name: "made-meanwhile" }).waitFor();
     await rest.must("POST", "/v1/networks", { name: "made-after", cidr: "10.22.0.0/24" });
-    await page.getByRole("heading", { name: "made-after" }).waitFor();
+    await page.getByRole("link", { name: "made-after" }).waitFor();
     expect(await page.evaluate(() => performance.timeOrigin)).toBe(before);
     // That requests failed meanwhile is what this is about.
     problems.length = 0;

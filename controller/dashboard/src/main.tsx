@@ -9,12 +9,14 @@ import { Events } from "./pages/events";
 import { GuestPage, Guests } from "./pages/guests";
 import { HostPage, Hosts } from "./pages/hosts";
 import { Markets } from "./pages/markets";
-import { Images, Networks, Tokens } from "./pages/more";
+import { NetworkPage, Networks, PortPage } from "./pages/networks";
 import { OperationPage, Operations } from "./pages/operations";
 import { PlanPage, Plans } from "./pages/plans";
 import { Overview, Wall } from "./pages/overview";
+import { ImagePage, Images, VolumePage } from "./pages/storage";
 import { SignIn } from "./pages/sign_in";
 import { Simulator } from "./pages/simulator";
+import { Tokens } from "./pages/tokens";
 import { route } from "./router";
 import { begin, brokenSince, end, link, now, refusal, seesAll, who } from "./store/store";
 import { moment } from "./ui/format";
@@ -25,6 +27,9 @@ const PAGES: [string, string][] = [
   ["", "Overview"], ["guests", "Guests"], ["hosts", "Hosts"], ["operations", "Operations"], ["plans", "Plans"], ["markets", "Markets"], ["costs", "Costs"],
   ["images", "Images"], ["networks", "Networks"], ["events", "Audit"], ["tokens", "Tokens"],
 ];
+
+/** Pages of things that another page lists. */
+const LISTED_ON: Record<string, string> = { volumes: "images", ports: "networks" };
 
 const isAway = signal(false);
 
@@ -37,8 +42,10 @@ function Page() {
     case "plans": return id ? <PlanPage id={id} /> : <Plans />;
     case "markets": return id === "simulator" ? <Simulator /> : <Markets />;
     case "costs": return <Costs />;
-    case "images": return <Images />;
-    case "networks": return <Networks />;
+    case "images": return id ? <ImagePage id={id} /> : <Images />;
+    case "volumes": return id ? <VolumePage id={id} /> : <Images />;
+    case "networks": return id ? <NetworkPage id={id} /> : <Networks />;
+    case "ports": return id ? <PortPage id={id} /> : <Networks />;
     case "events": return <Events />;
     case "tokens": return <Tokens />;
     default: return <Overview />;
@@ -72,7 +79,7 @@ function App() {
       <header class="top">
         <a class="brand" href="#/"><img src="./favicon.svg" alt="" /> Supercloud</a>
         <nav aria-label="pages">
-          {shown.map(([path, title]) => <a key={path} href={`#/${path}`} aria-current={path === page ? "page" : undefined}>{title}</a>)}
+          {shown.map(([path, title]) => <a key={path} href={`#/${path}`} aria-current={path === (LISTED_ON[page] ?? page) ? "page" : undefined}>{title}</a>)}
         </nav>
         <span class="grow" />
         <Search />

@@ -31,6 +31,7 @@ use crate::{
     ca::{Authority, CaError},
     consoles::Consoles,
     evacuation::{self, EvacuationBoard},
+    flows::FlowBoard,
     keys::{KeyFileError, Keys},
     ledger::Clerk,
     link::Sessions,
@@ -38,6 +39,7 @@ use crate::{
     metrics::Metrics,
     notices::{self, Leaving},
     operations::{checks::CheckBoard, points::PointBoard, progress::ProgressBoard, sweeps::SweepBoard},
+    paths::{self, PathBoard},
     plans,
     price_board::Markets,
     recovery::{self, Recovery},
@@ -88,6 +90,10 @@ pub struct Parts {
     pub checks: CheckBoard,
     /// Where points of volumes' histories are asked for.
     pub points: PointBoard,
+    /// What agents measure of the ways between them.
+    pub paths: PathBoard,
+    /// Where flows of ports are asked for.
+    pub flows: FlowBoard,
     /// What agents are told to dial; known once the link listens.
     pub link_address: Arc<OnceLock<String>>,
     /// Cancelled when the controller ends.
@@ -230,6 +236,8 @@ impl Controller {
             authority: Arc::new(authority),
             hosts: LiveHosts::default(),
             consoles: Consoles::new(sessions.clone()),
+            paths: PathBoard::default(),
+            flows: FlowBoard::new(sessions.clone()),
             sessions,
             markets,
             clerk,
@@ -292,6 +300,7 @@ async fn start_parts(parts: &Parts) -> Result<SocketAddr, StartError> {
     parts.spawn("recovery", recovery.run());
     let (state, live, wake) = (parts.state.clone(), parts.hosts.clone(), Arc::clone(&parts.plans_wake));
     parts.spawn("notices", Leaving::new(state, live, wake, parts.config.notices, notices::Pace::default()).run());
+    parts.spawn("paths", paths::path_teller(parts.clone()));
     parts.spawn("evacuations", evacuation::evacuation_watcher(parts.clone()));
     let api = rest::Api::new(parts, &metrics);
     engine.open_guest_door(Arc::new(rest::GuestCalls::new(api.clone())));

@@ -159,6 +159,7 @@ impl PriceBoard for ProviderPrices {
                     .map(|point| point.price_nanousd_per_hour),
                 feed_time_ms: newest.feed_time_ms,
                 feed_now_ms: one.told_at_ms,
+                seen: None,
             })
         };
         known.iter().filter_map(market).collect()

@@ -146,6 +146,10 @@ async fn read<R: AsyncRead + Unpin>(
         match frame.kind {
             kind::NOTICE => match frame.parse_json::<Notice>(kind::NOTICE, link::VERSION) {
                 Ok(notice) => handler.notice(host, notice).await,
+                // A newer agent's notice is no reason to end its session.
+                Err(FrameError::Payload { source, .. }) if is_of_a_later_version(&frame) => {
+                    debug!(%host, "a notice that this controller does not know is left out: {source}");
+                }
                 Err(error) => return error.into(),
             },
             kind::QUERY => match frame.parse_json::<Envelope<serde_json::Value>>(kind::QUERY, link::VERSION) {
@@ -159,6 +163,18 @@ async fn read<R: AsyncRead + Unpin>(
             other => return Ended::Kind(other),
         }
     }
+}
+
+/// Notices that this version knows.
+const NOTICES: [&str; 8] = ["report", "heartbeat", "progress", "guest_event", "discarded", "console", "paths", "flows"];
+
+/// Whether a notice is whole and says that it is of a kind that this version does not know; one of a known kind is malformed.
+fn is_of_a_later_version(frame: &Frame) -> bool {
+    #[derive(serde::Deserialize)]
+    struct Tagged {
+        notice: String,
+    }
+    serde_json::from_slice::<Tagged>(&frame.payload).is_ok_and(|told| !NOTICES.contains(&&*told.notice))
 }
 
 /// A host's queries, each answered in a task of its own: a notice (a guest that is paused and waits for its switch) never queues behind
@@ -345,5 +361,55 @@ mod tests {
         let expected =
             [(flood, Some(Code::TooManyRequests)), (100, None), (101, Some(Code::Unsupported))].into_iter().collect();
         assert_eq!(codes, expected);
+    }
+
+    /// The notices whose kinds [`NOTICES`] must hold; a new one does not compile without its line here.
+    fn kind_of(notice: &Notice) -> &'static str {
+        match notice {
+            Notice::Report { .. } => "report",
+            Notice::Heartbeat { .. } => "heartbeat",
+            Notice::Progress { .. } => "progress",
+            Notice::GuestEvent { .. } => "guest_event",
+            Notice::Discarded { .. } => "discarded",
+            Notice::Console { .. } => "console",
+            Notice::Paths { .. } => "paths",
+            Notice::Flows { .. } => "flows",
+        }
+    }
+
+    #[tokio::test]
+    async fn a_notice_of_a_later_version_is_left_out_and_a_malformed_one_ends_the_session() {
+        let known = [Notice::Paths { paths: Vec::new() }, Notice::Discarded { guest: GuestId::generate() }];
+        for notice in &known {
+            let said = serde_json::to_value(notice).unwrap();
+            assert_eq!(said["notice"], kind_of(notice));
+            assert!(NOTICES.contains(&kind_of(notice)));
+        }
+        // What the parser itself says that it knows is the list.
+        let unknown = serde_json::from_value::<Notice>(serde_json::json!({"notice": "?"})).unwrap_err().to_string();
+        let expected = NOTICES.map(|kind| format!("`{kind}`"));
+        assert_eq!(unknown.matches('`').count(), 2 * (NOTICES.len() + 1), "{unknown}");
+        assert!(expected.iter().all(|kind| unknown.contains(kind)), "{unknown}");
+
+        let raw = |body: &str| Frame { kind: kind::NOTICE, version: link::VERSION, payload: body.as_bytes().to_vec() };
+        for (bad, is_left_out) in [
+            (r#"{"notice": "of_a_later_version", "more": [1]}"#, true),
+            (r#"{"notice": "paths", "paths": 7}"#, false),
+            (r#"{"notice": 7}"#, false),
+            (r#"{"more": 1}"#, false),
+            (r#"{"notice": "of_a_later_version""#, false),
+            ("", false),
+        ] {
+            let slow = Arc::new(Slow::default());
+            let handler: Arc<dyn LinkHandler> = slow.clone();
+            let (mut agent, mut controller) = tokio::io::duplex(1 << 20);
+            let (answers, _answered) = mpsc::channel(ANSWERS_AT_MOST);
+            write_frame(&mut agent, &raw(bad)).await.unwrap();
+            let good = Frame::json(kind::NOTICE, link::VERSION, &known[1]).unwrap();
+            write_frame(&mut agent, &good).await.unwrap();
+            drop(agent);
+            let ended = read(&handler, HostId::generate(), &mut controller, answers).await;
+            assert_eq!(slow.0.load(Ordering::Relaxed), usize::from(is_left_out), "{bad}: {ended}");
+        }
     }
 }

@@ -1,6 +1,10 @@
 //! The engine's end of the agent links: hellos, notices, queries.
 
-use std::{sync::PoisonError, time::Duration};
+use std::{
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    sync::PoisonError,
+    time::Duration,
+};
 
 use futures::future::BoxFuture;
 use supercloud_api::{
@@ -17,7 +21,7 @@ use super::{Engine, EngineError, is_plausible_class, sweeps::RootsAsked};
 use crate::{
     chain,
     link::{LinkHandler, Unwelcome},
-    notices,
+    notices, overlay,
     state::{Change, Context, EventDraft, GuestRecord, HostRecord, LiveHost, OperationRecord, Work, retry_conflicts},
 };
 
@@ -38,6 +42,31 @@ const BASE_PATIENCE: Duration = Duration::from_secs(300);
 
 /// The largest probe that is kept, in bytes of JSON.
 const PROBE_AT_MOST: usize = 64 << 10;
+
+/// What an agent said, when it came, that it can; it holds from when its session is open.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Abilities {
+    consoles: bool,
+    paths: bool,
+    flows: bool,
+}
+
+/// Where others can dial a host, of what its agent says: other hosts connect there, so it must be no place that means something else
+/// to each of them, or another service of theirs. Loopback is kept for controllers and agents on one machine.
+fn dialled(host: HostId, said: Option<SocketAddr>) -> Option<SocketAddr> {
+    let address = said?;
+    let is_one_of_a_host = match address.ip().to_canonical() {
+        IpAddr::V4(ip) => !(ip.is_unspecified() || ip.is_link_local() || ip.is_multicast() || ip.is_broadcast()),
+        IpAddr::V6(ip) => !(ip.is_unspecified() || ip.is_unicast_link_local() || ip.is_multicast()),
+    };
+    // `fd00:ec2::254`, where EC2 answers over IPv6 what it answers at the link-local address of IPv4.
+    let is_metadata = address.ip() == IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254));
+    if is_one_of_a_host && !is_metadata && address.port() != 0 {
+        return Some(address);
+    }
+    warn!(%host, %address, "it says that it is dialled where no host can be; others are not told");
+    None
+}
 
 impl LinkHandler for Engine {
     fn is_member(&self, host: HostId) -> BoxFuture<'_, bool> {
@@ -67,9 +96,11 @@ impl LinkHandler for Engine {
             self.sweeps.note_capable(host, hello.takes_sweeps);
             self.live.note_mirroring(host, hello.takes_mirrors);
             self.live.note_post_copy(host, hello.takes_post_copy);
-            self.consoles.note_capable(host, hello.takes_consoles);
             self.checks.note_capable(host, hello.takes_checks);
             self.points.note_capable(host, hello.takes_points);
+            let abilities =
+                Abilities { consoles: hello.takes_consoles, paths: hello.measures_paths, flows: hello.tells_flows };
+            self.abilities.lock().unwrap_or_else(PoisonError::into_inner).insert(host, abilities);
             {
                 let mut knowing = self.knows_predictive.lock().unwrap_or_else(PoisonError::into_inner);
                 if hello.knows_predictive {
@@ -93,6 +124,12 @@ impl LinkHandler for Engine {
     fn opened(&self, host: HostId) -> BoxFuture<'_, ()> {
         Box::pin(async move {
             self.overlay.notify_one();
+            // Noted now and not at the hello: between them the session before may have ended, and taken them away.
+            let said = self.abilities.lock().unwrap_or_else(PoisonError::into_inner).get(&host).copied();
+            let Abilities { consoles, paths, flows } = said.unwrap_or_default();
+            self.consoles.note_capable(host, consoles);
+            self.paths.note_capable(host, paths);
+            self.flows.note_capable(host, flows);
             // The end of the session before may have come after this one's hello.
             if self.live.get(host).is_none() {
                 self.live.seen(host, LiveHost { last_seen_ms: unix_ms(), used: Room::default() });
@@ -123,6 +160,14 @@ impl LinkHandler for Engine {
                     self.guest_event(host, guest, epoch, event, times.into()).await
                 }
                 Notice::Discarded { guest } => self.discarded(host, guest).await,
+                Notice::Paths { paths } => {
+                    self.paths.told(host, paths, unix_ms());
+                    Ok(())
+                }
+                Notice::Flows { asked, told } => {
+                    self.flows.told(host, asked, told.into());
+                    Ok(())
+                }
                 Notice::Console { console, news } => {
                     self.consoles.told(host, console, news);
                     Ok(())
@@ -165,7 +210,12 @@ impl LinkHandler for Engine {
 
     fn closed(&self, host: HostId) -> BoxFuture<'_, ()> {
         Box::pin(async move {
-            self.consoles.host_gone(host);
+            // A new session may have been opened since the last one ended; what it can is not taken away.
+            if !self.sessions.is_open(host) {
+                self.consoles.host_gone(host);
+                self.paths.host_gone(host);
+                self.flows.host_gone(host);
+            }
             self.sweeps.guard(|guard| guard.end_turn(host));
             let last_seen_ms = self.live.gone(host).map(|live| live.last_seen_ms);
             let context = Context::actor(format!("host:{host}"), RequestId::generate());
@@ -210,9 +260,17 @@ impl Engine {
                 return Ok(None);
             }
             let mut now = before.value.clone();
+            let others = self.state.list::<HostRecord>().await?;
+            let others = others.iter().filter(|one| !one.value.is_removed && one.value.host.id != host);
+            let has_place = overlay::is_free(hello, others.map(|one| &one.value.host));
             let record = &mut now.host;
-            record.data_address = hello.data_address;
+            record.data_address = dialled(host, hello.data_address);
             record.overlay_address = hello.overlay_address;
+            record.overlay_encryption.clone_from(&hello.overlay_encryption);
+            if let Err(why) = has_place {
+                warn!(%host, name = %record.name, "it has no place in the overlay: {why}");
+                (record.overlay_address, record.overlay_encryption) = (None, None);
+            }
             record.capacity = hello.capacity;
             record.compat_classes =
                 hello.compat_classes.iter().filter(|class| is_plausible_class(class)).take(16).cloned().collect();
@@ -438,5 +496,35 @@ fn power_off(guest: &GuestRecord, host: HostId, context: &Context) -> Operation 
         source: Some(host),
         reason: Some("the guest powered itself off".into()),
         ..context.planned(OperationId::generate(), OperationKind::GuestStop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_are_not_sent_to_dial_what_is_no_host() {
+        let is_kept = |text: &str| dialled(HostId::generate(), Some(text.parse().unwrap())).is_some();
+        for good in
+            ["192.0.2.1:7443", "10.0.0.1:1", "198.18.0.2:7443", "127.0.0.1:7443", "[2001:db8::1]:7", "[fd00::1]:7"]
+        {
+            assert!(is_kept(good), "{good}");
+        }
+        for bad in [
+            "192.0.2.1:0",
+            "0.0.0.0:7443",
+            "169.254.169.254:80",
+            "224.0.0.1:7",
+            "255.255.255.255:7",
+            "[::]:7",
+            "[fe80::1]:7",
+            "[ff02::1]:7",
+            "[::ffff:169.254.169.254]:80",
+            "[fd00:ec2::254]:80",
+        ] {
+            assert!(!is_kept(bad), "{bad}");
+        }
+        assert_eq!(dialled(HostId::generate(), None), None);
     }
 }

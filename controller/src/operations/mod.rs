@@ -49,8 +49,10 @@ use crate::{
     ca::Authority,
     chain,
     consoles::Consoles,
+    flows::FlowBoard,
     keys::Keys,
     link::Sessions,
+    paths::PathBoard,
     state::{AsConflict, GuestRecord, HostRecord, LiveHosts, OperationRecord, Seen, State, StateError, Work},
 };
 use checks::CheckBoard;
@@ -168,8 +170,14 @@ pub struct Engine {
     pub(crate) checks: CheckBoard,
     /// Where points of volumes' histories are asked for.
     pub(crate) points: PointBoard,
+    /// What agents measure of the ways between them.
+    pub(crate) paths: PathBoard,
+    /// Where flows of ports are asked for.
+    pub(crate) flows: FlowBoard,
     /// Hosts that know `predictive`, as they said when they came.
     knows_predictive: Mutex<HashSet<HostId>>,
+    /// What hosts said last that they can.
+    abilities: Mutex<HashMap<HostId, handler::Abilities>>,
     /// What carries out what guests ask.
     guest_door: OnceLock<Arc<dyn GuestDoor>>,
 }
@@ -216,6 +224,10 @@ pub struct Parts {
     pub checks: CheckBoard,
     /// Where REST asks for points of volumes' histories.
     pub points: PointBoard,
+    /// Where REST looks for the ways between hosts.
+    pub paths: PathBoard,
+    /// Where REST asks for flows of ports.
+    pub flows: FlowBoard,
 }
 
 /// Imports that may wait.
@@ -235,6 +247,7 @@ impl Engine {
         let Parts { state, sessions, live, keys, authority, reach, .. } = parts;
         let (progress, store, uploads) = (parts.progress, parts.store, parts.uploads);
         let (sweeps, consoles, checks, points) = (parts.sweeps, parts.consoles, parts.checks, parts.points);
+        let (paths, flows) = (parts.paths, parts.flows);
         let overlay = Arc::new(Notify::new());
         let queued = Mutex::default();
         let engine = Self {
@@ -261,7 +274,10 @@ impl Engine {
             consoles,
             checks,
             points,
+            paths,
+            flows,
             knows_predictive: Mutex::default(),
+            abilities: Mutex::default(),
             guest_door: OnceLock::new(),
         };
         (Arc::new(engine), queue)

@@ -15,6 +15,7 @@
 pub mod machine;
 mod place;
 mod providers;
+pub mod seen;
 mod text;
 
 pub use place::{Pace, Place, PlaceParts};

@@ -286,7 +286,7 @@ pub(crate) fn way_out<'a>(
 ) -> Result<(&'a Host, Plan), Problem> {
     let source = from.and_then(|host| picture.host(host));
     let (host, checks) = picture.choose(&need(picture, found, from), place)?;
-    let (host, checks) = with_reachability(source, host, checks)?;
+    let (host, checks) = with_reachability(source, host, !found.guest.ports.is_empty(), checks)?;
     Ok((host, migration_plan(found, host, checks, bandwidth_bps)))
 }
 
@@ -294,6 +294,7 @@ pub(crate) fn way_out<'a>(
 fn with_reachability<'a>(
     source: Option<&Host>,
     host: &'a Host,
+    has_ports: bool,
     mut checks: Vec<PlanCheck>,
 ) -> Result<(&'a Host, Vec<PlanCheck>), Problem> {
     let Some(source) = source else {
@@ -312,6 +313,13 @@ fn with_reachability<'a>(
         return Err(Problem::new(Code::HostUnavailable, check.detail));
     }
     checks.push(check);
+    if has_ports {
+        let check = placement::one_overlay(source, host);
+        if !check.is_ok {
+            return Err(Problem::new(Code::Incompatible, check.detail));
+        }
+        checks.push(check);
+    }
     Ok((host, checks))
 }
 

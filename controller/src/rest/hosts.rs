@@ -22,6 +22,7 @@ fn shown(api: &Api, asker: &Asker, record: &HostRecord) -> Host {
     if asker.caller.as_ref().is_none_or(|caller| caller.reach() != Reach::All) {
         host.data_address = None;
         host.overlay_address = None;
+        host.overlay_encryption = None;
         host.certificate_sha256 = String::new();
         host.probe = serde_json::Value::Null;
     }

@@ -6,14 +6,17 @@ use axum::{
     http::HeaderMap,
 };
 use supercloud_api::{
-    Code, Image, ImageCreate, ImageImport, ImagePart, ImageState, Operation, OperationKind, Page, Ref, UploadDigest,
-    Volume,
+    Code, Image, ImageCreate, ImageImport, ImagePart, ImageState, Operation, OperationKind, Page, Ref, Site,
+    UploadDigest, Volume,
     ids::{ImageId, OperationId},
     unix_ms,
 };
 
 use super::{Api, Asker, Failure, Reply, body, uploads::MAX_DIGEST_BYTES};
-use crate::state::{Change, EventDraft, GuestRecord, Named as _, OperationRecord, Stored, Work, keys, retry_conflicts};
+use crate::{
+    sites,
+    state::{Change, EventDraft, GuestRecord, Named as _, OperationRecord, Stored, Work, keys, retry_conflicts},
+};
 
 /// Longest kernel command line, in bytes.
 const MAX_CMDLINE_BYTES: usize = 2048;
@@ -45,6 +48,13 @@ pub async fn list(State(api): State<Api>, asker: Asker) -> Result<Reply, Failure
 pub async fn read(State(api): State<Api>, asker: Asker, Path(image): Path<String>) -> Result<Reply, Failure> {
     let found = asker.find::<Image>(&api.parts, &Ref::from(image)).await?;
     Ok(Reply::ok(&shown(&api, &found).await?)?.at(found.revision))
+}
+
+/// Where an image lies: in the controller's own store, and in the stores of clouds in which guests run from it.
+#[utoipa::path(get, path = "/v1/images/{image}/sites", tag = "images", responses((status = 200, body = Page<Site>)))]
+pub async fn sites(State(api): State<Api>, asker: Asker, Path(image): Path<String>) -> Result<Reply, Failure> {
+    let found = asker.find::<Image>(&api.parts, &Ref::from(image)).await?;
+    Reply::ok(&Page { items: sites::of_image(&api.parts, &found).await?, next_page: None })
 }
 
 /// Makes an image record. Its parts are uploaded next.

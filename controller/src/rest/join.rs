@@ -165,6 +165,7 @@ async fn first_join(
         state: HostState::Unreachable,
         data_address: None,
         overlay_address: None,
+        overlay_encryption: None,
         overlay_index: index,
         capacity: Room::default(),
         used: Room::default(),

@@ -25,6 +25,7 @@ mod idempotency;
 mod images;
 mod join;
 mod ledger;
+mod links;
 mod networks;
 pub mod openapi;
 mod operations;
@@ -52,6 +53,8 @@ use axum::{
 
 use tokio::sync::Mutex;
 
+use crate::renting::seen::SeenMarkets;
+
 pub use asker::{Asker, Params, body, check_if_match};
 pub use gate::{MAX_JSON_BYTES, MAX_PIECE_BYTES};
 pub use guest_calls::GuestCalls;
@@ -74,6 +77,10 @@ pub struct Api {
     exports: blocks::Exports,
     /// Consoles that are looked at.
     consoles: shares::Shares,
+    /// Flows that are asked for.
+    flows: shares::Shares,
+    /// What was seen of markets.
+    seen_markets: SeenMarkets,
     /// Requests that place guests decide one after the other: they would only make each other decide anew.
     placing: Arc<Mutex<()>>,
     /// The ledger is reckoned up for one after the other: it may take all of a core.
@@ -93,6 +100,8 @@ impl Api {
             streams: events::Streams::default(),
             exports: blocks::Exports::default(),
             consoles: shares::Shares::default(),
+            flows: shares::Shares::default(),
+            seen_markets: SeenMarkets::default(),
             placing: Arc::default(),
             reckoning: Arc::default(),
             simulating: Arc::default(),
@@ -121,6 +130,7 @@ pub fn router(api: Api) -> Router {
         .route("/v1/stores/{store}/sweep", post(stores::sweep))
         .route("/v1/hosts", get(hosts::list))
         .route("/v1/hosts/{host}", get(hosts::read).patch(hosts::change).delete(hosts::remove))
+        .route("/v1/links", get(links::list))
         .route("/v1/join-tokens", post(join::create_token))
         .route("/v1/join", post(join::join))
         .route("/v1/projects", get(projects::list).post(projects::create))
@@ -129,11 +139,13 @@ pub fn router(api: Api) -> Router {
         .route("/v1/tokens/{token}", delete(tokens::remove))
         .route("/v1/images", get(images::list).post(images::create))
         .route("/v1/images/{image}", get(images::read).delete(images::remove))
+        .route("/v1/images/{image}/sites", get(images::sites))
         .route("/v1/images/{image}/parts/{part}", put(images::upload).get(images::uploaded))
         .route("/v1/images/{image}/parts/{part}/blocks", get(blocks::of_image))
         .route("/v1/images/{image}/import", post(images::import))
         .route("/v1/volumes", get(volumes::list))
         .route("/v1/volumes/{volume}", get(volumes::read))
+        .route("/v1/volumes/{volume}/sites", get(volumes::volume_sites))
         .route("/v1/volumes/{volume}/check", post(volumes::check))
         .route("/v1/volumes/{volume}/history", get(histories::read).put(histories::set).delete(histories::remove))
         .route("/v1/volumes/{volume}/as-of", get(histories::as_of))
@@ -145,6 +157,7 @@ pub fn router(api: Api) -> Router {
         .route("/v1/networks/{network}", get(networks::read).delete(networks::remove))
         .route("/v1/ports", get(networks::list_ports))
         .route("/v1/ports/{port}", get(networks::read_port))
+        .route("/v1/ports/{port}/flows", get(links::flows))
         .route("/v1/guests", get(guests::list).post(guest_create::create))
         .route("/v1/guests/{guest}", patch(guests::change).get(guests::read).delete(guest_operations::remove))
         .route("/v1/guests/{guest}/placement", get(guest_placement::read))

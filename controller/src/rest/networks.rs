@@ -8,12 +8,12 @@ use axum::{
     http::HeaderMap,
 };
 use supercloud_api::{Code, Network, NetworkCreate, Page, Port, Ref, ids::NetworkId, unix_ms};
-use supercloud_sdn::{addr::Ipv4Prefix, view::MAX_VNI};
+use supercloud_sdn::{addr::Ipv4Prefix, view::MAX_VNI, wireguard::NETWORK_MTU};
 
 use super::{Api, Asker, Failure, Reply, body};
-use crate::state::{Change, EventDraft, Named as _, keys, retry_conflicts};
+use crate::state::{Change, EventDraft, HostRecord, Named as _, keys, retry_conflicts};
 
-/// What fits a tunnel on an underlay of 1500 bytes.
+/// What fits a tunnel on an underlay of 1500 bytes; where hosts encrypt, [`NETWORK_MTU`].
 const MTU: u16 = 1450;
 /// Most name servers of a network.
 const MAX_DNS: usize = 8;
@@ -73,6 +73,9 @@ pub async fn create(State(api): State<Api>, asker: Asker, headers: HeaderMap, by
     let prefix = parse_cidr(&wanted.cidr)?;
     check_dns(&wanted.dns)?;
     let project = asker.project(&api.parts, wanted.project.as_ref()).await?.project.id;
+    let hosts = api.parts.state.list::<HostRecord>().await?;
+    let encrypts = hosts.iter().any(|one| !one.value.is_removed && one.value.host.overlay_encryption.is_some());
+    let mtu = if encrypts { NETWORK_MTU } else { MTU };
     retry_conflicts(|| async {
         if api.parts.state.find::<Network>(Some(project), &Ref::from(wanted.name.as_str())).await?.is_some() {
             return Err(Failure::name_taken(Network::NOUN, &wanted.name));
@@ -86,7 +89,7 @@ pub async fn create(State(api): State<Api>, asker: Asker, headers: HeaderMap, by
             dns: wanted.dns.clone(),
             // Chosen at random: a number says nothing of others, and is not used again soon. A taken one conflicts.
             vni: rand::random_range(1..=MAX_VNI),
-            mtu: MTU,
+            mtu,
             created_at_ms: unix_ms(),
         };
         let mut change = Change::new();

@@ -15,7 +15,7 @@ use utoipa::{
 
 use super::{
     blocks, clouds, events, guest_console, guest_create, guest_evacuation, guest_mirrors, guest_operations,
-    guest_placement, guests, histories, hosts, images, join, ledger, networks, operations, plans,
+    guest_placement, guests, histories, hosts, images, join, ledger, links, networks, operations, plans,
 };
 use super::{evacuations, projects, rentings, session, simulations, stores, system, tokens, volumes};
 use crate::auth::{Access, ROUTES, Route};
@@ -54,6 +54,7 @@ use crate::auth::{Access, ROUTES, Route};
         hosts::read,
         hosts::change,
         hosts::remove,
+        links::list,
         join::create_token,
         join::join,
         projects::list,
@@ -62,6 +63,7 @@ use crate::auth::{Access, ROUTES, Route};
         images::list,
         images::create,
         images::read,
+        images::sites,
         images::remove,
         images::upload,
         images::uploaded,
@@ -69,6 +71,7 @@ use crate::auth::{Access, ROUTES, Route};
         blocks::of_image,
         volumes::list,
         volumes::read,
+        volumes::volume_sites,
         volumes::check,
         histories::read,
         histories::set,
@@ -84,6 +87,7 @@ use crate::auth::{Access, ROUTES, Route};
         networks::remove,
         networks::list_ports,
         networks::read_port,
+        links::flows,
         guests::list,
         guests::read,
         guests::change,
@@ -211,6 +215,9 @@ fn parameters(route: &Route, lists: bool) -> Vec<Parameter> {
             let text =
                 "`wall` or `feed`, where the ledger was kept by another clock before: then with from_ms and to_ms.";
             all.push(parameter("clock", Query, false, Type::String, text));
+        }
+        "/v1/links" => {
+            all.push(parameter("host", Query, false, Type::String, "Only those from and to this host."));
         }
         "/v1/events" | "/v1/events/stream" => {
             all.push(parameter("after", Query, false, Type::Integer, "Only events after this number."));

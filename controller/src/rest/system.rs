@@ -7,10 +7,11 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use serde::Serialize;
-use supercloud_api::{Code, FeedClock, Market, Page, PriceSeries};
+use supercloud_api::{Code, FeedClock, Market, Page, PriceSeries, unix_ms};
 use utoipa::ToSchema;
 
 use super::{Api, Asker, Failure, Reply, body, openapi};
+use crate::auth::Reach;
 
 /// How the controller is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
@@ -64,6 +65,10 @@ pub async fn markets(State(api): State<Api>, asker: Asker) -> Result<Reply, Fail
     items.retain(|market| after.as_ref().is_none_or(|after| market.name > *after));
     let next_page = if items.len() > limit { items.get(limit - 1).map(|last| last.name.clone()) } else { None };
     items.truncate(limit);
+    // What the fleet rents is no business of members of one project.
+    if asker.caller.as_ref().is_some_and(|caller| caller.reach() == Reach::All) {
+        api.seen_markets.note(&api.parts.state, &mut items, unix_ms()).await?;
+    }
     Reply::ok(&Page { items, next_page })
 }
 

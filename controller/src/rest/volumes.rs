@@ -4,10 +4,10 @@ use axum::{
     extract::{Path, State},
     http::StatusCode,
 };
-use supercloud_api::{Code, Freeze, Page, Ref, Volume};
+use supercloud_api::{Code, Freeze, Page, Ref, Site, Volume};
 
 use super::{Api, Asker, Failure, Reply};
-use crate::operations::checks::Asked;
+use crate::{operations::checks::Asked, sites};
 
 /// Volumes.
 #[utoipa::path(get, path = "/v1/volumes", tag = "volumes", responses((status = 200, body = Page<Volume>)))]
@@ -23,6 +23,13 @@ pub async fn list(State(api): State<Api>, asker: Asker) -> Result<Reply, Failure
 pub async fn read(State(api): State<Api>, asker: Asker, Path(volume): Path<String>) -> Result<Reply, Failure> {
     let found = asker.find::<Volume>(&api.parts, &Ref::from(volume)).await?;
     Ok(Reply::ok(&found.value)?.at(found.revision))
+}
+
+/// Where a volume lies: hosts that have blocks of it, stores that have what it stands on and what was kept of it.
+#[utoipa::path(get, path = "/v1/volumes/{volume}/sites", tag = "volumes", responses((status = 200, body = Page<Site>)))]
+pub async fn volume_sites(State(api): State<Api>, asker: Asker, Path(volume): Path<String>) -> Result<Reply, Failure> {
+    let found = asker.find::<Volume>(&api.parts, &Ref::from(volume)).await?;
+    Reply::ok(&Page { items: sites::of_volume(&api.parts, &found).await?, next_page: None })
 }
 
 /// How fast a check reads when nothing is said, in bytes per second.

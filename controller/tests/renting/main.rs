@@ -153,6 +153,7 @@ impl World {
             state: HostState::Up,
             data_address: None,
             overlay_address: None,
+            overlay_encryption: None,
             overlay_index: 1,
             capacity: Room::default(),
             used: Room::default(),

@@ -153,6 +153,7 @@ impl Seat {
             agent_version: "test".into(),
             data_address: self.data_address,
             overlay_address: Some(self.overlay_address),
+            overlay_encryption: None,
             capacity: Room { vcpus: 64, memory_bytes: 1 << 36, disk_bytes: 1 << 40 },
             compat_classes: vec![class()],
             probe: serde_json::json!({}),
@@ -167,6 +168,8 @@ impl Seat {
             moves_none_live: false,
             takes_mirrors: true,
             takes_post_copy: true,
+            measures_paths: false,
+            tells_flows: false,
         }
     }
 }
@@ -395,6 +398,8 @@ impl Agent {
             }
             Directive::OverlayPiece { .. } => self.violate("a small view comes in pieces"),
             Directive::Console { .. } => self.violate("it never said that it shows consoles"),
+            Directive::MeasurePaths { .. } => self.violate("it never said that it measures paths"),
+            Directive::TellFlows { .. } => self.violate("it never said that it tells flows"),
             Directive::Discard { guest } => {
                 if lock(&self.seat.faults).stalled.contains(&Stage::Discard) {
                     return;

@@ -23,6 +23,7 @@ use supercloud_api::{
 use supercloud_controller::{
     ca::Authority,
     consoles::Consoles,
+    flows::FlowBoard,
     keys::Keys,
     link::{self, ChunkServer, LinkHandler, Sessions},
     notices::{self, Leaving, NoticesConfig},
@@ -174,6 +175,8 @@ impl World {
             sweeps: sweeps.clone(),
             checks: Default::default(),
             points: points.clone(),
+            paths: Default::default(),
+            flows: FlowBoard::new(sessions.clone()),
             store: Arc::clone(&chunks),
             uploads: self.folder.path().join("uploads"),
         };

@@ -16,7 +16,7 @@ use supercloud_blanket::vmm::travel::packed;
 use supercloud_blanket::vmm::travel::pages::{Packer, Unpacker};
 use supercloud_blanket::vmm::virtio::phase::{self, Operation, Phase, Step};
 use supercloud_blanket::vmm::virtio::transport::DeviceState;
-use supercloud_blanket::vmm::virtio::{Device, VirtioPci, block, console, net, rng};
+use supercloud_blanket::vmm::virtio::{Device, VirtioPci, balloon, block, console, net, rng};
 use supercloud_blanket::vmm::{Ram, memory};
 use vm_memory::{Bytes as _, GuestAddress};
 
@@ -62,13 +62,20 @@ fn deed(input: &[u8]) -> Option<(Deed<'_>, &[u8])> {
     }
 }
 
+/// How many there are, and which of them have more than the first version of a machine.
+const KINDS: u8 = 6;
+const THIN: u8 = 4;
+const BALLOON: u8 = 5;
+
 /// A device by its number, and its disk where it is one.
 fn device(number: u8) -> std::io::Result<(Device, Option<File>)> {
-    Ok(match number % 4 {
-        0 => {
+    Ok(match number % KINDS {
+        kind @ (0 | THIN) => {
             let file = File::from(OwnedFd::from(memory::create(RAM_BYTES).map_err(std::io::Error::other)?));
-            let disk = Box::new(Part(block::RawFile::new(file.try_clone()?)?));
-            (block::device(disk, "fuzz", true), Some(file))
+            let is_read_only = kind == 0;
+            let disk = Box::new(Part { file: block::RawFile::new(file.try_clone()?)?, is_read_only });
+            let device = if is_read_only { block::device } else { block::thin };
+            (device(disk, "fuzz", is_read_only), Some(file))
         }
         1 => {
             let (ours, theirs) = UnixDatagram::pair()?;
@@ -78,12 +85,16 @@ fn device(number: u8) -> std::io::Result<(Device, Option<File>)> {
             (net::over(File::from(OwnedFd::from(ours)), Mac([2, 0, 0, 0, 0, 7]), 1450, None), None)
         }
         2 => (console::device(Box::new(std::io::sink()), None), None),
-        _ => (rng::device(), None),
+        3 => (rng::device(), None),
+        _ => (balloon::device(RAM_BYTES), None),
     })
 }
 
 /// The begin of a file as a disk: places behind its end are there to be reached.
-struct Part(block::RawFile);
+struct Part {
+    file: block::RawFile,
+    is_read_only: bool,
+}
 
 impl block::BlockBackend for Part {
     fn bytes(&self) -> u64 {
@@ -91,17 +102,33 @@ impl block::BlockBackend for Part {
     }
 
     fn submit(&mut self, id: block::RequestId, operation: block::BlockOperation, ram: &Arc<Ram>) {
+        use block::BlockOperation::{Discard, Flush, Read, Write, Zero};
+        assert!(!self.is_read_only || matches!(operation, Read { .. } | Flush), "a read-only disk is changed");
         let end = match &operation {
-            block::BlockOperation::Read { offset, to } => offset + to.bytes(),
-            block::BlockOperation::Write { .. } => panic!("a read-only disk is written"),
-            block::BlockOperation::Flush => 0,
+            Read { offset, to } => offset + to.bytes(),
+            Write { offset, from } => offset + from.bytes(),
+            Flush => 0,
+            Discard { extents } | Zero { extents } => {
+                let most = if matches!(operation, Zero { .. }) {
+                    block::clear::MAX_ZERO_SECTORS
+                } else {
+                    block::clear::MAX_DISCARD_SECTORS
+                };
+                assert!((1..=16).contains(&extents.len()), "{} extents", extents.len());
+                assert!(extents.iter().all(|extent| (1..=most).contains(&(extent.bytes / 512))), "{extents:?}");
+                extents.iter().map(|extent| extent.offset + u64::from(extent.bytes)).max().unwrap_or(0)
+            }
         };
         assert!(end <= DISK_BYTES, "a request behind the disk's end");
-        self.0.submit(id, operation, ram);
+        self.file.submit(id, operation, ram);
+    }
+
+    fn empties(&self) -> block::Empties {
+        self.file.empties()
     }
 
     fn done(&mut self) -> Option<block::Completion> {
-        self.0.done()
+        self.file.done()
     }
 }
 
@@ -217,7 +244,11 @@ pub fn travel(input: &[u8]) {
         return;
     }
     let Ok(state) = serde_json::from_slice::<DeviceState>(rest) else { return };
-    let number = u8::try_from(DEVICES.iter().position(|number| *number == state.number).unwrap_or(0)).unwrap_or(0);
+    let number = match u8::try_from(DEVICES.iter().position(|number| *number == state.number).unwrap_or(0)) {
+        // One that has agreed to discard or write zeroes.
+        Ok(0) if state.features & 0x6000 != 0 => THIN,
+        number => number.unwrap_or(0),
+    };
     let Ok((device, _disk)) = device(number) else { return };
     let Ok(mut device) = VirtioPci::new(device, 1, Arc::new(ram), Arc::new(Nobody)) else { return };
     let _ = device.restore(&state);
@@ -293,7 +324,7 @@ pub fn mirror_seeds() -> Vec<Vec<u8>> {
 }
 
 /// Virtio's numbers of the devices that [`device`] makes.
-const DEVICES: [u16; 4] = [2, 1, 3, 4];
+const DEVICES: [u16; KINDS as usize] = [2, 1, 3, 4, 2, 5];
 
 /// Pages of each form, and the state of each kind of device.
 pub fn travel_seeds() -> Vec<Vec<u8>> {
@@ -352,8 +383,10 @@ pub fn virtio_seeds() -> Vec<Vec<u8>> {
         bytes.extend(write(28, &[1, 0]));
         bytes
     };
-    let up = |queues: u16| {
+    let up = |queues: u16, features: u32| {
         let mut bytes = [write(20, &[1]), write(20, &[3])].concat();
+        bytes.extend(write(8, &[0; 4]));
+        bytes.extend(write(12, &features.to_le_bytes()));
         bytes.extend(write(8, &[1, 0, 0, 0]));
         bytes.extend(write(12, &[1, 0, 0, 0]));
         bytes.extend(write(20, &[11]));
@@ -371,15 +404,42 @@ pub fn virtio_seeds() -> Vec<Vec<u8>> {
         bytes.extend(fill(base + 0x1000, 1 << 16));
         bytes
     };
+    // What is emptied: a header, one extent of eight sectors, a status byte.
+    let emptied = [fill(0x800, 11), fill(0xa00, 0), fill(0xa08, 8), fill(0x1018, 16 | 1 << 32 | 2 << 48)].concat();
+    // What is free: four pages and a half, in one part to be written; and pages that are set aside, by their numbers.
+    let free = [
+        fill(0xa00, 0x101 | 0x102 << 32),
+        fill(0x1000, 0xa00),
+        fill(0x1008, 8),
+        fill(0x2000, 1 << 16),
+        fill(0x7000, 0x10_0800),
+        fill(0x7008, 0x4800 | 2 << 32),
+        fill(0x8000, 1 << 16),
+    ]
+    .concat();
+    let third = [write(0x2004, &[2, 0, 0, 0]), write(0x3008, &[2, 0])].concat();
     let go = [write(20, &[15]), write(0x3000, &[0, 0]), vec![7, 0, 0, 0], write(0x3004, &[1, 0]), vec![3, 20, 0, 0]];
-    (0u8..4)
+    (0u8..KINDS)
         .map(|number| {
-            let queues = if matches!(number, 1 | 2) { 2 } else { 1 };
+            let (queues, features) = match number {
+                1 | 2 => (2, 0),
+                THIN => (1, 0x6000),
+                BALLOON => (3, 0x24),
+                _ => (1, 0),
+            };
             let mut bytes = vec![number];
             bytes.extend(chain(0x1000));
             bytes.extend(chain(0x4000));
-            bytes.extend(up(queues));
+            match number {
+                THIN => bytes.extend(&emptied),
+                BALLOON => bytes.extend(&free),
+                _ => {}
+            }
+            bytes.extend(up(queues, features));
             go.iter().for_each(|part| bytes.extend(part));
+            if number == BALLOON {
+                bytes.extend(&third);
+            }
             bytes.extend([4, 0x62, 0, 1, 0, 0x80]);
             bytes.extend(write(20, &[0]));
             bytes

@@ -5,6 +5,7 @@
 //! | namespaces | `scl-L-<host>`, `scl-L-_ctl`, `scl-L-_wan` |
 //! | agents' traffic | `eth0` `198.18.L.N/24` |
 //! | overlay underlay | `ul0` in the bridge `br-phy`, which has `198.19.L.N/24` |
+//! | the same, encrypted | `sc-wg` in hosts that are VMs, `198.19.L.(128+N)/32`; what it encrypts goes by `ul0` |
 //! | way in for people | `sclLr` in the machine's own namespace, `198.18.L.253/32`, to `198.18.L.254` only |
 //!
 //! The addresses are those that RFC 2544 keeps for tests; nothing in a lab has a route out.
@@ -71,6 +72,12 @@ impl LabIndex {
     #[must_use]
     pub fn overlay_address(self, site: u8) -> Ipv4Addr {
         Ipv4Addr::new(198, 19, self.0, site)
+    }
+
+    /// The address of the interface that encrypts a host's tunnels, where they end then.
+    #[must_use]
+    pub fn encrypted_address(self, site: u8) -> Ipv4Addr {
+        Ipv4Addr::new(198, 19, self.0, 128 | site)
     }
 
     /// The controller's address.

@@ -5,11 +5,11 @@
 
 use std::time::Duration;
 
-use supercloud_api::HostState;
+use supercloud_api::{HostState, ids::GuestId};
 use supercloud_lab::{
     LabSpec,
     command::pause,
-    fleet::{Fleet, FleetSpec, GuestSpec, Said, programs},
+    fleet::{ClientStats, Fleet, FleetSpec, GuestSpec, Said, programs},
     lab::chain,
     require,
 };
@@ -22,13 +22,52 @@ const NAMES: [&str; 3] = ["aws-east", "gcp-west", "home"];
 const NETWORK: &str = "lan";
 const IMAGE: &str = "lean";
 
+/// What a command in a host says.
+async fn said(fleet: &Fleet, host: &'static str, line: &'static str) -> String {
+    let lab = fleet.lab().clone();
+    let said = tokio::task::spawn_blocking(move || lab.exec(host, &["sh", "-c", line], LONG)).await.unwrap();
+    said.unwrap_or_else(|error| panic!("{host}: {}", chain(&error)))
+}
+
+/// Guests' frames on the emulated WAN: those that everybody there can read, and encrypted ones.
+fn on_the_wire(fleet: &Fleet) -> (u64, u64) {
+    let (links, _) = fleet.lab().links().unwrap();
+    let counters = links.iter().map(|link| link.counters);
+    counters.fold((0, 0), |(plain, encrypted), one| (plain + one.plain_tunnel_frames, encrypted + one.encrypted_frames))
+}
+
+/// Sees the client's stream stand still, and go on as if nothing had been; nothing of it in the clear meanwhile.
+async fn silent_then_whole(fleet: &Fleet, client: GuestId, counts: bool) {
+    if counts {
+        let dropped = "for i in $(seq 30); do nft list table inet supercloud_overlay | grep saddr.*drop | grep -q 'packets [1-9]' && exit 0; \
+                       sleep 0.5; done; nft list table inet supercloud_overlay; exit 1";
+        said(fleet, "home", dropped).await;
+    }
+    let mut console = fleet.console(client).unwrap();
+    let again = tokio::task::spawn_blocking(move || {
+        let mut bytes = move || {
+            pause(Duration::from_secs(1));
+            let heard = console.poll();
+            let stats = heard.iter().filter_map(|heard| match &heard.said {
+                Said::Client(stats) => Some(stats),
+                _ => None,
+            });
+            // It is read from its beginning.
+            let whole = |stats: &&ClientStats| stats.connects <= 1 && (stats.resets, stats.bad) == (0, 0);
+            stats.inspect(|stats| assert!(whole(stats), "{stats:?}")).map(|stats| stats.bytes).max()
+        };
+        // What was under way has arrived by then, and nothing more comes.
+        let cut_off = (0..5).filter_map(|_| bytes()).max().unwrap_or(0);
+        (0..LOOKS).any(|_| bytes().is_some_and(|now| now > cut_off + 100_000))
+    });
+    assert!(again.await.unwrap(), "they do not talk again");
+    assert_eq!(on_the_wire(fleet).0, 0, "frames in the clear");
+}
+
 /// The processes of our VMM in a host.
 async fn processes(fleet: &Fleet, host: &'static str) -> usize {
-    let lab = fleet.lab().clone();
-    let look = move || {
-        lab.exec(host, &["sh", "-c", "ls -d /run/supercloud/vmm/gst-*/control; pidof supercloud-vmm | wc -w"], LONG)
-    };
-    let said = tokio::task::spawn_blocking(look).await.unwrap().unwrap_or_else(|error| panic!("{}", chain(&error)));
+    let line = "ls -d /run/supercloud/vmm/gst-*/control; pidof supercloud-vmm | wc -w";
+    let said = said(fleet, host, line).await;
     said.lines().last().and_then(|line| line.trim().parse().ok()).unwrap_or_else(|| panic!("{host}: {said}"))
 }
 
@@ -50,6 +89,8 @@ async fn agents_join_and_guests_talk_between_hosts_of_different_hardware() {
     }
     assert!(!classes[0].is_empty() && classes.iter().all(|one| *one == classes[0]), "{classes:?}");
 
+    // A host may check strictly where packets come from.
+    said(&fleet, "gcp-west", "sysctl -w net.ipv4.conf.all.rp_filter=1").await;
     fleet.import_lean_image(IMAGE).await.unwrap_or_else(|error| panic!("{}", chain(&error)));
     fleet.create_network(NETWORK, "10.20.0.0/24").await.unwrap_or_else(|error| panic!("{}", chain(&error)));
     let address = "10.20.0.10".parse().unwrap();
@@ -79,5 +120,17 @@ async fn agents_join_and_guests_talk_between_hosts_of_different_hardware() {
     let counts =
         [processes(&fleet, NAMES[0]).await, processes(&fleet, NAMES[1]).await, processes(&fleet, NAMES[2]).await];
     assert!(counts == [0, 1, 1], "{counts:?}");
+
+    // Nobody on the way has read any of it.
+    let (plain, encrypted) = on_the_wire(&fleet);
+    assert!(plain == 0 && encrypted > 20, "{plain} frames in the clear, {encrypted} encrypted");
+    // Led past the interface, by the way that the underlay's addresses take, nothing is said at all rather than in the clear: the
+    // packet rules drop it.
+    said(&fleet, "home", "/sbin/ip rule delete priority 4789; /sbin/ip rule delete priority 4789").await;
+    silent_then_whole(&fleet, client.id, true).await;
+    // And without the interface.
+    said(&fleet, "home", "ip link delete sc-wg").await;
+    silent_then_whole(&fleet, client.id, false).await;
+    assert!(said(&fleet, "home", "wg show sc-wg peers").await.contains('='));
     fleet.down().await.unwrap_or_else(|error| panic!("{}", chain(&error)));
 }

@@ -91,7 +91,7 @@ async fn guests_on_xen_talk_outlive_their_agent_and_come_back_from_a_freeze() {
 
     // A live move is refused by name, and the guest goes on.
     let refused = fleet.migrate("web", "h2", |_| {}).await.unwrap_err();
-    assert!(chain(&refused).contains("live moves"), "{}", chain(&refused));
+    assert!(chain(&refused).contains("moves no guest while it runs"), "{}", chain(&refused));
 
     // Killed, and started again: the same domain, the same disk, the same stream.
     let domain = said(&fleet, "h1", "xl list").await;

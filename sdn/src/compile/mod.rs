@@ -137,6 +137,23 @@ pub enum CookieKind {
     Blocked = 11,
 }
 
+impl CookieKind {
+    /// Every kind.
+    const ALL: [Self; 11] = [
+        Self::Default,
+        Self::Guest,
+        Self::Dhcp,
+        Self::Metadata,
+        Self::Tunnel,
+        Self::Answer,
+        Self::Deliver,
+        Self::Remote,
+        Self::Forward,
+        Self::Flood,
+        Self::Blocked,
+    ];
+}
+
 /// The mark of a flow: `0x5c`, the kind, and 48 bits of a hash of the port or network that it is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Cookie(pub u64);
@@ -148,6 +165,15 @@ impl Cookie {
         // FNV-1a, 64 bits (draft-eastlake-fnv): stable over runs and versions, which the std hasher is not.
         let hash = id.iter().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3));
         Cookie(0x5c << 56 | u64::from(kind as u8) << 48 | (hash ^ hash >> 48) & 0xffff_ffff_ffff)
+    }
+
+    /// The bits that say what a flow is for, and not of what kind it is.
+    pub const OWNER_BITS: u64 = 0xff00_ffff_ffff_ffff;
+
+    /// Of what kind it is; none for foreign flows.
+    #[must_use]
+    pub fn kind(self) -> Option<CookieKind> {
+        CookieKind::ALL.into_iter().find(|kind| self.is(*kind))
     }
 
     /// Whether a flow with this cookie is one of ours of this kind.

@@ -3,16 +3,18 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::Ipv4Addr,
+    sync::Arc,
     time::Duration,
 };
 
-use supercloud_ids::{HostId, PortId};
+use supercloud_ids::{HostId, NetworkId, PortId};
 use tokio::{
     sync::{mpsc, watch},
+    task::JoinSet,
     time::{Instant, MissedTickBehavior, interval_at, sleep_until},
 };
 
-use super::{Applied, Datapath, Request, SwitchConfig, SwitchError, SwitchStatus};
+use super::{Applied, Datapath, PortLook, Request, SwitchConfig, SwitchError, SwitchStatus, answer_briefly};
 use crate::{
     compile::{
         Cookie, CookieKind, LocalPorts, MAX_TAP_OFPORT, MD_LISTEN, MD_OFPORT, MD_PREFIX_LEN, TUNNEL_OFPORT_BASE,
@@ -23,12 +25,15 @@ use crate::{
     flows::FlowTables,
     openflow::{Action, Field, Message, PacketIn, PacketOut, PortCounters, port},
     ovsdb::{BridgeSpec, Interface, InterfaceSpec, Vswitch},
-    tap,
+    tap::{self, Reader},
     view::OverlayView,
+    wireguard::{self, Device, WireguardError},
 };
 
 const PORT_MARK: &str = "supercloud-port";
 const PEER_MARK: &str = "supercloud-peer";
+/// A tunnel that leads through what encrypts.
+const ENCRYPTED_MARK: &str = "supercloud-encrypted";
 /// How often the switch is compared with what it should be and tunnels are kept warm. Open vSwitch forgets a
 /// tunnel's neighbour after 15 minutes without use.
 const UPKEEP: Duration = Duration::from_secs(60);
@@ -42,6 +47,28 @@ const METER_FAILED: u16 = 12;
 
 type Link = (Connection, mpsc::Receiver<PacketIn>);
 
+/// Removes tunnels that an earlier configuration has left: from another address, in the clear where this host encrypts now, or the other
+/// way round. Before anything else: guests' packets go through them as long as they are there.
+pub(super) async fn drop_other_tunnels(config: &SwitchConfig, encrypts: bool) -> Result<(), SwitchError> {
+    let vswitch = Vswitch::new(&config.ovsdb_socket, config.deadline);
+    if !vswitch.bridges().await?.contains(&config.bridge) {
+        return Ok(());
+    }
+    let own = config.overlay_addr.to_string();
+    let is_other = |tunnel: &Interface| {
+        tunnel.external_ids.contains_key(PEER_MARK)
+            && (tunnel.options.get("local_ip") != Some(&own)
+                || tunnel.external_ids.contains_key(ENCRYPTED_MARK) != encrypts)
+    };
+    let interfaces = vswitch.interfaces(&config.bridge).await?;
+    let gone: Vec<String> = interfaces.iter().filter(|one| is_other(one)).map(|one| one.name.clone()).collect();
+    if !gone.is_empty() {
+        tracing::info!(tunnels = gone.len(), encrypts, "tunnels of another configuration go");
+        vswitch.delete_ports(&config.bridge, &gone).await?;
+    }
+    Ok(())
+}
+
 pub(super) struct Actor {
     config: SwitchConfig,
     vswitch: Vswitch,
@@ -53,6 +80,9 @@ pub(super) struct Actor {
     tunnels: BTreeMap<HostId, (Ipv4Addr, Option<u32>)>,
     md0: Option<u32>,
     userspace: bool,
+    /// What encrypts, if something does; and the task that puts it right, apart from everything that waits for the switch.
+    device: Option<Arc<Device>>,
+    renewal: JoinSet<Result<(), WireguardError>>,
     /// Whether the switch takes meters; found out by trying.
     meters: bool,
     status: watch::Sender<SwitchStatus>,
@@ -70,11 +100,15 @@ impl Actor {
             tunnels: BTreeMap::new(),
             md0: None,
             userspace: true,
+            device: None,
+            renewal: JoinSet::new(),
             meters: true,
             status,
         };
         actor.ensure_bridge().await?;
+        actor.open_encryption().await?;
         actor.read_ports().await?;
+        actor.hand_taps().await?;
         actor.connect().await?;
         actor.status.send_modify(|s| s.connected = true);
         Ok(actor)
@@ -114,7 +148,19 @@ impl Actor {
                     }
                     retry_at = Instant::now() + retry;
                 }
-                _ = upkeep.tick(), if self.link.is_some() => {
+                Some(renewed) = self.renewal.join_next(), if !self.renewal.is_empty() => {
+                    if let Ok(Err(error)) = renewed {
+                        tracing::warn!(%error, "the encryption of the overlay could not be put right");
+                        self.note_error(&SwitchError::Wireguard(error));
+                    }
+                }
+                _ = upkeep.tick() => {
+                    if let (Some(device), true) = (self.device.clone(), self.renewal.is_empty()) {
+                        self.renewal.spawn(async move { device.renew().await });
+                    }
+                    if self.link.is_none() {
+                        continue;
+                    }
                     if let Err(err) = self.sync().await {
                         tracing::warn!(%err, "the switch could not be put right");
                         self.note_error(&err);
@@ -133,6 +179,8 @@ impl Actor {
         let types = self.vswitch.datapath_types().await?;
         let has_kernel = types.iter().any(|t| t == "system");
         self.userspace = match self.config.datapath {
+            // What encrypts cannot be left by a switch that comes back otherwise.
+            _ if self.config.encryption.is_some() => false,
             Datapath::Netdev => true,
             Datapath::System => false,
             Datapath::Probe => !has_kernel,
@@ -179,6 +227,26 @@ impl Actor {
             tap::set_up(&name, None)
         };
         tokio::task::spawn_blocking(set).await.map_err(|_| SwitchError::Gone)??;
+        Ok(())
+    }
+
+    /// Makes what encrypts, or removes what an earlier configuration has left of it.
+    async fn open_encryption(&mut self) -> Result<(), SwitchError> {
+        let kept = self.config.encryption.as_ref().map(|encryption| encryption.interface.as_str());
+        wireguard::remove_others(kept).await.map_err(SwitchError::Wireguard)?;
+        if let Some(encryption) = self.config.encryption.clone() {
+            let device = Device::open(encryption, self.config.overlay_addr).await.map_err(SwitchError::Wireguard)?;
+            self.device = Some(Arc::new(device));
+        }
+        Ok(())
+    }
+
+    /// Guests' taps from before a change of the datapath are read by another one now.
+    async fn hand_taps(&self) -> Result<(), SwitchError> {
+        let reader = if self.userspace { Reader::Userspace } else { Reader::Kernel };
+        let names: Vec<String> = self.taps.values().map(|(name, _)| name.clone()).collect();
+        let hand = move || names.iter().try_for_each(|name| tap::hand_to(name, reader));
+        tokio::task::spawn_blocking(hand).await.map_err(|_| SwitchError::Gone)??;
         Ok(())
     }
 
@@ -257,6 +325,7 @@ impl Actor {
                 drop(reply.send(done));
             }
             Request::Counters { port, reply } => drop(reply.send(self.counters(port).await)),
+            Request::Look { port, network, reply } => answer_briefly(reply, self.look(port, network)).await,
             Request::Attached { reply } => {
                 let list = self.taps.iter().filter_map(|(p, (name, of))| Some((*p, (name.clone(), (*of)?)))).collect();
                 drop(reply.send(Ok(list)));
@@ -362,6 +431,11 @@ impl Actor {
         if self.link.as_ref().is_none_or(|(c, _)| c.is_closed()) {
             return Err(SwitchError::Down);
         }
+        let peers = wireguard::peers(&view, self.config.host, self.device.is_some())?;
+        let is_met = match &self.device {
+            Some(device) => device.meet(&peers).await.map_err(SwitchError::Wireguard)?,
+            None => false,
+        };
         let new_tunnels = self.ensure_tunnels(&view).await?;
         let mut tables = compile(&view, self.config.host, &self.local_ports())?;
         let mut programmed = self.program(&tables).await;
@@ -376,6 +450,9 @@ impl Actor {
         let mut applied = programmed?;
         applied.revision = view.revision;
         self.drop_tunnels(&view).await?;
+        if let (Some(device), true) = (&self.device, is_met) {
+            device.forget().await.map_err(SwitchError::Wireguard)?;
+        }
         self.warm(Some(&new_tunnels)).await;
         self.status.send_modify(|s| {
             s.revision = Some(view.revision);
@@ -427,7 +504,9 @@ impl Actor {
                 ]
                 .into(),
                 ofport_request: Some(TUNNEL_OFPORT_BASE + u32::from(h.index)),
-                external_ids: [(PEER_MARK.to_owned(), h.host.to_string())].into(),
+                external_ids: std::iter::once((PEER_MARK.to_owned(), h.host.to_string()))
+                    .chain(self.device.is_some().then(|| (ENCRYPTED_MARK.to_owned(), "wireguard".to_owned())))
+                    .collect(),
                 ..InterfaceSpec::default()
             })
             .collect();
@@ -486,6 +565,20 @@ impl Actor {
         let list = connection.port_counters(*number).await?;
         let unexpected = SwitchError::Connection(ConnectionError::Unexpected { what: "port counters" });
         list.into_iter().find(|c| c.port == *number).ok_or(unexpected)
+    }
+
+    async fn look(&self, port: PortId, network: NetworkId) -> Result<PortLook, SwitchError> {
+        let counters = self.counters(port).await?;
+        let Some((connection, _)) = &self.link else { return Err(SwitchError::Down) };
+        let own = Cookie::new(CookieKind::Guest, port.uuid().as_bytes());
+        let mut flows = connection.dump_flows_of(own.0, Cookie::OWNER_BITS).await?;
+        let flood = Cookie::new(CookieKind::Flood, network.uuid().as_bytes());
+        flows.extend(connection.dump_flows_of(flood.0, u64::MAX).await?);
+        let taps = self.taps.values().filter_map(|(name, number)| Some(((*number)?, name.clone())));
+        let tunnels =
+            self.tunnels.iter().filter_map(|(host, (_, number))| Some(((*number)?, format!("tunnel({host})"))));
+        let names = taps.chain(tunnels).chain(self.md0.map(|number| (number, "metadata".to_owned()))).collect();
+        Ok(PortLook { counters, flows, names })
     }
 
     /// A DHCP request of a local guest. The port is known by the switch port, whatever the frame says.

@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use supercloud_ids::{Epoch, HostId, PortId};
+use supercloud_ids::{Epoch, HostId, NetworkId, PortId};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::JoinSet,
@@ -25,10 +25,12 @@ use tokio::{
 use crate::{
     addr::Ipv4Prefix,
     connection::ConnectionError,
-    openflow::PortCounters,
+    openflow::{FlowStats, PortCounters},
     ovsdb::OvsdbError,
+    shown::PortNames,
     tap::TapError,
     view::{OverlayView, ViewError},
+    wireguard::{PeersError, WireguardConfig, WireguardError},
 };
 
 /// Which datapath the bridge uses.
@@ -73,6 +75,8 @@ pub struct SwitchConfig {
     pub metadata_port: Option<String>,
     /// Destinations that guests must not reach: underlay, hosts, controllers.
     pub blocked: Vec<Ipv4Prefix>,
+    /// How this host's tunnels are encrypted; none: not. It takes the kernel's datapath.
+    pub encryption: Option<WireguardConfig>,
     /// How long each exchange with the switch may take.
     pub deadline: Duration,
 }
@@ -91,6 +95,7 @@ impl SwitchConfig {
             underlay: None,
             metadata_port: Some("md0".into()),
             blocked: vec![],
+            encryption: None,
             deadline: Duration::from_secs(10),
         }
     }
@@ -111,6 +116,12 @@ pub enum SwitchError {
     /// An interface of the host.
     #[error(transparent)]
     Tap(#[from] TapError),
+    /// A host of the view is of the other kind.
+    #[error(transparent)]
+    Peers(#[from] PeersError),
+    /// The interface that encrypts.
+    #[error("the encryption of the overlay failed: {0}")]
+    Wireguard(WireguardError),
     /// No tap is attached for the port.
     #[error("no tap is attached for port {0}")]
     NotAttached(PortId),
@@ -163,7 +174,32 @@ pub struct SwitchStatus {
     pub error: Option<String>,
 }
 
+/// What the switch holds for a port at one moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PortLook {
+    /// What has passed by it: `rx` is what the guest sent.
+    pub counters: PortCounters,
+    /// The flows that are for it, and those that carry its network's broadcasts.
+    pub flows: Vec<FlowStats>,
+    /// What the switch's ports are called.
+    pub names: PortNames,
+}
+
 pub(crate) type Reply<T> = oneshot::Sender<Result<T, SwitchError>>;
+
+/// How long the switch may take for a look; what guests need, a cut-over for one, waits for it.
+const LOOK_BUDGET: Duration = Duration::from_millis(500);
+
+/// Answers a question that is asked of curiosity: not at all when nobody waits any more, and in [`LOOK_BUDGET`] in all.
+async fn answer_briefly<T>(reply: Reply<T>, looking: impl Future<Output = Result<T, SwitchError>>) {
+    if reply.is_closed() {
+        return;
+    }
+    let deadline = ConnectionError::Deadline { what: "a look at a port", deadline: LOOK_BUDGET };
+    let looked = tokio::time::timeout(LOOK_BUDGET, looking).await.unwrap_or_else(|_| Err(deadline.into()));
+    // The asker may have left meanwhile.
+    drop(reply.send(looked));
+}
 
 pub(crate) enum Request {
     Attach { port: PortId, tap: String, reply: Reply<u32> },
@@ -172,6 +208,7 @@ pub(crate) enum Request {
     NoteSwitch { port: PortId, owner: HostId, epoch: Epoch, reply: Reply<Applied> },
     Reconcile { reply: Reply<Applied> },
     Counters { port: PortId, reply: Reply<PortCounters> },
+    Look { port: PortId, network: NetworkId, reply: Reply<PortLook> },
     Attached { reply: Reply<BTreeMap<PortId, (String, u32)>> },
 }
 
@@ -182,6 +219,18 @@ pub struct SwitchDriver {
     status: watch::Receiver<SwitchStatus>,
     patience: Duration,
     _task: JoinSet<()>,
+}
+
+/// Removes the tunnels that an earlier configuration of this host has left and that are not what this one asks for: from another overlay
+/// address, in the clear where it `encrypts` now, or the other way round. Say it before the driver is opened, so that nothing that then
+/// fails leaves guests talking in the clear. Others are made anew with the first view.
+///
+/// # Errors
+/// When the switch's database is away.
+pub async fn drop_other_tunnels(config: &SwitchConfig, encrypts: bool) -> Result<(), SwitchError> {
+    timeout(config.deadline.saturating_mul(2), actor::drop_other_tunnels(config, encrypts))
+        .await
+        .map_err(|_| SwitchError::Gone)?
 }
 
 impl SwitchDriver {
@@ -240,6 +289,11 @@ impl SwitchDriver {
         self.ask(|reply| Request::Counters { port, reply }).await
     }
 
+    /// What the switch holds for a port whose tap is attached.
+    pub async fn look(&self, port: PortId, network: NetworkId) -> Result<PortLook, SwitchError> {
+        self.ask(|reply| Request::Look { port, network, reply }).await
+    }
+
     /// The attached taps: name and switch port.
     pub async fn attached(&self) -> Result<BTreeMap<PortId, (String, u32)>, SwitchError> {
         self.ask(|reply| Request::Attached { reply }).await
@@ -249,5 +303,24 @@ impl SwitchDriver {
     #[must_use]
     pub fn status(&self) -> watch::Receiver<SwitchStatus> {
         self.status.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_look_holds_nobody_up() {
+        let (reply, asker) = oneshot::channel::<Result<(), SwitchError>>();
+        drop(asker);
+        answer_briefly(reply, async { panic!("nobody waits for it") }).await;
+        let (reply, asker) = oneshot::channel::<Result<(), SwitchError>>();
+        answer_briefly(reply, std::future::pending()).await;
+        let told = asker.await.unwrap();
+        assert!(matches!(told, Err(SwitchError::Connection(ConnectionError::Deadline { .. }))), "{told:?}");
+        let (reply, asker) = oneshot::channel();
+        answer_briefly(reply, async { Ok(7) }).await;
+        assert_eq!(asker.await.unwrap().unwrap(), 7);
     }
 }

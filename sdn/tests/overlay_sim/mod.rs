@@ -195,7 +195,7 @@ pub fn empty_view(hosts: usize, networks: usize, ports: usize) -> OverlayView {
     let mut view = OverlayView { revision: 1, ..OverlayView::default() };
     for n in 0..hosts {
         let overlay_addr = Ipv4Addr::new(198, 19, 200, n as u8 + 1);
-        view.hosts.push(HostView { host: HostId::generate(), overlay_addr, index: n as u16 });
+        view.hosts.push(HostView { host: HostId::generate(), overlay_addr, index: n as u16, encryption: None });
     }
     for n in 0..networks {
         let network = NetworkView {

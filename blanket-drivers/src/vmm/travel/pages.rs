@@ -4,10 +4,15 @@
 //! page number u64 | form u8 | ...        form 0: all zeros    1: 4096 bytes    2: length u16, zstd
 //! ```
 
+use std::ops::Range;
+
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _};
 
 use super::TravelError;
-use crate::vmm::{Ram, memory::PAGE_BYTES};
+use crate::vmm::{
+    Ram,
+    memory::{self, Holes, PAGE_BYTES},
+};
 
 const PAGE: usize = PAGE_BYTES as usize;
 const HEAD: usize = 9;
@@ -75,6 +80,24 @@ impl Packer {
         Ok(())
     }
 
+    /// Likewise, of a memory with these holes; what is one is not read, which would put a page of zeros there.
+    ///
+    /// # Errors
+    /// As [`Packer::pack`], and when the system does not say where holes are.
+    pub(super) fn pack_or_hole(
+        &mut self,
+        ram: &Ram,
+        holes: &mut Holes<'_>,
+        number: u64,
+        out: &mut Vec<u8>,
+    ) -> Result<(), TravelError> {
+        if holes.is_hole(number)? {
+            self.pack_copy(number, None, out);
+            return Ok(());
+        }
+        self.pack(ram, number, out)
+    }
+
     /// Appends a page that was copied aside; `None`: nothing but zeros.
     pub fn pack_copy(&mut self, number: u64, page: Option<&[u8; PAGE]>, out: &mut Vec<u8>) {
         match page {
@@ -127,6 +150,20 @@ impl Packer {
     }
 }
 
+/// Makes pages zeros, which take no space here either where the system can do that. Else they are written: what was begun to be put
+/// into memory is not given up halfway for some space.
+pub(super) fn empty(ram: &Ram, pages: Range<u64>) -> Result<(), TravelError> {
+    const ZEROS: [u8; PAGE] = [0; PAGE];
+    if memory::take_out(ram, pages.start, pages.end).is_ok() {
+        return Ok(());
+    }
+    let mut numbers = pages;
+    numbers.try_for_each(|number| {
+        ram.write_slice(&ZEROS, GuestAddress(number * PAGE_BYTES))
+            .map_err(|_| TravelError::Malformed("a page beyond memory"))
+    })
+}
+
 /// Unpacks pages into guest memory.
 pub struct Unpacker {
     zstd: zstd::bulk::Decompressor<'static>,
@@ -153,9 +190,36 @@ impl Unpacker {
     /// # Errors
     /// When it is not what a packer makes, or not of this memory.
     pub fn unpack(&mut self, ram: &Ram, from: &[u8], is_first: bool) -> Result<(), TravelError> {
+        self.unpack_by(ram, from, is_first, |pages| empty(ram, pages))
+    }
+
+    /// Likewise; pages of zeros that follow each other are emptied at once.
+    fn unpack_by(
+        &mut self,
+        ram: &Ram,
+        from: &[u8],
+        is_first: bool,
+        mut empty: impl FnMut(Range<u64>) -> Result<(), TravelError>,
+    ) -> Result<(), TravelError> {
+        let mut zeros = 0..0;
         self.each(ram, from, is_first, |at, page| {
+            let number = at.0 / PAGE_BYTES;
+            let is_zero = page.iter().all(|byte| *byte == 0);
+            if is_zero && !zeros.is_empty() && zeros.end == number {
+                zeros.end += 1;
+                return Ok(());
+            }
+            // Before what comes: the same page may come twice.
+            let before = std::mem::replace(&mut zeros, if is_zero { number..number + 1 } else { 0..0 });
+            if !before.is_empty() {
+                empty(before)?;
+            }
+            if is_zero {
+                return Ok(());
+            }
             ram.write_slice(page, at).map_err(|_| TravelError::Malformed("a page beyond memory"))
-        })
+        })?;
+        if zeros.is_empty() { Ok(()) } else { empty(zeros) }
     }
 
     /// Looks whether [`Unpacker::unpack`] would take them.
@@ -267,6 +331,68 @@ mod tests {
             let mut unpacker = Unpacker::new().unwrap();
             let _ = unpacker.unpack(&to, &wire, false);
             let _ = unpacker.unpack(&to, &bytes, true);
+        }
+    }
+
+    #[test]
+    fn a_hole_travels_and_is_put_nowhere() {
+        let (from, to) = (ram(), ram());
+        from.write_obj(7u64, GuestAddress(3 * PAGE_BYTES)).unwrap();
+        for page in [3, 5] {
+            to.write_obj(9u64, GuestAddress(page * PAGE_BYTES + 8)).unwrap();
+        }
+        let (mut packer, mut holes, mut wire) = (Packer::new().unwrap(), Holes::new(&from), Vec::new());
+        (0..16).for_each(|page| packer.pack_or_hole(&from, &mut holes, page, &mut wire).unwrap());
+        assert_eq!((packer.forms.zero, packer.forms.compressed), (15, 1));
+        Unpacker::new().unwrap().unpack(&to, &wire, false).unwrap();
+        for ram in [&from, &to] {
+            let mut holes = Holes::new(ram);
+            let there: Vec<u64> = (0..1024).filter(|page| !holes.is_hole(*page).unwrap()).collect();
+            assert_eq!(there, [3]);
+            assert_eq!(ram.read_obj::<[u64; 2]>(GuestAddress(3 * PAGE_BYTES)).unwrap(), [7, 0]);
+        }
+    }
+
+    #[test]
+    fn zeros_that_follow_each_other_are_taken_out_at_once_and_in_their_turn() {
+        let (from, to) = (ram(), ram());
+        let (mut packer, mut wire) = (Packer::new().unwrap(), Vec::new());
+        from.write_obj(7u64, GuestAddress(8 * PAGE_BYTES)).unwrap();
+        // Upwards; over a page that is there; backwards; and one that comes twice, the second time with something in it.
+        for page in [1, 2, 3, 4, 6, 8, 9, 10, 9, 8, 12] {
+            packer.pack(&from, page, &mut wire).unwrap();
+        }
+        from.write_obj(9u64, GuestAddress(12 * PAGE_BYTES)).unwrap();
+        packer.pack(&from, 12, &mut wire).unwrap();
+        packer.pack(&from, 13, &mut wire).unwrap();
+        let mut runs = Vec::new();
+        let emptied = |pages: Range<u64>| {
+            assert_eq!(
+                to.read_obj::<u64>(GuestAddress(12 * PAGE_BYTES)).unwrap(),
+                if pages.start == 13 { 9 } else { 0 }
+            );
+            runs.push(pages);
+            Ok(())
+        };
+        Unpacker::new().unwrap().unpack_by(&to, &wire, false, emptied).unwrap();
+        assert_eq!(runs, [1..5, 6..7, 9..11, 9..10, 12..13, 13..14]);
+    }
+
+    #[test]
+    fn zeros_are_written_where_nothing_can_be_taken_out() {
+        use std::os::fd::AsRawFd as _;
+        let file = memory::create(BYTES).unwrap();
+        let to = memory::map(file.try_clone().unwrap(), BYTES).unwrap();
+        // SAFETY: a plain system call on a descriptor of ours. What is mapped already stays writable, and no hole is made any more.
+        assert_eq!(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_FUTURE_WRITE) }, 0);
+        (0..8).for_each(|page| to.write_obj(9u64, GuestAddress(page * PAGE_BYTES + 8)).unwrap());
+        assert!(memory::take_out(&to, 2, 5).is_err());
+        let (mut packer, mut wire) = (Packer::new().unwrap(), Vec::new());
+        (2..5).for_each(|page| packer.pack_copy(page, None, &mut wire));
+        Unpacker::new().unwrap().unpack(&to, &wire, false).unwrap();
+        for page in 0..8 {
+            let now: u64 = to.read_obj(GuestAddress(page * PAGE_BYTES + 8)).unwrap();
+            assert_eq!(now, if (2..5).contains(&page) { 0 } else { 9 });
         }
     }
 

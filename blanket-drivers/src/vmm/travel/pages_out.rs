@@ -6,7 +6,7 @@ use super::{
     StreamVersion, TravelError, kind, packed,
     pages::{self, Forms},
 };
-use crate::vmm::Ram;
+use crate::vmm::{Ram, memory::Holes};
 
 /// Makes frames of pages.
 pub(super) enum PagesOut {
@@ -54,9 +54,11 @@ impl PagesOut {
         match self {
             Self::Single(packer) => {
                 let mut frame = Vec::new();
+                // Of each frame anew, as in the other arm: what was a hole may have been written, and told of, since the one before.
+                let mut holes = Holes::new(ram);
                 packer.fill(left, &mut frame, |packer, page, out| {
                     is_written(page);
-                    packer.pack(ram, page, out)
+                    packer.pack_or_hole(ram, &mut holes, page, out)
                 })?;
                 Ok(Some(frame).filter(|frame| !frame.is_empty()))
             }

@@ -4,14 +4,11 @@
 //! are done, in any order: a back end may read and write the file at once, or put the request into a ring that it shares
 //! with a volume process which has the guest's memfd mapped.
 
-use std::{
-    collections::BTreeMap,
-    fs::File,
-    io::{self, Seek as _, SeekFrom},
-    os::fd::AsFd as _,
-    sync::Arc,
-    time::Instant,
-};
+mod backend;
+pub mod clear;
+mod file;
+
+use std::{collections::BTreeMap, io, sync::Arc, time::Instant};
 
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _};
@@ -22,6 +19,9 @@ use super::{
     worker::{BUDGET, Wakers},
 };
 use crate::vmm::Ram;
+pub use backend::{BlockBackend, BlockOperation, Completion, Empties, RequestId};
+pub use clear::Extent;
+pub use file::RawFile;
 
 /// Unit of places and lengths.
 const SECTOR_BYTES: u64 = 512;
@@ -32,6 +32,8 @@ const F_SIZE_MAX: u64 = 1 << 1;
 const F_SEG_MAX: u64 = 1 << 2;
 const F_RO: u64 = 1 << 5;
 const F_FLUSH: u64 = 1 << 9;
+const F_DISCARD: u64 = 1 << 13;
+const F_WRITE_ZEROES: u64 = 1 << 14;
 
 /// Most segments and most bytes of one that the device announces.
 const MAX_SEGMENTS: u32 = 126;
@@ -43,157 +45,6 @@ const QUEUE_SIZE: u16 = 256;
 const STATUS_OK: u8 = 0;
 const STATUS_IO_ERROR: u8 = 1;
 const STATUS_UNSUPPORTED: u8 = 2;
-
-/// What is asked of a back end.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub enum BlockOperation {
-    /// Fill guest memory from the disk.
-    Read {
-        /// Place on the disk, in bytes.
-        offset: u64,
-        /// Where to.
-        to: Segments,
-    },
-    /// Write guest memory to the disk.
-    Write {
-        /// Place on the disk, in bytes.
-        offset: u64,
-        /// Where from.
-        from: Segments,
-    },
-    /// Make durable what was written and acknowledged before.
-    Flush,
-}
-
-impl BlockOperation {
-    /// The guest memory that it touches.
-    #[must_use]
-    pub fn segments(&self) -> &[Segment] {
-        match self {
-            Self::Read { to, .. } => &to.0,
-            Self::Write { from, .. } => &from.0,
-            Self::Flush => &[],
-        }
-    }
-}
-
-/// By which a request comes back: no two that are in flight have the same.
-pub type RequestId = u16;
-
-/// A request that is done.
-#[derive(Debug)]
-pub struct Completion {
-    /// Which.
-    pub id: RequestId,
-    /// How it went.
-    pub result: io::Result<()>,
-}
-
-/// What holds a disk's bytes.
-pub trait BlockBackend: Send {
-    /// Its size; the part of a sector at the end does not count. Does not change.
-    fn bytes(&self) -> u64;
-
-    /// Takes a request. Places and lengths were checked: within the disk, whole sectors, at most about 16 MiB, in guest
-    /// memory. It may be done at once or later; either way it comes out of [`BlockBackend::done`].
-    fn submit(&mut self, id: RequestId, operation: BlockOperation, ram: &Arc<Ram>);
-
-    /// The next request that is done, if there is one; does not wait.
-    fn done(&mut self) -> Option<Completion>;
-
-    /// What there is to wait for while requests are in flight; nothing of one that does everything at once.
-    fn wakers(&self) -> Wakers<'_> {
-        Wakers::default()
-    }
-
-    /// What is in flight.
-    fn pending(&self) -> Vec<(RequestId, BlockOperation)> {
-        Vec::new()
-    }
-
-    /// Begins to have this cut of a mirror taken of the disk: every request that is done is in it, whatever is submitted later is
-    /// not, and what is in flight may be.
-    ///
-    /// # Errors
-    /// When this disk knows no cuts.
-    fn begin_cut(&mut self, number: u64) -> io::Result<()> {
-        let detail = format!("a disk in a file has no cut {number}: only one that a volume process serves");
-        Err(io::Error::new(io::ErrorKind::Unsupported, detail))
-    }
-
-    /// Waits for it, until then at most.
-    ///
-    /// # Errors
-    /// When there is none.
-    fn await_cut(&mut self, until: Instant) -> io::Result<()> {
-        let _ = until;
-        Err(io::ErrorKind::Unsupported.into())
-    }
-
-    /// Waits a moment for what is in flight, and gives up what does not come: it can be submitted again, here or elsewhere.
-    /// Nothing touches guest memory afterwards.
-    fn drain(&mut self) -> Vec<(RequestId, BlockOperation)> {
-        Vec::new()
-    }
-}
-
-/// A disk in a file, read and written at once.
-#[derive(Debug)]
-pub struct RawFile {
-    file: File,
-    bytes: u64,
-    done: Vec<Completion>,
-}
-
-impl RawFile {
-    /// The disk in this file (or block device).
-    ///
-    /// # Errors
-    /// When its size cannot be told.
-    pub fn new(mut file: File) -> io::Result<Self> {
-        let bytes = file.seek(SeekFrom::End(0))?;
-        Ok(Self { file, bytes, done: Vec::new() })
-    }
-
-    fn run(&mut self, operation: &BlockOperation, ram: &Ram) -> io::Result<()> {
-        match operation {
-            BlockOperation::Read { offset, to } => {
-                self.file.seek(SeekFrom::Start(*offset))?;
-                for segment in &to.0 {
-                    let count = usize::try_from(segment.bytes).map_err(io::Error::other)?;
-                    ram.read_exact_volatile_from(segment.at, &mut self.file.as_fd(), count)
-                        .map_err(io::Error::other)?;
-                }
-                Ok(())
-            }
-            BlockOperation::Write { offset, from } => {
-                self.file.seek(SeekFrom::Start(*offset))?;
-                for segment in &from.0 {
-                    let count = usize::try_from(segment.bytes).map_err(io::Error::other)?;
-                    ram.write_all_volatile_to(segment.at, &mut self.file.as_fd(), count).map_err(io::Error::other)?;
-                }
-                Ok(())
-            }
-            BlockOperation::Flush => self.file.sync_data(),
-        }
-    }
-}
-
-impl BlockBackend for RawFile {
-    fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
-    fn submit(&mut self, id: RequestId, operation: BlockOperation, ram: &Arc<Ram>) {
-        let result = self.run(&operation, ram);
-        self.done.push(Completion { id, result });
-    }
-
-    fn done(&mut self) -> Option<Completion> {
-        self.done.pop()
-    }
-}
 
 /// A request that the back end has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -233,6 +84,8 @@ struct Block {
     sectors: u64,
     is_read_only: bool,
     id: [u8; ID_BYTES],
+    /// What the driver has agreed to.
+    features: u64,
     /// By the head of their chain, which no other request in flight has.
     in_flight: BTreeMap<RequestId, InFlight>,
     /// To be submitted again when the device is served.
@@ -251,23 +104,45 @@ enum Asked {
 /// A disk with a serial number (cut to 20 bytes).
 #[must_use]
 pub fn device(backend: Box<dyn BlockBackend>, serial: &str, is_read_only: bool) -> Device {
+    with(backend, serial, is_read_only, Empties::default())
+}
+
+/// Likewise; one of which parts can be emptied, as far as its back end can, so that they take no space.
+#[must_use]
+pub fn thin(backend: Box<dyn BlockBackend>, serial: &str, is_read_only: bool) -> Device {
+    let empties = if is_read_only { Empties::default() } else { backend.empties() };
+    with(backend, serial, is_read_only, empties)
+}
+
+fn with(backend: Box<dyn BlockBackend>, serial: &str, is_read_only: bool, empties: Empties) -> Device {
     let sectors = backend.bytes() / SECTOR_BYTES;
     let mut config = sectors.to_le_bytes().to_vec();
     config.extend(MAX_SEGMENT_BYTES.to_le_bytes());
     config.extend(MAX_SEGMENTS.to_le_bytes());
     config.resize(60, 0);
+    clear::announce(&mut config, empties);
     let mut id = [0; ID_BYTES];
     for (to, byte) in id.iter_mut().zip(serial.bytes()) {
         *to = byte;
     }
-    let read_only = if is_read_only { F_RO } else { 0 };
+    let optional = [(is_read_only, F_RO), (empties.discards, F_DISCARD), (empties.zeroes, F_WRITE_ZEROES)];
+    let optional: u64 = optional.iter().filter(|(is_there, _)| *is_there).map(|(_, bit)| bit).sum();
     Device {
         number: 2,
         class: 0x01_8000,
-        features: F_SIZE_MAX | F_SEG_MAX | F_FLUSH | read_only,
+        features: F_SIZE_MAX | F_SEG_MAX | F_FLUSH | optional,
         queues: vec![QUEUE_SIZE],
         config,
-        handler: Box::new(Block { backend, sectors, is_read_only, id, in_flight: BTreeMap::new(), aside: Vec::new() }),
+        balloon: None,
+        handler: Box::new(Block {
+            backend,
+            sectors,
+            is_read_only,
+            id,
+            features: 0,
+            in_flight: BTreeMap::new(),
+            aside: Vec::new(),
+        }),
     }
 }
 
@@ -278,6 +153,8 @@ impl Block {
         const OUT: u32 = 1;
         const FLUSH: u32 = 4;
         const GET_ID: u32 = 8;
+        const DISCARD: u32 = 11;
+        const WRITE_ZEROES: u32 = 13;
         let mut header = [0; HEADER_BYTES as usize];
         let whole = readable.take_front(HEADER_BYTES).is_some_and(|front| front.read(ram, &mut header) == header.len());
         if !whole {
@@ -303,6 +180,18 @@ impl Block {
             }
             FLUSH => Asked::Backend(BlockOperation::Flush),
             GET_ID => Asked::Id(writable),
+            DISCARD if self.features & F_DISCARD != 0 && writable.0.is_empty() => {
+                match clear::understand(ram, &readable, self.sectors, clear::Kind::Discard) {
+                    Ok(extents) => Asked::Backend(BlockOperation::Discard { extents }),
+                    Err(code) => Asked::Refused(code),
+                }
+            }
+            WRITE_ZEROES if self.features & F_WRITE_ZEROES != 0 && writable.0.is_empty() => {
+                match clear::understand(ram, &readable, self.sectors, clear::Kind::Zero) {
+                    Ok(extents) => Asked::Backend(BlockOperation::Zero { extents }),
+                    Err(code) => Asked::Refused(code),
+                }
+            }
             IN | OUT => Asked::Refused(STATUS_IO_ERROR),
             _ => Asked::Refused(STATUS_UNSUPPORTED),
         }
@@ -335,7 +224,11 @@ impl Block {
 
     /// Answers what is done.
     fn finish(&mut self, ring: &mut Ring) {
-        while let Some(Completion { id, result }) = self.backend.done() {
+        self.finish_by(ring, |backend| backend.done());
+    }
+
+    fn finish_by(&mut self, ring: &mut Ring, next: impl Fn(&mut dyn BlockBackend) -> Option<Completion>) {
+        while let Some(Completion { id, result }) = next(&mut *self.backend) {
             let Some(InFlight { status, written }) = self.in_flight.remove(&id) else { continue };
             match result {
                 Ok(()) => answer(ring, id, status, STATUS_OK, written),
@@ -362,9 +255,18 @@ impl Block {
             let bytes: u64 = operation.segments().iter().map(|segment| u64::from(segment.bytes)).sum();
             let end = match &operation {
                 BlockOperation::Read { offset, .. } | BlockOperation::Write { offset, .. } => offset.checked_add(bytes),
-                BlockOperation::Flush => Some(0),
+                BlockOperation::Flush | BlockOperation::Discard { .. } | BlockOperation::Zero { .. } => Some(0),
             };
-            let is_allowed = !(self.is_read_only && matches!(operation, BlockOperation::Write { .. }));
+            let is_allowed = match &operation {
+                BlockOperation::Read { .. } | BlockOperation::Flush => true,
+                BlockOperation::Write { .. } => !self.is_read_only,
+                BlockOperation::Discard { extents } => {
+                    self.features & F_DISCARD != 0 && clear::are_good(extents, self.sectors, clear::Kind::Discard)
+                }
+                BlockOperation::Zero { extents } => {
+                    self.features & F_WRITE_ZEROES != 0 && clear::are_good(extents, self.sectors, clear::Kind::Zero)
+                }
+            };
             let is_good = is_allowed
                 && bytes <= MAX_REQUEST_BYTES
                 && end.is_some_and(|end| end <= self.sectors * SECTOR_BYTES)
@@ -380,6 +282,10 @@ impl Block {
 }
 
 impl Handler for Block {
+    fn begin(&mut self, features: u64) {
+        self.features = features;
+    }
+
     fn serve(&mut self, rings: &mut [Option<Ring>]) -> Next {
         let Some(Some(ring)) = rings.first_mut() else { return Next::Wait };
         ring.spare_kicks();
@@ -416,8 +322,8 @@ impl Handler for Block {
         }
         let outcome = self.backend.await_cut(until);
         if let Some(Some(ring)) = rings.first_mut() {
-            // What was answered meanwhile is not in flight any more.
-            self.finish(ring);
+            // What was answered meanwhile is not in flight any more. What is answered from now on is not in the cut.
+            self.finish_by(ring, |backend| backend.done_before_cut());
         }
         outcome
     }

@@ -34,6 +34,7 @@ pub fn device(sink: Sink, input: Option<File>) -> Device {
         features: 0,
         queues: vec![64, 64],
         config: vec![0; 12],
+        balloon: None,
         handler: Box::new(handler),
     }
 }

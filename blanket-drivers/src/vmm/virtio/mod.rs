@@ -6,10 +6,11 @@
 //! | [`transport`] | the registers: configuration space, common configuration, notifications, MSI-X |
 //! | [`ring`] | a queue's chains as checked segments of guest memory |
 //! | [`worker`] | the thread of a device; stopping it between two requests is how a device is paused and reset |
-//! | [`block`], [`net`], [`console`], [`rng`] | the devices |
+//! | [`block`], [`net`], [`console`], [`rng`], [`balloon`] | the devices |
 //! | [`outputs`] | what cards send, held back for a mirror |
 //! | [`nbd`] | a disk's bytes, where a volume process serves them |
 
+pub mod balloon;
 pub mod block;
 pub mod console;
 pub mod nbd;
@@ -24,6 +25,7 @@ pub mod worker;
 #[cfg(test)]
 mod tests;
 
+pub use balloon::Balloon;
 pub use outputs::Outputs;
 pub use ring::{Ring, Segment, Segments};
 pub use transport::VirtioPci;
@@ -47,8 +49,10 @@ pub struct Device {
     pub features: u64,
     /// Most entries of each queue: powers of two.
     pub queues: Vec<u16>,
-    /// Its configuration, which does not change and cannot be written.
+    /// Its configuration, which does not change and cannot be written, but for a balloon's.
     pub config: Vec<u8>,
+    /// Of a balloon: what the machine's owner has of it, and whose configuration counts.
+    pub balloon: Option<std::sync::Arc<balloon::Balloon>>,
     /// What does the work.
     pub handler: Box<dyn Handler>,
 }

@@ -76,6 +76,7 @@ pub fn over(tap: File, mac: Mac, mtu: u16, gate: Option<Gate>) -> Device {
         features: F_MAC | F_MTU,
         queues: vec![256, 256],
         config,
+        balloon: None,
         handler: Box::new(handler),
     }
 }

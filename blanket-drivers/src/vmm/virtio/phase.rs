@@ -52,6 +52,8 @@ pub enum Operation {
     EnableQueue,
     /// Say that there is something in a queue.
     Notify,
+    /// Write into the device's own configuration, where that can be written.
+    WriteConfig,
 }
 
 /// Every phase.
@@ -63,8 +65,11 @@ pub const LEGAL: &[(Phase, &[Operation])] = &[
     (Phase::Found, &[Operation::Select]),
     (Phase::Driven, &[Operation::Select, Operation::WriteFeatures]),
     // Drivers set the vector for configuration changes before features are agreed or after.
-    (Phase::Agreed, &[Operation::Select, Operation::SetVector, Operation::SetQueue, Operation::EnableQueue]),
-    (Phase::Live, &[Operation::Select, Operation::Notify]),
+    (
+        Phase::Agreed,
+        &[Operation::Select, Operation::SetVector, Operation::SetQueue, Operation::EnableQueue, Operation::WriteConfig],
+    ),
+    (Phase::Live, &[Operation::Select, Operation::Notify, Operation::WriteConfig]),
     (Phase::Failed, &[Operation::Select]),
 ];
 

@@ -11,7 +11,15 @@ struct Rng;
 /// The device.
 #[must_use]
 pub fn device() -> Device {
-    Device { number: 4, class: 0x10_0000, features: 0, queues: vec![64], config: Vec::new(), handler: Box::new(Rng) }
+    Device {
+        number: 4,
+        class: 0x10_0000,
+        features: 0,
+        queues: vec![64],
+        config: Vec::new(),
+        balloon: None,
+        handler: Box::new(Rng),
+    }
 }
 
 impl Handler for Rng {

@@ -16,7 +16,7 @@ use virtio_queue::{Queue, QueueState, QueueT as _};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    Device, F_EVENT_INDEX, F_INDIRECT, F_VERSION_1, Handler, Ring,
+    Balloon, Device, F_EVENT_INDEX, F_INDIRECT, F_VERSION_1, Handler, Ring,
     phase::{self, Operation, Phase, Step, is_legal, status},
     worker::Worker,
 };
@@ -80,6 +80,7 @@ pub struct VirtioPci {
     msix_at: u16,
     offered: u64,
     device_config: Vec<u8>,
+    balloon: Option<Arc<Balloon>>,
     ram: Arc<Ram>,
     msix: Arc<Msix>,
     kicks: Vec<EventFd>,
@@ -143,6 +144,7 @@ impl VirtioPci {
             msix_at: u16::try_from(msix_at).unwrap_or(0),
             offered: device.features | F_VERSION_1 | F_INDIRECT | F_EVENT_INDEX,
             device_config: device.config,
+            balloon: device.balloon,
             ram,
             msix: Arc::new(Msix::new(vectors, sink)),
             kicks: (0..queues).map(kick).collect::<Result<_, _>>().map_err(io_error("making an eventfd"))?,
@@ -234,6 +236,19 @@ impl VirtioPci {
             }
             other => other,
         };
+    }
+
+    /// The device, if it is a balloon.
+    #[must_use]
+    pub const fn balloon(&self) -> Option<&Arc<Balloon>> {
+        self.balloon.as_ref()
+    }
+
+    /// Tells the driver that the device's configuration has changed.
+    pub fn tell_of_config(&self) {
+        if self.phase == Phase::Live {
+            self.msix.raise(self.config_vector);
+        }
     }
 
     /// The device cannot go on until the driver resets it.
@@ -362,7 +377,7 @@ impl VirtioPci {
         put(12, &half(self.features, self.feature_selects[1]).to_le_bytes());
         put(16, &self.config_vector.to_le_bytes());
         put(18, &u16::try_from(self.queues.len()).unwrap_or(0).to_le_bytes());
-        put(20, &[self.status(), 0]);
+        put(20, &[self.status(), self.balloon.as_ref().map_or(0, |balloon| balloon.generation())]);
         put(22, &self.queue_select.to_le_bytes());
         if let Some(queue) = self.selected() {
             put(24, &queue.size.to_le_bytes());
@@ -449,7 +464,10 @@ impl Registers for VirtioPci {
         let (region, at) = (offset & !u64::from(REGION_BYTES - 1), offset & u64::from(REGION_BYTES - 1));
         match region {
             COMMON => copy(&self.common(), at, data),
-            DEVICE => copy(&self.device_config, at, data),
+            DEVICE => match &self.balloon {
+                Some(balloon) => copy(&balloon.config(), at, data),
+                None => copy(&self.device_config, at, data),
+            },
             MSIX_TABLE => self.msix.read_table(at, data),
             MSIX_PENDING => self.msix.read_pending(at, data),
             // Interrupt status is for interrupt lines; notifications cannot be read.
@@ -465,6 +483,11 @@ impl Registers for VirtioPci {
         match region {
             COMMON => self.write_common(at, data),
             NOTIFY => self.notify(at),
+            DEVICE if is_legal(self.phase, Operation::WriteConfig) => {
+                if let Some(balloon) = &self.balloon {
+                    balloon.write_config(at, data);
+                }
+            }
             MSIX_TABLE => self.msix.write_table(at, data),
             _ => {}
         }

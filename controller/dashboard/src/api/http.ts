@@ -53,7 +53,7 @@ export async function list<T>(path: string): Promise<T[]> {
 }
 
 /** A change. Where no answer comes it is sent again with the same key: then it is done once, however often it arrives. */
-export async function change<T>(method: "POST" | "PATCH" | "DELETE", path: string, body?: unknown): Promise<T | undefined> {
+export async function change<T>(method: "POST" | "PUT" | "PATCH" | "DELETE", path: string, body?: unknown): Promise<T | undefined> {
   const headers = { ...CSRF, "idempotency-key": crypto.randomUUID() };
   let response: Response;
   for (let left = 3; ; left -= 1) {

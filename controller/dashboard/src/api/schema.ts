@@ -570,6 +570,23 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/images/{image}/sites": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** Where an image lies: in the controller's own store, and in the stores of clouds in which guests run from it. */
+        get: operations["images_sites"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/join": {
         parameters: {
             query?: never;
@@ -616,6 +633,26 @@ export interface paths {
          *     asked for. Members of one project see its guests' lines; what is idle is for those who see all projects.
          */
         get: operations["ledger"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/links": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * Ways between hosts: round-trip times and loss, as the hosts' agents measure them now. With `host` only those from and to that
+         *     host. In a big fleet each host measures the ways to 64 others, some in each cloud.
+         */
+        get: operations["links_list"];
         put?: never;
         post?: never;
         delete?: never;
@@ -863,6 +900,26 @@ export interface paths {
         };
         /** One port. */
         get: operations["ports_read"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/ports/{port}/flows": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * The flows that the switch of a port's host holds for it, with what passed by each: asked of the host's agent now, which may take
+         *     up to five seconds, or less than a second ago.
+         */
+        get: operations["ports_flows"];
         put?: never;
         post?: never;
         delete?: never;
@@ -1233,6 +1290,23 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/volumes/{volume}/sites": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** Where a volume lies: hosts that have blocks of it, stores that have what it stands on and what was kept of it. */
+        get: operations["volumes_sites"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/whoami": {
         parameters: {
             query?: never;
@@ -1505,6 +1579,11 @@ export interface components {
             reason?: string | null;
             to?: null | components["schemas"]["Ref"];
         };
+        /**
+         * @description What a flow is for.
+         * @enum {string}
+         */
+        FlowPurpose: "guest" | "dhcp" | "metadata" | "tunnel" | "deliver" | "remote" | "forward" | "flood" | "other";
         /** @description A guest suspended into the image store. */
         Freeze: {
             /** @description The cloud in whose store it lies. */
@@ -1795,6 +1874,7 @@ export interface components {
             notice?: null | components["schemas"]["HostNotice"];
             /** @description Its address in the overlay's underlay; tunnels end there. */
             overlay_address?: string | null;
+            overlay_encryption?: null | components["schemas"]["OverlayEncryption"];
             /**
              * Format: int32
              * @description Its small number in the overlay (1 to 4094), which names its tunnels.
@@ -2108,6 +2188,83 @@ export interface components {
              */
             unpriced_ms: number;
         };
+        /**
+         * @description The way from one host to another, as the agent of the first measures it: it opens and closes a TCP connection to where the
+         *     other's agent takes moves, every five seconds; the last two minutes count. Each direction is a link of its own.
+         */
+        Link: {
+            /**
+             * Format: int32
+             * @description Of these, those that were answered.
+             */
+            answered: number;
+            /**
+             * Format: int64
+             * @description When one was answered last, by the clock of the host that measures.
+             */
+            answered_at_ms?: number | null;
+            /** @description Who measures. */
+            from: components["schemas"]["HostId"];
+            /** @description Its cloud. */
+            from_cloud: components["schemas"]["CloudId"];
+            /** @description That cloud's name. */
+            from_cloud_name: components["schemas"]["Name"];
+            /** @description Its name. */
+            from_name: components["schemas"]["Name"];
+            /**
+             * Format: double
+             * @description The share of opening packets, 0 to 1, that got lost, or whose answers did, also of probes that nothing answered; absent
+             *     below 20 packets.
+             */
+            loss?: number | null;
+            /**
+             * Format: int32
+             * @description Probes that have ended.
+             */
+            probes: number;
+            /**
+             * Format: int32
+             * @description Of these, those that got lost, or whose answers did.
+             */
+            resent: number;
+            /**
+             * Format: int32
+             * @description The least of them.
+             */
+            rtt_least_us?: number | null;
+            /**
+             * Format: int32
+             * @description Median round-trip time in microseconds.
+             */
+            rtt_us?: number | null;
+            /**
+             * Format: int32
+             * @description Opening packets of the probes, also of those that nothing answered.
+             */
+            sent: number;
+            /** @description What is known. */
+            state: components["schemas"]["LinkState"];
+            /** @description To whom. */
+            to: components["schemas"]["HostId"];
+            /** @description Its cloud. */
+            to_cloud: components["schemas"]["CloudId"];
+            /** @description That cloud's name. */
+            to_cloud_name: components["schemas"]["Name"];
+            /** @description Its name. */
+            to_name: components["schemas"]["Name"];
+            /**
+             * Format: int64
+             * @description When this was told.
+             */
+            told_at_ms?: number | null;
+            /** @description Why it is silent or not measured. */
+            why?: string | null;
+        };
+        /**
+         * @description What is known of a way between two hosts.
+         * @enum {string}
+         */
+        LinkState: "answers" | "silent" | "not_measured";
         /** @description One thing that can be rented, with its price now. Money is integer nano-dollars. */
         Market: {
             /** @description The cloud. */
@@ -2138,8 +2295,32 @@ export interface components {
              * @description The price now.
              */
             price_nanousd_per_hour: number;
+            seen?: null | components["schemas"]["MarketSeen"];
             /** @description How it is rented. */
             tenure: components["schemas"]["Tenure"];
+        };
+        /** @description What was seen of a market: our own rentings there, those that ended too. */
+        MarketSeen: {
+            /**
+             * Format: int32
+             * @description Those that are there now and that the provider has said it takes back, or may.
+             */
+            announced: number;
+            /**
+             * Format: int32
+             * @description Machines that were rented there.
+             */
+            machines: number;
+            /**
+             * Format: int64
+             * @description How long they were there, together, in milliseconds.
+             */
+            ran_ms: number;
+            /**
+             * Format: int32
+             * @description Of them, those that the provider took.
+             */
+            taken: number;
         };
         /**
          * @description Which of a guest's memory goes before it is paused, and which follows after it runs at the destination. While some of it has still to
@@ -2308,6 +2489,13 @@ export interface components {
          * @enum {string}
          */
         OperationKind: "image_import" | "guest_start" | "guest_stop" | "guest_delete" | "guest_migrate" | "guest_mirror" | "guest_freeze" | "guest_thaw" | "host_rent" | "host_return";
+        /** @description How a host encrypts the overlay's tunnels: by WireGuard, beneath them. */
+        OverlayEncryption: {
+            /** @description Where it takes encrypted packets (UDP); absent behind a NAT: it speaks first. */
+            endpoint?: string | null;
+            /** @description Its public key (Curve25519), base64. */
+            public_key: string;
+        };
         /** @description One page of a listing. `next_page`, when present, is passed back as `?page=`. */
         Page_ChunkStore: {
             /** @description The items of this page, ordered by id. */
@@ -2613,6 +2801,7 @@ export interface components {
                 notice?: null | components["schemas"]["HostNotice"];
                 /** @description Its address in the overlay's underlay; tunnels end there. */
                 overlay_address?: string | null;
+                overlay_encryption?: null | components["schemas"]["OverlayEncryption"];
                 /**
                  * Format: int32
                  * @description Its small number in the overlay (1 to 4094), which names its tunnels.
@@ -2656,6 +2845,80 @@ export interface components {
             next_page?: string | null;
         };
         /** @description One page of a listing. `next_page`, when present, is passed back as `?page=`. */
+        Page_Link: {
+            /** @description The items of this page, ordered by id. */
+            items: {
+                /**
+                 * Format: int32
+                 * @description Of these, those that were answered.
+                 */
+                answered: number;
+                /**
+                 * Format: int64
+                 * @description When one was answered last, by the clock of the host that measures.
+                 */
+                answered_at_ms?: number | null;
+                /** @description Who measures. */
+                from: components["schemas"]["HostId"];
+                /** @description Its cloud. */
+                from_cloud: components["schemas"]["CloudId"];
+                /** @description That cloud's name. */
+                from_cloud_name: components["schemas"]["Name"];
+                /** @description Its name. */
+                from_name: components["schemas"]["Name"];
+                /**
+                 * Format: double
+                 * @description The share of opening packets, 0 to 1, that got lost, or whose answers did, also of probes that nothing answered; absent
+                 *     below 20 packets.
+                 */
+                loss?: number | null;
+                /**
+                 * Format: int32
+                 * @description Probes that have ended.
+                 */
+                probes: number;
+                /**
+                 * Format: int32
+                 * @description Of these, those that got lost, or whose answers did.
+                 */
+                resent: number;
+                /**
+                 * Format: int32
+                 * @description The least of them.
+                 */
+                rtt_least_us?: number | null;
+                /**
+                 * Format: int32
+                 * @description Median round-trip time in microseconds.
+                 */
+                rtt_us?: number | null;
+                /**
+                 * Format: int32
+                 * @description Opening packets of the probes, also of those that nothing answered.
+                 */
+                sent: number;
+                /** @description What is known. */
+                state: components["schemas"]["LinkState"];
+                /** @description To whom. */
+                to: components["schemas"]["HostId"];
+                /** @description Its cloud. */
+                to_cloud: components["schemas"]["CloudId"];
+                /** @description That cloud's name. */
+                to_cloud_name: components["schemas"]["Name"];
+                /** @description Its name. */
+                to_name: components["schemas"]["Name"];
+                /**
+                 * Format: int64
+                 * @description When this was told.
+                 */
+                told_at_ms?: number | null;
+                /** @description Why it is silent or not measured. */
+                why?: string | null;
+            }[];
+            /** @description Where the next page starts; absent on the last one. */
+            next_page?: string | null;
+        };
+        /** @description One page of a listing. `next_page`, when present, is passed back as `?page=`. */
         Page_Market: {
             /** @description The items of this page, ordered by id. */
             items: {
@@ -2687,6 +2950,7 @@ export interface components {
                  * @description The price now.
                  */
                 price_nanousd_per_hour: number;
+                seen?: null | components["schemas"]["MarketSeen"];
                 /** @description How it is rented. */
                 tenure: components["schemas"]["Tenure"];
             }[];
@@ -2907,6 +3171,34 @@ export interface components {
                  * @description When its agent joined.
                  */
                 up_at_ms?: number | null;
+            }[];
+            /** @description Where the next page starts; absent on the last one. */
+            next_page?: string | null;
+        };
+        /** @description One page of a listing. `next_page`, when present, is passed back as `?page=`. */
+        Page_Site: {
+            /** @description The items of this page, ordered by id. */
+            items: {
+                /**
+                 * Format: int64
+                 * @description Bytes that lie there, where known.
+                 */
+                bytes?: number | null;
+                cloud?: null | components["schemas"]["CloudId"];
+                /** @description By what it is known, or what it is for. */
+                detail: string;
+                /** @description How much of it. */
+                holds: components["schemas"]["SiteHolds"];
+                host?: null | components["schemas"]["HostId"];
+                /** @description What. */
+                kind: components["schemas"]["SiteKind"];
+                /**
+                 * Format: int64
+                 * @description Bytes that it lacks, where known.
+                 */
+                missing_bytes?: number | null;
+                /** @description The name of the host, else of the cloud, else `controller`. */
+                name: string;
             }[];
             /** @description Where the next page starts; absent on the last one. */
             next_page?: string | null;
@@ -3202,7 +3494,94 @@ export interface components {
             /** @description The project of both. */
             project: components["schemas"]["ProjectId"];
         };
+        /** @description A flow in a host's switch. */
+        PortFlow: {
+            /** @description What happens to them. */
+            actions: string;
+            /**
+             * Format: int32
+             * @description Seconds since it was put in.
+             */
+            age_s: number;
+            /**
+             * Format: int64
+             * @description Bytes so far.
+             */
+            bytes: number;
+            /** @description Which packets, as Open vSwitch's tools write it. */
+            matching: string;
+            /**
+             * Format: int64
+             * @description Packets so far.
+             */
+            packets: number;
+            /**
+             * Format: int32
+             * @description Its priority: higher ones win.
+             */
+            priority: number;
+            /** @description What it is for. */
+            purpose: components["schemas"]["FlowPurpose"];
+            /**
+             * Format: int32
+             * @description Its table.
+             */
+            table: number;
+        };
+        /** @description What the switch of a port's host holds for it at this moment. */
+        PortFlows: {
+            /**
+             * Format: int64
+             * @description When.
+             */
+            asked_at_ms: number;
+            /** @description The flows, in the order in which packets meet them. */
+            flows: components["schemas"]["PortFlow"][];
+            /** @description The host that was asked. */
+            host: components["schemas"]["HostId"];
+            /** @description Its name. */
+            host_name: components["schemas"]["Name"];
+            /**
+             * Format: int32
+             * @description How many more there are.
+             */
+            left_out: number;
+            /** @description Its network. */
+            network: components["schemas"]["NetworkId"];
+            /** @description The port. */
+            port: components["schemas"]["PortId"];
+            /** @description What passed by the port. */
+            traffic: components["schemas"]["PortTraffic"];
+        };
         PortId: string;
+        /** @description What passed by a port since its guest came to the host. */
+        PortTraffic: {
+            /**
+             * Format: int64
+             * @description Packets, both ways, that were dropped at the port.
+             */
+            dropped_packets: number;
+            /**
+             * Format: int64
+             * @description Bytes that it was given.
+             */
+            received_bytes: number;
+            /**
+             * Format: int64
+             * @description Packets that it was given.
+             */
+            received_packets: number;
+            /**
+             * Format: int64
+             * @description Bytes that the guest sent.
+             */
+            sent_bytes: number;
+            /**
+             * Format: int64
+             * @description Packets that the guest sent.
+             */
+            sent_packets: number;
+        };
         /** @description One step of a price series: the price holds until the next point. */
         PricePoint: {
             /**
@@ -3622,6 +4001,42 @@ export interface components {
              */
             seed?: number | null;
         };
+        /**
+         * @description A place that has something of an image or a volume, as far as the controller knows: what its records say, and what agents tell of
+         *     their clouds' stores while guests run there.
+         */
+        Site: {
+            /**
+             * Format: int64
+             * @description Bytes that lie there, where known.
+             */
+            bytes?: number | null;
+            cloud?: null | components["schemas"]["CloudId"];
+            /** @description By what it is known, or what it is for. */
+            detail: string;
+            /** @description How much of it. */
+            holds: components["schemas"]["SiteHolds"];
+            host?: null | components["schemas"]["HostId"];
+            /** @description What. */
+            kind: components["schemas"]["SiteKind"];
+            /**
+             * Format: int64
+             * @description Bytes that it lacks, where known.
+             */
+            missing_bytes?: number | null;
+            /** @description The name of the host, else of the cloud, else `controller`. */
+            name: string;
+        };
+        /**
+         * @description How much of it.
+         * @enum {string}
+         */
+        SiteHolds: "whole" | "part" | "not_known";
+        /**
+         * @description What lies at a site.
+         * @enum {string}
+         */
+        SiteKind: "image" | "newest" | "standby" | "older_blocks" | "base" | "points" | "freeze";
         /**
          * @description How a thing is rented.
          * @enum {string}
@@ -5575,6 +5990,44 @@ export interface operations {
             };
         };
     };
+    images_sites: {
+        parameters: {
+            query?: {
+                /** @description Items of the page, 1 to 1000; 100 when absent. */
+                limit?: number;
+                /** @description `next_page` of the page before. */
+                page?: string;
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+            };
+            header?: never;
+            path: {
+                /** @description Its id, or its name where it has one. */
+                image: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Page_Site"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
     join_create: {
         parameters: {
             query?: never;
@@ -5679,6 +6132,43 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["Ledger"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    links_list: {
+        parameters: {
+            query?: {
+                /** @description Items of the page, 1 to 1000; 100 when absent. */
+                limit?: number;
+                /** @description `next_page` of the page before. */
+                page?: string;
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+                /** @description Only those from and to this host. */
+                host?: string;
+            };
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Page_Link"];
                 };
             };
             /** @description A problem (RFC 9457) */
@@ -6334,6 +6824,40 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["Port"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    ports_flows: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+            };
+            header?: never;
+            path: {
+                /** @description Its id, or its name where it has one. */
+                port: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["PortFlows"];
                 };
             };
             /** @description A problem (RFC 9457) */
@@ -7238,6 +7762,44 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["VolumeHistory"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    volumes_sites: {
+        parameters: {
+            query?: {
+                /** @description Items of the page, 1 to 1000; 100 when absent. */
+                limit?: number;
+                /** @description `next_page` of the page before. */
+                page?: string;
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+            };
+            header?: never;
+            path: {
+                /** @description Its id, or its name where it has one. */
+                volume: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Page_Site"];
                 };
             };
             /** @description A problem (RFC 9457) */

@@ -194,8 +194,8 @@ export function GuestPage(props: { id: string; part?: string }) {
       <Panel title="Network">
         {attached.length === 0 ? <Empty>no port</Empty> : attached.map((port) => (
           <Facts key={port.id} rows={[
-            ["network", <a href="#/networks">{networks.value.get(port.network)?.name ?? port.network}</a>],
-            ["address", port.ipv4],
+            ["network", <a href={`#/networks/${port.network}`}>{networks.value.get(port.network)?.name ?? port.network}</a>],
+            ["address", <a href={`#/ports/${port.id}`}>{port.ipv4}</a>],
             ["MAC", <code>{port.mac}</code>],
             ["at", <HostLink id={port.host} />],
             ...(port.moved_from ? [["still forwarded from", <HostLink id={port.moved_from} />] as [string, ComponentChildren]] : []),
@@ -205,7 +205,7 @@ export function GuestPage(props: { id: string; part?: string }) {
       <Panel title="Disks">
         {guest.volumes.map((id) => volumes.value.get(id)).filter((volume) => volume !== undefined).map((volume) => (
           <Facts key={volume.id} rows={[
-            ["volume", volume.name], ["size", bytes(volume.size_bytes)], ["blocks follow", volume.propagation],
+            ["volume", <a href={`#/volumes/${volume.id}`}>{volume.name}</a>], ["size", bytes(volume.size_bytes)], ["blocks follow", volume.propagation],
             ["at", <HostLink id={volume.host} />],
             ...(volume.needed_source ? [["blocks still come from", <HostLink id={volume.needed_source} />] as [string, ComponentChildren]] : []),
           ]} />

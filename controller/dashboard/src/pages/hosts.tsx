@@ -2,9 +2,11 @@ import { useState } from "preact/hooks";
 import { change, Refused } from "../api/http";
 import type { Host } from "../api/types";
 import { may } from "../store/derive";
-import { clouds, events, guests, hosts, now, rentings, who } from "../store/store";
+import { hostRisk, priced } from "../store/risk";
+import { areAllWays, clouds, evacuations, events, guests, hosts, markets, now, rentings, ways, who } from "../store/store";
 import { ago, bytes, moment, price } from "../ui/format";
 import { Empty, Facts, Grid, Panel, State, room } from "../ui/parts";
+import { LinkGrid, useLinksOf } from "../ui/links";
 import { PlanButton } from "../ui/plan_ask";
 import { EventLine } from "./events";
 
@@ -79,7 +81,10 @@ function Clouds() {
 }
 
 export function Hosts() {
-  const found = [...hosts.value.values()].filter((host) => host.state !== "removed");
+  const found = [...hosts.value.values()].filter((host) => host.state !== "removed").map((host) => {
+    const { market, renting } = priced(host, rentings.value.values(), markets.value);
+    return { ...host, market, renting, risk: hostRisk(host, renting, evacuations.value) };
+  });
   return (
     <div class="tiles">
       <Panel title={`Hosts (${found.length})`} wide>
@@ -89,11 +94,14 @@ export function Hosts() {
           { title: "state", key: (host) => host.state, show: (host) => <State of={host.state} /> },
           { title: "vCPU", key: (host) => host.used.vcpus, show: (host) => `${host.used.vcpus} / ${host.capacity.vcpus}` },
           { title: "memory", key: (host) => host.used.memory_bytes, show: (host) => `${bytes(host.used.memory_bytes)} / ${bytes(host.capacity.memory_bytes)}` },
+          { title: "price", key: (host) => host.market?.price_nanousd_per_hour ?? -1, show: (host) => (host.market ? price(host.market.price_nanousd_per_hour) : host.renting ? "not known" : "–") },
+          { title: "risk", key: (host) => host.risk.text, show: (host) => <span class={host.risk.tone}>{host.risk.text}</span> },
           { title: "runs", key: (host) => host.compat_classes[0]?.accelerator ?? "", show: (host) => host.compat_classes.map((one) => `${one.back_end}/${one.accelerator}`).join(", "), wide: true },
           { title: "heard of", key: (host) => host.last_seen_ms, show: (host) => ago(host.last_seen_ms, now.value), wide: true },
         ]} />
       </Panel>
       <Clouds />
+      <Panel title={`Links between hosts (${ways.value.length}${areAllWays.value ? "" : " of more"})`} wide><LinkGrid name="links" links={ways.value} /></Panel>
       <Rentings />
     </div>
   );
@@ -113,10 +121,12 @@ function Classes(props: { host: Host }) {
 export function HostPage(props: { id: string }) {
   const [problem, setProblem] = useState("");
   const host = [...hosts.value.values()].find((one) => one.name === props.id || one.id === props.id);
+  const links = useLinksOf(host ? [host.id] : []);
   if (!host) return <Panel title="No such host" wide><Empty>There is no host {props.id}.</Empty></Panel>;
   const own = [...guests.value.values()].filter((guest) => guest.host === host.id);
   const told = events.value.filter((event) => event.host === host.id).slice(-30).reverse();
-  const rented = [...rentings.value.values()].find((one) => one.host === host.id && one.state !== "ended");
+  const { market, renting: rented } = priced(host, rentings.value.values(), markets.value);
+  const risk = hostRisk(host, rented, evacuations.value);
   const isCordoned = host.state === "cordoned";
   const cordon = async () => {
     try {
@@ -135,11 +145,13 @@ export function HostPage(props: { id: string }) {
           ...room(host).map(([name, part]): [string, string] => [name, percent(part)]),
           ["capacity", `${host.capacity.vcpus} vCPU, ${bytes(host.capacity.memory_bytes)}, disk ${bytes(host.capacity.disk_bytes)}`],
           ["agents dial it at", host.data_address ?? "nowhere: it dials"],
-          ["overlay", host.overlay_address ?? "–"],
+          ["overlay", host.overlay_address ? `${host.overlay_address}, ${host.overlay_encryption ? "encrypted (WireGuard)" : "not encrypted"}` : "–"],
           ["heard of", ago(host.last_seen_ms, now.value)],
           ["agent", host.agent_version],
           ["runs", <Classes host={host} />],
           ["certificate (SHA-256)", <code>{host.certificate_sha256}</code>],
+          ...(market ? [["costs now", price(market.price_nanousd_per_hour)] as [string, string]] : []),
+          ["risk", <span class={risk.tone}>{risk.text}</span>],
           ...(rented ? [["rented as", `${rented.instance_type}, ${rented.tenure.replaceAll("_", " ")}, by ${rented.provider}`] as [string, string]] : []),
           ["joined", moment(host.created_at_ms)],
         ]} />
@@ -147,6 +159,7 @@ export function HostPage(props: { id: string }) {
       <Panel title="What its substrate gives, as measured">
         <ProbeFacts probe={host.probe as Probe | null} />
       </Panel>
+      <Panel title="Links" wide><LinkGrid name={`links of ${host.name}`} links={links} /></Panel>
       <Panel title={`Guests here (${own.length})`}>
         {own.length === 0 ? <Empty>none</Empty> : <ul class="plain">{own.map((guest) => <li key={guest.id}><a href={`#/guests/${guest.id}`}>{guest.name}</a> <State of={guest.state} /></li>)}</ul>}
       </Panel>

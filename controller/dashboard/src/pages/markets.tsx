@@ -1,3 +1,4 @@
+import { marketRisk } from "../store/risk";
 import { guests, hosts, markets, prices } from "../store/store";
 import { Chart } from "../ui/chart";
 import { feedTime, price } from "../ui/format";
@@ -41,6 +42,7 @@ export function Markets() {
             { title: "market", key: (market) => market.name, show: (market) => market.name },
             { title: "on demand", key: (market) => market.on_demand_nanousd_per_hour ?? 0, show: (market) => market.on_demand_nanousd_per_hour ? price(market.on_demand_nanousd_per_hour) : "–" },
             { title: "saves", key: (market) => market.price_nanousd_per_hour / (market.on_demand_nanousd_per_hour || Infinity), show: (market) => market.on_demand_nanousd_per_hour ? `${Math.round((1 - market.price_nanousd_per_hour / market.on_demand_nanousd_per_hour) * 100)} %` : "–" },
+            { title: "risk, as seen", key: (market) => (market.seen ? market.seen.taken / Math.max(1, market.seen.ran_ms) : -1), show: (market) => <span class={marketRisk(market).tone}>{marketRisk(market).text}</span> },
             { title: "since", key: (market) => market.feed_time_ms, show: (market) => feedTime(market.feed_time_ms), wide: true },
             { title: "guests in this cloud", key: (market) => inCloud(market.cloud), show: (market) => inCloud(market.cloud), wide: true },
           ]} />

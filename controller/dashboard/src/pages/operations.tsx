@@ -37,7 +37,7 @@ export function OperationPage(props: { id: string }) {
   // Only what this kind of operation has.
   const about: [string, ComponentChildren][] = [];
   if (operation.guest) about.push(["guest", <GuestLink id={operation.guest} />]);
-  if (operation.image) about.push(["image", <a href="#/images">{images.value.get(operation.image)?.name ?? operation.image}</a>]);
+  if (operation.image) about.push(["image", <a href={`#/images/${operation.image}`}>{images.value.get(operation.image)?.name ?? operation.image}</a>]);
   if (operation.source) about.push(["from", <HostLink id={operation.source} />]);
   if (operation.destination) about.push(["to", <HostLink id={operation.destination} />]);
   const moved: [string, string][] = [];

@@ -1,13 +1,16 @@
 // The first screen: is anything wrong, what moves, where everything is, what it would cost, how good the moves were, who did what.
 import { alarms, places, record } from "../store/derive";
-import { clouds, evacuations, events, guests, hosts, ledger, markets, now, operations, underWay } from "../store/store";
+import { isAtRest, tally } from "../store/plans";
+import { areAllWays, clouds, evacuations, events, guests, hosts, ledger, markets, now, operations, plans, underWay, ways } from "../store/store";
 import { Cancel } from "../ui/actions";
 import { ago, duration, price } from "../ui/format";
 import { Map_ } from "../ui/map";
 import { Empty, Moving, Panel } from "../ui/parts";
+import { PlanMark } from "../ui/plan";
 import { CostFigures } from "./costs";
 import { EventLine } from "./events";
 import { PriceChart } from "./markets";
+import { Turn, planName } from "./plans";
 
 export function Alarms() {
   const found = alarms(guests.value.values(), hosts.value.values(), operations.value.values(), evacuations.value, now.value);
@@ -41,7 +44,8 @@ export function Where() {
   const found = places(clouds.value.values(), hosts.value.values(), guests.value.values());
   return (
     <Panel title="Where everything is" wide>
-      {found.length === 0 ? <Empty>No cloud yet: <code>supercloud cloud create NAME</code></Empty> : <Map_ places={found} operations={underWay.value} />}
+      {found.length === 0 ? <Empty>No cloud yet: <code>supercloud cloud create NAME</code></Empty> : <Map_ places={found} operations={underWay.value} links={ways.value} />}
+      {!areAllWays.value && <p class="small soft" role="note">This fleet has more ways than a page holds: the round trips and losses here are those of {ways.value.length} of them. Each host's page has all of its own.</p>}
     </Panel>
   );
 }
@@ -83,6 +87,26 @@ function Next() {
   );
 }
 
+/** Moves that were decided and not made yet: why, how far, and who may say no. */
+function Coming() {
+  const found = [...plans.value.values()].filter((plan) => plan.state === "proposed" || !isAtRest(plan.state)).sort((a, b) => b.created_at_ms - a.created_at_ms);
+  if (found.length === 0) return null;
+  return (
+    <Panel title={found.length === 1 ? "One plan" : `${found.length} plans`} aside={<a href="#/plans">all plans</a>} wide>
+      {found.slice(0, 5).map((plan) => (
+        <div key={plan.id} class="moving">
+          <div class="line">
+            <a href={`#/plans/${plan.id}`}>{planName(plan)}</a><PlanMark of={plan.state} />
+            <span>{plan.steps.length === 0 ? "no guest moves" : tally(plan.steps).map(([state, count]) => `${count} ${state.replaceAll("_", " ")}`).join(", ")}</span>
+            <span class="grow" /><Turn plan={plan} />
+          </div>
+          <div class="line small"><span>{plan.reason ?? "no reason was given"}</span><span class="grow" /><span>{plan.actor}, {ago(plan.created_at_ms, now.value)}</span></div>
+        </div>
+      ))}
+    </Panel>
+  );
+}
+
 function Who() {
   const newest = events.value.slice(-12).reverse();
   return (
@@ -98,6 +122,7 @@ export function Overview() {
       <Alarms />
       <Good />
       <Now />
+      <Coming />
       <Where />
       <Cost />
       <Next />

@@ -11,7 +11,7 @@ import { Empty, Facts, Grid, Panel } from "../ui/parts";
 import { PlanBody, PlanMark } from "../ui/plan";
 import { PlanButton } from "../ui/plan_ask";
 
-const name = (plan: FleetPlan) => title(plan, hosts.value, clouds.value);
+export const planName = (plan: FleetPlan) => title(plan, hosts.value, clouds.value);
 
 export function Plans() {
   if (!seesAll()) return <Panel title="Plans" wide><Empty>Plans are about all projects: a token of one project does not see them.</Empty></Panel>;
@@ -19,7 +19,7 @@ export function Plans() {
   return (
     <Panel title={`Plans (${found.length})`} wide aside={<PlanButton aim={{}} text="New plan…" />}>
       <Grid name="plans" tall items={found} empty={<>No plan yet: <code>supercloud plan create drain HOST</code></>} columns={[
-        { title: "what", show: (plan) => <a href={`#/plans/${plan.id}`}>{name(plan)}</a> },
+        { title: "what", show: (plan) => <a href={`#/plans/${plan.id}`}>{planName(plan)}</a> },
         { title: "state", key: (plan) => plan.state, show: (plan) => <PlanMark of={plan.state} /> },
         { title: "moves", key: (plan) => plan.cost.moves, show: (plan) => plan.cost.moves },
         { title: "steps", show: (plan) => tally(plan.steps).map(([state, count]) => `${count} ${state.replaceAll("_", " ")}`).join(", ") || "–", wide: true },
@@ -42,7 +42,8 @@ const VERBS: Record<Verb, { title: string; says: (plan: FleetPlan) => string }> 
   undo: { title: "Take back", says: () => "Its cordons are lifted, and every guest that it moved goes back to where it was, the last first." },
 };
 
-function Turn(props: { plan: FleetPlan }) {
+/** What may be asked of a plan now, by who may ask. */
+export function Turn(props: { plan: FleetPlan }) {
   const { plan } = props;
   const [verb, setVerb] = useState<Verb>();
   if (!may(who.value, "system")) return null;
@@ -50,7 +51,7 @@ function Turn(props: { plan: FleetPlan }) {
     <>
       {offers(plan).map((one) => <button key={one} class={one === "apply" ? "main" : ""} onClick={() => setVerb(one)}>{VERBS[one].title}…</button>)}
       {verb && (
-        <Sure title={`${VERBS[verb].title}: ${name(plan)}`} verb={`${VERBS[verb].title} now`} close={() => setVerb(undefined)} act={async () => {
+        <Sure title={`${VERBS[verb].title}: ${planName(plan)}`} verb={`${VERBS[verb].title} now`} close={() => setVerb(undefined)} act={async () => {
           const told = await change<FleetPlan>("POST", `/v1/plans/${plan.id}/${verb}`);
           if (told) learnPlan(told);
         }}>
@@ -66,7 +67,7 @@ export function PlanPage(props: { id: string }) {
   if (!plan) return <Panel title="No such plan" wide><Empty>There is no plan {props.id} any more, or this token does not see it.</Empty></Panel>;
   return (
     <div class="tiles">
-      <Panel title={name(plan)} wide aside={<span class="line"><PlanMark of={plan.state} /><Turn plan={plan} /></span>}>
+      <Panel title={planName(plan)} wide aside={<span class="line"><PlanMark of={plan.state} /><Turn plan={plan} /></span>}>
         <Facts rows={[
           ["made", moment(plan.created_at_ms)],
           ["by", plan.actor],

@@ -3,7 +3,7 @@ import { batch, computed, signal, type Signal } from "@preact/signals";
 import { Away, Refused, get, list } from "../api/http";
 import { follow } from "../api/stream";
 import type {
-  Cloud, Evacuation, Event, FleetPlan, Freeze, Guest, Host, Image, Ledger, Market, Network, Operation, Port, PriceSeries, Project, Renting, Token, Volume, WhoAmI,
+  Cloud, Evacuation, Event, FleetPlan, Freeze, Guest, Host, HostLink, Image, Ledger, Market, Network, Operation, Port, PriceSeries, Project, Renting, Token, Volume, WhoAmI,
 } from "../api/types";
 import { isEnded } from "./derive";
 import { isAtRest } from "./plans";
@@ -41,6 +41,10 @@ export const prices: Signal<ReadonlyMap<string, PriceSeries>> = signal(new Map()
 export const ledger: Signal<Ledger | null> = signal(null);
 /** Guests on hosts that a provider takes back, and whether they could leave in time. */
 export const evacuations: Signal<Evacuation[]> = signal([]);
+/** Ways between hosts, as their agents measure them. */
+export const ways: Signal<HostLink[]> = signal([]);
+/** Whether these are all: of a big fleet the first page is enough for the map, and pages of hosts ask for theirs. */
+export const areAllWays = signal(true);
 /** Newest last. */
 export const events: Signal<Event[]> = signal([]);
 const EVENTS_KEPT = 2000;
@@ -131,6 +135,19 @@ const loaders: Record<string, () => Promise<void>> = {
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
       evacuations.value = [];
+    }
+  },
+  ways: async () => {
+    try {
+      const page = await get<{ items: HostLink[]; next_page?: string | null }>("/v1/links?limit=1000");
+      batch(() => {
+        ways.value = page.items;
+        areAllWays.value = !page.next_page;
+      });
+    } catch (error) {
+      if (!(error instanceof Refused)) throw error;
+      // Too many ask: what was told before stays until the next time.
+      if (error.problem.status === 403 || error.problem.status === 404) ways.value = [];
     }
   },
   plans: () => (seesAll() ? all(plans, "/v1/plans") : Promise.resolve()),
@@ -263,6 +280,9 @@ export async function begin(): Promise<void> {
   });
   every(stop.signal, 5000, async () => {
     if (link.peek() === "live") await Promise.all([loadPrices(), refresh("hosts")]);
+  });
+  every(stop.signal, 10_000, async () => {
+    if (link.peek() === "live") await refresh("ways");
   });
   every(stop.signal, 30_000, async () => {
     if (link.peek() === "live") await refresh("evacuations");

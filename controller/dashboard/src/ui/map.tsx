@@ -1,16 +1,37 @@
 // Where everything is: clouds, in them hosts, in them guests; arcs for what moves.
 import { useLayoutEffect, useRef, useState } from "preact/hooks";
-import type { Operation } from "../api/types";
+import type { HostLink, Operation } from "../api/types";
 import { isEnded, type Place } from "../store/derive";
+import { type Way, wayText, ways } from "../store/ways";
 import { room } from "./parts";
 
 interface Arc { id: string; from: [number, number]; to: [number, number] }
 
-export function Map_(props: { places: Place[]; operations: Operation[] }) {
+/** Ways that are drawn; more would be a knot. They are all in the list of each cloud. */
+const MOST_DRAWN = 10;
+const MOST_LISTED = 6;
+
+/** The ways from a cloud to the others, and within it. */
+function Ways(props: { cloud: string; ways: Way[] }) {
+  const own = props.ways.filter((way) => way.from === props.cloud || way.to === props.cloud);
+  if (own.length === 0) return null;
+  const other = (way: Way) => (way.from === way.to ? "within it" : `to ${way.from === props.cloud ? way.toName : way.fromName}`);
+  return (
+    <ul class="ways">
+      {own.slice(0, MOST_LISTED).map((way) => <li key={way.id} class={way.state}>{other(way)}: {wayText(way)}</li>)}
+      {own.length > MOST_LISTED && <li><a href="#/hosts">and {own.length - MOST_LISTED} more</a></li>}
+    </ul>
+  );
+}
+
+export function Map_(props: { places: Place[]; operations: Operation[]; links: HostLink[] }) {
   const box = useRef<HTMLDivElement>(null);
   const [arcs, setArcs] = useState<Arc[]>([]);
+  const [lines, setLines] = useState<(Arc & { state: Way["state"] })[]>([]);
+  const known = ways(props.links);
+  const drawn = known.filter((way) => way.from !== way.to).slice(0, MOST_DRAWN);
   const moves = props.operations.filter((operation) => !isEnded(operation.phase) && operation.source && operation.destination && operation.source !== operation.destination);
-  const mark = moves.map((operation) => operation.id).join() + props.places.map((place) => place.hosts.length).join();
+  const mark = moves.map((operation) => operation.id).join() + props.places.map((place) => place.hosts.length).join() + known.map((way) => way.id + way.state).join();
   useLayoutEffect(() => {
     const draw = () => {
       const frame = box.current?.getBoundingClientRect();
@@ -23,6 +44,15 @@ export function Map_(props: { places: Place[]; operations: Operation[] }) {
         const [from, to] = [centre(operation.source!), centre(operation.destination!)];
         return from && to ? [{ id: operation.id, from, to }] : [];
       }));
+      const top = (id: string): [number, number] | undefined => {
+        const found = box.current?.querySelector(`[data-cloud="${CSS.escape(id)}"]`)?.getBoundingClientRect();
+        return found && [found.left - frame.left + found.width / 2, found.top - frame.top];
+      };
+      setLines(drawn.flatMap((way) => {
+        const [from, to] = [top(way.from), top(way.to)];
+        // Between clouds in different rows it would go through what is written in others; it is in their lists.
+        return from && to && Math.abs(from[1] - to[1]) < 8 ? [{ id: way.id, from, to, state: way.state }] : [];
+      }));
     };
     draw();
     const observer = new ResizeObserver(draw);
@@ -32,8 +62,9 @@ export function Map_(props: { places: Place[]; operations: Operation[] }) {
   return (
     <div class="map" ref={box}>
       {props.places.map((place) => (
-        <div class="cloud" key={place.cloud.id}>
+        <div class="cloud" key={place.cloud.id} data-cloud={place.cloud.id}>
           <h3>{place.cloud.name}</h3>
+          <Ways cloud={place.cloud.id} ways={known} />
           {place.hosts.length === 0 && <p class="empty">no host</p>}
           {place.hosts.map(({ host, guests }) => (
             <a class={`host ${host.state}`} key={host.id} data-host={host.id} href={`#/hosts/${host.name}`}>
@@ -54,6 +85,9 @@ export function Map_(props: { places: Place[]; operations: Operation[] }) {
         </div>
       ))}
       <svg class="arcs" aria-hidden="true">
+        {lines.map(({ id, from, to, state }) => (
+          <path key={id} class={`way ${state}`} d={`M${from[0]} ${from[1]} C${from[0]} ${from[1] - 26} ${to[0]} ${to[1] - 26} ${to[0]} ${to[1]}`} />
+        ))}
         {arcs.map(({ id, from, to }) => (
           <path key={id} d={`M${from[0]} ${from[1]} Q${(from[0] + to[0]) / 2} ${Math.min(from[1], to[1]) - 40} ${to[0]} ${to[1]}`} />
         ))}

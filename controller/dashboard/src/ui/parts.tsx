@@ -26,6 +26,7 @@ const MARKS: Record<string, [string, string]> = {
   running: ["good", "running"], up: ["good", "up"], done: ["good", "done"], ready: ["good", "ready"],
   created: ["idle", "created"], stopped: ["idle", "stopped"], frozen: ["cold", "frozen"], cordoned: ["warn", "cordoned"],
   rolled_back: ["warn", "rolled back"], unreachable: ["bad", "unreachable"], lost: ["bad", "lost"], failed: ["bad", "failed"],
+  silent: ["bad", "no answer"], not_measured: ["idle", "not measured"], answers: ["good", "answers"],
   removed: ["idle", "removed"], proposed: ["idle", "proposed"], pending: ["idle", "pending"], skipped: ["idle", "not needed any more"],
   cancelled: ["warn", "cancelled"], undone: ["warn", "taken back"], not_undone: ["bad", "not taken back"], undoing: ["busy", "being taken back"],
 };

@@ -26,6 +26,7 @@ fn host(name: &str, cloud: CloudId, gib: u64) -> Host {
         state: HostState::Up,
         data_address: Some("192.0.2.1:1".parse().unwrap()),
         overlay_address: None,
+        overlay_encryption: None,
         overlay_index: 1,
         capacity: Room { vcpus: 64, memory_bytes: gib * GIB, disk_bytes: 1 << 40 },
         used: Room::default(),

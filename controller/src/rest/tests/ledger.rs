@@ -246,6 +246,7 @@ async fn hosts_that_joined_by_themselves_are_not_priced_by_what_others_rent() {
         on_demand_nanousd_per_hour: None,
         feed_time_ms: 0,
         feed_now_ms: unix_ms(),
+        seen: None,
     };
     assert_eq!(own.cloud_name.as_str(), "east");
     test.parts().markets.post(Arc::new(OneMarket(market)));

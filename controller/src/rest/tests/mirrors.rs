@@ -47,7 +47,7 @@ async fn a_mirror_is_checked_begun_shown_and_fails_over_only_from_a_dead_host() 
     }
     let plan = client.plan_mirror("web", &to("west")).await.unwrap().plan.unwrap();
     let names: Vec<_> = plan.checks.iter().map(|check| check.name.as_str()).collect();
-    assert_eq!(names, ["compat_class", "capacity", "reachability", "mirroring"]);
+    assert_eq!(names, ["compat_class", "capacity", "reachability", "overlay", "mirroring"]);
     assert_eq!(client.guest("web").await.unwrap().operation, None);
 
     let begun = client.mirror_guest("web", &to("west")).await.unwrap();

@@ -10,6 +10,7 @@ mod images;
 mod joins;
 mod lasting;
 mod ledger;
+mod links;
 mod mirrors;
 mod monitoring;
 mod moves;
@@ -198,6 +199,7 @@ impl TestController {
             state: HostState::Up,
             data_address: Some("192.0.2.7:4500".parse().unwrap()),
             overlay_address: None,
+            overlay_encryption: None,
             overlay_index: 1,
             capacity: Room { vcpus: 64, memory_bytes, disk_bytes: 1 << 42 },
             used: Room::default(),

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use reqwest::Method;
-use supercloud_api::Role;
+use supercloud_api::{Role, unix_ms};
 
 use super::{TestController, guest};
 
@@ -113,13 +113,16 @@ async fn the_rules_and_the_board_of_monitoring_name_what_is_there() {
     let world = test.world().await;
     world.client.create_guest(&guest("web")).await.unwrap();
     let viewer = test.token("*", Role::Viewer).await.secret;
+    let [east, west] = [world.hosts[0].id, world.hosts[1].id];
     let metrics = loop {
+        test.parts().paths.told(east, vec![super::links::path(west)], unix_ms());
         let text = test.raw(Method::GET, "/metrics", Some(&viewer)).send().await.unwrap().text().await.unwrap();
-        // The count of operations and of requests may come a moment later.
-        if text.contains("supercloud_operations_ended_total{") && text.contains("supercloud_http_requests_total{") {
+        // The counts of operations and of requests, and who is to measure whom, may come a moment later.
+        let awaited = ["operations_ended_total", "http_requests_total", "link_rtt_us"];
+        if awaited.iter().all(|name| text.contains(&format!("supercloud_{name}{{"))) {
             break text;
         }
-        tokio::task::yield_now().await;
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
     };
     let (rules, board) = (rules(), board());
     assert!(rules.len() >= 10 && board.len() >= 15, "{} rules, {} expressions", rules.len(), board.len());

@@ -70,7 +70,7 @@ async fn a_move_is_checked_planned_and_begun() {
     assert_eq!(plan.destination, Some(world.hosts[1].id));
     assert_eq!(plan.predicted_ms, Some((256 << 20) * 8000 / 100_000_000));
     let names: Vec<_> = plan.checks.iter().map(|check| check.name.as_str()).collect();
-    assert_eq!(names, ["compat_class", "capacity", "reachability"]);
+    assert_eq!(names, ["compat_class", "capacity", "reachability", "overlay"]);
     assert_eq!(world.client.guest("web").await.unwrap().operation, None);
 
     for (place, code) in [("east", Code::WrongState), ("east-1", Code::WrongState), ("mars", Code::NotFound)] {

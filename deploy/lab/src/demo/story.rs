@@ -306,6 +306,24 @@ impl Story {
                 server.clock_back + client.clock_back
             ));
         }
+        self.overheard(fleet).await
+    }
+
+    /// Whether anybody on the way could read what the guests said to each other, where the hosts encrypt.
+    async fn overheard(&self, fleet: &Fleet) -> anyhow::Result<()> {
+        if fleet.admin().host("home").await?.overlay_encryption.is_none() {
+            return Ok(());
+        }
+        let lab = fleet.lab().clone();
+        let (links, _) = tokio::task::spawn_blocking(move || lab.links()).await.context("a worker died")??;
+        let plain: u64 = links.iter().map(|link| link.counters.plain_tunnel_frames).sum();
+        let encrypted: u64 = links.iter().map(|link| link.counters.encrypted_frames).sum();
+        self.tell.remark(&format!(
+            "also: the guests' frames on the WAN: {encrypted} encrypted (WireGuard), {plain} in the clear"
+        ));
+        if plain > 0 || encrypted == 0 {
+            bail!("the hosts' tunnels are to be encrypted, and {plain} frames of guests crossed the WAN in the clear");
+        }
         Ok(())
     }
 

@@ -86,6 +86,13 @@ struct AgentFile {
     qemu_user: Option<&'static str>,
     capacity: CapacityFile,
     ovs: OvsFile,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    wireguard: Option<WireguardFile>,
+}
+
+#[derive(Serialize)]
+struct WireguardFile {
+    endpoint: String,
 }
 
 #[derive(Serialize)]
@@ -114,6 +121,8 @@ pub fn agent(site: &Site) -> Result<String, toml::ser::Error> {
     // A host VM holds its guests' memory, its own, and the agent's; a namespace host is this machine: what counts there is that a lab
     // fits into 8 GiB.
     let is_xen = site.hypervisor() == Hypervisor::Xen;
+    // It takes a switch in the kernel, and a kernel that has WireGuard: this machine's may have neither.
+    let encrypts = is_vm && !is_xen;
     let (vcpus, memory_bytes, disk_bytes) = match (is_vm, is_xen) {
         // What the first domain leaves, less what Xen needs for each guest.
         (true, true) => (4, 320 << 20, 2 << 30),
@@ -128,7 +137,7 @@ pub fn agent(site: &Site) -> Result<String, toml::ser::Error> {
         join_token_file: format!("{SETTINGS_DIR}/join-token"),
         data_listen: format!("0.0.0.0:{DATA_PORT}"),
         data_address: format!("{}:{DATA_PORT}", site.address()),
-        overlay_address: site.overlay_address(),
+        overlay_address: if encrypts { index.encrypted_address(site.number) } else { site.overlay_address() },
         back_end: is_vm.then_some(if is_xen { "xen" } else { "kvm" }),
         // Everything of a domain is done by the superuser's own programs.
         qemu_user: is_xen.then_some("root"),
@@ -138,6 +147,7 @@ pub fn agent(site: &Site) -> Result<String, toml::ser::Error> {
             datapath: is_vm.then_some("system"),
             blocked: vec![format!("198.18.{lab}.0/24"), format!("198.19.{lab}.0/24")],
         },
+        wireguard: encrypts.then(|| WireguardFile { endpoint: format!("{}:51820", site.overlay_address()) }),
     })
 }
 
@@ -200,6 +210,8 @@ mod tests {
         let site = Site::new(&spec, index, &StateDir::new(std::path::Path::new("/nowhere"), "x"), "home").unwrap();
         let table: toml::Table = agent(&site).unwrap().parse().unwrap();
         assert_eq!((table["back_end"].as_str(), table["ovs"]["datapath"].as_str()), (Some("kvm"), Some("system")));
+        assert_eq!(table["overlay_address"].as_str(), Some("198.19.7.131"));
+        assert_eq!(table["wireguard"]["endpoint"].as_str(), Some("198.19.7.3:51820"));
 
         let spec = LabSpec::three_clouds_of_xen("x");
         let site = Site::new(&spec, index, &StateDir::new(std::path::Path::new("/nowhere"), "x"), "home").unwrap();

@@ -31,8 +31,17 @@ pub const PROGRAM_DIR: &str = "/usr/lib/supercloud";
 const PROGRAMS: [&str; 3] = ["supercloud-lab", "supercloud-agent", "supercloud-volume"];
 
 /// What they need, and the switch. `libvirt0` is only a library of the agent's.
-const PACKAGES: [&str; 7] =
-    ["libc6", "libgcc-s1", "openvswitch-switch", "openvswitch-common", "iproute2", "libvirt0", "busybox-static"];
+const PACKAGES: [&str; 9] = [
+    "libc6",
+    "libgcc-s1",
+    "openvswitch-switch",
+    "openvswitch-common",
+    "iproute2",
+    "nftables",
+    "wireguard-tools",
+    "libvirt0",
+    "busybox-static",
+];
 
 /// What a Xen host has besides: `xl`, the store of its domains' devices, the daemon of their consoles.
 const XEN_PACKAGES: [&str; 2] = ["xen-utils-4.17", "xenstore-utils"];

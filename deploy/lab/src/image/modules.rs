@@ -24,8 +24,9 @@ pub const WANTED: [&str; 10] = [
 pub const WANTED_BY_HOSTS: [&str; 8] =
     ["virtio_pci", "virtio_blk", "virtio_net", "nvme", "vmxnet3", "kvm_amd", "tun", "bridge"];
 
-/// What a host VM needs in which an agent runs: the same, the third hardware, a file system, and a switch in the kernel with its tunnels.
-pub const WANTED_BY_AGENTS_HOSTS: [&str; 18] = [
+/// What a host VM needs in which an agent runs: the same, the third hardware, a file system, and a switch in the kernel with its tunnels and
+/// what encrypts them.
+pub const WANTED_BY_AGENTS_HOSTS: [&str; 20] = [
     "virtio_pci",
     "virtio_blk",
     "virtio_net",
@@ -42,6 +43,8 @@ pub const WANTED_BY_AGENTS_HOSTS: [&str; 18] = [
     "openvswitch",
     "vport_vxlan",
     "vport_geneve",
+    "nf_tables",
+    "wireguard",
     "sch_netem",
     "sch_htb",
 ];

@@ -70,6 +70,10 @@ pub struct Counters {
     pub overflow_frames: u64,
     /// Frames dropped because the link or a site was cut.
     pub cut_frames: u64,
+    /// Of the delivered ones: guests' frames in tunnels, as everybody on the way can read them (VXLAN).
+    pub plain_tunnel_frames: u64,
+    /// Of the delivered ones: what WireGuard has encrypted.
+    pub encrypted_frames: u64,
 }
 
 /// A frame on its way.
@@ -133,6 +137,11 @@ impl Link {
         self.held_bytes -= len;
         self.counters.sent_frames += 1;
         self.counters.sent_bytes += len;
+        match udp_port(&flying.frame) {
+            Some(VXLAN_PORT) => self.counters.plain_tunnel_frames += 1,
+            Some(WIREGUARD_PORT) => self.counters.encrypted_frames += 1,
+            _ => {}
+        }
         Some(flying)
     }
 
@@ -394,6 +403,20 @@ impl Fabric {
     }
 }
 
+const VXLAN_PORT: u16 = 4789;
+const WIREGUARD_PORT: u16 = 51_820;
+
+/// The port to which a frame goes, if it is UDP over IPv4 and not a later fragment.
+fn udp_port(frame: &[u8]) -> Option<u16> {
+    let packet = frame.get(14..)?;
+    let is_ipv4 = frame[12..14] == [0x08, 0x00] && packet.first()? >> 4 == 4;
+    if !is_ipv4 || *packet.get(9)? != 17 || packet[6] & 0x1f != 0 || packet[7] != 0 {
+        return None;
+    }
+    let datagram = packet.get(usize::from(packet[0] & 0x0f) * 4..)?;
+    Some(u16::from_be_bytes([*datagram.get(2)?, *datagram.get(3)?]))
+}
+
 fn is_group(mac: [u8; 6]) -> bool {
     mac[0] & 1 == 1
 }
@@ -453,6 +476,32 @@ mod tests {
         fabric.ingress(2_000_000, 3, &frame(BROADCAST, mac(0), &[0; 962]));
         assert_eq!(ports_due(&mut fabric, 3_000_000), [1, 2]);
         assert_eq!(ports_due(&mut fabric, 4_000_000), [4, 5]);
+    }
+
+    #[test]
+    fn what_is_in_tunnels_is_counted_by_whether_it_can_be_read() {
+        let mut fabric = fabric(LinkShape::new(0.0, 0));
+        let datagram = |port: u16, fragment: u8, protocol: u8| {
+            let mut packet = vec![0x45, 0, 0, 28, 0, 0, 0, fragment, 64, protocol, 0, 0, 198, 19, 1, 1, 198, 19, 1, 2];
+            packet.extend([0xc0, 0, port.to_be_bytes()[0], port.to_be_bytes()[1], 0, 8, 0, 0]);
+            frame(BROADCAST, mac(0), &packet)
+        };
+        for one in [
+            datagram(4789, 0, 17),
+            datagram(51_820, 0, 17),
+            datagram(51_820, 0, 17),
+            datagram(4789, 9, 17),
+            datagram(4789, 0, 6),
+            datagram(53, 0, 17),
+            datagram(4789, 0, 17)[..36].to_vec(),
+            frame(BROADCAST, mac(0), &[0x45]),
+        ] {
+            fabric.ingress(0, 3, &one);
+        }
+        assert_eq!(ports_due(&mut fabric, 0).len(), 16);
+        for link in fabric.status().iter().filter(|link| link.from == "a") {
+            assert_eq!((link.counters.plain_tunnel_frames, link.counters.encrypted_frames), (1, 2), "{link:?}");
+        }
     }
 
     #[test]

@@ -26,7 +26,7 @@ use crate::vmm::{
     Ram, VmmError, io_error,
     memory::PAGE_BYTES,
     travel::{TravelError, pages::Unpacker},
-    virtio::{Wakers, borrow},
+    virtio::{Wakers, balloon::Keep, borrow},
 };
 
 /// How often it looks whether the other end is silent, and tells how far it is.
@@ -88,11 +88,12 @@ impl std::fmt::Debug for Fetch {
 }
 
 impl Fetch {
-    /// Takes what is missing out of the memory of a machine that stands still, and has who touches it wait from now on.
+    /// Takes what is missing out of the memory of a machine that stands still, and has who touches it wait from now on. `keep` is
+    /// [`crate::vmm::Machine::keep_memory`] of it: until nothing is missing, nobody else takes anything out.
     ///
     /// # Errors
     /// When `device`, which is `/dev/userfaultfd`, does not give what is needed; then the machine is of no use.
-    pub fn start(device: &File, ram: &Ram, left: Left, tell: Tell) -> Result<Self, VmmError> {
+    pub fn start(device: &File, ram: &Ram, keep: Option<Keep>, left: Left, tell: Tell) -> Result<Self, VmmError> {
         let what = "fetching memory that was left behind";
         let bell = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(io_error(what))?;
         let unpacker = Unpacker::new().map_err(io_error(what))?;
@@ -102,7 +103,8 @@ impl Fetch {
         let (wants, missing) = (Wants::new(page_range(ram)), left.pages.clone());
         let held = Held { faults, wants, missing, figures: Figures::default(), began: Instant::now() };
         let pages = Pages { ram: ram.clone(), unpacker, held };
-        let work = Work { shared: Arc::clone(&shared), left, pages, talk: None, number: 0, has_failed: false, tell };
+        let work =
+            Work { shared: Arc::clone(&shared), keep, left, pages, talk: None, number: 0, has_failed: false, tell };
         std::thread::Builder::new().name("fetch".to_owned()).spawn(move || work.live()).map_err(io_error(what))?;
         Ok(Self(shared))
     }
@@ -165,6 +167,7 @@ struct Talk {
 
 struct Work {
     shared: Arc<Shared>,
+    keep: Option<Keep>,
     left: Left,
     pages: Pages,
     talk: Option<Talk>,
@@ -243,6 +246,9 @@ impl Work {
         if let Err(error) = faults.end() {
             // Who waits for zeros of memory that was never written waits on, and nobody else can give them.
             return (self.tell)(News::Broken(self.number, error.into()));
+        }
+        if let Some(keep) = self.keep {
+            keep.release();
         }
         // Before anybody is told: who carries the connection may let it go then.
         if let Some(mut talk) = self.talk {

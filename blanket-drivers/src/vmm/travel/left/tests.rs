@@ -45,7 +45,7 @@ fn fetching(ram: &Ram, left: &Left) -> Option<(Fetch, Receiver<News>)> {
     };
     let (tell, news) = channel();
     let tell = Box::new(move |what| drop(tell.send(what)));
-    Some((Fetch::start(&device, ram, left.clone(), tell).unwrap(), news))
+    Some((Fetch::start(&device, ram, None, left.clone(), tell).unwrap(), news))
 }
 
 fn connected(fetch: &Fetch, number: u64) -> UnixStream {

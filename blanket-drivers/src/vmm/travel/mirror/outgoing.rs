@@ -12,7 +12,9 @@ use supercloud_api::frame::{Frame, FrameError, HEADER_BYTES, MAX_PAYLOAD_BYTES};
 
 use super::{Aside, MAX_CUT_BYTES, Number, Taken};
 use crate::vmm::{
-    MachineConfig, Ram, state,
+    MachineConfig, Ram,
+    memory::Holes,
+    state,
     travel::{
         Hello, Round, TravelError, VERSION, kind,
         pages::{FRAME_BYTES, Forms, MOST_BYTES, Packer},
@@ -271,7 +273,10 @@ impl Keeper<'_> {
 
     /// Sends pages that may be written meanwhile.
     fn send_ram(&mut self, memory: &Memory) -> Result<(), TravelError> {
-        self.send_pages(&mut memory.pages.iter(), |packer, page, out| packer.pack(&memory.ram, page, out))
+        let mut holes = Holes::new(&memory.ram);
+        self.send_pages(&mut memory.pages.iter(), |packer, page, out| {
+            packer.pack_or_hole(&memory.ram, &mut holes, page, out)
+        })
     }
 
     fn send_pages<T: Copy>(

@@ -6,7 +6,7 @@ use vm_memory::{Bytes as _, GuestAddress};
 
 use crate::vmm::{
     Machine, Ram,
-    memory::PAGE_BYTES,
+    memory::{Holes, PAGE_BYTES},
     state::MachineState,
     travel::{TravelError, pages::Packer},
 };
@@ -28,10 +28,15 @@ pub struct Aside {
 
 impl Aside {
     /// Copies a page; false when it does not fit.
-    fn copy(&mut self, ram: &Ram, number: u64, room: usize) -> Result<bool, TravelError> {
+    fn copy(&mut self, ram: &Ram, holes: &mut Holes<'_>, number: u64, room: usize) -> Result<bool, TravelError> {
         let at = self.bytes.len();
         if at + PAGE > room {
             return Ok(false);
+        }
+        if holes.is_hole(number)? {
+            // It stays one.
+            self.pages.push((number, None));
+            return Ok(true);
         }
         self.bytes.resize(at + PAGE, 0);
         let from = number.checked_mul(PAGE_BYTES).map(GuestAddress);
@@ -121,10 +126,11 @@ fn merged(mut written: Vec<u64>, owed: &[u64]) -> Vec<u64> {
 /// Copies what fits; what is left.
 fn copied(ram: &Ram, pages: Vec<u64>, mut aside: Aside, room: usize) -> Result<(Aside, Vec<u64>), TravelError> {
     aside.clear();
+    let mut holes = Holes::new(ram);
     let mut left = pages;
     let mut count = 0;
     while let Some(page) = left.get(count)
-        && aside.copy(ram, *page, room)?
+        && aside.copy(ram, &mut holes, *page, room)?
     {
         count += 1;
     }

@@ -8,7 +8,11 @@ use super::{
     pack::{MOST_CHANGED, is_noise},
     unpack::xor,
 };
-use crate::vmm::{Ram, memory::PAGE_BYTES, travel::TravelError};
+use crate::vmm::{
+    Ram,
+    memory::{Holes, PAGE_BYTES},
+    travel::TravelError,
+};
 
 /// Pages that are looked at, at most: a few milliseconds.
 const SAMPLE: usize = 256;
@@ -24,13 +28,18 @@ impl Packer {
         let sample = SAMPLE.min(pages.len());
         let mut bytes = 0u64;
         // One of each stretch, not at the same place in each: what a guest writes is often regular.
+        let mut holes = Holes::new(ram);
         let mut state = 0x9e37_79b9_7f4a_7c15_u64;
         for part in 0..sample {
             let (from, to) = (part * pages.len() / sample, (part + 1) * pages.len() / sample);
             state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
             let within = usize::try_from(state >> 33).unwrap_or(0) % (to - from);
-            bytes +=
-                self.page_would_take(ram, pages[from + within], &mut zstd, &mut page, &mut packed).unwrap_or(0) as u64;
+            let number = pages[from + within];
+            // Reading a hole would put a page of zeros there.
+            if holes.is_hole(number).unwrap_or(false) {
+                continue;
+            }
+            bytes += self.page_would_take(ram, number, &mut zstd, &mut page, &mut packed).unwrap_or(0) as u64;
         }
         // At most a page each of as many as there can be.
         let all = u128::from(bytes) * pages.len() as u128 / sample.max(1) as u128;

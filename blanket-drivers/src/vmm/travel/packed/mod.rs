@@ -56,8 +56,7 @@ const MAX_PAGES: u64 = 16_384;
 /// What a compressor refers to, by its logarithm, and the most that is accepted.
 const WINDOW_LOG: u32 = 21;
 const MAX_WINDOW_LOG: u32 = 23;
-const ZEROS: [u8; PAGE] = [0; PAGE];
 
 fn is_zero(page: &[u8; PAGE]) -> bool {
-    *page == ZEROS
+    *page == [0; PAGE]
 }

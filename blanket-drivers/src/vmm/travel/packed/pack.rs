@@ -13,7 +13,7 @@ use super::{
 };
 use crate::vmm::{
     Ram,
-    memory::PAGE_BYTES,
+    memory::{Holes, PAGE_BYTES},
     travel::{TravelError, pages::Forms},
 };
 
@@ -114,12 +114,19 @@ impl Packer {
     ) -> Result<Option<Vec<u8>>, TravelError> {
         self.seen = Seen::default();
         let mut looked = 0;
+        // Of each frame anew: between two frames it may be told of pages that were written, and those are no holes any more.
+        let mut holes = Holes::new(ram);
         while self.plain.len() + self.raw.len() < FRAME_PLAIN
             && (looked < FRAME_PAGES || self.plain.is_empty())
             && let Some(number) = pages.next()
         {
             looked += 1;
             let is_written = is_written(*number);
+            if holes.is_hole(*number)? {
+                // Reading it would put a page of zeros there.
+                self.zeros(*number);
+                continue;
+            }
             let at = number.checked_mul(PAGE_BYTES).ok_or(TravelError::Malformed("a page beyond memory"))?;
             ram.read_slice(&mut self.page[..], GuestAddress(at))
                 .map_err(|_| TravelError::Malformed("a page beyond memory"))?;
@@ -144,9 +151,7 @@ impl Packer {
 
     fn page(&mut self, number: u64, is_written: bool) {
         if is_zero(&self.page) {
-            self.run(number, ZERO);
-            self.forms.zero += 1;
-            return self.versions.forget(number);
+            return self.zeros(number);
         }
         let form = match self.versions.get(number) {
             Some(version) => {
@@ -192,6 +197,12 @@ impl Packer {
             }
         }
         self.versions.put(number, &self.page, is_written);
+    }
+
+    fn zeros(&mut self, number: u64) {
+        self.run(number, ZERO);
+        self.forms.zero += 1;
+        self.versions.forget(number);
     }
 
     /// Goes on with the run, or begins another one.

@@ -4,7 +4,11 @@ use proptest::prelude::*;
 use vm_memory::{Bytes as _, GuestAddress};
 
 use super::{level::Level, *};
-use crate::vmm::{Ram, memory, travel::TravelError};
+use crate::vmm::{
+    Ram,
+    memory::{self, Holes},
+    travel::TravelError,
+};
 
 const BYTES: u64 = 4 << 20;
 const PAGES: u64 = BYTES / PAGE_BYTES;
@@ -231,6 +235,56 @@ fn a_page_that_was_zeros_in_between_goes_again() {
         assert!(content(&from) == content(&to));
     }
     assert_eq!((packer.forms.zero, packer.forms.compressed), (2, 3));
+}
+
+/// Pages below so many that take space.
+fn there(ram: &Ram, below: u64) -> Vec<u64> {
+    let mut holes = Holes::new(ram);
+    (0..below).filter(|page| !holes.is_hole(*page).unwrap()).collect()
+}
+
+#[test]
+fn holes_stay_holes_at_both_ends() {
+    let (from, to) = (ram(), ram());
+    let (mut packer, mut unpacker) = (Packer::new(2 * BYTES).unwrap(), Unpacker::new().unwrap());
+    let all: Vec<u64> = (0..PAGES).collect();
+    // Zeros that were written are as good as none.
+    for (number, kind) in [(3, 2), (5, 3), (700, 2), (701, 0)] {
+        from.write_slice(&page(kind, number), GuestAddress(number * PAGE_BYTES)).unwrap();
+    }
+    pack(&mut packer, &from, &all).iter().for_each(|frame| unpacker.unpack(&to, frame, true).unwrap());
+    assert_eq!((packer.forms.zero, packer.forms.raw, packer.forms.compressed), (PAGES - 3, 1, 2));
+    assert_eq!((there(&from, PAGES), there(&to, PAGES)), (vec![3, 5, 700, 701], vec![3, 5, 700]));
+    // The guest gives pages back: what would be sent of them is nothing, and looking puts nothing there.
+    memory::take_out(&from, 4, 701).unwrap();
+    assert_eq!(packer.would_take(&from, &all), 0);
+    pack(&mut packer, &from, &all).iter().for_each(|frame| unpacker.unpack(&to, frame, false).unwrap());
+    assert_eq!((there(&from, PAGES), there(&to, PAGES)), (vec![3, 701], vec![3]));
+    // What was sent of a page before it was given back is not what changes are told by.
+    from.write_slice(&page(2, 5), GuestAddress(5 * PAGE_BYTES)).unwrap();
+    pack(&mut packer, &from, &all).iter().for_each(|frame| unpacker.unpack(&to, frame, false).unwrap());
+    assert!(content(&from) == content(&to));
+    assert_eq!(packer.forms.changed, 0);
+}
+
+#[test]
+fn a_hole_that_is_written_between_two_frames_goes_with_the_second() {
+    let bytes = 64 << 20;
+    let map = || memory::map(memory::create(bytes).unwrap(), bytes).unwrap();
+    let (from, to) = (map(), map());
+    let (mut packer, mut unpacker) = (Packer::new(bytes).unwrap(), Unpacker::new().unwrap());
+    let all: Vec<u64> = (0..bytes / PAGE_BYTES).collect();
+    let mut left = all.iter();
+    let first = packer.pack(&from, &mut left, |_| false).unwrap().unwrap();
+    let next = all.len() as u64 - left.len() as u64;
+    assert!(next < all.len() as u64, "all in one frame");
+    // It is told of, and that is taken note of as the page is read: it does not come again.
+    from.write_obj(7u64, GuestAddress((next + 9) * PAGE_BYTES)).unwrap();
+    unpacker.unpack(&to, &first, true).unwrap();
+    while let Some(frame) = packer.pack(&from, &mut left, |page| page == next + 9).unwrap() {
+        unpacker.unpack(&to, &frame, true).unwrap();
+    }
+    assert_eq!(to.read_obj::<u64>(GuestAddress((next + 9) * PAGE_BYTES)).unwrap(), 7);
 }
 
 #[test]

@@ -3,10 +3,12 @@
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _};
 use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation as _, OutBuffer};
 
-use super::{
-    CHANGED, CHECK, HEAD, LENGTH, MAX_PAGES, MAX_PLAIN, MAX_WINDOW_LOG, PAGE, PLAIN, RAW, ZERO, ZEROS, is_zero,
+use super::{CHANGED, CHECK, HEAD, LENGTH, MAX_PAGES, MAX_PLAIN, MAX_WINDOW_LOG, PAGE, PLAIN, RAW, ZERO};
+use crate::vmm::{
+    Ram,
+    memory::PAGE_BYTES,
+    travel::{TravelError, pages::empty},
 };
-use crate::vmm::{Ram, memory::PAGE_BYTES, travel::TravelError};
 
 const SHORT: TravelError = TravelError::Malformed("pages that are cut off");
 const BEYOND: TravelError = TravelError::Malformed("a page beyond memory");
@@ -62,13 +64,8 @@ impl Unpacker {
             }
             match run.form {
                 ZERO if is_first => {}
-                ZERO => {
-                    // Few bytes tell of many zeros: what is so already is not written again.
-                    run.each(|at| {
-                        read(ram, at, page)?;
-                        if is_zero(page) { Ok(()) } else { write(ram, at, &ZEROS) }
-                    })?;
-                }
+                // Few bytes tell of many zeros: what is so already costs no more than a look at all of them.
+                ZERO => empty(ram, run.first..run.first + run.pages)?,
                 PLAIN => run.each(|at| write(ram, at, take(&mut plain)?))?,
                 RAW => run.each(|at| write(ram, at, take(&mut raw)?))?,
                 CHANGED => {

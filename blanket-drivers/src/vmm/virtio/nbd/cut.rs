@@ -80,6 +80,11 @@ impl Cuts {
         true
     }
 
+    /// Whether the one under way is answered, and nobody has asked yet what came of it.
+    pub const fn is_answered(&self) -> bool {
+        self.answer.is_some()
+    }
+
     /// What came of the one under way, once.
     pub fn outcome(&mut self) -> Option<io::Result<()>> {
         self.current?;

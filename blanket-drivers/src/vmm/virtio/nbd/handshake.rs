@@ -9,6 +9,8 @@ use std::{
     time::Duration,
 };
 
+use crate::vmm::virtio::block::Empties;
+
 const INIT_MAGIC: u64 = 0x4e42_444d_4147_4943;
 const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
 const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
@@ -21,6 +23,10 @@ const REP_ERROR: u32 = 1 << 31;
 const INFO_EXPORT: u16 = 0;
 /// `NBD_FLAG_SEND_FLUSH` of the transmission flags.
 const SENDS_FLUSH: u16 = 1 << 2;
+/// `NBD_FLAG_SEND_TRIM`.
+const SENDS_TRIM: u16 = 1 << 5;
+/// `NBD_FLAG_SEND_WRITE_ZEROES`.
+const SENDS_ZEROES: u16 = 1 << 6;
 
 /// What a server offers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,6 +35,14 @@ pub struct Export {
     pub bytes: u64,
     /// Its transmission flags (`NBD_FLAG_*`).
     pub flags: u16,
+}
+
+impl Export {
+    /// Which requests that empty parts of it the server takes.
+    #[must_use]
+    pub const fn empties(&self) -> Empties {
+        Empties { discards: self.flags & SENDS_TRIM != 0, zeroes: self.flags & SENDS_ZEROES != 0 }
+    }
 }
 
 /// Longest reply that is read; the server's words in an error may be that long.

@@ -29,7 +29,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{
     Segment, Wakers,
-    block::{BlockBackend, BlockOperation, Completion, RequestId},
+    block::{BlockBackend, BlockOperation, Completion, Empties, RequestId},
 };
 use crate::vmm::Ram;
 use cut::{Cuts, Sent};
@@ -44,8 +44,12 @@ const REPLY_BYTES: usize = 16;
 const CMD_READ: u16 = 0;
 const CMD_WRITE: u16 = 1;
 const CMD_FLUSH: u16 = 3;
-/// Error numbers of the protocol of which another try helps nobody: EPERM, EINVAL, EOVERFLOW.
-const FINAL_ERRORS: [u32; 3] = [1, 22, 75];
+const CMD_TRIM: u16 = 4;
+const CMD_WRITE_ZEROES: u16 = 6;
+/// Zeros shall take space as if they were written.
+const FLAG_NO_HOLE: u16 = 1 << 1;
+/// Error numbers of the protocol of which another try helps nobody: EPERM, EINVAL, EOVERFLOW, ENOTSUP.
+const FINAL_ERRORS: [u32; 4] = [1, 22, 75, 95];
 
 /// The pause before a request that failed is tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -71,6 +75,7 @@ type Tell = Box<dyn Fn(LinkNews) + Send + Sync>;
 
 struct Shared {
     bytes: u64,
+    empties: Empties,
     /// The link that is to be used next.
     next: Mutex<Option<UnixStream>>,
     /// Rings when there is one.
@@ -100,20 +105,29 @@ impl NbdLink {
     /// # Errors
     /// When it does not serve a disk.
     pub fn new(stream: UnixStream, tell: Tell) -> io::Result<Self> {
-        let bytes = handshake::negotiate(&stream)?.bytes;
+        let export = handshake::negotiate(&stream)?;
+        let (bytes, empties) = (export.bytes, export.empties());
         stream.set_nonblocking(true)?;
         let bell = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        Ok(Self(Arc::new(Shared { bytes, next: Mutex::new(Some(stream)), bell, tell })))
+        Ok(Self(Arc::new(Shared { bytes, empties, next: Mutex::new(Some(stream)), bell, tell })))
     }
 
     /// Another link to the same disk, in place of the one before. Blocking likewise.
     ///
     /// # Errors
-    /// When the server does not serve a disk of the same size.
+    /// When the server does not serve a disk of the same size, or cannot do what the first one could.
     pub fn replace(&self, stream: UnixStream) -> io::Result<()> {
-        let bytes = handshake::negotiate(&stream)?.bytes;
-        if bytes != self.0.bytes {
-            let detail = format!("that disk has {bytes} bytes, this one {}", self.0.bytes);
+        let export = handshake::negotiate(&stream)?;
+        let (bytes, empties, ours) = (export.bytes, export.empties(), self.0.empties);
+        let detail = if bytes != self.0.bytes {
+            format!("that disk has {bytes} bytes, this one {}", self.0.bytes)
+        } else if (ours.discards && !empties.discards) || (ours.zeroes && !empties.zeroes) {
+            // The guest was told that it can.
+            "of that disk no parts can be emptied, of this one they can".to_owned()
+        } else {
+            String::new()
+        };
+        if !detail.is_empty() {
             return Err(io::Error::new(io::ErrorKind::InvalidData, detail));
         }
         stream.set_nonblocking(true)?;
@@ -135,6 +149,7 @@ impl NbdLink {
             socket: None,
             ram: None,
             pending: BTreeMap::new(),
+            emptied: BTreeMap::new(),
             waiting: VecDeque::new(),
             sending: None,
             receiving: Receiving::default(),
@@ -142,6 +157,7 @@ impl NbdLink {
             refused_until: None,
             is_refused: false,
             cuts: Cuts::default(),
+            is_still: false,
         }
     }
 }
@@ -193,6 +209,8 @@ pub struct NbdDisk {
     ram: Option<Arc<Ram>>,
     /// Everything that is not done.
     pending: BTreeMap<RequestId, BlockOperation>,
+    /// How many of a request's extents are empty, where it is one at least: each is a request to the server of its own.
+    emptied: BTreeMap<RequestId, usize>,
     /// What of it is not on its way yet.
     waiting: VecDeque<RequestId>,
     sending: Option<Sending>,
@@ -202,6 +220,9 @@ pub struct NbdDisk {
     refused_until: Option<Instant>,
     is_refused: bool,
     cuts: Cuts,
+    /// From the beginning of a cut until requests are served again, or there is none: nothing but it is sent, and nothing behind its
+    /// answer is read. Else what is not in the cut could be answered to a guest that is saved with it.
+    is_still: bool,
 }
 
 /// Why a link cannot be used any more; what there is to do is the same for all.
@@ -269,6 +290,7 @@ impl NbdDisk {
         self.socket = Some(link);
         // All of it again, in the order of their numbers: none of it was answered, so no order was promised.
         self.waiting = self.pending.keys().copied().collect();
+        self.emptied.clear();
         self.refused_until = None;
     }
 
@@ -301,6 +323,9 @@ impl NbdDisk {
                     Sent::Whole => {}
                     Sent::InPart => return Ok(()),
                 }
+                if self.is_still {
+                    return Ok(());
+                }
                 if self.refused_until.is_some_and(|until| Instant::now() < until) {
                     return Ok(());
                 }
@@ -308,7 +333,7 @@ impl NbdDisk {
                 let Some(id) = self.waiting.pop_front() else { return Ok(()) };
                 self.sending = self.pending.get(&id).map(|operation| Sending {
                     id,
-                    header: header(id, operation),
+                    header: header(id, operation, self.emptied.get(&id).copied().unwrap_or(0)),
                     header_sent: 0,
                     data: Place::default(),
                 });
@@ -356,6 +381,9 @@ impl NbdDisk {
                 }
                 continue;
             }
+            if self.is_still && self.cuts.is_answered() {
+                return Ok(());
+            }
             if receiving.header_read < REPLY_BYTES {
                 match moved(stream.read(&mut receiving.header[receiving.header_read..]))? {
                     Some(count) => receiving.header_read += count,
@@ -376,15 +404,26 @@ impl NbdDisk {
             }
             match (error, operation) {
                 (0, BlockOperation::Read { .. }) => receiving.data = Some((id, Place::default())),
-                (0, _) => {
+                (0, operation) => {
                     *receiving = Receiving::default();
+                    let emptied = self.emptied.remove(&id).unwrap_or(0) + 1;
+                    if emptied < operation.extents().len() {
+                        self.emptied.insert(id, emptied);
+                        self.waiting.push_back(id);
+                        continue;
+                    }
                     self.pending.remove(&id);
                     self.done.push_back(Completion { id, result: Ok(()) });
                 }
-                (error, _) if FINAL_ERRORS.contains(&error) => {
+                (error, operation) if FINAL_ERRORS.contains(&error) => {
                     *receiving = Receiving::default();
+                    let result = match operation {
+                        // Nobody is promised anything by it.
+                        BlockOperation::Discard { .. } => Ok(()),
+                        _ => Err(io::Error::from_raw_os_error(i32::try_from(error).unwrap_or(libc::EIO))),
+                    };
                     self.pending.remove(&id);
-                    let result = Err(io::Error::from_raw_os_error(i32::try_from(error).unwrap_or(libc::EIO)));
+                    self.emptied.remove(&id);
                     self.done.push_back(Completion { id, result });
                 }
                 (error, _) => {
@@ -400,15 +439,26 @@ impl NbdDisk {
     }
 }
 
-fn header(id: RequestId, operation: &BlockOperation) -> [u8; REQUEST_BYTES] {
-    let bytes: u64 = operation.segments().iter().map(|segment| u64::from(segment.bytes)).sum();
-    let (command, offset) = match operation {
-        BlockOperation::Read { offset, .. } => (CMD_READ, *offset),
-        BlockOperation::Write { offset, .. } => (CMD_WRITE, *offset),
-        BlockOperation::Flush => (CMD_FLUSH, 0),
-    };
+/// What asks for an operation, or for the next part of it when some of its extents are empty already.
+fn header(id: RequestId, operation: &BlockOperation, emptied: usize) -> [u8; REQUEST_BYTES] {
+    let data: u64 = operation.segments().iter().map(|segment| u64::from(segment.bytes)).sum();
     // At most about 16 MiB (see BlockBackend::submit).
-    request(command, id.into(), offset, u32::try_from(bytes).unwrap_or(0))
+    let data = u32::try_from(data).unwrap_or(0);
+    // There is one more, or it would be done.
+    let extent = operation.extents().get(emptied).copied();
+    let (offset, bytes, keeps_space) = extent.map_or((0, 0, false), |it| (it.offset, it.bytes, it.keeps_space));
+    match operation {
+        BlockOperation::Read { offset, .. } => request(CMD_READ, id.into(), *offset, data),
+        BlockOperation::Write { offset, .. } => request(CMD_WRITE, id.into(), *offset, data),
+        BlockOperation::Flush => request(CMD_FLUSH, id.into(), 0, 0),
+        BlockOperation::Discard { .. } => request(CMD_TRIM, id.into(), offset, bytes),
+        BlockOperation::Zero { .. } => {
+            let mut header = request(CMD_WRITE_ZEROES, id.into(), offset, bytes);
+            let flags = if keeps_space { FLAG_NO_HOLE } else { 0 };
+            header[4..6].copy_from_slice(&flags.to_be_bytes());
+            header
+        }
+    }
 }
 
 fn request(command: u16, cookie: u64, offset: u64, bytes: u32) -> [u8; REQUEST_BYTES] {
@@ -438,19 +488,29 @@ impl BlockBackend for NbdDisk {
         self.shared.bytes
     }
 
+    fn empties(&self) -> Empties {
+        self.shared.empties
+    }
+
     fn submit(&mut self, id: RequestId, operation: BlockOperation, ram: &Arc<Ram>) {
         if self.ram.is_none() {
             self.ram = Some(Arc::clone(ram));
         }
+        self.is_still = false;
         self.pending.insert(id, operation);
         self.waiting.push_back(id);
         self.pump();
     }
 
     fn done(&mut self) -> Option<Completion> {
+        self.is_still = false;
         if self.done.is_empty() {
             self.pump();
         }
+        self.done.pop_front()
+    }
+
+    fn done_before_cut(&mut self) -> Option<Completion> {
         self.done.pop_front()
     }
 
@@ -458,12 +518,12 @@ impl BlockBackend for NbdDisk {
         let mut events = vec![(bell(&self.shared.bell), libc::POLLIN)];
         let until = self.refused_until.map(|until| until.saturating_duration_since(Instant::now()));
         if let Some(socket) = &self.socket {
-            let wants_room =
-                self.sending.is_some() || self.cuts.has_more() || (until.is_none() && !self.waiting.is_empty());
+            let may_send = until.is_none() && !self.is_still;
+            let wants_room = self.sending.is_some() || self.cuts.has_more() || (may_send && !self.waiting.is_empty());
             let room = if wants_room { libc::POLLOUT } else { 0 };
             events.push((socket.as_fd(), libc::POLLIN | room));
         }
-        Wakers { events, after: until.filter(|_| !self.waiting.is_empty()) }
+        Wakers { events, after: until.filter(|_| !self.waiting.is_empty() && !self.is_still) }
     }
 
     fn pending(&self) -> Vec<(RequestId, BlockOperation)> {
@@ -476,6 +536,7 @@ impl BlockBackend for NbdDisk {
             return Err(io::Error::new(io::ErrorKind::NotConnected, "there is no way to the disk"));
         }
         self.cuts.begin(number)?;
+        self.is_still = true;
         self.pump();
         Ok(())
     }
@@ -484,10 +545,12 @@ impl BlockBackend for NbdDisk {
         loop {
             self.pump();
             if let Some(outcome) = self.cuts.outcome() {
+                self.is_still = outcome.is_ok();
                 return outcome;
             }
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
+                self.is_still = false;
                 return Err(io::Error::new(
                     io::ErrorKind::TimedOut,
                     "the volume process has not taken the cut in time",
@@ -500,6 +563,7 @@ impl BlockBackend for NbdDisk {
     }
 
     fn drain(&mut self) -> Vec<(RequestId, BlockOperation)> {
+        self.is_still = false;
         let end = Instant::now() + DRAIN_BUDGET;
         loop {
             self.pump();
@@ -518,6 +582,7 @@ impl BlockBackend for NbdDisk {
             self.lose();
         }
         self.waiting.clear();
+        self.emptied.clear();
         std::mem::take(&mut self.pending).into_iter().collect()
     }
 }

@@ -1,6 +1,8 @@
 //! Devices as a driver in a guest sees them, good ones and bad ones.
 
+mod balloon;
 mod driver;
+mod empty;
 mod nbd;
 mod saved;
 

@@ -2,7 +2,7 @@
 
 use std::{
     io::Read as _,
-    os::unix::net::UnixStream,
+    os::{fd::AsRawFd as _, unix::net::UnixStream},
     sync::mpsc::{Receiver, channel},
     thread::JoinHandle,
     time::{Duration, Instant},
@@ -16,22 +16,23 @@ use crate::vmm::{
     virtio::nbd::{LinkNews, NbdLink},
 };
 
-const BYTES: usize = 64 * 512;
+pub const BYTES: usize = 64 * 512;
 
 /// A request as the server reads it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Asked {
-    command: u16,
+pub struct Asked {
+    pub flags: u16,
+    pub command: u16,
     cookie: u64,
-    offset: usize,
-    bytes: usize,
+    pub offset: usize,
+    pub bytes: usize,
     data: Vec<u8>,
 }
 
-struct Server(UnixStream);
+pub struct Server(pub UnixStream);
 
 impl Server {
-    fn shake_hands(&mut self, size: u64) {
+    pub fn shake_hands(&mut self, flags: u16, size: u64) {
         self.put(&0x4e42_444d_4147_4943u64.to_be_bytes());
         self.put(&0x4948_4156_454f_5054u64.to_be_bytes());
         self.put(&3u16.to_be_bytes());
@@ -43,7 +44,7 @@ impl Server {
         self.get::<6>();
         let mut export = 0u16.to_be_bytes().to_vec();
         export.extend(size.to_be_bytes());
-        export.extend(5u16.to_be_bytes());
+        export.extend(flags.to_be_bytes());
         for (kind, data) in [(3u32, [&3u16.to_be_bytes()[..], &[0; 12]].concat()), (3, export), (1, Vec::new())] {
             self.put(&0x0003_e889_0455_65a9u64.to_be_bytes());
             self.put(&7u32.to_be_bytes());
@@ -64,25 +65,32 @@ impl Server {
     }
 
     /// The next request; `None` when the client has gone.
-    fn next(&mut self) -> Option<Asked> {
+    pub fn next(&mut self) -> Option<Asked> {
         let mut magic = [0; 4];
         self.0.read_exact(&mut magic).ok()?;
         assert_eq!(magic, 0x2560_9513u32.to_be_bytes());
-        assert_eq!(self.get::<2>(), [0; 2]);
+        let flags = u16::from_be_bytes(self.get());
         let command = u16::from_be_bytes(self.get());
         let cookie = u64::from_be_bytes(self.get());
         let offset = usize::try_from(u64::from_be_bytes(self.get())).unwrap();
         let bytes = usize::try_from(u32::from_be_bytes(self.get())).unwrap();
         let mut data = vec![0; if command == 1 { bytes } else { 0 }];
         self.0.read_exact(&mut data).ok()?;
-        Some(Asked { command, cookie, offset, bytes, data })
+        Some(Asked { flags, command, cookie, offset, bytes, data })
     }
 
-    fn answer(&mut self, asked: &Asked, error: u32, data: &[u8]) {
+    pub fn answer(&mut self, asked: &Asked, error: u32, data: &[u8]) {
         self.put(&0x6744_6698u32.to_be_bytes());
         self.put(&error.to_be_bytes());
         self.put(&asked.cookie.to_be_bytes());
         self.put(data);
+    }
+
+    /// Whether something comes before so many milliseconds are over.
+    fn has_more_within(&self, ms: libc::c_int) -> bool {
+        let mut polled = libc::pollfd { fd: self.0.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one descriptor, of a socket of ours, in a place that lives until the call returns.
+        unsafe { libc::poll(&raw mut polled, 1, ms) > 0 }
     }
 
     /// Serves to the end; the disk as it was left.
@@ -112,17 +120,27 @@ fn serving_bytes<T: Send + 'static>(
     bytes: usize,
     work: impl FnOnce(Server) -> T + Send + 'static,
 ) -> (UnixStream, JoinHandle<T>) {
+    // It can flush, and nothing else.
+    serving_with(5, bytes, work)
+}
+
+/// Likewise, of a server with these transmission flags.
+pub fn serving_with<T: Send + 'static>(
+    flags: u16,
+    bytes: usize,
+    work: impl FnOnce(Server) -> T + Send + 'static,
+) -> (UnixStream, JoinHandle<T>) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     theirs.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let thread = std::thread::spawn(move || {
         let mut server = Server(theirs);
-        server.shake_hands(u64::try_from(bytes).unwrap());
+        server.shake_hands(flags, u64::try_from(bytes).unwrap());
         work(server)
     });
     (ours, thread)
 }
 
-fn linked(stream: UnixStream) -> (NbdLink, Receiver<LinkNews>) {
+pub fn linked(stream: UnixStream) -> (NbdLink, Receiver<LinkNews>) {
     let (sender, news) = channel();
     let tell = move |what| {
         let _ = sender.send(what);
@@ -130,7 +148,7 @@ fn linked(stream: UnixStream) -> (NbdLink, Receiver<LinkNews>) {
     (NbdLink::new(stream, Box::new(tell)).unwrap(), news)
 }
 
-fn pattern() -> Vec<u8> {
+pub fn pattern() -> Vec<u8> {
     (0..BYTES).map(|at| u8::try_from((at * 7 + at / 512) % 251).unwrap()).collect()
 }
 
@@ -275,7 +293,7 @@ fn a_link_that_breaks_costs_the_guest_nothing_but_time() {
     assert!(!driver.has_used(0));
     // A server of another disk is not taken; the next one is, and gets all of it again.
     let (other, theirs) = UnixStream::pair().unwrap();
-    let wrong = std::thread::spawn(move || Server(theirs).shake_hands(4096));
+    let wrong = std::thread::spawn(move || Server(theirs).shake_hands(5, 4096));
     assert!(link.replace(other).unwrap_err().to_string().contains("4096"));
     wrong.join().unwrap();
     let (stream, server) = serving(|server| server.serve(pattern()));
@@ -397,6 +415,68 @@ fn a_cut_is_taken_while_a_request_hangs() {
     driver.device.resume();
     drop((driver, link));
     assert_eq!(server.join().unwrap(), ([(0x5343, 7, 0), (0x5343, 8, 0)], None));
+}
+
+/// What is answered behind a cut's answer may not be in the cut: it is not answered to the guest before that is saved.
+#[test]
+fn what_is_answered_behind_a_cut_is_answered_after_it() {
+    let (has_it, asked) = channel();
+    let (stream, server) = serving(move |mut server| {
+        let write = server.next().unwrap();
+        has_it.send(()).unwrap();
+        let cut = server.next().unwrap();
+        let one = |asked: &Asked| [&0x6744_6698u32.to_be_bytes()[..], &[0; 4], &asked.cookie.to_be_bytes()].concat();
+        server.put(&[one(&cut), one(&write)].concat());
+        (cut.command, server.next())
+    });
+    let (link, _news) = linked(stream);
+    let mut driver = Driver::new(block::device(Box::new(link.disk()), "disk", false));
+    driver.bring_up(1 << 9);
+    offer(&mut driver, 0, 1, 9, readable(BUFFERS + 0x1_0000, 512));
+    asked.recv().unwrap();
+    driver.device.hold();
+    driver.device.begin_cut(7).unwrap();
+    driver.device.await_cut(Instant::now() + Duration::from_secs(20)).unwrap();
+    assert!(!driver.has_used(0));
+    let saved = serde_json::to_value(driver.device.save().unwrap()).unwrap();
+    let aside: serde_json::Value =
+        serde_json::from_slice(&serde_json::from_value::<Vec<u8>>(saved["handler"].clone()).unwrap()).unwrap();
+    assert!(aside[0]["operation"]["write"].is_object(), "{aside}");
+    driver.device.resume();
+    assert_eq!(driver.await_used(0), (0, 1));
+    drop((driver, link));
+    assert_eq!(server.join().unwrap(), (0x5343, None));
+}
+
+/// Between a cut's request and the guest's going on nothing else is sent: a server would do it behind the cut.
+#[test]
+fn nothing_is_sent_behind_a_cut_until_the_device_goes_on() {
+    let (has_it, asked) = channel();
+    let (stream, server) = serving(move |mut server| {
+        let write = server.next().unwrap();
+        has_it.send(()).unwrap();
+        let cut = server.next().unwrap();
+        // It is to be tried again, in a second; the cut takes longer.
+        server.answer(&write, 28, &[]);
+        let came = server.has_more_within(1500);
+        server.answer(&cut, 0, &[]);
+        let again = server.next().unwrap();
+        server.answer(&again, 0, &[]);
+        (came, again == write, server.next())
+    });
+    let (link, _news) = linked(stream);
+    let mut driver = Driver::new(block::device(Box::new(link.disk()), "disk", false));
+    driver.bring_up(1 << 9);
+    offer(&mut driver, 0, 1, 9, readable(BUFFERS + 0x1_0000, 512));
+    asked.recv().unwrap();
+    driver.device.hold();
+    driver.device.begin_cut(7).unwrap();
+    driver.device.await_cut(Instant::now() + Duration::from_secs(20)).unwrap();
+    assert!(!driver.has_used(0));
+    driver.device.resume();
+    assert_eq!(driver.await_used(0), (0, 1));
+    drop((driver, link));
+    assert_eq!(server.join().unwrap(), (false, true, None));
 }
 
 #[test]
