@@ -2,7 +2,7 @@
 //!
 //! One small guest ([`program`]) with a ramdisk that becomes its memory is moved from process to process over one link that both
 //! go through ([`wire`]), by pre-copy, with the same limit of downtime; both in plain, the destination knowing nothing beforehand. QEMU
-//! with its defaults, and with each setting that makes it better at something.
+//! with its defaults, and with each setting that makes it better at something; ours also as to a host that has not been upgraded.
 
 pub mod processor;
 pub mod program;
@@ -18,7 +18,7 @@ use std::{
 use anyhow::{Context as _, ensure};
 
 use self::program::Load;
-use self::sides::{Moved, Setting, Work};
+use self::sides::{Moved, NEWEST, OLDER, Setting, Work};
 use self::wire::Link;
 use super::Row;
 use super::stats::Sample;
@@ -85,10 +85,13 @@ fn measure(folder: &Path, runs: u32, only: &[String], tell: Teller) -> anyhow::R
             std::fs::write(&kernel, program::elf(load))?;
             let (ramdisk, pages_per_tick) = (ramdisk.clone(), load.pages_per_tick);
             let work = Work { kernel, ramdisk, memory_mib: MEMORY_MIB, link, pages_per_tick };
-            let mut ours = Vec::new();
+            let [mut ours, mut older] = [Vec::new(), Vec::new()];
             let mut theirs = Setting::ALL.map(|setting| (setting, Vec::new()));
             for run in 0..runs {
-                ours.push(sides::ours(&program, folder, &work).with_context(|| format!("our move {run}, {case}"))?);
+                for (moves, reads) in [(&mut ours, NEWEST), (&mut older, OLDER)] {
+                    let moved = sides::ours(&program, folder, &work, reads);
+                    moves.push(moved.with_context(|| format!("our move {run}, {case}, stream {reads}"))?);
+                }
                 for (setting, moves) in &mut theirs {
                     let moved = sides::qemu(folder, &work, *setting);
                     moves.push(moved.with_context(|| format!("QEMU's move {run}, {case}, {}", setting.name()))?);
@@ -99,7 +102,7 @@ fn measure(folder: &Path, runs: u32, only: &[String], tell: Teller) -> anyhow::R
             };
             let by_qemu = dirtied(&theirs.iter().flat_map(|(_, moves)| moves.clone()).collect::<Vec<_>>());
             tell.say(&format!("{case}: dirtied {:.0} % of the link in ours, {by_qemu:.0} % in QEMU", dirtied(&ours)));
-            rows.extend(compare(&case, &ours, &theirs, &peer)?);
+            rows.extend(compare(&case, [&ours, &older], &theirs, &peer)?);
         }
     }
     ensure!(!rows.is_empty(), "no case has a name like that; there are 300M-1ms/idle, 100M-40ms/25% and such");
@@ -113,8 +116,13 @@ fn judged(rows: Vec<Row>, runs: u32) -> Vec<Row> {
     if runs >= TELLING_RUNS { rows } else { rows.into_iter().map(Row::without_target).collect() }
 }
 
-/// The rows of a case: against QEMU's defaults, and against the best of its settings for each figure.
-fn compare(case: &str, ours: &[Moved], theirs: &[(Setting, Vec<Moved>)], peer: &str) -> anyhow::Result<Vec<Row>> {
+/// The rows of a case: against QEMU's defaults, against the best of its settings for each figure, and against the older stream.
+fn compare(
+    case: &str,
+    [ours, older]: [&[Moved]; 2],
+    theirs: &[(Setting, Vec<Moved>)],
+    peer: &str,
+) -> anyhow::Result<Vec<Row>> {
     let figures: [(&str, Figure, Option<f64>); 4] = [
         ("bytes", |moved| moved.bytes, Some(0.5)),
         ("total_ms", |moved| moved.total_ms, Some(0.6)),
@@ -123,11 +131,11 @@ fn compare(case: &str, ours: &[Moved], theirs: &[(Setting, Vec<Moved>)], peer: &
     ];
     let mut rows = Vec::new();
     for (metric, figure, share) in figures {
+        let name = format!("migration/{case}/{metric}");
         let samples = theirs.iter().map(|(setting, moves)| (*setting, sample(moves, figure)));
         let samples: Vec<(Setting, Sample)> = samples.collect();
         let mut row =
             |setting: Setting, sample_of: &Sample, make: &dyn Fn(&str, &Sample, &Sample, &str) -> Option<Row>| {
-                let name = format!("migration/{case}/{metric}");
                 let row = make(&name, &sample(ours, figure), sample_of, &format!("{peer}, {}", setting.name()));
                 row.with_context(|| format!("{name} was not measured")).map(|row| rows.push(row))
             };
@@ -139,12 +147,15 @@ fn compare(case: &str, ours: &[Moved], theirs: &[(Setting, Vec<Moved>)], peer: &
                 None => row(*setting, of, &Row::beside)?,
             }
         }
-        let Some((setting, of)) = best.filter(|(setting, _)| *setting != Setting::Defaults) else { continue };
-        match metric {
-            "bytes" => row(*setting, of, &|name, a, b, peer| Row::at_most(name, a, b, peer, 0.8))?,
-            "cpu_ms" => row(*setting, of, &Row::beside)?,
-            _ => row(*setting, of, &Row::no_slower)?,
+        if let Some((setting, of)) = best.filter(|(setting, _)| *setting != Setting::Defaults) {
+            match metric {
+                "bytes" => row(*setting, of, &|name, a, b, peer| Row::at_most(name, a, b, peer, 0.8))?,
+                "cpu_ms" => row(*setting, of, &Row::beside)?,
+                _ => row(*setting, of, &Row::no_slower)?,
+            }
         }
+        let row = Row::beside(&name, &sample(ours, figure), &sample(older, figure), "our older stream");
+        rows.push(row.with_context(|| format!("{name} was not measured"))?);
     }
     Ok(rows)
 }
@@ -193,14 +204,18 @@ mod tests {
             (Setting::MultifdZstd, all(40.0, 100.0)),
             (Setting::Xbzrle, all(90.0, 95.0)),
         ];
-        let rows = compare("x", &all(33.0, 95.0), &theirs, "QEMU").unwrap();
+        let rows = compare("x", [&all(33.0, 95.0), &all(50.0, 94.0)], &theirs, "QEMU").unwrap();
         let said: Vec<_> =
             rows.iter().map(|row| (row.metric.as_str(), row.peer, row.target.as_str(), row.holds)).collect();
         let expected = [
             ("migration/x/bytes", Some(100.0), "<= 0.5x", true),
             ("migration/x/bytes", Some(40.0), "<= 0.8x", false),
+            ("migration/x/bytes", Some(50.0), "none", true),
             ("migration/x/total_ms", Some(90.0), "<= 0.6x", false),
+            ("migration/x/total_ms", Some(94.0), "none", true),
             ("migration/x/downtime_ms", Some(100.0), "<= 0.5x", false),
+            ("migration/x/downtime_ms", Some(100.0), "none", true),
+            ("migration/x/cpu_ms", Some(50.0), "none", true),
             ("migration/x/cpu_ms", Some(50.0), "none", true),
         ];
         assert_eq!(said, expected);

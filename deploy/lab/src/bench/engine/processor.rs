@@ -1,29 +1,101 @@
 //! What processes take of the processors.
 
-use std::{process::Child, time::Duration};
+use std::{
+    collections::HashMap,
+    process::Child,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
 
 use anyhow::Context as _;
+
+use super::wire::pause_until;
 
 /// The kernel's clock of `/proc`: `USER_HZ` on all architectures that we know.
 const TICKS_PER_S: u64 = 100;
 
-/// What a process has taken so far, threads that have ended included, but for those threads that are there and whose names begin so.
-///
-/// # Errors
-/// When it is gone.
-pub fn taken(process: &Child, but: &str) -> anyhow::Result<Duration> {
-    let folder = format!("/proc/{}", process.id());
-    let read = |path: &str| std::fs::read_to_string(path).with_context(|| format!("reading {path}"));
-    let all = parse(&read(&format!("{folder}/stat"))?).context("the kernel's line of a process")?.1;
-    let mut others = 0;
-    for thread in std::fs::read_dir(format!("{folder}/task"))? {
-        let stat = thread?.path().join("stat");
-        // One that has ended meanwhile is in the sum.
-        let Ok(line) = std::fs::read_to_string(stat) else { continue };
-        let (name, ticks) = parse(&line).context("the kernel's line of a thread")?;
-        others += if name.starts_with(but) { ticks } else { 0 };
+/// How often threads are looked at: what one took between the last look and its end is missed.
+const LOOK_EVERY: Duration = Duration::from_millis(5);
+
+/// Tells what processes take, but for the threads whose names begin so: a guest's own. A process's sum goes on holding what a thread
+/// took that has ended, and nothing else tells how much that was; so they are looked at all the while.
+#[derive(Debug)]
+pub struct Meter {
+    processes: Vec<u32>,
+    others: Others,
+    is_over: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Ticks of threads by their numbers, those that have ended included.
+#[derive(Debug, Clone)]
+struct Others {
+    but: &'static str,
+    ticks: Arc<Mutex<HashMap<String, u64>>>,
+}
+
+impl Others {
+    fn look(&self, processes: &[u32]) {
+        let mut ticks = self.ticks.lock().unwrap_or_else(PoisonError::into_inner);
+        let folders = processes.iter().filter_map(|process| std::fs::read_dir(format!("/proc/{process}/task")).ok());
+        for thread in folders.flatten().flatten() {
+            // One that ends meanwhile took what was seen of it before.
+            let Ok(line) = std::fs::read_to_string(thread.path().join("stat")) else { continue };
+            let Some((name, now)) = parse(&line) else { continue };
+            if name.starts_with(self.but) {
+                ticks.insert(thread.file_name().to_string_lossy().into_owned(), now);
+            }
+        }
     }
-    Ok(Duration::from_millis(all.saturating_sub(others) * 1000 / TICKS_PER_S))
+}
+
+impl Meter {
+    /// Of these processes from now on.
+    ///
+    /// # Errors
+    /// When there is no thread.
+    pub fn start(processes: [&Child; 2], but: &'static str) -> std::io::Result<Self> {
+        let processes: Vec<u32> = processes.into_iter().map(Child::id).collect();
+        let (others, is_over) = (Others { but, ticks: Arc::default() }, Arc::new(AtomicBool::new(false)));
+        let (of, seen, ends) = (processes.clone(), others.clone(), Arc::clone(&is_over));
+        let look = move || {
+            while !ends.load(Ordering::Relaxed) {
+                seen.look(&of);
+                pause_until(Instant::now() + LOOK_EVERY);
+            }
+        };
+        let thread = std::thread::Builder::new().name("meter".to_owned()).spawn(look)?;
+        Ok(Self { processes, others, is_over, thread: Some(thread) })
+    }
+
+    /// What they have taken so far.
+    ///
+    /// # Errors
+    /// When one is gone.
+    pub fn taken(&self) -> anyhow::Result<Duration> {
+        self.others.look(&self.processes);
+        let mut all = 0;
+        for process in &self.processes {
+            let path = format!("/proc/{process}/stat");
+            let line = std::fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+            all += parse(&line).context("the kernel's line of a process")?.1;
+        }
+        let others: u64 = self.others.ticks.lock().unwrap_or_else(PoisonError::into_inner).values().sum();
+        Ok(Duration::from_millis(all.saturating_sub(others) * 1000 / TICKS_PER_S))
+    }
+}
+
+impl Drop for Meter {
+    fn drop(&mut self) {
+        self.is_over.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
 }
 
 /// Name and ticks (user and system) of a line of `/proc/*/stat` (proc(5)); names may have anything in them.
@@ -38,6 +110,27 @@ fn parse(line: &str) -> Option<(&str, u64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_thread_that_has_ended_is_still_told_from_the_others() {
+        let child = std::process::Command::new("sleep").arg("60").spawn().map(Sleeper).unwrap();
+        let others = Others { but: "sleep", ticks: Arc::default() };
+        others.ticks.lock().unwrap().insert("gone".to_owned(), 7);
+        others.look(&[child.0.id()]);
+        let ticks = others.ticks.lock().unwrap().clone();
+        assert_eq!((ticks.len(), ticks.get("gone")), (2, Some(&7)), "{ticks:?}");
+        let meter = Meter::start([&child.0, &child.0], "none").unwrap();
+        assert!(meter.taken().unwrap() < Duration::from_secs(30));
+    }
+
+    struct Sleeper(Child);
+
+    impl Drop for Sleeper {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
 
     #[test]
     fn names_with_anything_in_them_do_not_shift_what_is_read() {

@@ -17,7 +17,7 @@ use anyhow::{Context as _, bail, ensure};
 use serde_json::{Value, json};
 
 use super::{
-    processor,
+    processor::Meter,
     wire::{Door, Link, Relay, pause_until},
 };
 
@@ -55,6 +55,11 @@ pub struct Moved {
     /// Time of processors that both ends took meanwhile, without that of the guest.
     pub cpu_ms: f64,
 }
+
+/// The stream's newest version, and the one that a host reads that has not been upgraded.
+pub const NEWEST: u16 = 2;
+/// See [`NEWEST`].
+pub const OLDER: u16 = 1;
 
 /// How QEMU moves a guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -156,11 +161,11 @@ fn judge(work: &Work, asked: Instant, ticks: [&Ticks; 2], bytes: u64, cpu: [Dura
     })
 }
 
-/// Moves a guest of ours once.
+/// Moves a guest of ours once, to where streams up to this version are read.
 ///
 /// # Errors
 /// When a part does not do what it shall.
-pub fn ours(program: &Path, folder: &Path, work: &Work) -> anyhow::Result<Moved> {
+pub fn ours(program: &Path, folder: &Path, work: &Work, reads: u16) -> anyhow::Result<Moved> {
     let (source_stream, relay_in) = UnixStream::pair()?;
     let (relay_out, far_stream) = UnixStream::pair()?;
     let mut relay = Relay::new(work.link);
@@ -197,9 +202,9 @@ pub fn ours(program: &Path, folder: &Path, work: &Work) -> anyhow::Result<Moved>
     let mut client = Lines::connect(&source_control)?;
     client.say(&json!({"id": 1, "do": "resume"}))?;
     here.await_count(40)?;
-    let cpu = || Ok::<_, anyhow::Error>(processor::taken(&source.0, "vcpu")? + processor::taken(&far.0, "vcpu")?);
-    let (before, asked) = (cpu()?, Instant::now());
-    client.say(&json!({"id": 2, "do": "send", "max_downtime_ms": MAX_DOWNTIME_MS}))?;
+    let meter = Meter::start([&source.0, &far.0], "vcpu")?;
+    let (before, asked) = (meter.taken()?, Instant::now());
+    client.say(&json!({"id": 2, "do": "send", "max_downtime_ms": MAX_DOWNTIME_MS, "stream_version": reads}))?;
     // It is there when its other end says so; then it may run.
     let mut far = Lines::connect(&far_control)?;
     far.say(&json!({"id": 1, "do": "resume"}))?;
@@ -211,7 +216,7 @@ pub fn ours(program: &Path, folder: &Path, work: &Work) -> anyhow::Result<Moved>
         }
     }
     there.await_count(20)?;
-    let moved = judge(work, asked, [&here, &there], relay.bytes(), [before, cpu()?])?;
+    let moved = judge(work, asked, [&here, &there], relay.bytes(), [before, meter.taken()?])?;
     drop(source);
     relay.join();
     Ok(moved)
@@ -259,11 +264,11 @@ pub fn qemu(folder: &Path, work: &Work, setting: Setting) -> anyhow::Result<Move
     qmp.run("migrate-set-parameters", &json!({"downtime-limit": MAX_DOWNTIME_MS}))?;
     here.await_count(40)?;
     let door = Door::open(on_leave, enter, Relay::new(work.link))?;
-    let cpu = || Ok::<_, anyhow::Error>(processor::taken(&source.0, "CPU ")? + processor::taken(&far.0, "CPU ")?);
-    let (before, asked) = (cpu()?, Instant::now());
+    let meter = Meter::start([&source.0, &far.0], "CPU ")?;
+    let (before, asked) = (meter.taken()?, Instant::now());
     qmp.run("migrate", &json!({"uri": format!("unix:{}", leave.display())}))?;
     there.await_count(20)?;
-    let moved = judge(work, asked, [&here, &there], door.bytes(), [before, cpu()?])?;
+    let moved = judge(work, asked, [&here, &there], door.bytes(), [before, meter.taken()?])?;
     far_qmp.run("query-status", &json!({}))?;
     drop(source);
     door.close()?.join();
