@@ -7,12 +7,12 @@ use std::time::Duration;
 pub struct Level(usize);
 
 /// What levels cost, as multiples of the first one's: level of zstd (0: raw), time of the processor, bytes. Measured on 48 MiB of
-/// programs and libraries with a window of 2 MiB; what they are multiples of is measured on the way.
+/// programs and libraries; what they are multiples of is measured on the way.
 ///
 /// Levels 5 to 7 (3.6 to 7.5 times the time, 0.77 to 0.73 of the bytes) are left out: where processors are short the link is served
 /// late, and looks slow, and who then compresses harder takes away more of what is short. There, with them, a move of 48 MiB took 2 to
 /// 4 s of processor.
-const LADDER: [(i32, f64, f64); 4] = [(0, 0.02, f64::NAN), (1, 1.0, 1.0), (2, 1.5, 0.86), (3, 1.9, 0.82)];
+const LADDER: [(i32, f64, f64); 4] = [(0, 0.02, f64::NAN), (1, 1.0, 1.0), (2, 1.2, 0.88), (3, 1.8, 0.84)];
 
 impl Level {
     /// What is begun with: right for links of some hundred Mbit/s.
@@ -44,6 +44,8 @@ pub struct Seen {
     pub packed_bytes: u64,
     /// What went over the link meanwhile: these and others.
     pub sent_bytes: u64,
+    /// How long all pages took otherwise: to be read, compared, told from noise.
+    pub reading: Duration,
     /// How long compressing them took.
     pub packing: Duration,
     /// How long it was waited for the link: see [`waited`].
@@ -58,6 +60,7 @@ impl Seen {
             plain_bytes: self.plain_bytes.saturating_add(other.plain_bytes),
             packed_bytes: self.packed_bytes.saturating_add(other.packed_bytes),
             sent_bytes: self.sent_bytes.saturating_add(other.sent_bytes),
+            reading: self.reading.saturating_add(other.reading),
             packing: self.packing.saturating_add(other.packing),
             waiting: self.waiting.saturating_add(other.waiting),
         }
@@ -97,6 +100,8 @@ pub struct Estimate {
     /// What the first level would take for a byte, in seconds, and would make of it.
     cost: f64,
     share: f64,
+    /// What a byte takes at any level before it is compressed, in seconds.
+    reading: f64,
     /// What the link takes for a byte, in seconds, as far as it is known.
     link: f64,
     was_waiting: bool,
@@ -112,6 +117,7 @@ impl Default for Estimate {
             level: Level::FIRST,
             cost: 4e-9,
             share: 0.35,
+            reading: 1e-9,
             link: f64::MAX,
             was_waiting: false,
             seen: Seen::default(),
@@ -148,8 +154,10 @@ impl Estimate {
             self.cost = f64::midpoint(self.cost, seen.packing.as_secs_f64() / plain / cost);
             self.share = f64::midpoint(self.share, seen.packed_bytes as f64 / plain / size).clamp(0.001, 1.0);
         }
-        let (packing, waiting) = (seen.packing.as_secs_f64(), seen.waiting.as_secs_f64());
-        let all = packing + waiting;
+        let [reading, packing, waiting] = [seen.reading, seen.packing, seen.waiting].map(|took| took.as_secs_f64());
+        self.reading = f64::midpoint(self.reading, reading / seen.plain_bytes.max(1) as f64);
+        // The link goes on meanwhile with what it has.
+        let all = reading + packing + waiting;
         let now = all / seen.sent_bytes.max(1) as f64;
         // Who waits for the link sees how fast it is; else it is faster than that, and by how much is found out step by step.
         if waiting >= IS_WAITING * all {
@@ -163,7 +171,7 @@ impl Estimate {
 
     /// Seconds for a byte of pages at a level: what takes longer of the two.
     fn seconds(&self, level: Level) -> f64 {
-        (self.cost * LADDER[level.0].1 / BUSY).max(self.size(level) * self.link)
+        ((self.reading + self.cost * LADDER[level.0].1) / BUSY).max(self.size(level) * self.link)
     }
 
     fn best(&self) -> Level {
@@ -194,12 +202,14 @@ mod tests {
             let size = if size.is_nan() { 1.0 } else { share * (1.0 + (size - 1.0) * off[1]) };
             let sent = plain * size.min(1.0);
             // What is sent waits in a buffer of its own while the next is compressed; bringing it there takes a while as well.
-            let writing = (sent / link - packing).max(0.0) + 20e-6 + 0.5e-9 * sent;
-            took += packing + writing;
+            let reading = plain * 1.5e-9;
+            let writing = (sent / link - packing - reading).max(0.0) + 20e-6 + 0.5e-9 * sent;
+            took += reading + packing + writing;
             estimate.observe(Seen {
                 plain_bytes: 128 << 10,
                 packed_bytes: sent as u64,
                 sent_bytes: sent as u64,
+                reading: Duration::from_secs_f64(reading),
                 packing: Duration::from_secs_f64(packing),
                 waiting: waited(sent as u64, Duration::from_secs_f64(writing)),
             });
@@ -234,12 +244,12 @@ mod tests {
         }
 
         #[test]
-        fn nothing_makes_it_stumble(seen in proptest::collection::vec(any::<[u64; 5]>(), 0..50)) {
+        fn nothing_makes_it_stumble(seen in proptest::collection::vec(any::<[u64; 6]>(), 0..50)) {
             let mut estimate = Estimate::default();
-            for [plain_bytes, packed_bytes, sent_bytes, packing, waiting] in seen {
-                let (packing, waiting) = (Duration::from_nanos(packing), Duration::from_nanos(waiting));
-                estimate.observe(Seen { plain_bytes, packed_bytes, sent_bytes, packing, waiting });
-                prop_assert!(estimate.cost.is_finite() && estimate.share.is_finite());
+            for [plain_bytes, packed_bytes, sent_bytes, took @ ..] in seen {
+                let [reading, packing, waiting] = took.map(Duration::from_nanos);
+                estimate.observe(Seen { plain_bytes, packed_bytes, sent_bytes, reading, packing, waiting });
+                prop_assert!([estimate.cost, estimate.share, estimate.reading].iter().all(|figure| figure.is_finite()));
             }
         }
     }

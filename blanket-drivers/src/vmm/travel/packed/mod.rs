@@ -14,7 +14,7 @@
 //! Forms, cheapest first: a page that is as it was sent last is left out; zeros; what changed; compressed; raw.
 //!
 //! - **Compressed together.** A compressor that begins anew with each page learns nothing of its neighbours; one that goes on has the
-//!   last 2 MiB to refer to. How hard it tries is chosen on the way ([`level`]), so that it is never what the link waits for.
+//!   last 8 MiB at most to refer to. How hard it tries is chosen on the way ([`level`]), so that it is never what the link waits for.
 //! - **Raw.** A page that looks like noise is not given to the compressor: it would cost more than others and give nothing.
 //! - **What changed** (after XBZRLE: Svärd et al., VEE 2011). The destination's memory has exactly what was sent of a page last, as
 //!   nobody else writes there and each attempt begins with new memory; the source keeps the same of some pages ([`sent::Versions`]), and
@@ -54,7 +54,7 @@ const MAX_PLAIN: usize = 512 << 10;
 /// Pages of a frame, at most: what of zeros takes no bytes takes time.
 const MAX_PAGES: u64 = 16_384;
 /// What a compressor refers to, by its logarithm, and the most that is accepted.
-const WINDOW_LOG: u32 = 21;
+const WINDOW_LOG: u32 = 23;
 const MAX_WINDOW_LOG: u32 = 23;
 
 fn is_zero(page: &[u8; PAGE]) -> bool {

@@ -23,6 +23,9 @@ const FRAME_PLAIN: usize = 128 << 10;
 const FRAME_PAGES: u64 = MAX_PAGES / 4;
 /// Room for what becomes of a frame, and of the end of the one before.
 const ROOM: usize = 2 * FRAME_PLAIN;
+/// The compressor begins anew after so many bytes. It holds what it refers to in a ring of its window and a little; once it goes round, zstd
+/// has to look into two parts for each match, which takes a fifth more time. What is forgotten makes one byte in a hundred.
+const ANEW_AFTER: usize = (1 << WINDOW_LOG) - FRAME_PLAIN;
 /// A page of which more words of eight bytes have changed goes as a new one.
 pub(super) const MOST_CHANGED: usize = 128;
 /// Versions that are kept of pages: no more than this, and than half of memory.
@@ -38,6 +41,8 @@ pub struct Packer {
     /// What the encoder was set to, and whether it is in the middle of a zstd frame.
     level: Level,
     is_open: bool,
+    /// Plain bytes since it began.
+    since: usize,
     pub(super) versions: Versions,
     page: Box<[u8; PAGE]>,
     changes: Box<[u8; PAGE]>,
@@ -67,7 +72,7 @@ impl std::fmt::Debug for Packer {
 }
 
 impl Packer {
-    /// A packer for a new stream of a machine with so much memory. It takes up to 80 MiB, most of it for versions of pages.
+    /// A packer for a new stream of a machine with so much memory. It takes up to 86 MiB, most of it for versions of pages.
     ///
     /// # Errors
     /// When there is no memory for it.
@@ -82,6 +87,7 @@ impl Packer {
             forced: None,
             level,
             is_open: false,
+            since: 0,
             versions: Versions::with_room_for(VERSIONS_BYTES.min(memory_bytes / 2)),
             page: Box::new([0; PAGE]),
             changes: Box::new([0; PAGE]),
@@ -113,6 +119,7 @@ impl Packer {
         mut is_written: impl FnMut(u64) -> bool,
     ) -> Result<Option<Vec<u8>>, TravelError> {
         self.seen = Seen::default();
+        let began = Instant::now();
         let mut looked = 0;
         // Of each frame anew: between two frames it may be told of pages that were written, and those are no holes any more.
         let mut holes = Holes::new(ram);
@@ -133,6 +140,7 @@ impl Packer {
             self.page(*number, is_written);
         }
         self.close_run();
+        self.seen.reading = began.elapsed();
         if self.plain.is_empty() { Ok(None) } else { Ok(Some(self.frame()?)) }
     }
 
@@ -243,19 +251,22 @@ impl Packer {
         let wanted = self.estimate.level();
         #[cfg(test)]
         let wanted = self.forced.unwrap_or(wanted);
-        if wanted != self.level {
-            self.level = wanted;
-            // Raw pages' numbers are compressed all the same.
-            if let Some(level) = wanted.zstd() {
-                if self.is_open {
-                    while self.zstd.finish(&mut to, true)? > 0 {
-                        check_room(&to)?;
-                    }
+        // Raw pages' numbers are compressed all the same, as they were before.
+        let is_other = wanted != self.level && wanted.zstd().is_some();
+        self.level = wanted;
+        if is_other || self.since >= ANEW_AFTER {
+            if self.is_open {
+                while self.zstd.finish(&mut to, true)? > 0 {
+                    check_room(&to)?;
                 }
-                self.zstd.reinit()?;
+            }
+            self.zstd.reinit()?;
+            if let Some(level) = wanted.zstd() {
                 self.zstd.set_parameter(CParameter::CompressionLevel(level))?;
             }
+            self.since = 0;
         }
+        self.since += self.plain.len();
         let mut from = InBuffer::around(&self.plain);
         while from.pos() < self.plain.len() {
             self.zstd.run(&mut from, &mut to)?;
