@@ -224,6 +224,24 @@ fn a_word_that_was_written_goes_as_that() {
 }
 
 #[test]
+fn more_than_the_compressor_remembers_comes_out_as_it_went_in() {
+    let bytes = 20 << 20;
+    let map = || memory::map(memory::create(bytes).unwrap(), bytes).unwrap();
+    let (from, to) = (map(), map());
+    let (mut packer, mut unpacker) = (Packer::new(bytes).unwrap(), Unpacker::new().unwrap());
+    let all: Vec<u64> = (0..bytes / PAGE_BYTES).collect();
+    for number in &all {
+        from.write_slice(&page(2, *number), GuestAddress(number * PAGE_BYTES)).unwrap();
+    }
+    for frame in pack(&mut packer, &from, &all) {
+        unpacker.unpack(&to, &frame, true).unwrap();
+    }
+    let mut both = [vec![0; 20 << 20], vec![0; 20 << 20]];
+    [&from, &to].iter().zip(&mut both).for_each(|(ram, bytes)| ram.read_slice(bytes, GuestAddress(0)).unwrap());
+    assert!(both[0] == both[1]);
+}
+
+#[test]
 fn a_page_that_was_zeros_in_between_goes_again() {
     let (from, to) = (ram(), ram());
     let (mut packer, mut unpacker) = (Packer::new(2 * BYTES).unwrap(), Unpacker::new().unwrap());
