@@ -10,8 +10,7 @@ pub struct Level(usize);
 /// programs and libraries; what they are multiples of is measured on the way.
 ///
 /// Levels 5 to 7 (3.6 to 7.5 times the time, 0.77 to 0.73 of the bytes) are left out: where processors are short the link is served
-/// late, and looks slow, and who then compresses harder takes away more of what is short. There, with them, a move of 48 MiB took 2 to
-/// 4 s of processor.
+/// late, and looks slow, and who then compresses harder takes away more of what is short.
 const LADDER: [(i32, f64, f64); 4] = [(0, 0.02, f64::NAN), (1, 1.0, 1.0), (2, 1.2, 0.88), (3, 1.8, 0.84)];
 
 impl Level {
