@@ -150,6 +150,8 @@ pub struct Line {
     pub connection: Option<u64>,
     /// Bytes of memory that are missing there.
     pub missing_bytes: Option<u64>,
+    /// The newest version of a stream that the process writes, if it can be told to write an older one.
+    pub stream_version: Option<u16>,
     /// How an ended guest ended.
     pub ended: Option<Event>,
     /// The disk that something happened to.
@@ -181,6 +183,9 @@ pub struct Request {
     /// Which memory may be left behind.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory: Option<MemoryMode>,
+    /// The newest version of a stream that is read at the other end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stream_version: Option<u16>,
     /// The disk.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk: Option<String>,

@@ -110,6 +110,8 @@ pub struct Request {
     pub may_throttle: Option<bool>,
     /// Of `send`: which memory may be left behind.
     pub memory: Option<MemoryMode>,
+    /// Of `send`: the newest version of a stream that the other end reads; the newest when it is not said.
+    pub stream_version: Option<u16>,
     /// Of `disk`: its name.
     pub disk: Option<String>,
     /// Of `mirror`: milliseconds from the instant of one cut to that of the next.
@@ -222,6 +224,9 @@ pub struct Line {
     /// Bytes of memory that are missing here.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub missing_bytes: Option<u64>,
+    /// In the answer to `status`: the newest version of a stream that is written here; older ones are on request (`stream_version`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stream_version: Option<u16>,
     /// In the answer to `status`: disks to which there is no way.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub lost: Vec<String>,
@@ -461,6 +466,7 @@ mod tests {
                 max_bytes_per_s: None,
                 may_throttle: None,
                 memory: None,
+                stream_version: None,
                 disk: None,
                 interval_ms: None,
                 strict: None,

@@ -24,7 +24,7 @@ use supercloud_blanket::{
         Machine, MachineConfig, Outcome,
         boot::BootFiles,
         legacy::Sink,
-        travel::{TravelError, mirror::StagedCut},
+        travel::{StreamVersion, TravelError, mirror::StagedCut},
         version::MachineVersion,
         virtio::{self, Device, nbd::LinkNews},
     },
@@ -446,6 +446,9 @@ impl Owner<'_> {
             (verb, _) if request.memory.is_some() && verb != Verb::Send => {
                 error = Some("a mode of memory is for 'send' only".to_owned());
             }
+            (verb, _) if request.stream_version.is_some_and(|version| version == 0 || verb != Verb::Send) => {
+                error = Some("a stream's version is for 'send' only, and is 1 at least".to_owned());
+            }
             (verb, _) if (request.interval_ms.is_some() || request.strict.is_some()) && verb != Verb::Mirror => {
                 error = Some("an interval and strictness are for 'mirror' only".to_owned());
             }
@@ -544,7 +547,8 @@ impl Owner<'_> {
         let missing_bytes = is_status.then(|| self.leavings.missing_bytes());
         let connection = self.leavings.connection().filter(|_| is_status);
         let committed = self.standby.as_ref().map(Standby::committed).filter(|_| is_status);
-        let standing = Line { cut, committed, connection, missing_bytes, ..Line::default() };
+        let stream_version = is_status.then(|| StreamVersion::default().hello());
+        let standing = Line { cut, committed, connection, missing_bytes, stream_version, ..Line::default() };
         let line = Line { id, state, error, ended, lost, is_mirrored, ..standing };
         self.client.tell(&line);
         request.verb == Verb::End

@@ -167,7 +167,10 @@ fn a_client_controls_a_guest_and_another_one_finds_it_again() {
     let listener = UnixListener::bind(&path).unwrap();
     let mut vmm = start(Some(&listener));
     let mut client = Client::connect(&path);
-    assert_eq!(client.ask(1, "status"), json!({"id": 1, "state": "paused", "is_mirrored": false, "missing_bytes": 0}));
+    assert_eq!(
+        client.ask(1, "status"),
+        json!({"id": 1, "state": "paused", "is_mirrored": false, "missing_bytes": 0, "stream_version": 2})
+    );
     assert_eq!(client.ask(2, "resume")["state"], "running");
     vmm.await_text("hello ramdisk");
     // Each of its threads, the guest's processors among them, is under the filter of system calls.
