@@ -1,6 +1,8 @@
 //! Mirrors as REST accepts them.
 
-use supercloud_api::{Code, GuestFailover, GuestMigrate, GuestMirror, MemoryMode, MirrorMode, OperationKind, Phase};
+use supercloud_api::{
+    Code, Fencing, GuestFailover, GuestMigrate, GuestMirror, MemoryMode, MirrorMode, OperationKind, Phase,
+};
 
 use super::{TestController, guest, problem};
 use crate::state::{Change, Context, OperationRecord};
@@ -11,6 +13,8 @@ fn to(place: &str) -> GuestMirror {
         interval_ms: None,
         mode: MirrorMode::Strict,
         bandwidth_bps: None,
+        fencing: Fencing::Manual,
+        lease_ms: None,
         keep: false,
         reason: None,
     }
