@@ -58,7 +58,15 @@ pub fn is_over(held: &Held) -> bool {
 pub async fn keep(job: Job, epoch: Epoch, lease_ms: u64, held: watch::Sender<Option<u64>>) {
     let between = Duration::from_millis(lease_ms) / ASKS_PER_LEASE;
     let mut had = false;
+    let mut connected = job.host.link.connected();
     loop {
+        // At once when the controller is there again; a question that waited for that would only have grown older.
+        tokio::select! {
+            () = job.cancel.cancelled() => return,
+            is_there = connected.wait_for(|is_there| *is_there) => if is_there.is_err() {
+                return;
+            },
+        }
         let pause = match renew(&job, epoch, lease_ms, between.clamp(RETRY_PAUSE, LONGEST_WAIT) * 2).await {
             Ok(until_ms) => {
                 // Answers may have overtaken one another; the process goes by the latest, too.

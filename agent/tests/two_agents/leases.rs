@@ -30,6 +30,11 @@ fn has_lease(lab: &Lab, guest: GuestId) -> bool {
     lab.hosts[0].hypervisor.0.leases.lock().unwrap().contains_key(&guest)
 }
 
+/// By itself: cuts stop it, too, for a moment.
+fn stands_still(lab: &Lab, guest: GuestId) -> bool {
+    lab.hosts[0].hypervisor.0.stands_still(guest) && lab.world.running(guest) == 0
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_whose_host_is_heard_runs_on_and_an_ended_mirror_leaves_no_lease() {
     let lab = Lab::begin(&[true, true]).await;
@@ -49,7 +54,7 @@ async fn a_guest_whose_host_is_cut_off_stands_still_and_goes_on_when_it_is_heard
     let lab = Lab::begin(&[true, true]).await;
     let (guest, operation) = leased(&lab).await;
     lab.controller.cut(lab.hosts[0].id);
-    lab.eventually("it stands still", async || lab.world.running(guest) == 0).await;
+    lab.eventually("it stands still", async || stands_still(&lab, guest)).await;
     assert!(lab.controller.record(guest).operation.is_some(), "nobody has decided anything");
     lab.controller.heal(lab.hosts[0].id);
     lab.eventually("it goes on", async || lab.world.running(guest) == 1).await;
@@ -64,7 +69,7 @@ async fn a_guest_whose_agent_is_killed_stands_still_and_its_standby_goes_on() {
     let lab = Lab::begin(&[true, true]).await;
     let (guest, operation) = leased(&lab).await;
     lab.hosts[0].kill_agent().await;
-    lab.eventually("it stands still", async || lab.world.running(guest) == 0).await;
+    lab.eventually("it stands still", async || stands_still(&lab, guest)).await;
     // By the clock, as the controller's own tests see to.
     lab.controller.lose(guest, lab.hosts[0].id);
     assert_eq!(lab.controller.ended(guest, operation).await, Phase::Done);
@@ -81,7 +86,7 @@ async fn an_agent_that_is_restarted_keeps_the_lease_until_the_mirror_is_over_and
     let lab = Lab::begin(&[true, true]).await;
     let (guest, operation) = leased(&lab).await;
     lab.hosts[0].kill_agent().await;
-    lab.eventually("it stands still", async || lab.world.running(guest) == 0).await;
+    lab.eventually("it stands still", async || stands_still(&lab, guest)).await;
     lab.hosts[0].start_agent();
     assert_eq!(lab.controller.ended(guest, operation).await, Phase::RolledBack);
     lab.eventually("no lease is left", async || !has_lease(&lab, guest)).await;

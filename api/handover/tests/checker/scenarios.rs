@@ -223,10 +223,8 @@ fn mutants_of_leases_are_caught() {
     caught(Mutation::RestartForgets, plain());
     caught(Mutation::GrantsAfterDecision, plain());
     caught(Mutation::MirrorsBeforeLease, plain());
-    caught(
-        Mutation::LeaseEndedEarly,
-        leased(of("leased mirror, glitch", vec![mirror(1)], Faults { glitches: 1, ..NONE })),
-    );
+    let crash = Faults { crashes: 1, ..NONE };
+    caught(Mutation::LeaseEndedEarly, leased(of("leased mirror, crash", vec![mirror(1)], crash)));
 }
 
 #[test]

@@ -105,6 +105,8 @@ pub(super) fn raised(w: &mut World, alarm: Alarm) -> Result<(), Violation> {
             w.lost = true;
             Ok(())
         }
+        // It lived, and stood still.
+        Alarm::Superseded { .. } if w.leases.failed_over => Ok(()),
         Alarm::NeededCopyLost { .. } if w.used.kills + w.used.reboots > 0 => Ok(()),
         other => Err(format!("false alarm: {other}")),
     }

@@ -25,6 +25,8 @@ pub struct Leases {
     answers: [bool; HOSTS],
     /// Something that was granted may count, as far as the controller knows.
     may_count: bool,
+    /// A standby took over from a source that may still be there.
+    pub failed_over: bool,
 }
 
 impl Model {
@@ -133,6 +135,7 @@ impl Model {
                 let record = self.record(w).clone();
                 let next = self.due(w).and_then(|n| note_host_lost(&record, host(n)).record);
                 let Some(next) = next else { return false };
+                w.leases.failed_over = true;
                 self.write(w, next);
             }
             _ => return false,
