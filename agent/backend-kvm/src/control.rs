@@ -146,6 +146,10 @@ pub struct Line {
     pub committed: Option<u64>,
     /// Whether it is being mirrored.
     pub is_mirrored: Option<bool>,
+    /// How long the guest may run yet; absent: it needs no lease.
+    pub lease_left_ms: Option<u64>,
+    /// Whether the process knows leases.
+    pub takes_leases: Option<bool>,
     /// A connection over which memory is served or fetched.
     pub connection: Option<u64>,
     /// Bytes of memory that are missing there.
@@ -198,6 +202,9 @@ pub struct Request {
     /// The cut.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cut: Option<u64>,
+    /// Until when the guest may run, on this host's boot clock; 0: without end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lease_until_ms: Option<u64>,
 }
 
 /// Lines that come.

@@ -11,6 +11,7 @@ mod crashes;
 mod freezes;
 mod hypervisor;
 mod lab;
+mod leases;
 mod mirroring;
 mod mirrors;
 mod moves;

@@ -12,6 +12,7 @@ mod chunks;
 mod crashes;
 mod hostile;
 mod images;
+mod leases;
 mod ledger;
 mod losses;
 mod mirrors;
