@@ -36,7 +36,7 @@ use supercloud_api::Room;
 use supercloud_sdn::{
     addr::Ipv4Prefix,
     switch::{Datapath, SwitchConfig, Underlay},
-    wireguard,
+    tap, wireguard,
 };
 
 use supercloud_ids::HostId;
@@ -444,8 +444,7 @@ impl Config {
             return wrong("wireguard.listen_port", "must be 1 to 65535".into());
         }
         let name = &asked.interface;
-        let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
-        if !(1..=15).contains(&name.len()) || name.starts_with('-') || !name.bytes().all(is_plain) {
+        if !tap::is_interface_name(name) {
             return wrong(
                 "wireguard.interface",
                 format!("'{name}' is no name of an interface: 1 to 15 letters, digits, - and _"),

@@ -272,6 +272,7 @@ impl Facts for Guests {
             takes_post_copy: host.backend.post_copy().is_ok(),
             measures_paths: true,
             tells_flows: true,
+            takes_leases: host.backend.mirroring().is_ok_and(supercloud_blanket::Mirroring::takes_leases),
         }
     }
 

@@ -9,6 +9,7 @@
 //! | [`history`] | volumes as of past instants: clock, chain, thinning |
 //! | [`blocks`] | the blocks of an image or volume as REST gives them out |
 //! | [`link`] | agent ↔ controller messages |
+//! | [`lease`] | how long a host may run a guest unheard: arithmetic of two clocks |
 //! | [`data`] | agent ↔ agent: opening frames of the data plane and the control channel of a handover |
 //! | [`ticket`] | signed permissions for what two agents do with each other |
 //! | [`tls`] | mutual TLS as every link uses it, and reading a host's id out of its certificate |
@@ -21,6 +22,7 @@ pub mod data;
 pub mod frame;
 pub mod guest_call;
 pub mod history;
+pub mod lease;
 pub mod link;
 pub mod name;
 pub mod page;

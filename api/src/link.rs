@@ -200,6 +200,9 @@ pub struct Hello {
     /// It knows [`Directive::TellFlows`].
     #[serde(default)]
     pub tells_flows: bool,
+    /// Its guests stand still by themselves when a lease runs out ([`MirrorOptions::lease_ms`]).
+    #[serde(default)]
+    pub takes_leases: bool,
 }
 
 /// The controller's answer to a [`Hello`].
@@ -467,6 +470,17 @@ pub enum Query {
         /// What.
         taken: PointTaken,
     },
+    /// May the guest run on here? Asked again and again while a mirror of it is fenced by a lease.
+    RenewLease {
+        /// The guest.
+        guest: GuestId,
+        /// Its epoch.
+        epoch: Epoch,
+        /// What the asker's boot clock shows, in milliseconds: the lease counts from here.
+        asked_ms: u64,
+        /// How long a lease, in milliseconds.
+        lease_ms: u64,
+    },
     /// A fresh certificate for a new key.
     RenewCertificate {
         /// PKCS#10, PEM.
@@ -528,6 +542,13 @@ pub enum Answer {
     },
     /// To [`Query::StoreSwept`], [`Query::VolumeChecked`] and [`Query::PointTaken`].
     Noted,
+    /// To [`Query::RenewLease`]: yes.
+    Lease {
+        /// As it was asked.
+        asked_ms: u64,
+        /// From then on, in milliseconds.
+        lease_ms: u64,
+    },
     /// To [`Query::RenewCertificate`].
     Certificate {
         /// PEM.

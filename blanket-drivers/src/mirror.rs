@@ -31,7 +31,7 @@ use supercloud_ids::GuestId;
 use tokio::sync::watch;
 
 use crate::{
-    backend::{BackendResult, BoxFuture, GuestInfo},
+    backend::{BackendError, BackendResult, BoxFuture, GuestInfo},
     migrate::Cookie,
 };
 
@@ -109,6 +109,26 @@ pub trait Mirroring: Send + Sync {
     /// Source: ends the mirror, and lets go what was held back. **The caller knows that the standby can never be promoted.**
     /// `Ok` when there is none, and also right for a guest whose agent is another one by now.
     fn end_mirror(&self, guest: GuestId) -> BoxFuture<'_, BackendResult<()>>;
+
+    /// Whether [`Mirroring::lease`] does something.
+    fn takes_leases(&self) -> bool {
+        false
+    }
+
+    /// Source: the guest runs until this time of the host's boot clock (milliseconds) and then stands still by itself, silent, whoever
+    /// is there then, until another call puts the time off; an earlier time than before counts for nothing. `None`: it runs for as long as
+    /// it wants, and **the caller knows that the standby can never be promoted**; `Ok` also where there is no such guest.
+    fn lease(&self, guest: GuestId, until_ms: Option<u64>) -> BoxFuture<'_, BackendResult<()>> {
+        Box::pin(async move {
+            match until_ms {
+                None => Ok(()),
+                Some(_) => {
+                    let option = format!("leases (asked for guest {guest})");
+                    Err(BackendError::Unsupported { back_end: "this", option })
+                }
+            }
+        })
+    }
 
     /// Standby, after [`crate::LiveMigration::prepare`]: the newest cut that is whole here and was not committed yet, or was; 0:
     /// none.

@@ -71,12 +71,26 @@ pub async fn run(client: &Client, output: Output, verb: GuestVerb) -> anyhow::Re
             let operation = client.migrate_guest(&name, &body).await?;
             show::follow(client, output, operation, watch).await
         }
-        GuestVerb::Mirror { name, to, interval_ms, strict, keep, bandwidth_mbps, dry_run, reason, no_wait } => {
+        GuestVerb::Mirror {
+            name,
+            to,
+            interval_ms,
+            strict,
+            fencing,
+            lease_ms,
+            keep,
+            bandwidth_mbps,
+            dry_run,
+            reason,
+            no_wait,
+        } => {
             let body = GuestMirror {
                 to: to.into(),
                 interval_ms,
                 mode: if strict { MirrorMode::Strict } else { MirrorMode::Async },
                 bandwidth_bps: bandwidth_mbps.map(|mbps| mbps.saturating_mul(1_000_000)),
+                fencing: fencing.into(),
+                lease_ms,
                 keep,
                 reason,
             };

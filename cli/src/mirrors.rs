@@ -3,7 +3,7 @@
 use std::{io::IsTerminal as _, time::Duration};
 
 use anyhow::bail;
-use supercloud_api::{GuestMirror, Mirror, MirrorMode, Phase, client::Client};
+use supercloud_api::{Fencing, GuestMirror, Mirror, MirrorMode, Phase, client::Client};
 use supercloud_cli::table::{Table, bytes, duration};
 
 use crate::{arguments::Output, names, show};
@@ -59,7 +59,8 @@ pub async fn list(client: &Client, output: Output, guest: &str) -> anyhow::Resul
     let mirrors = client.mirrors(guest).await?;
     let names = names::of_ids_in(client, &serde_json::to_value(&mirrors)?).await;
     show::print(output, &mirrors, || {
-        let mut table = Table::new(["FROM", "TO", "MODE", "STATE", "CUT", "AGE", "PAUSE", "WRITTEN", "OPERATION"]);
+        let mut table =
+            Table::new(["FROM", "TO", "MODE", "FENCING", "STATE", "CUT", "AGE", "PAUSE", "WRITTEN", "OPERATION"]);
         for mirror in &mirrors {
             let host = |id: Option<supercloud_api::ids::HostId>| {
                 id.map_or_else(
@@ -75,6 +76,7 @@ pub async fn list(client: &Client, output: Output, guest: &str) -> anyhow::Resul
                 host(mirror.source),
                 host(mirror.destination),
                 mode.to_owned(),
+                fencing(mirror),
                 state(mirror).to_owned(),
                 mirror.standing.committed.to_string(),
                 duration(mirror.standing.committed_age_ms),
@@ -85,6 +87,14 @@ pub async fn list(client: &Client, output: Output, guest: &str) -> anyhow::Resul
         }
         table
     })
+}
+
+fn fencing(mirror: &Mirror) -> String {
+    match (mirror.fencing, mirror.lease_ms) {
+        (Fencing::Lease, Some(lease_ms)) => format!("lease {}", duration(lease_ms)),
+        (Fencing::Lease, None) => "lease".to_owned(),
+        (Fencing::Manual, _) => "manual".to_owned(),
+    }
 }
 
 const fn state(mirror: &Mirror) -> &'static str {

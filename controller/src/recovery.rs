@@ -308,14 +308,15 @@ async fn mirror(
         return Err(Problem::new(Code::HostUnavailable, detail).into());
     }
     let mut why = None;
+    let options = MirrorOptions {
+        interval_ms: kept.interval_ms,
+        is_strict: kept.mode == MirrorMode::Strict,
+        lease_ms: kept.lease_ms,
+        bandwidth_bps: kept.bandwidth_bps,
+    };
     for place in places(state, live, picture, found, &kept.to).await? {
-        match guest_mirrors::standby(live, picture, found, &place, kept.bandwidth_bps) {
+        match guest_mirrors::standby(live, picture, found, &place, options) {
             Ok((host, plan)) => {
-                let options = MirrorOptions {
-                    interval_ms: kept.interval_ms,
-                    is_strict: kept.mode == MirrorMode::Strict,
-                    bandwidth_bps: kept.bandwidth_bps,
-                };
                 let begun = Begun {
                     kind: OperationKind::GuestMirror,
                     handover: handover::OperationKind::Mirror { to: host.id },

@@ -29,7 +29,7 @@ const INTERFACES: &str = "/sys/class/net";
 /// Why an interface could not be changed.
 #[derive(Debug, thiserror::Error)]
 pub enum TapError {
-    /// Not 1 to 15 letters, digits, `-` or `_`.
+    /// See [`is_interface_name`].
     #[error("'{0}' is not a name for an interface")]
     Name(String),
     /// A system call failed.
@@ -60,10 +60,16 @@ pub fn tap_name(port: PortId) -> String {
     format!("{TAP_PREFIX}{}", port.short())
 }
 
+/// Whether an interface can be called so here: 1 to 15 letters, digits, `-` and `_`; not first a `-`, which programs take for an option.
+#[must_use]
+pub fn is_interface_name(name: &str) -> bool {
+    (1..libc::IFNAMSIZ).contains(&name.len())
+        && !name.starts_with('-')
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+}
+
 fn ifreq(name: &str) -> Result<libc::ifreq, TapError> {
-    let ok = (1..libc::IFNAMSIZ).contains(&name.len())
-        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
-    if !ok {
+    if !is_interface_name(name) {
         return Err(TapError::Name(name.chars().take(64).collect()));
     }
     // SAFETY: ifreq is a C structure of numbers and bytes, for which all zeros is a valid value.

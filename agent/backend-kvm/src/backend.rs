@@ -42,7 +42,9 @@ const SETTLE_PAUSE: Duration = Duration::from_secs(2);
 /// A guest that is being frozen shall not be copied in many rounds: it will stand still anyway.
 const FREEZE_DOWNTIME_MS: u64 = 60_000;
 /// The format of [`Backend::freeze`]'s files: the stream of a move.
-const FROZEN_FORMAT: &str = "supercloud-kvm-stream/1";
+const FROZEN_FORMAT: &str = "supercloud-kvm-stream/2";
+/// Those that can be thawed.
+const THAWED_FORMATS: [&str; 2] = [FROZEN_FORMAT, "supercloud-kvm-stream/1"];
 
 /// Guests in processes of our own VMM.
 pub struct KvmBackend {
@@ -322,7 +324,7 @@ impl KvmBackend {
 
     async fn thaw_guest(&self, launch: Launch, file: PathBuf, format: String) -> BackendResult<GuestInfo> {
         let is_image = format == checkpoint::FORMAT;
-        if format != FROZEN_FORMAT && !is_image {
+        if !is_image && !THAWED_FORMATS.contains(&format.as_str()) {
             let option = format!("frozen guests of format '{}'", format.chars().take(64).collect::<String>());
             return Err(BackendError::Unsupported { back_end: BACK_END, option });
         }

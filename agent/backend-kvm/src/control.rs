@@ -146,10 +146,16 @@ pub struct Line {
     pub committed: Option<u64>,
     /// Whether it is being mirrored.
     pub is_mirrored: Option<bool>,
+    /// How long the guest may run yet; absent: it needs no lease.
+    pub lease_left_ms: Option<u64>,
+    /// Whether the process knows leases.
+    pub takes_leases: Option<bool>,
     /// A connection over which memory is served or fetched.
     pub connection: Option<u64>,
     /// Bytes of memory that are missing there.
     pub missing_bytes: Option<u64>,
+    /// The newest version of a stream that the process writes, if it can be told to write an older one.
+    pub stream_version: Option<u16>,
     /// How an ended guest ended.
     pub ended: Option<Event>,
     /// The disk that something happened to.
@@ -181,6 +187,9 @@ pub struct Request {
     /// Which memory may be left behind.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory: Option<MemoryMode>,
+    /// The newest version of a stream that is read at the other end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stream_version: Option<u16>,
     /// The disk.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk: Option<String>,
@@ -193,6 +202,9 @@ pub struct Request {
     /// The cut.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cut: Option<u64>,
+    /// Until when the guest may run, on this host's boot clock; 0: without end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lease_until_ms: Option<u64>,
 }
 
 /// Lines that come.

@@ -27,6 +27,7 @@ use supercloud_blanket::{
     migrate::{
         Cookie, CopyLimits, CopyOptions, MemoryMode, Performed, Transfer, TransferPhase, TransferProgress, Verdict,
     },
+    vmm::travel::StreamVersion,
 };
 use supercloud_ids::GuestId;
 use tokio::{
@@ -58,12 +59,25 @@ struct Told {
     /// Memory that is left behind can be fetched here.
     #[serde(default)]
     fetches: bool,
+    /// The newest version of a stream that processes here read; those of before say nothing, and read the first.
+    #[serde(default = "first")]
+    reads: u16,
 }
 
 const VERSION: u16 = 1;
 
+const fn first() -> u16 {
+    1
+}
+
+/// What a process is told of the version of its stream, which `writes` versions up to this (`None`: it is older than that, and writes
+/// what all read), for somewhere up to `reads` is read; `None`: nothing, as it is not to write an older one, or cannot be told.
+fn older_stream(reads: u16, writes: Option<u16>) -> Option<u16> {
+    writes.filter(|writes| reads < *writes).map(|_| reads.max(1))
+}
+
 fn wrap(fetches: bool) -> BackendResult<Cookie> {
-    let text = serde_json::to_vec(&Told { version: VERSION, fetches })
+    let text = serde_json::to_vec(&Told { version: VERSION, fetches, reads: StreamVersion::default().hello() })
         .map_err(|error| failed("describe a guest")(error.into()))?;
     Cookie::new(text)
 }
@@ -351,7 +365,8 @@ impl LiveMigration for KvmBackend {
         let done = async move {
             let what = "copy a guest";
             let memory = Some(options.memory).filter(|memory| *memory != MemoryMode::PreCopy);
-            if memory.is_some() && keeper.ask(what, verb("status"), None).await?.missing_bytes.is_none() {
+            let status = keeper.ask(what, verb("status"), None).await?;
+            if memory.is_some() && status.missing_bytes.is_none() {
                 // It would hang up.
                 let option = "moves that leave memory behind, of a guest whose process is older than that".to_owned();
                 return Err(BackendError::Unsupported { back_end: BACK_END, option });
@@ -364,6 +379,7 @@ impl LiveMigration for KvmBackend {
                 max_bytes_per_s: options.bandwidth_bytes_per_s,
                 may_throttle: options.auto_converge.then_some(true),
                 memory,
+                stream_version: older_stream(told.reads, status.stream_version),
                 ..verb("send")
             };
             let sent = Leaving { keeper: &keeper, what, budget: options.budget, turn }.send(send, &sender).await?;
@@ -428,10 +444,22 @@ mod tests {
         assert!(check(&wrap(true).unwrap()).is_ok());
         // An agent of before says nothing of memory that is left behind.
         let before = Cookie::new(b"{\"version\":1}".to_vec()).unwrap();
-        assert_eq!(read(&before).unwrap(), Told { version: 1, fetches: false });
+        assert_eq!(read(&before).unwrap(), Told { version: 1, fetches: false, reads: 1 });
+        assert_eq!(read(&wrap(false).unwrap()).unwrap(), Told { version: 1, fetches: false, reads: 2 });
         for bad in [&b""[..], b"{}", b"{\"version\":2}", b"supercloud-libvirt-qemu/1\n"] {
             assert!(matches!(check(&Cookie::new(bad.to_vec()).unwrap()), Err(BackendError::Foreign { .. })), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn a_stream_is_of_a_version_that_the_other_end_reads() {
+        assert_eq!(older_stream(1, Some(2)), Some(1));
+        // A guest whose process is older than versions writes the first; it would hang up if it were told of them.
+        assert_eq!(older_stream(1, None), None);
+        for reads in [2, 3] {
+            assert_eq!(older_stream(reads, Some(2)), None);
+        }
+        assert_eq!(older_stream(0, Some(2)), Some(1));
     }
 
     #[test]

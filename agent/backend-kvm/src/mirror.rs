@@ -166,6 +166,33 @@ impl Mirroring for KvmBackend {
         })
     }
 
+    fn takes_leases(&self) -> bool {
+        true
+    }
+
+    fn lease(&self, guest: GuestId, until_ms: Option<u64>) -> BoxFuture<'_, BackendResult<()>> {
+        Box::pin(async move {
+            let Some(keeper) = self.keeper(guest)? else {
+                return if until_ms.is_none() { Ok(()) } else { Err(BackendError::NoSuchGuest { guest }) };
+            };
+            let status = match keeper.ask("look for a guest's lease", verb("status"), None).await {
+                Err(BackendError::NoSuchGuest { .. }) if until_ms.is_none() => return Ok(()),
+                status => status?,
+            };
+            match (status.takes_leases, until_ms) {
+                (Some(true), _) => {}
+                // A process of before there were leases has none; it would hang up.
+                (_, None) => return Ok(()),
+                (_, Some(_)) => {
+                    let option = "a lease for this guest, whose process was started by an older version".to_owned();
+                    return Err(BackendError::Unsupported { back_end: crate::BACK_END, option });
+                }
+            }
+            let request = Request { lease_until_ms: Some(until_ms.unwrap_or(0)), ..verb("lease") };
+            keeper.ask("renew a guest's lease", request, None).await.map(drop)
+        })
+    }
+
     fn staged(&self, guest: GuestId) -> BackendResult<watch::Receiver<u64>> {
         let keeper = self.keeper(guest)?.ok_or(BackendError::NoSuchGuest { guest })?;
         Ok(keeper.staged())

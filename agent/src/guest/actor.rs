@@ -16,6 +16,7 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use super::{
     GuestMessage, GuestView,
+    lease::Leasing,
     reboots::Reboots,
     record::{GuestRecord, Places},
     report,
@@ -109,6 +110,7 @@ pub(super) struct Actor {
     facts_tx: mpsc::Sender<Fact>,
     facts: mpsc::Receiver<Fact>,
     pub jobs: Jobs,
+    pub leasing: Leasing,
     /// To the job that copies: the maps of the sealed volumes.
     pub maps: Option<mpsc::Sender<Vec<VolumeStamp>>>,
     pub met: Option<Met>,
@@ -187,6 +189,8 @@ impl Actor {
             facts_tx,
             facts,
             jobs: Jobs::default(),
+            // An agent before may have kept one.
+            leasing: if is_restart { Leasing::Left } else { Leasing::None },
             maps: None,
             met: None,
             take_over: None,
@@ -219,6 +223,7 @@ impl Actor {
         if self.is_restart {
             self.publish();
             let events = self.restore().await;
+            self.keep_lease().await;
             self.process(events).await;
         }
         let mut ticks = interval(TICK);
@@ -355,6 +360,7 @@ impl Actor {
             self.asked_at = Instant::now();
             self.process(self.ticks()).await;
         }
+        self.keep_lease().await;
         self.bring_base();
         self.tell_reboots();
         if self.looked_at.elapsed() > LOOK_EVERY {
@@ -421,6 +427,9 @@ impl Actor {
             }
             self.carry_out_all(effects, &mut events).await;
             self.settle().await;
+            if self.leasing.is_kept() {
+                self.keep_lease().await;
+            }
         }
     }
 
@@ -541,8 +550,10 @@ impl Actor {
 
     fn publish(&self) {
         let base_missing = self.base.as_ref().and_then(BaseFetch::missing_bytes);
-        let alarm = self.memory_alarm.as_deref().or(self.look.alarm.as_deref());
-        let row = report::row(&self.record, self.is_stalled, alarm, self.look.missing_bytes, base_missing);
+        let over = self.leasing.alarm();
+        let alarm = over.or(self.memory_alarm.as_deref()).or(self.look.alarm.as_deref());
+        let row =
+            report::row(&self.record, self.is_stalled || over.is_some(), alarm, self.look.missing_bytes, base_missing);
         let copy = self.record.incoming.as_ref().or(self.record.current.as_ref());
         let runs_here = row.as_ref().is_some_and(|row| {
             use supercloud_api::link::Holding::{Paused, Running};

@@ -17,6 +17,7 @@
 mod actor;
 mod dials;
 mod effects;
+mod lease;
 pub mod machine;
 mod process;
 mod reboots;

@@ -23,6 +23,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::{
     Fact, Job, JobError, PROGRESS_EVERY, file_error, in_time,
+    lease::Held,
     receive::{Peer, decode, encode},
 };
 use crate::{
@@ -73,13 +74,15 @@ pub struct Wants {
     pub peer: Peer,
     /// The maps, when the volumes are sealed.
     pub maps: mpsc::Receiver<Vec<VolumeStamp>>,
+    /// Of a mirror that is fenced by a lease: that.
+    pub lease: Option<Held>,
 }
 
 /// Does the source's part; after the pause it stays to give the maps, and tells when the other agent is lost.
 pub async fn run(job: Job, wants: Wants) {
     let operation = job.operation;
     let event = |event| Fact::Event(LocalEvent::Source(event));
-    let Wants { epoch, volumes, options, mut peer, mut maps } = wants;
+    let Wants { epoch, volumes, options, mut peer, mut maps, .. } = wants;
     let departed = depart(&job, epoch, &volumes, &options, &mut peer).await;
     // The bridge stays: its last bytes may still be on their way when the hypervisor has written them.
     let (cookie, paused_at, _bridge) = match departed {

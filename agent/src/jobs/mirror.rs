@@ -14,6 +14,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use super::{
     Fact, Job, JobError, PROGRESS_EVERY,
     depart::{Wants, make_ready},
+    lease::Held,
     receive::Peer,
 };
 use crate::{plane::meeting::MeetingEvent, volumes::VolumeHome};
@@ -23,6 +24,8 @@ const SILENT_BUDGET: Duration = Duration::from_secs(30);
 const SILENT_INTERVALS: u32 = 10;
 /// A first copy that moves nothing for so long is given up.
 const FIRST_COPY_BUDGET: Duration = Duration::from_secs(60);
+/// A first lease that is not granted for so long, or that the guest's process does not take, is not waited for.
+const LEASE_BUDGET: Duration = Duration::from_secs(30);
 /// How often it is asked, at a pause of [`PROGRESS_EVERY`], why a process has ended.
 const REASON_LOOKS: u32 = 8;
 
@@ -30,7 +33,8 @@ const REASON_LOOKS: u32 = 8;
 pub async fn keep(job: Job, wants: Wants, options: MirrorOptions) {
     let operation = job.operation;
     let mut peer = wants.peer;
-    let error = match keep_up(&job, wants.epoch, &wants.volumes, options, &mut peer).await {
+    let lease = wants.lease.as_ref();
+    let error = match keep_up(&job, wants.epoch, &wants.volumes, (options, lease), &mut peer).await {
         // Nobody but this agent ends it, and then this job, too.
         Ok(()) => JobError::Lost,
         Err(JobError::Cancelled) => return,
@@ -104,10 +108,20 @@ async fn keep_up(
     job: &Job,
     epoch: supercloud_ids::Epoch,
     volumes: &[VolumeHome],
-    options: MirrorOptions,
+    (options, lease): (MirrorOptions, Option<&Held>),
     peer: &mut Peer,
 ) -> Result<(), JobError> {
     let mirroring = job.host.backend.mirroring()?;
+    if let Some(lease) = lease {
+        // Before there is anything that could take over.
+        let obeys = async { lease.clone().wait_for(Option::is_some).await.is_ok() };
+        tokio::select! {
+            () = job.cancel.cancelled() => return Err(JobError::Cancelled),
+            obeys = tokio::time::timeout(LEASE_BUDGET, obeys) => if !obeys.unwrap_or(false) {
+                return Err(JobError::Deadline("the controller's lease"));
+            },
+        }
+    }
     // What an earlier mirror may have left would be taken for this one's cuts.
     end_cuts(volumes).await;
     let ready = make_ready(job, epoch, peer, Instant::now()).await?;
@@ -143,7 +157,7 @@ async fn keep_up(
                 if let Some(why) = &now.is_broken {
                     return Err(JobError::Protocol(format!("the mirror broke: {why}")));
                 }
-                job.show(shown(&now));
+                job.show(shown(&now, lease.is_some()));
                 if pace.stands_still(now, silent) {
                     return Err(JobError::Deadline("the standby's acknowledgement"));
                 }
@@ -174,7 +188,7 @@ impl Pace {
     }
 }
 
-fn shown(now: &MirrorProgress) -> Progress {
+fn shown(now: &MirrorProgress, is_leased: bool) -> Progress {
     let message = match now.committed {
         0 if now.cut == 0 => "the first copy of its memory is being made".to_owned(),
         0 => "the first cut is on its way to the standby".to_owned(),
@@ -193,6 +207,7 @@ fn shown(now: &MirrorProgress) -> Progress {
             committed_age_ms: now.committed_age_ms,
             pause_ms: now.pause_ms,
             dirty_bytes: now.dirty_bytes_last_cut,
+            is_leased,
         }),
         message,
         ..Progress::default()

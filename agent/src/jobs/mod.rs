@@ -6,6 +6,7 @@
 //! | [`depart`] | `StartCopy` of a migration | `GuestPaused`, or `CopyFailed`; later `PeerLost` |
 //! | [`mirror`] | `StartCopy` of a mirror | `CopyFailed` |
 //! | [`standby`] | `Prepare` of a mirror, or a restart; `TakeOver` | `StateReceived` and `VolumeMapsReceived`, or `ReceiveFailed` |
+//! | [`lease`] | the machine's state | nothing: what it has is looked at |
 //! | [`freeze`] | `StartCopy` and `StoreFreeze` of a freeze | `GuestPaused`, `FreezeStored`, or `CopyFailed` |
 //! | [`fetch`] | `StartFetch` | `NothingMissing` |
 //! | [`memory`] | `ServeMemory` of a post-copy, `StartFetch` | `MemoryServed`; `GuestGone` when what is missing is nowhere |
@@ -14,6 +15,7 @@ pub mod base;
 pub mod depart;
 pub mod fetch;
 pub mod freeze;
+pub mod lease;
 pub mod memory;
 pub mod mirror;
 pub mod prepare;

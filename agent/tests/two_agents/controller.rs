@@ -98,6 +98,10 @@ struct State {
     bandwidth_bps: Option<u64>,
     /// Which memory of the moves that begin may follow.
     memory: MemoryMode,
+    /// By which the mirrors that begin are fenced, in milliseconds.
+    lease_ms: Option<u64>,
+    /// How many leases were granted.
+    granted: u64,
 }
 
 pub struct Controller {
@@ -178,6 +182,8 @@ impl Controller {
                 asked_for_sources: 0,
                 bandwidth_bps: None,
                 memory: MemoryMode::PreCopy,
+                lease_ms: None,
+                granted: 0,
             }),
             signer: Signer::from_pkcs8(&Signer::generate_pkcs8().unwrap()).unwrap(),
             issuer,
@@ -298,6 +304,16 @@ impl Controller {
     /// Which memory of the moves from now on may follow.
     pub fn leave_memory(&self, memory: MemoryMode) {
         self.state().memory = memory;
+    }
+
+    /// The mirrors from now on are fenced by a lease.
+    pub fn fence(&self, lease_ms: u64) {
+        self.state().lease_ms = Some(lease_ms);
+    }
+
+    /// How many leases were granted.
+    pub fn granted(&self) -> u64 {
+        self.state().granted
     }
 
     /// What it knows, for the message of a test that fails.
@@ -564,6 +580,7 @@ impl Controller {
             mirror: matches!(kind, OperationKind::Mirror { .. }).then_some(MirrorOptions {
                 interval_ms: 50,
                 is_strict: true,
+                lease_ms: state.lease_ms,
                 bandwidth_bps: None,
             }),
             migration: MigrationOptions {
@@ -691,6 +708,16 @@ impl Controller {
             return None;
         }
         let body = match query.body {
+            Query::RenewLease { guest, epoch, asked_ms, lease_ms } => {
+                let record = &state.records[&guest];
+                let is_lost = record.operation.as_ref().is_some_and(|op| op.is_mirrored() && op.source_lost);
+                if record.is_owned_by(host, epoch) && !is_lost {
+                    state.granted += 1;
+                    Outcome::Ok(Answer::Lease { asked_ms, lease_ms })
+                } else {
+                    Outcome::Err(Problem::new(Code::Forbidden, "it runs elsewhere"))
+                }
+            }
             Query::RenewCertificate { csr_pem } => {
                 Outcome::Ok(Answer::Certificate { certificate_pem: self.certify(host, &csr_pem) })
             }

@@ -141,6 +141,8 @@ pub struct Inner {
     pub missing: Mutex<HashMap<GuestId, Arc<Missing>>>,
     /// What is staged of each guest.
     pub staged: Mutex<HashMap<GuestId, watch::Sender<u64>>>,
+    /// Until when guests may run, on the boot clock in milliseconds.
+    pub leases: Mutex<HashMap<GuestId, u64>>,
     agent: AtomicU64,
     /// Why guests that are not here any more ended.
     ended: Mutex<HashMap<GuestId, StopReason>>,
@@ -175,6 +177,7 @@ impl Hypervisor {
             standbys: Mutex::default(),
             missing: Mutex::default(),
             staged: Mutex::default(),
+            leases: Mutex::default(),
             agent: AtomicU64::new(0),
             ended: Mutex::default(),
         }))
@@ -260,12 +263,28 @@ impl Inner {
         let (next, held, inner) = (guest.next.clone(), guest.held.clone(), self.clone());
         let missing = self.missing.lock().unwrap().get(&id).cloned();
         guest.state = RunState::Running;
-        self.world.began(id);
+        let mut is_fenced = self.stands_still(id);
+        if !is_fenced {
+            self.world.began(id);
+        }
         let slots = 1 << 20 >> 14;
         let task = tokio::spawn(async move {
             let run = async {
                 let mut nbd = Nbd::connect(&disk).await?;
                 loop {
+                    // A process stands still by itself, whoever is there.
+                    let was_fenced = std::mem::replace(&mut is_fenced, inner.stands_still(id));
+                    match (was_fenced, is_fenced) {
+                        (false, true) => inner.world.stopped(id),
+                        (true, false) => inner.world.began(id),
+                        _ => {}
+                    }
+                    if is_fenced {
+                        if tokio::time::timeout(Duration::from_millis(20), stopped.changed()).await.is_ok() {
+                            return Ok(false);
+                        }
+                        continue;
+                    }
                     let number = next.load(Ordering::SeqCst);
                     let slot = number % slots;
                     if let Some(missing) = &missing {
@@ -273,7 +292,7 @@ impl Inner {
                         tokio::select! {
                             biased;
                             () = missing.touch(number % PAGES) => {}
-                            _ = stopped.changed() => return Ok(()),
+                            _ = stopped.changed() => return Ok(true),
                         }
                     }
                     nbd.write(slot * STRIDE, &record(number)).await?;
@@ -282,16 +301,16 @@ impl Inner {
                     }
                     next.store(number + 1, Ordering::SeqCst);
                     if *stopped.borrow_and_update() {
-                        return Ok::<_, std::io::Error>(());
+                        return Ok::<_, std::io::Error>(true);
                     }
                     tokio::select! {
-                        _ = stopped.changed() => return Ok(()),
+                        _ = stopped.changed() => return Ok(true),
                         () = tokio::time::sleep(Duration::from_millis(5)) => {}
                     }
                 }
             };
             match run.await {
-                Ok(()) => true,
+                Ok(counts) => counts,
                 Err(error) => {
                     eprintln!("{}: the disk of {id} fails: {error}", inner.name);
                     inner.world.stopped(id);
@@ -305,6 +324,12 @@ impl Inner {
             }
         });
         guest.cpu = Some(Cpu { stop, task });
+    }
+
+    /// Its lease is over.
+    pub fn stands_still(&self, id: GuestId) -> bool {
+        let until_ms = self.leases.lock().unwrap().get(&id).copied();
+        until_ms.is_some_and(|until_ms| supercloud_api::lease::boot_ms() >= until_ms)
     }
 
     /// Stops the vCPU, after the write that is under way: as an emulator drains its disks.

@@ -12,6 +12,7 @@ mod crashes;
 mod freezes;
 mod hypervisor;
 mod lab;
+mod leases;
 mod mirroring;
 mod mirrors;
 mod moves;

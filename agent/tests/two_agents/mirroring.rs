@@ -218,6 +218,22 @@ impl Mirroring for Hypervisor {
         })
     }
 
+    fn takes_leases(&self) -> bool {
+        true
+    }
+
+    fn lease(&self, guest: GuestId, until_ms: Option<u64>) -> BoxFuture<'_, BackendResult<()>> {
+        let mut leases = self.0.leases.lock().unwrap();
+        match until_ms {
+            Some(until_ms) => {
+                let had = leases.entry(guest).or_default();
+                *had = until_ms.max(*had);
+            }
+            None => drop(leases.remove(&guest)),
+        }
+        Box::pin(async { Ok(()) })
+    }
+
     fn staged(&self, guest: GuestId) -> BackendResult<watch::Receiver<u64>> {
         Ok(self.0.staged(guest).subscribe())
     }

@@ -168,6 +168,7 @@ impl Facts for Nothing {
             takes_post_copy: false,
             measures_paths: false,
             tells_flows: false,
+            takes_leases: false,
         }
     }
 

@@ -14,6 +14,7 @@
 //!   at the standby:                    < {"event": "staged", "state": "arriving", "cut": 1}
 //! > {"id": 6, "do": "commit", "cut": 1}                  < {"id": 6, "state": "arriving"}
 //! > {"id": 7, "do": "promote"}         < {"id": 7, "state": "paused"}
+//! > {"id": 9, "do": "lease", "lease_until_ms": 86400000} < {"id": 9, "state": "running", "lease_left_ms": 15000}
 //!                                      < {"event": "powered_off", "state": "ended"}
 //!   of a guest whose move has left memory behind, where it came from and where it runs:
 //! > {"id": 8, "do": "serve"} + a socket                  < {"id": 8, "state": "sent", "connection": 1}
@@ -22,6 +23,9 @@
 //!                                      < {"event": "progress", "state": "running", "missing_bytes": 4096}
 //!                                      < {"event": "fetched", "state": "running", "missing_bytes": 0}
 //! ```
+//!
+//! With `lease` the guest runs until that time of the boot clock only (0: for as long as it wants), whoever is there then: its processors
+//! stand still and its cards say nothing, whatever `state` is, until another `lease` puts the time off.
 //!
 //! With `disk`, `stream`, `serve` and `fetch` comes a connected unix socket (`SCM_RIGHTS`, unix(7), in the message that ends the line): the new way to
 //! the volume process of a disk, the way by which the guest leaves or comes.
@@ -89,6 +93,8 @@ pub enum Verb {
     Serve,
     /// Fetch what was left behind when the guest came, over the socket that comes with this.
     Fetch,
+    /// Let the guest run until this time, and no longer unless asked again.
+    Lease,
     /// End the process.
     End,
 }
@@ -110,6 +116,8 @@ pub struct Request {
     pub may_throttle: Option<bool>,
     /// Of `send`: which memory may be left behind.
     pub memory: Option<MemoryMode>,
+    /// Of `send`: the newest version of a stream that the other end reads; the newest when it is not said.
+    pub stream_version: Option<u16>,
     /// Of `disk`: its name.
     pub disk: Option<String>,
     /// Of `mirror`: milliseconds from the instant of one cut to that of the next.
@@ -118,6 +126,8 @@ pub struct Request {
     pub strict: Option<bool>,
     /// Of `commit`: which.
     pub cut: Option<u64>,
+    /// Of `lease`: until when, in milliseconds of this host's boot clock; 0: without end.
+    pub lease_until_ms: Option<u64>,
 }
 
 /// How the guest is.
@@ -215,6 +225,13 @@ pub struct Line {
     /// In the answer to `status`: whether it is being mirrored.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub is_mirrored: Option<bool>,
+    /// In the answers to `status` and `lease`: how long the guest may run yet, in milliseconds; 0: it stands still; absent: it needs no
+    /// lease.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lease_left_ms: Option<u64>,
+    /// In the answer to `status`: this process knows `lease`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub takes_leases: Option<bool>,
     /// A connection over which memory is served or fetched: the one that was begun, or is over; in the answer to `status`, the one that
     /// goes on.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -222,6 +239,9 @@ pub struct Line {
     /// Bytes of memory that are missing here.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub missing_bytes: Option<u64>,
+    /// In the answer to `status`: the newest version of a stream that is written here; older ones are on request (`stream_version`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stream_version: Option<u16>,
     /// In the answer to `status`: disks to which there is no way.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub lost: Vec<String>,
@@ -461,10 +481,12 @@ mod tests {
                 max_bytes_per_s: None,
                 may_throttle: None,
                 memory: None,
+                stream_version: None,
                 disk: None,
                 interval_ms: None,
                 strict: None,
                 cut: None,
+                lease_until_ms: None,
             }
         );
         let send = serde_json::from_str::<Request>(r#"{"id": 7, "do": "send", "max_downtime_ms": 20}"#).unwrap();

@@ -21,10 +21,10 @@ use kvm_ioctls::Kvm;
 use supercloud_blanket::{
     device::{Boot, Console, MachineSpec},
     vmm::{
-        Machine, MachineConfig, Outcome,
+        Lease, Machine, MachineConfig, Outcome,
         boot::BootFiles,
         legacy::Sink,
-        travel::{TravelError, mirror::StagedCut},
+        travel::{StreamVersion, TravelError, mirror::StagedCut},
         version::MachineVersion,
         virtio::{self, Device, nbd::LinkNews},
     },
@@ -105,6 +105,8 @@ struct Owner<'a> {
     leavings: Leavings,
     /// While the guest is mirrored.
     mirrored: Mirrored,
+    /// For how long it may run unheard.
+    lease: Arc<Lease>,
     /// While this is a mirror's standby.
     standby: Option<Standby>,
     /// Another stream can come.
@@ -148,9 +150,11 @@ pub fn run(spec: &MachineSpec, arrives: bool, mut held: Held) -> anyhow::Result<
         receiving: None,
         leavings: Leavings::default(),
         mirrored: Mirrored::default(),
+        lease: Arc::default(),
         standby: None,
         takes_streams: streams.is_some() || has_control,
     };
+    owner.mirrored.outputs().obey(&owner.lease);
     if arrives {
         owner.state = State::Arriving;
         owner.receive().context("receiving the guest")?;
@@ -363,7 +367,8 @@ impl Owner<'_> {
         Ok(MachineConfig { vcpus, memory_bytes: self.spec.memory_bytes })
     }
 
-    fn take_up(&mut self, (machine, outcomes): (Machine, mpsc::Receiver<Outcome>)) -> anyhow::Result<()> {
+    fn take_up(&mut self, (mut machine, outcomes): (Machine, mpsc::Receiver<Outcome>)) -> anyhow::Result<()> {
+        machine.obey(&self.lease);
         *self.serial.lock().unwrap_or_else(PoisonError::into_inner) = Some(machine.serial());
         self.mirrored.renew(&machine).context("going on to mirror it")?;
         self.machine = Some(machine);
@@ -446,12 +451,19 @@ impl Owner<'_> {
             (verb, _) if request.memory.is_some() && verb != Verb::Send => {
                 error = Some("a mode of memory is for 'send' only".to_owned());
             }
+            (verb, _) if request.stream_version.is_some_and(|version| version == 0 || verb != Verb::Send) => {
+                error = Some("a stream's version is for 'send' only, and is 1 at least".to_owned());
+            }
             (verb, _) if (request.interval_ms.is_some() || request.strict.is_some()) && verb != Verb::Mirror => {
                 error = Some("an interval and strictness are for 'mirror' only".to_owned());
             }
             (verb, _) if request.cut.is_some() != (verb == Verb::Commit) => {
                 error = Some("a cut is for 'commit', which needs one".to_owned());
             }
+            (verb, _) if request.lease_until_ms.is_some() != (verb == Verb::Lease) => {
+                error = Some("a time is for 'lease', which needs one".to_owned());
+            }
+            (Verb::Lease, _) => error = self.keep_lease(request.lease_until_ms.unwrap_or(0)),
             (Verb::Mirror | Verb::EndMirror | Verb::Commit | Verb::Promote, _) => {
                 match self.answer_mirror(client, request) {
                     ControlFlow::Continue(why) => error = why,
@@ -544,8 +556,11 @@ impl Owner<'_> {
         let missing_bytes = is_status.then(|| self.leavings.missing_bytes());
         let connection = self.leavings.connection().filter(|_| is_status);
         let committed = self.standby.as_ref().map(Standby::committed).filter(|_| is_status);
-        let standing = Line { cut, committed, connection, missing_bytes, ..Line::default() };
-        let line = Line { id, state, error, ended, lost, is_mirrored, ..standing };
+        let stream_version = is_status.then(|| StreamVersion::default().hello());
+        let standing = Line { cut, committed, connection, missing_bytes, stream_version, ..Line::default() };
+        let lease_left_ms = self.lease.left_ms().filter(|_| is_status || request.verb == Verb::Lease);
+        let takes_leases = is_status.then_some(true);
+        let line = Line { id, state, error, ended, lost, is_mirrored, lease_left_ms, takes_leases, ..standing };
         self.client.tell(&line);
         request.verb == Verb::End
     }

@@ -19,7 +19,7 @@ use supercloud_blanket::vmm::{
     Incoming, Machine, MachineConfig, Outcome,
     legacy::Sink,
     memory::PAGE_BYTES,
-    travel::{self, Limits, Sent, TravelError, left::Fetch},
+    travel::{self, Limits, Sent, StreamVersion, TravelError, left::Fetch},
     virtio::Device,
 };
 
@@ -110,6 +110,7 @@ fn changed(limits: Limits, request: &Request) -> Limits {
         max_bytes_per_s: request.max_bytes_per_s.or(limits.max_bytes_per_s),
         may_throttle: request.may_throttle.unwrap_or(limits.may_throttle),
         memory: request.memory.unwrap_or(limits.memory),
+        stream: request.stream_version.map_or(limits.stream, StreamVersion::for_who_reads),
         ..limits
     }
 }

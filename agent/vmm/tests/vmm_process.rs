@@ -167,7 +167,12 @@ fn a_client_controls_a_guest_and_another_one_finds_it_again() {
     let listener = UnixListener::bind(&path).unwrap();
     let mut vmm = start(Some(&listener));
     let mut client = Client::connect(&path);
-    assert_eq!(client.ask(1, "status"), json!({"id": 1, "state": "paused", "is_mirrored": false, "missing_bytes": 0}));
+    assert_eq!(
+        client.ask(1, "status"),
+        json!({
+            "id": 1, "state": "paused", "is_mirrored": false, "takes_leases": true, "missing_bytes": 0, "stream_version": 2,
+        })
+    );
     assert_eq!(client.ask(2, "resume")["state"], "running");
     vmm.await_text("hello ramdisk");
     // Each of its threads, the guest's processors among them, is under the filter of system calls.
@@ -467,4 +472,76 @@ fn what_does_not_arrive_can_arrive_by_the_next_stream() {
     assert_eq!(far.ask(4, "resume")["state"], "running");
     there.type_in("xyz");
     there.await_text("xyz");
+}
+
+#[test]
+fn a_guest_stands_still_by_itself_when_its_lease_runs_out_whoever_is_there_and_goes_on_when_it_is_renewed() {
+    if !runs_guests(
+        "a_guest_stands_still_by_itself_when_its_lease_runs_out_whoever_is_there_and_goes_on_when_it_is_renewed",
+    ) {
+        return;
+    }
+    use supercloud_blanket::vmm::lease::boot_ms;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("control");
+    let listener = UnixListener::bind(&path).unwrap();
+    let mut vmm = start(Some(&listener));
+    let mut client = Client::connect(&path);
+    let lease = |client: &mut Client, id: u64, until_ms: u64| {
+        client.say(&json!({"id": id, "do": "lease", "lease_until_ms": until_ms}).to_string());
+        let answer = client.line().unwrap();
+        assert_eq!((&answer["id"], &answer["error"]), (&json!(id), &Value::Null), "{answer}");
+        answer["lease_left_ms"].as_u64()
+    };
+    assert!(lease(&mut client, 1, boot_ms() + 60_000) > Some(1_000));
+    assert_eq!(client.ask(2, "resume")["state"], "running");
+    vmm.await_text("hello ramdisk");
+    vmm.type_in("a");
+    vmm.await_text("a");
+    // One that nobody renews: its agent is dead.
+    assert_eq!(lease(&mut client, 3, 0), None);
+    let began = boot_ms();
+    assert!(lease(&mut client, 4, began + 1_500).is_some());
+    drop(client);
+    vmm.console.set_read_timeout(Some(std::time::Duration::from_millis(100))).unwrap();
+    // It answers what is typed for as long as it runs.
+    let mut last = began;
+    loop {
+        vmm.type_in("b");
+        match vmm.console.read(&mut [0; 64]) {
+            Ok(_) => last = boot_ms(),
+            Err(_) if boot_ms() > began + 4_000 => break,
+            Err(_) => {}
+        }
+    }
+    assert!(last < began + 1_500 + 1_500, "it ran for {} ms", last - began);
+    // Another client finds it as it is; what is asked of it meanwhile does not let it go on.
+    let mut second = Client::connect(&path);
+    let status = second.ask(1, "status");
+    assert_eq!((&status["state"], &status["lease_left_ms"]), (&json!("running"), &json!(0)), "{status}");
+    assert_eq!(second.ask(2, "pause")["state"], "paused");
+    assert_eq!(second.ask(3, "resume")["state"], "running");
+    assert!(vmm.console.read(&mut [0; 64]).is_err(), "it runs without a lease");
+    // Nor one that was on its way when it ended.
+    assert_eq!(lease(&mut second, 4, boot_ms() - 1), Some(0));
+    assert!(vmm.console.read(&mut [0; 64]).is_err(), "it runs without a lease");
+    vmm.console.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert!(lease(&mut second, 5, boot_ms() + 60_000) > Some(1_000));
+    vmm.await_text("b");
+    // It boots again under the same lease.
+    vmm.type_in("r");
+    loop {
+        if second.line().unwrap()["event"] == "rebooted" {
+            break;
+        }
+    }
+    vmm.await_text("hello ramdisk");
+    assert!(second.ask(6, "status")["lease_left_ms"].as_u64() > Some(1_000));
+    assert_eq!(lease(&mut second, 7, 0), None);
+    second.say(&json!({"id": 8, "do": "lease", "lease_until_ms": boot_ms() + 7_200_000}).to_string());
+    assert!(second.line().unwrap()["error"].is_string(), "no lease is that long");
+    second.say(&json!({"id": 9, "do": "status", "lease_until_ms": 1}).to_string());
+    assert!(second.line().unwrap()["error"].is_string());
+    vmm.type_in("o");
+    assert_eq!(second.line().unwrap()["event"], "powered_off");
 }

@@ -127,6 +127,10 @@ pub struct MirrorOptions {
     pub interval_ms: u64,
     /// What the guest says waits for its cut.
     pub is_strict: bool,
+    /// The guest runs at its source for as long as its lease only, which is renewed by [`super::Query::RenewLease`] and is so many
+    /// milliseconds long; absent: without. Asked only of hosts that said [`super::Hello::takes_leases`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease_ms: Option<u64>,
     /// At most this much of the link, bits per second.
     pub bandwidth_bps: Option<u64>,
 }

@@ -227,6 +227,18 @@ pub enum MirrorMode {
     Strict,
 }
 
+/// Who may say that a mirrored guest does not run at a host that is silent.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Fencing {
+    /// An operator, or the host's provider.
+    #[default]
+    Manual,
+    /// The clock: the guest runs there for as long as a lease that the controller renews, and stands still by itself when it runs out.
+    /// The standby takes over some time after that, without being told to.
+    Lease,
+}
+
 /// What is done by itself when a guest's running copy is lost for good: its process ended without being asked to, or its host was
 /// removed, by an operator or because its provider took it back. A host that is merely silent is not lost. A mirror's standby takes
 /// over whatever is said here.
@@ -257,6 +269,9 @@ pub struct KeptMirror {
     /// At most this much of the link, in bits per second.
     #[serde(default)]
     pub bandwidth_bps: Option<u64>,
+    /// Fenced by a lease of so many milliseconds; by hand when absent.
+    #[serde(default)]
+    pub lease_ms: Option<u64>,
 }
 
 /// Asks for a second copy of a running guest, kept up to date at another host.
@@ -274,6 +289,12 @@ pub struct GuestMirror {
     /// At most this much of the link, in bits per second; unlimited when absent.
     #[serde(default)]
     pub bandwidth_bps: Option<u64>,
+    /// Who may say that the guest does not run at a host that is silent.
+    #[serde(default)]
+    pub fencing: Fencing,
+    /// With `fencing: lease`, how long the guest may run unheard, in milliseconds: 5,000 to 300,000; 15,000 when absent.
+    #[serde(default)]
+    pub lease_ms: Option<u64>,
     /// Begin another one whenever it has taken over or has broken, until it is ended: see [`KeptMirror`].
     #[serde(default)]
     pub keep: bool,
@@ -297,6 +318,12 @@ pub struct Mirror {
     pub mode: MirrorMode,
     /// From one cut to the next.
     pub interval_ms: u64,
+    /// Who may say that the guest does not run at a host that is silent.
+    #[serde(default)]
+    pub fencing: Fencing,
+    /// With `fencing: lease`, how long the guest may run unheard, in milliseconds.
+    #[serde(default)]
+    pub lease_ms: Option<u64>,
     /// Whether the standby has a whole cut, from which the guest would go on.
     pub is_protected: bool,
     /// Whether it was told to take over.

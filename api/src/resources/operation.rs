@@ -115,6 +115,8 @@ pub struct MirrorStanding {
     pub pause_ms: u64,
     /// Memory that the guest wrote between the last two cuts.
     pub dirty_bytes: u64,
+    /// The guest's process stands still by itself when its lease runs out.
+    pub is_leased: bool,
 }
 
 /// A durable piece of work.

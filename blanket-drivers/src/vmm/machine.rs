@@ -20,6 +20,7 @@ use super::{
     cpu,
     kvm::Vm,
     kvm_error, layout,
+    lease::Lease,
     legacy::{self, SerialPort, Sink},
     memory::{self, PAGE_BYTES},
     pci::{self, Ecam, Function, MessageSink},
@@ -97,6 +98,8 @@ struct Body {
     config: MachineConfig,
     buses: Buses,
     outcomes: Endings,
+    /// For how long the guest may run, where somebody says.
+    lease: Option<Arc<Lease>>,
     /// What each vCPU was told of itself. Not asked of KVM: some add what the processor has beyond it.
     cpuid: Vec<Vec<kvm_cpuid_entry2>>,
     devices: Vec<Arc<Mutex<VirtioPci>>>,
@@ -187,7 +190,12 @@ impl Machine {
         let fds = std::mem::replace(&mut self.vcpus, none).end()?;
         let saved = self.body.save(&fds);
         match Vcpus::start(fds, &self.body.buses, &self.body.outcomes) {
-            Ok(vcpus) => self.vcpus = vcpus,
+            Ok(vcpus) => {
+                if let Some(lease) = &self.body.lease {
+                    vcpus.obey(lease);
+                }
+                self.vcpus = vcpus;
+            }
             Err(error) => {
                 // Its processors are gone, and nobody shall think that it can be resumed.
                 self.body.outcomes.tell(Outcome::Broken { reason: error.to_string() });
@@ -195,6 +203,12 @@ impl Machine {
             }
         }
         saved
+    }
+
+    /// From now on the guest runs only as long as its lease lets it; to be said before it runs.
+    pub fn obey(&mut self, lease: &Arc<Lease>) {
+        self.vcpus.obey(lease);
+        self.body.lease = Some(Arc::clone(lease));
     }
 
     /// Lets the guest and its devices run.
@@ -368,7 +382,10 @@ impl Body {
         let balloon = devices.iter().find_map(|device| device.balloon.clone());
         let devices = add_devices(&vm, &mut registers, devices)?;
         let buses = Buses { ports: Arc::new(ports), registers: Arc::new(registers) };
-        Ok((Self { config, buses, outcomes: sender, cpuid: Vec::new(), devices, balloon, serial, vm }, outcomes))
+        Ok((
+            Self { config, buses, outcomes: sender, lease: None, cpuid: Vec::new(), devices, balloon, serial, vm },
+            outcomes,
+        ))
     }
 
     fn save(&self, vcpus: &[VcpuFd]) -> Result<MachineState, VmmError> {

@@ -27,6 +27,7 @@ pub mod bus;
 pub mod cpu;
 pub mod kvm;
 pub mod layout;
+pub mod lease;
 pub mod legacy;
 pub mod machine;
 pub mod memory;
@@ -37,6 +38,7 @@ pub mod vcpu;
 pub mod version;
 pub mod virtio;
 
+pub use lease::Lease;
 pub use machine::{Incoming, Machine, MachineConfig, Outcome};
 pub use memory::Ram;
 

@@ -9,14 +9,14 @@
 //!
 //! What is wanted of all threads is one value under a lock. To get a thread out of `KVM_RUN` it is signalled; the
 //! signal's handler sets `immediate_exit` in the page that the thread shares with the kernel, so that a signal that
-//! comes just before `KVM_RUN` is not lost either. A thread parks only after KVM has finished the access of the exit
+//! comes just before `KVM_RUN` is not lost either. A thread whose guest's lease is over parks as if that had been asked for. A thread parks only after KVM has finished the access of the exit
 //! before (one `KVM_RUN` with `immediate_exit` set), so that what is saved then is whole.
 
 use std::{
     cell::Cell,
     os::unix::thread::JoinHandleExt as _,
     ptr,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak},
     thread::JoinHandle,
     time::{Duration, Instant},
 };
@@ -27,6 +27,7 @@ use super::{
     VmmError,
     bus::Bus,
     io_error,
+    lease::{Holds, Lease},
     machine::{Endings, Outcome},
 };
 use crate::signal;
@@ -66,6 +67,18 @@ struct State {
     wanted: Wanted,
     /// Threads that run the guest, or are about to.
     active: Vec<bool>,
+    /// For how long the guest may run.
+    lease: Option<Arc<Lease>>,
+}
+
+impl State {
+    /// What is wanted, as far as the lease lets it be.
+    fn allowed(&self) -> Wanted {
+        match self.wanted {
+            Wanted::Running if self.lease.as_ref().is_some_and(|lease| lease.is_over()) => Wanted::Parked,
+            wanted => wanted,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -77,6 +90,38 @@ struct Shared {
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The threads, as the lease knows them. None of them is joined before it is taken out of here.
+#[derive(Debug)]
+struct Runners {
+    shared: Arc<Shared>,
+    threads: Mutex<Vec<libc::pthread_t>>,
+}
+
+impl Runners {
+    fn lock(&self) -> MutexGuard<'_, Vec<libc::pthread_t>> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Holds for Runners {
+    fn stop(&self) {
+        let threads = self.lock();
+        let state = self.shared.lock();
+        for (thread, is_active) in threads.iter().zip(&state.active) {
+            if *is_active && let Some(signal) = signal::kick() {
+                // SAFETY: the thread was neither joined nor detached: it would not be in the list, whose lock is held.
+                unsafe { libc::pthread_kill(*thread, signal) };
+            }
+        }
+    }
+
+    fn wake(&self) {
+        // Not between a thread's look and its sleep.
+        drop(self.shared.lock());
+        self.shared.changed.notify_all();
     }
 }
 
@@ -94,6 +139,7 @@ pub struct Buses {
 pub struct Vcpus {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<VcpuFd>>,
+    runners: Arc<Runners>,
 }
 
 impl Vcpus {
@@ -105,9 +151,10 @@ impl Vcpus {
         if signal::kick().is_none() {
             return Err(io_error("claiming a signal")(std::io::Error::other("none is free")));
         }
-        let state = State { wanted: Wanted::Parked, active: vec![false; vcpus.len()] };
+        let state = State { wanted: Wanted::Parked, active: vec![false; vcpus.len()], lease: None };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
-        let mut all = Self { shared: Arc::clone(&shared), threads: Vec::new() };
+        let runners = Arc::new(Runners { shared: Arc::clone(&shared), threads: Mutex::default() });
+        let mut all = Self { shared: Arc::clone(&shared), threads: Vec::new(), runners };
         for (index, fd) in vcpus.into_iter().enumerate() {
             let thread =
                 Thread { index, fd, buses: buses.clone(), outcomes: outcomes.clone(), shared: Arc::clone(&shared) };
@@ -116,6 +163,14 @@ impl Vcpus {
             all.threads.push(spawned.map_err(io_error("beginning a vCPU's thread"))?);
         }
         Ok(all)
+    }
+
+    /// From now on the guest runs only as long as its lease lets it.
+    pub fn obey(&self, lease: &Arc<Lease>) {
+        *self.runners.lock() = self.threads.iter().map(JoinHandle::as_pthread_t).collect();
+        self.shared.lock().lease = Some(Arc::clone(lease));
+        let runners: Weak<Runners> = Arc::downgrade(&self.runners);
+        lease.hold(runners);
     }
 
     /// Lets the guest run.
@@ -153,6 +208,7 @@ impl Vcpus {
     /// # Errors
     /// [`VmmError::Stuck`] when one does not come out of the kernel; its thread is left behind.
     pub fn end(mut self) -> Result<Vec<VcpuFd>, VmmError> {
+        self.runners.lock().clear();
         self.demand(Wanted::Ended)?;
         std::mem::take(&mut self.threads).into_iter().map(|thread| thread.join().map_err(|_| VmmError::Ended)).collect()
     }
@@ -182,6 +238,7 @@ impl Vcpus {
 
 impl Drop for Vcpus {
     fn drop(&mut self) {
+        self.runners.lock().clear();
         if self.demand(Wanted::Ended).is_ok() {
             for thread in std::mem::take(&mut self.threads) {
                 let _ = thread.join();
@@ -220,14 +277,14 @@ impl Thread {
         self.set_immediate_exit(0);
         let shared = Arc::clone(&self.shared);
         let mut state = shared.lock();
-        if state.wanted != Wanted::Running && state.active[self.index] {
+        if state.allowed() != Wanted::Running && state.active[self.index] {
             drop(state);
             self.finish_access();
             self.set_immediate_exit(0);
             state = shared.lock();
         }
         loop {
-            match state.wanted {
+            match state.allowed() {
                 Wanted::Running => {
                     if !state.active[self.index] {
                         // A guest that watches its own progress shall know why there was none; one without kvmclock cannot.

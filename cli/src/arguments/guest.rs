@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
-use supercloud_api::{MemoryMode, OnLoss, Shape};
+use supercloud_api::{Fencing, MemoryMode, OnLoss, Shape};
 
 use super::{Trial, Watch};
 use crate::values;
@@ -25,6 +25,24 @@ impl From<Memory> for MemoryMode {
             Memory::PreCopy => Self::PreCopy,
             Memory::Hybrid => Self::Hybrid,
             Memory::PostCopy => Self::PostCopy,
+        }
+    }
+}
+
+/// Who may say that a mirrored guest does not run at a host that is silent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum MirrorFencing {
+    /// You (`guest failover`), or the host's provider.
+    Manual,
+    /// The clock: the guest stands still by itself when its lease runs out, and its standby takes over by itself after that.
+    Lease,
+}
+
+impl From<MirrorFencing> for Fencing {
+    fn from(fencing: MirrorFencing) -> Self {
+        match fencing {
+            MirrorFencing::Manual => Self::Manual,
+            MirrorFencing::Lease => Self::Lease,
         }
     }
 }
@@ -129,7 +147,8 @@ pub enum GuestVerb {
     /// takes over (`guest failover`).
     #[command(
         after_help = "Examples:\n  supercloud guest mirror web --to oak\n  supercloud guest mirror web --to oak --strict \
-        --interval-ms 200\n  supercloud guest mirror web --to oak --keep      # and again elsewhere, after a fail-over\n  \
+        --interval-ms 200\n  supercloud guest mirror web --to oak --fencing lease     # fails over by \
+        itself\n  supercloud guest mirror web --to oak --keep      # and again elsewhere, after a fail-over\n  \
         supercloud guest mirrors web"
     )]
     Mirror {
@@ -145,6 +164,12 @@ pub enum GuestVerb {
         /// lost, and each answer takes up to an interval longer.
         #[arg(long)]
         strict: bool,
+        /// Who may say that the guest does not run at a host that is silent: you, or the clock.
+        #[arg(long, value_enum, default_value_t = MirrorFencing::Manual)]
+        fencing: MirrorFencing,
+        /// With `--fencing lease`: how long the guest may run unheard, in milliseconds; 15,000 when absent.
+        #[arg(long)]
+        lease_ms: Option<u64>,
         /// Begin another one whenever it has taken over or has broken: there, in another cloud, or at another host.
         #[arg(long)]
         keep: bool,

@@ -80,6 +80,8 @@ pub(super) async fn start(parts: &Parts) -> Result<Arc<Engine>, StartError> {
         points: parts.points.clone(),
         paths: parts.paths.clone(),
         flows: parts.flows.clone(),
+        leases: parts.leases.clone(),
+        claim: parts.lease_claim.clone(),
     };
     let (engine, imports) = Engine::at_pace(parts_of_engine, pace);
     let chunks = ChunkServer::new(store, &parts.keys.tickets.0.public_key_hex(), &certificate_sha256);

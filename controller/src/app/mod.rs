@@ -31,8 +31,10 @@ use crate::{
     ca::{Authority, CaError},
     consoles::Consoles,
     evacuation::{self, EvacuationBoard},
+    fencing::{self, Claim, Fencing},
     flows::FlowBoard,
     keys::{KeyFileError, Keys},
+    leases::LeaseBoard,
     ledger::Clerk,
     link::Sessions,
     markets::MarketsError,
@@ -94,6 +96,10 @@ pub struct Parts {
     pub paths: PathBoard,
     /// Where flows of ports are asked for.
     pub flows: FlowBoard,
+    /// What was granted to hosts of mirrored guests.
+    pub leases: LeaseBoard,
+    /// Whether this controller grants.
+    pub lease_claim: Claim,
     /// What agents are told to dial; known once the link listens.
     pub link_address: Arc<OnceLock<String>>,
     /// Cancelled when the controller ends.
@@ -238,6 +244,8 @@ impl Controller {
             consoles: Consoles::new(sessions.clone()),
             paths: PathBoard::default(),
             flows: FlowBoard::new(sessions.clone()),
+            leases: LeaseBoard::default(),
+            lease_claim: Claim::default(),
             sessions,
             markets,
             clerk,
@@ -298,6 +306,15 @@ async fn start_parts(parts: &Parts) -> Result<SocketAddr, StartError> {
     parts.spawn("plans", plans::Runner::new(state, live, wake, plans::Pace::default()).run());
     let recovery = Recovery::new(parts.state.clone(), parts.hosts.clone(), recovery::Pace::default());
     parts.spawn("recovery", recovery.run());
+    let fencing = Fencing::new(
+        parts.state.clone(),
+        parts.hosts.clone(),
+        parts.leases.clone(),
+        parts.lease_claim.clone(),
+        parts.progress.clone(),
+        fencing::Pace::default(),
+    );
+    parts.spawn("fencing", fencing.run());
     let (state, live, wake) = (parts.state.clone(), parts.hosts.clone(), Arc::clone(&parts.plans_wake));
     parts.spawn("notices", Leaving::new(state, live, wake, parts.config.notices, notices::Pace::default()).run());
     parts.spawn("paths", paths::path_teller(parts.clone()));

@@ -29,6 +29,8 @@ const ANSWERS_AT_MOST: usize = 64;
 const QUERIES_AT_ONCE: usize = 16;
 /// As many for what its guests ask: they cannot take the host's own places.
 const GUEST_QUERIES_AT_ONCE: usize = 8;
+/// As many for its guests' leases, which no other question may keep waiting.
+const LEASES_AT_ONCE: usize = 8;
 
 /// The ends that others write to.
 pub(super) struct Outbound {
@@ -185,6 +187,7 @@ struct Queries {
     answers: mpsc::Sender<Envelope<Outcome<Answer>>>,
     own: Arc<Semaphore>,
     of_guests: Arc<Semaphore>,
+    leases: Arc<Semaphore>,
     tasks: JoinSet<()>,
 }
 
@@ -196,6 +199,7 @@ impl Queries {
             answers,
             own: Arc::new(Semaphore::new(QUERIES_AT_ONCE)),
             of_guests: Arc::new(Semaphore::new(GUEST_QUERIES_AT_ONCE)),
+            leases: Arc::new(Semaphore::new(LEASES_AT_ONCE)),
             tasks: JoinSet::new(),
         }
     }
@@ -210,6 +214,7 @@ impl Queries {
         };
         let places = match query {
             Query::GuestToken { .. } | Query::GuestCall { .. } => &self.of_guests,
+            Query::RenewLease { .. } => &self.leases,
             Query::ChunkSources { .. }
             | Query::StoreRoots { .. }
             | Query::StoreNames { .. }

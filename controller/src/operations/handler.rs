@@ -96,6 +96,8 @@ impl LinkHandler for Engine {
             self.sweeps.note_capable(host, hello.takes_sweeps);
             self.live.note_mirroring(host, hello.takes_mirrors);
             self.live.note_post_copy(host, hello.takes_post_copy);
+            self.live.note_leases(host, hello.takes_leases);
+            self.leases.heard(host);
             self.checks.note_capable(host, hello.takes_checks);
             self.points.note_capable(host, hello.takes_points);
             self.points.note_checkpoints(host, hello.takes_checkpoints);
@@ -144,6 +146,7 @@ impl LinkHandler for Engine {
 
     fn notice(&self, host: HostId, notice: Notice) -> BoxFuture<'_, ()> {
         Box::pin(async move {
+            self.leases.heard(host);
             let done = match notice {
                 Notice::Report { guest, report, details } => self.report(host, guest, &report, &details).await,
                 Notice::Heartbeat { used, guests, view_revision: _, announced } => {
@@ -187,6 +190,9 @@ impl LinkHandler for Engine {
             match query {
                 Query::GuestToken { guest, epoch } => self.guest_token(host, guest, epoch).await,
                 Query::GuestCall { guest, epoch, call } => self.guest_call(host, guest, epoch, call).await,
+                Query::RenewLease { guest, epoch, asked_ms, lease_ms } => {
+                    self.renew_lease(host, (guest, epoch), asked_ms, lease_ms).await
+                }
                 Query::ChunkSources { guest } => self.fresh_chunk_sources(host, guest).await,
                 Query::StoreRoots { project, seen, holder, after, also_seen, holders } => {
                     let asked =

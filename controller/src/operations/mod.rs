@@ -19,6 +19,7 @@ mod guest_door;
 mod handler;
 mod happenings;
 mod import;
+mod lease;
 pub mod points;
 pub mod progress;
 mod repeats;
@@ -49,8 +50,10 @@ use crate::{
     ca::Authority,
     chain,
     consoles::Consoles,
+    fencing::Claim,
     flows::FlowBoard,
     keys::Keys,
+    leases::LeaseBoard,
     link::Sessions,
     paths::PathBoard,
     state::{AsConflict, GuestRecord, HostRecord, LiveHosts, OperationRecord, Seen, State, StateError, Work},
@@ -174,6 +177,10 @@ pub struct Engine {
     pub(crate) paths: PathBoard,
     /// Where flows of ports are asked for.
     pub(crate) flows: FlowBoard,
+    /// What was granted to hosts.
+    pub(crate) leases: LeaseBoard,
+    /// Whether this controller grants.
+    pub(crate) claim: Claim,
     /// Hosts that know `predictive`, as they said when they came.
     knows_predictive: Mutex<HashSet<HostId>>,
     /// What hosts said last that they can.
@@ -228,6 +235,10 @@ pub struct Parts {
     pub paths: PathBoard,
     /// Where REST asks for flows of ports.
     pub flows: FlowBoard,
+    /// What was granted to hosts.
+    pub leases: LeaseBoard,
+    /// Whether this controller grants.
+    pub claim: Claim,
 }
 
 /// Imports that may wait.
@@ -248,6 +259,7 @@ impl Engine {
         let (progress, store, uploads) = (parts.progress, parts.store, parts.uploads);
         let (sweeps, consoles, checks, points) = (parts.sweeps, parts.consoles, parts.checks, parts.points);
         let (paths, flows) = (parts.paths, parts.flows);
+        let (leases, claim) = (parts.leases, parts.claim);
         let overlay = Arc::new(Notify::new());
         let queued = Mutex::default();
         let engine = Self {
@@ -276,6 +288,8 @@ impl Engine {
             points,
             paths,
             flows,
+            leases,
+            claim,
             knows_predictive: Mutex::default(),
             abilities: Mutex::default(),
             guest_door: OnceLock::new(),

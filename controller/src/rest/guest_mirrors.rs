@@ -6,8 +6,8 @@ use axum::{
     http::HeaderMap,
 };
 use supercloud_api::{
-    Code, Guest, GuestFailover, GuestMirror, Host, KeptMirror, Mirror, MirrorMode, MirrorStanding, Operation,
-    OperationKind, Page, Phase, Plan, PlanCheck, Problem, Ref, handover, ids::HostId, link::MirrorOptions,
+    Code, Fencing, Guest, GuestFailover, GuestMirror, Host, KeptMirror, Mirror, MirrorMode, MirrorStanding, Operation,
+    OperationKind, Page, Phase, Plan, PlanCheck, Problem, Ref, handover, ids::HostId, lease, link::MirrorOptions,
 };
 
 use super::{
@@ -35,8 +35,22 @@ fn options(wanted: &GuestMirror) -> Result<MirrorOptions, Failure> {
     if let Some(bps) = wanted.bandwidth_bps.filter(|bps| *bps < MIN_BANDWIDTH_BPS) {
         return Err(Failure::bad(format!("bandwidth_bps is {bps}; at least {MIN_BANDWIDTH_BPS}")));
     }
+    let lease_ms = match (wanted.fencing, wanted.lease_ms) {
+        (Fencing::Manual, None) => None,
+        (Fencing::Manual, Some(_)) => return Err(Failure::bad("lease_ms is for fencing: lease")),
+        (Fencing::Lease, wanted) => Some(wanted.unwrap_or(lease::DEFAULT_LEASE_MS)),
+    };
+    if let Some(lease_ms) = lease_ms.filter(|lease_ms| !lease::LEASE_MS.contains(lease_ms)) {
+        let (least, most) = (lease::LEASE_MS.start(), lease::LEASE_MS.end());
+        return Err(Failure::bad(format!("lease_ms is {lease_ms}; it must be {least} to {most}")));
+    }
     guest_plan::check_reason(wanted.reason.as_ref())?;
-    Ok(MirrorOptions { interval_ms, is_strict: wanted.mode == MirrorMode::Strict, bandwidth_bps: wanted.bandwidth_bps })
+    Ok(MirrorOptions {
+        interval_ms,
+        is_strict: wanted.mode == MirrorMode::Strict,
+        lease_ms,
+        bandwidth_bps: wanted.bandwidth_bps,
+    })
 }
 
 /// Whether both agents know how to mirror a guest.
@@ -54,6 +68,22 @@ fn capability(live: &LiveHosts, source: Option<HostId>, to: HostId) -> Result<Pl
     }
 }
 
+/// Whether the guest's host can fence it by a lease.
+fn fence(live: &LiveHosts, source: Option<HostId>) -> Result<PlanCheck, Problem> {
+    match source.filter(|host| !live.takes_leases(*host)) {
+        Some(host) => {
+            let detail =
+                format!("guests at {host} cannot be fenced by a lease: its back end lacks it, or its agent is older");
+            Err(Problem::new(Code::Unsupported, detail))
+        }
+        None => Ok(PlanCheck {
+            name: "fencing".to_owned(),
+            is_ok: true,
+            detail: "the guest stands still when its lease runs out".to_owned(),
+        }),
+    }
+}
+
 /// Where a guest's standby would be, as the place that was asked for allows, and what that would take.
 ///
 /// # Errors
@@ -63,11 +93,14 @@ pub(crate) fn standby<'a>(
     picture: &'a Picture,
     found: &GuestRecord,
     place: &Place,
-    bandwidth_bps: Option<u64>,
+    options: MirrorOptions,
 ) -> Result<(&'a Host, Plan), Problem> {
     let from = found.guest.host;
-    let (host, mut plan) = way_out(picture, found, from, place, bandwidth_bps)?;
+    let (host, mut plan) = way_out(picture, found, from, place, options.bandwidth_bps)?;
     plan.checks.push(capability(live, from, host.id)?);
+    if options.lease_ms.is_some() {
+        plan.checks.push(fence(live, from)?);
+    }
     Ok((host, plan))
 }
 
@@ -87,6 +120,7 @@ pub async fn begin(
         interval_ms: options.interval_ms,
         mode: wanted.mode,
         bandwidth_bps: options.bandwidth_bps,
+        lease_ms: options.lease_ms,
     });
     let reference = Ref::from(guest);
     let _turn = api.placing.lock().await;
@@ -95,7 +129,7 @@ pub async fn begin(
         let found = asker.find_guest(&api.parts, &reference).await?;
         guest_plan::admit(Request::Mirror, &found)?;
         let place = guest_plan::resolve_place(&api.parts, Some(&wanted.to)).await?;
-        let (host, plan) = match standby(&api.parts.hosts, &picture, &found, &place, options.bandwidth_bps) {
+        let (host, plan) = match standby(&api.parts.hosts, &picture, &found, &place, options) {
             Ok(way) => way,
             Err(problem) => return refuse(&asker, &found, OperationKind::GuestMirror, problem),
         };
@@ -175,6 +209,8 @@ fn shown(
         destination: operation.destination,
         mode: if options.is_strict { MirrorMode::Strict } else { MirrorMode::Async },
         interval_ms: options.interval_ms,
+        fencing: if options.lease_ms.is_some() { Fencing::Lease } else { Fencing::Manual },
+        lease_ms: options.lease_ms,
         is_protected: standing.committed > 0 && operation.phase == Phase::Copy,
         is_failing_over,
         standing,

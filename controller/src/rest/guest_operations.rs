@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     admission::Request,
+    auth::Access,
     checkpoints::SetBack,
     placement::{self, Need, Place},
     state::{Change, GuestRecord, LiveHosts, ProjectRecord, Stored, Work, keys, retry_conflicts},
@@ -391,7 +392,7 @@ pub async fn thaw(
     retry_conflicts(|| async {
         let mut picture = Picture::take(&api.parts).await?;
         let found = asker.find_guest(&api.parts, &reference).await?;
-        let back = set_back(&api, &found, &wanted, &mut picture).await?;
+        let back = set_back(&api, &asker, &found, &wanted, &mut picture).await?;
         let now = back.as_ref().map_or(&found.value, |back| &back.guest);
         let Some(freeze) = now.guest.freeze else {
             return Err(Failure::new(Code::Internal, "the guest is frozen, and its record names no freeze"));
@@ -432,6 +433,7 @@ pub async fn thaw(
 /// Whether the guest may be thawed, or what it is set back to first: then only hosts count that can go on from that.
 async fn set_back(
     api: &Api,
+    asker: &Asker,
     found: &GuestRecord,
     wanted: &GuestThaw,
     picture: &mut Picture,
@@ -444,6 +446,10 @@ async fn set_back(
             return Ok(None);
         }
         (true, ..) => guest_plan::admit(Request::SetBack, found)?,
+    }
+    // It gives up what the guest did since: more than a policy does that moves guests.
+    if !Access::Change.allows(&asker.caller()?.token) {
+        return Err(Failure::new(Code::Forbidden, "setting a guest back to a checkpoint takes the role operator"));
     }
     let back = SetBack::plan(&api.parts.state, found, wanted.point).await?;
     picture.only_with_checkpoints(&api.parts.hosts)?;

@@ -111,6 +111,12 @@ pub fn room_guard(host: HostId) -> Key {
     key(format!("guards/room/{host}"))
 }
 
+/// Which controller grants leases: the one that has passed this guard last.
+#[must_use]
+pub fn lease_guard() -> Key {
+    key("guards/leases".to_owned())
+}
+
 /// A stored answer. `hash` is hexadecimal.
 #[must_use]
 pub fn answer(token: TokenId, hash: &str) -> Key {

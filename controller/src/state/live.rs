@@ -40,6 +40,8 @@ struct Live {
     bases: HashMap<HostId, Bases>,
     /// Those whose guests can be mirrored, as their agents said last.
     mirroring: HashSet<HostId>,
+    /// Those whose guests obey leases, likewise.
+    leasing: HashSet<HostId>,
     /// Those from and to which guests may move and leave memory behind, likewise.
     post_copying: HashSet<HostId>,
     /// Those that take checkpoints and thaw from them, likewise.
@@ -53,8 +55,9 @@ struct Live {
 impl Default for Live {
     fn default() -> Self {
         let (hosts, bases, away) = (HashMap::new(), HashMap::new(), HashMap::new());
-        let (mirroring, post_copying, checkpointing) = (HashSet::new(), HashSet::new(), HashSet::new());
-        Self { hosts, bases, away, mirroring, post_copying, checkpointing, began: Instant::now() }
+        let (mirroring, leasing, post_copying, checkpointing) =
+            (HashSet::new(), HashSet::new(), HashSet::new(), HashSet::new());
+        Self { hosts, bases, away, mirroring, leasing, post_copying, checkpointing, began: Instant::now() }
     }
 }
 
@@ -94,6 +97,21 @@ impl LiveHosts {
     #[must_use]
     pub fn takes_mirrors(&self, host: HostId) -> bool {
         self.0.read().unwrap_or_else(PoisonError::into_inner).mirroring.contains(&host)
+    }
+
+    /// The agent says whether guests obey leases there.
+    pub fn note_leases(&self, host: HostId, takes_leases: bool) {
+        let leasing = &mut self.0.write().unwrap_or_else(PoisonError::into_inner).leasing;
+        match takes_leases {
+            true => leasing.insert(host),
+            false => leasing.remove(&host),
+        };
+    }
+
+    /// Whether it said so when it was last heard of.
+    #[must_use]
+    pub fn takes_leases(&self, host: HostId) -> bool {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).leasing.contains(&host)
     }
 
     /// The agent says whether guests may leave memory behind when they move from or to it.

@@ -13,6 +13,7 @@ mod chunks;
 mod crashes;
 mod hostile;
 mod images;
+mod leases;
 mod ledger;
 mod losses;
 mod mirrors;

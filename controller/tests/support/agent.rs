@@ -17,8 +17,8 @@ use supercloud_api::{
     },
     ids::{Epoch, GuestId, HostId, OperationId, VolumeId},
     link::{
-        self, Announced, Assignment, Directive, FrozenContent, FrozenMemory, GuestReport, Hello, Holding, Notice,
-        ReportDetails, Welcome, kind,
+        self, Announced, Answer, Assignment, Directive, Envelope, FrozenContent, FrozenMemory, GuestReport, Hello,
+        Holding, Notice, Outcome, Query, ReportDetails, Welcome, kind,
     },
     ticket::Ticket,
     tls::{self, Identity},
@@ -43,6 +43,8 @@ const TICK: Duration = Duration::from_millis(25);
 /// Every so many ticks the machines are told that time passes.
 const MACHINE_TICKS: u64 = 4;
 const HEARTBEAT_TICKS: u64 = 8;
+/// Every so many ticks leases are asked for.
+const LEASE_TICKS: u64 = 8;
 /// Ticks that a copy takes.
 const COPY_TICKS: u32 = 3;
 
@@ -135,6 +137,8 @@ impl Seat {
             copying: BTreeMap::new(),
             has_crashed: false,
             ticks: 0,
+            asked: BTreeMap::new(),
+            queries: VecDeque::new(),
             ticket_key: String::new(),
         };
         tokio::spawn(agent.run())
@@ -171,13 +175,14 @@ impl Seat {
             takes_post_copy: true,
             measures_paths: false,
             tells_flows: false,
+            takes_leases: true,
         }
     }
 }
 
 struct Link {
     writer: WriteHalf<TlsStream<TcpStream>>,
-    directives: mpsc::Receiver<Directive>,
+    directives: mpsc::Receiver<Heard>,
     reader: JoinHandle<()>,
     /// The newest overlay view in this session.
     told: Option<OverlayView>,
@@ -189,18 +194,30 @@ impl Drop for Link {
     }
 }
 
-async fn read(mut reader: ReadHalf<TlsStream<TcpStream>>, directives: mpsc::Sender<Directive>) {
+/// What the controller says.
+enum Heard {
+    Directive(Directive),
+    Answer(Envelope<Outcome<Answer>>),
+}
+
+async fn read(mut reader: ReadHalf<TlsStream<TcpStream>>, heard: mpsc::Sender<Heard>) {
     while let Ok(frame) = read_frame(&mut reader).await {
-        if frame.kind == kind::DIRECTIVE {
-            let directive = frame.parse_json(kind::DIRECTIVE, link::VERSION).expect("a directive that can be read");
-            if directives.send(directive).await.is_err() {
-                return;
+        let said = match frame.kind {
+            kind::DIRECTIVE => Heard::Directive(
+                frame.parse_json(kind::DIRECTIVE, link::VERSION).expect("a directive that can be read"),
+            ),
+            kind::ANSWER => {
+                Heard::Answer(frame.parse_json(kind::ANSWER, link::VERSION).expect("an answer that can be read"))
             }
+            _ => continue,
+        };
+        if heard.send(said).await.is_err() {
+            return;
         }
     }
 }
 
-async fn heard(link: &mut Option<Link>) -> Option<Directive> {
+async fn heard(link: &mut Option<Link>) -> Option<Heard> {
     link.as_mut()?.directives.recv().await
 }
 
@@ -212,6 +229,9 @@ struct Agent {
     copying: BTreeMap<GuestId, (OperationId, u32)>,
     has_crashed: bool,
     ticks: u64,
+    /// Of which guest and when leases were asked for, by the questions' numbers.
+    asked: BTreeMap<u64, (GuestId, u64)>,
+    queries: VecDeque<Envelope<Query>>,
     ticket_key: String,
 }
 
@@ -226,7 +246,12 @@ impl Agent {
                 _ = ticks.tick() => None,
             };
             match directive {
-                Some(Some(directive)) => {
+                Some(Some(Heard::Answer(answer))) => {
+                    if !self.is_lost() {
+                        self.leased(answer);
+                    }
+                }
+                Some(Some(Heard::Directive(directive))) => {
                     if !self.is_lost() {
                         self.obey(directive);
                     } else if matches!(directive, Directive::Overlay { .. }) {
@@ -273,6 +298,13 @@ impl Agent {
     }
 
     async fn flush(&mut self) {
+        while let Some(query) = self.queries.pop_front() {
+            let Some(link) = self.link.as_mut() else { break };
+            let frame = Frame::json(kind::QUERY, link::VERSION, &query).unwrap();
+            if write_frame(&mut link.writer, &frame).await.is_err() {
+                self.link = None;
+            }
+        }
         while let Some(notice) = self.outbox.pop_front() {
             if self.is_lost() {
                 continue;
@@ -524,6 +556,9 @@ impl Agent {
             }
             self.forget(guest);
         }
+        if self.ticks.is_multiple_of(LEASE_TICKS) {
+            self.ask_for_leases();
+        }
         if self.ticks.is_multiple_of(HEARTBEAT_TICKS) {
             let heartbeat = Notice::Heartbeat {
                 used: Room::default(),
@@ -569,5 +604,7 @@ pub fn query(operation: Option<OperationId>, epoch: Epoch) -> OwnerQuery {
 
 #[path = "effects.rs"]
 mod effects;
+#[path = "leases.rs"]
+mod leases;
 #[path = "look.rs"]
 mod look;

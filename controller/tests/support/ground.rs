@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use supercloud_api::{
     handover::Alarm,
     ids::{Epoch, FreezeId, GuestId, HostId, OperationId, VolumeId},
+    lease,
 };
 
 /// What a process is doing.
@@ -104,6 +105,8 @@ pub struct Ground {
     pub dead: BTreeSet<HostId>,
     /// Guests of which a host is gone: they may have lost writes.
     pub bereft: BTreeSet<GuestId>,
+    /// Until when guests' processes let them run, on the boot clock in milliseconds; without: for as long as they want.
+    pub leases: BTreeMap<(HostId, GuestId), u64>,
     pub alarms: Vec<Alarm>,
     pub violations: Vec<String>,
 }
@@ -119,11 +122,17 @@ impl Ground {
         }
     }
 
+    /// The guest's process keeps it standing still.
+    pub fn is_fenced(&self, host: HostId, guest: GuestId) -> bool {
+        self.leases.get(&(host, guest)).is_some_and(|until_ms| lease::boot_ms() >= *until_ms)
+    }
+
     /// Where the guest runs.
     pub fn runs_at(&self, guest: GuestId) -> Vec<(HostId, Epoch)> {
         let mine = self.locals.iter().filter(|((_, of), _)| *of == guest);
         mine.flat_map(|((host, _), local)| local.processes.iter().map(|process| (*host, *process)))
             .filter(|(host, process)| process.mode == Mode::Running && !self.dead.contains(host))
+            .filter(|(host, _)| !self.is_fenced(*host, guest))
             .map(|(host, process)| (host, process.epoch.unwrap_or(Epoch::ZERO)))
             .collect()
     }
@@ -135,6 +144,7 @@ impl Ground {
             let mut active = others
                 .filter(|((at, _), local)| {
                     !self.dead.contains(at)
+                        && !self.is_fenced(*at, guest)
                         && local.volume.is_some_and(|volume| matches!(volume.access, Access::Active(_)))
                 })
                 .map(|((at, _), _)| *at);
@@ -218,6 +228,9 @@ impl Ground {
         let mine: Vec<GuestId> =
             self.locals.iter().filter(|((at, _), l)| *at == host && l.is_running()).map(|((_, g), _)| *g).collect();
         for guest in mine {
+            if self.is_fenced(host, guest) {
+                continue;
+            }
             let epochs: Vec<_> =
                 self.local(host, guest).processes.iter().filter(|p| p.mode == Mode::Running).map(|p| p.epoch).collect();
             match &mut self.local(host, guest).volume {

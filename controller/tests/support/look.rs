@@ -1,7 +1,7 @@
 //! What an agent notices of its guests by itself.
 
 use supercloud_api::{
-    Progress,
+    MirrorStanding, Progress,
     handover::{
         DestinationEvent, DestinationState, LocalEvent, OperationKind, Owner, SourceEvent, SourcePlan, SourceState,
     },
@@ -26,11 +26,17 @@ impl Agent {
                     Some((operation, left)) if *operation == plan.operation => {
                         let is_stalled = lock(&self.seat.faults).stalled.contains(&Stage::Copy);
                         *left = left.saturating_sub(u32::from(!is_stalled));
-                        let memory_sent_bytes = 1_000_000 - u64::from(*left);
-                        let progress =
+                        let (is_done, memory_sent_bytes) = (*left == 0, 1_000_000 - u64::from(*left));
+                        let mut progress =
                             Progress { memory_total_bytes: 1_000_000, memory_sent_bytes, ..Progress::default() };
+                        if let OperationKind::Mirror { to } = plan.kind {
+                            let has_cut = lock(&self.seat.ground).local(to, guest).adopt.is_some();
+                            let is_leased = self.has_lease(guest);
+                            let committed = u64::from(has_cut);
+                            progress.mirror =
+                                Some(MirrorStanding { committed, is_leased, ..MirrorStanding::default() });
+                        }
                         self.outbox.push_back(Notice::Progress { operation: plan.operation, progress });
-                        let is_done = *left == 0;
                         self.copied(guest, plan, is_done, is_away)
                     }
                     _ => None,
@@ -79,6 +85,8 @@ impl Agent {
                     false => failed,
                 }
             }
+            // Nothing that could be taken over before the guest obeys its lease.
+            OperationKind::Mirror { .. } if self.lease_of(guest).is_some() && !self.has_lease(guest) => None,
             OperationKind::Mirror { to } => {
                 lock(&self.seat.ground).cut(guest, plan.epoch, host, to, operation);
                 None

@@ -23,8 +23,10 @@ use supercloud_api::{
 use supercloud_controller::{
     ca::Authority,
     consoles::Consoles,
+    fencing::{self, Claim, Fencing},
     flows::FlowBoard,
     keys::Keys,
+    leases::LeaseBoard,
     link::{self, ChunkServer, LinkHandler, Sessions},
     notices::{self, Leaving, NoticesConfig},
     operations::{Engine, Pace, Parts, Reach, points::PointBoard, progress::ProgressBoard, sweeps::SweepBoard},
@@ -159,6 +161,7 @@ impl World {
         let sessions = Sessions::default();
         let (sweeps, points) = (SweepBoard::default(), PointBoard::default());
         let (live, plans_wake) = (LiveHosts::default(), Arc::new(Notify::new()));
+        let (progress, leases, claim) = (ProgressBoard::default(), LeaseBoard::default(), Claim::default());
         let parts = Parts {
             state: state.clone(),
             sessions: sessions.clone(),
@@ -170,13 +173,15 @@ impl World {
                 api_url: "https://controller".into(),
                 certificate_sha256: certificate_sha256.clone(),
             },
-            progress: ProgressBoard::default(),
+            progress: progress.clone(),
             consoles: Consoles::new(sessions.clone()),
             sweeps: sweeps.clone(),
             checks: Default::default(),
             points: points.clone(),
             paths: Default::default(),
             flows: FlowBoard::new(sessions.clone()),
+            leases: leases.clone(),
+            claim: claim.clone(),
             store: Arc::clone(&chunks),
             uploads: self.folder.path().join("uploads"),
         };
@@ -213,6 +218,15 @@ impl World {
         tasks.spawn(async move {
             tokio::select! {
                 () = recovery.run() => {}
+                () = stop.cancelled() => {}
+            }
+        });
+        let pace = fencing::Pace { look: Duration::from_millis(50), settle: Duration::from_millis(500) };
+        let (fencing, stop) =
+            (Fencing::new(state.clone(), live.clone(), leases, claim, progress, pace), cancel.clone());
+        tasks.spawn(async move {
+            tokio::select! {
+                () = fencing.run() => {}
                 () = stop.cancelled() => {}
             }
         });
@@ -496,7 +510,12 @@ impl World {
     }
 
     pub async fn mirror(&self, guest: GuestId, to: usize) -> OperationId {
-        let options = MirrorOptions { interval_ms: 50, is_strict: false, bandwidth_bps: None };
+        self.mirror_by(guest, to, None).await
+    }
+
+    /// As [`Self::mirror`], fenced by a lease.
+    pub async fn mirror_by(&self, guest: GuestId, to: usize, lease_ms: Option<u64>) -> OperationId {
+        let options = MirrorOptions { interval_ms: 50, is_strict: false, lease_ms, bandwidth_bps: None };
         let work = Work::GuestMirror { options, is_failing_over: false };
         self.submit(guest, OperationKind::GuestMirror, work, Some(to)).await
     }
@@ -513,6 +532,7 @@ impl World {
                 interval_ms: 50,
                 mode: MirrorMode::Async,
                 bandwidth_bps: None,
+                lease_ms: None,
             });
             let mut change = Change::new();
             change.update(&before, &now);

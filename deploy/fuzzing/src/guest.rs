@@ -12,6 +12,7 @@ use supercloud_blanket::vmm::boot::{self, BootFiles};
 use supercloud_blanket::vmm::bus::Registers as _;
 use supercloud_blanket::vmm::pci::{Function as _, MessageSink};
 use supercloud_blanket::vmm::travel::mirror::standby::rehearse;
+use supercloud_blanket::vmm::travel::packed;
 use supercloud_blanket::vmm::travel::pages::{Packer, Unpacker};
 use supercloud_blanket::vmm::virtio::phase::{self, Operation, Phase, Step};
 use supercloud_blanket::vmm::virtio::transport::DeviceState;
@@ -226,6 +227,16 @@ fn check_write(device: &mut VirtioPci, before: &[u8; 56], phase: Phase, at: u64,
 pub fn travel(input: &[u8]) {
     let Some((kind, rest)) = input.split_first() else { return };
     let Ok(ram) = memory::create(RAM_BYTES).and_then(|file| memory::map(file, RAM_BYTES)) else { return };
+    if kind % 8 == 4 || kind % 8 == 6 {
+        // As it comes, or packed here: what is changed in something packed can rarely be unpacked.
+        let (plain, raw) = rest.split_at(rest.len().min(usize::from(*kind) << 8));
+        let frame = if kind % 8 == 4 { rest.to_vec() } else { stored(plain, raw) };
+        if let Ok(mut unpacker) = packed::Unpacker::new() {
+            let _ = unpacker.unpack(&ram, &frame, kind % 16 < 8);
+            let _ = unpacker.unpack(&ram, &frame, false);
+        }
+        return;
+    }
     if kind % 2 == 0 {
         if let Ok(mut unpacker) = Unpacker::new() {
             let _ = unpacker.unpack(&ram, rest, kind % 4 == 0);
@@ -248,6 +259,34 @@ pub fn travel(input: &[u8]) {
     device.write_config(4, &[2, 0]);
     device.write(STATUS, &[0]);
     assert_eq!(device.phase(), Phase::Reset);
+}
+
+/// A frame of packed pages of which this is the piece, unpacked, and these are the raw pages: zstd of blocks as they are (RFC 8878).
+fn stored(plain: &[u8], raw: &[u8]) -> Vec<u8> {
+    let mut piece = vec![0x28, 0xb5, 0x2f, 0xfd, 0, 11 << 3];
+    let mut blocks = plain.chunks(64 << 10).peekable();
+    while let Some(block) = blocks.next() {
+        let head = u32::try_from(block.len()).unwrap_or(0) << 3 | u32::from(blocks.peek().is_none());
+        piece.extend_from_slice(&head.to_le_bytes()[..3]);
+        piece.extend_from_slice(block);
+    }
+    [&u32::try_from(piece.len()).unwrap_or(0).to_le_bytes()[..], &piece, raw].concat()
+}
+
+/// Pages of each form, packed together, and the runs that they are before that.
+fn packed_seeds() -> Option<Vec<Vec<u8>>> {
+    let ram = memory::map(memory::create(RAM_BYTES).ok()?, RAM_BYTES).ok()?;
+    ram.write_slice(&[7; 4096], GuestAddress(4096)).ok()?;
+    let mut packer = packed::Packer::new(RAM_BYTES).ok()?;
+    let frame = packer.pack(&ram, &mut [0, 1, 2, 3].iter(), |_| false).ok()??;
+    let run = |first: u64, pages: u16, form: u8| [&first.to_le_bytes()[..], &pages.to_le_bytes(), &[form]].concat();
+    // Of a page of zeros.
+    let check = blake3::hash(&[0; 4096]).as_bytes()[..8].to_vec();
+    let plain = [run(0, 2, 0), run(5, 1, 1), vec![9; 4096], run(7, 1, 2), check, vec![3; 4096], run(9, 1, 3)].concat();
+    let mut whole = vec![38];
+    whole.extend_from_slice(&plain);
+    whole.resize(1 + (38 << 8), 0);
+    Some(vec![[&[4], &frame[..]].concat(), [&[6], &run(0, 9, 0)[..]].concat(), [&[38], &plain[..]].concat(), whole])
 }
 
 /// What comes of a mirror from another host: frame by frame.
@@ -301,6 +340,7 @@ pub fn travel_seeds() -> Vec<Vec<u8>> {
         Some(bytes)
     };
     seeds.extend(pages());
+    seeds.extend(packed_seeds().unwrap_or_default());
     for seed in virtio_seeds() {
         // Up to where the driver has brought it to life.
         let state = || -> Option<Vec<u8>> {

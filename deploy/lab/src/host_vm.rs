@@ -296,7 +296,7 @@ impl HostVm {
 /// this machine's own, and is told what that counts.
 pub(crate) fn cmdline() -> String {
     let told = tsc_khz().map_or_else(String::new, |khz| format!(" tsc_early_khz={khz} hpet=disable pmtmr=0"));
-    format!("console=ttyS0 quiet loglevel=3 mitigations=off panic=-1 tsc=reliable{told}")
+    format!("console=ttyS0 quiet loglevel=5 mitigations=off panic=-1 tsc=reliable{told}")
 }
 
 /// What this machine's TSC counts in a millisecond.

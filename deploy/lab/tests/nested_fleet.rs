@@ -14,19 +14,16 @@ use supercloud_lab::{
     require,
 };
 
-/// Everything is 20 to 80 times slower in there, and slower still on a machine that others use.
-const LONG: Duration = Duration::from_secs(600);
+/// Seconds: everything is 20 to 80 times slower in there, and slower still on a machine that others use.
 const LOOKS: usize = 600;
 
 const NAMES: [&str; 3] = ["aws-east", "gcp-west", "home"];
 const NETWORK: &str = "lan";
 const IMAGE: &str = "lean";
 
-/// What a command in a host says.
-async fn said(fleet: &Fleet, host: &'static str, line: &'static str) -> String {
-    let lab = fleet.lab().clone();
-    let said = tokio::task::spawn_blocking(move || lab.exec(host, &["sh", "-c", line], LONG)).await.unwrap();
-    said.unwrap_or_else(|error| panic!("{host}: {}", chain(&error)))
+/// What a line of shell in a host says.
+async fn said(fleet: &Fleet, host: &str, line: &str) -> String {
+    fleet.shell(host, line).await.unwrap_or_else(|error| panic!("{host}: {}", chain(&error)))
 }
 
 /// Guests' frames on the emulated WAN: those that everybody there can read, and encrypted ones.
@@ -37,12 +34,7 @@ fn on_the_wire(fleet: &Fleet) -> (u64, u64) {
 }
 
 /// Sees the client's stream stand still, and go on as if nothing had been; nothing of it in the clear meanwhile.
-async fn silent_then_whole(fleet: &Fleet, client: GuestId, counts: bool) {
-    if counts {
-        let dropped = "for i in $(seq 30); do nft list table inet supercloud_overlay | grep saddr.*drop | grep -q 'packets [1-9]' && exit 0; \
-                       sleep 0.5; done; nft list table inet supercloud_overlay; exit 1";
-        said(fleet, "home", dropped).await;
-    }
+async fn silent_then_whole(fleet: &Fleet, client: GuestId) {
     let mut console = fleet.console(client).unwrap();
     let again = tokio::task::spawn_blocking(move || {
         let mut bytes = move || {
@@ -127,10 +119,13 @@ async fn agents_join_and_guests_talk_between_hosts_of_different_hardware() {
     // Led past the interface, by the way that the underlay's addresses take, nothing is said at all rather than in the clear: the
     // packet rules drop it.
     said(&fleet, "home", "/sbin/ip rule delete priority 4789; /sbin/ip rule delete priority 4789").await;
-    silent_then_whole(&fleet, client.id, true).await;
+    let dropped = "for i in $(seq 30); do nft list table inet supercloud_overlay | grep saddr.*drop | grep -q 'packets [1-9]' && exit 0; \
+                   sleep 0.5; done; nft list table inet supercloud_overlay; exit 1";
+    said(&fleet, "home", dropped).await;
+    silent_then_whole(&fleet, client.id).await;
     // And without the interface.
     said(&fleet, "home", "ip link delete sc-wg").await;
-    silent_then_whole(&fleet, client.id, false).await;
+    silent_then_whole(&fleet, client.id).await;
     assert!(said(&fleet, "home", "wg show sc-wg peers").await.contains('='));
     fleet.down().await.unwrap_or_else(|error| panic!("{}", chain(&error)));
 }

@@ -5,7 +5,7 @@ mod heard;
 
 use std::time::{Duration, Instant};
 
-use supercloud_api::{Code, GuestFailover, GuestMirror, HostState, MirrorMode, Phase, client::ClientError};
+use supercloud_api::{Code, Fencing, GuestFailover, GuestMirror, HostState, MirrorMode, Phase, client::ClientError};
 use supercloud_lab::{
     LabSpec,
     fleet::{Fleet, FleetSpec, GuestSpec, Said, programs},
@@ -58,6 +58,8 @@ async fn the_standby_goes_on_when_the_host_of_a_strictly_mirrored_guest_loses_it
         interval_ms: Some(INTERVAL_MS),
         mode: MirrorMode::Strict,
         bandwidth_bps: None,
+        fencing: Fencing::Manual,
+        lease_ms: None,
         keep: true,
         reason: None,
     };

@@ -17,8 +17,7 @@ use supercloud_lab::{
     require,
 };
 
-/// Everything is 20 to 80 times slower in there, and slower still on a machine that others use.
-const LONG: Duration = Duration::from_secs(600);
+/// Seconds: everything is 20 to 80 times slower in there, and slower still on a machine that others use.
 const LOOKS: usize = 600;
 
 const NETWORK: &str = "lan";
@@ -54,11 +53,9 @@ async fn heard(console: &Arc<Mutex<Console>>, bytes: u64) -> ClientStats {
     heard.unwrap_or_else(|said| panic!("the guests do not talk: {said:?}"))
 }
 
-/// What a command in a host says.
-async fn said(fleet: &Fleet, host: &'static str, line: &'static str) -> String {
-    let lab = Arc::clone(fleet.lab());
-    let said = tokio::task::spawn_blocking(move || lab.exec(host, &["sh", "-c", line], LONG)).await.unwrap();
-    said.unwrap_or_else(|error| panic!("{host}: {}", chain(&error)))
+/// What a line of shell in a host says.
+async fn said(fleet: &Fleet, host: &str, line: &str) -> String {
+    fleet.shell(host, line).await.unwrap_or_else(|error| panic!("{host}: {}", chain(&error)))
 }
 
 #[tokio::test(flavor = "multi_thread")]

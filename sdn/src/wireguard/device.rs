@@ -92,6 +92,11 @@ async fn run(program: &'static str, arguments: &[&str], input: &str) -> Result<S
     String::from_utf8(output.stdout).map_err(|_| WireguardError::Answer(program))
 }
 
+/// Commands for `ip`, one per line; none is fine.
+async fn batch(commands: &str) -> Result<(), WireguardError> {
+    if commands.is_empty() { Ok(()) } else { run("ip", &["-batch", "-"], commands).await.map(drop) }
+}
+
 /// A new private key.
 ///
 /// # Errors
@@ -199,14 +204,14 @@ impl Device {
         self.ensure_link().await?;
         let shown = run("ip", &["-json", "-4", "address", "show", "dev", name], "").await?;
         let shown: Vec<Addresses> = parse(&shown, "ip address")?;
-        let mut batch = format!("address replace {}/32 dev {name}\n", self.overlay_addr);
+        let mut commands = format!("address replace {}/32 dev {name}\n", self.overlay_addr);
         for old in shown.iter().flat_map(|one| &one.addr_info).filter(|one| one.local != self.overlay_addr) {
-            batch += &format!("address delete {}/{} dev {name}\n", old.local, old.prefixlen);
+            commands += &format!("address delete {}/{} dev {name}\n", old.local, old.prefixlen);
         }
-        batch += &format!("link set dev {name} group {GROUP} mtu {DEVICE_MTU} up\n");
+        commands += &format!("link set dev {name} group {GROUP} mtu {DEVICE_MTU} up\n");
         // A tunnel's packet for which the table has no peer goes nowhere.
-        batch += &format!("route replace blackhole default table {TABLE}\n");
-        run("ip", &["-batch", "-"], &batch).await?;
+        commands += &format!("route replace blackhole default table {TABLE}\n");
+        batch(&commands).await?;
         self.ensure_rules().await
     }
 
@@ -258,12 +263,16 @@ impl Device {
         Ok(shown.iter().filter_map(|route| route.dst.parse().ok()).collect())
     }
 
+    /// The commands that make the routes to the peers, and those that remove the others.
+    async fn changes(&self, peers: &[Peer]) -> Result<(String, String), WireguardError> {
+        Ok(routes(&self.config.interface, &self.routes().await?, peers))
+    }
+
+    /// Makes these the interface's peers.
     async fn tell(&self, peers: &[Peer]) -> Result<(), WireguardError> {
         self.ensure().await?;
         let name = self.config.interface.as_str();
-        run("wg", &["syncconf", name, "/proc/self/fd/0"], &settings(&self.config, peers)).await?;
-        let (made, _) = routes(name, &self.routes().await?, peers);
-        if made.is_empty() { Ok(()) } else { run("ip", &["-batch", "-"], &made).await.map(drop) }
+        run("wg", &["syncconf", name, "/proc/self/fd/0"], &settings(&self.config, peers)).await.map(drop)
     }
 
     /// Makes these the interface's peers, and routes to them; whether they were not so already. Routes to others stay until
@@ -277,6 +286,7 @@ impl Device {
             return Ok(false);
         }
         self.tell(peers).await?;
+        batch(&self.changes(peers).await?.0).await?;
         *met = Some(peers.to_vec());
         Ok(true)
     }
@@ -288,14 +298,9 @@ impl Device {
     pub async fn forget(&self) -> Result<(), WireguardError> {
         let met = self.peers.lock().await;
         match met.as_deref() {
-            Some(peers) => self.remove_routes(peers).await,
+            Some(peers) => batch(&self.changes(peers).await?.1).await,
             None => Ok(()),
         }
-    }
-
-    async fn remove_routes(&self, peers: &[Peer]) -> Result<(), WireguardError> {
-        let (_, removed) = routes(&self.config.interface, &self.routes().await?, peers);
-        if removed.is_empty() { Ok(()) } else { run("ip", &["-batch", "-"], &removed).await.map(drop) }
     }
 
     /// Puts the interface, its rules, its peers and its routes right, should somebody have changed them.
@@ -307,7 +312,8 @@ impl Device {
         match met.as_deref() {
             Some(peers) => {
                 self.tell(peers).await?;
-                self.remove_routes(peers).await
+                let (made, removed) = self.changes(peers).await?;
+                batch(&(made + &removed)).await
             }
             None => self.ensure().await,
         }

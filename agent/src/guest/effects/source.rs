@@ -49,6 +49,7 @@ impl Actor {
             return Vec::new();
         }
         self.problem = None;
+        self.keep_lease().await;
         match self.try_start_copy(plan).await {
             Ok(()) => Vec::new(),
             Err(problem) => {
@@ -87,6 +88,9 @@ impl Actor {
             }
             _ => None,
         };
+        if mirror.is_some_and(|options| options.lease_ms.is_some()) && self.leasing.held().is_none() {
+            return Err(internal("the guest is to run by a lease, and none is kept"));
+        }
         let peer = assignment.peer.clone().ok_or_else(|| internal("the assignment names no destination"))?;
         self.check_reach(&peer)?;
         let mut meeting = Meeting::begin(self.meeting_params(operation, Some(peer), Role::Source));
@@ -98,6 +102,7 @@ impl Actor {
             options,
             peer: receive::Peer { handle: meeting.handle(), events },
             maps: wanted_maps,
+            lease: self.leasing.held(),
         };
         self.met = Some(Met { operation, meeting, _listener: None });
         self.maps = Some(maps);

@@ -48,6 +48,15 @@ impl Owner<'_> {
         }
     }
 
+    /// Lets the guest run until this time of the boot clock (0: without end); why not, if not.
+    pub(super) fn keep_lease(&mut self, until_ms: u64) -> Option<String> {
+        if until_ms == 0 {
+            self.lease.end();
+            return None;
+        }
+        self.lease.renew(until_ms).err().map(|failed| format!("{failed:#}"))
+    }
+
     /// A cut of a mirror is whole here.
     pub(super) fn staged(&mut self, cut: StagedCut) {
         let Some(standby) = &mut self.standby else { return };

@@ -28,12 +28,13 @@ use std::{
 };
 
 use guest::{TALK, elf, runs_guests};
+use supercloud_api::frame::read_frame;
 use supercloud_blanket::{
     Backend, BackendError, HostArgs, Launch, MachineSpec,
     backend::{BackendEvent, GuestEvent, PauseReason, RunState, StopMode, StopReason},
     device::{Boot, Clock, Console, Disk, GuestDevices},
     host::NbdSocket,
-    migrate::{CopyLimits, CopyOptions, TransferPhase, Verdict},
+    migrate::{Cookie, CopyLimits, CopyOptions, TransferPhase, Verdict},
 };
 use supercloud_ids::{Epoch, GuestId};
 use supercloud_kvm::{KvmBackend, KvmConfig};
@@ -434,6 +435,40 @@ async fn a_guest_moves_and_the_decision_is_the_callers() {
 }
 
 #[tokio::test]
+async fn a_host_that_was_not_upgraded_gets_a_stream_that_it_reads() {
+    needs_guests!("a_host_that_was_not_upgraded_gets_a_stream_that_it_reads");
+    // What an agent of before says, and what one of now does.
+    for (cookie, version) in [(Some(&br#"{"version":1,"fetches":true}"#[..]), 1), (None, 2)] {
+        let (it, now) = Move::prepared(0).await;
+        let cookie = cookie.map_or(now, |cookie| Cookie::new(cookie.to_vec()).unwrap());
+        let listener = UnixListener::bind(it.source.path("through.sock")).unwrap();
+        let to = it.destination.path("in.sock");
+        let carrier = tokio::spawn(async move {
+            let (mut here, _) = listener.accept().await.unwrap();
+            let mut there = UnixStream::connect(to).await.unwrap();
+            let hello = read_frame(&mut here).await.unwrap();
+            let pages = read_frame(&mut here).await.unwrap();
+            for frame in [&hello, &pages] {
+                there.write_all(&frame.to_bytes().unwrap()).await.unwrap();
+            }
+            let _ = tokio::io::copy(&mut here, &mut there).await;
+            (hello.version, pages.kind)
+        });
+        let options = CopyOptions { max_downtime_ms: Some(2000), ..CopyOptions::default() };
+        let moves = it.source.back_end.live_migration().unwrap();
+        let transfer = moves.perform(it.guest, cookie, it.source.path("through.sock"), options).unwrap();
+        let performed = timeout(PATIENCE, transfer.done).await.unwrap().unwrap();
+        let there = it.destination.back_end.live_migration().unwrap();
+        there.complete(it.guest, performed.cookie).await.unwrap();
+        it.destination.back_end.resume(it.guest, Epoch(2)).await.unwrap();
+        moves.confirm(it.guest, Verdict::Release).await.unwrap();
+        it.destination.echoes(b'b').await;
+        let kind = if version == 1 { 2 } else { 9 };
+        assert_eq!(timeout(PATIENCE, carrier).await.unwrap().unwrap(), (version, kind));
+    }
+}
+
+#[tokio::test]
 async fn agents_that_are_killed_in_the_middle_lose_nothing() {
     needs_guests!("agents_that_are_killed_in_the_middle_lose_nothing");
     // Both, when everything is across.
@@ -460,7 +495,9 @@ async fn agents_that_are_killed_in_the_middle_lose_nothing() {
     // The carrier, in the middle.
     let (it, cookie) = Move::prepared(2000).await;
     let moves = it.source.back_end.live_migration().unwrap();
-    let transfer = moves.perform(it.guest, cookie.clone(), it.source.path("out.sock"), CopyOptions::default()).unwrap();
+    // What is sent fits into buffers, all of it: slowly, so that it is not sent before the carrier is gone.
+    let slow = CopyOptions { bandwidth_bytes_per_s: Some(20_000), ..CopyOptions::default() };
+    let transfer = moves.perform(it.guest, cookie.clone(), it.source.path("out.sock"), slow).unwrap();
     let failed = timeout(PATIENCE, transfer.done).await.unwrap();
     assert!(matches!(failed, Err(BackendError::Failed { .. })), "{failed:?}");
     it.source.echoes(b'b').await;
@@ -515,7 +552,10 @@ async fn a_guest_is_frozen_into_a_file_and_thawed_elsewhere() {
     std::fs::write(&broken, &bytes[..bytes.len() - 40]).unwrap();
     assert!(other.back_end.thaw(other.launch(guest, 2).await, broken, frozen.format.clone()).await.is_err());
     assert_eq!(other.state(guest).await, None);
-    let info = other.back_end.thaw(other.launch(guest, 2).await, file.clone(), frozen.format).await.unwrap();
+    // The format before is taken too; what the stream says of itself is what counts.
+    assert_eq!(frozen.format, "supercloud-kvm-stream/2");
+    let format = "supercloud-kvm-stream/1".to_owned();
+    let info = other.back_end.thaw(other.launch(guest, 2).await, file.clone(), format).await.unwrap();
     assert_eq!((info.state, info.epoch), (RunState::Paused(PauseReason::Arrived), Epoch(2)));
     other.back_end.resume(guest, Epoch(2)).await.unwrap();
     other.echoes(b'b').await;

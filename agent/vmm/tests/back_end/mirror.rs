@@ -20,6 +20,7 @@ use supercloud_blanket::{
     host::NbdSocket,
     migrate::{Cookie, CopyOptions, Verdict},
     mirror::{MirrorOptions, MirrorProgress, Standing},
+    vmm::lease::boot_ms,
 };
 use supercloud_ids::{Epoch, GuestId};
 use tokio::{
@@ -334,4 +335,50 @@ async fn agents_that_are_killed_leave_a_source_that_holds_back_and_a_standby_tha
     let back_end = Arc::clone(&it.standby.host.back_end);
     assert_eq!(back_end.mirroring().unwrap().standing(it.guest).await.unwrap(), Standing::Promoted);
     it.goes_on(on_disk).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_mirrored_guest_stands_still_and_silent_when_its_lease_is_over_and_nobody_is_there() {
+    if !runs_guests("a_mirrored_guest_stands_still_and_silent_when_its_lease_is_over_and_nobody_is_there") {
+        return;
+    }
+    let mut it = Mirror::start(false).await;
+    it.await_commits(2).await;
+    {
+        let mirrors = it.source.host.back_end.mirroring().unwrap();
+        assert!(mirrors.takes_leases());
+        mirrors.lease(it.guest, Some(boot_ms() + 1_000)).await.unwrap();
+        mirrors.lease(it.guest, Some(boot_ms() + 60_000)).await.unwrap();
+        sleep(Duration::from_millis(1_500)).await;
+        it.source.counts_on().await;
+        mirrors.lease(it.guest, None).await.unwrap();
+        mirrors.lease(it.guest, Some(boot_ms() + 1_500)).await.unwrap();
+    }
+    // Cuts go on while it stands still, and do not let it go on.
+    sleep(Duration::from_millis(3_000)).await;
+    it.await_commits(2).await;
+    let stands_still = async |it: &Mirror| {
+        it.source.numbers();
+        let before = it.source.written();
+        sleep(Duration::from_millis(700)).await;
+        assert_eq!(it.source.written(), before, "it writes without a lease");
+        assert!(it.source.numbers().is_empty(), "it speaks without a lease");
+    };
+    stands_still(&it).await;
+    it.carrier.abort();
+    it.done.abort();
+    it.source.host.restart().await;
+    stands_still(&it).await;
+    let back_end = Arc::clone(&it.source.host.back_end);
+    let mirrors = back_end.mirroring().unwrap();
+    mirrors.end_mirror(it.guest).await.unwrap();
+    stands_still(&it).await;
+    mirrors.lease(it.guest, Some(boot_ms() + 60_000)).await.unwrap();
+    it.source.counts_on().await;
+    mirrors.lease(it.guest, Some(boot_ms() + 1)).await.unwrap();
+    mirrors.lease(it.guest, None).await.unwrap();
+    it.source.counts_on().await;
+    back_end.stop(it.guest, StopMode::Kill).await.unwrap();
+    mirrors.lease(it.guest, None).await.unwrap();
+    assert!(mirrors.lease(it.guest, Some(boot_ms() + 60_000)).await.is_err());
 }

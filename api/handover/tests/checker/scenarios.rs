@@ -44,12 +44,27 @@ fn restart(to: usize) -> OperationKind {
 
 /// A guest that runs at host 0, and then.
 fn of(name: &'static str, kinds: Vec<OperationKind>, faults: Faults) -> Scenario {
-    Scenario { name, running: true, kinds, faults, writes: 1, forgetful: false, coarse: false, mutation: None }
+    Scenario {
+        name,
+        running: true,
+        kinds,
+        faults,
+        writes: 1,
+        forgetful: false,
+        coarse: false,
+        leased: false,
+        mutation: None,
+    }
 }
 
 /// With the effects of a step carried out at once.
 fn coarse(scenario: Scenario) -> Scenario {
     Scenario { coarse: true, ..scenario }
+}
+
+/// With mirrors that are fenced by leases.
+fn leased(scenario: Scenario) -> Scenario {
+    coarse(Scenario { leased: true, ..scenario })
 }
 
 fn holds(scenario: Scenario) {
@@ -172,6 +187,44 @@ fn a_mirror_ends_or_goes_on_without_its_source() {
             explored.ends
         );
     }
+}
+
+#[test]
+fn a_leased_mirror_goes_on_by_itself_and_never_while_its_source_may_run() {
+    let kill = Faults { kills: 1, ..NONE };
+    for scenario in [
+        // The source is only cut off: nobody dies, and messages come whenever they like.
+        leased(of("leased mirror", vec![mirror(1)], NONE)),
+        leased(of("leased mirror, cancel", vec![mirror(1)], Faults { cancels: 1, ..NONE })),
+        leased(of("leased mirror, 2 crashes", vec![mirror(1)], Faults { crashes: 2, ..NONE })),
+        leased(of("leased mirror, crash, kill", vec![mirror(1)], Faults { crashes: 1, ..kill })),
+        leased(Scenario { writes: 0, ..of("leased mirror, mirror again", vec![mirror(1), mirror(2)], NONE) }),
+    ] {
+        let name = scenario.name;
+        let explored = explore(scenario, BOUND);
+        if let Some(violation) = explored.violation {
+            panic!("{violation}");
+        }
+        let (states, steps, settled) = (explored.states, explored.steps, explored.settled);
+        println!("{name}: {states} states, {steps} steps, {settled} settled, ends {:?}", explored.ends);
+        assert!(
+            explored.ends.contains(&Phase::Done) && explored.ends.contains(&Phase::RolledBack),
+            "{name}: {:?}",
+            explored.ends
+        );
+    }
+}
+
+#[test]
+fn mutants_of_leases_are_caught() {
+    let plain = || leased(of("leased mirror", vec![mirror(1)], NONE));
+    caught(Mutation::FailsOverEarly, plain());
+    caught(Mutation::ProcessRunsOn, plain());
+    caught(Mutation::RestartForgets, plain());
+    caught(Mutation::GrantsAfterDecision, plain());
+    caught(Mutation::MirrorsBeforeLease, plain());
+    let crash = Faults { crashes: 1, ..NONE };
+    caught(Mutation::LeaseEndedEarly, leased(of("leased mirror, crash", vec![mirror(1)], crash)));
 }
 
 #[test]

@@ -57,8 +57,17 @@ impl Run {
             glitches: dice.roll(3) as u8,
         };
         let running = dice.roll(3) != 0;
-        let scenario =
-            Scenario { name: "random", running, kinds, faults, writes: 6, forgetful: true, coarse: false, mutation };
+        let scenario = Scenario {
+            name: "random",
+            running,
+            kinds,
+            faults,
+            writes: 6,
+            forgetful: true,
+            coarse: false,
+            leased: false,
+            mutation,
+        };
         let mut model = Model::new(scenario);
         model.lossy = true;
         let world = model.initial();

@@ -6,9 +6,9 @@ use supercloud_api::frame::{Frame, FrameError, read_frame_blocking};
 use vm_memory::{GuestAddress, GuestMemoryBackend as _};
 
 use super::{
-    Hello, Round, TravelError, VERSION, checked, kind,
+    HELLO_VERSION, Hello, Round, TravelError, VERSION, checked, kind,
     left::{Leaves, Left, SetReader, page_range},
-    pages::Unpacker,
+    packed, pages,
 };
 use crate::vmm::{Incoming, Machine, MachineConfig, Outcome, Ram, memory::PAGE_BYTES, state};
 
@@ -21,6 +21,8 @@ pub(super) const MAX_STATE_BYTES: usize = 16 << 20;
 pub struct Opened<R> {
     config: MachineConfig,
     is_mirror: bool,
+    /// Pages come packed together.
+    is_packed: bool,
     reader: Reader<R>,
 }
 
@@ -32,12 +34,14 @@ pub fn open<R: Read>(from: R) -> Result<Opened<R>, TravelError> {
     let mut reader = Reader { from, hash: blake3::Hasher::new(), before: [0; 32] };
     let first = reader.next()?;
     let is_mirror = first.kind == kind::MIRROR;
-    let hello: Hello = first.parse_json(if is_mirror { kind::MIRROR } else { kind::HELLO }, VERSION)?;
+    let (kind, spoken) = if is_mirror { (kind::MIRROR, VERSION) } else { (kind::HELLO, HELLO_VERSION) };
+    let hello: Hello = first.parse_json(kind, spoken)?;
     if hello.state_version == 0 || hello.state_version > state::VERSION {
         return Err(TravelError::Malformed("a state of a version that is not known here"));
     }
     let config = MachineConfig { vcpus: hello.vcpus, memory_bytes: hello.memory_bytes };
-    Ok(Opened { config, is_mirror, reader })
+    let is_packed = !is_mirror && first.version >= HELLO_VERSION;
+    Ok(Opened { config, is_mirror, is_packed, reader })
 }
 
 /// Receives a machine; `make` makes the one that takes it up, of what the stream says, if that is what was expected.
@@ -106,9 +110,13 @@ impl<R: Read> Opened<R> {
         incoming: Incoming,
         allowed: bool,
     ) -> Result<(Machine, mpsc::Receiver<Outcome>, Option<Left>), TravelError> {
+        let mut pages = if self.is_packed {
+            Pages::Packed(Box::new(packed::Unpacker::new()?))
+        } else {
+            Pages::Single(pages::Unpacker::new()?)
+        };
         let mut reader = self.expect(&incoming, false)?;
         let mut leaving: Option<(Leaves, SetReader)> = None;
-        let mut unpacker = Unpacker::new()?;
         let mut rounds = Rounds::default();
         let mut json = Vec::new();
         loop {
@@ -126,8 +134,8 @@ impl<R: Read> Opened<R> {
                     let (_, reader) = leaving.as_mut().ok_or(FrameError::UnexpectedKind(kind::LEFT))?;
                     reader.take(&frame.payload, |page| is_page(ram, page))?;
                 }
-                kind::PAGES if json.is_empty() && leaving.is_none() => {
-                    unpacker.unpack(incoming.ram(), &frame.payload, rounds.open())?;
+                kind::PAGES | kind::PACKED if json.is_empty() && leaving.is_none() => {
+                    pages.unpack(&frame, incoming.ram(), rounds.open())?;
                 }
                 kind::ROUND if json.is_empty() && leaving.is_none() => rounds.close(&frame)?,
                 kind::STATE if rounds.are_over() => {
@@ -152,6 +160,22 @@ impl<R: Read> Opened<R> {
         let left = leaving.map(|(leaves, pages)| leaves.of(pages, reader.hash())).transpose()?;
         let (machine, told) = incoming.finish(&state)?;
         Ok((machine, told, left))
+    }
+}
+
+/// How pages come.
+enum Pages {
+    Single(pages::Unpacker),
+    Packed(Box<packed::Unpacker>),
+}
+
+impl Pages {
+    fn unpack(&mut self, frame: &Frame, ram: &Ram, is_first: bool) -> Result<(), TravelError> {
+        match (self, frame.kind) {
+            (Self::Single(pages), kind::PAGES) => pages.unpack(ram, &frame.payload, is_first),
+            (Self::Packed(pages), kind::PACKED) => pages.unpack(ram, &frame.payload, is_first),
+            (_, other) => Err(FrameError::UnexpectedKind(other).into()),
+        }
     }
 }
 

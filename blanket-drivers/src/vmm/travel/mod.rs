@@ -1,16 +1,19 @@
 //! A machine on its way: one stream of frames, for a move and for whatever else stores or mirrors a machine.
 //!
 //! ```text
-//! HELLO  (PAGES* ROUND)*  (LEAVES LEFT*)?  STATE+  END       frames as in supercloud_api::frame; numbers little endian
+//! HELLO  (PACKED* ROUND)*  (LEAVES LEFT*)?  STATE+  END      frames as in supercloud_api::frame; numbers little endian
 //!
 //! HELLO  JSON: what the machine is made of
-//! PAGES  pages of guest memory, each in the cheapest form that is true (see `pages`)
+//! PACKED pages of guest memory, each in the cheapest form that is true (see `packed`)
 //! ROUND  JSON: a round of copying is over
 //! LEAVES what is left behind, to be fetched after the move (see `left`), LEFT: which pages that is
 //! STATE  JSON of the machine's state, in pieces of at most 1 MiB
 //! END    BLAKE3 of everything before
 //! ABORT  instead of END, at any point: it was given up
 //! ```
+//!
+//! What a HELLO of version 1 begins has PAGES in place of PACKED: pages one by one (see `pages`). Such streams are read, and written to who
+//! reads no others; who knows no version 2 of HELLO refuses it by that name at its first frame.
 //!
 //! The guest runs while rounds are copied and is paused before the last one. A stream that is cut, changed or in another
 //! order gives no machine. `END` says that it is whole; that the machine may run there is not this module's to say.
@@ -21,7 +24,9 @@ pub mod incoming;
 pub mod left;
 pub mod mirror;
 pub mod outgoing;
+pub mod packed;
 pub mod pages;
+mod pages_out;
 mod wire;
 
 use serde::{Deserialize, Serialize};
@@ -33,8 +38,37 @@ pub use converge::{Limits, Next};
 pub use incoming::{Opened, open, receive};
 pub use outgoing::{Progress, Sent, send};
 
-/// The version of every frame.
+/// The version of every frame but [`kind::HELLO`].
 pub const VERSION: u16 = 1;
+/// The version of HELLO: 2 since pages are packed together.
+const HELLO_VERSION: u16 = 2;
+
+/// Which version of the stream is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum StreamVersion {
+    /// Pages one by one.
+    One,
+    /// Pages together.
+    #[default]
+    Two,
+}
+
+impl StreamVersion {
+    /// The newest that is written here to who reads versions up to `reads`; none is older than the first.
+    #[must_use]
+    pub const fn for_who_reads(reads: u16) -> Self {
+        if reads >= HELLO_VERSION { Self::Two } else { Self::One }
+    }
+
+    /// As a number.
+    #[must_use]
+    pub const fn hello(self) -> u16 {
+        match self {
+            Self::One => 1,
+            Self::Two => HELLO_VERSION,
+        }
+    }
+}
 
 /// Kinds of frames.
 mod kind {
@@ -46,6 +80,7 @@ mod kind {
     pub const ABORT: u16 = 6;
     pub const LEAVES: u16 = 7;
     pub const LEFT: u16 = 8;
+    pub const PACKED: u16 = 9;
     // Of a mirror's stream; see `mirror`.
     pub const MIRROR: u16 = 16;
     pub const CUT: u16 = 17;
@@ -136,5 +171,10 @@ impl From<std::io::Error> for TravelError {
 /// A frame of ours, checked for its version.
 fn checked(frame: Frame) -> Result<Frame, TravelError> {
     let Frame { kind, version, .. } = frame;
-    if version == VERSION { Ok(frame) } else { Err(FrameError::Version { kind, version, spoken: VERSION }.into()) }
+    let spoken = if kind == kind::HELLO { HELLO_VERSION } else { VERSION };
+    if (VERSION..=spoken).contains(&version) {
+        Ok(frame)
+    } else {
+        Err(FrameError::Version { kind, version, spoken }.into())
+    }
 }

@@ -11,20 +11,24 @@ use serde::Serialize;
 use supercloud_api::frame::MAX_PAYLOAD_BYTES;
 
 use super::{
-    Hello, Round, TravelError, VERSION, converge,
+    Hello, Round, StreamVersion, TravelError, VERSION, converge,
     converge::{Limits, Next, Seen},
     kind,
     left::{Leaves, Left, PageSet, page_range, written},
-    pages::{FRAME_BYTES, Forms, MOST_BYTES, Packer},
+    pages::Forms,
+    pages_out::PagesOut,
     wire::{STALL, STALL_AT_END, Wire},
 };
 use crate::{
     migrate::MemoryMode,
-    vmm::{Machine, memory::Holes, state},
+    vmm::{Machine, state},
 };
 
 /// What the state takes, as long as it is not known: a vCPU's share.
 const STATE_BYTES_PER_VCPU: u64 = 24 << 10;
+/// How often in a round it is asked what was written meanwhile.
+const ASK_EVERY: Duration = Duration::from_millis(100);
+
 /// How far it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Progress {
@@ -75,7 +79,7 @@ pub fn send(
     if limits().memory != MemoryMode::PostCopy {
         machine.note_writes(true)?;
     }
-    let mut sender = Sender::new(to, limits, watch)?;
+    let mut sender = Sender::new(machine, to, limits, watch)?;
     let outcome = sender.run(machine);
     // The guest may be standing still meanwhile: it is told in a moment or not at all.
     let outcome = outcome.map_err(|why| if why.leaves_stream_whole() { sender.give_up(why) } else { why });
@@ -86,8 +90,15 @@ pub fn send(
 
 struct Sender<'a, W> {
     wire: Wire<W>,
-    packer: Packer,
-    frame: Vec<u8>,
+    packer: PagesOut,
+    /// Of the stream.
+    version: StreamVersion,
+    /// Pages that are known to be written since they were sent.
+    written: PageSet,
+    /// When it was asked for them last.
+    asked_at: Instant,
+    /// See [`Seen::link_bytes_per_s`].
+    link_bytes_per_s: u64,
     progress: Progress,
     limits: &'a dyn Fn() -> Limits,
     /// Since the guest stands still: when it has stood still for long enough, and for how long that is.
@@ -99,14 +110,19 @@ struct Sender<'a, W> {
 
 impl<'a, W: Write> Sender<'a, W> {
     fn new(
+        machine: &Machine,
         to: W,
         limits: &'a dyn Fn() -> Limits,
         watch: &'a mut dyn FnMut(&Progress) -> ControlFlow<()>,
     ) -> Result<Self, TravelError> {
+        let version = limits().stream;
         Ok(Self {
             wire: Wire::new(to),
-            packer: Packer::new()?,
-            frame: Vec::with_capacity(FRAME_BYTES + MOST_BYTES),
+            packer: PagesOut::new(version, machine.config().memory_bytes)?,
+            version,
+            written: PageSet::below(page_range(machine.ram())),
+            asked_at: Instant::now(),
+            link_bytes_per_s: 0,
             progress: Progress::default(),
             limits,
             give_up_at: None,
@@ -186,7 +202,7 @@ impl<'a, W: Write> Sender<'a, W> {
         let mut began;
         loop {
             began = Instant::now();
-            let before = (self.packer.forms, self.progress.sent_bytes);
+            let before = (self.packer.forms(), self.progress.sent_bytes, self.wire.waited);
             match self.progress.throttle_percent {
                 0 => self.round(machine, &pages)?,
                 percent => {
@@ -201,18 +217,25 @@ impl<'a, W: Write> Sender<'a, W> {
                 }
             }
             // Pages of zeros take nothing; what a guest writes is rarely that.
-            let filled = |forms: Forms| forms.raw + forms.compressed;
-            let sent_pages = filled(self.packer.forms) - filled(before.0);
+            let filled = |forms: Forms| forms.raw + forms.compressed + forms.changed + forms.same;
+            let sent_pages = filled(self.packer.forms()) - filled(before.0);
             let took_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX).max(1);
-            pages = machine.take_written()?;
+            self.ask(machine)?;
+            pages = self.written.iter().collect();
+            self.written.clear();
             let dirty_pages = pages.len() as u64;
             self.progress.dirty_pages_per_s = dirty_pages.saturating_mul(1_000_000) / took_us;
+            let sent_bytes = self.progress.sent_bytes - before.1;
+            let waited = self.wire.waited.saturating_sub(before.2);
+            self.link_bytes_per_s = converge::link_bytes_per_s(self.link_bytes_per_s, sent_bytes, took_us, waited);
             let seen = Seen {
                 rounds: self.progress.round,
                 dirty_pages,
+                dirty_bytes: self.packer.would_take(machine.ram(), &pages),
                 sent_pages,
-                sent_bytes: self.progress.sent_bytes - before.1,
+                sent_bytes,
                 took_us,
+                link_bytes_per_s: self.link_bytes_per_s,
                 state_bytes: STATE_BYTES_PER_VCPU * u64::from(config.vcpus),
             };
             let limits = (self.limits)();
@@ -232,24 +255,36 @@ impl<'a, W: Write> Sender<'a, W> {
     fn round(&mut self, machine: &Machine, pages: &[u64]) -> Result<(), TravelError> {
         self.progress.round += 1;
         self.progress.left_pages = pages.len() as u64;
-        let (mut left, mut frame) = (pages.iter(), std::mem::take(&mut self.frame));
-        let mut holes = Holes::new(machine.ram());
+        let (mut left, is_first) = (pages.iter(), self.progress.round == 1);
         loop {
-            frame.clear();
-            self.packer.fill(&mut left, &mut frame, |packer, page, out| {
-                packer.pack_or_hole(machine.ram(), &mut holes, page, out)
-            })?;
+            let Self { packer, written, .. } = self;
+            // What was written before it is sent needs not be sent again for that. It is read after this; what is written later is told later.
+            let is_written = |page| written.remove(page) || !is_first;
+            let frame = packer.pack(machine.ram(), &mut left, is_written)?;
             self.progress.left_pages = left.len() as u64;
-            self.progress.forms = self.packer.forms;
-            if frame.is_empty() {
-                break;
-            }
-            self.send(kind::PAGES, &frame)?;
+            self.progress.forms = self.packer.forms();
+            let Some(frame) = frame else { break };
+            let before = (self.progress.sent_bytes, self.wire.waited);
+            self.send(self.packer.kind(), &frame)?;
+            let waited = self.wire.waited.saturating_sub(before.1);
+            self.packer.sent(self.progress.sent_bytes - before.0, waited);
             self.look()?;
+            if !self.progress.is_last && self.asked_at.elapsed() >= ASK_EVERY {
+                self.ask(machine)?;
+            }
         }
-        self.frame = frame;
         self.look()?;
         self.json(kind::ROUND, &Round { number: self.progress.round })
+    }
+
+    /// Asks what was written since this was asked last.
+    fn ask(&mut self, machine: &Machine) -> Result<(), TravelError> {
+        for page in machine.take_written()? {
+            self.written.insert(page);
+            self.packer.was_written(page);
+        }
+        self.asked_at = Instant::now();
+        Ok(())
     }
 
     /// Whether it is still wanted, and the guest does not stand still for too long.
@@ -265,8 +300,9 @@ impl<'a, W: Write> Sender<'a, W> {
     fn send(&mut self, kind: u16, payload: &[u8]) -> Result<(), TravelError> {
         let patience = if self.is_given_up { STALL_AT_END } else { STALL };
         let Self { wire, watch, progress, give_up_at, is_given_up, .. } = self;
+        let version = if kind == kind::HELLO { self.version.hello() } else { VERSION };
         let sent =
-            wire.write(kind, VERSION, payload, patience, &mut || look(*is_given_up, *give_up_at, watch, progress));
+            wire.write(kind, version, payload, patience, &mut || look(*is_given_up, *give_up_at, watch, progress));
         progress.sent_bytes = wire.sent_bytes;
         sent?;
         // When END is out nothing may fail any more.

@@ -37,6 +37,10 @@ pub struct Forms {
     pub raw: u64,
     /// Compressed.
     pub compressed: u64,
+    /// What changed of them since they were sent last.
+    pub changed: u64,
+    /// Not at all: they were as they were sent last.
+    pub same: u64,
 }
 
 /// Packs pages; keeps what it needs between them.
@@ -155,7 +159,7 @@ pub(super) fn put_plain(number: u64, page: &[u8; PAGE], out: &mut Vec<u8>) {
 
 /// Makes pages zeros, which take no space here either where the system can do that. Else they are written: what was begun to be put
 /// into memory is not given up halfway for some space.
-fn empty(ram: &Ram, pages: Range<u64>) -> Result<(), TravelError> {
+pub(super) fn empty(ram: &Ram, pages: Range<u64>) -> Result<(), TravelError> {
     const ZEROS: [u8; PAGE] = [0; PAGE];
     if memory::take_out(ram, pages.start, pages.end).is_ok() {
         return Ok(());

@@ -7,7 +7,7 @@ use std::{
 
 use supercloud_api::frame::Frame;
 
-use super::TravelError;
+use super::{TravelError, packed::level::waited};
 
 /// A stream that takes nothing for so long is given up.
 pub(super) const STALL: Duration = Duration::from_secs(10);
@@ -28,13 +28,16 @@ pub(super) struct Wire<W> {
     hash: blake3::Hasher,
     /// Bytes so far.
     pub sent_bytes: u64,
+    /// How long it was waited for the other end, or for the limit of bytes per second.
+    pub waited: Duration,
     paced_since: Instant,
     paced_bytes: u64,
 }
 
 impl<W: Write> Wire<W> {
     pub fn new(to: W) -> Self {
-        Self { to, hash: blake3::Hasher::new(), sent_bytes: 0, paced_since: Instant::now(), paced_bytes: 0 }
+        let (waited, paced_since) = (Duration::ZERO, Instant::now());
+        Self { to, hash: blake3::Hasher::new(), sent_bytes: 0, waited, paced_since, paced_bytes: 0 }
     }
 
     /// BLAKE3 of all frames so far.
@@ -57,8 +60,9 @@ impl<W: Write> Wire<W> {
     ) -> Result<(), TravelError> {
         let bytes = Frame { kind, version, payload: payload.to_vec() }.to_bytes()?;
         self.hash.update(&bytes);
+        let (began, count) = (Instant::now(), bytes.len() as u64);
         self.write_whole(&bytes, patience, look)?;
-        let count = bytes.len() as u64;
+        self.waited += waited(count, began.elapsed());
         self.sent_bytes += count;
         self.paced_bytes += count;
         Ok(())
@@ -109,6 +113,7 @@ impl<W: Write> Wire<W> {
         while let Some(left) = due.checked_sub(self.paced_since.elapsed()).filter(|left| !left.is_zero()) {
             look()?;
             std::thread::sleep(left.min(PACE));
+            self.waited += left.min(PACE);
         }
         Ok(())
     }

@@ -95,8 +95,8 @@ impl Net {
 
     fn transmit(&mut self, ring: &mut Ring) -> Next {
         for _ in 0..BUDGET {
-            // It rings when there is room again.
-            if !self.held.has_room() {
+            // It rings when there is room again, or when it may go on.
+            if !self.held.has_room() || self.gate.as_ref().is_some_and(Gate::is_shut) {
                 return Next::Wait;
             }
             let Some(chain) = ring.pop() else {

@@ -13,10 +13,12 @@ use std::{
     collections::VecDeque,
     io,
     os::fd::{AsRawFd as _, BorrowedFd},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
 };
 
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::vmm::lease::{Holds, Lease};
 
 /// Bytes of frames that one card holds back; what comes after stays in the guest's queue.
 pub const MAX_HELD_BYTES: usize = 8 << 20;
@@ -44,6 +46,7 @@ impl Hold {
 pub struct Outputs {
     hold: Mutex<Hold>,
     bells: Mutex<Vec<EventFd>>,
+    lease: OnceLock<Arc<Lease>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -51,6 +54,18 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Outputs {
+    /// From now on nothing goes when the guest's lease is over, until it is renewed; the first lease that is named counts.
+    pub fn obey(self: &Arc<Self>, lease: &Arc<Lease>) {
+        if self.lease.set(Arc::clone(lease)).is_ok() {
+            let outputs: Weak<Self> = Arc::downgrade(self);
+            lease.hold(outputs);
+        }
+    }
+
+    fn is_shut(&self) -> bool {
+        self.lease.get().is_some_and(|lease| lease.is_over())
+    }
+
     /// A card's way to it.
     ///
     /// # Errors
@@ -107,6 +122,15 @@ impl Outputs {
     }
 }
 
+impl Holds for Outputs {
+    /// Cards look at the clock themselves.
+    fn stop(&self) {}
+
+    fn wake(&self) {
+        self.ring();
+    }
+}
+
 /// One card's way to the hold.
 #[derive(Debug)]
 pub struct Gate {
@@ -115,6 +139,11 @@ pub struct Gate {
 }
 
 impl Gate {
+    /// Whether nothing may go now, nor be taken from the guest. The bell rings when it may again.
+    pub(super) fn is_shut(&self) -> bool {
+        self.outputs.is_shut()
+    }
+
     /// For which cut a frame that is sent now is held; `None`: for none.
     pub(super) fn holds(&self) -> Option<u64> {
         let hold = *lock(&self.outputs.hold);
@@ -123,6 +152,9 @@ impl Gate {
 
     /// The next frame of these that may go.
     pub(super) fn release(&self, held: &mut Held) -> Option<Vec<u8>> {
+        if self.is_shut() {
+            return None;
+        }
         let hold = *lock(&self.outputs.hold);
         held.take(|cut| hold.may_go(cut))
     }
@@ -236,6 +268,25 @@ mod tests {
             prop_assert_eq!(gone, (1..=sent).collect::<Vec<_>>());
             prop_assert_eq!(held.bytes, 0);
         }
+    }
+
+    #[test]
+    fn nothing_goes_while_the_lease_is_over() {
+        use crate::vmm::lease::boot_ms;
+        let (outputs, lease) = (Arc::new(Outputs::default()), Arc::new(Lease::default()));
+        let (gate, mut held) = (outputs.gate().unwrap(), Held::default());
+        outputs.obey(&lease);
+        held.push(0, &[1]);
+        held.push(0, &[2]);
+        assert_eq!(gate.release(&mut held), Some(vec![1]));
+        lease.renew(boot_ms() - 1).unwrap();
+        assert!(gate.is_shut() && gate.release(&mut held).is_none());
+        gate.hush();
+        lease.renew(boot_ms() + 100_000).unwrap();
+        assert!(gate.bell.read().is_ok(), "it rang");
+        assert_eq!(gate.release(&mut held), Some(vec![2]));
+        lease.end();
+        assert!(!gate.is_shut());
     }
 
     #[test]

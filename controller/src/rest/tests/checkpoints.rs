@@ -88,6 +88,8 @@ async fn a_guest_that_may_run_is_not_set_back_and_another_one_is_once() {
         assert!(refused.code == code && refused.detail.contains(why), "{wanted:?}: {refused:?}");
     }
     test.parts().hosts.note_checkpoints(world.hosts[1].id, true);
+    let policy = test.client(&test.token("p", Role::Policy).await.secret);
+    assert_eq!(problem(policy.thaw_guest("web", &checkpoint(None)).await).code, Code::Forbidden);
     let dry: supercloud_api::Operation =
         client.call(reqwest::Method::POST, "/v1/guests/web/thaw?dry_run=true", &checkpoint(None)).await.unwrap();
     assert_eq!(dry.destination, Some(world.hosts[1].id));

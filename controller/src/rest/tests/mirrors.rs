@@ -1,6 +1,8 @@
 //! Mirrors as REST accepts them.
 
-use supercloud_api::{Code, GuestFailover, GuestMigrate, GuestMirror, MemoryMode, MirrorMode, OperationKind, Phase};
+use supercloud_api::{
+    Code, Fencing, GuestFailover, GuestMigrate, GuestMirror, MemoryMode, MirrorMode, OperationKind, Phase,
+};
 
 use super::{TestController, guest, problem};
 use crate::state::{Change, Context, OperationRecord};
@@ -11,6 +13,8 @@ fn to(place: &str) -> GuestMirror {
         interval_ms: None,
         mode: MirrorMode::Strict,
         bandwidth_bps: None,
+        fencing: Fencing::Manual,
+        lease_ms: None,
         keep: false,
         reason: None,
     }
@@ -38,6 +42,9 @@ async fn a_mirror_is_checked_begun_shown_and_fails_over_only_from_a_dead_host() 
         test.parts().hosts.note_mirroring(host.id, true);
     }
     for bad in [
+        GuestMirror { lease_ms: Some(15_000), ..to("west") },
+        GuestMirror { fencing: Fencing::Lease, lease_ms: Some(4_999), ..to("west") },
+        GuestMirror { fencing: Fencing::Lease, lease_ms: Some(300_001), ..to("west") },
         GuestMirror { interval_ms: Some(49), ..to("west") },
         GuestMirror { interval_ms: Some(600_001), ..to("west") },
         GuestMirror { bandwidth_bps: Some(999), ..to("west") },
@@ -108,12 +115,20 @@ async fn a_mirror_that_is_kept_is_remembered_until_somebody_ends_it() {
     }
     // There is none: nothing to end.
     assert_eq!(client.end_mirrors("web").await.unwrap().operation, None);
-    let kept = || GuestMirror { keep: true, interval_ms: Some(200), ..to("west") };
+    let kept = || GuestMirror { keep: true, interval_ms: Some(200), fencing: Fencing::Lease, ..to("west") };
+    // The guest's own host must know how; the standby's need not.
+    test.parts().hosts.note_leases(world.hosts[1].id, true);
+    assert_eq!(problem(client.mirror_guest("web", &kept()).await).code, Code::Unsupported);
+    test.parts().hosts.note_leases(world.hosts[1].id, false);
+    test.parts().hosts.note_leases(world.hosts[0].id, true);
     client.plan_mirror("web", &kept()).await.unwrap();
     assert_eq!(client.guest("web").await.unwrap().kept_mirror, None, "a dry run changes nothing");
     let begun = client.mirror_guest("web", &kept()).await.unwrap();
     let wish = client.guest("web").await.unwrap().kept_mirror.unwrap();
     assert_eq!((wish.to.as_str(), wish.interval_ms, wish.mode), ("west", 200, MirrorMode::Strict));
+    assert_eq!(wish.lease_ms, Some(15_000));
+    let [mirror] = client.mirrors("web").await.unwrap().try_into().unwrap();
+    assert_eq!((mirror.fencing, mirror.lease_ms), (Fencing::Lease, Some(15_000)));
 
     client.end_mirrors("web").await.unwrap();
     assert_eq!(client.guest("web").await.unwrap().kept_mirror, None);

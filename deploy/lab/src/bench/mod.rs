@@ -23,7 +23,8 @@ const EXAMPLES: &str = "Examples:
   ./deploy/bench                                          all of them
   ./deploy/bench --list                                   which ones there are
   ./deploy/bench namespace-migration --json rows.json     one, its rows also as JSON
-  ./deploy/bench namespace-migration --runs 25            more runs, a narrower interval";
+  ./deploy/bench namespace-migration --runs 25            more runs, a narrower interval
+  ./deploy/bench migration --case 300M-1ms/idle --runs 3  one case of it, quickly";
 
 /// Options of the benchmarks.
 #[derive(Debug, Clone, Args)]
@@ -41,9 +42,12 @@ pub struct Options {
     /// Traces that `policies` replays instead of generated ones; recorded by volume processes
     #[arg(long = "trace", value_name = "FILE")]
     pub traces: Vec<PathBuf>,
-    /// How often each side is measured
-    #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u32).range(7..=1000))]
+    /// How often each side is measured; below 7 the interval says little
+    #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub runs: u32,
+    /// Only cases of `migration` that have this in their names, such as `300M-1ms/idle`
+    #[arg(long = "case", value_name = "WORD")]
+    pub cases: Vec<String>,
 }
 
 /// What can be measured.
@@ -110,6 +114,9 @@ impl Row {
     }
 }
 
+/// The target of a row of which nothing is asked.
+const NO_TARGET: &str = "none";
+
 impl Row {
     /// A row of which less is better, and ours is to be at most this share of the peer's.
     #[must_use]
@@ -117,6 +124,19 @@ impl Row {
         let row = Self::no_slower(metric, ours, peer, peer_name)?;
         let holds = row.ours <= share * row.peer?;
         Some(Self { target: format!("<= {share}x"), holds, ..row })
+    }
+
+    /// A row of which nothing is asked.
+    #[must_use]
+    pub fn beside(metric: &str, ours: &Sample, peer: &Sample, peer_name: &str) -> Option<Self> {
+        let row = Self::no_slower(metric, ours, peer, peer_name)?;
+        Some(row.without_target())
+    }
+
+    /// The same, of which nothing is asked.
+    #[must_use]
+    pub fn without_target(self) -> Self {
+        Self { target: NO_TARGET.to_owned(), holds: true, ..self }
     }
 
     /// A row without a peer, of which the median is to be at least `least`.
@@ -182,7 +202,11 @@ pub fn table(rows: &[Row]) -> String {
     let mut table = Table::new(["METRIC", "OURS", "PEER", "RATIO (95 %)", "TARGET", "HOLDS"]);
     for row in rows {
         let Detail { ours, peer, ratio } = row.detail.clone();
-        let holds = if row.holds { "yes" } else { "NO" };
+        let holds = match (row.target.as_str(), row.holds) {
+            (NO_TARGET, _) => "n/a",
+            (_, true) => "yes",
+            (_, false) => "NO",
+        };
         table.row([row.metric.clone(), ours, peer, ratio, row.target.clone(), holds.to_owned()]);
     }
     table.render()
@@ -217,7 +241,7 @@ pub fn run(name: &str, options: &Options) -> anyhow::Result<ExitCode> {
     let mut rows = Vec::new();
     for benchmark in names {
         match benchmark {
-            Benchmark::Migration => rows.extend(engine::run(options.runs)?),
+            Benchmark::Migration => rows.extend(engine::run(options.runs, &options.cases)?),
             Benchmark::Overload => rows.extend(overload::run(options.runs)),
             Benchmark::Placement => rows.extend(placement::run(options.runs)?),
             Benchmark::Policies => rows.extend(policies::run(&options.traces)?),
@@ -255,8 +279,8 @@ mod tests {
     fn a_name_that_nobody_knows_is_refused_with_those_that_there_are() {
         let error = Door::try_parse_from(["bench", "no-such"]).unwrap_err().to_string();
         assert!(error.contains("no-such") && error.contains("namespace-migration"), "{error}");
-        let few = Door::try_parse_from(["bench", "--runs", "6"]).unwrap_err().to_string();
-        assert!(few.contains("7..=1000"), "{few}");
+        let few = Door::try_parse_from(["bench", "--runs", "0"]).unwrap_err().to_string();
+        assert!(few.contains("1..=1000"), "{few}");
         let door = Door::try_parse_from(["bench", "namespace-migration", "--json", "f"]).unwrap();
         assert_eq!((door.options.names, door.options.runs), (vec![Benchmark::NamespaceMigration], 9));
         assert!(list().starts_with("namespace-migration: A live move"), "{}", list());

@@ -2,6 +2,7 @@
 
 use std::net::Ipv4Addr;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -22,6 +23,8 @@ const PIECE_BYTES: usize = 4 << 20;
 const OPERATION_BUDGET: Duration = Duration::from_secs(240);
 /// How long a guest may stand still for a move between hosts that are translated.
 const VM_MAX_DOWNTIME_MS: u64 = 3000;
+/// How long a line of shell in a host of this machine's own speed may take.
+const SHELL_BUDGET: Duration = Duration::from_secs(120);
 /// How long the policy may take to decide, once the feed is where it must.
 const DECISION_BUDGET: Duration = Duration::from_secs(60);
 
@@ -299,6 +302,16 @@ impl Fleet {
         let takes_part = operation.phase != Phase::Plan && operation.guest.is_some();
         let hosts = self.lab.spec().hosts.iter().map(|host| host.name.as_str()).filter(|_| takes_part);
         self.logs_of(hosts)
+    }
+
+    /// Runs a line of shell inside a host to its end, as its root, and gives what it printed.
+    ///
+    /// # Errors
+    /// When the host is down, or the line fails or takes too long.
+    pub async fn shell(&self, host: &str, line: &str) -> Result<String> {
+        let (lab, host, line) = (Arc::clone(&self.lab), host.to_owned(), line.to_owned());
+        let budget = self.patient(SHELL_BUDGET);
+        Ok(blocking(move || lab.exec(&host, &["sh", "-c", &line], budget)).await??)
     }
 
     /// The processes of a guest's hypervisor on a host.

@@ -39,6 +39,7 @@ impl Model {
                 }
             }
         }
+        self.lease_actions(w, &mut actions);
         for (n, h) in w.hosts.iter().enumerate() {
             if h.dead {
                 actions.push(Action::NoteLost(n));
@@ -54,7 +55,8 @@ impl Model {
             } else {
                 self.host_actions(w, n, h, &mut actions);
             }
-            if h.processes.iter().flatten().any(|p| p.mode == Mode::Running) && w.truth < self.scenario.writes {
+            let runs = |p: &Process| p.mode == Mode::Running && !self.is_fenced(w, n, p);
+            if h.processes.iter().flatten().any(runs) && w.truth < self.scenario.writes {
                 actions.push(Action::Write(n));
             }
             let blank = self.machine(h).is_idle();
@@ -132,6 +134,7 @@ impl Model {
         if !self.act(&mut next, action)? {
             return Ok(None);
         }
+        self.tidy_leases(&mut next);
         self.check(w, &next)?;
         Ok(Some(next))
     }
@@ -336,6 +339,14 @@ impl Model {
                 h.machine = self.machines.id(LocalHandover::idle(guest(), host(n)));
                 h.persisted = h.machine;
             }
+            Action::AskLease(_)
+            | Action::TakeLease(_)
+            | Action::AnswerTooLate(_)
+            | Action::LeaseOver(_)
+            | Action::EndLease(_)
+            | Action::CountOver
+            | Action::RestartController
+            | Action::FailOver => return Ok(self.act_on_lease(w, action)),
         }
         Ok(true)
     }

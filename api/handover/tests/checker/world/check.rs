@@ -26,7 +26,7 @@ impl Model {
         }
         let mut running = 0;
         for (n, h) in w.hosts.iter().enumerate() {
-            for p in h.processes.iter().flatten().filter(|p| p.mode == Mode::Running) {
+            for p in h.processes.iter().flatten().filter(|p| p.mode == Mode::Running && !self.is_fenced(w, n, p)) {
                 running += 1;
                 if !record.is_owned_by(host(n), Epoch(u64::from(p.epoch))) {
                     return Err(format!("host {n} runs the guest at epoch {} and does not own it", p.epoch));
@@ -82,7 +82,8 @@ impl Model {
                     && record.holders.iter().any(|holder| holder.lost)
                     && matches!(machine.destination().state(), DestinationState::Running { .. })
                     && processes.iter().all(|p| !p.pages_missing);
-                return processes.len() == 1
+                return w.leases.at[n] == Lease::Free
+                    && processes.len() == 1
                     && processes[0].mode == Mode::Running
                     && processes[0].epoch == epoch
                     && (machine.is_quiet() || stalled);
@@ -104,6 +105,8 @@ pub(super) fn raised(w: &mut World, alarm: Alarm) -> Result<(), Violation> {
             w.lost = true;
             Ok(())
         }
+        // It lived, and stood still.
+        Alarm::Superseded { .. } if w.leases.failed_over => Ok(()),
         Alarm::NeededCopyLost { .. } if w.used.kills + w.used.reboots > 0 => Ok(()),
         other => Err(format!("false alarm: {other}")),
     }

@@ -169,6 +169,9 @@ impl Model {
 
     /// A cut of a mirrored guest reaches its standby.
     fn cut(&mut self, w: &mut World, n: usize) -> bool {
+        if !self.may_cut(w, n) {
+            return false;
+        }
         let Some(to) = self.standby_of(w, n) else { return false };
         let Some(map) = w.hosts[n].volume.map(|volume| volume.map) else { return false };
         let epoch = epoch_of(self.machine(&w.hosts[n]).source());

@@ -8,6 +8,7 @@ mod actions;
 mod check;
 mod controller;
 mod hosts;
+mod leases;
 
 use std::{
     collections::{HashMap, hash_map::RandomState},
@@ -15,6 +16,7 @@ use std::{
     sync::LazyLock,
 };
 
+use leases::{Lease, Leases};
 use supercloud_handover::*;
 use supercloud_ids::{Epoch, FreezeId, GuestId, HostId, OperationId, VolumeId};
 
@@ -82,6 +84,8 @@ pub struct Scenario {
     pub forgetful: bool,
     /// A step's effects are carried out at once: fewer states where two operations are the point.
     pub coarse: bool,
+    /// Mirrors are fenced by leases.
+    pub leased: bool,
     pub mutation: Option<Mutation>,
 }
 
@@ -118,6 +122,18 @@ pub enum Mutation {
     StandbyFromOlderCut,
     /// A destination that fetches memory is not told that its source is lost.
     LostSourceNotTold,
+    /// The controller fails over while a lease that it granted may count.
+    FailsOverEarly,
+    /// A guest's process runs on when its lease is over.
+    ProcessRunsOn,
+    /// A controller that was restarted takes every lease for over.
+    RestartForgets,
+    /// The controller grants a lease after it was decided that the standby takes over.
+    GrantsAfterDecision,
+    /// A guest is mirrored before its process obeys its lease.
+    MirrorsBeforeLease,
+    /// The agent ends a lease when the mirror breaks, not when it hears that it is over.
+    LeaseEndedEarly,
     /// The agent does not repeat what it asks for.
     NobodyAsksAgain,
 }
@@ -194,6 +210,7 @@ pub struct World {
     pub used: Faults,
     /// Version that each freeze holds.
     store: [Option<u8>; FREEZES],
+    leases: Leases,
     /// A loss was recorded or reported at some time.
     pub lost: bool,
 }
@@ -237,6 +254,21 @@ pub enum Action {
     Crash(usize),
     Reboot(usize),
     Kill(usize),
+    /// A host asks for a lease, and it is granted.
+    AskLease(usize),
+    /// The answer comes in time.
+    TakeLease(usize),
+    /// It does not, or is lost.
+    AnswerTooLate(usize),
+    /// Time passes at a host.
+    LeaseOver(usize),
+    /// The agent ends the lease of a guest that needs none any more.
+    EndLease(usize),
+    /// Time passes at the controller.
+    CountOver,
+    RestartController,
+    /// The controller has a standby take over by itself.
+    FailOver,
 }
 
 impl Action {
@@ -254,6 +286,7 @@ impl Action {
                 | Self::Write(_)
                 | Self::PeerLost(_)
                 | Self::DeliverLosingTheWrite(_)
+                | Self::RestartController
         )
     }
 }
@@ -361,6 +394,7 @@ impl Model {
             begun: 0,
             used: Faults::default(),
             store: [None; FREEZES],
+            leases: Leases::default(),
             lost: false,
         }
     }
@@ -393,7 +427,7 @@ impl Model {
 
     /// For a person who looks into a violation.
     pub fn describe(&self, w: &World) -> String {
-        let mut text = format!("record {:?}\n", self.record(w));
+        let mut text = format!("record {:?} {:?}\n", self.record(w), w.leases);
         for (n, h) in w.hosts.iter().enumerate() {
             let machine = self.machine(h);
             text += &format!(

@@ -16,7 +16,10 @@ use std::{
 use anyhow::{Context as _, bail, ensure};
 use serde_json::{Value, json};
 
-use super::wire::{Link, Relay, pause_until};
+use super::{
+    processor::Meter,
+    wire::{Door, Link, Relay, pause_until},
+};
 
 /// How long anything may take.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -43,12 +46,57 @@ pub struct Work {
 pub struct Moved {
     /// From the request to the first tick at the destination.
     pub total_ms: f64,
-    /// The longest time without a tick, less the usual one between two.
+    /// The longest time without a tick, less the usual one between two; 1 at least.
     pub downtime_ms: f64,
     /// On the link.
     pub bytes: f64,
     /// What the guest wrote before the move.
     pub dirty_bytes_per_s: f64,
+    /// Time of processors that both ends took meanwhile, without that of the guest.
+    pub cpu_ms: f64,
+}
+
+/// The stream's newest version, and the one that a host reads that has not been upgraded.
+pub const NEWEST: u16 = 2;
+/// See [`NEWEST`].
+pub const OLDER: u16 = 1;
+
+/// How QEMU moves a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Setting {
+    /// As it is: pages raw or zero, one stream.
+    Defaults,
+    /// `multifd`: two streams, each compressed by zstd at QEMU's level.
+    MultifdZstd,
+    /// `xbzrle`: what changed of pages that are in a cache of 64 MiB.
+    Xbzrle,
+}
+
+impl Setting {
+    /// All.
+    pub const ALL: [Self; 3] = [Self::Defaults, Self::MultifdZstd, Self::Xbzrle];
+
+    /// For the table.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Defaults => "defaults",
+            Self::MultifdZstd => "multifd zstd",
+            Self::Xbzrle => "xbzrle",
+        }
+    }
+
+    /// Asks one end for it.
+    fn ask(self, qmp: &mut Qmp) -> anyhow::Result<()> {
+        let (capability, parameters) = match self {
+            Self::Defaults => return Ok(()),
+            Self::MultifdZstd => ("multifd", json!({"multifd-channels": 2, "multifd-compression": "zstd"})),
+            Self::Xbzrle => ("xbzrle", json!({"xbzrle-cache-size": 64 << 20})),
+        };
+        let on = json!({"capabilities": [{"capability": capability, "state": true}]});
+        qmp.run("migrate-set-capabilities", &on)?;
+        qmp.run("migrate-set-parameters", &parameters)
+    }
 }
 
 /// When a guest ticked: heard on its serial port.
@@ -95,7 +143,8 @@ impl Drop for Process {
 }
 
 /// What both sides' ticks say of a move that was asked for at `asked`.
-fn judge(work: &Work, asked: Instant, here: &Ticks, there: &Ticks, bytes: u64) -> anyhow::Result<Moved> {
+fn judge(work: &Work, asked: Instant, ticks: [&Ticks; 2], bytes: u64, cpu: [Duration; 2]) -> anyhow::Result<Moved> {
+    let [here, there] = ticks;
     let (here, there) = (here.all(), there.all());
     let before: Vec<Instant> = here.iter().copied().filter(|tick| *tick <= asked).collect();
     let [first, .., last] = before[..] else { bail!("the guest did not tick before the move") };
@@ -104,20 +153,23 @@ fn judge(work: &Work, asked: Instant, here: &Ticks, there: &Ticks, bytes: u64) -
     let gap = came.saturating_duration_since(*left).as_secs_f64();
     Ok(Moved {
         total_ms: (*came - asked).as_secs_f64() * 1000.0,
-        downtime_ms: (gap - usual).max(0.0) * 1000.0,
+        // Less cannot be told by ticks, and nothing has no ratio.
+        downtime_ms: ((gap - usual) * 1000.0).max(1.0),
         bytes: bytes as f64,
         dirty_bytes_per_s: f64::from(work.pages_per_tick) * 4096.0 / usual,
+        cpu_ms: cpu[1].saturating_sub(cpu[0]).as_secs_f64() * 1000.0,
     })
 }
 
-/// Moves a guest of ours once.
+/// Moves a guest of ours once, to where streams up to this version are read.
 ///
 /// # Errors
 /// When a part does not do what it shall.
-pub fn ours(program: &Path, folder: &Path, work: &Work) -> anyhow::Result<Moved> {
+pub fn ours(program: &Path, folder: &Path, work: &Work, reads: u16) -> anyhow::Result<Moved> {
     let (source_stream, relay_in) = UnixStream::pair()?;
     let (relay_out, far_stream) = UnixStream::pair()?;
-    let relay = Relay::start(relay_in, relay_out, work.link)?;
+    let mut relay = Relay::new(work.link);
+    relay.connect(relay_in, relay_out)?;
     let start = |name: &str, stream: &UnixStream, arrives: bool| -> anyhow::Result<(Process, PathBuf, Ticks)> {
         let path = folder.join(name);
         let _ = std::fs::remove_file(&path);
@@ -145,13 +197,14 @@ pub fn ours(program: &Path, folder: &Path, work: &Work) -> anyhow::Result<Moved>
         Ok((Process(child.with_context(|| format!("starting {}", program.display()))?), path, Ticks::listen(ours)?))
     };
     let (source, source_control, here) = start("here", &source_stream, false)?;
-    let (_far, far_control, there) = start("there", &far_stream, true)?;
+    let (far, far_control, there) = start("there", &far_stream, true)?;
     drop((source_stream, far_stream));
     let mut client = Lines::connect(&source_control)?;
     client.say(&json!({"id": 1, "do": "resume"}))?;
     here.await_count(40)?;
-    let asked = Instant::now();
-    client.say(&json!({"id": 2, "do": "send", "max_downtime_ms": MAX_DOWNTIME_MS}))?;
+    let meter = Meter::start([&source.0, &far.0], "vcpu")?;
+    let (before, asked) = (meter.taken()?, Instant::now());
+    client.say(&json!({"id": 2, "do": "send", "max_downtime_ms": MAX_DOWNTIME_MS, "stream_version": reads}))?;
     // It is there when its other end says so; then it may run.
     let mut far = Lines::connect(&far_control)?;
     far.say(&json!({"id": 1, "do": "resume"}))?;
@@ -163,7 +216,7 @@ pub fn ours(program: &Path, folder: &Path, work: &Work) -> anyhow::Result<Moved>
         }
     }
     there.await_count(20)?;
-    let moved = judge(work, asked, &here, &there, relay.bytes())?;
+    let moved = judge(work, asked, [&here, &there], relay.bytes(), [before, meter.taken()?])?;
     drop(source);
     relay.join();
     Ok(moved)
@@ -173,9 +226,9 @@ pub fn ours(program: &Path, folder: &Path, work: &Work) -> anyhow::Result<Moved>
 ///
 /// # Errors
 /// When a part does not do what it shall.
-pub fn qemu(folder: &Path, work: &Work) -> anyhow::Result<Moved> {
+pub fn qemu(folder: &Path, work: &Work, setting: Setting) -> anyhow::Result<Moved> {
     let path = |name: &str| folder.join(name);
-    let start = |name: &str, incoming: Option<&Path>| -> anyhow::Result<(Process, UnixStream, Ticks)> {
+    let start = |name: &str, arrives: bool| -> anyhow::Result<(Process, Qmp, Ticks)> {
         let (serial, qmp) = (path(&format!("{name}.serial")), path(&format!("{name}.qmp")));
         for socket in [&serial, &qmp] {
             let _ = std::fs::remove_file(socket);
@@ -187,32 +240,38 @@ pub fn qemu(folder: &Path, work: &Work) -> anyhow::Result<Moved> {
         command.arg("-kernel").arg(&work.kernel).arg("-initrd").arg(&work.ramdisk);
         command.arg("-serial").arg(format!("unix:{}", serial.display()));
         command.arg("-qmp").arg(format!("unix:{}", qmp.display()));
-        if let Some(incoming) = incoming {
-            command.arg("-incoming").arg(format!("unix:{}", incoming.display()));
+        // Its threads have names then: the guest's are told from its own.
+        command.args(["-name", "guest,debug-threads=on"]);
+        if arrives {
+            command.args(["-incoming", "defer"]);
         }
         let child =
             command.stdin(Stdio::null()).stderr(Stdio::null()).spawn().context("starting qemu-system-x86_64")?;
         let child = Process(child);
         let ticks = Ticks::listen(accept(&on_serial)?)?;
-        Ok((child, accept(&on_qmp)?, ticks))
+        Ok((child, Qmp::greet(accept(&on_qmp)?)?, ticks))
     };
     let (enter, leave) = (path("enter"), path("leave"));
     let _ = std::fs::remove_file(&enter);
     let _ = std::fs::remove_file(&leave);
     let on_leave = UnixListener::bind(&leave)?;
-    let (_far, far_qmp, there) = start("there", Some(&enter))?;
-    let (source, qmp, here) = start("here", None)?;
-    let (mut far_qmp, mut qmp) = (Qmp::greet(far_qmp)?, Qmp::greet(qmp)?);
+    let (far, mut far_qmp, there) = start("there", true)?;
+    let (source, mut qmp, here) = start("here", false)?;
+    for end in [&mut far_qmp, &mut qmp] {
+        setting.ask(end)?;
+    }
+    far_qmp.run("migrate-incoming", &json!({"uri": format!("unix:{}", enter.display())}))?;
     qmp.run("migrate-set-parameters", &json!({"downtime-limit": MAX_DOWNTIME_MS}))?;
     here.await_count(40)?;
-    let asked = Instant::now();
+    let door = Door::open(on_leave, enter, Relay::new(work.link))?;
+    let meter = Meter::start([&source.0, &far.0], "CPU ")?;
+    let (before, asked) = (meter.taken()?, Instant::now());
     qmp.run("migrate", &json!({"uri": format!("unix:{}", leave.display())}))?;
-    let relay = Relay::start(accept(&on_leave)?, UnixStream::connect(&enter)?, work.link)?;
     there.await_count(20)?;
-    let moved = judge(work, asked, &here, &there, relay.bytes())?;
+    let moved = judge(work, asked, [&here, &there], door.bytes(), [before, meter.taken()?])?;
     far_qmp.run("query-status", &json!({}))?;
     drop(source);
-    relay.join();
+    door.close()?.join();
     Ok(moved)
 }
 
