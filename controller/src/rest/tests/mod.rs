@@ -69,6 +69,11 @@ impl TestController {
     /// With more settings.
     pub async fn start_with(folder: tempfile::TempDir, more: &str) -> Self {
         let controller = Controller::start(config(&folder, more)).await.unwrap();
+        let parts = &controller.parts;
+        // What it writes of itself is written: tests look at what requests change.
+        while !parts.lease_claim.holds(&parts.state).await.unwrap() {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
         let ca_pem = std::fs::read_to_string(folder.path().join("ca.pem")).unwrap();
         let ca = reqwest::Certificate::from_pem(ca_pem.as_bytes()).unwrap();
         let http = reqwest::Client::builder().add_root_certificate(ca).no_proxy().build().unwrap();
