@@ -165,7 +165,7 @@ impl Write for Console {
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 #[expect(clippy::disallowed_methods, reason = "a test's own thread")]
-pub fn wait_until(is_so: impl Fn() -> bool, what: impl Fn() -> String) {
+pub fn wait_until(mut is_so: impl FnMut() -> bool, what: impl Fn() -> String) {
     let end = Instant::now() + PATIENCE;
     while !is_so() {
         assert!(Instant::now() < end, "there was no {}", what());

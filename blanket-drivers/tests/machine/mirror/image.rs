@@ -68,7 +68,12 @@ fn goes_on(file: File, disk: Vec<u8>, pages: u32) {
     let before = word(machine.ram(), COUNT);
     machine.resume();
     wait_until(|| word(machine.ram(), COUNT) > before + 2, || format!("counting beyond {before}"));
-    let said = numbers(&wire);
+    let mut said = Vec::new();
+    let hears = || {
+        said.extend(numbers(&wire));
+        !said.is_empty()
+    };
+    wait_until(hears, || "word of what it counts".to_owned());
     assert!(said.windows(2).all(|pair| pair[1] == pair[0] + 1), "{said:?}");
     assert!(said[0] >= on_disk && said[0] <= on_disk + 1, "{on_disk}: {said:?}");
     machine.pause().unwrap();

@@ -259,7 +259,7 @@ export interface paths {
          * Has a checkpoint of a running guest taken now: memory, devices and disk of one instant, while it runs on. It is a point of its
          *     volume's history, which is begun if there is none. An event tells when it is: `volume.point`, or `volume.no_point` with why.
          */
-        post: operations["checkpoint"];
+        post: operations["guests_checkpoints"];
         delete?: never;
         options?: never;
         head?: never;
@@ -1533,6 +1533,11 @@ export interface components {
              */
             speed?: number | null;
         };
+        /**
+         * @description Who may say that a mirrored guest does not run at a host that is silent.
+         * @enum {string}
+         */
+        Fencing: "manual" | "lease";
         /** @description Moves of many guests, decided together. */
         FleetPlan: {
             /** @description Who made it. */
@@ -1790,6 +1795,8 @@ export interface components {
              * @description At most this much of the link, in bits per second; unlimited when absent.
              */
             bandwidth_bps?: number | null;
+            /** @description Who may say that the guest does not run at a host that is silent. */
+            fencing?: components["schemas"]["Fencing"];
             /**
              * Format: int64
              * @description From one cut to the next, in milliseconds; 1,000 when absent.
@@ -1797,6 +1804,11 @@ export interface components {
             interval_ms?: number | null;
             /** @description Begin another one whenever it has taken over or has broken, until it is ended: see [`KeptMirror`]. */
             keep?: boolean;
+            /**
+             * Format: int64
+             * @description With `fencing: lease`, how long the guest may run unheard, in milliseconds: 5,000 to 300,000; 15,000 when absent.
+             */
+            lease_ms?: number | null;
             /** @description What it says to the network meanwhile. */
             mode?: components["schemas"]["MirrorMode"];
             /** @description Why, for the audit trail; at most 256 bytes. */
@@ -2096,6 +2108,11 @@ export interface components {
              * @description From one cut to the next.
              */
             interval_ms: number;
+            /**
+             * Format: int64
+             * @description Fenced by a lease of so many milliseconds; by hand when absent.
+             */
+            lease_ms?: number | null;
             /** @description What the guest says to the network meanwhile. */
             mode: components["schemas"]["MirrorMode"];
             /** @description Where it was wanted first: a host or a cloud. */
@@ -2373,6 +2390,8 @@ export interface components {
         /** @description A mirror of a guest: an operation that goes on until it is ended. */
         Mirror: {
             destination?: null | components["schemas"]["HostId"];
+            /** @description Who may say that the guest does not run at a host that is silent. */
+            fencing?: components["schemas"]["Fencing"];
             /** @description The guest. */
             guest: components["schemas"]["GuestId"];
             /**
@@ -2384,6 +2403,11 @@ export interface components {
             is_failing_over: boolean;
             /** @description Whether the standby has a whole cut, from which the guest would go on. */
             is_protected: boolean;
+            /**
+             * Format: int64
+             * @description With `fencing: lease`, how long the guest may run unheard, in milliseconds.
+             */
+            lease_ms?: number | null;
             /** @description What it says to the network meanwhile. */
             mode: components["schemas"]["MirrorMode"];
             /** @description The operation that keeps it; cancel it to end the mirror. */
@@ -2424,6 +2448,11 @@ export interface components {
              * @default 0
              */
             dirty_bytes: number;
+            /**
+             * @description The guest's process stands still by itself when its lease runs out.
+             * @default false
+             */
+            is_leased: boolean;
             /**
              * Format: int64
              * @description How long the guest stood still for the last cut, in milliseconds.
@@ -3009,6 +3038,8 @@ export interface components {
             /** @description The items of this page, ordered by id. */
             items: {
                 destination?: null | components["schemas"]["HostId"];
+                /** @description Who may say that the guest does not run at a host that is silent. */
+                fencing?: components["schemas"]["Fencing"];
                 /** @description The guest. */
                 guest: components["schemas"]["GuestId"];
                 /**
@@ -3020,6 +3051,11 @@ export interface components {
                 is_failing_over: boolean;
                 /** @description Whether the standby has a whole cut, from which the guest would go on. */
                 is_protected: boolean;
+                /**
+                 * Format: int64
+                 * @description With `fencing: lease`, how long the guest may run unheard, in milliseconds.
+                 */
+                lease_ms?: number | null;
                 /** @description What it says to the network meanwhile. */
                 mode: components["schemas"]["MirrorMode"];
                 /** @description The operation that keeps it; cancel it to end the mirror. */
@@ -4995,11 +5031,22 @@ export interface operations {
             };
         };
     };
-    checkpoint: {
+    guests_checkpoints: {
         parameters: {
-            query?: never;
-            header?: never;
-            path?: never;
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
+            };
+            header?: {
+                /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
+                "Idempotency-Key"?: string;
+            };
+            path: {
+                /** @description Its id, or its name where it has one. */
+                guest: string;
+            };
             cookie?: never;
         };
         requestBody?: never;
@@ -5010,6 +5057,15 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["VolumeHistory"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
                 };
             };
         };

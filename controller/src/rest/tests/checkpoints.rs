@@ -73,7 +73,7 @@ async fn a_guest_that_may_run_is_not_set_back_and_another_one_is_once() {
     assert_eq!(before.guest.state, GuestState::Lost);
     for (wanted, code, why) in [
         (GuestThaw { point: Some(2), ..GuestThaw::default() }, Code::BadRequest, "only with checkpoint"),
-        (GuestThaw::default(), Code::WrongState, "web"),
+        (GuestThaw::default(), Code::WrongState, "that is lost cannot be thawed"),
         (checkpoint(Some(1)), Code::WrongState, "point 1 has no memory"),
         (checkpoint(Some(9)), Code::WrongState, "there is no point 9"),
         (
