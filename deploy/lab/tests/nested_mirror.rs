@@ -1,6 +1,8 @@
 //! A guest in our own VMM is mirrored between hosts that are VMs of different hardware, and one of them loses its power: the standby
 //! goes on, and whoever talked to the guest goes on talking to it.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod heard;
 
 use std::time::{Duration, Instant};
