@@ -130,7 +130,7 @@ fn an_image_that_is_given_up_at_any_moment_leaves_the_guest_as_it_was() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let is_over = Arc::new(AtomicBool::new(false));
         let keeper = running.keep(ours, &is_over);
-        let is_told = xorshift(&mut state) % 2 == 0;
+        let is_told = xorshift(&mut state).is_multiple_of(2);
         let after = Duration::from_micros(xorshift(&mut state) % 30_000);
         let reader = theirs.try_clone().unwrap();
         let writer = std::thread::spawn(move || image::write(&reader, CONFIG, &tempfile::tempfile().unwrap()));

@@ -45,16 +45,16 @@ impl Stream {
     fn new() -> Self {
         let mut it = Self { bytes: Vec::new(), ram: ram(), packer: Packer::new().unwrap() };
         let hello = Hello { vcpus: CONFIG.vcpus, memory_bytes: CONFIG.memory_bytes, state_version: state::VERSION };
-        it.put(Frame::json(kind::MIRROR, STREAM_VERSION, &hello).unwrap());
+        it.put(&Frame::json(kind::MIRROR, STREAM_VERSION, &hello).unwrap());
         it
     }
 
-    fn put(&mut self, frame: Frame) {
+    fn put(&mut self, frame: &Frame) {
         self.bytes.extend(frame.to_bytes().unwrap());
     }
 
     fn plain(&mut self, kind: u16, payload: Vec<u8>) {
-        self.put(Frame { kind, version: STREAM_VERSION, payload });
+        self.put(&Frame { kind, version: STREAM_VERSION, payload });
     }
 
     /// Pages that begin with this number; 0 is a page of zeros.
@@ -68,11 +68,11 @@ impl Stream {
     }
 
     fn round(&mut self, number: u32) {
-        self.put(Frame::json(kind::ROUND, STREAM_VERSION, &Round { number }).unwrap());
+        self.put(&Frame::json(kind::ROUND, STREAM_VERSION, &Round { number }).unwrap());
     }
 
     fn cut(&mut self, number: u64) {
-        self.put(Frame::json(kind::CUT, STREAM_VERSION, &Number { number }).unwrap());
+        self.put(&Frame::json(kind::CUT, STREAM_VERSION, &Number { number }).unwrap());
     }
 
     fn end(&mut self, state: &[u8]) {
