@@ -121,6 +121,8 @@ fn steps() -> impl Strategy<Value = Steps> {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
     /// Whatever was copied in however many rounds and cuts that were given up: what is received is what was there last.
     #[test]
     fn what_was_written_last_is_in_the_image(rounds in steps(), given_up in steps(), last in steps()) {
