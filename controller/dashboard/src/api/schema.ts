@@ -1513,6 +1513,11 @@ export interface components {
              */
             speed?: number | null;
         };
+        /**
+         * @description Who may say that a mirrored guest does not run at a host that is silent.
+         * @enum {string}
+         */
+        Fencing: "manual" | "lease";
         /** @description Moves of many guests, decided together. */
         FleetPlan: {
             /** @description Who made it. */
@@ -1765,6 +1770,8 @@ export interface components {
              * @description At most this much of the link, in bits per second; unlimited when absent.
              */
             bandwidth_bps?: number | null;
+            /** @description Who may say that the guest does not run at a host that is silent. */
+            fencing?: components["schemas"]["Fencing"];
             /**
              * Format: int64
              * @description From one cut to the next, in milliseconds; 1,000 when absent.
@@ -1772,6 +1779,11 @@ export interface components {
             interval_ms?: number | null;
             /** @description Begin another one whenever it has taken over or has broken, until it is ended: see [`KeptMirror`]. */
             keep?: boolean;
+            /**
+             * Format: int64
+             * @description With `fencing: lease`, how long the guest may run unheard, in milliseconds: 5,000 to 300,000; 15,000 when absent.
+             */
+            lease_ms?: number | null;
             /** @description What it says to the network meanwhile. */
             mode?: components["schemas"]["MirrorMode"];
             /** @description Why, for the audit trail; at most 256 bytes. */
@@ -2054,6 +2066,11 @@ export interface components {
              * @description From one cut to the next.
              */
             interval_ms: number;
+            /**
+             * Format: int64
+             * @description Fenced by a lease of so many milliseconds; by hand when absent.
+             */
+            lease_ms?: number | null;
             /** @description What the guest says to the network meanwhile. */
             mode: components["schemas"]["MirrorMode"];
             /** @description Where it was wanted first: a host or a cloud. */
@@ -2331,6 +2348,8 @@ export interface components {
         /** @description A mirror of a guest: an operation that goes on until it is ended. */
         Mirror: {
             destination?: null | components["schemas"]["HostId"];
+            /** @description Who may say that the guest does not run at a host that is silent. */
+            fencing?: components["schemas"]["Fencing"];
             /** @description The guest. */
             guest: components["schemas"]["GuestId"];
             /**
@@ -2342,6 +2361,11 @@ export interface components {
             is_failing_over: boolean;
             /** @description Whether the standby has a whole cut, from which the guest would go on. */
             is_protected: boolean;
+            /**
+             * Format: int64
+             * @description With `fencing: lease`, how long the guest may run unheard, in milliseconds.
+             */
+            lease_ms?: number | null;
             /** @description What it says to the network meanwhile. */
             mode: components["schemas"]["MirrorMode"];
             /** @description The operation that keeps it; cancel it to end the mirror. */
@@ -2382,6 +2406,11 @@ export interface components {
              * @default 0
              */
             dirty_bytes: number;
+            /**
+             * @description The guest's process stands still by itself when its lease runs out.
+             * @default false
+             */
+            is_leased: boolean;
             /**
              * Format: int64
              * @description How long the guest stood still for the last cut, in milliseconds.
@@ -2962,6 +2991,8 @@ export interface components {
             /** @description The items of this page, ordered by id. */
             items: {
                 destination?: null | components["schemas"]["HostId"];
+                /** @description Who may say that the guest does not run at a host that is silent. */
+                fencing?: components["schemas"]["Fencing"];
                 /** @description The guest. */
                 guest: components["schemas"]["GuestId"];
                 /**
@@ -2973,6 +3004,11 @@ export interface components {
                 is_failing_over: boolean;
                 /** @description Whether the standby has a whole cut, from which the guest would go on. */
                 is_protected: boolean;
+                /**
+                 * Format: int64
+                 * @description With `fencing: lease`, how long the guest may run unheard, in milliseconds.
+                 */
+                lease_ms?: number | null;
                 /** @description What it says to the network meanwhile. */
                 mode: components["schemas"]["MirrorMode"];
                 /** @description The operation that keeps it; cancel it to end the mirror. */

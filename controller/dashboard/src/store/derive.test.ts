@@ -28,7 +28,7 @@ describe("the bar", () => {
     expect(seen).toBe(1);
   });
   it("is whole when a mirror's standby could take over", () => {
-    const mirror = (committed: number) => operation("copy", { kind: "guest_mirror", progress: { ...progress, mirror: { cut: 1, committed, committed_age_ms: 0, pause_ms: 0, dirty_bytes: 0 } } });
+    const mirror = (committed: number) => operation("copy", { kind: "guest_mirror", progress: { ...progress, mirror: { cut: 1, committed, committed_age_ms: 0, pause_ms: 0, is_leased: false, dirty_bytes: 0 } } });
     expect(fraction(mirror(0))).toBeLessThan(1);
     expect(fraction(mirror(1))).toBe(1);
   });
