@@ -157,6 +157,22 @@ fn post_copy_with_crashes_and_a_restart_of_a_host() {
     holds(of("post-copy, reboot, crash", vec![post_copy(1)], Faults { crashes: 1, reboots: 1, ..NONE }));
 }
 
+/// Explores a mirror's scenario: nothing is violated, and it ends in a fail-over as well as in being given up.
+fn ends_both_ways(scenario: Scenario) {
+    let name = scenario.name;
+    let explored = explore(scenario, BOUND);
+    if let Some(violation) = explored.violation {
+        panic!("{violation}");
+    }
+    let (states, steps, settled) = (explored.states, explored.steps, explored.settled);
+    println!("{name}: {states} states, {steps} steps, {settled} settled, ends {:?}", explored.ends);
+    assert!(
+        explored.ends.contains(&Phase::Done) && explored.ends.contains(&Phase::RolledBack),
+        "{name}: {:?}",
+        explored.ends
+    );
+}
+
 #[test]
 fn a_mirror_ends_or_goes_on_without_its_source() {
     // Without a lost source it is never more than ended.
@@ -174,18 +190,7 @@ fn a_mirror_ends_or_goes_on_without_its_source() {
         coarse(Scenario { writes: 0, ..of("mirror, kill, restart", vec![mirror(1), restart(2)], kill) }),
         coarse(Scenario { writes: 0, ..of("mirror, kill, mirror again", vec![mirror(1), mirror(2)], kill) }),
     ] {
-        let name = scenario.name;
-        let explored = explore(scenario, BOUND);
-        if let Some(violation) = explored.violation {
-            panic!("{violation}");
-        }
-        let (states, steps, settled) = (explored.states, explored.steps, explored.settled);
-        println!("{name}: {states} states, {steps} steps, {settled} settled, ends {:?}", explored.ends);
-        assert!(
-            explored.ends.contains(&Phase::Done) && explored.ends.contains(&Phase::RolledBack),
-            "{name}: {:?}",
-            explored.ends
-        );
+        ends_both_ways(scenario);
     }
 }
 
@@ -200,18 +205,7 @@ fn a_leased_mirror_goes_on_by_itself_and_never_while_its_source_may_run() {
         leased(of("leased mirror, crash, kill", vec![mirror(1)], Faults { crashes: 1, ..kill })),
         leased(Scenario { writes: 0, ..of("leased mirror, mirror again", vec![mirror(1), mirror(2)], NONE) }),
     ] {
-        let name = scenario.name;
-        let explored = explore(scenario, BOUND);
-        if let Some(violation) = explored.violation {
-            panic!("{violation}");
-        }
-        let (states, steps, settled) = (explored.states, explored.steps, explored.settled);
-        println!("{name}: {states} states, {steps} steps, {settled} settled, ends {:?}", explored.ends);
-        assert!(
-            explored.ends.contains(&Phase::Done) && explored.ends.contains(&Phase::RolledBack),
-            "{name}: {:?}",
-            explored.ends
-        );
+        ends_both_ways(scenario);
     }
 }
 
