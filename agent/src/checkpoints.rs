@@ -11,7 +11,10 @@
 use std::{io, os::unix::fs::MetadataExt as _, path::PathBuf, sync::Arc, time::Duration};
 
 use supercloud_api::link::CheckpointContent;
-use supercloud_blanket::{BackendError, checkpoint::Checkpointed};
+use supercloud_blanket::{
+    BackendError,
+    checkpoint::{Checkpointed, Checkpointing},
+};
 use supercloud_ids::GuestId;
 use supercloud_storage::{
     process::{ClientError, PointContent as TakenPoint},
@@ -30,6 +33,8 @@ use crate::{
 
 /// What a saved memory may take beyond the guest's memory: device state.
 const EXTRA_BYTES: u64 = 64 << 20;
+/// How long it may take, until its content is in the store.
+const BUDGET: Duration = Duration::from_secs(25 * 60);
 /// The pause after which it is seen whether there is room still.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -61,6 +66,9 @@ pub enum CheckpointError {
     /// The store's part.
     #[error("the guest's memory cannot be brought into this cloud's store")]
     Store(#[from] TransferError),
+    /// It took too long.
+    #[error("it took longer than {} minutes", BUDGET.as_secs() / 60)]
+    Deadline,
     /// A worker died.
     #[error("a worker died")]
     Worker(#[from] tokio::task::JoinError),
@@ -110,17 +118,27 @@ pub async fn take(
     // Never 0, which is a mirror's.
     let series = rand::random::<u64>() | 1;
     home.client().begin_cuts(series).await?;
+    let taken = tokio::time::timeout(BUDGET, take_cut(host, backend, guest, copy, (home, series))).await;
+    let taken = taken.unwrap_or(Err(CheckpointError::Deadline));
+    if taken.is_err() {
+        // What is kept of a cut that nobody takes costs disk.
+        drop(home.client().end_cuts_of(series).await);
+    }
+    taken
+}
+
+/// The same, when the volume knows of which series the cuts are.
+async fn take_cut(
+    host: &Host,
+    backend: &dyn Checkpointing,
+    guest: GuestId,
+    copy: &CopyRecord,
+    (home, series): (&VolumeHome, u64),
+) -> Result<(TakenPoint, CheckpointContent), CheckpointError> {
+    let places = host.places(guest);
     let spool = Spool(places.checkpoint());
     let run = backend.checkpoint(guest, spool.0.clone())?;
-    let taken = spooled(host, run.done).await;
-    let taken = match taken {
-        Ok(taken) => taken,
-        Err(error) => {
-            // What is kept of a cut that nobody takes costs disk.
-            drop(home.client().end_cuts_of(series).await);
-            return Err(error);
-        }
-    };
+    let taken = spooled(host, run.done).await?;
     tracing::info!(%guest, stood_still_us = taken.stood_still.as_micros(), bytes = taken.bytes, "a checkpoint is taken");
     // Both at once: while the disk's instant is kept, what the guest writes is copied aside first.
     let point = async { Ok(home.client().take_point_of_cut(series, taken.cut).await?) };

@@ -18,6 +18,7 @@
 //! This crate knows no other crate of ours but [`supercloud_ids`] and [`supercloud_handover`], which live in its folder.
 
 pub mod blocks;
+pub mod cpu;
 pub mod data;
 pub mod frame;
 pub mod guest_call;
@@ -35,6 +36,7 @@ pub mod tls;
 #[cfg(feature = "client")]
 pub mod client;
 
+pub use cpu::{CpuBaseline, CpuChoice, CpuLevel};
 pub use name::{Name, Ref};
 pub use page::Page;
 pub use problem::{Code, Problem};

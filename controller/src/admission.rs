@@ -121,6 +121,9 @@ const fn name(state: GuestState) -> &'static str {
 const fn hint(request: Request, state: GuestState) -> &'static str {
     match (request, state) {
         (Request::Start, GuestState::Running) => "it runs already",
+        (Request::Thaw, GuestState::Stopped | GuestState::Lost) => {
+            "thaw it from a checkpoint, if it has one (`--checkpoint`), or start it again from its volumes"
+        }
         (_, GuestState::Frozen) => "thaw it first",
         (Request::Delete, GuestState::Running) => "stop it first",
         (_, GuestState::Created | GuestState::Stopped) => "start it first",

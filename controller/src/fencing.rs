@@ -12,13 +12,14 @@
 //! # Two controllers
 //! Only one controller is meant to work on a store. Should another one begin while this one still does (it was cut off, or slept), then
 //! leases of both count, and neither knows the other's. So each says in the store that it is the newest ([`Claim`]), and begins to count
-//! then; it grants nothing before, and nothing any more once another one has said the same. That a guest fails over is written in one
+//! then; it grants nothing before, and nothing any more once another one has said the same: that one is left alone for ten minutes and more,
+//! with an alarm. That a guest fails over is written in one
 //! transaction with the claim.
 
 use std::{
     collections::{HashMap, HashSet},
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -26,6 +27,7 @@ use std::{
 
 use supercloud_api::{
     MirrorStanding, Phase,
+    handover::OwnerRecord,
     ids::{GuestId, HostId, OperationId, RequestId},
 };
 use tokio::time::Instant;
@@ -36,7 +38,8 @@ use crate::{
     leases::LeaseBoard,
     operations::progress::ProgressBoard,
     state::{
-        Change, Context, EventDraft, LiveHosts, OperationRecord, State, StateError, Stored, Work, keys, retry_conflicts,
+        Change, Context, EventDraft, GuestRecord, LiveHosts, OperationRecord, State, StateError, Stored, Work, keys,
+        retry_conflicts,
     },
 };
 
@@ -44,6 +47,8 @@ use crate::{
 const ACTOR: &str = "fencing";
 /// So many guests are decided about at once; the others a moment later.
 const AT_ONCE: usize = 16;
+/// For so long the newest of two controllers is left alone at first: enough for the longest lease to be over, and for decisions.
+const LEFT_ALONE: Duration = Duration::from_secs(600);
 
 /// How often it is looked, and how long is waited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,8 +66,43 @@ impl Default for Pace {
 }
 
 /// That this controller is the one that grants leases. Cheap to clone.
-#[derive(Debug, Clone, Default)]
-pub struct Claim(Arc<AtomicU64>);
+#[derive(Debug, Clone)]
+pub struct Claim(Arc<Claiming>);
+
+#[derive(Debug)]
+struct Claiming {
+    /// Tells this controller, as it runs, from every other one.
+    name: String,
+    /// When it was written; 0: it does not hold.
+    revision: AtomicU64,
+    beaten: Mutex<Option<Beaten>>,
+}
+
+/// Another controller has said the same.
+#[derive(Debug, Clone, Copy)]
+struct Beaten {
+    times: u32,
+    /// Until then it is left alone.
+    until: Instant,
+}
+
+/// What a look at the claim found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Claimed {
+    /// It holds, as before.
+    Holds,
+    /// It does from now on.
+    Begun,
+    /// It is another controller's; and whether that is news.
+    Beaten { is_news: bool },
+}
+
+impl Default for Claim {
+    fn default() -> Self {
+        let name = RequestId::generate().to_string();
+        Self(Arc::new(Claiming { name, revision: AtomicU64::new(0), beaten: Mutex::default() }))
+    }
+}
 
 impl Claim {
     /// Whether nobody else has said the same since.
@@ -70,23 +110,47 @@ impl Claim {
     /// # Errors
     /// When the store does not answer.
     pub async fn holds(&self, state: &State) -> Result<bool, StateError> {
-        let mine = self.0.load(Ordering::SeqCst);
+        let mine = self.revision();
         Ok(mine != 0 && state.revision_of(keys::lease_guard()).await? == mine)
     }
 
-    /// Says so, if it does not hold; whether it did not.
-    async fn renew(&self, state: &State) -> Result<bool, StateError> {
-        let seen = state.revision_of(keys::lease_guard()).await?;
-        let mine = self.0.load(Ordering::SeqCst);
+    fn revision(&self) -> u64 {
+        self.0.revision.load(Ordering::SeqCst)
+    }
+
+    fn set(&self, revision: u64) {
+        self.0.revision.store(revision, Ordering::SeqCst);
+    }
+
+    fn beaten(&self) -> MutexGuard<'_, Option<Beaten>> {
+        self.0.beaten.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says so, if it does not hold. Who was beaten leaves the other one alone, each time for longer: two that took it from each other
+    /// again and again would decide about nothing.
+    async fn renew(&self, state: &State) -> Result<Claimed, StateError> {
+        let found = state.read_index(keys::lease_guard()).await?;
+        let (seen, by) = found.map_or((0, String::new()), |found| (found.revision, found.value));
+        let mine = self.revision();
         if mine != 0 && seen == mine {
-            return Ok(false);
+            return Ok(Claimed::Holds);
         }
-        self.0.store(0, Ordering::SeqCst);
+        self.set(0);
+        // What this one wrote itself, without hearing that it was written, is nobody else's.
+        if mine != 0 && by != self.0.name {
+            let mut beaten = self.beaten();
+            let times = beaten.map_or(0, |before| before.times);
+            *beaten = Some(Beaten { times: times + 1, until: Instant::now() + LEFT_ALONE * (1 << times.min(4)) });
+            return Ok(Claimed::Beaten { is_news: true });
+        }
+        if self.beaten().is_some_and(|beaten| Instant::now() < beaten.until) {
+            return Ok(Claimed::Beaten { is_news: false });
+        }
         let mut change = Change::new();
-        change.guard(keys::lease_guard(), seen);
+        change.guard_as(keys::lease_guard(), seen, &self.0.name);
         let committed = state.commit(&Context::system(), change).await?;
-        self.0.store(committed.revision, Ordering::SeqCst);
-        Ok(true)
+        self.set(committed.revision);
+        Ok(Claimed::Begun)
     }
 }
 
@@ -157,6 +221,12 @@ fn leased(record: &OperationRecord) -> Option<Leased> {
     })
 }
 
+/// Whether the standby of this mirror may still be let run: a mirror that was called off is under way until both its hosts have said so,
+/// and its guest runs without a lease by then.
+fn is_standing(owner: &OwnerRecord, mirror: OperationId) -> bool {
+    owner.operation.as_ref().is_some_and(|operation| operation.id == mirror && operation.is_mirrored())
+}
+
 /// Looks after guests whose mirrors are fenced by leases. One per controller.
 #[derive(Debug)]
 pub struct Fencing {
@@ -197,16 +267,25 @@ impl Fencing {
     }
 
     async fn pass(&mut self) -> Result<(), StateError> {
-        if self.claim.renew(&self.state).await? {
+        match self.claim.renew(&self.state).await? {
+            Claimed::Holds => {}
             // Only now nobody else grants any more.
-            self.board.begin_anew();
+            Claimed::Begun => self.board.begin_anew(),
+            Claimed::Beaten { is_news } => {
+                if is_news {
+                    self.tell_beaten().await?;
+                }
+                return Ok(());
+            }
         }
         let mut guests = Vec::new();
         let mut active = HashSet::new();
         for id in self.state.active_operations().await? {
             let Some(record) = self.state.read::<OperationRecord>(&id).await? else { continue };
             active.insert(id);
-            if let Some(leased) = leased(&record) {
+            let Some(leased) = leased(&record) else { continue };
+            let guest = self.state.read::<GuestRecord>(&leased.guest).await?;
+            if guest.is_some_and(|guest| is_standing(&guest.owner, leased.operation)) {
                 guests.push((leased, self.standing(&record)));
             }
         }
@@ -232,7 +311,10 @@ impl Fencing {
                 over_in_ms: self.board.over_in_ms(leased.guest, leased.lease_ms),
             });
             if verdict != Verdict::FailOver {
-                self.tell(leased, verdict).await?;
+                // Others wait for what is decided about them.
+                if let Err(error) = self.tell(leased, verdict).await {
+                    warn!(guest = %leased.guest, "what happens to it cannot be told now: {}", chain(&error));
+                }
             } else if decided < AT_ONCE {
                 decided += 1;
                 if let Err(error) = self.fail_over(leased).await {
@@ -241,6 +323,15 @@ impl Fencing {
             }
         }
         Ok(())
+    }
+
+    async fn tell_beaten(&self) -> Result<(), StateError> {
+        let why = "another controller works on the same store, and grants leases now: stop one of them; guests of hosts that are linked to \
+                   this one stand still when their leases end";
+        warn!("ALARM: {why}");
+        let mut change = Change::new();
+        change.event(EventDraft::new("controller.beaten").data(serde_json::json!({ "why": why })));
+        self.state.commit(&context(), change).await.map(drop)
     }
 
     fn standing(&self, record: &OperationRecord) -> MirrorStanding {
@@ -297,20 +388,23 @@ impl Fencing {
         }
         let written = retry_conflicts(|| async {
             // The claim first: it is compared with what is written.
-            let claim = self.claim.0.load(Ordering::SeqCst);
+            let claim = self.claim.revision();
             if !self.claim.holds(&self.state).await? {
                 return Ok(None);
             }
             let Some(before) = self.state.read::<OperationRecord>(&leased.operation).await? else { return Ok(None) };
-            if self::leased(&before).is_none() {
+            let Some(guest) = self.state.read::<GuestRecord>(&leased.guest).await? else { return Ok(None) };
+            if self::leased(&before).is_none() || !is_standing(&guest.owner, leased.operation) {
                 return Ok(None);
             }
-            let change = decision(&before, leased, claim);
+            let mut change = decision(&before, leased, (claim, &self.claim.0.name));
+            // Whether it is a mirror still is said there, and nothing of that changes meanwhile.
+            change.unchanged(&guest);
             Ok::<_, StateError>(Some(self.state.commit(&context(), change).await?))
         });
         match written.await {
             Ok(Some(committed)) => {
-                self.claim.0.store(committed.revision, Ordering::SeqCst);
+                self.claim.set(committed.revision);
                 warn!(guest = %leased.guest, host = %leased.source, standby = %leased.destination,
                     "ALARM: its host is silent and its lease is over: its standby takes over");
                 Ok(())
@@ -336,7 +430,7 @@ fn event(kind: &'static str, leased: Leased) -> EventDraft {
     EventDraft::new(kind).guest(Some(leased.guest)).operation(leased.operation).host(leased.source)
 }
 
-fn decision(before: &Stored<OperationRecord>, leased: Leased, claim: u64) -> Change {
+fn decision(before: &Stored<OperationRecord>, leased: Leased, (claim, name): (u64, &str)) -> Change {
     let mut now = before.value.clone();
     if let Work::GuestMirror { is_failing_over, .. } = &mut now.work {
         *is_failing_over = true;
@@ -344,7 +438,7 @@ fn decision(before: &Stored<OperationRecord>, leased: Leased, claim: u64) -> Cha
     let mut change = Change::new();
     let data = serde_json::json!({ "standby": leased.destination, "lease_ms": leased.lease_ms });
     change.event(event("guest.failed_over_by_lease", leased).project(now.operation.project).data(data));
-    change.guard(keys::lease_guard(), claim);
+    change.guard_as(keys::lease_guard(), claim, name);
     change.update_operation(before, &mut now);
     change
 }
@@ -361,6 +455,41 @@ mod tests {
         is_standby_there: true,
         over_in_ms: 0,
     };
+
+    #[tokio::test(start_paused = true)]
+    async fn the_newest_of_two_controllers_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let options = supercloud_store::SledOptions::default();
+        let store = supercloud_store::SledStore::open(folder.path(), options).await.unwrap();
+        let state = State::open(Arc::new(store)).await.unwrap();
+        let (old, new) = (Claim::default(), Claim::default());
+        assert_eq!(old.renew(&state).await.unwrap(), Claimed::Begun);
+        assert_eq!(old.renew(&state).await.unwrap(), Claimed::Holds);
+        assert_eq!(new.renew(&state).await.unwrap(), Claimed::Begun);
+        assert!(!old.holds(&state).await.unwrap() && new.holds(&state).await.unwrap());
+        for is_news in [true, false, false] {
+            assert_eq!(old.renew(&state).await.unwrap(), Claimed::Beaten { is_news });
+        }
+        tokio::time::advance(LEFT_ALONE - Duration::from_secs(1)).await;
+        assert_eq!(old.renew(&state).await.unwrap(), Claimed::Beaten { is_news: false });
+        assert_eq!(new.renew(&state).await.unwrap(), Claimed::Holds);
+        // The new one may be gone by then. If it is not, it is beaten in its turn, and leaves alone who has it.
+        tokio::time::advance(Duration::from_secs(2)).await;
+        assert_eq!(old.renew(&state).await.unwrap(), Claimed::Begun);
+        assert_eq!(new.renew(&state).await.unwrap(), Claimed::Beaten { is_news: true });
+        // Each time for longer.
+        tokio::time::advance(LEFT_ALONE * 3 / 2).await;
+        assert_eq!(new.renew(&state).await.unwrap(), Claimed::Begun);
+        assert_eq!(old.renew(&state).await.unwrap(), Claimed::Beaten { is_news: true });
+        tokio::time::advance(LEFT_ALONE * 3 / 2).await;
+        assert_eq!(old.renew(&state).await.unwrap(), Claimed::Beaten { is_news: false });
+        // What it wrote itself, without hearing that it was written, is nobody else's.
+        let seen = state.revision_of(keys::lease_guard()).await.unwrap();
+        let mut change = Change::new();
+        change.guard_as(keys::lease_guard(), seen, &new.0.name);
+        state.commit(&Context::system(), change).await.unwrap();
+        assert_eq!(new.renew(&state).await.unwrap(), Claimed::Begun);
+    }
 
     #[test]
     fn a_standby_takes_over_when_the_host_is_silent_and_the_lease_is_surely_over() {

@@ -77,22 +77,25 @@ impl Way {
     fn checkpoint(&self) -> std::sync::MutexGuard<'_, Option<Arc<Stream>>> {
         self.checkpoint.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    /// Takes out the checkpoint that is there: that one, if one is named.
-    fn take(&self, only: Option<&Arc<Stream>>) -> Option<Arc<Stream>> {
-        self.checkpoint().take_if(|there| only.is_none_or(|only| Arc::ptr_eq(there, only)))
-    }
 }
 
 impl Keeper {
     /// Ends a checkpoint, for something that it must not be in the way of. Nobody else takes the way while the turn is held.
     pub(crate) async fn make_way(&self) -> BackendResult<Turn> {
         let turn = Arc::clone(&self.way.turn).lock_owned().await;
-        if let Some(stream) = self.way.take(None) {
+        let there = self.way.checkpoint().clone();
+        if let Some(stream) = there {
             stream.give_up();
-            self.ask("end a checkpoint", verb("end_mirror"), None).await?;
+            self.clear(&stream).await?;
         }
         Ok(turn)
+    }
+
+    /// Ends a checkpoint's mirror; the turn is held. The way is free only when the process has heard of it.
+    async fn clear(&self, stream: &Arc<Stream>) -> BackendResult<()> {
+        self.ask("end a checkpoint", verb("end_mirror"), None).await?;
+        self.way.checkpoint().take_if(|there| Arc::ptr_eq(there, stream));
+        Ok(())
     }
 }
 
@@ -124,8 +127,12 @@ async fn begin(keeper: &Keeper, path: &Path) -> BackendResult<Begun> {
     let Ok(_turn) = Arc::clone(&keeper.way.turn).try_lock_owned() else {
         return Err(busy("about to leave its process"));
     };
-    if keeper.way.checkpoint().is_some() {
-        return Err(busy("being checkpointed"));
+    let there = keeper.way.checkpoint().clone();
+    match there {
+        Some(there) if !there.is_given_up.load(Ordering::Acquire) => return Err(busy("being checkpointed")),
+        // One that was dropped half way, and that nobody was in need of ending.
+        Some(there) => keeper.clear(&there).await?,
+        None => {}
     }
     let status = keeper.ask(WHAT, verb("status"), None).await?;
     match (status.state, status.is_mirrored) {
@@ -202,10 +209,8 @@ async fn take(keeper: &Keeper, path: &Path, shown: &watch::Sender<CheckpointProg
 /// Ends the mirror, unless who needed the way has done that.
 async fn end(keeper: &Keeper, stream: &Arc<Stream>) -> BackendResult<()> {
     let _turn = Arc::clone(&keeper.way.turn).lock_owned().await;
-    match keeper.way.take(Some(stream)) {
-        Some(_) => keeper.ask(WHAT, verb("end_mirror"), None).await.map(drop),
-        None => Ok(()),
-    }
+    let is_there = keeper.way.checkpoint().as_ref().is_some_and(|there| Arc::ptr_eq(there, stream));
+    if is_there { keeper.clear(stream).await } else { Ok(()) }
 }
 
 /// As the process tells of the cut; zero when it does not within a moment.
@@ -221,10 +226,10 @@ async fn stood_still(keeper: &Keeper, cut: u64, before: MirrorProgress) -> Durat
 async fn why(keeper: &Keeper, stream: &Arc<Stream>, over: u32, path: &Path, error: TravelError) -> BackendError {
     // The process's end is let go in any case.
     let _ = stream.socket.shutdown(Shutdown::Both);
+    let ended = end(keeper, stream).await;
     if let TravelError::File(source) = error {
         return BackendError::File { what: WHAT, path: path.to_owned(), source };
     }
-    let ended = end(keeper, stream).await;
     let seen = keeper.until(WHAT, LAST_WORDS, |seen| seen.gone.is_some() || seen.mirrors_over > over).await;
     match (seen, ended) {
         (Ok(seen), _) if seen.gone.is_some() => BackendError::NoSuchGuest { guest: keeper.guest() },

@@ -27,8 +27,10 @@ pub(super) enum Leasing {
     None,
     /// A lease is kept.
     Kept(Kept),
-    /// Perhaps one that is not needed any more, or was kept by an agent before.
+    /// Perhaps one that was kept by an agent before, or is not known to be over.
     Left,
+    /// One of a mirror that is over, of which the process has not been told yet.
+    Over,
 }
 
 impl Leasing {
@@ -41,7 +43,7 @@ impl Leasing {
     pub fn held(&self) -> Option<Held> {
         match self {
             Self::Kept(kept) => Some(kept.held.clone()),
-            Self::None | Self::Left => None,
+            Self::None | Self::Left | Self::Over => None,
         }
     }
 
@@ -92,8 +94,18 @@ impl Actor {
                 if kept.job.operation == operation && !kept.job.is_over() => {}
             (Right::Lease(operation, epoch, lease_ms), leasing) => {
                 let (told, held) = watch::channel(None);
-                if let Leasing::Kept(kept) = std::mem::take(leasing) {
-                    kept.job.end().await;
+                let is_over = match std::mem::take(leasing) {
+                    Leasing::Kept(kept) => {
+                        let is_over = kept.job.operation != operation;
+                        kept.job.end().await;
+                        is_over
+                    }
+                    Leasing::Over => true,
+                    Leasing::None | Leasing::Left => false,
+                };
+                // One of another mirror may be longer than who waits for this one's end would wait.
+                if is_over && !self.end_lease().await {
+                    return;
                 }
                 let job = self.job(operation);
                 let job = Self::start(&job.clone(), lease::keep(job, epoch, lease_ms, told));
@@ -106,22 +118,27 @@ impl Actor {
             }
             (Right::Own, leasing) => {
                 // Its last word to the process is said before the lease is ended.
-                if let Leasing::Kept(kept) = std::mem::replace(leasing, Leasing::Left) {
+                if let Leasing::Kept(kept) = std::mem::replace(leasing, Leasing::Over) {
                     kept.job.end().await;
                 }
-                let ended = match self.host.backend.mirroring() {
-                    Ok(mirroring) => mirroring.lease(self.guest, None).await,
-                    Err(_) => Ok(()),
-                };
-                match ended {
-                    Ok(()) => self.leasing = Leasing::None,
-                    Err(error) => {
-                        let error = crate::chain(&error);
-                        tracing::warn!(guest = %self.guest, error, "the guest's lease is not ended yet; it is tried again");
-                    }
-                }
+                self.end_lease().await;
             }
         }
+    }
+
+    /// Tells the process that it needs no lease; whether it heard that. If not, it is told later.
+    async fn end_lease(&mut self) -> bool {
+        let ended = match self.host.backend.mirroring() {
+            Ok(mirroring) => mirroring.lease(self.guest, None).await,
+            Err(_) => Ok(()),
+        };
+        let is_ended = ended.is_ok();
+        self.leasing = if is_ended { Leasing::None } else { Leasing::Over };
+        if let Err(error) = ended {
+            let error = crate::chain(&error);
+            tracing::warn!(guest = %self.guest, error, "the guest's lease is not ended yet; it is tried again");
+        }
+        is_ended
     }
 }
 

@@ -14,7 +14,7 @@ use super::Job;
 
 /// It is asked so many times while a lease runs: some questions may be lost.
 const ASKS_PER_LEASE: u32 = 5;
-/// The pause after a question that was refused or not answered.
+/// The pause after a question that was refused or not answered, up to twice that: all guests of a host would ask at once again.
 const RETRY_PAUSE: Duration = Duration::from_millis(500);
 /// The longest that one question is waited for: then it is asked with a newer date.
 const LONGEST_WAIT: Duration = Duration::from_secs(10);
@@ -80,7 +80,7 @@ pub async fn keep(job: Job, epoch: Epoch, lease_ms: u64, held: watch::Sender<Opt
                 if std::mem::take(&mut had) {
                     tracing::warn!(guest = %job.guest, why, "the guest's lease is not renewed; without it it stands still");
                 }
-                RETRY_PAUSE
+                RETRY_PAUSE.mul_f64(rand::random_range(1.0..2.0))
             }
         };
         tokio::select! {

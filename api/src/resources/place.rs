@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use supercloud_ids::{CloudId, HostId};
 use utoipa::ToSchema;
 
-use crate::{Name, Ref};
+use crate::{CpuBaseline, Name, Ref};
 
 /// A provider region or zone in which hosts are rented.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -59,13 +59,87 @@ pub struct CompatClass {
     pub accelerator: String,
     /// The virtual machine's version, for example `pc-i440fx-7.2`.
     pub machine_version: String,
-    /// The CPU that guests see.
+    /// The CPU that guests see: a name, or what a [`CpuBaseline`] is written as.
     pub cpu_baseline: String,
 }
 
+/// Whether this can be a part of a compat class that is only a name: 1 to 64 of `A-Z a-z 0-9 . _ -`.
+#[must_use]
+pub fn is_class_part(part: &str) -> bool {
+    let is_good = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
+    (1..=64).contains(&part.len()) && part.bytes().all(is_good)
+}
+
+impl CompatClass {
+    /// Whether its parts are what parts can be.
+    #[must_use]
+    pub fn is_plausible(&self) -> bool {
+        let names = [&self.back_end, &self.accelerator, &self.machine_version];
+        names.into_iter().all(|part| is_class_part(part))
+            && (self.features().is_some() || is_class_part(&self.cpu_baseline))
+    }
+
+    /// The features that its baseline is made of, where it says them.
+    #[must_use]
+    pub fn features(&self) -> Option<CpuBaseline> {
+        self.cpu_baseline.parse().ok()
+    }
+
+    /// Whether a host that offers this class runs guests of that one: the same, or with fewer features.
+    #[must_use]
+    pub fn serves(&self, wanted: &Self) -> bool {
+        let covers = || match (self.features(), wanted.features()) {
+            (Some(mine), Some(wanted)) => mine.covers(&wanted),
+            _ => false,
+        };
+        self == wanted || (self.is_like(wanted) && covers())
+    }
+}
+
+impl CompatClass {
+    /// The names of features of this class that none of `offered` has, of those that are like it in the rest; `None` when it
+    /// is not (only) features that are missing.
+    #[must_use]
+    pub fn lacking_of(&self, offered: &[Self]) -> Option<String> {
+        let wanted = self.features()?;
+        let like = offered.iter().filter(|one| one.is_like(self));
+        let best = like.filter_map(Self::features).min_by_key(|mine| wanted.beyond(mine).len())?;
+        if best.maker != wanted.maker {
+            return Some(format!("being made by {}", wanted.maker));
+        }
+        let mut names = wanted.beyond(&best);
+        if wanted.physical_bits > best.physical_bits {
+            names.push(format!("physical addresses of {} bits", wanted.physical_bits));
+        }
+        (!names.is_empty()).then(|| names.join(", "))
+    }
+
+    fn is_like(&self, other: &Self) -> bool {
+        self.back_end == other.back_end
+            && self.accelerator == other.accelerator
+            && self.machine_version == other.machine_version
+    }
+}
+
 impl std::fmt::Display for CompatClass {
+    /// For people: a baseline that is made of features is shortened.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}/{}/{}/{}", self.back_end, self.accelerator, self.machine_version, self.cpu_baseline)
+        let baseline = self.features().map_or_else(|| self.cpu_baseline.clone(), |features| features.short());
+        write!(f, "{}/{}/{}/{baseline}", self.back_end, self.accelerator, self.machine_version)
+    }
+}
+
+impl Host {
+    /// Whether it runs guests of this class.
+    #[must_use]
+    pub fn serves(&self, class: &CompatClass) -> bool {
+        self.compat_classes.iter().any(|mine| mine.serves(class))
+    }
+
+    /// What its processors can do, where its back end says it.
+    #[must_use]
+    pub fn features(&self) -> Option<CpuBaseline> {
+        self.compat_classes.iter().find_map(CompatClass::features)
     }
 }
 

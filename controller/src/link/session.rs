@@ -31,6 +31,10 @@ const QUERIES_AT_ONCE: usize = 16;
 const GUEST_QUERIES_AT_ONCE: usize = 8;
 /// As many for its guests' leases, which no other question may keep waiting.
 const LEASES_AT_ONCE: usize = 8;
+/// Questions for leases that may wait for their turn: all guests of a host ask at once when it is linked again.
+const LEASES_WAITING: usize = 1024;
+/// For how long they wait: then the host asks anew, with a newer date.
+const LEASE_TURN: Duration = Duration::from_secs(1);
 
 /// The ends that others write to.
 pub(super) struct Outbound {
@@ -188,6 +192,7 @@ struct Queries {
     own: Arc<Semaphore>,
     of_guests: Arc<Semaphore>,
     leases: Arc<Semaphore>,
+    waiting: Arc<Semaphore>,
     tasks: JoinSet<()>,
 }
 
@@ -200,6 +205,7 @@ impl Queries {
             own: Arc::new(Semaphore::new(QUERIES_AT_ONCE)),
             of_guests: Arc::new(Semaphore::new(GUEST_QUERIES_AT_ONCE)),
             leases: Arc::new(Semaphore::new(LEASES_AT_ONCE)),
+            waiting: Arc::new(Semaphore::new(LEASES_WAITING)),
             tasks: JoinSet::new(),
         }
     }
@@ -212,10 +218,13 @@ impl Queries {
         let Ok(query) = serde_json::from_value::<Query>(body) else {
             return self.refuse(number, Problem::new(Code::Unsupported, "this controller does not know such a query"));
         };
+        if let Query::RenewLease { .. } = query {
+            return self.take_in_turn(number, query);
+        }
         let places = match query {
             Query::GuestToken { .. } | Query::GuestCall { .. } => &self.of_guests,
-            Query::RenewLease { .. } => &self.leases,
-            Query::ChunkSources { .. }
+            Query::RenewLease { .. }
+            | Query::ChunkSources { .. }
             | Query::StoreRoots { .. }
             | Query::StoreNames { .. }
             | Query::StoreSwept { .. }
@@ -233,6 +242,25 @@ impl Queries {
             // The writer has ended: so has the session.
             let _ = answers.send(Envelope { number, body }).await;
             drop(place);
+        });
+        Ok(())
+    }
+
+    /// The same for a lease, which waits a moment for its turn.
+    fn take_in_turn(&mut self, number: u64, query: Query) -> Result<(), Ended> {
+        const BUSY: &str = "too many leases of this host's guests are being renewed; try again in a second";
+        let Ok(waiting) = Arc::clone(&self.waiting).try_acquire_owned() else {
+            return self.refuse(number, Problem::new(Code::TooManyRequests, BUSY));
+        };
+        let (host, handler, answers) = (self.host, Arc::clone(&self.handler), self.answers.clone());
+        let leases = Arc::clone(&self.leases);
+        self.tasks.spawn(async move {
+            let body = match tokio::time::timeout(LEASE_TURN, leases.acquire_owned()).await {
+                Ok(Ok(_turn)) => handler.query(host, query).await.into(),
+                Ok(Err(_)) | Err(_) => Outcome::Err(Problem::new(Code::TooManyRequests, BUSY)),
+            };
+            let _ = answers.send(Envelope { number, body }).await;
+            drop(waiting);
         });
         Ok(())
     }

@@ -17,7 +17,7 @@ use supercloud_api::{
 use tokio::time::Instant;
 use tracing::warn;
 
-use super::{Engine, EngineError, is_plausible_class, sweeps::RootsAsked};
+use super::{Engine, EngineError, sweeps::RootsAsked};
 use crate::{
     chain,
     link::{LinkHandler, Unwelcome},
@@ -281,7 +281,7 @@ impl Engine {
             }
             record.capacity = hello.capacity;
             record.compat_classes =
-                hello.compat_classes.iter().filter(|class| is_plausible_class(class)).take(16).cloned().collect();
+                hello.compat_classes.iter().filter(|class| class.is_plausible()).take(16).cloned().collect();
             let probe_bytes = hello.probe.to_string().len();
             record.probe = if probe_bytes <= PROBE_AT_MOST { hello.probe.clone() } else { serde_json::json!({}) };
             record.moves_live = !hello.moves_none_live;
@@ -358,7 +358,12 @@ impl Engine {
         let Some(record) = self.state.read::<OperationRecord>(&operation).await? else { return Ok(()) };
         let is_party = [record.operation.source, record.operation.destination].contains(&Some(host));
         if is_party && !record.operation.phase.is_terminal() {
-            self.progress.tell(operation, progress);
+            let mut progress = progress.clone();
+            if record.operation.source != Some(host) {
+                // Whether it obeys a lease, and what of it is safe elsewhere, is the word of the host where the guest runs.
+                progress.mirror = None;
+            }
+            self.progress.tell(operation, &progress);
         }
         Ok(())
     }
@@ -482,6 +487,22 @@ impl Engine {
             change.create_operation(&OperationRecord { operation, work: Work::GuestStop { grace_ms: 0 } });
             self.state.commit(&context, change).await?;
             Ok::<_, EngineError>(())
+        })
+        .await
+    }
+
+    /// Lets the standby of this mirror take over from its dead source, unless the mirror was called off meanwhile: then the guest may well
+    /// run, and is not lost. Idempotent.
+    pub(super) async fn promote(
+        &self,
+        guest: GuestId,
+        source: HostId,
+        mirror: supercloud_api::ids::OperationId,
+    ) -> Result<(), EngineError> {
+        self.decide(guest, |record| {
+            record.operation.as_ref().filter(|operation| operation.id == mirror && operation.is_mirrored())?;
+            let loss = handover::note_host_lost(record, source);
+            loss.record.map(|record| (record, loss.alarms))
         })
         .await
     }

@@ -20,7 +20,7 @@ impl Engine {
     ) -> Result<Answer, Problem> {
         self.leases.heard(host);
         // Before anything is remembered: a host has no say about others' guests.
-        let is_owned = async || self.may_run(host, guest, epoch).await.map_err(|error| internal(&error));
+        let is_owned = async || self.may_run(host, (guest, epoch), lease_ms).await.map_err(|error| internal(&error));
         let no = |why: &str| Err(Problem::new(Code::Forbidden, why));
         if !is_owned().await? {
             return no("the guest does not run there, or its standby takes over");
@@ -38,7 +38,12 @@ impl Engine {
         Ok(Answer::Lease { asked_ms, lease_ms })
     }
 
-    async fn may_run(&self, host: HostId, guest: GuestId, epoch: Epoch) -> Result<bool, EngineError> {
+    async fn may_run(
+        &self,
+        host: HostId,
+        (guest, epoch): (GuestId, Epoch),
+        lease_ms: u64,
+    ) -> Result<bool, EngineError> {
         let Some(record) = self.state.read::<GuestRecord>(&guest).await? else { return Ok(false) };
         if !record.owner.is_owned_by(host, epoch) {
             return Ok(false);
@@ -51,8 +56,13 @@ impl Engine {
             return Ok(false);
         }
         let mirror = self.state.read::<OperationRecord>(&operation.id).await?;
-        let takes_over =
-            |record: &OperationRecord| matches!(record.work, Work::GuestMirror { is_failing_over: true, .. });
-        Ok(!mirror.is_some_and(|record| takes_over(&record)))
+        // No longer than a controller that knows of nothing that was granted would wait.
+        let may = |record: &OperationRecord| match &record.work {
+            Work::GuestMirror { options, is_failing_over } => {
+                !is_failing_over && options.lease_ms.is_none_or(|most| lease_ms <= most)
+            }
+            _ => true,
+        };
+        Ok(mirror.is_none_or(|record| may(&record)))
     }
 }

@@ -36,7 +36,6 @@ use std::{
 };
 
 use supercloud_api::{
-    CompatClass,
     handover::{Owner, OwnerRecord},
     ids::{Epoch, GuestId, HostId, OperationId},
     link::Announced,
@@ -351,7 +350,7 @@ impl Engine {
             _ if operation.is_cancel_requested => self.cancel(operation.id).await,
             Work::GuestMirror { is_failing_over: true, .. } if operation.phase == supercloud_api::Phase::Copy => {
                 match (operation.guest, operation.source) {
-                    (Some(guest), Some(host)) => self.note_lost(guest, host).await,
+                    (Some(guest), Some(host)) => self.promote(guest, host, operation.id).await,
                     _ => Ok(()),
                 }
             }
@@ -471,10 +470,4 @@ impl Engine {
     pub(crate) fn log_phase(operation: &supercloud_api::Operation) {
         info!(operation = %operation.id, kind = ?operation.kind, phase = ?operation.phase, "operation");
     }
-}
-
-/// Whether a compat class is one that a record may hold: short, printable texts.
-fn is_plausible_class(class: &CompatClass) -> bool {
-    let texts = [&class.back_end, &class.accelerator, &class.machine_version, &class.cpu_baseline];
-    texts.iter().all(|text| (1..=64).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic()))
 }

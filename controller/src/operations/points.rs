@@ -288,9 +288,19 @@ impl Engine {
             Ok(Err(problem)) => self.tell_missed(host, taken.volume, &problem).await,
             Err(error) => Err(error),
         };
+        // Rather a point of the disk than none, where a policy asks; with the memory it is tried again when the next one is due.
+        let falls_back = asked.memory && !is_kept && self.has_schedule(taken.volume).await;
         // After the record: until then it is a writer.
-        self.points.end(taken.volume, is_kept);
+        self.points.end(taken.volume, is_kept || falls_back);
+        if falls_back && !self.points.ask(taken.volume, Asked { memory: false, at: Instant::now(), ..asked }) {
+            self.points.end(taken.volume, false);
+        }
         told.map(|()| Answer::Noted).map_err(|error| internal(&error))
+    }
+
+    async fn has_schedule(&self, volume: VolumeId) -> bool {
+        let history = self.state.read::<VolumeHistory>(&volume).await;
+        history.is_ok_and(|history| history.is_some_and(|history| history.policy.every_s.is_some()))
     }
 
     /// Records a point; in words why it is none.

@@ -487,7 +487,11 @@ fn bounded(details: &ReportDetails) -> ReportDetails {
     details.problem = details
         .problem
         .map(|problem| Problem::new(problem.code, problem.detail.chars().take(TEXT_AT_MOST).collect::<String>()));
-    details.compat_class = details.compat_class.filter(super::is_plausible_class);
+    if let Some(progress) = &mut details.progress {
+        // That is told by itself, again and again, by the source.
+        progress.mirror = None;
+    }
+    details.compat_class = details.compat_class.filter(supercloud_api::CompatClass::is_plausible);
     details
 }
 

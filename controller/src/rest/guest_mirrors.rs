@@ -254,6 +254,10 @@ pub async fn fail_over(
         if record.operation.phase != Phase::Copy {
             return Err(wrong("the mirror has not begun to copy, or takes over already".to_owned()));
         }
+        let is_standing = |op: &supercloud_api::handover::Operation| op.id == record.operation.id && op.is_mirrored();
+        if !is_failing_over && !found.owner.operation.as_ref().is_some_and(is_standing) {
+            return Err(wrong("the mirror was called off and is being cleared away: its standby cannot take over".to_owned()));
+        }
         if let Some(source) = record.operation.source
             && api.parts.hosts.get(source).is_some()
         {
@@ -284,6 +288,7 @@ pub async fn fail_over(
             event = event.host(host);
         }
         change.event(event);
+        change.unchanged(&found);
         change.update_operation(&record, &mut now);
         asker.commit(&api.parts, now.operation.project, change, Reply::accepted(&now.operation)?).await
     })

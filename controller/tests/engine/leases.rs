@@ -4,11 +4,15 @@ use std::time::{Duration, Instant};
 
 use supercloud_api::{
     Phase,
-    handover::Owner,
+    handover::{Owner, Verdict},
     ids::{Epoch, GuestId, OperationId},
 };
 
-use crate::support::{agent::lock, seed, world::World};
+use crate::support::{
+    agent::{Stage, lock},
+    seed,
+    world::World,
+};
 
 /// The shortest that there is.
 const LEASE_MS: u64 = 5_000;
@@ -126,4 +130,39 @@ async fn a_mirror_without_a_lease_waits_for_somebodys_word_as_ever() {
     tokio::time::sleep(Duration::from_millis(2 * LEASE_MS)).await;
     assert_eq!(world.operation(mirror).await.phase, Phase::Copy);
     assert_eq!(lock(&world.ground).runs_at(guest).len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mirror_that_was_called_off_takes_nothing_over_while_it_is_cleared_away() {
+    let mut world = World::new(seed("lease-called-off", 95), 2).await;
+    let (guest, mirror, epoch) = leased(&mut world).await;
+    world.faults(1, |faults| {
+        faults.stalled.insert(Stage::Discard);
+    });
+    // An agent that was restarted ends its mirror: the guest runs on without a lease, while the standby's host does not get done.
+    world.kill_agent(0).await;
+    world.start_agent(0);
+    let is_called_off = async |world: &World| {
+        let record = world.record(guest).await;
+        let operation = record.owner.operation.as_ref();
+        operation.is_some_and(|operation| matches!(operation.verdict, Verdict::Aborted(_)))
+            && lock(&world.ground).leases.is_empty()
+    };
+    world.until("it is called off", is_called_off).await;
+    assert_eq!(world.operation(mirror).await.phase, Phase::Copy);
+    // Then nothing is heard of the guest's host. Neither by itself nor by somebody's word the standby has a say any more.
+    world.kill_agent(0).await;
+    tokio::time::sleep(Duration::from_millis(LEASE_MS + 3_000)).await;
+    world.fail_over(mirror).await;
+    tokio::time::sleep(Duration::from_millis(1_000)).await;
+    assert_eq!(world.record(guest).await.owner.owner, Owner::Host(world.id(0)));
+    assert_eq!(lock(&world.ground).runs_at(guest), vec![(world.id(0), epoch)]);
+    assert!(!has_event(&world, "guest.failed_over_by_lease", guest).await);
+    world.faults(1, |faults| {
+        faults.stalled.remove(&Stage::Discard);
+    });
+    world.start_agent(0);
+    assert_eq!(world.end(mirror).await.phase, Phase::RolledBack);
+    world.settled().await;
+    assert_eq!(lock(&world.ground).runs_at(guest), vec![(world.id(0), epoch)]);
 }

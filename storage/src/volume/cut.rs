@@ -27,6 +27,9 @@ use crate::key::MapRoot;
 const PAGE_ENTRIES: usize = 8192;
 /// How long a follower's question for the next cut stays open.
 const AWAIT_BUDGET: Duration = Duration::from_secs(5);
+/// A mirror whose follower asked within this is kept: it asks for the pages of a cut, and for the next one as soon as it has this one or
+/// was told that there is none yet.
+const FOLLOWED: Duration = Duration::from_secs(10);
 
 /// What a follower is told of a cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,6 +96,8 @@ struct State {
     have: u64,
     /// Which series of numbers it is; 0: a mirror's.
     series: u64,
+    /// When a mirror's follower asked last.
+    followed_at: Option<Instant>,
 }
 
 impl Default for Cuts {
@@ -134,8 +139,15 @@ impl Volume {
     async fn change_cuts(&self, series: u64, is_to: impl Fn(u64) -> bool + Send + 'static) -> Result<(), VolumeError> {
         let ended = self.inner.blocking(move |inner| {
             let one = relock(&inner.cuts.making);
-            if !is_to(relock(&inner.cuts.state).series) {
-                return Ok(());
+            {
+                let now = relock(&inner.cuts.state);
+                if !is_to(now.series) {
+                    return Ok(());
+                }
+                // Its cut may be on its way to the standby, and none is made after one that did not arrive.
+                if series != 0 && now.followed_at.is_some_and(|at| at.elapsed() < FOLLOWED) {
+                    return Err(VolumeError::Cut { number: 0, why: "would be in the way of a mirror that is kept" });
+                }
             }
             *relock(&inner.cuts.state) = State { series, ..State::default() };
             let ended = inner.end_snapshot(Purpose::Cut);
@@ -157,6 +169,7 @@ impl Volume {
             let is_taken = {
                 let mut state = relock(&inner.cuts.state);
                 state.have = have;
+                state.followed_at = (state.series == 0).then(Instant::now);
                 state.current.take_if(|current| current.number == after).is_some()
             };
             let taken = is_taken.then(|| inner.end_snapshot(Purpose::Cut));
@@ -228,7 +241,11 @@ impl Volume {
 
     fn kept_cut(&self, number: u64) -> Result<Current, VolumeError> {
         self.check_serving()?;
-        let current = relock(&self.inner.cuts.state).current.filter(|current| current.number == number);
+        let mut state = relock(&self.inner.cuts.state);
+        if state.series == 0 {
+            state.followed_at = Some(Instant::now());
+        }
+        let current = state.current.filter(|current| current.number == number);
         current.ok_or(VolumeError::Cut { number, why: "is not kept (any more)" })
     }
 

@@ -102,6 +102,16 @@ async fn a_point_of_a_cut_is_of_its_instant_or_is_none() {
         assert_eq!(contents(&world, taken.root).await, sixth);
     }
 
+    // What a standby is about to fetch is not thrown away for a checkpoint.
+    volume.end_cuts().await.unwrap();
+    volume.cut(1).await.unwrap();
+    assert_eq!(volume.await_cut(0, 0).await.unwrap().map(|cut| cut.number), Some(1));
+    assert!(matches!(volume.begin_cuts(10).await, Err(VolumeError::Cut { .. })));
+    volume.cut_page(1, 0, 0).await.unwrap();
+    volume.end_cuts_of(10).await.unwrap();
+    volume.cut_page(1, 0, 0).await.unwrap();
+    volume.end_cuts().await.unwrap();
+
     // Sealed and active again, it is another writer's.
     volume.begin_cuts(10).await.unwrap();
     volume.cut(1).await.unwrap();
