@@ -6,7 +6,7 @@
 use std::{collections::BTreeSet, fmt, str::FromStr};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
-use supercloud_api::CompatClass;
+use supercloud_api::{CompatClass, is_class_part};
 
 const MIB: u64 = 1 << 20;
 
@@ -224,18 +224,13 @@ fn check_name(field: &'static str, name: &str, max: usize) -> Result<(), SpecErr
     Ok(())
 }
 
-/// Checks a part of a compat class: 1 to 64 of `A-Z a-z 0-9 . _ -`.
+/// Checks the name of a class's part.
 fn check_class_part(field: &'static str, part: &str) -> Result<(), SpecError> {
-    let is_good = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
-    if part.is_empty() || part.len() > 64 || !part.bytes().all(is_good) {
-        let value = part.chars().take(64).collect();
-        return Err(SpecError::Text {
-            field,
-            value,
-            rule: "it has 1 to 64 characters of A-Z, a-z, 0-9, '.', '_', '-'",
-        });
+    if is_class_part(part) {
+        return Ok(());
     }
-    Ok(())
+    let value = part.chars().take(64).collect();
+    Err(SpecError::Text { field, value, rule: "it has 1 to 64 characters of A-Z, a-z, 0-9, '.', '_', '-'" })
 }
 
 fn check_range(field: &'static str, value: u64, from: u64, to: u64, range: &'static str) -> Result<(), SpecError> {
@@ -251,7 +246,9 @@ impl MachineSpec {
         check_class_part("class.back_end", &self.class.back_end)?;
         check_class_part("class.accelerator", &self.class.accelerator)?;
         check_class_part("class.machine_version", &self.class.machine_version)?;
-        check_class_part("class.cpu_baseline", &self.class.cpu_baseline)?;
+        if self.class.features().is_none() {
+            check_class_part("class.cpu_baseline", &self.class.cpu_baseline)?;
+        }
         check_range("vcpus", self.vcpus.into(), 1, 64, "1 to 64")?;
         check_range("memory_bytes", self.memory_bytes, 64 * MIB, MIB * MIB, "64 MiB to 1 TiB")?;
         if !self.memory_bytes.is_multiple_of(MIB) {

@@ -30,8 +30,8 @@ pub async fn run(client: &Client, output: Output, verb: GuestVerb) -> anyhow::Re
         }
         GuestVerb::Console { name, read_only } => console::run(client, &name, read_only).await,
         GuestVerb::Create(arguments) => create(client, output, arguments).await,
-        GuestVerb::Start { name, place, trial, watch } => {
-            let body = GuestStart { place: place.map(Into::into) };
+        GuestVerb::Start { name, place, cpu, trial, watch } => {
+            let body = GuestStart { place: place.map(Into::into), cpu };
             if trial.dry_run {
                 return rehearse(client, output, Method::POST, &format!("/v1/guests/{name}/start"), &body).await;
             }
@@ -206,6 +206,7 @@ async fn create(client: &Client, output: Output, arguments: GuestCreateArguments
         cmdline_extra: arguments.cmdline_extra,
         propagation: Propagation::default(),
         follow_prices: arguments.follow_prices,
+        cpu: arguments.cpu,
         on_loss: arguments.on_loss,
         start: !arguments.no_start,
     };
@@ -234,6 +235,22 @@ fn print_placement(output: Output, found: &Placement) -> anyhow::Result<()> {
     print!("{}", table.render());
     let name = found.destination_name.as_ref().map_or_else(|| "nowhere".into(), ToString::to_string);
     println!("would go to {name}; best is: {}", found.objective);
+    if !found.cpus.is_empty() {
+        let mut table = Table::new(["CPU", "GIVEN", "LIVE_TO", "CLOUDS", "MARKETS", "WITHOUT"]);
+        for cpu in &found.cpus {
+            table.row([
+                format!("{}{}", cpu.choice, if cpu.is_current { " *" } else { "" }),
+                cpu.baseline.clone(),
+                format!("{} hosts", cpu.hosts),
+                cpu.clouds.to_string(),
+                cpu.markets.to_string(),
+                if cpu.without.is_empty() { "-".to_owned() } else { cpu.without.join(",") },
+            ]);
+        }
+        println!();
+        print!("{}", table.render());
+        println!("* what it has asked for; another from its next start on: supercloud guest start NAME --cpu CPU");
+    }
     Ok(())
 }
 

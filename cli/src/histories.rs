@@ -3,7 +3,7 @@
 use anyhow::{Context as _, bail};
 use reqwest::Method;
 use supercloud_api::{
-    DiskFrom, GuestCreate, HistoryPolicy, OnLoss, Port, Propagation, VolumeAsOf, VolumeHistory,
+    CpuChoice, DiskFrom, GuestCreate, HistoryPolicy, OnLoss, Port, Propagation, VolumeAsOf, VolumeHistory,
     client::Client,
     history::{AsOfRefusal, verify},
     unix_ms,
@@ -161,6 +161,7 @@ async fn clone(client: &Client, output: Output, arguments: CloneArguments) -> an
         cmdline_extra: None,
         propagation: Propagation::default(),
         follow_prices: false,
+        cpu: CpuChoice::default(),
         on_loss: OnLoss::default(),
         start: !arguments.no_start,
     };

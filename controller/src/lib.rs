@@ -15,6 +15,7 @@ pub mod auth;
 pub mod ca;
 mod checkpoints;
 pub mod consoles;
+mod cpus;
 pub mod dashboard;
 pub mod evacuation;
 pub mod fencing;

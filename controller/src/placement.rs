@@ -1,6 +1,6 @@
 //! Where a guest goes: the scheduler's placement over the hosts as the records and the links show them. Pure.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 
 use supercloud_api::{
     Cloud, Code, CompatClass, Host, HostState, PlanCheck, Problem, Room, Shape, handover::Owner, ids::HostId,
@@ -105,10 +105,9 @@ pub fn explain<'a>(
     let mut hosts: Vec<&Host> = hosts.iter().filter(|host| host.state != HostState::Removed).collect();
     // Numbers follow names, and so do ties.
     hosts.sort_by(|a, b| a.name.cmp(&b.name));
-    let classes: BTreeSet<String> =
-        hosts.iter().flat_map(|host| &host.compat_classes).chain(&need.class).map(ToString::to_string).collect();
-    let classes: Vec<String> = classes.into_iter().collect();
-    let class_number = |class: &CompatClass| classes.binary_search(&class.to_string()).map_or(u32::MAX, |at| at as u32);
+    // Only the class that is asked for tells hosts apart.
+    const WANTED: u32 = 0;
+    let serves = |host: &Host| need.class.as_ref().is_some_and(|class| host.serves(class));
     let clouds: Vec<String> = hosts.iter().map(|host| host.cloud.to_string()).collect();
     let cloud_number = |cloud: String| clouds.iter().position(|one| *one == cloud).map_or(u32::MAX, |at| at as u32);
     let mut cluster = Cluster::default();
@@ -119,7 +118,7 @@ pub fn explain<'a>(
                 name: host.name.to_string(),
                 capacity: free(host, reserved.get(&host.id).copied().unwrap_or_default()),
                 domains: [0, 0, cloud, 0, 0],
-                classes: host.compat_classes.iter().map(class_number).collect(),
+                classes: if serves(host) { vec![WANTED] } else { Vec::new() },
                 price: NanoUsd(0),
                 project: None,
                 is_up: matches!(host.state, HostState::Up | HostState::Cordoned),
@@ -134,7 +133,7 @@ pub fn explain<'a>(
             memory_bytes: need.shape.memory_bytes,
             disk_bytes: need.disk_bytes,
         },
-        class: need.class.as_ref().map(class_number),
+        class: need.class.as_ref().map(|_| WANTED),
         host: if let Place::Host(host) = at { Some(number_of(host.id)) } else { None },
         allow: match at {
             Place::Cloud(cloud) => vec![(Domain::Zone, vec![cloud_number(cloud.id.to_string())])],
@@ -211,7 +210,9 @@ fn refusal(verdicts: &[(&Host, Result<Score, Refusal>)], at: &Place, need: &Need
         .map(|(host, why)| match why {
             Refusal::Class(wanted) => {
                 let offers = host.compat_classes.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-                format!("{} does not offer the compat class {wanted} (it offers: {offers})", host.name)
+                let lacks = need.class.as_ref().and_then(|class| class.lacking_of(&host.compat_classes));
+                let lacks = lacks.map_or_else(String::new, |names| format!("; it lacks {names}"));
+                format!("{} does not offer the compat class {wanted} (it offers: {offers}{lacks})", host.name)
             }
             why => format!("{} {why}", host.name),
         })

@@ -49,7 +49,8 @@ const THAWED_FORMATS: [&str; 2] = [FROZEN_FORMAT, "supercloud-kvm-stream/1"];
 /// Guests in processes of our own VMM.
 pub struct KvmBackend {
     pub(crate) config: KvmConfig,
-    baseline: String,
+    /// What this host's processors can do, and the name that guests of older agents know it by.
+    baselines: [String; 2],
     keepers: Mutex<BTreeMap<GuestId, Arc<Keeper>>>,
     events: broadcast::Sender<BackendEvent>,
     /// Guests of which nothing can be said: they may well run.
@@ -98,11 +99,11 @@ impl KvmBackend {
             let no_faults = spawn::open_userfaultfd().err().map(|error| format!("/dev/userfaultfd: {error}"));
             Ok::<_, BackendError>((found, baseline.map_err(detail)?, no_faults))
         });
-        let (homes, baseline, no_faults) =
+        let (homes, (features, name), no_faults) =
             found.await.map_err(|error| failed("look for guests")(io::Error::other(error)))??;
         let back_end = Self {
             config,
-            baseline,
+            baselines: [features.to_string(), name],
             keepers: Mutex::default(),
             events: broadcast::Sender::new(256),
             unreadable: Mutex::default(),
@@ -118,13 +119,14 @@ impl KvmBackend {
 
     /// Those that guests can have here: new ones the first, and others go on with what they have.
     fn classes(&self) -> Vec<CompatClass> {
-        let class = |version: MachineVersion| CompatClass {
+        let class = |baseline: &String, version: MachineVersion| CompatClass {
             back_end: BACK_END.to_owned(),
             accelerator: ACCELERATOR.to_owned(),
             machine_version: version.name().to_owned(),
-            cpu_baseline: self.baseline.clone(),
+            cpu_baseline: baseline.clone(),
         };
-        MachineVersion::ALL.into_iter().map(class).collect()
+        let of = |baseline| MachineVersion::ALL.into_iter().map(move |version| class(baseline, version));
+        self.baselines.iter().flat_map(of).collect()
     }
 
     fn keepers(&self) -> MutexGuard<'_, BTreeMap<GuestId, Arc<Keeper>>> {
@@ -211,7 +213,7 @@ impl KvmBackend {
         launch.check()?;
         let lacks = |option: String| Err(BackendError::Unsupported { back_end: BACK_END, option });
         let classes = self.classes();
-        if !classes.contains(&launch.spec.class) {
+        if !classes.iter().any(|class| class.serves(&launch.spec.class)) {
             let classes: Vec<String> = classes.iter().map(ToString::to_string).collect();
             return lacks(format!("class '{}'; it has {} here", launch.spec.class, classes.join(", ")));
         }

@@ -299,7 +299,10 @@ impl Owner<'_> {
     }
 
     fn boot_from(&mut self, files: &BootFiles) -> anyhow::Result<()> {
-        let booted = Machine::boot(self.kvm()?, self.config()?, files, self.serial_sink()?, self.devices()?)?;
+        // A class that says no features (of an older host) is of a host that is the same in all of them.
+        let cpu = self.spec.class.features();
+        let (serial, devices) = (self.serial_sink()?, self.devices()?);
+        let booted = Machine::boot(self.kvm()?, self.config()?, cpu.as_ref(), files, serial, devices)?;
         self.take_up(booted)
     }
 

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use supercloud_ids::{CloudId, Epoch, FreezeId, GuestId, HostId, ImageId, OperationId, PortId, ProjectId, VolumeId};
 use utoipa::ToSchema;
 
-use crate::{CompatClass, DiskFrom, MirrorStanding, Name, Propagation, Ref};
+use crate::{CompatClass, CpuChoice, DiskFrom, MirrorStanding, Name, Propagation, Ref};
 
 /// vCPUs and memory of a guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -83,6 +83,9 @@ pub struct Guest {
     pub epoch: Epoch,
     /// The class it runs in; fixed at its first start.
     pub compat_class: Option<CompatClass>,
+    /// The CPU that was asked for.
+    #[serde(default)]
+    pub cpu: CpuChoice,
     /// Its disks, the boot disk first.
     pub volumes: Vec<VolumeId>,
     /// Its ports.
@@ -154,6 +157,10 @@ pub struct GuestCreate {
     /// Whether price policies may move it.
     #[serde(default)]
     pub follow_prices: bool,
+    /// What its processors can do, and so where it can go while it runs. Hosts whose back end has CPUs of its own take
+    /// `portable` and `host` alike.
+    #[serde(default, skip_serializing_if = "CpuChoice::is_default")]
+    pub cpu: CpuChoice,
     /// What is done by itself when its running copy is lost for good.
     #[serde(default)]
     pub on_loss: OnLoss,
@@ -351,6 +358,9 @@ pub struct GuestStart {
     /// A host or a cloud; where its volume is when absent.
     #[serde(default)]
     pub place: Option<Ref>,
+    /// Another CPU from this start on; that of its first start when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<CpuChoice>,
 }
 
 /// How a guest is stopped.

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use supercloud_ids::{GuestId, HostId};
 use utoipa::ToSchema;
 
-use crate::Name;
+use crate::{CpuChoice, CpuLevel, Name};
 
 /// Where a guest would be placed now. Nothing is reserved by asking.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -23,6 +23,31 @@ pub struct Placement {
     pub objective: String,
     /// With `explain`: every host, those that take it first, best first. Else empty.
     pub hosts: Vec<PlacementHost>,
+    /// With `explain`: what each CPU that it could be given at a start gives up, and opens. Empty where the back end has CPUs of
+    /// its own, and without `explain`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cpus: Vec<PlacementCpu>,
+}
+
+/// A CPU that a guest could be given at a start, seen from the host that has it (or would have it).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PlacementCpu {
+    /// What would be asked for.
+    pub choice: CpuChoice,
+    /// It is what the guest has asked for.
+    pub is_current: bool,
+    /// The features, shortened: maker, level, digits of a hash.
+    pub baseline: String,
+    /// The level that they reach; absent: less than `x86-64-v2`.
+    pub level: Option<CpuLevel>,
+    /// Hosts to which it could move while it runs, the one that it is seen from too.
+    pub hosts: u32,
+    /// Their clouds.
+    pub clouds: u32,
+    /// Markets of instance types that those hosts are rented as.
+    pub markets: u32,
+    /// The features of this host that it would do without.
+    pub without: Vec<String>,
 }
 
 /// A host in an explanation.

@@ -8,9 +8,10 @@ use kvm_bindings::{
     kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
+use supercloud_api::cpu::{ARCH_CAPABILITIES, CpuBaseline};
 use vm_memory::{Bytes as _, GuestAddress};
 
-use super::{Ram, VmmError, kvm_error, layout, memory_error};
+use super::{Ram, VmmError, kvm_error, layout, memory_error, state, state::cpuid::ARCH_CAPABILITIES_MSR};
 
 /// Most vCPUs: x2APIC ids below 255 need no interrupt remapping, and `MachineSpec` allows 64.
 pub const MAX_VCPUS: u8 = 64;
@@ -106,27 +107,53 @@ pub fn cpuid(supported: &CpuId, index: u8, vcpus: u8, has_tsc_deadline: bool) ->
     entries
 }
 
-/// The name of what this host's processors can do, as part of a guest's class.
+/// What this host's processors can do, as part of guests' classes: their features, and the name that was given to them before
+/// classes said those.
 ///
 /// # Errors
 /// When KVM does not say.
-pub fn baseline(kvm: &Kvm) -> Result<String, VmmError> {
+pub fn baseline(kvm: &Kvm) -> Result<(CpuBaseline, String), VmmError> {
     let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm_error("tell its CPUID"))?;
-    Ok(super::state::cpuid::baseline(supported.as_slice()))
+    let supported = supported.as_slice();
+    Ok((state::cpuid::features(supported, arch_capabilities(kvm)), state::cpuid::baseline(supported)))
+}
+
+/// What KVM can tell guests of faults of this processor; nothing where it tells nothing.
+fn arch_capabilities(kvm: &Kvm) -> u64 {
+    let entry = kvm_msr_entry { index: ARCH_CAPABILITIES_MSR, ..kvm_msr_entry::default() };
+    let Ok(mut msrs) = Msrs::from_entries(&[entry]) else { return 0 };
+    match kvm.get_msrs(&mut msrs) {
+        Ok(1) => msrs.as_slice().first().map_or(0, |entry| entry.data),
+        _ => 0,
+    }
 }
 
 /// Gives a vCPU its CPUID, which it answers, and what firmware would have set: MTRRs, floating point, the local APIC's lines.
+/// With a baseline it is told of nothing else; without one of all that KVM has.
 ///
 /// # Errors
-/// When KVM refuses.
+/// [`VmmError::State`] when this processor has less than the baseline; else when KVM refuses.
 pub fn prepare(
     kvm: &Kvm,
     vcpu: &VcpuFd,
     supported: &CpuId,
     index: u8,
     vcpus: u8,
+    baseline: Option<&CpuBaseline>,
 ) -> Result<Vec<kvm_cpuid_entry2>, VmmError> {
-    let entries = cpuid(supported, index, vcpus, kvm.check_extension(Cap::TscDeadlineTimer));
+    let mut entries = cpuid(supported, index, vcpus, kvm.check_extension(Cap::TscDeadlineTimer));
+    if let Some(baseline) = baseline {
+        let here = state::cpuid::features(supported.as_slice(), arch_capabilities(kvm));
+        if !here.covers(baseline) {
+            let missing = baseline.beyond(&here).join(", ");
+            return Err(state::refused(format!(
+                "this processor ({}) lacks of the guest's ({}): {missing}",
+                here.short(),
+                baseline.short()
+            )));
+        }
+        state::cpuid::mask(&mut entries, baseline);
+    }
     let refused = || VmmError::Range {
         what: "entries of CPUID",
         value: entries.len() as u64,
@@ -139,7 +166,13 @@ pub fn prepare(
     const FAST_STRINGS: u64 = 1;
     const MTRR_DEFAULT: u32 = 0x2ff;
     const MTRR_ENABLED_WRITE_BACK: u64 = (1 << 11) | 6;
-    for (index, data) in [(MTRR_DEFAULT, MTRR_ENABLED_WRITE_BACK), (MISC_ENABLE, FAST_STRINGS)] {
+    let arch = baseline.map_or(0, |baseline| {
+        let [low, high] = ARCH_CAPABILITIES.map(|at| u64::from(baseline.words[at]));
+        low | high << 32
+    });
+    let arch = baseline.is_some().then_some((ARCH_CAPABILITIES_MSR, arch));
+    let firmware = [(MTRR_DEFAULT, MTRR_ENABLED_WRITE_BACK), (MISC_ENABLE, FAST_STRINGS)];
+    for (index, data) in firmware.into_iter().chain(arch) {
         let entry = kvm_msr_entry { index, data, ..kvm_msr_entry::default() };
         let msrs = Msrs::from_entries(&[entry]).map_err(|_| refused())?;
         // A processor without one of them does without.

@@ -11,6 +11,7 @@ use std::{
 
 use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd};
+use supercloud_api::CpuBaseline;
 use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion as _};
 
 use super::{
@@ -117,13 +118,15 @@ pub struct Incoming {
 
 impl Machine {
     /// A machine that stands before its kernel's first instruction, and what tells how its run ends: more than once when
-    /// nobody stops it then, and closed when the machine is gone.
+    /// nobody stops it then, and closed when the machine is gone. Its processors are said to have what `cpu` has; without
+    /// that, all that KVM gives.
     ///
     /// # Errors
-    /// When `/dev/kvm` refuses, something is out of range or the kernel cannot be loaded.
+    /// When `/dev/kvm` refuses, the processor here lacks something, something is out of range or the kernel cannot be loaded.
     pub fn boot(
         kvm: Kvm,
         config: MachineConfig,
+        cpu: Option<&CpuBaseline>,
         files: &BootFiles,
         console: Sink,
         devices: Vec<Device>,
@@ -134,7 +137,7 @@ impl Machine {
         let mut vcpus = Vec::new();
         for index in 0..config.vcpus {
             let vcpu = vm.create_vcpu(index)?;
-            body.cpuid.push(cpu::prepare(vm.kvm(), &vcpu, &supported, index, config.vcpus)?);
+            body.cpuid.push(cpu::prepare(vm.kvm(), &vcpu, &supported, index, config.vcpus, cpu)?);
             vcpus.push(vcpu);
         }
         let rsdp = acpi::write(ram, config.vcpus)?;

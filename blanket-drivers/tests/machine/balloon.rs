@@ -109,7 +109,7 @@ type Ending = std::sync::mpsc::Receiver<Outcome>;
 
 fn boot() -> (Machine, Ending) {
     let files = BootFiles { kernel: elf(&giving()), initrd: None, cmdline: String::new() };
-    Machine::boot(Kvm::new().unwrap(), CONFIG, &files, Console::default().sink(), devices()).unwrap()
+    Machine::boot(Kvm::new().unwrap(), CONFIG, None, &files, Console::default().sink(), devices()).unwrap()
 }
 
 fn turns(machine: &Machine, count: u32) {

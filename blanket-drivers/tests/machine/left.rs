@@ -44,7 +44,7 @@ fn boot() -> Machine {
     let files = BootFiles { kernel: elf(CHECK), initrd: None, cmdline: String::new() };
     let config = MachineConfig { vcpus: 1, memory_bytes: MEMORY_BYTES };
     let (machine, _) =
-        Machine::boot(Kvm::new().unwrap(), config, &files, Console::default().sink(), Vec::new()).unwrap();
+        Machine::boot(Kvm::new().unwrap(), config, None, &files, Console::default().sink(), Vec::new()).unwrap();
     machine.resume();
     machine
 }
@@ -344,7 +344,7 @@ fn what_a_move_costs_by_what_it_leaves_behind() {
         let files = BootFiles { kernel: elf(&code), initrd: None, cmdline: String::new() };
         let config = MachineConfig { vcpus: 1, memory_bytes: MEMORY_BYTES };
         let boot =
-            || Machine::boot(Kvm::new().unwrap(), config, &files, Console::default().sink(), Vec::new()).unwrap();
+            || Machine::boot(Kvm::new().unwrap(), config, None, &files, Console::default().sink(), Vec::new()).unwrap();
         for memory in [MemoryMode::PreCopy, MemoryMode::Hybrid, MemoryMode::PostCopy] {
             let (mut source, _) = boot();
             source.resume();

@@ -22,7 +22,8 @@ fn boot(code: &[u8], vcpus: u8, cmdline: &str, initrd: Option<&[u8]>) -> (Machin
     let console = Console::default();
     let files = BootFiles { kernel: elf(code), initrd: initrd.map(file), cmdline: cmdline.to_owned() };
     let config = MachineConfig { vcpus, memory_bytes: 32 << 20 };
-    let (machine, ending) = Machine::boot(Kvm::new().unwrap(), config, &files, console.sink(), Vec::new()).unwrap();
+    let (machine, ending) =
+        Machine::boot(Kvm::new().unwrap(), config, None, &files, console.sink(), Vec::new()).unwrap();
     (machine, ending, console)
 }
 
@@ -137,8 +138,8 @@ fn what_cannot_be_a_kernel_is_refused() {
     let config = MachineConfig { vcpus: 1, memory_bytes: 4 << 20 };
     let refusal = |kernel: std::fs::File, initrd: Option<std::fs::File>, cmdline: String| {
         let files = BootFiles { kernel, initrd, cmdline };
-        let error =
-            Machine::boot(Kvm::new().unwrap(), config, &files, Console::default().sink(), Vec::new()).unwrap_err();
+        let error = Machine::boot(Kvm::new().unwrap(), config, None, &files, Console::default().sink(), Vec::new())
+            .unwrap_err();
         std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string)
     };
     let whole = {

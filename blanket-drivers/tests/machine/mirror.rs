@@ -154,7 +154,7 @@ fn counts(pages: u32, disk: &Shared, outputs: &Arc<Outputs>) -> (Machine, UnixDa
     let (devices, wire) = devices(disk, outputs);
     let files = BootFiles { kernel: elf(&counting(pages, delay(pages))), initrd: None, cmdline: String::new() };
     let console = Console::default();
-    let (machine, _) = Machine::boot(Kvm::new().unwrap(), CONFIG, &files, console.sink(), devices).unwrap();
+    let (machine, _) = Machine::boot(Kvm::new().unwrap(), CONFIG, None, &files, console.sink(), devices).unwrap();
     machine.resume();
     wait_until(|| word(machine.ram(), COUNT) > 3, || "counting".to_owned());
     (machine, wire)
@@ -579,7 +579,7 @@ fn a_cut_of_a_disk_in_a_file_is_refused_and_the_machine_runs_on() {
     let devices = vec![block::device(Box::new(raw), "disk", false), card];
     let files = BootFiles { kernel: elf(&counting(4, 0)), initrd: None, cmdline: String::new() };
     let (mut machine, _ending) =
-        Machine::boot(Kvm::new().unwrap(), CONFIG, &files, Console::default().sink(), devices).unwrap();
+        Machine::boot(Kvm::new().unwrap(), CONFIG, None, &files, Console::default().sink(), devices).unwrap();
     machine.resume();
     machine.note_writes(true).unwrap();
     let refused = mirror::take(&mut machine, 1, &[], Aside::default());

@@ -19,7 +19,7 @@ fn boot(code: &[u8], vcpus: u8, cmdline: &str, initrd: Option<&[u8]>) -> (Machin
     let console = Console::default();
     let files = BootFiles { kernel: elf(code), initrd: initrd.map(file), cmdline: cmdline.to_owned() };
     let (machine, ending) =
-        Machine::boot(Kvm::new().unwrap(), config(vcpus), &files, console.sink(), Vec::new()).unwrap();
+        Machine::boot(Kvm::new().unwrap(), config(vcpus), None, &files, console.sink(), Vec::new()).unwrap();
     (machine, ending, console)
 }
 

@@ -26,7 +26,7 @@ fn boot(code: &[u8], vcpus: u8) -> (Machine, Console) {
     let console = Console::default();
     let files = BootFiles { kernel: elf(code), initrd: None, cmdline: String::new() };
     let config = MachineConfig { vcpus, memory_bytes: MEMORY_BYTES };
-    let (machine, _) = Machine::boot(Kvm::new().unwrap(), config, &files, console.sink(), Vec::new()).unwrap();
+    let (machine, _) = Machine::boot(Kvm::new().unwrap(), config, None, &files, console.sink(), Vec::new()).unwrap();
     (machine, console)
 }
 

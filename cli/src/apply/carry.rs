@@ -176,7 +176,9 @@ impl<'a> Carrier<'a> {
         let id = step.id.as_ref().or_else(|| self.new_guests.get(&step.key)).context("it was not made")?;
         let place = |place: &Option<String>| place.as_ref().map(Ref::from);
         let operation = match &step.action {
-            Action::Start { place: to } => self.client.start_guest(id, &GuestStart { place: place(to) }).await?,
+            Action::Start { place: to } => {
+                self.client.start_guest(id, &GuestStart { place: place(to), cpu: None }).await?
+            }
             Action::Stop => self.client.stop_guest(id, &GuestStop::default()).await?,
             Action::Freeze => self.client.freeze_guest(id, &GuestFreeze { reason: Some(REASON.into()) }).await?,
             Action::Thaw { place: to } => {
@@ -227,6 +229,7 @@ fn creation(wanted: &WantedGuest) -> GuestCreate {
         cmdline_extra: wanted.cmdline_extra.clone(),
         propagation: wanted.propagation,
         follow_prices: wanted.follow_prices,
+        cpu: wanted.cpu.unwrap_or_default(),
         on_loss: wanted.on_loss,
         start: wanted.state != super::fleet::WantedState::Stopped,
     }

@@ -10,7 +10,7 @@ use std::{
 };
 
 use serde::{Deserialize, Deserializer, Serialize, de};
-use supercloud_api::{Name, OnLoss, Propagation, Quota, Shape};
+use supercloud_api::{CpuChoice, Name, OnLoss, Propagation, Quota, Shape};
 use toml::Spanned;
 
 use crate::values;
@@ -168,6 +168,8 @@ pub struct WantedGuest {
     pub propagation: Propagation,
     /// Whether price policies may move it.
     pub follow_prices: bool,
+    /// What its processors can do; that of its first start, or `portable`, when absent.
+    pub cpu: Option<CpuChoice>,
     /// What is done by itself when its running copy is lost.
     pub on_loss: OnLoss,
     /// What it shall do.
@@ -271,6 +273,7 @@ struct GuestEntry {
     propagation: Propagation,
     #[serde(default)]
     follow_prices: bool,
+    cpu: Option<CpuChoice>,
     #[serde(default)]
     on_loss: OnLoss,
     #[serde(default)]
@@ -367,6 +370,7 @@ impl Reader<'_> {
             cmdline_extra: entry.cmdline_extra,
             propagation: entry.propagation,
             follow_prices: entry.follow_prices,
+            cpu: entry.cpu,
             on_loss: entry.on_loss,
             state: entry.state,
             place: entry.place,

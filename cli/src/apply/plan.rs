@@ -438,6 +438,9 @@ impl<'a> Planner<'a> {
         if let Some(network) = network {
             differs("network", network.name.to_string(), wanted.network.to_string());
         }
+        if let Some(shall) = wanted.cpu {
+            differs("cpu", guest.cpu.to_string(), shall.to_string());
+        }
         if let (Some(is), Some(shall)) = (guest.ipv4, wanted.ipv4) {
             differs("ipv4", is.to_string(), shall.to_string());
         }

@@ -134,6 +134,7 @@ impl World {
             cloud_name: None,
             epoch: Epoch::ZERO,
             compat_class: None,
+            cpu: wanted.cpu.unwrap_or_default(),
             volumes: vec![volume],
             ports: vec![port],
             ipv4: Some("10.20.0.5".parse().unwrap()),

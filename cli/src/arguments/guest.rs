@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
-use supercloud_api::{Fencing, MemoryMode, OnLoss, Shape};
+use supercloud_api::{CpuChoice, Fencing, MemoryMode, OnLoss, Shape};
 
 use super::{Trial, Watch};
 use crate::values;
@@ -85,6 +85,9 @@ pub enum GuestVerb {
         /// A host or a cloud; where its volume is when absent.
         #[arg(long)]
         place: Option<String>,
+        /// Another CPU from this start on: `portable`, `host`, `x86-64-v2`, `x86-64-v3` or `x86-64-v4`.
+        #[arg(long)]
+        cpu: Option<CpuChoice>,
         /// Whether it is only tried.
         #[command(flatten)]
         trial: Trial,
@@ -325,6 +328,11 @@ pub struct GuestCreateArguments {
     /// Let price policies move it.
     #[arg(long)]
     pub follow_prices: bool,
+    /// What its processors can do, and so where it can go while it runs: `portable` (what all hosts have, and no more than
+    /// x86-64-v3), `host` (all that its first host has), `x86-64-v2`, `x86-64-v3` or `x86-64-v4`; `supercloud guest placement`
+    /// shows what each gives up and opens.
+    #[arg(long, default_value_t)]
+    pub cpu: CpuChoice,
     /// What is done by itself when its running copy is lost: `nothing`, `restart-from-volume` or `thaw-checkpoint`.
     #[arg(long, value_parser = values::on_loss(), default_value = "nothing")]
     pub on_loss: OnLoss,

@@ -179,14 +179,14 @@ impl<'a> Draft<'a> {
     }
 
     fn fill(&mut self, reserved: &HashMap<HostId, Room>, disk_of: impl Fn(&GuestRecord) -> u64) {
+        // Those that guests have: many guests share few.
         let classes: Vec<CompatClass> = self
-            .hosts
+            .guests
             .iter()
-            .flat_map(|host| host.compat_classes.clone())
+            .filter_map(|record| record.guest.compat_class.clone())
             .collect::<BTreeSet<_>>()
             .into_iter()
             .collect();
-        // A class that nobody offers has a number that no host has.
         let class_number = |class: &CompatClass| classes.binary_search(class).map_or(u32::MAX, |at| at as u32);
         for host in self.hosts.clone() {
             let mine = reserved.get(&host.id).copied().unwrap_or_default();
@@ -196,7 +196,7 @@ impl<'a> Draft<'a> {
                 // What is free and what the records say: the guests are put there below.
                 capacity: left.plus(&room(mine)),
                 domains: [0, 0, self.cloud_number(host.cloud), 0, 0],
-                classes: host.compat_classes.iter().map(class_number).collect(),
+                classes: classes.iter().filter(|class| host.serves(class)).map(class_number).collect(),
                 price: NanoUsd(0),
                 project: None,
                 is_up: matches!(host.state, HostState::Up | HostState::Cordoned),

@@ -128,6 +128,7 @@ fn make(wanted: &GuestCreate, image: &Image, network: &Network, ip: Ipv4Addr, ba
                 cloud_name: None,
                 epoch: Epoch::ZERO,
                 compat_class: None,
+                cpu: wanted.cpu,
                 volumes: vec![volume],
                 ports: vec![port],
                 ipv4: Some(ip),
@@ -245,12 +246,12 @@ async fn attempt(
     let need = Need { shape: wanted.shape, disk_bytes: size_bytes, class: None, not_at: None };
     let id = OperationId::generate();
     let quota_check = picture.check_quota(project, quota, 1, running, size_bytes);
-    let chosen = if wanted.start { Some(picture.choose(&need, &place)) } else { None };
+    let chosen = wanted.start.then(|| picture.choose_first(&need, &place, wanted.cpu));
     if asker.params.dry_run {
         let plan = match (quota_check, chosen) {
             (Err(failure), _) => guest_plan::failed_plan(&failure.problem()),
             (Ok(()), Some(Err(problem))) => guest_plan::failed_plan(&problem),
-            (Ok(()), Some(Ok((host, checks)))) => guest_plan::plan_for(host, checks),
+            (Ok(()), Some(Ok((host, checks, _)))) => guest_plan::plan_for(host, checks),
             (Ok(()), None) => supercloud_api::Plan {
                 destination: None,
                 destination_name: None,
@@ -266,7 +267,8 @@ async fn attempt(
     let mut change = Change::new();
     let mut guest = made.guest;
     let operation = match chosen.transpose()? {
-        Some((host, checks)) => {
+        Some((host, checks, class)) => {
+            guest.guest.compat_class = class;
             let kind = handover::OperationKind::Start { to: host.id };
             guest_plan::begin_on(&mut guest, &BeginRequest { operation: id, kind, group: false })?;
             picture.pass(&mut change, keys::room_guard(host.id));

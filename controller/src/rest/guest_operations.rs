@@ -7,7 +7,7 @@ use axum::{
     http::HeaderMap,
 };
 use supercloud_api::{
-    Code, GuestFreeze, GuestMigrate, GuestStart, GuestState, GuestStop, GuestThaw, Host, MemoryMode, Operation,
+    Code, Freeze, GuestFreeze, GuestMigrate, GuestStart, GuestState, GuestStop, GuestThaw, Host, MemoryMode, Operation,
     OperationKind, Plan, PlanCheck, Problem, Ref,
     handover::{self, BeginRequest},
     ids::{FreezeId, HostId, OperationId},
@@ -138,8 +138,19 @@ pub async fn start(
             None => guest_plan::volume_place(&api.parts.state, &picture, &found).await?,
         };
         picture.check_quota(found.guest.project, project.project.quota, 0, Some(found.guest.shape), 0)?;
-        match picture.choose(&need(&picture, &found, None), &place) {
-            Ok((host, checks)) => {
+        let mut now = found.value.clone();
+        if let Some(cpu) = wanted.cpu {
+            now.guest.cpu = cpu;
+            now.guest.compat_class = None;
+        }
+        let need = need(&picture, &now, None);
+        let chosen = match &need.class {
+            Some(_) => picture.choose(&need, &place).map(|(host, checks)| (host, checks, need.class.clone())),
+            None => picture.choose_first(&need, &place, now.guest.cpu),
+        };
+        match chosen {
+            Ok((host, checks, class)) => {
+                now.guest.compat_class = class;
                 let handover = match found.guest.state {
                     GuestState::Lost => handover::OperationKind::RestartFromVolume { to: host.id },
                     _ => handover::OperationKind::Start { to: host.id },
@@ -147,7 +158,7 @@ pub async fn start(
                 let plan = Some(guest_plan::plan_for(host, checks));
                 let route = Route { destination: Some(host.id), plan, ..Route::default() };
                 let wanted = Wanted { kind: OperationKind::GuestStart, handover, work: Work::GuestStart, route };
-                submit(&api, &asker, &found, Some(&picture), wanted).await
+                submit_with(&api, &asker, &found, now, Some(&picture), wanted).await
             }
             Err(problem) => refuse(&asker, &found, OperationKind::GuestStart, problem),
         }
@@ -402,6 +413,10 @@ pub async fn thaw(
                 Code::WrongState,
                 format!("the freeze {stale} is not the guest's state any more; its newest is {freeze}"),
             ));
+        }
+        if back.is_none() && api.parts.state.need::<Freeze>(&freeze).await?.point.is_some() {
+            // It was set back before, and the thaw did not come to its end.
+            picture.only_with_checkpoints(&api.parts.hosts)?;
         }
         let project = api.parts.state.need::<ProjectRecord>(&found.guest.project).await?;
         picture.check_quota(found.guest.project, project.project.quota, 0, Some(found.guest.shape), 0)?;

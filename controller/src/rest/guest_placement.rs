@@ -1,14 +1,16 @@
 //! Where a guest would go, and what every host says to it.
 
+use std::collections::HashMap;
+
 use axum::extract::{Path, State};
-use supercloud_api::{Host, Placement, PlacementHost, PlacementScore, Ref};
+use supercloud_api::{Host, Placement, PlacementHost, PlacementScore, Ref, ids::HostId};
 use supercloud_scheduler::{cluster::Score, placement::Refusal};
 
 use super::{
     Api, Asker, Failure, Reply,
     guest_plan::{self, Picture},
 };
-use crate::placement::Need;
+use crate::{cpus, placement::Need, state::RentingRecord};
 
 /// What [`crate::placement::choose`] goes by.
 const OBJECTIVE: &str = "most free memory, then the name that sorts first";
@@ -32,6 +34,17 @@ pub async fn read(State(api): State<Api>, asker: Asker, Path(guest): Path<String
     let destination = verdicts.first().filter(|(_, verdict)| verdict.is_ok()).map(|(host, _)| *host);
     let hosts =
         if is_explained { (1u32..).zip(&verdicts).map(|(rank, one)| told(rank, one)).collect() } else { Vec::new() };
+    let seen_from = guest.host.and_then(|host| picture.host(host)).or(destination).filter(|_| is_explained);
+    let cpus = match seen_from {
+        None => Vec::new(),
+        Some(host) => {
+            let rentings = api.parts.state.list::<RentingRecord>().await?;
+            let types: HashMap<HostId, String> =
+                rentings.into_iter().map(|one| (one.value.renting.host, one.value.renting.instance_type)).collect();
+            let markets = api.parts.markets.board().markets();
+            cpus::options(guest.cpu, host, &picture.hosts, &markets, |host| types.get(&host.id).cloned())
+        }
+    };
     Reply::ok(&Placement {
         guest: guest.id,
         host: guest.host,
@@ -40,6 +53,7 @@ pub async fn read(State(api): State<Api>, asker: Asker, Path(guest): Path<String
         destination_name: destination.map(|host| host.name.clone()),
         objective: OBJECTIVE.to_owned(),
         hosts,
+        cpus,
     })
 }
 

@@ -4,7 +4,8 @@
 use std::collections::HashMap;
 
 use supercloud_api::{
-    Cloud, Code, Guest, Host, HostState, Operation, OperationKind, Plan, PlanCheck, Problem, Quota, Ref, Shape, Volume,
+    Cloud, Code, CompatClass, CpuChoice, Guest, Host, HostState, Operation, OperationKind, Plan, PlanCheck, Problem,
+    Quota, Ref, Shape, Volume,
     handover::{BeginRefusal, BeginRequest, begin},
     ids::{GuestId, HostId, OperationId, ProjectId},
 };
@@ -15,6 +16,7 @@ use super::{Asker, Failure};
 use crate::{
     admission::{Request, Standing, deny_reason},
     app::Parts,
+    cpus,
     placement::{self, Need, Place},
     state::{Change, GuestRecord, HostRecord, LiveHosts, OperationRecord, State, StateError, Stored, Work, keys},
 };
@@ -93,9 +95,42 @@ impl Picture {
 
     /// Chooses a host.
     pub fn choose(&self, need: &Need, at: &Place) -> Result<(&Host, Vec<PlanCheck>), Problem> {
+        placement::choose(need, at, &self.hosts, &self.reserved())
+    }
+
+    /// Chooses the host of a first start, and the class that the guest gets there; `None` leaves that to the host.
+    ///
+    /// # Errors
+    /// Why no host takes it.
+    pub fn choose_first(
+        &self,
+        need: &Need,
+        at: &Place,
+        cpu: CpuChoice,
+    ) -> Result<(&Host, Vec<PlanCheck>, Option<CompatClass>), Problem> {
+        let (host, mut checks) = if cpu.least().is_none() {
+            self.choose(need, at)?
+        } else {
+            let admitted: Vec<Host> = self.hosts.iter().filter(|host| cpus::admits(cpu, host)).cloned().collect();
+            let (asked, is_refused) = match at {
+                Place::Host(host) => (std::slice::from_ref(&**host), !cpus::admits(cpu, host)),
+                Place::Anywhere | Place::Cloud(_) => (self.hosts.as_slice(), admitted.is_empty()),
+            };
+            if is_refused {
+                return Err(cpus::nobody(cpu, asked));
+            }
+            let (chosen, checks) = placement::choose(need, at, &admitted, &self.reserved())?;
+            let host = self.host(chosen.id).ok_or_else(|| cpus::nobody(cpu, &self.hosts))?;
+            (host, checks)
+        };
+        let class = cpus::class_on(cpu, host, &self.hosts);
+        checks.extend(class.as_ref().map(|class| cpus::check(cpu, class, host, &self.hosts)));
+        Ok((host, checks, class))
+    }
+
+    fn reserved(&self) -> HashMap<HostId, supercloud_api::Room> {
         let disk = |record: &GuestRecord| self.disk_of(record.guest.id);
-        let reserved = placement::reserved(self.guests.iter().map(|record| &record.value), disk);
-        placement::choose(need, at, &self.hosts, &reserved)
+        placement::reserved(self.guests.iter().map(|record| &record.value), disk)
     }
 
     /// Leaves only hosts that thaw from checkpoints.
@@ -113,9 +148,7 @@ impl Picture {
 
     /// What every host says to a guest, best first.
     pub fn explain(&self, need: &Need, at: &Place) -> Vec<(&Host, Result<Score, Refusal>)> {
-        let disk = |record: &GuestRecord| self.disk_of(record.guest.id);
-        let reserved = placement::reserved(self.guests.iter().map(|record| &record.value), disk);
-        placement::explain(need, at, &self.hosts, &reserved)
+        placement::explain(need, at, &self.hosts, &self.reserved())
     }
 
     /// What a project uses: guests of any state, vCPUs and memory of those that run or are about to.

@@ -85,11 +85,14 @@ pub enum Hypervisor {
 
 impl Hypervisor {
     /// The processor, as QEMU is told. Xen's has no virtualization, and is an old one with some newer instructions: on QEMU's EPYC the first
-    /// domain's kernel faults in its first instructions (Xen 4.17, QEMU 7.2).
-    pub(crate) const fn processor(self) -> &'static str {
-        match self {
-            Self::Kvm => "EPYC",
-            Self::Xen => "qemu64,-svm,+ssse3,+sse4.1,+sse4.2,+popcnt,+aes,+pclmulqdq,+rdrand",
+    /// domain's kernel faults in its first instructions (Xen 4.17, QEMU 7.2). With other devices come other processors, as in other clouds:
+    /// each lacks something that another one has.
+    pub(crate) const fn processor(self, hardware: Hardware) -> &'static str {
+        match (self, hardware) {
+            (Self::Kvm, Hardware::Virtio) => "EPYC,-rdseed",
+            (Self::Kvm, Hardware::Vmware) => "EPYC,-avx2,-bmi2",
+            (Self::Kvm, Hardware::Intel) => "EPYC,-adx,-movbe",
+            (Self::Xen, _) => "qemu64,-svm,+ssse3,+sse4.1,+sse4.2,+popcnt,+aes,+pclmulqdq,+rdrand",
         }
     }
 }
@@ -230,7 +233,7 @@ impl HostVm {
         let mut command = Command::new(program);
         command
             .args(options)
-            .args(["-cpu", Hypervisor::Kvm.processor(), "-m", &HOST_MIB.to_string()])
+            .args(["-cpu", Hypervisor::Kvm.processor(Hardware::Virtio), "-m", &HOST_MIB.to_string()])
             .arg("-kernel")
             .arg(host.image())
             .arg("-initrd")

@@ -72,14 +72,18 @@ async fn agents_join_and_guests_talk_between_hosts_of_different_hardware() {
     let spec = FleetSpec::new(LabSpec::three_clouds_of_vms(&format!("t-agents-{}", std::process::id())));
     let fleet = Fleet::up(spec).await.unwrap_or_else(|error| panic!("{}", chain(&error)));
 
-    // Three hosts of different cards and disks, of one class: guests can go from each to each.
-    let mut classes = Vec::new();
+    // Three hosts of different cards, disks and processors: none has all that another one has.
+    let mut hosts = Vec::new();
     for name in NAMES {
         let host = fleet.admin().host(name).await.unwrap();
         assert_eq!(host.state, HostState::Up, "{name}");
-        classes.push(host.compat_classes.clone());
+        hosts.push(host);
     }
-    assert!(!classes[0].is_empty() && classes.iter().all(|one| *one == classes[0]), "{classes:?}");
+    let features: Vec<_> = hosts.iter().map(|host| host.features().unwrap()).collect();
+    for (mine, theirs) in [(0, 1), (1, 2), (2, 0)] {
+        let (mine, theirs) = (&features[mine], &features[theirs]);
+        assert!(!mine.covers(theirs) && !theirs.covers(mine), "{:?} {:?}", mine.beyond(theirs), theirs.beyond(mine));
+    }
 
     // A host may check strictly where packets come from.
     said(&fleet, "gcp-west", "sysctl -w net.ipv4.conf.all.rp_filter=1").await;
@@ -89,7 +93,13 @@ async fn agents_join_and_guests_talk_between_hosts_of_different_hardware() {
     let server = GuestSpec::new("web", IMAGE, NETWORK, "sc.role=server").at("gcp-west").with_ipv4(address);
     let client = GuestSpec::new("watcher", IMAGE, NETWORK, &format!("sc.role=client sc.peer={address}")).at("home");
     let made = tokio::try_join!(fleet.create_guest(&server), fleet.create_guest(&client));
-    let (_, client) = made.unwrap_or_else(|error| panic!("{}", chain(&error)));
+    let (server, client) = made.unwrap_or_else(|error| panic!("{}", chain(&error)));
+    // Guests are told of what all of them have, and can go from each to each.
+    for guest in [server.id, client.id] {
+        let class = fleet.admin().guest(&guest.to_string()).await.unwrap().compat_class.unwrap();
+        assert!(hosts.iter().all(|host| host.serves(&class)), "{class}");
+        assert!(class.features().unwrap().level().is_some(), "{class}");
+    }
     let mut console = fleet.console(client.id).unwrap();
     let heard = tokio::task::spawn_blocking(move || {
         for _ in 0..LOOKS {

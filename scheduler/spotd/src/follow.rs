@@ -158,7 +158,7 @@ fn has_room(host: &Host, guest: &Guest) -> bool {
     host.state == HostState::Up
         && host.capacity.memory_bytes.saturating_sub(host.used.memory_bytes) >= guest.shape.memory_bytes
         && host.capacity.vcpus.saturating_sub(host.used.vcpus) >= guest.shape.vcpus
-        && guest.compat_class.as_ref().is_none_or(|class| host.compat_classes.contains(class))
+        && guest.compat_class.as_ref().is_none_or(|class| host.serves(class))
 }
 
 /// When this policy last moved the guest, on the feed's clock. A move that was rolled back counts too: it is not tried

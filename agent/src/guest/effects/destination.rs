@@ -144,10 +144,11 @@ impl Actor {
         let first = mine.first().ok_or_else(|| Problem::new(Code::Unsupported, "this host cannot run any guest"))?;
         match wanted {
             None => Ok(first.clone()),
-            Some(class) if mine.contains(class) => Ok(class.clone()),
+            Some(class) if mine.iter().any(|mine| mine.serves(class)) => Ok(class.clone()),
             Some(class) => {
-                let mine: Vec<String> = mine.iter().map(ToString::to_string).collect();
-                let detail = format!("the guest runs as {class}; this host offers {}", mine.join(", "));
+                let offers: Vec<String> = mine.iter().map(ToString::to_string).collect();
+                let lacks = class.lacking_of(mine).map_or_else(String::new, |names| format!(": it lacks {names}"));
+                let detail = format!("the guest runs as {class}; this host offers {}{lacks}", offers.join(", "));
                 Err(Problem::new(Code::Incompatible, detail))
             }
         }

@@ -2,6 +2,7 @@
 
 mod blocks;
 mod checkpoints;
+mod cpus;
 mod events;
 mod guest_calls;
 mod guests;
@@ -324,6 +325,7 @@ pub fn guest(name: &str) -> GuestCreate {
         cmdline_extra: None,
         propagation: supercloud_api::Propagation::HotStandby,
         follow_prices: false,
+        cpu: supercloud_api::CpuChoice::Portable,
         on_loss: supercloud_api::OnLoss::Nothing,
         start: false,
     }

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use supercloud_api::{
-    FeedClock, Freeze, Guest, GuestCreate, GuestFreeze, GuestMigrate, GuestPatch, GuestThaw, Image, ImageCreate,
-    ImageImport, ImagePart, MemoryMode, Network, NetworkCreate, OnLoss, Operation, OperationKind, Phase, Propagation,
-    Shape,
+    CpuChoice, FeedClock, Freeze, Guest, GuestCreate, GuestFreeze, GuestMigrate, GuestPatch, GuestThaw, Image,
+    ImageCreate, ImageImport, ImagePart, MemoryMode, Network, NetworkCreate, OnLoss, Operation, OperationKind, Phase,
+    Propagation, Shape,
 };
 use supercloud_cli::progress::phase_name;
 
@@ -146,6 +146,7 @@ impl Fleet {
             cmdline_extra: Some(spec.role.clone()),
             propagation: Propagation::HotStandby,
             follow_prices: false,
+            cpu: CpuChoice::default(),
             on_loss: OnLoss::Nothing,
             start: true,
         };

@@ -165,7 +165,7 @@ impl Site {
         );
         let mut argv: Vec<String> = host_vm::QEMU.iter().map(|word| (*word).to_owned()).collect();
         let mut add = |option: &str, value: String| argv.extend([option.to_owned(), value]);
-        add("-cpu", self.hypervisor.processor().to_owned());
+        add("-cpu", self.hypervisor.processor(hardware).to_owned());
         add("-m", MEMORY_MIB.to_string());
         if is_xen {
             // The hypervisor is what boots; the first domain's kernel, with its command line, and its initramfs are modules for it.

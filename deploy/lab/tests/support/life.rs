@@ -202,7 +202,7 @@ impl Ground {
         let spare = self.fleet.create_guest(&GuestSpec::new(SPARE, IMAGE, NETWORK, "sc.role=idle").at(host)).await?;
         let client = self.fleet.client();
         let stop = GuestStop { force: true, grace_ms: None };
-        let start = GuestStart { place: Some(host.into()) };
+        let start = GuestStart { place: Some(host.into()), cpu: None };
         let told = match case.stage {
             Stage::Stop => {
                 let gently = GuestStop { force: false, grace_ms: Some(GRACE_MS) };

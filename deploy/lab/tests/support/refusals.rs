@@ -316,7 +316,9 @@ impl Ground {
 
         std::fs::write(largest, &good)?;
         let client = self.fleet.client();
-        let start = client.start_guest("marked", &supercloud_api::GuestStart { place: Some(SEATS[1].into()) }).await?;
+        let start = client
+            .start_guest("marked", &supercloud_api::GuestStart { place: Some(SEATS[1].into()), cpu: None })
+            .await?;
         let started = self.end_of(&start).await?;
         ensure!(started.phase == Phase::Done, "the second attempt: {started:?}");
         let stop = client.stop_guest("marked", &GuestStop { force: true, grace_ms: None }).await?;
