@@ -11,9 +11,10 @@ use std::{
 
 use serde::Deserialize;
 use supercloud_api::{
-    FleetPlan, GuestState, HostNotice, HostNoticeKind, HostState, Name, PlanKind, PlanState, PlanStuck, RentingState,
-    handover::Owner,
-    ids::{GuestId, HostId, RequestId},
+    FleetPlan, GuestState, HostNotice, HostNoticeKind, HostState, Name, Operation, OperationKind, PlanKind, PlanState,
+    PlanStuck, RentingState,
+    handover::{self, BeginRequest, Owner},
+    ids::{FreezeId, GuestId, HostId, OperationId, RequestId},
     link::Announced,
     unix_ms,
 };
@@ -21,16 +22,17 @@ use tokio::sync::Notify;
 use tracing::{info, warn};
 
 use crate::{
+    admission::Request,
     chain,
     plans::{
         machine,
         make::Aim,
         propose::{make_way, propose},
     },
-    rest::Failure,
+    rest::{Failure, guest_plan},
     state::{
         Change, Context, EventDraft, GuestRecord, HostRecord, LiveHosts, OperationRecord, PlanRecord, RentingRecord,
-        State, StateError, Stored, retry_conflicts,
+        State, StateError, Stored, Work, retry_conflicts,
     },
 };
 
@@ -40,6 +42,8 @@ pub(crate) const ACTOR: &str = "notices";
 const FURTHEST_MS: u64 = 7 * 24 * 3_600_000;
 /// A time that is told anew must be so much earlier to count, in milliseconds.
 const EARLIER_MS: u64 = 30_000;
+/// What is this near is not waited for, in milliseconds.
+const SHORT_MS: u64 = 45_000;
 /// After so many plans in a row the time between two is not doubled any more.
 const MOST_DOUBLINGS: u32 = 5;
 
@@ -53,6 +57,16 @@ pub enum Answer {
     Leave,
 }
 
+/// What is done with a guest that has nowhere to go when its host is taken back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stuck {
+    /// People are told.
+    Tell,
+    /// And it is frozen into its cloud's store, to be thawed as soon as there is room.
+    Freeze,
+}
+
 /// What is done about notices: `[notices]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -61,11 +75,13 @@ pub struct NoticesConfig {
     pub interruption: Answer,
     /// That it is likelier than others to be.
     pub rebalance: Answer,
+    /// With guests that cannot leave a host that is taken back.
+    pub stuck: Stuck,
 }
 
 impl Default for NoticesConfig {
     fn default() -> Self {
-        Self { interruption: Answer::Leave, rebalance: Answer::Tell }
+        Self { interruption: Answer::Leave, rebalance: Answer::Tell, stuck: Stuck::Freeze }
     }
 }
 
@@ -256,7 +272,20 @@ impl Leaving {
         };
         let context = Context::actor(ACTOR.to_owned(), RequestId::generate());
         let mut plan = propose(&self.state, &self.live, &Aim::Drain(host), Some(reason.to_owned()), &context).await?;
+        // A moment after the controller's start, say, hosts that have room are not there yet: it is looked twice, if there is time for that.
+        let at_ms = record.host.notice.and_then(|notice| notice.at_ms);
+        let is_short = at_ms.is_some_and(|at| at <= unix_ms().saturating_add(SHORT_MS));
+        let nowhere = plan.stuck.iter().map(|stuck| stuck.guest);
+        let nowhere: Vec<GuestId> = nowhere.filter(|guest| is_short || told.contains(guest)).collect();
         self.leave_to_standbys(&mut plan, host).await?;
+        let is_taken = record.host.notice.is_some_and(|notice| notice.kind == HostNoticeKind::Interruption);
+        if is_taken && self.config.stuck == Stuck::Freeze {
+            for guest in nowhere {
+                if let Err(failure) = self.put_aside(guest, host).await {
+                    warn!(%guest, %host, "it has nowhere to go, and cannot be frozen now: {}", failure.problem());
+                }
+            }
+        }
         let stays: BTreeSet<GuestId> = plan.stuck.iter().map(|stuck| stuck.guest).collect();
         let reasons: Vec<String> =
             plan.stuck.iter().map(|stuck| format!("{}: {}", stuck.guest_name, stuck.reason)).collect();
@@ -290,6 +319,39 @@ impl Leaving {
         info!(%host, plan = %record.plan.id, steps = record.plan.steps.len(), stuck, "its guests leave");
         self.plans_wake.notify_one();
         Ok(stays)
+    }
+
+    /// Has a guest that runs at a host be frozen, and thawed when there is room: what its memory holds is not lost with the host. One with
+    /// which something is done already is left to that.
+    async fn put_aside(&self, guest: GuestId, host: HostId) -> Result<(), Failure> {
+        let begun = retry_conflicts(|| async {
+            let Some(found) = self.state.read::<GuestRecord>(&guest).await? else { return Ok(None) };
+            if found.owner.owner != Owner::Host(host) || guest_plan::admit(Request::Freeze, &found).is_err() {
+                return Ok(None);
+            }
+            let (id, freeze) = (OperationId::generate(), FreezeId::generate());
+            let mut now = found.value.clone();
+            let kind = handover::OperationKind::Freeze { freeze };
+            guest_plan::begin_on(&mut now, &BeginRequest { operation: id, kind, group: false })?;
+            now.put_aside = Some(freeze);
+            let context = Context::actor(ACTOR.to_owned(), RequestId::generate());
+            let operation = Operation {
+                project: Some(now.guest.project),
+                guest: Some(guest),
+                source: Some(host),
+                reason: Some("its provider takes the host back, and no other one has room".to_owned()),
+                ..context.planned(id, OperationKind::GuestFreeze)
+            };
+            let mut change = Change::new();
+            change.update(&found, &now);
+            change.create_operation(&guest_plan::record(operation, Work::GuestFreeze { freeze }));
+            self.state.commit(&context, change).await?;
+            Ok::<_, Failure>(Some(id))
+        });
+        if let Some(operation) = begun.await? {
+            info!(%guest, %host, %operation, "it has nowhere to go: it is frozen until there is room");
+        }
+        Ok(())
     }
 
     /// Guests with a whole copy elsewhere stay with it: a move would end that first, and might not end in time itself. Only of rented
@@ -369,6 +431,10 @@ mod tests {
         assert_eq!(toml::from_str::<NoticesConfig>("").unwrap(), NoticesConfig::default());
         let config: NoticesConfig = toml::from_str("rebalance = \"leave\"\ninterruption = \"tell\"").unwrap();
         assert_eq!((config.answer(Rebalance), config.answer(Interruption)), (Answer::Leave, Answer::Tell));
+        assert_eq!(
+            (config.stuck, toml::from_str::<NoticesConfig>("stuck = \"tell\"").unwrap().stuck),
+            (Stuck::Freeze, Stuck::Tell)
+        );
         assert!(toml::from_str::<NoticesConfig>("rebalance = \"run\"").is_err());
         assert!(toml::from_str::<NoticesConfig>("interuption = \"tell\"").is_err());
     }

@@ -65,6 +65,10 @@ impl Default for Pace {
     }
 }
 
+/// Why guests are thawed by themselves.
+const SET_BACK: &str = "it was lost; on_loss is thaw_checkpoint";
+const PUT_ASIDE: &str = "it was put aside when its host was taken back, and there is room again";
+
 /// What a guest wants that nobody does.
 #[derive(Debug, Clone, PartialEq)]
 enum Todo {
@@ -72,6 +76,8 @@ enum Todo {
     /// To be set back to its newest checkpoint; or it was, and is to be thawed.
     SetBack,
     Thaw(FreezeId),
+    /// It was put aside when its host was taken back; to be thawed where there is room.
+    GoOn(FreezeId),
     Mirror(KeptMirror),
 }
 
@@ -81,7 +87,9 @@ fn todo(record: &GuestRecord) -> Option<Todo> {
     if guest.operation.is_some() || !record.discarding.is_empty() {
         return None;
     }
+    let aside = record.put_aside.filter(|aside| guest.freeze == Some(*aside));
     match (guest.state, guest.on_loss, &guest.kept_mirror) {
+        (GuestState::Frozen, ..) if aside.is_some() => aside.map(Todo::GoOn),
         (GuestState::Lost, OnLoss::RestartFromVolume, _) => Some(Todo::Restart),
         (GuestState::Lost, OnLoss::ThawCheckpoint, _) => Some(Todo::SetBack),
         // If it was set back, and not frozen by somebody: who begins it looks at that.
@@ -172,8 +180,10 @@ impl Recovery {
     async fn pass(&mut self) -> Result<usize, StateError> {
         let guests = self.state.list::<GuestRecord>().await?;
         let now = Instant::now();
-        let wishes =
-            |record: &GuestRecord| record.guest.kept_mirror.is_some() || record.guest.on_loss != OnLoss::Nothing;
+        let wishes = |record: &GuestRecord| {
+            let guest = &record.guest;
+            guest.kept_mirror.is_some() || guest.on_loss != OnLoss::Nothing || record.put_aside.is_some()
+        };
         let mut known: HashMap<GuestId, Option<Todo>> =
             guests.iter().filter(|record| wishes(record)).map(|record| (record.guest.id, todo(record))).collect();
         if known.is_empty() {
@@ -234,15 +244,20 @@ async fn begin(state: &State, live: &LiveHosts, guest: GuestId, todo: &Todo) -> 
             Todo::Restart => restart(state, &picture, &found).await.map(Some),
             Todo::SetBack => {
                 let back = SetBack::plan(state, &found, None).await?;
-                thaw(state, live, picture, &found, Some(&back), back.freeze).await.map(Some)
+                let mut picture = picture;
+                picture.only_with_checkpoints(live)?;
+                thaw(state, &picture, &found, Some(&back), (back.freeze, SET_BACK)).await.map(Some)
             }
             Todo::Thaw(freeze) => {
                 let made = state.read::<Freeze>(freeze).await?;
                 if made.is_none_or(|made| made.point.is_none()) {
                     return Ok(None);
                 }
-                thaw(state, live, picture, &found, None, *freeze).await.map(Some)
+                let mut picture = picture;
+                picture.only_with_checkpoints(live)?;
+                thaw(state, &picture, &found, None, (*freeze, SET_BACK)).await.map(Some)
             }
+            Todo::GoOn(freeze) => thaw(state, &picture, &found, None, (*freeze, PUT_ASIDE)).await.map(Some),
             Todo::Mirror(kept) => mirror(state, live, &picture, &found, kept).await.map(Some),
         }
     })
@@ -267,20 +282,18 @@ async fn restart(state: &State, picture: &Picture, found: &Stored<GuestRecord>) 
     begun.commit(state, picture, found).await
 }
 
-/// Has a guest go on from a checkpoint: it is set back first, or it was.
+/// Has a guest go on from what is kept of it; it may be set back to that first.
 async fn thaw(
     state: &State,
-    live: &LiveHosts,
-    mut picture: Picture,
+    picture: &Picture,
     found: &Stored<GuestRecord>,
     back: Option<&SetBack>,
-    freeze: FreezeId,
+    (freeze, reason): (FreezeId, &'static str),
 ) -> Result<OperationId, Failure> {
     guest_plan::admit(if back.is_some() { Request::SetBack } else { Request::Thaw }, found)?;
     let project = state.need::<ProjectRecord>(&found.guest.project).await?;
     picture.check_quota(found.guest.project, project.project.quota, 0, Some(found.guest.shape), 0)?;
-    picture.only_with_checkpoints(live)?;
-    let (host, checks) = picture.choose(&guest_operations::need(&picture, found, None), &Place::Anywhere)?;
+    let (host, checks) = picture.choose(&guest_operations::need(picture, found, None), &Place::Anywhere)?;
     let begun = Begun {
         kind: OperationKind::GuestThaw,
         handover: handover::OperationKind::Thaw { freeze, to: host.id },
@@ -288,9 +301,9 @@ async fn thaw(
         source: None,
         destination: host.id,
         plan: guest_plan::plan_for(host, checks),
-        reason: "it was lost; on_loss is thaw_checkpoint",
+        reason,
     };
-    begun.commit_of(state, &picture, found, back).await
+    begun.commit_of(state, picture, found, back).await
 }
 
 async fn mirror(
@@ -417,6 +430,7 @@ async fn tell(state: &State, guest: GuestId, todo: &Todo, detail: &str) -> Resul
     let what = match todo {
         Todo::Restart => "restart",
         Todo::SetBack | Todo::Thaw(_) => "thaw_checkpoint",
+        Todo::GoOn(_) => "thaw",
         Todo::Mirror(_) => "mirror",
     };
     warn!(%guest, what, detail, "it cannot be begun now");

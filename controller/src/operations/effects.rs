@@ -96,6 +96,10 @@ pub fn apply(attached: &mut Attached, after: OwnerRecord, told: Told<'_>) -> boo
     fix_compat_class(&mut attached.guest, &after, told.details);
     if let Some(operation) = &mut attached.operation {
         advance(operation, &after, told.details);
+        if operation.kind == supercloud_api::OperationKind::GuestThaw && operation.is_cancel_requested {
+            // Who cancels a thaw does not want another one in its place.
+            attached.guest.put_aside = None;
+        }
     }
     let held_by = attached.guest.guest.operation;
     attached.guest.set_owner(after, told.owner_host);

@@ -100,7 +100,6 @@ impl LinkHandler for Engine {
             self.leases.heard(host);
             self.checks.note_capable(host, hello.takes_checks);
             self.points.note_capable(host, hello.takes_points);
-            self.points.note_checkpoints(host, hello.takes_checkpoints);
             self.live.note_checkpoints(host, hello.takes_checkpoints);
             let abilities =
                 Abilities { consoles: hello.takes_consoles, paths: hello.measures_paths, flows: hello.tells_flows };

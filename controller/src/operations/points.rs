@@ -26,7 +26,7 @@ use tracing::warn;
 use super::{Engine, EngineError, handler::internal};
 use crate::{
     chain,
-    state::{Change, Context, EventDraft, GuestRecord, HostRecord, Stored, retry_conflicts},
+    state::{Change, Context, EventDraft, GuestRecord, HostRecord, LiveHosts, Stored, retry_conflicts},
 };
 
 /// Points that are asked for or under way at once.
@@ -60,8 +60,6 @@ pub struct Asked {
 #[derive(Debug, Default)]
 struct Board {
     capable: HashSet<HostId>,
-    /// Of them, those that take points with memory.
-    checkpointing: HashSet<HostId>,
     new: BTreeMap<VolumeId, Asked>,
     /// Passed on: what is not in here is no answer.
     under_way: BTreeMap<VolumeId, Asked>,
@@ -129,19 +127,6 @@ impl PointBoard {
     #[must_use]
     pub fn takes(&self, host: HostId) -> bool {
         self.with(|board| board.capable.contains(&host))
-    }
-
-    /// Whether a host takes points with the memory of running guests.
-    #[must_use]
-    pub fn takes_checkpoints(&self, host: HostId) -> bool {
-        self.with(|board| board.checkpointing.contains(&host))
-    }
-
-    pub(crate) fn note_checkpoints(&self, host: HostId, takes_checkpoints: bool) {
-        self.with(|board| match takes_checkpoints {
-            true => board.checkpointing.insert(host),
-            false => board.checkpointing.remove(&host),
-        });
     }
 
     /// The volume's policy has changed: when its next point is due follows from its history again.
@@ -272,7 +257,7 @@ impl Engine {
 
     /// Who is to be asked for a point of a volume; in words why nobody can be.
     async fn askable(&self, volume: &Volume, memory: bool) -> Result<Result<Asked, String>, EngineError> {
-        askable(&self.state, &self.points, volume, memory, |host| self.sessions.is_open(host)).await
+        askable(&self.state, &self.points, &self.live, volume, memory, |host| self.sessions.is_open(host)).await
     }
 
     /// A host has taken a point, or not.
@@ -442,6 +427,7 @@ impl Engine {
 pub(crate) async fn askable(
     state: &crate::state::State,
     points: &PointBoard,
+    live: &LiveHosts,
     volume: &Volume,
     memory: bool,
     is_open: impl Fn(HostId) -> bool,
@@ -474,7 +460,7 @@ pub(crate) async fn askable(
         if record.guest.volumes.len() != 1 {
             return Ok(Err(format!("the guest of volume {} has other volumes: a checkpoint is of one", volume.name)));
         }
-        if !points.takes_checkpoints(host) {
+        if !live.takes_checkpoints(host) {
             let why = "the host that holds it takes no checkpoints of running guests: its back end lacks it, or its agent is older";
             return Ok(Err(why.to_owned()));
         }

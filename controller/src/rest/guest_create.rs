@@ -143,6 +143,7 @@ fn make(wanted: &GuestCreate, image: &Image, network: &Network, ip: Ipv4Addr, ba
             },
             owner: OwnerRecord::new(guest),
             discarding: std::collections::BTreeSet::new(),
+            put_aside: None,
             stays: Vec::new(),
         },
         seed: GuestSeed { guest, user_data: wanted.user_data.clone(), cmdline_extra: wanted.cmdline_extra.clone() },

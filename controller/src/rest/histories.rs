@@ -158,7 +158,7 @@ async fn ask(
     memory: bool,
     is_open: impl Fn(HostId) -> bool,
 ) -> Result<(), Failure> {
-    let asked = askable(&api.parts.state, &api.parts.points, volume, memory, is_open).await;
+    let asked = askable(&api.parts.state, &api.parts.points, &api.parts.hosts, volume, memory, is_open).await;
     let asked = asked.map_err(|error| Failure::new(Code::Internal, error.to_string()))?;
     let asked = asked.map_err(|why| Failure::new(Code::WrongState, why))?;
     if let Some(since) = api.parts.points.since(volume.id) {
@@ -182,7 +182,7 @@ pub async fn checkpoint(State(api): State<Api>, asker: Asker, Path(guest): Path<
     let is_open = |host| api.parts.hosts.get(host).is_some();
     let volume = api.parts.state.need::<Volume>(volume).await?;
     // Before a history is begun in vain.
-    let asked = askable(&api.parts.state, &api.parts.points, &volume, true, is_open).await;
+    let asked = askable(&api.parts.state, &api.parts.points, &api.parts.hosts, &volume, true, is_open).await;
     let asked = asked.map_err(|error| Failure::new(Code::Internal, error.to_string()))?;
     asked.map_err(|why| Failure::new(Code::WrongState, why))?;
     let history = retry_conflicts(|| async {

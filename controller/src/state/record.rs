@@ -159,6 +159,9 @@ pub struct GuestRecord {
     /// The guest is being deleted: hosts that have yet to say that nothing is left of it there.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub discarding: BTreeSet<HostId>,
+    /// It was frozen because its host was taken back and nobody else had room: this freeze is thawed as soon as somebody has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub put_aside: Option<FreezeId>,
     /// Where it takes room now, for the ledger: changes with `owner`, by [`crate::ledger::keep_stays`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub stays: Vec<OpenStay>,

@@ -1,6 +1,6 @@
 //! Hosts that their providers take back: guests leave them by themselves, once, through deaths of the controller.
 
-use supercloud_api::{HostNoticeKind, OperationKind, PlanKind, PlanState, link::Announced};
+use supercloud_api::{GuestState, HostNoticeKind, OperationKind, Phase, PlanKind, PlanState, link::Announced, unix_ms};
 use supercloud_controller::{
     plans::machine,
     state::{Change, Context, HostRecord, OperationRecord, PlanRecord, retry_conflicts},
@@ -67,17 +67,50 @@ async fn guests_leave_a_host_that_is_taken_back_through_the_controllers_deaths()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn guests_with_nowhere_to_go_stay_and_leave_when_there_is_room() {
+async fn guests_with_nowhere_to_go_are_kept_and_go_on_when_there_is_room() {
     let mut world = World::new(seed("notice-full", 82), 2).await;
     let guests = guests_on(&mut world, 0, 1).await;
     world.kill_agent(1).await;
     world.until("one host", async |world| events(world, "host.unreachable").await > 0).await;
     world.faults(0, |faults| faults.announced = Some(TAKEN));
     world.until("somebody is told", async |world| events(world, "host.not_left").await == 1).await;
-    assert_eq!(world.place(guests[0]).await, Some(0));
+    // What the host takes with it is not lost: it is in the store by then.
+    let is_kept = async |world: &World| {
+        let record = world.record(guests[0]).await;
+        record.guest.state == GuestState::Frozen && record.put_aside == record.guest.freeze
+    };
+    world.until("it is kept", is_kept).await;
     world.start_agent(1);
-    world.until("it leaves", async |world| world.place(guests[0]).await == Some(1)).await;
+    world.until("it goes on", async |world| world.place(guests[0]).await == Some(1)).await;
+    world.settled().await;
+    assert_eq!(lock(&world.ground).boots[&guests[0]], 1, "where it was");
     assert_eq!(events(&world, "host.not_left").await, 1, "told once");
+    // Somebody's own freeze is nobody else's to thaw.
+    world.done(world.freeze(guests[0]).await).await;
+    tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+    assert_eq!(world.record(guests[0]).await.guest.state, GuestState::Frozen);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_thaw_that_somebody_cancels_is_not_begun_again_by_itself() {
+    let mut world = World::new(seed("notice-thaw", 83), 2).await;
+    let guests = guests_on(&mut world, 0, 1).await;
+    world.kill_agent(1).await;
+    world.until("one host", async |world| events(world, "host.unreachable").await > 0).await;
+    let soon = Announced { kind: HostNoticeKind::Interruption, at_ms: Some(unix_ms() + 30_000) };
+    world.faults(0, |faults| faults.announced = Some(soon));
+    let is_kept = async |world: &World| world.record(guests[0]).await.guest.state == GuestState::Frozen;
+    world.until("it is kept", is_kept).await;
+    world.stall(Stage::Prepare, true);
+    world.start_agent(1);
+    let thaw = async |world: &World| world.record(guests[0]).await.guest.operation;
+    world.until("a thaw", async |world| thaw(world).await.is_some()).await;
+    let operation = thaw(&world).await.unwrap();
+    world.cancel(operation).await;
+    world.stall(Stage::Prepare, false);
+    assert_eq!(world.end(operation).await.phase, Phase::RolledBack);
+    tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+    assert!(is_kept(&world).await && thaw(&world).await.is_none());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -418,6 +418,7 @@ impl World {
             guest: shown,
             owner: OwnerRecord::new(guest),
             discarding: Default::default(),
+            put_aside: None,
             stays: Vec::new(),
         });
         change.event(EventDraft::new("guest.created").project(project).guest(guest));

@@ -15,7 +15,7 @@ use supercloud_lab::{
     require,
 };
 
-use heard::{LONG, hear, is_unharmed, is_whole};
+use heard::{LONG, hear};
 
 /// Long enough for dozens of the server's writes, and its host dies late in it: were a client told of them before they are safe at
 /// the standby, it would be seen.
@@ -100,7 +100,7 @@ async fn the_host_loses_its_power(fencing: Fencing) {
     let mut before = 0;
     hear(&watcher, "the stream under the mirror", move |_, said| {
         let Said::Client(stats) = said else { return false };
-        assert!(is_unharmed(stats), "{stats:?}");
+        assert!(stats.is_unharmed(), "{stats:?}");
         before = if before == 0 { stats.bytes } else { before };
         stats.bytes > before + 5_000
     })
@@ -111,7 +111,7 @@ async fn the_host_loses_its_power(fencing: Fencing) {
     let noted = boot_id.clone();
     hear(&web, "the server", move |host, said| {
         let Said::Server(stats) = said else { return false };
-        assert!(is_whole(stats), "{stats:?}");
+        assert!(stats.is_whole(), "{stats:?}");
         noted.lock().unwrap().clone_from(&stats.boot_id);
         host == "gcp-west" && stats.acked > 0
     })
@@ -130,7 +130,7 @@ async fn the_host_loses_its_power(fencing: Fencing) {
     let noted = seen.clone();
     hear(&watcher, "the watcher's last word of the server", move |_, said| {
         let Said::Client(stats) = said else { return false };
-        assert!(is_unharmed(stats), "{stats:?}");
+        assert!(stats.is_unharmed(), "{stats:?}");
         let mut seen = noted.lock().unwrap();
         *seen = if stats.acked_seen > seen.0 { (stats.acked_seen, 0) } else { (seen.0, seen.1 + 1) };
         // For some seconds nothing came any more.
@@ -161,7 +161,7 @@ async fn the_host_loses_its_power(fencing: Fencing) {
     println!("the watcher has heard of write {seen}");
     hear(&web, "the server after the fail-over", move |host, said| {
         let Said::Server(stats) = said else { return false };
-        assert!(is_whole(stats) && stats.boot_id == boot, "{stats:?} of {boot}");
+        assert!(stats.is_whole() && stats.boot_id == boot, "{stats:?} of {boot}");
         // All that was acknowledged when it went on is read back.
         if host != "aws-east" {
             return false;
@@ -178,7 +178,7 @@ async fn the_host_loses_its_power(fencing: Fencing) {
     let mut before = 0;
     hear(&watcher, "the stream after the fail-over", move |_, said| {
         let Said::Client(stats) = said else { return false };
-        assert!(is_unharmed(stats), "{stats:?}");
+        assert!(stats.is_unharmed(), "{stats:?}");
         before = if before == 0 { stats.bytes } else { before };
         stats.connected && stats.bytes > before + 20_000
     })
@@ -201,7 +201,7 @@ async fn the_host_loses_its_power(fencing: Fencing) {
     let mut before = 0;
     hear(&watcher, "the stream under the second mirror", move |_, said| {
         let Said::Client(stats) = said else { return false };
-        assert!(is_unharmed(stats), "{stats:?}");
+        assert!(stats.is_unharmed(), "{stats:?}");
         before = if before == 0 { stats.bytes } else { before };
         stats.connected && stats.bytes > before + 5_000
     })

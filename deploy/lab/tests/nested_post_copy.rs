@@ -11,7 +11,7 @@ use supercloud_lab::{
     require,
 };
 
-use heard::{LONG, hear, is_unharmed, is_whole};
+use heard::{LONG, hear};
 
 const NETWORK: &str = "lan";
 const IMAGE: &str = "lean";
@@ -82,14 +82,14 @@ async fn a_guest_leaves_its_memory_behind_and_nobody_notices() {
         let (boot, mut reached) = (boot.clone(), None);
         hear(&web, "the server where it has moved to", move |host, said| {
             let Said::Server(stats) = said else { return false };
-            assert!(is_whole(stats) && stats.boot_id == boot, "{stats:?} of {boot}");
+            assert!(stats.is_whole() && stats.boot_id == boot, "{stats:?} of {boot}");
             host == to && stats.verified >= *reached.get_or_insert(stats.acked.max(1))
         })
         .await;
         let mut before = 0;
         hear(&watcher, "the stream", move |_, said| {
             let Said::Client(stats) = said else { return false };
-            assert!(is_unharmed(stats), "{stats:?}");
+            assert!(stats.is_unharmed(), "{stats:?}");
             before = if before == 0 { stats.bytes } else { before };
             stats.connected && stats.bytes > before + 20_000
         })

@@ -50,8 +50,13 @@ fn guest(name: &str, gib: u64, at: &Host) -> GuestRecord {
         "ipv4": "10.0.0.2", "operation": null, "freeze": null, "follow_prices": false, "starts": 0, "created_at_ms": 1,
     }))
     .unwrap();
-    let mut record =
-        GuestRecord { guest: shown, owner: OwnerRecord::new(id), discarding: Default::default(), stays: Vec::new() };
+    let mut record = GuestRecord {
+        guest: shown,
+        owner: OwnerRecord::new(id),
+        discarding: Default::default(),
+        put_aside: None,
+        stays: Vec::new(),
+    };
     let owner = OwnerRecord { owner: Owner::Host(at.id), epoch: Epoch(1), ..record.owner.clone() };
     record.set_owner(owner, Some(at));
     record

@@ -33,11 +33,13 @@ async fn a_guest_that_may_run_is_not_set_back_and_another_one_is_once() {
     let refused = problem(client.checkpoint_guest("web").await);
     assert!(refused.detail.contains("takes no checkpoints"), "{refused:?}");
     assert_eq!(problem(client.volume_history("web").await).code, Code::WrongState, "no history is begun in vain");
-    test.parts().points.note_checkpoints(world.hosts[0].id, true);
+    test.parts().hosts.note_checkpoints(world.hosts[0].id, true);
     let viewer = test.client(&test.token("p", Role::Viewer).await.secret);
     assert_eq!(problem(viewer.checkpoint_guest("web").await).code, Code::Forbidden);
     let begun = client.checkpoint_guest("web").await.unwrap();
     assert_eq!((begun.policy.memory, begun.next, &client.volume_history("web").await.unwrap()), (None, 1, &begun));
+
+    test.parts().hosts.note_checkpoints(world.hosts[0].id, false);
 
     // As the engine records them: one of the disk, one with memory, one of the disk.
     let cloud = world.hosts[0].cloud;

@@ -27,7 +27,7 @@ async fn equip(test: &TestController, host: &Host, has_avx512: bool) {
             back_end: "kvm".into(),
             accelerator: "kvm".into(),
             machine_version: "2".into(),
-            cpu_baseline,
+            cpu_baseline: cpu_baseline.clone(),
         }];
     })
     .await;
@@ -55,7 +55,7 @@ async fn a_guest_can_leave_for_hosts_with_less_unless_it_wants_all() {
         let class = client.guest(name).await.unwrap().compat_class.unwrap();
         assert_eq!(class.features().unwrap().level(), Some(level));
         test.run_on(id, &world.hosts[0]).await;
-        test.edit::<GuestRecord>(&id, |record| record.guest.compat_class = Some(class)).await;
+        test.edit::<GuestRecord>(&id, |record| record.guest.compat_class = Some(class.clone())).await;
         let moved = client.plan_migration(name, &to_west()).await.unwrap().plan.unwrap();
         assert_eq!(moved.destination.is_some(), lives, "{moved:?}");
         let refused = moved.checks.iter().find(|check| !check.is_ok).map(|check| check.detail.clone());

@@ -47,6 +47,14 @@ pub struct ServerStats {
     pub sabotaged: u64,
 }
 
+impl ServerStats {
+    /// What must hold of it in every line that it says.
+    #[must_use]
+    pub const fn is_whole(&self) -> bool {
+        self.verify_bad == 0 && self.write_errors == 0 && self.mem_bad == 0 && self.clock_back == 0
+    }
+}
+
 /// What the client in a guest says.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct ClientStats {
@@ -81,6 +89,14 @@ pub struct ClientStats {
     pub mem_bad: u64,
     /// How often a clock went back.
     pub clock_back: u64,
+}
+
+impl ClientStats {
+    /// What must hold of it in every line that it says: one stream, not a byte wrong.
+    #[must_use]
+    pub const fn is_unharmed(&self) -> bool {
+        self.resets == 0 && self.bad == 0 && self.mem_bad == 0 && self.clock_back == 0 && self.connects <= 1
+    }
 }
 
 /// What the traveller in a guest says; a word is empty until it is known.

@@ -10,7 +10,7 @@ use std::{
 use supercloud_api::ids::GuestId;
 use supercloud_lab::{
     command::pause,
-    fleet::{ClientStats, Console, Fleet, Said, ServerStats},
+    fleet::{Console, Fleet, Said},
 };
 
 /// Everything is 20 to 80 times slower in there, and slower still on a machine that others use.
@@ -42,14 +42,4 @@ pub async fn hear(
         panic!("{words} is not heard: {:?}", console.other_lines());
     });
     heard.await.unwrap();
-}
-
-/// What must hold of the client in every line that it says.
-pub fn is_unharmed(stats: &ClientStats) -> bool {
-    (stats.resets, stats.bad, stats.mem_bad, stats.clock_back) == (0, 0, 0, 0) && stats.connects <= 1
-}
-
-/// Likewise of the server.
-pub fn is_whole(stats: &ServerStats) -> bool {
-    (stats.verify_bad, stats.write_errors, stats.mem_bad, stats.clock_back) == (0, 0, 0, 0)
 }
