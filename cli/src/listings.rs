@@ -103,6 +103,7 @@ pub fn evacuations(evacuations: &[Evacuation], names: &Names) -> Table {
         let state = match one.state {
             EvacuationState::InTime => "yes",
             EvacuationState::Late => "NO",
+            EvacuationState::Covered => "no; its standby goes on",
             EvacuationState::Unknown => "not measured",
             EvacuationState::NotNeeded => "-",
         };

@@ -5,7 +5,7 @@
 //! again. Where the thaw does not succeed the guest stays frozen as of the point.
 
 use supercloud_api::{
-    Code, Freeze, FrozenVolume, Port, Volume, VolumeHistory,
+    Code, Freeze, FrozenVolume, HistoryBand, HistoryPolicy, Port, Volume, VolumeHistory,
     handover::{self, OwnerRecord},
     history::AsOfRefusal,
     ids::{FreezeId, HostId},
@@ -32,6 +32,19 @@ pub(crate) struct SetBack {
     ports: Vec<(Stored<Port>, Port)>,
     history: (Stored<VolumeHistory>, VolumeHistory),
     lost_from: Option<HostId>,
+}
+
+/// How points are kept of a volume of which only checkpoints were asked for.
+const ASKED_FOR: HistoryBand = HistoryBand { for_s: 7 * 86_400, every_s: 3600 };
+
+/// The history that is begun for a guest's first checkpoint, as part of a change.
+pub(crate) fn begin_history(volume: &Stored<Volume>, change: &mut Change) -> VolumeHistory {
+    let policy = HistoryPolicy { every_s: None, keep: vec![ASKED_FOR], memory: None };
+    let begun = VolumeHistory::begin(volume.id, volume.project, policy.clone(), volume.base.clone(), unix_ms());
+    change.unchanged(volume).create(&begun);
+    let data = serde_json::json!({ "volume": volume.name, "policy": policy, "thinned": 0 });
+    change.event(EventDraft::new("volume.history").project(volume.project).guest(volume.guest).data(data));
+    begun
 }
 
 fn refused(why: impl Into<String>) -> Failure {

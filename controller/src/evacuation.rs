@@ -8,27 +8,47 @@ use std::{
     time::Duration,
 };
 
+use serde::Deserialize;
 use supercloud_api::{
-    Evacuation, EvacuationState, GuestState, RentingState, Tenure,
+    Evacuation, EvacuationState, GuestState, HostState, OnLoss, RentingState, Tenure, Volume, VolumeHistory,
     handover::Owner,
-    ids::{GuestId, HostId},
+    ids::{GuestId, HostId, VolumeId},
+    unix_ms,
 };
 use supercloud_scheduler::evacuable::{self, LiveMove, Load, Path};
-use tracing::warn;
+use tracing::{info, warn};
 
 use crate::{
     app::Parts,
-    chain,
+    chain, checkpoints,
+    operations::{EngineError, points::askable},
     placement::{self, Place},
     plans::{MAX_DOWNTIME_MS, measured::Measured},
     rest::{guest_operations, guest_plan::Picture},
-    state::{Change, Context, EventDraft, GuestRecord, HostRecord, OperationRecord, RentingRecord, StateError},
+    state::{
+        Change, Context, EventDraft, GuestRecord, HostRecord, OperationRecord, RentingRecord, StateError, Stored, Work,
+    },
 };
 
 /// How often it is looked.
 const LOOK: Duration = Duration::from_secs(30);
 /// What a switch takes beside the last pages, in milliseconds.
 const SWITCH_MS: u64 = 150;
+
+/// What is done for guests that could not leave in time: `[evacuable]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EvacuableConfig {
+    /// The newest checkpoint of a guest that goes on from those when it is lost (`on_loss: thaw_checkpoint`), and that could not leave in
+    /// time, or of which that is not known, is not to be older than so many seconds; 0: no checkpoints are taken for that.
+    pub checkpoint_every_s: u64,
+}
+
+impl Default for EvacuableConfig {
+    fn default() -> Self {
+        Self { checkpoint_every_s: 600 }
+    }
+}
 
 /// What was found last. Cheap to clone.
 #[derive(Debug, Clone, Default)]
@@ -54,6 +74,9 @@ pub struct Outlook {
     measured: Measured,
     /// Hosts that a provider may take back.
     takeable: HashSet<HostId>,
+    /// Guests with a whole copy at another host, which stays, and how old each guest's newest checkpoint is.
+    mirrored: HashSet<GuestId>,
+    checkpoint_ages_ms: HashMap<GuestId, u64>,
     notice_ms: u64,
 }
 
@@ -67,6 +90,7 @@ impl Outlook {
         let operations = parts.state.list::<OperationRecord>().await?;
         let hosts = parts.state.list::<HostRecord>().await?;
         let clouds: HashMap<_, _> = hosts.iter().map(|record| (record.host.id, record.host.cloud)).collect();
+        let mirrored = mirrored(parts, &operations, &hosts);
         let operations = operations.iter().map(|record| &record.operation);
         let measured = Measured::learn(operations, |host| clouds.get(&host).copied());
         // Own machines are taken back where a feed plays their market.
@@ -79,7 +103,17 @@ impl Outlook {
         }
         let is_takeable = |host: HostId| tenures.get(&host).map_or(own_are_spot, |tenure| *tenure == Tenure::Spot);
         let takeable = hosts.iter().map(|record| record.host.id).filter(|host| is_takeable(*host)).collect();
-        Ok(Self { picture, measured, takeable, notice_ms: parts.config.notice_s.saturating_mul(1000) })
+        let now_ms = unix_ms();
+        let age_ms = |history: &Stored<VolumeHistory>| {
+            let newest = history.checkpoint(None).ok()?.at_ms;
+            Some((history.volume, now_ms.saturating_sub(newest)))
+        };
+        let ages_ms: HashMap<VolumeId, u64> =
+            parts.state.list::<VolumeHistory>().await?.iter().filter_map(age_ms).collect();
+        let first = |record: &GuestRecord| Some((record.guest.id, *ages_ms.get(record.guest.volumes.first()?)?));
+        let checkpoint_ages_ms = picture.guests().filter_map(first).collect();
+        let notice_ms = parts.config.notice_s.saturating_mul(1000);
+        Ok(Self { picture, measured, takeable, mirrored, checkpoint_ages_ms, notice_ms })
     }
 
     /// Every running guest.
@@ -93,7 +127,13 @@ impl Outlook {
                 by_host.entry(host).or_default().push(found);
             }
         }
-        by_host.into_values().flat_map(together).collect()
+        let mut all: Vec<Evacuation> = by_host.into_values().flat_map(together).collect();
+        for one in &mut all {
+            if one.state == EvacuationState::Late && self.mirrored.contains(&one.guest) {
+                one.state = EvacuationState::Covered;
+            }
+        }
+        all
     }
 
     fn alone(&self, record: &GuestRecord, host: HostId) -> Option<Evacuation> {
@@ -147,6 +187,7 @@ impl Outlook {
             leave_ms: predicted.map(|live| live.copy_ms),
             leave_with_all_ms: None,
             downtime_ms: predicted.map(|live| live.downtime_ms),
+            checkpoint_age_ms: self.checkpoint_ages_ms.get(&guest.id).copied(),
             detail,
         })
     }
@@ -194,12 +235,71 @@ pub async fn evacuation_watcher(parts: Parts) {
                 if let Err(error) = tell(&parts, &found, &mut late).await {
                     warn!("that a guest is not evacuable cannot be told now: {}", chain(&error));
                 }
+                if let Err(error) = keep_checkpoints(&parts, &found).await {
+                    warn!("checkpoints of guests that could not leave cannot be asked for now: {}", chain(&error));
+                }
                 parts.evacuations.post(found);
             }
             Err(error) => warn!("it is not known whether guests could leave: {}", chain(&error)),
         }
         tokio::time::sleep(LOOK).await;
     }
+}
+
+/// Guests whose mirror has a whole copy at a host that is there and stays.
+fn mirrored(parts: &Parts, operations: &[Stored<OperationRecord>], hosts: &[Stored<HostRecord>]) -> HashSet<GuestId> {
+    let stays = |id: &HostId| {
+        let is_it = |record: &&Stored<HostRecord>| record.host.id == *id && !record.is_taken_back();
+        hosts.iter().find(is_it).is_some_and(|record| record.view(&parts.hosts).state == HostState::Up)
+    };
+    let whole = |record: &Stored<OperationRecord>| {
+        let operation = &record.operation;
+        if operation.phase.is_terminal() || !matches!(record.work, Work::GuestMirror { .. }) {
+            return None;
+        }
+        let mut progress = operation.progress.clone();
+        parts.progress.apply(operation.id, &mut progress);
+        let is_whole = progress.mirror.is_some_and(|standing| standing.committed > 0);
+        operation.guest.filter(|_| is_whole && operation.destination.as_ref().is_some_and(stays))
+    };
+    operations.iter().filter_map(whole).collect()
+}
+
+/// Whether a guest is to have a new checkpoint, because it might be lost with its host. Pure.
+fn wants_checkpoint(one: &Evacuation, on_loss: OnLoss, every_s: u64) -> bool {
+    matches!(one.state, EvacuationState::Late | EvacuationState::Unknown)
+        && on_loss == OnLoss::ThawCheckpoint
+        && every_s > 0
+        && one.checkpoint_age_ms.is_none_or(|age_ms| age_ms >= every_s.saturating_mul(1000))
+}
+
+/// Has checkpoints be taken of guests that could not leave in time, where that helps: what is lost with their host is bounded then.
+async fn keep_checkpoints(parts: &Parts, found: &[Evacuation]) -> Result<(), EngineError> {
+    let every_s = parts.config.evacuable.checkpoint_every_s;
+    for one in found {
+        let Some(guest) = parts.state.read::<GuestRecord>(&one.guest).await? else { continue };
+        let Some(volume) = guest.guest.volumes.first().filter(|_| wants_checkpoint(one, guest.guest.on_loss, every_s))
+        else {
+            continue;
+        };
+        let is_open = |host| parts.hosts.get(host).is_some();
+        let Some(volume) = parts.state.read::<Volume>(volume).await? else { continue };
+        // Who cannot be asked now is asked as soon as that can be; why not is told where a history has a schedule.
+        let asked = askable(&parts.state, &parts.points, &parts.hosts, &volume, true, is_open).await?;
+        let Ok(asked) = asked else { continue };
+        if parts.points.since(volume.id).is_some() {
+            continue;
+        }
+        if parts.state.read::<VolumeHistory>(&volume.id).await?.is_none() {
+            let mut change = Change::new();
+            checkpoints::begin_history(&volume, &mut change);
+            parts.state.commit(&Context::system(), change).await?;
+        }
+        if parts.points.ask(volume.id, asked) {
+            info!(guest = %one.guest, "it could not leave in time: a checkpoint is taken");
+        }
+    }
+    Ok(())
 }
 
 /// Tells of what has changed. What could not be told is told the next time.
@@ -249,8 +349,30 @@ mod tests {
             leave_ms,
             leave_with_all_ms: None,
             downtime_ms: None,
+            checkpoint_age_ms: None,
             detail: String::new(),
         }
+    }
+
+    #[test]
+    fn checkpoints_are_taken_of_those_that_go_on_from_them_and_would_be_late() {
+        use EvacuationState::{Covered, InTime, Late, NotNeeded, Unknown};
+        let wants = |state, age_ms, on_loss| {
+            let one = Evacuation { checkpoint_age_ms: age_ms, ..one(None, state) };
+            wants_checkpoint(&one, on_loss, 600)
+        };
+        let thaws = OnLoss::ThawCheckpoint;
+        assert!(wants(Late, None, thaws) && wants(Unknown, Some(600_000), thaws));
+        assert!(!wants(Late, Some(599_999), thaws), "young enough");
+        assert!([InTime, Covered, NotNeeded].into_iter().all(|state| !wants(state, None, thaws)));
+        assert!(!wants(Late, None, OnLoss::Nothing) && !wants(Late, None, OnLoss::RestartFromVolume));
+        assert!(!wants_checkpoint(&one(None, Late), thaws, 0), "switched off");
+        let read: EvacuableConfig = toml::from_str("checkpoint_every_s = 60").unwrap();
+        assert_eq!(
+            (read.checkpoint_every_s, toml::from_str::<EvacuableConfig>("").unwrap()),
+            (60, EvacuableConfig::default())
+        );
+        assert!(toml::from_str::<EvacuableConfig>("checkpoints = 60").is_err());
     }
 
     #[test]

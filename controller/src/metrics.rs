@@ -237,6 +237,7 @@ impl Metrics {
         let states = [
             ("in_time", EvacuationState::InTime),
             ("late", EvacuationState::Late),
+            ("covered", EvacuationState::Covered),
             ("unknown", EvacuationState::Unknown),
             ("not_needed", EvacuationState::NotNeeded),
         ];

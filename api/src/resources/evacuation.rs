@@ -14,6 +14,8 @@ pub enum EvacuationState {
     InTime,
     /// They do not, or no host takes it.
     Late,
+    /// They do not, or no host takes it; but a standby elsewhere has a whole copy, and goes on when its host is gone.
+    Covered,
     /// Not enough was measured: it, or a move between these clouds, was never seen.
     Unknown,
     /// Its host is not one that a provider takes back.
@@ -43,6 +45,9 @@ pub struct Evacuation {
     pub leave_with_all_ms: Option<u64>,
     /// How long it is expected to stand still.
     pub downtime_ms: Option<u64>,
+    /// How old its newest checkpoint is, in milliseconds: what is lost when it goes on from that. Absent: there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checkpoint_age_ms: Option<u64>,
     /// What this rests on, or what is not known; a sentence.
     pub detail: String,
 }

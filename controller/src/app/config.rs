@@ -8,7 +8,7 @@ use std::{
 use serde::Deserialize;
 use supercloud_api::Tenure;
 
-use crate::{notices::NoticesConfig, renting::ProviderConfig};
+use crate::{evacuation::EvacuableConfig, notices::NoticesConfig, renting::ProviderConfig};
 
 /// The largest settings file, in bytes.
 const MAX_FILE_BYTES: usize = 1 << 20;
@@ -53,6 +53,9 @@ pub struct Config {
     /// What is done when one takes a host back, or says that it may.
     #[serde(default)]
     pub notices: NoticesConfig,
+    /// What is done for guests that could not leave in time.
+    #[serde(default)]
+    pub evacuable: EvacuableConfig,
     /// What is logged, in the syntax of `RUST_LOG` (which goes before this).
     #[serde(default = "default_log")]
     pub log: String,

@@ -61,6 +61,7 @@ mod tests {
             leave_ms: None,
             leave_with_all_ms: None,
             downtime_ms: None,
+            checkpoint_age_ms: None,
             detail: String::new(),
         }
     }

@@ -6,7 +6,7 @@ use axum::{
     http::{HeaderMap, StatusCode},
 };
 use supercloud_api::{
-    Code, DiskFrom, HistoryBand, HistoryPolicy, Ref, Volume, VolumeAsOf, VolumeHistory,
+    Code, DiskFrom, HistoryPolicy, Ref, Volume, VolumeAsOf, VolumeHistory,
     history::{AsOfRefusal, check_policy},
     ids::HostId,
     unix_ms,
@@ -14,12 +14,10 @@ use supercloud_api::{
 
 use super::{Api, Asker, Failure, Reply, body};
 use crate::{
+    checkpoints,
     operations::points::askable,
     state::{Change, EventDraft, Stored, retry_conflicts},
 };
-
-/// How points are kept of a volume of which only checkpoints were asked for.
-const ASKED_FOR: HistoryBand = HistoryBand { for_s: 7 * 86_400, every_s: 3600 };
 
 fn none_of(volume: &Volume) -> Failure {
     Failure::new(
@@ -190,19 +188,11 @@ pub async fn checkpoint(State(api): State<Api>, asker: Asker, Path(guest): Path<
         if let Some(found) = api.parts.state.read::<VolumeHistory>(&volume.id).await? {
             return Ok(found.value);
         }
-        let policy = HistoryPolicy { every_s: None, keep: vec![ASKED_FOR], memory: None };
-        let begun = VolumeHistory::begin(volume.id, volume.project, policy.clone(), volume.base.clone(), unix_ms());
+        let mut change = Change::new();
+        let begun = checkpoints::begin_history(&volume, &mut change);
         if asker.params.dry_run {
             return Ok(begun);
         }
-        let mut change = Change::new();
-        change.unchanged(&volume).create(&begun);
-        change.event(
-            EventDraft::new("volume.history")
-                .project(volume.project)
-                .guest(volume.guest)
-                .data(serde_json::json!({ "volume": volume.name, "policy": policy, "thinned": 0 })),
-        );
         asker.commit(&api.parts, volume.project, change, Reply::ok(&begun)?).await?;
         Ok::<_, Failure>(begun)
     })
