@@ -167,6 +167,7 @@ impl Controller {
                 cut: HashSet::new(),
                 removed: HashSet::new(),
                 frozen: None,
+                thaw: supercloud_api::link::ThawWish::Either,
                 swept: Vec::new(),
                 progress: HashMap::new(),
                 problems: Vec::new(),
