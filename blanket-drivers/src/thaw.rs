@@ -45,14 +45,14 @@ pub trait LazyThaw: Send + Sync {
     fn takes(&self, format: &str) -> BackendResult<()>;
 
     /// Brings a frozen guest back without its memory. It stands still until [`crate::Backend::resume`].
-    fn thaw(
+    fn thaw_lazily(
         &self,
         launch: Launch,
         image: Arc<dyn FrozenBlocks>,
         format: String,
     ) -> BoxFuture<'_, BackendResult<GuestInfo>>;
 
-    /// Whether the guest came by [`LazyThaw::thaw`] and nobody has heard yet that nothing is missing; also by another agent's.
+    /// Whether the guest came by [`LazyThaw::thaw_lazily`] and nobody has heard yet that nothing is missing; also by another agent's.
     ///
     /// # Errors
     /// When the guest is not here.

@@ -408,7 +408,7 @@ async fn save(
     let turn = keeper.make_way().await?;
     let writes = keeper.ask(what, migration::verb("status"), None).await?.stream_version;
     keeper.ask(what, migration::verb("stream"), Some(theirs.into())).await?;
-    let (path, config) = (part.to_owned(), checkpoint::config_of(keeper));
+    let (path, config) = (part.to_owned(), checkpoint::config_of(&keeper.record().launch.spec));
     let write = move || {
         // What a guest has in its memory is nobody else's.
         let mut options = std::fs::File::options();

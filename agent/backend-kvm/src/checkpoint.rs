@@ -17,7 +17,7 @@ use std::{
 };
 
 use supercloud_blanket::{
-    BackendError, BackendResult,
+    BackendError, BackendResult, MachineSpec,
     checkpoint::{CheckpointProgress, CheckpointRun, Checkpointed, Checkpointing},
     vmm::{
         MachineConfig,
@@ -114,8 +114,7 @@ struct Begun {
 }
 
 /// What machine it is.
-pub(crate) fn config_of(keeper: &Keeper) -> MachineConfig {
-    let spec = keeper.record().launch.spec;
+pub(crate) fn config_of(spec: &MachineSpec) -> MachineConfig {
     MachineConfig { vcpus: u8::try_from(spec.vcpus).unwrap_or(u8::MAX), memory_bytes: spec.memory_bytes }
 }
 
@@ -124,7 +123,7 @@ const WHAT: &str = "take a checkpoint of a guest";
 async fn begin(keeper: &Keeper, path: &Path) -> BackendResult<Begun> {
     let guest = keeper.guest();
     let busy = |is: &str| BackendError::WrongState { guest, wants: WHAT, is: is.to_owned() };
-    let config = config_of(keeper);
+    let config = config_of(&keeper.record().launch.spec);
     // Before the file: others' are left alone.
     let Ok(_turn) = Arc::clone(&keeper.way.turn).try_lock_owned() else {
         return Err(busy("about to leave its process"));

@@ -79,7 +79,7 @@ async fn arrive(keeper: &Keeper, stream: Vec<u8>, left: &Left) -> BackendResult<
 }
 
 impl KvmBackend {
-    async fn thaw_lazily(
+    async fn thaw_without_memory(
         &self,
         launch: Launch,
         image: Arc<dyn FrozenBlocks>,
@@ -87,6 +87,10 @@ impl KvmBackend {
     ) -> BackendResult<GuestInfo> {
         self.takes(&format)?;
         let lay = lay_of(&*image, WHAT).await?;
+        if lay.config() != checkpoint::config_of(&launch.spec) {
+            let detail = "what was frozen is another machine".to_owned();
+            return Err(BackendError::Failed { what: WHAT, detail });
+        }
         let state = state_of(&*image, &lay).await?;
         let making = tokio::task::spawn_blocking(move || {
             let pages = lay.pages(|block| image.is_hole(block));
@@ -233,13 +237,13 @@ impl LazyThaw for KvmBackend {
         Err(BackendError::Unsupported { back_end: BACK_END, option })
     }
 
-    fn thaw(
+    fn thaw_lazily(
         &self,
         launch: Launch,
         image: Arc<dyn FrozenBlocks>,
         format: String,
     ) -> BoxFuture<'_, BackendResult<GuestInfo>> {
-        Box::pin(self.thaw_lazily(launch, image, format))
+        Box::pin(self.thaw_without_memory(launch, image, format))
     }
 
     fn is_lazy(&self, guest: GuestId) -> BackendResult<bool> {

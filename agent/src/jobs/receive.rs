@@ -180,17 +180,14 @@ async fn thaw_lazily(
     let (image, stamps) = job.unless_cancelled(opened).await?;
     // Awaited whatever becomes of the job: half started it would be left.
     let blocks: std::sync::Arc<dyn FrozenBlocks> = image.clone();
-    let info = job.host.backend.lazy_thaw()?.thaw(copy.launch.clone(), blocks, frozen.format.clone()).await;
+    let info = job.host.backend.lazy_thaw()?.thaw_lazily(copy.launch.clone(), blocks, frozen.format.clone()).await;
     if let (Err(_), Some(trouble)) = (&info, image.take_trouble()) {
         // Damage is told apart from a store that is away.
         return Err(Box::new(trouble).into());
     }
     info?;
-    job.show(Progress {
-        memory_total_bytes: frozen.bytes,
-        message: "its devices are as they were; its memory follows".to_owned(),
-        ..Progress::default()
-    });
+    let message = "its devices are as they were; its memory follows".to_owned();
+    job.show(Progress { message, ..Progress::default() });
     Ok(stamps)
 }
 

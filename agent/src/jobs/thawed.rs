@@ -61,6 +61,7 @@ pub(super) async fn fetch(job: &Job, with: Fetch) -> bool {
     let mut ticks = interval(PROGRESS_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let (mut last, mut moved_at, mut is_said) = (None, Instant::now(), false);
+    let mut most = missing(job).unwrap_or(0);
     let is_whole = loop {
         tokio::select! {
             biased;
@@ -68,7 +69,8 @@ pub(super) async fn fetch(job: &Job, with: Fetch) -> bool {
             _ = ticks.tick() => {
                 let Some(left) = missing(job) else { continue };
                 with.is_missing.store(left > 0, Ordering::Release);
-                job.show(shown(left));
+                most = most.max(left);
+                job.show(shown(left, most));
                 if last.replace(left) != Some(left) {
                     moved_at = Instant::now();
                 }
@@ -83,7 +85,7 @@ pub(super) async fn fetch(job: &Job, with: Fetch) -> bool {
     with.is_missing.store(false, Ordering::Release);
     if is_whole {
         // All of it, for certain: it is what is left to see when the thaw is over.
-        job.tell(Fact::Progress(Box::new(shown(0)))).await;
+        job.tell(Fact::Progress(Box::new(shown(0, most)))).await;
     }
     job.tell(Fact::MemoryStalled(None)).await;
     is_whole
@@ -94,9 +96,17 @@ fn missing(job: &Job) -> Option<u64> {
     missing.ok().map(|missing| *missing.borrow())
 }
 
-fn shown(missing: u64) -> Progress {
+/// `most`: what was missing when it was looked first.
+fn shown(missing: u64, most: u64) -> Progress {
     let message = if missing > 0 { "the rest of its memory comes out of the store" } else { "" };
-    Progress { memory_missing_bytes: Some(missing), message: message.to_owned(), ..Progress::default() }
+    Progress {
+        memory_total_bytes: most,
+        memory_sent_bytes: most.saturating_sub(missing),
+        memory_remaining_bytes: missing,
+        memory_missing_bytes: Some(missing),
+        message: message.to_owned(),
+        ..Progress::default()
+    }
 }
 
 fn text(left: u64, standing: &Mutex<Standing>) -> String {

@@ -240,3 +240,6 @@ impl<B: Blocks> Feed for ImageFeed<B> {
 }
 
 const _: () = assert!(BLOCK_BYTES.is_multiple_of(PAGE_BYTES));
+
+#[cfg(test)]
+mod tests;

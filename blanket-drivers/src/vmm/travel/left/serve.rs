@@ -103,7 +103,8 @@ pub fn serve_from(
             Turn::More => Duration::ZERO,
             Turn::Waits => LOOK_EVERY,
         };
-        let bell = server.feed.bell().map(|bell| (bell, libc::POLLIN));
+        // Nobody listens for more while there is no room for it.
+        let bell = server.feed.bell().filter(|_| server.link.has_room()).map(|bell| (bell, libc::POLLIN));
         let wakers = Wakers { events: std::iter::once(server.link.poll()).chain(bell).collect(), after: Some(after) };
         wakers.wait(std::iter::empty())?;
     }
