@@ -101,19 +101,23 @@ async fn an_agent_that_dies_while_memory_is_missing_goes_on_when_it_is_back() {
 async fn a_store_that_cannot_be_reached_is_an_alarm_until_it_can() {
     let (lab, guest, freeze) = frozen().await;
     // The first ones are at the destination by then; the others are where it was frozen.
-    lab.world.page_ms.store(300, Ordering::SeqCst);
+    lab.world.page_ms.store(2000, Ordering::SeqCst);
     let operation = lab.controller.operate(guest, OperationKind::Thaw { freeze, to: lab.hosts[1].id });
     lab.eventually("some of its memory has come", async || {
         missing(&lab, operation).is_some_and(|left| left < 63 * PAGE_BYTES)
     })
     .await;
     lab.hosts[0].kill_agent().await;
+    let store = lab.hosts[0].config.store_dir.clone();
+    let away = store.with_file_name("away");
+    std::fs::rename(&store, &away).unwrap();
     lab.world.page_ms.store(1, Ordering::SeqCst);
     let alarm = || lab.controller.report(lab.hosts[1].id, guest).and_then(|report| report.alarm);
     lab.eventually("an alarm", async || alarm().is_some_and(|alarm| alarm.contains("do not come"))).await;
     assert_eq!(lab.world.running(guest), 1, "it waits");
     assert!(missing(&lab, operation).is_some_and(|left| left > 0));
     assert_ne!(lab.controller.record(guest).operation, None, "it is not over");
+    std::fs::rename(&away, &store).unwrap();
     lab.hosts[0].start_agent();
     lab.eventually("no alarm any more", async || alarm().is_none()).await;
     goes_on(&lab, guest, operation).await;

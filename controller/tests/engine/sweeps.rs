@@ -333,10 +333,9 @@ async fn what_was_frozen_lives_until_nothing_of_it_is_missing() {
         assert!(!world.operation(thaw).await.phase.is_terminal());
     }
     // Nothing else is done with it meanwhile.
-    let other = world.freeze(guest).await;
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    assert_eq!(world.operation(other).await.phase, Phase::Plan);
-    world.cancel(other).await;
+    let other = Work::GuestFreeze { freeze: FreezeId::generate() };
+    let busy = world.try_submit(guest, OperationKind::GuestFreeze, other, None).await.unwrap_err();
+    assert_eq!((busy.code, busy.retryable), (Code::OperationInProgress, true));
     world.stall(Stage::Fetch, false);
     world.done(thaw).await;
     world.until("it is over", async |world| is_consumed(world, &first).await).await;
