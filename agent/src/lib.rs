@@ -34,6 +34,7 @@ pub mod consoles;
 pub mod durable;
 pub mod farewell;
 pub mod flows;
+pub mod frozen;
 pub mod guest;
 pub mod guests;
 pub mod holdings;

@@ -35,7 +35,7 @@ use supercloud_handover::{OrderBody, Report};
 use supercloud_ids::{CloudId, Epoch, FreezeId, GuestId, HostId, OperationId, ProjectId, VolumeId};
 
 use crate::{
-    CompatClass, FrozenVolume, HostNoticeKind, Name, Operation, OverlayEncryption, Problem, Progress, Room,
+    CompatClass, FrozenVolume, HostNoticeKind, Name, Operation, OverlayEncryption, Problem, Progress, Room, ThawMemory,
     guest_call::{GuestCall, GuestStanding},
 };
 
@@ -194,6 +194,9 @@ pub struct Hello {
     /// Guests may leave memory behind when they move from or to it ([`crate::MemoryMode`]).
     #[serde(default)]
     pub takes_post_copy: bool,
+    /// Guests can be thawed there before their memory is there ([`ThawWish`]).
+    #[serde(default)]
+    pub takes_lazy_thaw: bool,
     /// It knows [`Directive::MeasurePaths`].
     #[serde(default)]
     pub measures_paths: bool,
@@ -295,6 +298,41 @@ pub struct Assignment {
     pub grace_ms: u64,
     /// For a thaw: the memory state that is resumed.
     pub frozen: Option<FrozenMemory>,
+    /// For a thaw: whether the guest waits for its memory.
+    #[serde(default, skip_serializing_if = "ThawWish::is_whole")]
+    pub thaw: ThawWish,
+}
+
+/// Whether a thawed guest waits for its memory. Who says anything but `whole` keeps what was frozen until nothing of it is missing;
+/// controllers of before do not, and say nothing.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ThawWish {
+    /// It waits until all of it is there.
+    #[default]
+    Whole,
+    /// It runs at once; a host that cannot do that refuses.
+    Lazy,
+    /// It runs at once where the host can do that.
+    Either,
+}
+
+impl ThawWish {
+    /// Whether all of it must be there first.
+    #[must_use]
+    pub const fn is_whole(&self) -> bool {
+        matches!(self, Self::Whole)
+    }
+}
+
+impl From<Option<ThawMemory>> for ThawWish {
+    fn from(memory: Option<ThawMemory>) -> Self {
+        match memory {
+            None => Self::Either,
+            Some(ThawMemory::Lazy) => Self::Lazy,
+            Some(ThawMemory::Whole) => Self::Whole,
+        }
+    }
 }
 
 /// The memory and device state of a frozen guest.

@@ -17,6 +17,7 @@ use crate::{
     migrate::{LiveMigration, Transfer},
     mirror::Mirroring,
     post_copy::PostCopy,
+    thaw::LazyThaw,
 };
 
 /// A boxed future, so that the traits here are object-safe.
@@ -371,5 +372,15 @@ pub trait Backend: Send + Sync {
     /// [`BackendError::Unsupported`].
     fn post_copy(&self) -> BackendResult<&dyn PostCopy> {
         Err(BackendError::Unsupported { back_end: self.name(), option: "moves that leave memory behind".to_owned() })
+    }
+
+    /// Thaws that fetch memory while the guest runs, or a refusal that names them; whether this host has what they take is
+    /// [`LazyThaw::offers`]'s to say.
+    ///
+    /// # Errors
+    /// [`BackendError::Unsupported`].
+    fn lazy_thaw(&self) -> BackendResult<&dyn LazyThaw> {
+        let option = "thaws that fetch memory while the guest runs".to_owned();
+        Err(BackendError::Unsupported { back_end: self.name(), option })
     }
 }

@@ -10,6 +10,7 @@
 //! | [`backend`] | [`Backend`]: start, stop, pause, find again, freeze, thaw; typed errors; refusal by name |
 //! | [`migrate`] | [`LiveMigration`]: the two halves of a live move, with the caller's decision between them |
 //! | [`post_copy`] | [`PostCopy`]: memory that a move has left behind, fetched while the guest runs |
+//! | [`thaw`] | [`LazyThaw`]: a frozen guest that runs before its memory is here |
 //! | [`mirror`] | [`Mirroring`]: a standby that is kept by cuts, with the caller's commit between them |
 //! | [`checkpoint`] | [`checkpoint::Checkpointing`]: a running guest in a file, while it runs on |
 //! | [`probe`] | what the substrate really is, by measuring |
@@ -35,6 +36,7 @@ pub mod mirror;
 pub mod post_copy;
 pub mod probe;
 mod signal;
+pub mod thaw;
 #[cfg(target_arch = "x86_64")]
 pub mod vmm;
 
@@ -46,3 +48,4 @@ pub use mirror::Mirroring;
 pub use post_copy::PostCopy;
 /// What a back end can run; a guest moves live inside its class only.
 pub use supercloud_api::CompatClass;
+pub use thaw::LazyThaw;

@@ -122,12 +122,13 @@ pub async fn run(client: &Client, output: Output, verb: GuestVerb) -> anyhow::Re
             eprintln!("checkpoint {} is being taken; `supercloud volume history {name}` shows it", history.next);
             show::print(output, &history, || histories::table(&history))
         }
-        GuestVerb::Thaw { name, to, checkpoint, trial, watch } => {
+        GuestVerb::Thaw { name, to, checkpoint, memory, trial, watch } => {
             let body = GuestThaw {
                 to: to.map(Into::into),
                 freeze: None,
                 checkpoint: checkpoint.is_some(),
                 point: checkpoint.flatten(),
+                memory: memory.map(Into::into),
             };
             if trial.dry_run {
                 return rehearse(client, output, Method::POST, &format!("/v1/guests/{name}/thaw"), &body).await;

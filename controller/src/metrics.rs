@@ -256,6 +256,19 @@ impl Metrics {
             "Volumes of which another host still holds blocks that the owner lacks.",
             &one(needed),
         );
+        let mut memory: u64 = 0;
+        for id in parts.state.active_operations().await? {
+            let Some(record) = parts.state.read::<OperationRecord>(&id).await? else { continue };
+            let mut progress = record.operation.progress.clone();
+            parts.progress.apply(id, &mut progress);
+            memory = memory.saturating_add(progress.memory_missing_bytes.unwrap_or(0));
+        }
+        gauge(
+            "supercloud_memory_missing_bytes",
+            "Bytes of running guests' memory that are still to come: out of the stores in which they were frozen, or from hosts that they \
+             have left.",
+            &one(memory),
+        );
         let base_of = |guest: &GuestRecord| match guest.owner.owner {
             Owner::Host(host) => Some(parts.hosts.base_missing_bytes(host, guest.guest.id, guest.owner.epoch)),
             _ => None,

@@ -297,7 +297,7 @@ async fn thaw(
     let begun = Begun {
         kind: OperationKind::GuestThaw,
         handover: handover::OperationKind::Thaw { freeze, to: host.id },
-        work: Work::GuestThaw { freeze },
+        work: Work::GuestThaw { freeze, memory: None },
         source: None,
         destination: host.id,
         plan: guest_plan::plan_for(host, checks),

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 
 use supercloud_api::{
     Cloud, Freeze, Host, Image, ImagePart, ImageState, Site, SiteHolds, SiteKind, Volume, VolumeHistory,
-    handover::Owner,
+    handover::{OperationKind, Owner},
     ids::{CloudId, HostId},
 };
 
@@ -121,9 +121,17 @@ pub async fn of_volume(parts: &Parts, volume: &Volume) -> Result<Vec<Site>, Stat
         None => None,
     };
     let history = parts.state.read::<VolumeHistory>(&volume.id).await?;
+    // Of one that is being thawed, too: until nothing of its memory is missing it is needed.
+    let thawing = guest.as_ref().and_then(|guest| guest.owner.operation.as_ref()).and_then(|op| match op.kind {
+        OperationKind::Thaw { freeze, .. } => Some(freeze),
+        _ => None,
+    });
     let freeze = match guest.as_ref().map(|guest| guest.owner.owner) {
         Some(Owner::Frozen(freeze)) => parts.state.read::<Freeze>(&freeze).await?,
-        _ => None,
+        _ => match thawing {
+            Some(freeze) => parts.state.read::<Freeze>(&freeze).await?.filter(|freeze| !freeze.is_consumed),
+            None => None,
+        },
     };
     let mirror = match guest.as_ref().and_then(|guest| guest.guest.operation) {
         Some(operation) => parts.state.read::<OperationRecord>(&operation).await?,
@@ -134,7 +142,10 @@ pub async fn of_volume(parts: &Parts, volume: &Volume) -> Result<Vec<Site>, Stat
     let mut sites = on_hosts(&places, volume, guest, mirror.is_some_and(|standing| standing.committed > 0));
     sites.extend(in_stores(&places, volume, guest.and_then(|guest| running(guest, &parts.hosts))));
     if let Some(freeze) = freeze {
-        let detail = format!("freeze {}", freeze.id);
+        let detail = match thawing {
+            Some(_) => format!("freeze {}, needed until the guest's memory is there", freeze.id),
+            None => format!("freeze {}", freeze.id),
+        };
         sites.push(places.in_store(SiteKind::Freeze, SiteHolds::Whole, Some(freeze.cloud), detail));
     }
     sites.extend(history.into_iter().flat_map(|history| points(&places, history)));

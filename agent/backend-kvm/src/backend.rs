@@ -11,14 +11,18 @@ use std::{
 
 use kvm_ioctls::Kvm;
 use supercloud_blanket::{
-    Backend, BackendError, BackendResult, BoxFuture, CompatClass, Launch, LiveMigration, Mirroring, PostCopy,
+    Backend, BackendError, BackendResult, BoxFuture, CompatClass, Launch, LazyThaw, LiveMigration, Mirroring, PostCopy,
     backend::{
         BackendEvent, Capabilities, Frozen, GuestEvent, GuestInfo, MemoryStats, PauseReason, RunState, StopMode,
         StopReason,
     },
     checkpoint::Checkpointing,
     migrate::{Transfer, TransferProgress},
-    vmm::{cpu, travel::image, version::MachineVersion},
+    vmm::{
+        cpu,
+        travel::{TravelError, image},
+        version::MachineVersion,
+    },
 };
 use supercloud_ids::{Epoch, GuestId};
 use tokio::{
@@ -37,14 +41,19 @@ use crate::{
 
 /// A guest that is frozen or thawed may take this long.
 const FREEZE_BUDGET: Duration = Duration::from_secs(3600);
+pub(crate) const THAW_BUDGET: Duration = FREEZE_BUDGET;
 /// The pause before something is tried again with a guest that was found again.
 const SETTLE_PAUSE: Duration = Duration::from_secs(2);
 /// A guest that is being frozen shall not be copied in many rounds: it will stand still anyway.
 const FREEZE_DOWNTIME_MS: u64 = 60_000;
-/// The format of [`Backend::freeze`]'s files: the stream of a move.
-const FROZEN_FORMAT: &str = "supercloud-kvm-stream/2";
-/// Those that can be thawed.
-const THAWED_FORMATS: [&str; 2] = [FROZEN_FORMAT, "supercloud-kvm-stream/1"];
+/// The format of [`Backend::freeze`]'s files: that of checkpoints, so that what did not change is stored once, and a thaw can begin anywhere.
+const FROZEN_FORMAT: &str = checkpoint::FORMAT;
+/// The newest of those that agents of before have frozen guests into: the stream of a move.
+const STREAM_FORMAT: &str = "supercloud-kvm-stream/2";
+/// Those that can be thawed besides.
+const THAWED_FORMATS: [&str; 2] = [STREAM_FORMAT, "supercloud-kvm-stream/1"];
+/// The version of the stream of which an image is made: pages one by one.
+const IMAGE_STREAM: u16 = 1;
 
 /// Guests in processes of our own VMM.
 pub struct KvmBackend {
@@ -237,7 +246,7 @@ impl KvmBackend {
             at.begin().map_err(file)?;
             let started = spawn::start(&config, &at, &launch, arrives)?;
             let role = if arrives { Role::Incoming } else { Role::Owner };
-            let record = Record { epoch: launch.epoch, launch, role, process: started.process };
+            let record = Record { epoch: launch.epoch, launch, role, process: started.process, left: None };
             // Before it does anything: what nobody would find again ends by itself.
             at.write(&record).map_err(file)?;
             started.begin()?;
@@ -399,18 +408,26 @@ async fn save(
     let what = "freeze a guest";
     let (ours, theirs) = UnixStream::pair().map_err(failed(what))?;
     let turn = keeper.make_way().await?;
+    let writes = keeper.ask(what, migration::verb("status"), None).await?.stream_version;
     keeper.ask(what, migration::verb("stream"), Some(theirs.into())).await?;
-    let path = part.to_owned();
+    let (path, config) = (part.to_owned(), checkpoint::config_of(&keeper.record().launch.spec));
     let write = move || {
         // What a guest has in its memory is nobody else's.
         let mut options = std::fs::File::options();
-        let mut to = options.write(true).create(true).truncate(true).mode(0o600).open(&path)?;
-        let bytes = io::copy(&mut &ours, &mut to)?;
+        let to = options.write(true).create(true).truncate(true).mode(0o600).open(&path)?;
+        let bytes = image::write_sent(&ours, config, &to).map_err(|error| match error {
+            TravelError::File(error) => error,
+            other => io::Error::other(checkpoint::chain(&other)),
+        })?;
         to.sync_all()?;
         Ok(bytes)
     };
     let writing = tokio::task::spawn_blocking(write);
-    let send = Request { max_downtime_ms: Some(FREEZE_DOWNTIME_MS), ..migration::verb("send") };
+    let send = Request {
+        max_downtime_ms: Some(FREEZE_DOWNTIME_MS),
+        stream_version: migration::older_stream(IMAGE_STREAM, writes),
+        ..migration::verb("send")
+    };
     let sent = Leaving { keeper, what, budget: FREEZE_BUDGET, turn }.send(send, progress).await;
     // The process lets its end go, so that the copy ends, too.
     let closed = keeper.ask(what, migration::verb("hang_up"), None).await;
@@ -597,7 +614,16 @@ impl Backend for KvmBackend {
         Box::pin(async move {
             let what = "look for a frozen guest in";
             match tokio::fs::metadata(&file).await {
-                Ok(meta) => Ok(Some(Frozen { format: FROZEN_FORMAT.to_owned(), bytes: meta.len() })),
+                Ok(meta) => {
+                    let cannot = |source| BackendError::File { what, path: file.clone(), source };
+                    let looked = file.clone();
+                    let look = move || std::fs::File::open(looked).and_then(|file| image::is_image(&file));
+                    let looked = tokio::task::spawn_blocking(look).await.map_err(io::Error::other);
+                    // An agent of before may have written it.
+                    let is_image = looked.and_then(|looked| looked).map_err(cannot)?;
+                    let format = if is_image { FROZEN_FORMAT } else { STREAM_FORMAT };
+                    Ok(Some(Frozen { format: format.to_owned(), bytes: meta.len() }))
+                }
                 Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
                 Err(source) => Err(BackendError::File { what, path: file, source }),
             }
@@ -617,6 +643,10 @@ impl Backend for KvmBackend {
     }
 
     fn checkpointing(&self) -> BackendResult<&dyn Checkpointing> {
+        Ok(self)
+    }
+
+    fn lazy_thaw(&self) -> BackendResult<&dyn LazyThaw> {
         Ok(self)
     }
 

@@ -17,7 +17,7 @@ use std::{
 };
 
 use supercloud_blanket::{
-    BackendError, BackendResult,
+    BackendError, BackendResult, MachineSpec,
     checkpoint::{CheckpointProgress, CheckpointRun, Checkpointed, Checkpointing},
     vmm::{
         MachineConfig,
@@ -116,13 +116,17 @@ struct Begun {
     mirror: MirrorProgress,
 }
 
+/// What machine it is.
+pub(crate) fn config_of(spec: &MachineSpec) -> MachineConfig {
+    MachineConfig { vcpus: u8::try_from(spec.vcpus).unwrap_or(u8::MAX), memory_bytes: spec.memory_bytes }
+}
+
 const WHAT: &str = "take a checkpoint of a guest";
 
 async fn begin(keeper: &Keeper, path: &Path) -> BackendResult<Begun> {
     let guest = keeper.guest();
     let busy = |is: &str| BackendError::WrongState { guest, wants: WHAT, is: is.to_owned() };
-    let spec = keeper.record().launch.spec;
-    let config = MachineConfig { vcpus: u8::try_from(spec.vcpus).unwrap_or(u8::MAX), memory_bytes: spec.memory_bytes };
+    let config = config_of(&keeper.record().launch.spec);
     // Before the file: others' are left alone.
     let Ok(_turn) = Arc::clone(&keeper.way.turn).try_lock_owned() else {
         return Err(busy("about to leave its process"));
@@ -241,7 +245,7 @@ async fn why(keeper: &Keeper, stream: &Arc<Stream>, over: u32, path: &Path, erro
     }
 }
 
-fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(error.source(), |error| error.source());
     causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }

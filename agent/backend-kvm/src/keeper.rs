@@ -26,7 +26,7 @@ use tokio::{
 use crate::{
     checkpoint::Way,
     control::{self, Event, Line, Lines, MirrorProgress, Progress, Request, Requests, State},
-    record::{self, Home, Record, Role},
+    record::{self, Home, Proof, Record, Role},
     spawn,
 };
 
@@ -105,7 +105,7 @@ impl Seen {
         match self.missing {
             Some(0) => Ok(()),
             Some(bytes) => {
-                let is = format!("fetching {bytes} bytes of its memory that its move has left behind");
+                let is = format!("fetching {bytes} bytes of its memory that were left behind where it came from");
                 Err(BackendError::WrongState { guest, wants, is })
             }
             None => Err(BackendError::Away {
@@ -227,10 +227,19 @@ impl Keeper {
 
     /// Changes what is kept of it, for good.
     pub async fn mark(&self, epoch: Epoch, role: Role) -> BackendResult<()> {
+        self.rewrite(move |record| Record { epoch, role, ..record }).await
+    }
+
+    /// Keeps who can serve memory that is missing there; `None`: none is.
+    pub async fn note_left(&self, left: Option<Proof>) -> BackendResult<()> {
+        self.rewrite(move |record| Record { left, ..record }).await
+    }
+
+    async fn rewrite(&self, change: impl FnOnce(Record) -> Record + Send + 'static) -> BackendResult<()> {
         let shared = Arc::clone(&self.shared);
         let write = move || {
             let mut record = lock(&shared.record);
-            let new = Record { epoch, role, ..record.clone() };
+            let new = change(record.clone());
             if new != *record {
                 shared.home.write(&new)?;
                 *record = new;

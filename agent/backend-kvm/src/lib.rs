@@ -7,6 +7,7 @@
 //! | `post_copy` | [`supercloud_blanket::PostCopy`] |
 //! | `mirror` | [`supercloud_blanket::Mirroring`] |
 //! | `checkpoint` | [`supercloud_blanket::checkpoint::Checkpointing`] |
+//! | `lazy` | [`supercloud_blanket::LazyThaw`] |
 //! | `keeper` | who talks to a guest's process: its state, its events, ways to its disks that broke |
 //! | `control` | the lines that go between the two |
 //! | `spawn` | the descriptors that a process gets, and its start |
@@ -19,6 +20,7 @@ mod backend;
 mod checkpoint;
 mod control;
 mod keeper;
+mod lazy;
 mod migration;
 mod mirror;
 mod post_copy;

@@ -72,7 +72,7 @@ const fn first() -> u16 {
 
 /// What a process is told of the version of its stream, which `writes` versions up to this (`None`: it is older than that, and writes
 /// what all read), for somewhere up to `reads` is read; `None`: nothing, as it is not to write an older one, or cannot be told.
-fn older_stream(reads: u16, writes: Option<u16>) -> Option<u16> {
+pub(crate) fn older_stream(reads: u16, writes: Option<u16>) -> Option<u16> {
     writes.filter(|writes| reads < *writes).map(|_| reads.max(1))
 }
 

@@ -68,7 +68,7 @@ impl Drop for Listening {
 }
 
 /// Follows a connection to its end.
-async fn follow(
+pub(crate) async fn follow(
     keeper: &Keeper,
     what: &'static str,
     number: u64,

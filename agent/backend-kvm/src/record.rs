@@ -4,7 +4,11 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 pub use supercloud_blanket::home::Home;
-use supercloud_blanket::{Launch, lasting::Lasting};
+use supercloud_blanket::{
+    Launch,
+    lasting::Lasting,
+    vmm::travel::left::{Left, PageSet},
+};
 use supercloud_ids::Epoch;
 
 /// What the guest here is.
@@ -30,6 +34,36 @@ pub struct Record {
     pub role: Role,
     /// Its process.
     pub process: Lasting,
+    /// It was thawed before its memory was here, and some of that may be missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left: Option<Proof>,
+}
+
+/// By which the process of a guest that was thawed before its memory was here knows who serves that memory; see [`Left`].
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Proof {
+    secret: [u8; 32],
+    whole: [u8; 32],
+}
+
+impl std::fmt::Debug for Proof {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // For no log.
+        out.debug_struct("Proof").finish_non_exhaustive()
+    }
+}
+
+impl Proof {
+    /// Of what was left.
+    pub fn of(left: &Left) -> Self {
+        let (secret, whole) = left.proof();
+        Self { secret, whole }
+    }
+
+    /// The same again, with these pages.
+    pub const fn left(&self, pages: PageSet) -> Left {
+        Left::new(pages, self.secret, self.whole)
+    }
 }
 
 /// Where a guest's process listens.

@@ -12,7 +12,7 @@ use supercloud_api::Progress;
 use supercloud_handover::{DestinationEvent, LocalEvent};
 use supercloud_ids::Epoch;
 
-use super::{Fact, Job, PROGRESS_EVERY, memory};
+use super::{Fact, Job, PROGRESS_EVERY, memory, thawed};
 use crate::{chunks::ChunkSources, volumes::VolumeHome};
 
 /// The pause after a volume could not be asked: its process is being started anew.
@@ -55,14 +55,26 @@ pub struct Wants {
     pub origin: Origin,
     /// At most this much of the link for blocks, bytes per second.
     pub bandwidth_bytes_per_s: Option<u64>,
-    /// Memory, where some may have been left behind.
-    pub memory: Option<memory::Fetch>,
+    /// Memory, where some may be missing.
+    pub memory: Option<Memory>,
+}
+
+/// Where memory that is missing comes from.
+pub enum Memory {
+    /// The host that the guest has left.
+    Left(memory::Fetch),
+    /// What was frozen.
+    Frozen(Box<thawed::Fetch>),
 }
 
 /// Fetches until nothing is missing, however long it takes; tells `NothingMissing`.
 pub async fn run(job: Job, wants: Wants) {
     let Wants { epoch, volumes, origin, bandwidth_bytes_per_s, memory } = wants;
-    let is_memory_missing = memory.as_ref().map(|memory| Arc::clone(&memory.is_missing)).unwrap_or_default();
+    let is_memory_missing = match &memory {
+        Some(Memory::Left(memory)) => Arc::clone(&memory.is_missing),
+        Some(Memory::Frozen(memory)) => Arc::clone(&memory.is_missing),
+        None => Arc::default(),
+    };
     let blocks = async {
         while let Some(pause) = step(&job, &volumes, &origin, bandwidth_bytes_per_s, &is_memory_missing).await {
             tokio::time::sleep(pause).await;
@@ -71,7 +83,8 @@ pub async fn run(job: Job, wants: Wants) {
     };
     let memory = async {
         match memory {
-            Some(with) => memory::fetch(&job, with).await.then_some(()).ok_or(()),
+            Some(Memory::Left(with)) => memory::fetch(&job, with).await.then_some(()).ok_or(()),
+            Some(Memory::Frozen(with)) => thawed::fetch(&job, *with).await.then_some(()).ok_or(()),
             None => Ok(()),
         }
     };

@@ -9,6 +9,7 @@
 //! | [`lease`] | the machine's state | nothing: what it has is looked at |
 //! | [`freeze`] | `StartCopy` and `StoreFreeze` of a freeze | `GuestPaused`, `FreezeStored`, or `CopyFailed` |
 //! | [`fetch`] | `StartFetch` | `NothingMissing` |
+//! | [`thawed`] | `StartFetch` of a thaw | as [`fetch`] |
 //! | [`memory`] | `ServeMemory` of a post-copy, `StartFetch` | `MemoryServed`; `GuestGone` when what is missing is nowhere |
 
 pub mod base;
@@ -21,6 +22,7 @@ pub mod mirror;
 pub mod prepare;
 pub mod receive;
 pub mod standby;
+pub mod thawed;
 
 use std::{sync::Arc, time::Duration};
 

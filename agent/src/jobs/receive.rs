@@ -7,9 +7,12 @@ use base64::Engine as _;
 use supercloud_api::{
     Progress, Propagation,
     data::HandoverMessage,
-    link::{FrozenMemory, VolumeRoot},
+    link::{FrozenMemory, ThawWish, VolumeRoot},
 };
-use supercloud_blanket::migrate::{Cookie, MAX_COOKIE_BYTES};
+use supercloud_blanket::{
+    migrate::{Cookie, MAX_COOKIE_BYTES},
+    thaw::FrozenBlocks,
+};
 use supercloud_handover::{DestinationEvent, DestinationPlan, LocalEvent, OperationKind, VolumeStamp};
 use supercloud_storage::{
     key::MapRoot,
@@ -25,7 +28,7 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{Fact, Job, JobError, PROGRESS_EVERY, file_error, in_time, prepare, standby};
+use super::{Fact, Job, JobError, PROGRESS_EVERY, file_error, in_time, prepare, standby, thawed};
 use crate::{
     accounts::Account,
     chunks::ChunkSources,
@@ -71,6 +74,8 @@ pub struct Wants {
     pub bandwidth_bytes_per_s: Option<u64>,
     /// For a thaw.
     pub frozen: Option<FrozenMemory>,
+    /// Likewise: whether the guest waits for its memory.
+    pub thaw: ThawWish,
     /// For a mirror: says when it is to take over.
     pub take_over: std::sync::Arc<tokio::sync::Notify>,
 }
@@ -100,11 +105,15 @@ pub(super) async fn conclude(job: &Job, received: Result<Vec<VolumeStamp>, JobEr
 }
 
 async fn receive(job: &Job, wants: Wants) -> Result<Vec<VolumeStamp>, JobError> {
-    let Wants { plan, copy, sources, peer, bandwidth_bytes_per_s, frozen, take_over } = wants;
+    let Wants { plan, copy, sources, peer, bandwidth_bytes_per_s, frozen, thaw, take_over } = wants;
     if let OperationKind::Migrate { post_copy: true, .. } = plan.kind {
         // Refused before anything is made.
         job.host.backend.post_copy()?;
     }
+    let is_lazy = match &frozen {
+        Some(frozen) => is_lazy(job, thaw, &frozen.format)?,
+        None => false,
+    };
     job.unless_cancelled(prepare::prepare(job, &plan, &copy, &sources)).await?;
     job.tell(Fact::Event(LocalEvent::Destination(DestinationEvent::Prepared { operation: job.operation }))).await;
     match plan.kind {
@@ -125,7 +134,10 @@ async fn receive(job: &Job, wants: Wants) -> Result<Vec<VolumeStamp>, JobError> 
         }
         OperationKind::Thaw { .. } => {
             let frozen = frozen.ok_or_else(|| JobError::Protocol("no memory state was named".to_owned()))?;
-            thaw(job, &plan, &copy, &sources, &frozen).await
+            match is_lazy {
+                true => thaw_lazily(job, &plan, &copy, &sources, &frozen).await,
+                false => thaw_whole(job, &plan, &copy, &sources, &frozen).await,
+            }
         }
         _ => match (copy.origin, peer) {
             (VolumeOrigin::Peer, Some(mut peer)) => job.unless_cancelled(collect(job, &plan, &copy, &mut peer)).await,
@@ -135,8 +147,52 @@ async fn receive(job: &Job, wants: Wants) -> Result<Vec<VolumeStamp>, JobError> 
     }
 }
 
+/// Whether a guest that was frozen in this format is to run before its memory is here.
+///
+/// # Errors
+/// When it is to, and cannot: by name.
+fn is_lazy(job: &Job, wish: ThawWish, format: &str) -> Result<bool, JobError> {
+    let offered = job.host.backend.lazy_thaw().and_then(|lazy| lazy.takes(format));
+    match (wish, offered) {
+        (ThawWish::Whole, _) => Ok(false),
+        (ThawWish::Lazy, Err(refused)) => Err(refused.into()),
+        (ThawWish::Either, Err(lacks)) => {
+            tracing::info!(guest = %job.guest, why = %lacks, "the guest waits for its memory");
+            Ok(false)
+        }
+        (_, Ok(())) => Ok(true),
+    }
+}
+
+/// A frozen guest that goes on without its memory, which stays where it is until [`super::thawed`] fetches it.
+async fn thaw_lazily(
+    job: &Job,
+    plan: &DestinationPlan,
+    copy: &CopyRecord,
+    sources: &std::sync::Arc<ChunkSources>,
+    frozen: &FrozenMemory,
+) -> Result<Vec<VolumeStamp>, JobError> {
+    let reader = prepare::reader(job, copy, sources);
+    let opened = async {
+        let image = std::sync::Arc::new(thawed::open(frozen, reader).await?);
+        Ok((image, prepare::seal_here(copy, plan.from.epoch).await?))
+    };
+    let (image, stamps) = job.unless_cancelled(opened).await?;
+    // Awaited whatever becomes of the job: half started it would be left.
+    let blocks: std::sync::Arc<dyn FrozenBlocks> = image.clone();
+    let info = job.host.backend.lazy_thaw()?.thaw_lazily(copy.launch.clone(), blocks, frozen.format.clone()).await;
+    if let (Err(_), Some(trouble)) = (&info, image.take_trouble()) {
+        // Damage is told apart from a store that is away.
+        return Err(Box::new(trouble).into());
+    }
+    info?;
+    let message = "its devices are as they were; its memory follows".to_owned();
+    job.show(Progress { message, ..Progress::default() });
+    Ok(stamps)
+}
+
 /// A frozen guest: its memory comes out of the store into a file, and the hypervisor takes it, standing still.
-async fn thaw(
+async fn thaw_whole(
     job: &Job,
     plan: &DestinationPlan,
     copy: &CopyRecord,

@@ -98,6 +98,8 @@ struct State {
     bandwidth_bps: Option<u64>,
     /// Which memory of the moves that begin may follow.
     memory: MemoryMode,
+    /// Whether guests that are thawed from now on wait for theirs.
+    thaw: link::ThawWish,
     /// By which the mirrors that begin are fenced, in milliseconds.
     lease_ms: Option<u64>,
     /// How many leases were granted.
@@ -167,6 +169,7 @@ impl Controller {
                 cut: HashSet::new(),
                 removed: HashSet::new(),
                 frozen: None,
+                thaw: link::ThawWish::Whole,
                 swept: Vec::new(),
                 progress: HashMap::new(),
                 problems: Vec::new(),
@@ -304,6 +307,11 @@ impl Controller {
     /// Which memory of the moves from now on may follow.
     pub fn leave_memory(&self, memory: MemoryMode) {
         self.state().memory = memory;
+    }
+
+    /// Whether guests that are thawed from now on wait for their memory.
+    pub fn thaw(&self, wish: link::ThawWish) {
+        self.state().thaw = wish;
     }
 
     /// The mirrors from now on are fenced by a lease.
@@ -591,6 +599,7 @@ impl Controller {
             },
             grace_ms: 0,
             frozen,
+            thaw: state.thaw,
         }
     }
 

@@ -14,7 +14,7 @@ use std::{
 
 use supercloud_api::CompatClass;
 use supercloud_blanket::{
-    Backend, BackendError, BackendResult, BoxFuture, Launch, LiveMigration, Mirroring, PostCopy,
+    Backend, BackendError, BackendResult, BoxFuture, Launch, LazyThaw, LiveMigration, Mirroring, PostCopy,
     backend::{
         BackendEvent, Capabilities, Frozen, GuestEvent, GuestInfo, MemoryStats, PauseReason, RunState, StopMode,
         StopReason,
@@ -47,7 +47,8 @@ const STRIDE: u64 = 16 << 10;
 const RECORD: usize = 512;
 const MEMORY_BYTES: usize = 4 << 20;
 const PIECES: usize = 40;
-const SAVED_BYTES: usize = 300_001;
+const SAVED_BYTES: usize = 17 * BLOCK_BYTES + 1;
+const BLOCK_BYTES: usize = 64 << 10;
 
 /// What the tests know about all guests, on all hosts.
 #[derive(Default)]
@@ -67,6 +68,8 @@ pub struct World {
     pub save_ms: AtomicU64,
     /// Saves end well although somebody cancels them.
     pub saves_go_on: AtomicBool,
+    /// Hosts do not let a thawed guest run before its memory is there.
+    pub lacks_lazy_thaws: AtomicBool,
     /// So many resumes fail.
     pub failing_resumes: AtomicU32,
 }
@@ -139,6 +142,10 @@ pub struct Inner {
     pub standbys: Mutex<HashMap<GuestId, Arc<Standby>>>,
     /// What guests lack of their memory.
     pub missing: Mutex<HashMap<GuestId, Arc<Missing>>>,
+    /// Guests that were thawed before their memory was there, and of which nobody was told that it is.
+    pub lazy: Mutex<std::collections::HashSet<GuestId>>,
+    /// What the last of them had in its memory.
+    pub thawed_as: Mutex<u64>,
     /// What is staged of each guest.
     pub staged: Mutex<HashMap<GuestId, watch::Sender<u64>>>,
     /// Until when guests may run, on the boot clock in milliseconds.
@@ -176,6 +183,8 @@ impl Hypervisor {
             incoming: Mutex::default(),
             standbys: Mutex::default(),
             missing: Mutex::default(),
+            lazy: Mutex::default(),
+            thawed_as: Mutex::default(),
             staged: Mutex::default(),
             leases: Mutex::default(),
             agent: AtomicU64::new(0),
@@ -244,7 +253,8 @@ impl Hypervisor {
 
 /// A guest in a file.
 pub fn saved(next: u64) -> Vec<u8> {
-    let mut bytes = vec![7; SAVED_BYTES];
+    // No block is another's.
+    let mut bytes: Vec<u8> = (0..SAVED_BYTES).map(|at| 7 + (at / BLOCK_BYTES) as u8).collect();
     bytes[..8].copy_from_slice(&next.to_le_bytes());
     bytes
 }
@@ -364,7 +374,7 @@ impl Inner {
         }
     }
 
-    async fn put(self: &Arc<Self>, launch: Launch, state: RunState, next: u64) -> BackendResult<GuestInfo> {
+    pub async fn put(self: &Arc<Self>, launch: Launch, state: RunState, next: u64) -> BackendResult<GuestInfo> {
         launch.check()?;
         for tap in launch.host.taps.values() {
             assert!(tap.starts_with("sct"), "{tap}");
@@ -553,8 +563,8 @@ impl Backend for Hypervisor {
             assert_eq!(format, "test/1");
             let bytes = tokio::fs::read(&file).await.map_err(failed("thaw"))?;
             assert_eq!(bytes.len(), SAVED_BYTES, "the file is as long as it was");
-            assert!(bytes[8..].iter().all(|byte| *byte == 7));
             let next = u64::from_le_bytes(bytes[..8].try_into().unwrap());
+            assert!(bytes == saved(next));
             let info = self.0.put(launch, RunState::Paused(PauseReason::Arrived), next).await?;
             if let Some(thawed) = self.0.guests.lock().await.get_mut(&info.guest) {
                 thawed.file = Some(file);
@@ -576,6 +586,10 @@ impl Backend for Hypervisor {
     }
 
     fn post_copy(&self) -> BackendResult<&dyn PostCopy> {
+        Ok(self)
+    }
+
+    fn lazy_thaw(&self) -> BackendResult<&dyn LazyThaw> {
         Ok(self)
     }
 }

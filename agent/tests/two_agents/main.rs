@@ -12,6 +12,8 @@ mod crashes;
 mod freezes;
 mod hypervisor;
 mod lab;
+mod lazily_thawing;
+mod lazy_thaws;
 mod leases;
 mod mirroring;
 mod mirrors;

@@ -43,7 +43,7 @@ impl Missing {
         Self { pages: Mutex::new(pages), wanted: Mutex::default(), told }
     }
 
-    fn next(&self) -> Option<u64> {
+    pub fn next(&self) -> Option<u64> {
         let pages = self.pages.lock().unwrap();
         let wanted = self.wanted.lock().unwrap().filter(|page| pages.contains(page));
         wanted.or_else(|| pages.first().copied())
@@ -53,7 +53,7 @@ impl Missing {
         self.pages.lock().unwrap().is_empty()
     }
 
-    fn came(&self, page: u64) {
+    pub fn came(&self, page: u64) {
         self.pages.lock().unwrap().remove(&page);
         let left = self.pages.lock().unwrap().len() as u64 * PAGE_BYTES;
         self.told.send_replace(left);

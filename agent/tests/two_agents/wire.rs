@@ -166,6 +166,7 @@ impl Facts for Nothing {
             moves_none_live: false,
             takes_mirrors: false,
             takes_post_copy: false,
+            takes_lazy_thaw: false,
             measures_paths: false,
             tells_flows: false,
             takes_leases: false,

@@ -415,11 +415,12 @@ fn read_requests(number: u64, stream: UnixStream, inputs: &Sender<Input>) {
 struct Lines {
     stream: UnixStream,
     bytes: Vec<u8>,
-    socket: Option<File>,
+    /// The last that came, with the end of the bytes with which it came: a line before is none of its.
+    socket: Option<(usize, File)>,
 }
 
 impl Lines {
-    /// The next line, with the last socket that came in or before its end; a line that is too long is cut there.
+    /// The next line, with the last socket that came in it or with its end; a line that is too long is cut there.
     fn next(&mut self) -> Option<(Vec<u8>, Option<UnixStream>)> {
         loop {
             let end = self.bytes.iter().position(|byte| *byte == b'\n').map(|at| at + 1);
@@ -427,8 +428,11 @@ impl Lines {
                 let rest = self.bytes.split_off(end);
                 let line = std::mem::replace(&mut self.bytes, rest);
                 // One that is no socket fails at its first use.
-                let socket = self.socket.take().map(|file| UnixStream::from(OwnedFd::from(file)));
-                return Some((line, socket));
+                let socket = self.socket.take_if(|(at, _)| *at <= end);
+                if let Some((at, _)) = &mut self.socket {
+                    *at -= end;
+                }
+                return Some((line, socket.map(|(_, file)| UnixStream::from(OwnedFd::from(file)))));
             }
             let mut piece = [0; 1024];
             let (count, socket) = match self.stream.recv_with_fd(&mut piece) {
@@ -436,13 +440,14 @@ impl Lines {
                 Err(error) if error.errno() == libc::EINTR => continue,
                 Err(_) => return None,
             };
-            if let Some(socket) = socket {
-                self.socket = Some(socket);
-            }
             if count == 0 {
                 return None;
             }
             self.bytes.extend_from_slice(&piece[..count]);
+            if let Some(socket) = socket {
+                // What is received at once ends with what came with it (unix(7)).
+                self.socket = Some((self.bytes.len(), socket));
+            }
         }
     }
 }
@@ -468,6 +473,25 @@ fn is_ours(stream: &UnixStream) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_socket_is_its_own_lines_also_when_lines_come_at_once() {
+        let (here, there) = UnixStream::pair().unwrap();
+        let (other, _far) = UnixStream::pair().unwrap();
+        (&there).write_all(b"first\nsec").unwrap();
+        (&there).write_all(b"ond").unwrap();
+        there.send_with_fd(&b"\n"[..], other.as_raw_fd()).unwrap();
+        (&there).write_all(b"third\nfourth").unwrap();
+        there.send_with_fd(&b"\n"[..], other.as_raw_fd()).unwrap();
+        drop(there);
+        let mut lines = Lines { stream: here, bytes: Vec::new(), socket: None };
+        let all: Vec<_> = std::iter::from_fn(|| lines.next()).map(|(line, socket)| (line, socket.is_some())).collect();
+        let told = |line: &[u8], has_socket| (line.to_vec(), has_socket);
+        assert_eq!(
+            all,
+            [told(b"first\n", false), told(b"second\n", true), told(b"third\n", false), told(b"fourth\n", true)]
+        );
+    }
 
     #[test]
     fn requests_are_read_strictly() {

@@ -384,6 +384,17 @@ pub struct GuestFreeze {
     pub reason: Option<String>,
 }
 
+/// Whether a thawed guest waits for its memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ThawMemory {
+    /// It runs at once, and its memory follows: what it wants first, then what it was writing when it was frozen, then the rest. Until
+    /// none is missing, what was frozen is needed where it lies.
+    Lazy,
+    /// It runs when all of its memory is there.
+    Whole,
+}
+
 /// Where a frozen guest is resumed.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -401,6 +412,10 @@ pub struct GuestThaw {
     /// With `checkpoint`: the number of the point in its volume's history.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub point: Option<u64>,
+    /// Whether it waits for its memory; when absent, `lazy` where the host and what was frozen allow it, else `whole`. A host that cannot
+    /// do what is named refuses it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<ThawMemory>,
 }
 
 /// A change of a guest.

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
-use supercloud_api::{CpuChoice, Fencing, MemoryMode, OnLoss, Shape};
+use supercloud_api::{CpuChoice, Fencing, MemoryMode, OnLoss, Shape, ThawMemory};
 
 use super::{Trial, Watch};
 use crate::values;
@@ -25,6 +25,24 @@ impl From<Memory> for MemoryMode {
             Memory::PreCopy => Self::PreCopy,
             Memory::Hybrid => Self::Hybrid,
             Memory::PostCopy => Self::PostCopy,
+        }
+    }
+}
+
+/// Whether a thawed guest waits for its memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ThawedMemory {
+    /// It runs at once, and its memory follows.
+    Lazy,
+    /// It runs when all of it is there.
+    Whole,
+}
+
+impl From<ThawedMemory> for ThawMemory {
+    fn from(memory: ThawedMemory) -> Self {
+        match memory {
+            ThawedMemory::Lazy => Self::Lazy,
+            ThawedMemory::Whole => Self::Whole,
         }
     }
 }
@@ -236,7 +254,8 @@ pub enum GuestVerb {
         name: String,
     },
     /// Resumes a frozen guest, anywhere, once; with `--checkpoint`, one that is lost or stopped, from there.
-    #[command(after_help = "Examples:\n  supercloud guest thaw web\n  supercloud guest thaw web --checkpoint\n  \
+    #[command(after_help = "Examples:\n  supercloud guest thaw web\n  supercloud guest thaw web --memory whole\n  \
+        supercloud guest thaw web --checkpoint\n  \
         supercloud guest thaw web --checkpoint 17 --to oak --dry-run")]
     Thaw {
         /// Name or id.
@@ -247,6 +266,10 @@ pub enum GuestVerb {
         /// Set it back to its newest checkpoint, or to this point: what it wrote after it, to memory and disk, is given up.
         #[arg(long, value_name = "POINT", num_args = 0..=1)]
         checkpoint: Option<Option<u64>>,
+        /// Whether it waits for its memory: it runs at once and its memory follows (lazy), or it runs when all of it is there (whole);
+        /// lazy where the host and what was frozen allow it when absent.
+        #[arg(long)]
+        memory: Option<ThawedMemory>,
         /// Whether it is only tried.
         #[command(flatten)]
         trial: Trial,

@@ -8,7 +8,7 @@ use supercloud_api::{
     ids::{CloudId, GuestId, HostId, OperationId},
     link::{
         Answer, Assignment, BootSpec, ChunkSource, FrozenMemory, GuestSpec, MigrationOptions, Peer, PortSpec, Secret,
-        VolumeSpec,
+        ThawWish, VolumeSpec,
     },
     ticket::{Party, Ticket},
     unix_ms,
@@ -75,6 +75,10 @@ impl Engine {
                 bytes: freeze.memory_bytes,
                 format: freeze.memory_format,
             }),
+            thaw: match &record.work {
+                Work::GuestThaw { memory, .. } => (*memory).into(),
+                _ => ThawWish::default(),
+            },
         }))
     }
 
@@ -114,7 +118,7 @@ impl Engine {
 
     /// What a thaw brings back.
     async fn frozen(&self, work: &Work) -> Result<Option<Freeze>, EngineError> {
-        let Work::GuestThaw { freeze } = work else { return Ok(None) };
+        let Work::GuestThaw { freeze, .. } = work else { return Ok(None) };
         Ok(self.state.read::<Freeze>(freeze).await?.map(|freeze| freeze.value))
     }
 

@@ -55,6 +55,16 @@ fn newly_granted(before: &OwnerRecord, after: &OwnerRecord) -> Option<(handover:
     }
 }
 
+/// A thaw that was granted is over in this step: nothing of the guest's memory is missing any more, or the guest is no more. Until then
+/// what was frozen is a needed copy; that it is not thawed twice, the owner says.
+fn is_thaw_over(before: &OwnerRecord, after: &OwnerRecord) -> bool {
+    let Some(op) = before.operation.as_ref().filter(|op| matches!(op.kind, OperationKind::Thaw { .. })) else {
+        return false;
+    };
+    let last = after.last.filter(|last| last.operation == op.id && after.operation.is_none());
+    last.is_some_and(|last| matches!(last.verdict, Verdict::Granted(_)))
+}
+
 /// Takes a new ownership record and brings everything that hangs on the guest in step with it. True when a port changed: the
 /// overlay must be told.
 pub fn apply(attached: &mut Attached, after: OwnerRecord, told: Told<'_>) -> bool {
@@ -64,6 +74,11 @@ pub fn apply(attached: &mut Attached, after: OwnerRecord, told: Told<'_>) -> boo
         switch(attached, &before, grant, kind, told);
     } else {
         prepare_ports(attached, &after);
+    }
+    if is_thaw_over(&before, &after)
+        && let Some(freeze) = &mut attached.freeze
+    {
+        freeze.is_consumed = true;
     }
     // When nobody holds anything any more that is needed, the sources are free.
     for volume in &mut attached.volumes {
@@ -177,12 +192,10 @@ fn switch(attached: &mut Attached, before: &OwnerRecord, grant: handover::Grant,
                 frozen(attached, freeze, grant.epoch, host.cloud, content);
             }
         }
-        OperationKind::Thaw { .. } => {
-            if let Some(freeze) = &mut attached.freeze {
-                freeze.is_consumed = true;
-            }
-        }
-        OperationKind::Migrate { .. } | OperationKind::Mirror { .. } | OperationKind::Stop => {}
+        OperationKind::Thaw { .. }
+        | OperationKind::Migrate { .. }
+        | OperationKind::Mirror { .. }
+        | OperationKind::Stop => {}
     }
 }
 

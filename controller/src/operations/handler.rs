@@ -96,6 +96,7 @@ impl LinkHandler for Engine {
             self.sweeps.note_capable(host, hello.takes_sweeps);
             self.live.note_mirroring(host, hello.takes_mirrors);
             self.live.note_post_copy(host, hello.takes_post_copy);
+            self.live.note_lazy_thaw(host, hello.takes_lazy_thaw);
             self.live.note_leases(host, hello.takes_leases);
             self.leases.heard(host);
             self.checks.note_capable(host, hello.takes_checks);

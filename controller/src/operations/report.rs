@@ -36,7 +36,7 @@ struct Read {
 struct Step {
     guest: GuestRecord,
     is_overlay_changed: bool,
-    /// A thaw is done: the memory of this freeze is needed no more.
+    /// A thaw is over: the memory of this freeze is needed no more.
     consumed: Option<Freeze>,
 }
 
@@ -58,7 +58,7 @@ impl Engine {
             None => None,
         };
         let freeze = match operation.as_ref().map(|operation| &operation.work) {
-            Some(Work::GuestThaw { freeze } | Work::GuestFreeze { freeze }) => {
+            Some(Work::GuestThaw { freeze, .. } | Work::GuestFreeze { freeze }) => {
                 self.state.read::<Freeze>(freeze).await?
             }
             _ => None,
@@ -140,9 +140,8 @@ impl Engine {
                 change.update_operation(before, &mut record);
                 if record.operation.phase != before.operation.phase {
                     Self::log_phase(&record.operation);
-                    let is_thawed =
-                        record.operation.phase == Phase::Done && matches!(record.work, Work::GuestThaw { .. });
-                    consumed = attached.freeze.clone().filter(|_| is_thawed);
+                    let was_consumed = read.freeze.as_ref().is_some_and(|before| before.is_consumed);
+                    consumed = attached.freeze.clone().filter(|freeze| freeze.is_consumed && !was_consumed);
                 }
             }
         }
@@ -530,7 +529,7 @@ fn kind_of(record: &OperationRecord, guest: &GuestRecord) -> Option<handover::Op
         (Work::GuestMigrate { options }, _) => Kind::Migrate { to: to?, post_copy: !options.memory.is_pre_copy() },
         (Work::GuestMirror { .. }, _) => Kind::Mirror { to: to? },
         (Work::GuestFreeze { freeze }, _) => Kind::Freeze { freeze: *freeze },
-        (Work::GuestThaw { freeze }, _) => Kind::Thaw { freeze: *freeze, to: to? },
+        (Work::GuestThaw { freeze, .. }, _) => Kind::Thaw { freeze: *freeze, to: to? },
         (Work::ImageImport { .. } | Work::GuestDelete | Work::HostRent | Work::HostReturn, _) => return None,
     })
 }

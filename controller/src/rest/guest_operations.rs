@@ -8,7 +8,7 @@ use axum::{
 };
 use supercloud_api::{
     Code, Freeze, GuestFreeze, GuestMigrate, GuestStart, GuestState, GuestStop, GuestThaw, Host, MemoryMode, Operation,
-    OperationKind, Plan, PlanCheck, Problem, Ref,
+    OperationKind, Plan, PlanCheck, Problem, Ref, ThawMemory,
     handover::{self, BeginRequest},
     ids::{FreezeId, HostId, OperationId},
     link::MigrationOptions,
@@ -420,16 +420,21 @@ pub async fn thaw(
         }
         let project = api.parts.state.need::<ProjectRecord>(&found.guest.project).await?;
         picture.check_quota(found.guest.project, project.project.quota, 0, Some(found.guest.shape), 0)?;
+        if wanted.memory == Some(ThawMemory::Lazy) {
+            picture.only_with_lazy_thaws(&api.parts.hosts)?;
+        }
         let place = guest_plan::resolve_place(&api.parts, wanted.to.as_ref()).await?;
         match picture.choose(&need(&picture, &found, None), &place) {
             Ok((host, checks)) => {
-                let plan = Some(guest_plan::plan_for(host, checks));
+                let mut plan = guest_plan::plan_for(host, checks);
+                plan.checks.extend(lazy_thaw(&api.parts.hosts, host, wanted.memory));
+                let plan = Some(plan);
                 let reason = back.as_ref().map(|back| format!("set back to point {} of its volume", back.point));
                 let route = Route { destination: Some(host.id), plan, reason, ..Route::default() };
                 let wanted = Wanted {
                     kind: OperationKind::GuestThaw,
                     handover: handover::OperationKind::Thaw { freeze, to: host.id },
-                    work: Work::GuestThaw { freeze },
+                    work: Work::GuestThaw { freeze, memory: wanted.memory },
                     route,
                 };
                 submit_also(&api, &asker, &found, now.clone(), Some(&picture), wanted, |guest, change| {
@@ -443,6 +448,14 @@ pub async fn thaw(
         }
     })
     .await
+}
+
+/// What it means that a thawed guest runs before its memory is there; nothing where it waits.
+fn lazy_thaw(live: &LiveHosts, to: &Host, memory: Option<ThawMemory>) -> Option<PlanCheck> {
+    let is_lazy = memory != Some(ThawMemory::Whole) && live.takes_lazy_thaw(to.id);
+    let detail = "it runs at once where what was frozen allows it; until its memory is there, it waits for what it wants of it when the \
+                  store of its freeze cannot be reached";
+    is_lazy.then(|| PlanCheck { name: "memory".to_owned(), is_ok: true, detail: detail.to_owned() })
 }
 
 /// Whether the guest may be thawed, or what it is set back to first: then only hosts count that can go on from that.

@@ -146,6 +146,20 @@ impl Picture {
         Ok(())
     }
 
+    /// Leaves only hosts at which a thawed guest can run before its memory is there.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn only_with_lazy_thaws(&mut self, live: &LiveHosts) -> Result<(), Problem> {
+        self.hosts.retain(|host| live.takes_lazy_thaw(host.id));
+        if self.hosts.is_empty() {
+            let detail = "memory lazy: no host lets a thawed guest run before its memory is there: their back ends or kernels lack it, \
+                          or their agents are older or away";
+            return Err(Problem::new(Code::Unsupported, detail));
+        }
+        Ok(())
+    }
+
     /// What every host says to a guest, best first.
     pub fn explain(&self, need: &Need, at: &Place) -> Vec<(&Host, Result<Score, Refusal>)> {
         placement::explain(need, at, &self.hosts, &self.reserved())

@@ -44,6 +44,8 @@ struct Live {
     leasing: HashSet<HostId>,
     /// Those from and to which guests may move and leave memory behind, likewise.
     post_copying: HashSet<HostId>,
+    /// Those that let a thawed guest run before its memory is there, likewise.
+    lazy: HashSet<HostId>,
     /// Those that take checkpoints and thaw from them, likewise.
     checkpointing: HashSet<HostId>,
     /// Since when those hosts are away whose links ended under our eyes.
@@ -55,9 +57,9 @@ struct Live {
 impl Default for Live {
     fn default() -> Self {
         let (hosts, bases, away) = (HashMap::new(), HashMap::new(), HashMap::new());
-        let (mirroring, leasing, post_copying, checkpointing) =
-            (HashSet::new(), HashSet::new(), HashSet::new(), HashSet::new());
-        Self { hosts, bases, away, mirroring, leasing, post_copying, checkpointing, began: Instant::now() }
+        let (mirroring, leasing, post_copying, lazy, checkpointing) =
+            (HashSet::new(), HashSet::new(), HashSet::new(), HashSet::new(), HashSet::new());
+        Self { hosts, bases, away, mirroring, leasing, post_copying, lazy, checkpointing, began: Instant::now() }
     }
 }
 
@@ -127,6 +129,21 @@ impl LiveHosts {
     #[must_use]
     pub fn takes_post_copy(&self, host: HostId) -> bool {
         self.0.read().unwrap_or_else(PoisonError::into_inner).post_copying.contains(&host)
+    }
+
+    /// The agent says whether a thawed guest can run there before its memory is there.
+    pub fn note_lazy_thaw(&self, host: HostId, takes_lazy_thaw: bool) {
+        let lazy = &mut self.0.write().unwrap_or_else(PoisonError::into_inner).lazy;
+        match takes_lazy_thaw {
+            true => lazy.insert(host),
+            false => lazy.remove(&host),
+        };
+    }
+
+    /// Whether it said so when it was last heard of.
+    #[must_use]
+    pub fn takes_lazy_thaw(&self, host: HostId) -> bool {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).lazy.contains(&host)
     }
 
     /// The agent says whether it takes checkpoints of guests, and thaws from them.

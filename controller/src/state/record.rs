@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, fmt::Display};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use supercloud_api::{
     Cloud, DiskFormat, FleetPlan, Freeze, Guest, GuestState, Host, HostNoticeKind, HostState, Image, Name, Network,
-    Operation, Port, Project, Renting, Token, Volume, VolumeHistory,
+    Operation, Port, Project, Renting, ThawMemory, Token, Volume, VolumeHistory,
     handover::{Owner, OwnerRecord},
     ids::{
         CloudId, FreezeId, GuestId, HostId, ImageId, NetworkId, OperationId, PlanId, PortId, ProjectId, RentingId,
@@ -254,6 +254,9 @@ pub enum Work {
     GuestThaw {
         /// The freeze that is consumed.
         freeze: FreezeId,
+        /// Whether the guest waits for its memory, if that was said.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        memory: Option<ThawMemory>,
     },
     /// Rents a host; the renting names this operation.
     HostRent,

@@ -59,7 +59,7 @@ async fn want(world: &World, random: &mut Random, guest: GuestId) -> Option<(Ope
             (OperationKind::GuestStart, Work::GuestStart, Some(to))
         }
         (GuestState::Frozen, _) => {
-            (OperationKind::GuestThaw, Work::GuestThaw { freeze: record.guest.freeze? }, Some(to))
+            (OperationKind::GuestThaw, Work::GuestThaw { freeze: record.guest.freeze?, memory: None }, Some(to))
         }
         (GuestState::Running, 0) => (OperationKind::GuestStop, Work::GuestStop { grace_ms: 0 }, None),
         (GuestState::Running, 1 | 2) => {

@@ -65,14 +65,14 @@ async fn a_freeze_thaws_once_anywhere_and_a_stale_one_is_refused() {
         .await;
 
     // While it runs, and when it is frozen anew: the old freeze is not its state any more.
-    let stale = Work::GuestThaw { freeze: first };
+    let stale = Work::GuestThaw { freeze: first, memory: None };
     let id = world.submit(guest, OperationKind::GuestThaw, stale.clone(), Some(0)).await;
     world.undone(id, Code::WrongState).await;
     world.settled().await;
     world.done(world.freeze(guest).await).await;
     let id = world.submit(guest, OperationKind::GuestThaw, stale, Some(0)).await;
     world.undone(id, Code::WrongState).await;
-    let none = Work::GuestThaw { freeze: FreezeId::generate() };
+    let none = Work::GuestThaw { freeze: FreezeId::generate(), memory: None };
     let id = world.submit(guest, OperationKind::GuestThaw, none, Some(0)).await;
     world.undone(id, Code::NotFound).await;
     world.done(world.thaw(guest, 0).await).await;

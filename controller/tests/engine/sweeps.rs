@@ -8,13 +8,13 @@ use std::{
 };
 
 use supercloud_api::{
-    Code, DiskFormat, Freeze, FrozenVolume, Image, Problem,
+    Code, DiskFormat, Freeze, FrozenVolume, GuestState, Image, OperationKind, Phase, Problem,
     ids::{Epoch, FreezeId, GuestId, HostId, ImageId, ProjectId, VolumeId},
     link::{Answer, HistoryMark, ManifestPart, Query, StoreRoot, StoreSwept},
 };
 use supercloud_controller::{
     link::LinkHandler as _,
-    state::{AcceptedMark, Change, Context},
+    state::{AcceptedMark, Change, Context, Work},
 };
 use supercloud_storage::{
     backend::{ObjectKey, ObjectStore},
@@ -24,7 +24,12 @@ use supercloud_storage::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::support::{Random, seed, world::World};
+use crate::support::{
+    Random,
+    agent::{Stage, lock},
+    seed,
+    world::World,
+};
 
 /// Everything in a store was written an hour earlier than it was.
 fn age(folder: &Path) {
@@ -293,4 +298,68 @@ async fn records_that_do_not_know_what_hosts_hold_sweep_nothing() {
     let problems: Vec<String> = told.map(|event| event.data["problem"].to_string()).collect();
     assert_eq!(problems.len(), 2);
     assert!(problems[0].contains("has told nothing") && problems[1].contains(&guest.to_string()), "{problems:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_frozen_lives_until_nothing_of_it_is_missing() {
+    let mut world = World::new(seed("sweep-thaw", 73), 2).await;
+    let guest = world.guest().await;
+    world.done(world.start(guest, 0).await).await;
+    world.done(world.freeze(guest).await).await;
+    world.settled().await;
+    let freeze = async |world: &World| {
+        let id = world.record(guest).await.guest.freeze.unwrap();
+        world.state().need::<Freeze>(&id).await.unwrap().value
+    };
+    let lives = async |world: &World, freeze: &Freeze| {
+        let (live, _) = roots(world, world.id(0), None).await.unwrap();
+        live.iter().any(|live| live.root == freeze.memory_root && live.is_home)
+    };
+    let is_consumed =
+        async |world: &World, freeze: &Freeze| world.state().need::<Freeze>(&freeze.id).await.unwrap().is_consumed;
+    let first = freeze(&world).await;
+    assert!(lives(&world, &first).await);
+    // It runs, and its memory has still to come: also for a controller that begins anew.
+    world.stall(Stage::Fetch, true);
+    let thaw = world.thaw(guest, 1).await;
+    world.until("it runs", async |world| lock(&world.ground).runs_at(guest).len() == 1).await;
+    world.until("and is told to", async |world| world.operation(thaw).await.phase >= Phase::Resume).await;
+    for is_again in [false, true] {
+        if is_again {
+            world.restart_controller().await;
+        }
+        assert!(!is_consumed(&world, &first).await && lives(&world, &first).await);
+        assert!(!lock(&world.ground).frozen[&first.id].is_dropped);
+        assert!(!world.operation(thaw).await.phase.is_terminal());
+    }
+    // Nothing else is done with it meanwhile.
+    let other = Work::GuestFreeze { freeze: FreezeId::generate() };
+    let busy = world.try_submit(guest, OperationKind::GuestFreeze, other, None).await.unwrap_err();
+    assert_eq!((busy.code, busy.retryable), (Code::OperationInProgress, true));
+    world.stall(Stage::Fetch, false);
+    world.done(thaw).await;
+    world.until("it is over", async |world| is_consumed(world, &first).await).await;
+    world.until("and dropped", async |world| lock(&world.ground).frozen[&first.id].is_dropped).await;
+    assert!(!lives(&world, &first).await);
+    world.settled().await;
+
+    // A guest that dies while its memory is missing: it is lost, and what was frozen is no way back to a disk that is newer.
+    world.done(world.freeze(guest).await).await;
+    world.settled().await;
+    let second = freeze(&world).await;
+    world.stall(Stage::Fetch, true);
+    let thaw = world.thaw(guest, 0).await;
+    world.until("it runs", async |world| lock(&world.ground).runs_at(guest).len() == 1).await;
+    world.until("and is told to", async |world| world.operation(thaw).await.phase >= Phase::Resume).await;
+    assert!(!is_consumed(&world, &second).await);
+    world.crash(guest, 0).await;
+    world.until("it is lost", async |world| world.record(guest).await.guest.state == GuestState::Lost).await;
+    assert_eq!(world.end(thaw).await.phase, Phase::Failed);
+    assert!(is_consumed(&world, &second).await);
+    world.stall(Stage::Fetch, false);
+    let again = Work::GuestThaw { freeze: second.id, memory: None };
+    let again = world.submit(guest, OperationKind::GuestThaw, again, Some(1)).await;
+    world.undone(again, Code::WrongState).await;
+    world.done(world.start(guest, 0).await).await;
+    world.settled().await;
 }

@@ -173,6 +173,7 @@ impl Seat {
             moves_none_live: false,
             takes_mirrors: true,
             takes_post_copy: true,
+            takes_lazy_thaw: true,
             measures_paths: false,
             tells_flows: false,
             takes_leases: true,

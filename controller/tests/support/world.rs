@@ -575,7 +575,7 @@ impl World {
 
     pub async fn thaw(&self, guest: GuestId, to: usize) -> OperationId {
         let freeze = self.record(guest).await.guest.freeze.expect("a frozen guest");
-        self.submit(guest, OperationKind::GuestThaw, Work::GuestThaw { freeze }, Some(to)).await
+        self.submit(guest, OperationKind::GuestThaw, Work::GuestThaw { freeze, memory: None }, Some(to)).await
     }
 
     pub async fn delete(&self, guest: GuestId) -> OperationId {

@@ -11,6 +11,7 @@ use supercloud_blanket::device::Mac;
 use supercloud_blanket::vmm::boot::{self, BootFiles};
 use supercloud_blanket::vmm::bus::Registers as _;
 use supercloud_blanket::vmm::pci::{Function as _, MessageSink};
+use supercloud_blanket::vmm::travel::image::{self as frozen, Lay};
 use supercloud_blanket::vmm::travel::mirror::standby::rehearse;
 use supercloud_blanket::vmm::travel::packed;
 use supercloud_blanket::vmm::travel::pages::{Packer, Unpacker};
@@ -293,6 +294,31 @@ fn packed_seeds() -> Option<Vec<Vec<u8>>> {
 pub fn mirror(input: &[u8]) {
     let Ok(ram) = memory::create(RAM_BYTES).and_then(|file| memory::map(file, RAM_BYTES)) else { return };
     let _ = rehearse(input, &ram);
+}
+
+/// The length of a frozen machine's image and the beginning of its first block: what is looked at of it before its blocks are read.
+pub fn image(input: &[u8]) {
+    let Some((bytes, head)) = input.split_first_chunk::<8>() else { return };
+    let mut first = head.to_vec();
+    first.resize(usize::try_from(frozen::BLOCK_BYTES).unwrap_or(0), 0);
+    let Ok(lay) = Lay::read(&first, u64::from_le_bytes(*bytes)) else { return };
+    // A large one takes as long as it is large, which says nothing.
+    if lay.config().memory_bytes <= 16 * RAM_BYTES {
+        let pages = lay.pages(|block| block % 3 == 0);
+        let _ = lay.leave(head, pages);
+    }
+}
+
+/// One with and one without a record of what was hot.
+pub fn image_seeds() -> Vec<Vec<u8>> {
+    let head = br#"supercloud-image{"version":1,"vcpus":1,"memory_bytes":2097152,"state_version":1,"state_bytes":10}"#;
+    let bytes = (frozen::BLOCK_BYTES + (2 << 20) + 10).to_le_bytes();
+    let plain = [&bytes[..], head].concat();
+    // zstd (RFC 8878): one block as it is, four bytes.
+    let packed = [0x28, 0xb5, 0x2f, 0xfd, 0x20, 4, 0x21, 0, 0, 9, 0, 0, 1];
+    let length = u32::try_from(packed.len()).unwrap_or(0).to_le_bytes();
+    let hot = [&plain[..], b"\0hot1", &length, &packed, &[7; 32]].concat();
+    vec![plain, hot]
 }
 
 /// A first copy and two cuts, one of which is abandoned.

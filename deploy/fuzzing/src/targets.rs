@@ -45,6 +45,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "virtio", about: "what a guest does to a device", seeds: guest::virtio_seeds, run: guest::virtio },
     Target { name: "boot", about: "the kernel that a guest brings", seeds: guest::boot_seeds, run: guest::boot_file },
     Target { name: "travel", about: "a machine from another host", seeds: guest::travel_seeds, run: guest::travel },
+    Target { name: "image", about: "a frozen machine out of a store", seeds: guest::image_seeds, run: guest::image },
     Target { name: "mirror", about: "a mirror from another host", seeds: guest::mirror_seeds, run: guest::mirror },
     Target { name: "feed", about: "price feeds, recorded prices, catalogues, probes", seeds: feeds, run: feed },
 ];

@@ -7,7 +7,10 @@ use supercloud_api::{
     ids::{Epoch, OperationId},
     link::{Assignment, Peer},
 };
-use supercloud_blanket::backend::{RunState, StopMode};
+use supercloud_blanket::{
+    BackendError,
+    backend::{RunState, StopMode},
+};
 use supercloud_handover::{
     DestinationEvent, DestinationPlan, DestinationState, LocalEvent, OperationKind, SourceState, VolumeStamp,
 };
@@ -20,7 +23,7 @@ use crate::{
         dials, machine,
         record::{CopyRecord, VolumeOrigin},
     },
-    jobs::{JobError, fetch, memory, prepare, receive, standby},
+    jobs::{JobError, fetch, memory, prepare, receive, standby, thawed},
     plane::{
         admission::Role,
         meeting::{Meeting, MeetingHandle},
@@ -80,6 +83,7 @@ impl Actor {
                 .map_or(assignment.migration.bandwidth_bps, |mirror| mirror.bandwidth_bps)
                 .map(|bps| (bps / 8).max(1)),
             frozen: assignment.frozen.clone(),
+            thaw: assignment.thaw,
             take_over: self.take_over.insert(Arc::default()).clone(),
         };
         self.jobs.receive = Some(Self::start(&job.clone(), receive::run(job, wants)));
@@ -273,7 +277,7 @@ impl Actor {
                 return Ok(destination(DestinationEvent::GuestGone));
             }
             Some(_) => {
-                if self.leaves_memory() {
+                if self.leaves_memory() || self.is_thawed_lazily()? {
                     // What it wants first is missing at once.
                     self.start_fetch(epoch)?;
                 }
@@ -310,11 +314,45 @@ impl Actor {
             }
             (None, None) => fetch::Origin::Uncounted,
         };
-        let memory = self.memory_to_fetch();
+        let memory = match self.memory_to_fetch() {
+            Some(memory) => Some(fetch::Memory::Left(memory)),
+            None => self.frozen_memory(&copy)?.map(Box::new).map(fetch::Memory::Frozen),
+        };
         let bandwidth_bytes_per_s = limit.map(|bps| (bps / 8).max(1));
         let wants = fetch::Wants { epoch, volumes: copy.volumes, origin, bandwidth_bytes_per_s, memory };
         self.jobs.fetch = Some(Self::start(&job.clone(), fetch::run(job, wants)));
         Ok(())
+    }
+
+    /// Whether the guest was thawed before its memory was here, and some of it may be missing.
+    fn is_thawed_lazily(&self) -> Result<bool, EffectError> {
+        let is_thawed = match self.record.handover.destination().state() {
+            DestinationState::Granted { plan, .. } | DestinationState::Running { plan, .. } => {
+                matches!(plan.kind, OperationKind::Thaw { .. })
+            }
+            _ => false,
+        };
+        if !is_thawed {
+            return Ok(false);
+        }
+        // Where nobody can say, nobody may say that nothing is missing.
+        match self.host.backend.lazy_thaw().and_then(|lazy| lazy.is_lazy(self.guest)) {
+            Ok(is_lazy) => Ok(is_lazy),
+            Err(BackendError::Unsupported { .. } | BackendError::NoSuchGuest { .. }) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// What memory is fetched with that is missing after a thaw.
+    fn frozen_memory(&self, copy: &CopyRecord) -> Result<Option<thawed::Fetch>, EffectError> {
+        if !self.is_thawed_lazily()? {
+            return Ok(None);
+        }
+        let assignment = self.record.assignment.as_ref().filter(|assignment| assignment.operation == copy.operation);
+        let frozen = assignment.and_then(|assignment| assignment.frozen.clone()).ok_or(EffectError::NoAssignment)?;
+        let (sources, _) = self.sources.as_ref().ok_or(EffectError::NoAssignment)?;
+        let reader = sources.reader(prepare::keys(copy), &self.host.store);
+        Ok(Some(thawed::Fetch { frozen, reader, is_missing: Arc::default() }))
     }
 
     /// Whether the guest comes by a move that may leave memory behind.

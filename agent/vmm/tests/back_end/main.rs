@@ -16,6 +16,7 @@ mod worker;
 #[path = "../support/boot_disk.rs"]
 mod boot_disk;
 mod disks;
+mod lazy;
 mod left;
 mod mirror;
 mod wire;
@@ -552,10 +553,18 @@ async fn a_guest_is_frozen_into_a_file_and_thawed_elsewhere() {
     std::fs::write(&broken, &bytes[..bytes.len() - 40]).unwrap();
     assert!(other.back_end.thaw(other.launch(guest, 2).await, broken, frozen.format.clone()).await.is_err());
     assert_eq!(other.state(guest).await, None);
-    // The format before is taken too; what the stream says of itself is what counts.
-    assert_eq!(frozen.format, "supercloud-kvm-stream/2");
+    assert_eq!(frozen.format, "supercloud-kvm-image/1");
+    // What agents of before froze is a stream, and taken too; what the stream says of itself is what counts.
+    let streamed = other.path("streamed");
+    supercloud_blanket::vmm::travel::image::send(
+        &std::fs::File::open(&file).unwrap(),
+        std::fs::File::create(&streamed).unwrap(),
+    )
+    .unwrap();
+    let found = other.back_end.frozen_in(streamed.clone()).await.unwrap().unwrap();
+    assert_eq!(found.format, "supercloud-kvm-stream/2");
     let format = "supercloud-kvm-stream/1".to_owned();
-    let info = other.back_end.thaw(other.launch(guest, 2).await, file.clone(), format).await.unwrap();
+    let info = other.back_end.thaw(other.launch(guest, 2).await, streamed, format).await.unwrap();
     assert_eq!((info.state, info.epoch), (RunState::Paused(PauseReason::Arrived), Epoch(2)));
     other.back_end.resume(guest, Epoch(2)).await.unwrap();
     other.echoes(b'b').await;

@@ -1849,6 +1849,7 @@ export interface components {
              */
             checkpoint?: boolean;
             freeze?: null | components["schemas"]["FreezeId"];
+            memory?: null | components["schemas"]["ThawMemory"];
             /**
              * Format: int64
              * @description With `checkpoint`: the number of the point in its volume's history.
@@ -4139,6 +4140,11 @@ export interface components {
          * @enum {string}
          */
         Tenure: "spot" | "on_demand";
+        /**
+         * @description Whether a thawed guest waits for its memory.
+         * @enum {string}
+         */
+        ThawMemory: "lazy" | "whole";
         /** @description Points that were thinned out, in a row. */
         ThinnedPoints: {
             /**

@@ -16,7 +16,7 @@ const CHOICES: Record<Verb, Choice> = {
   migrate: { verb: "migrate", title: "Migrate", places: true, says: "It goes on running while it moves; its peers see a pause of less than a second or so." },
   mirror: { verb: "mirror", title: "Mirror", places: true, path: "mirrors", says: "A second copy of it stands by at another host, kept by cuts, and can take over when the guest's own host is lost." },
   freeze: { verb: "freeze", title: "Freeze", places: false, says: "Its memory and disks go into the image store; it stands still until it is thawed, anywhere." },
-  thaw: { verb: "thaw", title: "Thaw", places: true, says: "It goes on where it was frozen, at the place you choose." },
+  thaw: { verb: "thaw", title: "Thaw", places: true, says: "It goes on where it was frozen, at the place you choose: at once where the host can do that, and its memory follows out of the store." },
   start: { verb: "start", title: "Start", places: true, says: "It boots from its volumes." },
   stop: { verb: "stop", title: "Stop", places: false, says: "It is asked to shut down; after 30 s its plug is pulled." },
 };

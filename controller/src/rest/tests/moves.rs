@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use supercloud_api::{
-    Code, GuestFreeze, GuestMigrate, GuestStart, GuestStop, GuestThaw, HostPatch, MemoryMode, Phase, Volume,
+    Code, GuestFreeze, GuestMigrate, GuestStart, GuestStop, GuestThaw, HostPatch, MemoryMode, Phase, ThawMemory,
+    Volume,
     handover::{Holder, OperationKind, Owner, OwnerRecord},
     ids::{Epoch, FreezeId},
 };
@@ -189,8 +190,21 @@ async fn a_freeze_thaws_once_and_a_stale_one_never() {
     let started = problem(world.client.start_guest("web", &GuestStart::default()).await);
     assert!(started.detail.contains("thaw it first"), "{}", started.detail);
     let good = GuestThaw { to: Some("west".into()), freeze: Some(freeze), ..GuestThaw::default() };
-    let operation = world.client.thaw_guest("web", &good).await.unwrap();
+    // At once only where a host can: else it is refused by name, and nothing is begun.
+    let lazy = GuestThaw { memory: Some(ThawMemory::Lazy), ..good.clone() };
+    let refused = problem(world.client.thaw_guest("web", &lazy).await);
+    assert_eq!(refused.code, Code::Unsupported);
+    assert!(refused.detail.contains("memory lazy"), "{}", refused.detail);
+    test.parts().hosts.note_lazy_thaw(world.hosts[0].id, true);
+    assert!(world.client.thaw_guest("web", &lazy).await.is_err(), "not that one");
+    assert_eq!(world.client.guest("web").await.unwrap().operation, None, "nothing was begun");
+    test.parts().hosts.note_lazy_thaw(world.hosts[1].id, true);
+    let operation = world.client.thaw_guest("web", &lazy).await.unwrap();
     assert_eq!(operation.destination, Some(world.hosts[1].id));
+    let check = operation.plan.unwrap().checks.into_iter().find(|check| check.name == "memory").unwrap();
+    assert!(check.detail.contains("waits for what it wants"), "{}", check.detail);
+    let stored = test.state().need::<OperationRecord>(&operation.id).await.unwrap();
+    assert!(matches!(stored.work, Work::GuestThaw { memory: Some(ThawMemory::Lazy), .. }));
     assert_eq!(problem(world.client.thaw_guest("web", &good).await).code, Code::OperationInProgress);
     test.stop().await;
 }

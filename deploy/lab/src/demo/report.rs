@@ -36,6 +36,9 @@ pub struct Move {
     /// The longest silence on the stream as the peer guest saw it; of a freeze: until its operation had ended; of a thaw: the
     /// whole silence, the freeze included.
     pub downtime_ms: Option<u64>,
+    /// Of a thaw: from the request until the peer guest was answered again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub answered_ms: Option<u64>,
     /// Memory that travelled, repeats included; of a freeze: what was stored.
     pub memory_bytes: Option<u64>,
     /// Volume bytes that travelled before the guest ran again; of a freeze: what was stored.
@@ -59,6 +62,7 @@ impl Move {
             to: to.to_owned(),
             total_ms: operation.ended_at_ms.map(|end| end.saturating_sub(operation.created_at_ms)),
             downtime_ms: None,
+            answered_ms: None,
             memory_bytes: Some(progress.memory_sent_bytes).filter(|bytes| *bytes > 0),
             disk_bytes_before: disk.map(|(before, _)| before),
             disk_bytes_after: disk.map(|(_, after)| after),
@@ -180,6 +184,7 @@ mod tests {
             from: "aws-east".into(),
             to: "home".into(),
             total_ms: Some(7300),
+            answered_ms: None,
             downtime_ms: Some(210),
             memory_bytes: Some(50 << 20),
             disk_bytes_before: Some(1 << 20),

@@ -1,7 +1,7 @@
 //! What happens in the demo, in order.
 
 use std::net::Ipv4Addr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use supercloud_api::{FeedClock, Operation};
@@ -15,8 +15,8 @@ use super::prices::{Follower, next_turn};
 use super::report::{Kind, Move, Report};
 use super::tell::{LiveBar, Teller};
 use super::verdict::{Evidence, Testimony, has_risen, judge};
-use super::witness::Witness;
-use crate::fleet::{FEED, FeedStart, Fleet, FleetSpec, GuestSpec, PROJECT};
+use super::witness::{Witness, ticks_of};
+use crate::fleet::{FEED, FeedStart, Fleet, FleetError, FleetSpec, GuestSpec, PROJECT};
 use crate::spec::LabSpec;
 
 /// The guest that is moved.
@@ -202,10 +202,25 @@ impl Story {
 
         let to = "gcp-west";
         let mut bar = LiveBar::default();
-        let operation = fleet.thaw(SERVER, to, |operation| bar.show(operation)).await?;
+        let asked = Instant::now();
+        let before = witness.ticks();
+        let answered = async {
+            let is_answered = witness.until(fleet.patient(BOOT_BUDGET), |now| ticks_of(now) > before).await;
+            Ok::<_, FleetError>(is_answered.then(|| u64::try_from(asked.elapsed().as_millis()).unwrap_or(u64::MAX)))
+        };
+        let thaw = fleet.thaw(SERVER, to, |operation| bar.show(operation));
+        let (operation, answered_ms) = tokio::try_join!(thaw, answered)?;
         drop(bar);
         let downtime_ms = witness.close(window).await;
-        self.add(Move { downtime_ms, ..Move::of(Kind::Thaw, &from, to, &operation) });
+        if let Some(answered_ms) = answered_ms {
+            let over = operation.ended_at_ms.map(|end| end.saturating_sub(operation.created_at_ms)).unwrap_or(0);
+            self.tell.remark(&format!(
+                "web answered its peer {} after the thaw was asked for; all of its memory was there after {}",
+                duration(answered_ms),
+                duration(over)
+            ));
+        }
+        self.add(Move { downtime_ms, answered_ms, ..Move::of(Kind::Thaw, &from, to, &operation) });
         Ok(())
     }
 

@@ -88,6 +88,12 @@ impl Witness {
         (shared.testimony.server.len(), shared.testimony.client.len())
     }
 
+    /// How many answers the client has had, as far as was heard.
+    #[must_use]
+    pub fn ticks(&self) -> u64 {
+        ticks_of(&lock(&self.shared).testimony)
+    }
+
     /// The last lines of other kinds on the consoles, for messages.
     #[must_use]
     pub fn other_lines(&self) -> Vec<String> {
@@ -137,6 +143,11 @@ impl Witness {
         let lines = shared.testimony.client.get(window.from..).unwrap_or_default();
         lines.iter().map(|seen| seen.stats.gap_ms).max().filter(|_| has_come_back)
     }
+}
+
+/// How many answers the client has had.
+pub fn ticks_of(testimony: &Testimony) -> u64 {
+    testimony.client.last().map_or(0, |seen| seen.stats.ticks)
 }
 
 fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {

@@ -8,9 +8,15 @@
 //! ```
 //!
 //! Pages of zeros may be holes. [`write`] makes one of the first whole cut of a mirror's stream, whatever came before it: the guest runs
-//! meanwhile. [`send`] makes of one the stream of a move. Neither maps the file: a disk that is full, or a file that someone cuts, is an
-//! error and no signal.
+//! meanwhile; [`write_sent`] of the stream of a move, for a guest that is frozen. [`send`] makes of one the stream of a move. None of them
+//! maps the file: a disk that is full, or a file that someone cuts, is an error and no signal.
+//!
+//! The image can lie elsewhere, too, where its blocks are read one by one: [`Lay`] makes of its first block and its last ones the stream
+//! of a move that has left all memory behind, and [`ImageFeed`] serves that memory while the guest runs, what is [hot](Lay::hot) first.
 
+mod feed;
+mod hot;
+mod lay;
 mod read;
 mod write;
 
@@ -25,8 +31,10 @@ use crate::vmm::{
     memory::{MEMORY_RANGE, PAGE_BYTES},
 };
 
-pub use read::send;
-pub use write::{Written, write};
+pub use feed::{Blocks, ImageFeed};
+pub use lay::Lay;
+pub use read::{is_image, send};
+pub use write::{Written, write, write_sent};
 
 /// What is laid out in one piece: a store's block.
 pub const BLOCK_BYTES: u64 = 64 << 10;
@@ -84,6 +92,32 @@ impl Plan {
     /// Where memory lies.
     const fn memory(&self) -> Range<u64> {
         BLOCK_BYTES..BLOCK_BYTES + self.low_bytes + self.high_bytes
+    }
+
+    /// How many blocks memory lies in.
+    const fn blocks(&self) -> u64 {
+        (self.low_bytes + self.high_bytes).div_ceil(BLOCK_BYTES)
+    }
+
+    /// The first number that no page has.
+    const fn end(&self) -> u64 {
+        self.page(self.low_bytes + self.high_bytes - PAGE_BYTES) + 1
+    }
+
+    /// The pages in a block of memory, from 0, with the places of their content in it.
+    fn pages_of(&self, block: u64) -> impl Iterator<Item = (u64, Range<usize>)> + use<> {
+        let (plan, page_bytes) = (*self, PAGE_BYTES as usize);
+        let first = block.saturating_mul(BLOCK_BYTES);
+        let all = self.low_bytes + self.high_bytes;
+        let offsets = (0..BLOCK_BYTES / PAGE_BYTES).map(move |index| first.saturating_add(index * PAGE_BYTES));
+        let pages = offsets.take_while(move |offset| *offset < all).map(move |offset| plan.page(offset));
+        pages.zip((0..).step_by(page_bytes).map(move |at: usize| at..at + page_bytes))
+    }
+
+    /// The block of memory, from 0, in which a page lies.
+    fn block_of(&self, page: u64) -> Option<u64> {
+        let place = self.place(GuestAddress(page.checked_mul(PAGE_BYTES)?))?;
+        Some((place - BLOCK_BYTES) / BLOCK_BYTES)
     }
 
     /// Where the state begins.

@@ -75,6 +75,22 @@ impl Stream {
         self.put(&Frame::json(kind::CUT, STREAM_VERSION, &Number { number }).unwrap());
     }
 
+    /// A move's, in place of a mirror's.
+    fn moved() -> Self {
+        let mut it = Self { bytes: Vec::new(), ram: ram(), packer: Packer::new().unwrap() };
+        let hello = Hello { vcpus: CONFIG.vcpus, memory_bytes: CONFIG.memory_bytes, state_version: state::VERSION };
+        it.put(&Frame::json(kind::HELLO, STREAM_VERSION, &hello).unwrap());
+        it
+    }
+
+    fn sent(&mut self, state: &[u8]) {
+        for piece in state.chunks(50) {
+            self.plain(kind::STATE, piece.to_vec());
+        }
+        let hash = blake3::hash(&self.bytes);
+        self.plain(kind::END, hash.as_bytes().to_vec());
+    }
+
     fn end(&mut self, state: &[u8]) {
         self.plain(kind::CUT_STATE, zstd::bulk::compress(state, 1).unwrap());
         let hash = blake3::hash(&self.bytes);
@@ -167,6 +183,54 @@ proptest! {
         for end in (0..stream.bytes.len()).step_by(1 + stream.bytes.len() / 40) {
             prop_assert!(image(&stream.bytes[..end]).is_err());
         }
+    }
+
+    /// Of a move likewise; and what came again after the first round is known as hot.
+    #[test]
+    fn a_guest_that_was_sent_is_in_the_image_and_what_it_was_writing_is_known(rounds in steps(), at: usize, with in any::<u8>()) {
+        let (mut stream, mut model, mut hot) = (Stream::moved(), BTreeMap::new(), std::collections::BTreeSet::new());
+        for (number, frames) in (1..).zip(&rounds) {
+            for (pages, content) in frames {
+                let mut pages = pages.clone();
+                pages.retain(|page| number > 1 || !model.contains_key(page));
+                stream.pages(&pages, *content);
+                model.extend(pages.iter().map(|page| (*page, *content)));
+                if number > 1 {
+                    hot.extend(pages.iter().map(|page| page * PAGE_BYTES / BLOCK_BYTES));
+                }
+            }
+            stream.round(number);
+        }
+        stream.sent(&state(7));
+        let file = tempfile::tempfile().unwrap();
+        let bytes = write_sent(&stream.bytes[..], CONFIG, &file).unwrap();
+        prop_assert_eq!(bytes, file.metadata().unwrap().len());
+        prop_assert!(is_image(&file).unwrap());
+        let (ram, json) = received(&file);
+        prop_assert_eq!(json, state(7));
+        for page in 0..PAGES {
+            let content: u64 = ram.read_obj(GuestAddress(page * PAGE_BYTES)).unwrap();
+            prop_assert_eq!(content, model.get(&page).copied().unwrap_or(0), "page {}", page);
+        }
+        let mut first = vec![0; usize::try_from(BLOCK_BYTES).unwrap()];
+        file.read_exact_at(&mut first, 0).unwrap();
+        let lay = Lay::read(&first, bytes).unwrap();
+        prop_assert_eq!(lay.hot().iter().collect::<std::collections::BTreeSet<_>>(), hot);
+        prop_assert_eq!(lay.config(), CONFIG);
+        // What is cut off or changed is none, and neither is a mirror's stream.
+        for end in (0..stream.bytes.len()).step_by(1 + stream.bytes.len() / 40) {
+            prop_assert!(write_sent(&stream.bytes[..end], CONFIG, &tempfile::tempfile().unwrap()).is_err());
+        }
+        let mut changed = stream.bytes.clone();
+        let at = at % changed.len();
+        changed[at] ^= with | 1;
+        prop_assert!(write_sent(&changed[..], CONFIG, &tempfile::tempfile().unwrap()).is_err());
+        prop_assert!(image(&stream.bytes).is_err());
+        // An image that is cut or of another length is refused by who goes on from it elsewhere.
+        for other in [0, bytes - 1, bytes + 1, u64::MAX] {
+            prop_assert!(Lay::read(&first, other).is_err());
+        }
+        prop_assert!(Lay::read(&first[1..], bytes).is_err() && Lay::read(&[], bytes).is_err());
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! An image out of the stream of a mirror.
+//! An image out of the stream of a mirror, or of a move.
 
 use std::{
     fs::File,
@@ -8,15 +8,16 @@ use std::{
 
 use supercloud_api::frame::FrameError;
 
-use super::{BLOCK_BYTES, Head, MAGIC, Plan, VERSION};
+use super::{BLOCK_BYTES, Head, MAGIC, Plan, VERSION, hot};
 use crate::vmm::{
     MachineConfig,
     memory::PAGE_BYTES,
-    state,
+    state::{self, MachineState},
     travel::{
         TravelError, VERSION as STREAM_VERSION,
         incoming::{MAX_STATE_BYTES, Rounds, open},
         kind,
+        left::PageSet,
         mirror::{Number, standby::unpacked_with_text},
         pages::Unpacker,
     },
@@ -58,9 +59,7 @@ pub fn write(from: impl Read, expected: MachineConfig, to: &File) -> Result<Writ
     if opened.config() != expected {
         return Err(TravelError::Malformed("another machine than was expected"));
     }
-    let plan = Plan::of(expected)?;
-    to.set_len(0).and_then(|()| to.set_len(plan.state_at())).map_err(TravelError::File)?;
-    let mut pages = Pages { plan, to, unpacker: Unpacker::new()?, run: Vec::with_capacity(RUN_BYTES), run_at: 0 };
+    let mut pages = Pages::begin(expected, to)?;
     let mut reader = opened.into_reader();
     let mut place = Place::Copy(Rounds::default());
     loop {
@@ -89,11 +88,53 @@ pub fn write(from: impl Read, expected: MachineConfig, to: &File) -> Result<Writ
                 }
                 // Looked at here: what no machine can take is no checkpoint.
                 let (_, text) = unpacked_with_text(state)?;
-                let bytes = finish(expected, &plan, to, &text)?;
+                let bytes = pages.finish(expected, &text)?;
                 return Ok(Written { cut: *number, bytes });
             }
             (kind::BYE, _) => return Err(TravelError::GivenUp),
             (other, _) => return Err(FrameError::UnexpectedKind(other).into()),
+        }
+    }
+}
+
+/// Takes the stream of a move, all of it, in which pages come one by one: a stream of the first version. The image's length.
+///
+/// # Errors
+/// As [`write`].
+pub fn write_sent(from: impl Read, expected: MachineConfig, to: &File) -> Result<u64, TravelError> {
+    let opened = open(from)?;
+    if opened.is_mirror() {
+        return Err(FrameError::UnexpectedKind(kind::MIRROR).into());
+    }
+    if opened.config() != expected {
+        return Err(TravelError::Malformed("another machine than was expected"));
+    }
+    let mut pages = Pages::begin(expected, to)?;
+    let mut reader = opened.into_reader();
+    let (mut rounds, mut text) = (Rounds::default(), Vec::new());
+    loop {
+        let frame = reader.next()?;
+        match frame.kind {
+            kind::PAGES if text.is_empty() => pages.put(&frame.payload, rounds.open())?,
+            kind::ROUND if text.is_empty() => rounds.close(&frame)?,
+            kind::STATE if rounds.are_over() => {
+                if frame.payload.is_empty() || text.len() + frame.payload.len() > MAX_STATE_BYTES {
+                    return Err(TravelError::Malformed("a state that is too large"));
+                }
+                text.extend(frame.payload);
+            }
+            kind::END if !text.is_empty() => {
+                if !reader.is_hash(&frame.payload) {
+                    return Err(TravelError::Malformed("it was changed on its way"));
+                }
+                // Looked at here: what no machine can take is no frozen guest.
+                let refused = |source| FrameError::Payload { kind: kind::STATE, source };
+                let _: MachineState = serde_json::from_slice(&text).map_err(refused)?;
+                return pages.finish(expected, &text);
+            }
+            kind::ABORT => return Err(TravelError::GivenUp),
+            // What is packed together or left behind is for who has the memory.
+            other => return Err(FrameError::UnexpectedKind(other).into()),
         }
     }
 }
@@ -105,23 +146,6 @@ fn begun(Number { number }: Number, last: u64) -> Result<Place, TravelError> {
     Ok(Place::Open { number, state: Vec::new() })
 }
 
-/// The state, and what the image is of: last, so that what is not whole is none. The file's length.
-fn finish(config: MachineConfig, plan: &Plan, to: &File, state: &[u8]) -> Result<u64, TravelError> {
-    to.write_all_at(state, plan.state_at()).map_err(TravelError::File)?;
-    let head = Head {
-        version: VERSION,
-        vcpus: config.vcpus,
-        memory_bytes: config.memory_bytes,
-        state_version: state::VERSION,
-        state_bytes: state.len() as u64,
-    };
-    let mut bytes = MAGIC.to_vec();
-    bytes.extend(serde_json::to_vec(&head).map_err(io::Error::other)?);
-    bytes.resize(usize::try_from(BLOCK_BYTES).map_err(io::Error::other)?, 0);
-    to.write_all_at(&bytes, 0).map_err(TravelError::File)?;
-    Ok(plan.state_at() + head.state_bytes)
-}
-
 /// Puts pages where they belong.
 struct Pages<'f> {
     plan: Plan,
@@ -130,12 +154,40 @@ struct Pages<'f> {
     /// Pages that follow each other, and where the first of them lies.
     run: Vec<u8>,
     run_at: u64,
+    /// Blocks of memory that came again after the first round: the guest was writing there.
+    hot: PageSet,
 }
 
-impl Pages<'_> {
+impl<'f> Pages<'f> {
+    fn begin(config: MachineConfig, to: &'f File) -> Result<Self, TravelError> {
+        let plan = Plan::of(config)?;
+        to.set_len(0).and_then(|()| to.set_len(plan.state_at())).map_err(TravelError::File)?;
+        let (unpacker, run, hot) = (Unpacker::new()?, Vec::with_capacity(RUN_BYTES), PageSet::below(plan.blocks()));
+        Ok(Self { plan, to, unpacker, run, run_at: 0, hot })
+    }
+
+    /// The state, and what the image is of: last, so that what is not whole is none. The file's length.
+    fn finish(&self, config: MachineConfig, state: &[u8]) -> Result<u64, TravelError> {
+        let Self { plan, to, hot, .. } = self;
+        to.write_all_at(state, plan.state_at()).map_err(TravelError::File)?;
+        let head = Head {
+            version: VERSION,
+            vcpus: config.vcpus,
+            memory_bytes: config.memory_bytes,
+            state_version: state::VERSION,
+            state_bytes: state.len() as u64,
+        };
+        let mut bytes = MAGIC.to_vec();
+        bytes.extend(serde_json::to_vec(&head).map_err(io::Error::other)?);
+        bytes.extend(hot::record(hot, plan.blocks(), bytes.len()));
+        bytes.resize(usize::try_from(BLOCK_BYTES).map_err(io::Error::other)?, 0);
+        to.write_all_at(&bytes, 0).map_err(TravelError::File)?;
+        Ok(plan.state_at() + head.state_bytes)
+    }
+
     /// `is_first` while nothing was written yet: what is zeros is a hole already.
     fn put(&mut self, frame: &[u8], is_first: bool) -> Result<(), TravelError> {
-        let Self { plan, to, unpacker, run, run_at } = self;
+        let Self { plan, to, unpacker, run, run_at, hot } = self;
         let plan = *plan;
         unpacker.each_that(
             |at| plan.place(at).is_some(),
@@ -146,6 +198,9 @@ impl Pages<'_> {
                     return Ok(());
                 }
                 let at = plan.place(at).ok_or(TravelError::Malformed("a page beyond memory"))?;
+                if !is_first {
+                    hot.insert((at - BLOCK_BYTES) / BLOCK_BYTES);
+                }
                 if run.len() >= RUN_BYTES || *run_at + run.len() as u64 != at {
                     flush(to, run, *run_at)?;
                     *run_at = at;

@@ -55,7 +55,7 @@ use crate::vmm::{Ram, memory::PAGE_BYTES};
 pub use faults::{REQUESTS as FAULT_REQUESTS, offers as offers_faults};
 pub use fetch::{Fetch, Figures, News};
 pub(super) use serve::written;
-pub use serve::{Served, serve};
+pub use serve::{Feed, Served, serve, serve_from};
 pub use set::{PageSet, SetReader};
 
 /// The version of each frame of the connection.
@@ -135,6 +135,12 @@ impl Left {
         let mut hasher = blake3::Hasher::new_keyed(&self.secret);
         hasher.update(role).update(&self.whole);
         hasher.finalize()
+    }
+
+    /// What to keep of it, for an agent that comes after: with the same pages it gives the same again ([`Left::new`]).
+    #[must_use]
+    pub const fn proof(&self) -> ([u8; 32], [u8; 32]) {
+        (self.secret, self.whole)
     }
 
     /// By which who fetches is known.

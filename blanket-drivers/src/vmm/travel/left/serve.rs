@@ -1,8 +1,9 @@
-//! Serving the pages that a move has left behind, at the machine that stands still where it came from.
+//! Serving the pages that a move has left behind: out of the machine that stands still where it came from, or out of whatever else has
+//! them ([`Feed`]).
 
 use std::{
     ops::ControlFlow,
-    os::unix::net::UnixStream,
+    os::{fd::BorrowedFd, unix::net::UnixStream},
     time::{Duration, Instant},
 };
 
@@ -22,7 +23,7 @@ use crate::vmm::{
     virtio::Wakers,
 };
 
-/// Pages go in frames of about so many bytes: one that is waited for stands behind no more than one of them.
+/// Pages of a machine's memory go in frames of about so many bytes: one that is waited for stands behind no more than one of them.
 const FRAME_BYTES: usize = 16 << 10;
 /// So many of them go before it is heard what is wanted now.
 const SENT_A_TURN: usize = 4;
@@ -42,6 +43,29 @@ pub struct Served {
     pub sent_bytes: u64,
 }
 
+/// Where the pages are that one connection serves, and in which order they go.
+pub trait Feed {
+    /// The first number that no page has.
+    fn end(&self) -> u64;
+
+    /// These are missing at the other end: said once, before anything else is asked for.
+    fn begin(&mut self, missing: PageSet);
+
+    /// Somebody waits for a page; one that went already, or was never owed, comes anyway or never.
+    fn want(&mut self, page: u64);
+
+    /// The next frame of pages that can go now, each page once. What nobody waits for goes only if it `may_run_ahead`.
+    ///
+    /// # Errors
+    /// When pages cannot be had any more.
+    fn next(&mut self, may_run_ahead: bool, served: &mut Served) -> Result<Option<Vec<u8>>, TravelError>;
+
+    /// What becomes readable when there may be a frame that was not there before; `None`: it is always known at once.
+    fn bell(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+}
+
 /// Serves what is left of a machine's memory over one connection, until the other end says that it has all. Nothing goes before the
 /// other end has shown that it has read the move's stream to its end. `watch` is called often; it can cancel.
 ///
@@ -53,8 +77,23 @@ pub fn serve(
     socket: UnixStream,
     watch: &mut dyn FnMut(&Served) -> ControlFlow<()>,
 ) -> Result<Served, TravelError> {
+    let feed = Memory { ram, push: Push::new(PageSet::below(0)), packer: Packer::new()? };
+    serve_from(feed, left, socket, watch)
+}
+
+/// Likewise, of whatever has the pages.
+///
+/// # Errors
+/// As there, and those of the feed.
+pub fn serve_from(
+    feed: impl Feed,
+    left: &Left,
+    socket: UnixStream,
+    watch: &mut dyn FnMut(&Served) -> ControlFlow<()>,
+) -> Result<Served, TravelError> {
     let link = Link::new(socket)?;
-    let mut server = Server { ram, left, link, stage: Stage::Silent, served: Served::default(), began: Instant::now() };
+    let (served, began) = (Served::default(), Instant::now());
+    let mut server = Server { feed, left, link, stage: Stage::Silent, served, began };
     loop {
         let turn = server.go_on()?;
         let is_cancelled = watch(&server.served).is_break();
@@ -64,7 +103,9 @@ pub fn serve(
             Turn::More => Duration::ZERO,
             Turn::Waits => LOOK_EVERY,
         };
-        let wakers = Wakers { events: vec![server.link.poll()], after: Some(after) };
+        // Nobody listens for more while there is no room for it.
+        let bell = server.feed.bell().filter(|_| server.link.has_room()).map(|bell| (bell, libc::POLLIN));
+        let wakers = Wakers { events: std::iter::once(server.link.poll()).chain(bell).collect(), after: Some(after) };
         wakers.wait(std::iter::empty())?;
     }
 }
@@ -76,13 +117,7 @@ enum Stage {
     /// It tells what it misses.
     Telling(SetReader),
     /// It is served.
-    Served(Box<Serving>),
-}
-
-struct Serving {
-    push: Push,
-    window: Window,
-    packer: Packer,
+    Served(Box<Window>),
 }
 
 /// How a turn of it ended.
@@ -95,8 +130,8 @@ enum Turn {
     Over,
 }
 
-struct Server<'a> {
-    ram: &'a Ram,
+struct Server<'a, F> {
+    feed: F,
     left: &'a Left,
     link: Link,
     stage: Stage,
@@ -104,7 +139,7 @@ struct Server<'a> {
     began: Instant,
 }
 
-impl Server<'_> {
+impl<F: Feed> Server<'_, F> {
     /// Does some of what can be done now.
     fn go_on(&mut self) -> Result<Turn, TravelError> {
         let mut turn = Turn::More;
@@ -120,12 +155,12 @@ impl Server<'_> {
             }
         }
         let now = self.began.elapsed();
-        if let Stage::Served(serving) = &mut self.stage {
+        if let Stage::Served(window) = &mut self.stage {
             let mut sent = 0;
             while self.link.has_room()
-                && let Some(payload) = serving.next(self.ram, &mut self.served)?
+                && let Some(payload) = self.feed.next(window.is_open(), &mut self.served)?
             {
-                serving.window.sent(payload.len() as u64, now);
+                window.sent(payload.len() as u64, now);
                 self.served.sent_bytes += payload.len() as u64;
                 self.link.say(kind::PAGES, payload)?;
                 // At once: one that is waited for shall not stand behind many.
@@ -149,7 +184,7 @@ impl Server<'_> {
         let bad = || TravelError::from(FrameError::UnexpectedKind(kind));
         self.stage = match (std::mem::replace(&mut self.stage, Stage::Silent), kind) {
             (Stage::Silent, kind::ASKS) if is_token(&payload, self.left.asks()) => {
-                Stage::Telling(SetReader::below(page_range(self.ram)))
+                Stage::Telling(SetReader::below(self.feed.end()))
             }
             (Stage::Silent, kind::ASKS) => return Err(TravelError::Malformed("it asks for another move")),
             (Stage::Telling(mut reader), kind::LEFT) => {
@@ -160,10 +195,10 @@ impl Server<'_> {
                 let missing: PageSet = reader.finish(number(&payload)?)?;
                 self.served.missing_pages = missing.len();
                 self.link.say(kind::SERVES, self.left.serves().as_bytes().to_vec())?;
-                let (push, window) = (Push::new(missing), Window::default());
-                Stage::Served(Box::new(Serving { push, window, packer: Packer::new()? }))
+                self.feed.begin(missing);
+                Stage::Served(Box::default())
             }
-            (Stage::Served(mut serving), kind::WANT) => {
+            (Stage::Served(window), kind::WANT) => {
                 let (wanted, rest) = payload.as_chunks::<8>();
                 if wanted.is_empty() || !rest.is_empty() {
                     return Err(TravelError::Malformed("no page's number, or one that is cut off"));
@@ -172,13 +207,13 @@ impl Server<'_> {
                     if !self.left.pages.contains(page) {
                         return Err(TravelError::Malformed("a page is wanted that was not left"));
                     }
-                    serving.push.want(page);
+                    self.feed.want(page);
                 }
-                Stage::Served(serving)
+                Stage::Served(window)
             }
-            (Stage::Served(mut serving), kind::GOT) => {
-                serving.window.got(number(&payload)?, self.began.elapsed())?;
-                Stage::Served(serving)
+            (Stage::Served(mut window), kind::GOT) => {
+                window.got(number(&payload)?, self.began.elapsed())?;
+                Stage::Served(window)
             }
             // Also of one that needs no more than it has: its guest was reset.
             (Stage::Telling(_) | Stage::Served(_), kind::DONE) => return Ok(true),
@@ -192,17 +227,35 @@ fn number(payload: &[u8]) -> Result<u64, TravelError> {
     payload.try_into().map(u64::from_le_bytes).map_err(|_| TravelError::Malformed("a frame that is no number"))
 }
 
-impl Serving {
-    /// The next frame of pages, if one may go now.
-    fn next(&mut self, ram: &Ram, served: &mut Served) -> Result<Option<Vec<u8>>, TravelError> {
+/// The memory of a machine that stands still.
+struct Memory<'a> {
+    ram: &'a Ram,
+    push: Push,
+    packer: Packer,
+}
+
+impl Feed for Memory<'_> {
+    fn end(&self) -> u64 {
+        page_range(self.ram)
+    }
+
+    fn begin(&mut self, missing: PageSet) {
+        self.push = Push::new(missing);
+    }
+
+    fn want(&mut self, page: u64) {
+        self.push.want(page);
+    }
+
+    fn next(&mut self, may_run_ahead: bool, served: &mut Served) -> Result<Option<Vec<u8>>, TravelError> {
         let (mut payload, is_urgent) = (Vec::new(), self.push.is_urgent());
-        if !is_urgent && !self.window.is_open() {
+        if !is_urgent && !may_run_ahead {
             return Ok(None);
         }
         while payload.len() < FRAME_BYTES
             && let Some(page) = if is_urgent { self.push.urgent() } else { self.push.rest() }
         {
-            self.packer.pack(ram, page, &mut payload)?;
+            self.packer.pack(self.ram, page, &mut payload)?;
             served.sent_pages += 1;
             served.wanted_pages += u64::from(is_urgent);
         }
