@@ -22,6 +22,7 @@ use tracing::{info, warn};
 
 use crate::{
     chain,
+    paths::PathBoard,
     plans::{
         machine,
         make::Aim,
@@ -172,6 +173,7 @@ impl Default for Pace {
 pub struct Leaving {
     state: State,
     live: LiveHosts,
+    paths: PathBoard,
     plans_wake: Arc<Notify>,
     config: NoticesConfig,
     pace: Pace,
@@ -196,8 +198,15 @@ impl Tries {
 impl Leaving {
     /// Nothing was tried yet.
     #[must_use]
-    pub fn new(state: State, live: LiveHosts, plans_wake: Arc<Notify>, config: NoticesConfig, pace: Pace) -> Self {
-        Self { state, live, plans_wake, config, pace, tries: HashMap::new() }
+    pub fn new(
+        state: State,
+        live: LiveHosts,
+        paths: PathBoard,
+        plans_wake: Arc<Notify>,
+        config: NoticesConfig,
+        pace: Pace,
+    ) -> Self {
+        Self { state, live, paths, plans_wake, config, pace, tries: HashMap::new() }
     }
 
     /// Looks for ever. It can be dropped at any await: nothing is half done.
@@ -255,7 +264,8 @@ impl Leaving {
             _ => "its provider says that the host may be taken back soon",
         };
         let context = Context::actor(ACTOR.to_owned(), RequestId::generate());
-        let mut plan = propose(&self.state, &self.live, &Aim::Drain(host), Some(reason.to_owned()), &context).await?;
+        let mut plan =
+            propose(&self.state, &self.live, &self.paths, &Aim::Drain(host), Some(reason.to_owned()), &context).await?;
         self.leave_to_standbys(&mut plan, host).await?;
         let stays: BTreeSet<GuestId> = plan.stuck.iter().map(|stuck| stuck.guest).collect();
         let reasons: Vec<String> =

@@ -136,6 +136,10 @@ async fn pass(
     };
     let Query(params) = Query::<Params>::try_from_uri(&head.uri)
         .map_err(|error| Failure::bad(format!("the query: {}", crate::chain(&error))))?;
+    if params.dry_run && route.method != Method::GET && !route.is_triable() {
+        // Not done in earnest because nobody knew how to try it.
+        return Err(Failure::bad("this cannot be tried: leave dry_run out"));
+    }
     let _stranger = match (&caller, route.method == Method::GET) {
         (None, false) => {
             // One that opens many and says nothing keeps out itself.
