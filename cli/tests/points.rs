@@ -1,8 +1,6 @@
 //! The command and the dashboard check a volume's history by themselves: they hash a point alike. The same figures are in
 //! `controller/dashboard/src/store/good.test.ts`.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use serde_json::json;
 use supercloud_api::{VolumePoint, history::expected_hash};
 

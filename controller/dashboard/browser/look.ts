@@ -62,7 +62,7 @@ export async function desk(browser: Browser, url: string, token?: string, view: 
   });
   page.on("response", (response) => {
     // Whether points of a volume are kept is asked by asking for them.
-    const isNone = response.status() === 404 && response.url().endsWith("/history");
+    const isNone = [404, 409].includes(response.status()) && response.url().endsWith("/history");
     if (response.status() >= 400 && response.status() !== 401 && !isNone) problems.push(`${response.url()}: ${response.status()}`);
   });
   page.on("console", (message) => {

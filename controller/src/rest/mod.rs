@@ -39,6 +39,7 @@ mod serve;
 mod session;
 mod shares;
 mod simulations;
+mod squeeze;
 mod stores;
 mod system;
 mod tokens;

@@ -49,7 +49,7 @@ impl Told {
         );
     }
 
-    fn moved(&mut self, at_ms: u64, guest: GuestId, data: Value) {
+    fn moved(&mut self, at_ms: u64, guest: GuestId, data: &Value) {
         let mut whole = json!({ "kind": "guest_migrate", "phase": "done" });
         whole.as_object_mut().unwrap().extend(data.as_object().unwrap().clone());
         self.event(at_ms, "operation.phase", Some(guest), None, whole);
@@ -83,14 +83,14 @@ fn moves_and_their_pauses_are_those_of_the_window() {
     let (mut told, guest) = (Told::new(), GuestId::generate());
     told.owner(0, guest, Owner::Host(HostId::generate()));
     for pause in 1..=100 {
-        told.moved(pause, guest, json!({ "downtime_ms": pause }));
+        told.moved(pause, guest, &json!({ "downtime_ms": pause }));
     }
-    told.moved(200, guest, json!({ "downtime_ms": null }));
-    told.moved(300, guest, json!({ "phase": "rolled_back", "error": { "code": "wrong_state" } }));
-    told.moved(301, guest, json!({ "phase": "rolled_back", "missed_deadline": true }));
-    told.moved(302, guest, json!({ "phase": "failed" }));
-    told.moved(303, guest, json!({ "kind": "guest_start", "phase": "failed" }));
-    told.moved(304, guest, json!({ "phase": "of another version" }));
+    told.moved(200, guest, &json!({ "downtime_ms": null }));
+    told.moved(300, guest, &json!({ "phase": "rolled_back", "error": { "code": "wrong_state" } }));
+    told.moved(301, guest, &json!({ "phase": "rolled_back", "missed_deadline": true }));
+    told.moved(302, guest, &json!({ "phase": "failed" }));
+    told.moved(303, guest, &json!({ "kind": "guest_start", "phase": "failed" }));
+    told.moved(304, guest, &json!({ "phase": "of another version" }));
     let all = told.tell(0, 1_000_000);
     assert_eq!((all.moves, all.rolled_back, all.failed), (101, 2, 1));
     assert_eq!((all.downtime_p50_ms, all.downtime_p99_ms), (Some(50), Some(99)));
@@ -146,7 +146,7 @@ fn a_guests_life_is_told_of_that_guest_alone() {
     told.owner(HOUR, guest, Owner::Host(a));
     told.operation = Some(operation);
     told.owner(2 * HOUR, guest, Owner::Host(b));
-    told.moved(2 * HOUR + 1, guest, json!({ "downtime_ms": 321 }));
+    told.moved(2 * HOUR + 1, guest, &json!({ "downtime_ms": 321 }));
     told.operation = None;
     told.owner(3 * HOUR, guest, Owner::Lost(b));
     let tell = |guest| told.book.tell(&Window { from_ms: HOUR + 1, to_ms: 4 * HOUR, project: None, guest });
@@ -174,7 +174,7 @@ fn projects_and_guests_are_kept_apart() {
     let mine = told.project;
     told.project = ProjectId::generate();
     told.owner(0, other, Owner::Host(HostId::generate()));
-    told.moved(5, other, json!({ "downtime_ms": 7 }));
+    told.moved(5, other, &json!({ "downtime_ms": 7 }));
     let tell = |project, guest| told.book.tell(&Window { from_ms: 0, to_ms: 10, project, guest });
     assert_eq!((tell(None, None).guests, tell(None, None).moves), (2, 1));
     assert_eq!((tell(Some(mine), None).guests, tell(Some(mine), None).moves), (1, 0));
