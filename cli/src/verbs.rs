@@ -313,7 +313,7 @@ mod tests {
                 wrong.push(format!("{path} has no example"));
             }
             for line in help.lines().map(str::trim).filter(|line| line.starts_with("supercloud ")) {
-                let line = line.split("  #").next().unwrap_or(line);
+                let line = line.split(" # ").next().unwrap_or(line);
                 // What the shell would do with it is not looked at.
                 let ways = line
                     .split(" && ")
