@@ -13,10 +13,11 @@ use supercloud_ids::{OperationId, PlanId, RentingId, RequestId};
 use crate::{
     ChunkStore, Cloud, CloudCreate, Evacuation, Event, FeedClock, FleetPlan, FleetPlanCreate, Freeze, Guest,
     GuestCreate, GuestFailover, GuestFreeze, GuestMigrate, GuestMirror, GuestPatch, GuestStart, GuestStop, GuestThaw,
-    HistoryPolicy, Host, HostPatch, HostRent, Image, ImageCreate, ImageImport, ImagePart, JoinRequest, JoinResponse,
-    JoinToken, JoinTokenCreate, Ledger, Link, Market, Mirror, Network, NetworkCreate, Operation, Page, Placement, Port,
-    PortFlows, PriceSeries, Problem, Project, ProjectCreate, Renting, Site, Token, TokenCreate, TokenSecret,
-    UploadDigest, Volume, VolumeAsOf, VolumeHistory, WhoAmI, blocks::BlocksError,
+    GuestVerdict, HistoryPolicy, Host, HostPatch, HostRent, Image, ImageCreate, ImageImport, ImagePart, JoinRequest,
+    JoinResponse, JoinToken, JoinTokenCreate, Ledger, Link, Market, Mirror, Network, NetworkCreate, Operation, Page,
+    Placement, Port, PortFlows, PriceSeries, Problem, Project, ProjectCreate, Reliability, Renting, Site, Token,
+    TokenCreate, TokenSecret, UploadDigest, VerdictsTaken, VerdictsTold, Volume, VolumeAsOf, VolumeHistory, WhoAmI,
+    blocks::BlocksError,
 };
 
 pub use blocks::BlockStream;
@@ -110,6 +111,7 @@ pub struct ClientConfig {
 pub struct Client {
     http: reqwest::Client,
     config: ClientConfig,
+    is_trial: bool,
 }
 
 type Result<T, E = ClientError> = std::result::Result<T, E>;
@@ -142,7 +144,7 @@ impl Client {
             other => return Err(ClientError::Setup(format!("'{other}' is no scheme of ours; use https"))),
         }
         let http = builder.build().map_err(|e| ClientError::Setup(e.to_string()))?;
-        Ok(Self { http, config })
+        Ok(Self { http, config, is_trial: false })
     }
 
     /// The settings it was made with.
@@ -151,17 +153,33 @@ impl Client {
         &self.config
     }
 
+    /// The same client, all of whose changes are dry runs: what would be is told, nothing is done. What cannot be tried is refused.
+    #[must_use]
+    pub fn trying(&self) -> Self {
+        Self { is_trial: true, ..self.clone() }
+    }
+
+    /// Whether changes are dry runs.
+    #[must_use]
+    pub const fn is_trying(&self) -> bool {
+        self.is_trial
+    }
+
     fn url(&self, path: &str) -> String {
         format!("{}{path}", self.config.url.trim_end_matches('/'))
     }
 
     fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        let is_change = !matches!(method, Method::GET | Method::HEAD);
         let mut request = self.http.request(method, self.url(path));
         if let Some(token) = &self.config.token {
             request = request.bearer_auth(token);
         }
         if let Some(project) = &self.config.project {
             request = request.query(&[("project", project)]);
+        }
+        if self.is_trial && is_change {
+            request = request.query(&[("dry_run", "true")]);
         }
         request
     }
@@ -574,6 +592,12 @@ calls! {
     guests() -> Vec<Guest> = list("/v1/guests");
     /// One guest.
     guest(guest: &str) -> Guest = get(format!("/v1/guests/{guest}"));
+    /// How good it was; the query names what is asked for: `from_ms=0&guest=web`.
+    reliability(query: &str) -> Reliability = get(format!("/v1/reliability?{query}"));
+    /// What policies decided for guests.
+    verdicts() -> Vec<GuestVerdict> = list("/v1/verdicts?limit=1000");
+    /// Tells what a policy decided.
+    tell_verdicts(body: &VerdictsTold) -> VerdictsTaken = post("/v1/verdicts", body);
     /// Guests whose hosts a provider may take back: whether they could leave in time.
     evacuations() -> Vec<Evacuation> = list("/v1/evacuations");
     /// Where a guest would go now, with what every host says to it.

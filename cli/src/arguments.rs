@@ -566,6 +566,8 @@ pub enum EventVerb {
 pub enum MarketVerb {
     /// All markets with their prices now.
     List,
+    /// What policies decided for guests: the market that is chosen for each, and the one that comes after it.
+    Verdicts,
     /// The prices of one market up to now.
     Prices {
         /// `<cloud>/<instance type>/<spot|on_demand>`.

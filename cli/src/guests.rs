@@ -13,7 +13,7 @@ use supercloud_cli::{
 
 use crate::{
     arguments::{GuestCreateArguments, GuestVerb, Output},
-    console, histories, listings, mirrors, names, show,
+    console, goodness, histories, listings, mirrors, names, show,
 };
 
 /// Runs a verb.
@@ -119,6 +119,9 @@ pub async fn run(client: &Client, output: Output, verb: GuestVerb) -> anyhow::Re
         }
         GuestVerb::Checkpoint { name } => {
             let history = client.checkpoint_guest(&name).await?;
+            if client.is_trying() {
+                return show::print(output, &history, || histories::table(&history));
+            }
             eprintln!("checkpoint {} is being taken; `supercloud volume history {name}` shows it", history.next);
             show::print(output, &history, || histories::table(&history))
         }
@@ -140,6 +143,7 @@ pub async fn run(client: &Client, output: Output, verb: GuestVerb) -> anyhow::Re
             let names = names::of_ids_in(client, &serde_json::to_value(&evacuations)?).await;
             show::print(output, &evacuations, || listings::evacuations(&evacuations, &names))
         }
+        GuestVerb::Reliability { name, days } => goodness::reliability(client, output, name.as_deref(), days).await,
         GuestVerb::FollowPrices { name, follow } => {
             let body = GuestPatch { follow_prices: Some(follow), ..GuestPatch::default() };
             show::print_one(output, &client.patch_guest(&name, &body).await?)
@@ -278,6 +282,10 @@ fn print_plan(output: Output, operation: &Operation) -> anyhow::Result<()> {
         }
         _ => String::new(),
     };
-    println!("would go to {name}{expected}");
+    let pause = plan.predicted_downtime_ms.map(|ms| format!(", standing still for {}", duration(ms)));
+    println!("would go to {name}{expected}{}", pause.unwrap_or_default());
+    if let Some(basis) = &plan.predicted_from {
+        println!("({basis})");
+    }
     Ok(())
 }

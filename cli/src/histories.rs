@@ -59,6 +59,9 @@ pub async fn run(client: &Client, output: Output, verb: HistoryVerb) -> anyhow::
         }
         HistoryVerb::Point { name } => {
             let history = client.take_volume_point(&name).await?;
+            if client.is_trying() {
+                return show::print(output, &history, || table(&history));
+            }
             eprintln!("point {} is being taken; `supercloud volume history {name}` shows it", history.next);
             show::print(output, &history, || table(&history))
         }

@@ -57,7 +57,7 @@ enum By {
 }
 
 /// A query's value: names and ids need no escaping, and nothing else names anything here.
-fn is_plain(text: &str) -> bool {
+pub fn is_plain(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
 }
 
@@ -336,7 +336,7 @@ mod tests {
         let unpriced = LedgerLine { guest: web.guest, project: web.project, ..line(Some("web"), None, None) };
         let items = vec![web, unpriced, line(None, Some(30_000_000), Some(20_000_000))];
         let totals = LedgerTotals::default();
-        Ledger { clock: LedgerClock::Feed, from_ms: 0, to_ms: 7_200_000, totals, items, next_page: None }
+        Ledger { clock: LedgerClock::Feed, from_ms: 0, to_ms: 7_200_000, totals, rate: None, items, next_page: None }
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod direct;
 mod exit;
 mod explain;
 mod exports;
+mod goodness;
 mod guests;
 mod histories;
 mod ledger;
@@ -26,11 +27,13 @@ mod things;
 mod top;
 mod uploads;
 mod values;
+mod verbs;
 
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use clap::{CommandFactory as _, Parser as _};
+use clap::FromArgMatches as _;
+use supercloud_api::client::{Client, ClientError, is_worth_a_retry};
 
 use crate::arguments::{Arguments, Noun};
 
@@ -48,7 +51,8 @@ fn end_quietly_without_a_reader() {
 
 fn main() -> ExitCode {
     end_quietly_without_a_reader();
-    let arguments = Arguments::parse();
+    let matches = verbs::command().get_matches();
+    let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     // Nothing but computing: no runtime, no controller.
     if let Noun::Simulate(simulate) = &arguments.noun {
         return match simulate::run(simulate, arguments.output) {
@@ -63,15 +67,15 @@ fn main() -> ExitCode {
             return ExitCode::from(exit::FAULT);
         }
     };
-    match runtime.block_on(run(arguments)) {
+    match runtime.block_on(run(arguments, &matches)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => exit::tell(&error),
     }
 }
 
-async fn run(arguments: Arguments) -> anyhow::Result<()> {
+async fn run(arguments: Arguments, matches: &clap::ArgMatches) -> anyhow::Result<()> {
     if let Noun::Completion { shell } = arguments.noun {
-        clap_complete::generate(shell, &mut Arguments::command(), "supercloud", &mut std::io::stdout());
+        clap_complete::generate(shell, &mut verbs::command(), "supercloud", &mut std::io::stdout());
         return Ok(());
     }
     if let Noun::Explain { path } = &arguments.noun {
@@ -79,19 +83,55 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     }
     if let Noun::Man { folder } = &arguments.noun {
         std::fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
-        return clap_mangen::generate_to(Arguments::command(), folder)
+        return clap_mangen::generate_to(verbs::command(), folder)
             .with_context(|| format!("writing manual pages to {}", folder.display()));
     }
     if let Noun::Context(verb) = arguments.noun {
         return contexts::run(arguments.output, &arguments.connection, verb);
     }
+    let asked = verbs::Asked::of(matches);
     let client = arguments.connection.client()?;
+    if let Some(pause) = asked.again {
+        return again(&client, matches, pause).await;
+    }
+    if asked.is_trial {
+        once(&client.trying(), arguments).await?;
+        eprintln!("only tried: nothing was done");
+        return Ok(());
+    }
+    once(&client, arguments).await
+}
+
+/// The same again and again, until somebody ends it. A terminal shows the newest answer only.
+async fn again(client: &Client, matches: &clap::ArgMatches, pause: std::time::Duration) -> anyhow::Result<()> {
+    use std::io::{IsTerminal as _, Write as _};
+    let is_terminal = std::io::stdout().is_terminal();
+    loop {
+        let arguments = Arguments::from_arg_matches(matches)?;
+        if is_terminal {
+            // Home, and everything below is blank.
+            print!("\x1b[H\x1b[2J");
+            std::io::stdout().flush()?;
+        }
+        match once(client, arguments).await {
+            Ok(()) => {}
+            // It may be back the next time.
+            Err(error) if error.downcast_ref::<ClientError>().is_some_and(is_worth_a_retry) => {
+                eprintln!("error: {error:#}")
+            }
+            Err(error) => return Err(error),
+        }
+        tokio::time::sleep(pause).await;
+    }
+}
+
+async fn once(client: &Client, arguments: Arguments) -> anyhow::Result<()> {
     let output = arguments.output;
     match arguments.noun {
-        Noun::Api(call) => direct::run(&client, output, call).await,
-        Noun::Top(wanted) => top::run(&client, &wanted).await,
-        Noun::Apply(wanted) => apply::run(&client, output, &wanted).await,
-        Noun::Guest(verb) => guests::run(&client, output, verb).await,
-        other => things::run(&client, output, other).await,
+        Noun::Api(call) => direct::run(client, output, call).await,
+        Noun::Top(wanted) => top::run(client, &wanted).await,
+        Noun::Apply(wanted) => apply::run(client, output, &wanted).await,
+        Noun::Guest(verb) => guests::run(client, output, verb).await,
+        other => things::run(client, output, other).await,
     }
 }

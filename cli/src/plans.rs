@@ -45,7 +45,7 @@ pub async fn run(client: &Client, output: Output, verb: PlanVerb) -> anyhow::Res
         }
         PlanVerb::Cancel { id, watch } => {
             let plan = client.cancel_plan(id).await?;
-            follow(client, output, plan, false, watch).await
+            follow(client, output, plan, client.is_trying(), watch).await
         }
         PlanVerb::Undo { id, trial, watch } => {
             let plan = client.undo_plan(id, trial.dry_run).await?;

@@ -60,6 +60,9 @@ fn print_fields(output: Output, value: &serde_json::Value, names: &fields::Names
 
 /// Follows an accepted operation as asked for, and prints what came of it.
 pub async fn follow(client: &Client, output: Output, operation: Operation, watch: Watch) -> anyhow::Result<()> {
+    if client.is_trying() {
+        return print_one(output, &operation);
+    }
     let is_watched = watch.watch || (!watch.no_watch && std::io::stdout().is_terminal());
     if !is_watched {
         match output {

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::bail;
 use futures::StreamExt as _;
+use reqwest::Method;
 use supercloud_api::{
     CloudCreate, Event, HostPatch, ImageCreate, JoinTokenCreate, NetworkCreate, OperationKind, Page, ProjectCreate,
     TokenCreate,
@@ -80,6 +81,10 @@ async fn hosts(client: &Client, output: Output, verb: HostVerb) -> anyhow::Resul
         HostVerb::Show { name } => show::print_named(client, output, &client.host(&name).await?).await,
         HostVerb::JoinToken { name, cloud, expires } => {
             let body = JoinTokenCreate { host_name: name.parse()?, cloud: cloud.into(), expires_in_s: expires };
+            if client.is_trying() {
+                // Of one that is not made there is no secret.
+                return Ok(client.call(Method::POST, "/v1/join-tokens", &body).await?);
+            }
             let token = client.create_join_token(&body).await?;
             match output {
                 Output::Table | Output::Wide => {
@@ -133,6 +138,9 @@ async fn stores(client: &Client, output: Output, verb: StoreVerb) -> anyhow::Res
         }
         StoreVerb::Sweep { name, accept_records } => {
             let store = client.sweep_store(&name, accept_records).await?;
+            if client.is_trying() {
+                return show::print_one(output, &store);
+            }
             eprintln!("{} is being swept; `supercloud event list` tells what was removed", store.name);
             show::print_one(output, &store)
         }
@@ -162,6 +170,9 @@ async fn tokens(client: &Client, output: Output, verb: TokenVerb) -> anyhow::Res
         }
         TokenVerb::Create { name, project_scope, role, expires } => {
             let body = TokenCreate { name: name.parse()?, project: project_scope.into(), role, expires_in_s: expires };
+            if client.is_trying() {
+                return Ok(client.call(Method::POST, "/v1/tokens", &body).await?);
+            }
             let made = client.create_token(&body).await?;
             match output {
                 Output::Table | Output::Wide => {
@@ -199,6 +210,9 @@ async fn images(client: &Client, output: Output, verb: ImageVerb) -> anyhow::Res
                 Ok(image) if image.state == supercloud_api::ImageState::Uploading => image,
                 _ => client.create_image(&ImageCreate { name: name.parse()?, project: None, cmdline }).await?,
             };
+            if client.is_trying() {
+                return show::print_one(output, &image);
+            }
             let operation = uploads::send(client, &image, files).await?;
             show::follow(client, output, operation, Watch { watch: true, no_watch: false }).await
         }
@@ -238,6 +252,9 @@ async fn volumes(client: &Client, output: Output, verb: VolumeVerb) -> anyhow::R
         }
         VolumeVerb::Check { name, megabytes_per_s } => {
             let volume = client.check_volume(&name, megabytes_per_s * 1_000_000).await?;
+            if client.is_trying() {
+                return show::print_named(client, output, &volume).await;
+            }
             eprintln!("{} is being checked; `supercloud event list` tells what was found", volume.name);
             show::print_named(client, output, &volume).await
         }
@@ -371,6 +388,7 @@ async fn markets(client: &Client, output: Output, verb: MarketVerb) -> anyhow::R
             let markets = client.markets().await?;
             show::print(output, &markets, || listings::markets(&markets))
         }
+        MarketVerb::Verdicts => crate::goodness::verdicts(client, output).await,
         MarketVerb::Prices { market } => {
             let series = client.prices(&market).await?;
             show::print(output, &series, || {

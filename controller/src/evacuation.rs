@@ -15,7 +15,6 @@ use supercloud_api::{
     ids::{GuestId, HostId, VolumeId},
     unix_ms,
 };
-use supercloud_scheduler::evacuable::{self, LiveMove, Load, Path};
 use tracing::{info, warn};
 
 use crate::{
@@ -32,8 +31,6 @@ use crate::{
 
 /// How often it is looked.
 const LOOK: Duration = Duration::from_secs(30);
-/// What a switch takes beside the last pages, in milliseconds.
-const SWITCH_MS: u64 = 150;
 
 /// What is done for guests that could not leave in time: `[evacuable]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -93,6 +90,7 @@ impl Outlook {
         let mirrored = mirrored(parts, &operations, &hosts);
         let operations = operations.iter().map(|record| &record.operation);
         let measured = Measured::learn(operations, |host| clouds.get(&host).copied());
+        let measured = measured.with_round_trips(parts.paths.round_trips(&picture.hosts, unix_ms()));
         // Own machines are taken back where a feed plays their market.
         let own_are_spot = parts.config.feed.as_ref().is_some_and(|feed| feed.own_hosts == Tenure::Spot);
         let mut tenures: HashMap<HostId, Tenure> = HashMap::new();
@@ -156,18 +154,14 @@ impl Outlook {
         let destination = chosen.as_ref().ok().copied();
         let link = destination.and_then(|to| self.measured.link(source.cloud, to.cloud));
         let writes = self.measured.dirty_rate(guest.id);
-        let predicted = link.zip(writes).and_then(|(link, writes)| predict(guest.shape.memory_bytes, writes, link));
+        // Not of one of which is not known how fast it writes: whether it is in time depends on that.
+        let predicted = destination.filter(|_| writes.is_some());
+        let predicted = predicted.and_then(|to| self.measured.forecast(guest, source, to, None, MAX_DOWNTIME_MS));
         let detail = match (&chosen, link, writes) {
             (Err(problem), ..) => problem.detail.clone(),
             (Ok(to), None, _) => format!("no move from {} to {} was measured yet", source.cloud_name, to.cloud_name),
             (Ok(_), Some(_), None) => "it was never moved: how fast it writes is not known".to_owned(),
-            (Ok(_), Some(link), Some(writes)) => {
-                format!(
-                    "the link carries {} MiB/s, the guest wrote {} MiB/s when it was moved last",
-                    link >> 20,
-                    writes >> 20
-                )
-            }
+            (Ok(to), Some(_), Some(_)) => self.measured.basis(guest.id, source, to),
         };
         let state = match (self.takeable.contains(&host), destination, predicted) {
             (false, ..) => EvacuationState::NotNeeded,
@@ -191,18 +185,6 @@ impl Outlook {
             detail,
         })
     }
-}
-
-fn predict(memory_bytes: u64, writes: u64, link: u64) -> Option<LiveMove> {
-    let load = Load { memory_bytes, dirty_bytes_per_s: writes, working_set_bytes: memory_bytes, volume_dirty_bytes: 0 };
-    let path = Path {
-        link_bytes_per_s: link,
-        host_ready_ms: 0,
-        max_downtime_ms: MAX_DOWNTIME_MS,
-        switch_ms: SWITCH_MS,
-        checkpoint_ms: 0,
-    };
-    evacuable::predict(&load, &path)
 }
 
 /// The guests of one host share its link: one leaves after the other, the quickest first. From the first on of which it is not known
@@ -385,13 +367,5 @@ mod tests {
         let found: Vec<_> = together(all).iter().map(|one| (one.leave_with_all_ms, one.state)).collect();
         assert_eq!(&found[..2], [(Some(5), NotNeeded), (Some(120_005), Late)]);
         assert!(found[2..].contains(&(None, Unknown)) && found[2..].contains(&(None, Late)));
-    }
-
-    #[test]
-    fn what_writes_faster_than_the_link_carries_stands_still_for_all_of_its_memory() {
-        let quiet = predict(1 << 30, 0, 1 << 30).unwrap();
-        assert_eq!((quiet.copy_ms, quiet.downtime_ms), (1000 + SWITCH_MS, SWITCH_MS));
-        let busy = predict(1 << 30, 1 << 31, 1 << 30).unwrap();
-        assert_eq!((busy.copy_ms, busy.downtime_ms), (1000 + SWITCH_MS, 1000 + SWITCH_MS));
     }
 }

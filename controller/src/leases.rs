@@ -123,6 +123,16 @@ impl LeaseBoard {
         book.grant(guest, lease_ms, now_ms)
     }
 
+    /// The leases that count now: in how many milliseconds each is surely over, by guest.
+    #[must_use]
+    pub fn leases(&self) -> Vec<(GuestId, u64)> {
+        let (book, now_ms) = self.book();
+        let left = |(guest, over_ms): (&GuestId, &u64)| Some((*guest, over_ms.checked_sub(now_ms)?));
+        let mut found: Vec<(GuestId, u64)> = book.over_ms.iter().filter_map(left).collect();
+        found.sort_unstable();
+        found
+    }
+
     /// In how many milliseconds every lease of a guest is surely over; 0: it is.
     #[must_use]
     pub fn over_in_ms(&self, guest: GuestId, lease_ms: u64) -> u64 {

@@ -34,11 +34,13 @@ pub mod placement;
 pub mod plans;
 pub mod price_board;
 pub mod recovery;
+pub mod reliability;
 pub mod renting;
 pub mod rest;
 pub mod simulation;
 pub mod sites;
 pub mod state;
+pub mod verdicts;
 
 /// An error with its causes, as one line for the log.
 #[must_use]

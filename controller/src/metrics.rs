@@ -10,18 +10,22 @@ use std::{
 
 use axum::http::{Method, StatusCode};
 use supercloud_api::{
-    Cloud, Evacuation, EvacuationState, GuestState, HostState, Operation, OperationKind, Phase, Volume,
+    Cloud, Evacuation, EvacuationState, GuestState, HostState, Operation, OperationKind, Phase, Volume, VolumeHistory,
     handover::Owner,
-    ids::{CloudId, HostId, OperationId},
+    ids::{CloudId, GuestId, HostId, OperationId},
+    unix_ms,
 };
 
 use crate::{
     app::Parts,
     operations::sweeps::{StoreCount, StoreOf},
     paths::Between,
-    state::{GuestRecord, HostRecord, OperationRecord, Seen, StateError, Stored},
+    reliability::Window,
+    state::{GuestRecord, HostRecord, OperationRecord, Seen, StateError, Stored, Work},
 };
 
+/// How far back it is told how good it was, in milliseconds.
+const MONTH_MS: u64 = 30 * 24 * 3_600_000;
 /// Upper bounds of request times, in milliseconds.
 const REQUEST_BUCKETS_MS: [u64; 9] = [1, 5, 10, 50, 100, 500, 1000, 5000, 30_000];
 /// Upper bounds of downtimes, in milliseconds.
@@ -114,6 +118,31 @@ impl Tally {
 pub struct Metrics {
     requests: Arc<Mutex<Requests>>,
     tally: Arc<Mutex<Tally>>,
+}
+
+/// A mirror, as far as it is told of.
+struct MirrorSeen {
+    guest: GuestId,
+    is_silent: bool,
+    behind_ms: Option<u64>,
+}
+
+async fn mirrors(parts: &Parts) -> Result<Vec<MirrorSeen>, StateError> {
+    let mut found = Vec::new();
+    for id in parts.state.active_operations().await? {
+        let Some(record) = parts.state.read::<OperationRecord>(&id).await? else { continue };
+        let (Work::GuestMirror { options, .. }, Some(guest)) = (&record.work, record.operation.guest) else { continue };
+        let silent_ms = record.operation.source.map_or(0, |host| parts.leases.silent_ms(host));
+        let mut progress = record.operation.progress.clone();
+        parts.progress.apply(id, &mut progress);
+        let standing = progress.mirror.filter(|standing| standing.committed > 0);
+        found.push(MirrorSeen {
+            guest,
+            is_silent: options.lease_ms.is_some_and(|lease_ms| silent_ms >= lease_ms / 2),
+            behind_ms: standing.map(|standing| standing.committed_age_ms),
+        });
+    }
+    Ok(found)
 }
 
 fn kind_name(kind: OperationKind) -> &'static str {
@@ -249,6 +278,56 @@ impl Metrics {
             "Predicted time until a guest has left its host, together with all others there.",
             &evacuations.iter().filter_map(leave).collect::<Vec<_>>(),
         );
+        let mirrors = mirrors(parts).await?;
+        gauge("supercloud_mirrors", "Mirrors that are kept.", &one(mirrors.len() as u64));
+        let silent = mirrors.iter().filter(|mirror| mirror.is_silent).count() as u64;
+        gauge(
+            "supercloud_mirrors_silent",
+            "Mirrors fenced by a lease whose guest's host was not heard for half of it: their standbys are about to take over.",
+            &one(silent),
+        );
+        let behind = |mirror: &MirrorSeen| Some((format!("{{guest=\"{}\"}}", mirror.guest), mirror.behind_ms?));
+        gauge(
+            "supercloud_mirror_behind_ms",
+            "How old what a standby has is: what taking over would lose.",
+            &mirrors.iter().filter_map(behind).collect::<Vec<_>>(),
+        );
+        let leased: Vec<(String, u64)> =
+            parts.leases.leases().into_iter().map(|(guest, ms)| (format!("{{guest=\"{guest}\"}}"), ms)).collect();
+        gauge(
+            "supercloud_lease_over_in_ms",
+            "Until the lease of a mirrored guest is surely over, unless it is renewed.",
+            &leased,
+        );
+        let histories = parts.state.list::<VolumeHistory>().await?;
+        let now_ms = unix_ms();
+        let newest = |history: &VolumeHistory| {
+            let kept =
+                history.points.iter().rev().find(|point| point.memory.as_ref().is_some_and(|memory| memory.is_kept));
+            Some((format!("{{volume=\"{}\"}}", history.volume), now_ms.saturating_sub(kept?.at_ms)))
+        };
+        gauge(
+            "supercloud_checkpoint_age_ms",
+            "Age of the newest checkpoint of a guest's volume: what going back to it would lose.",
+            &histories.iter().filter_map(|history| newest(history)).collect::<Vec<_>>(),
+        );
+        let problems = histories.iter().filter(|history| history.problem.is_some()).count() as u64;
+        gauge(
+            "supercloud_points_not_taken",
+            "Volumes of which the last point that was due could not be taken.",
+            &one(problems),
+        );
+        let window = Window { from_ms: now_ms.saturating_sub(MONTH_MS), to_ms: now_ms, project: None, guest: None };
+        let good = parts.reliability.read(&parts.state, window).await?;
+        let available: Vec<(String, u64)> = good.availability_ppm.map(|ppm| (String::new(), ppm)).into_iter().collect();
+        gauge(
+            "supercloud_availability_ppm",
+            "Of the time that guests were to run in the last 30 days, what they ran, in millionths.",
+            &available,
+        );
+        let missed = [("move", good.missed_by_moves), ("notice", good.missed_by_notices)];
+        let missed = missed.map(|(of, count)| (format!("{{of=\"{of}\"}}"), count));
+        gauge("supercloud_missed_deadlines", "Deadlines that were missed in the last 30 days.", &missed);
         let volumes = parts.state.list::<Volume>().await?;
         let needed = volumes.iter().filter(|volume| volume.needed_source.is_some()).count() as u64;
         gauge(

@@ -24,6 +24,7 @@ use tracing::{info, warn};
 use crate::{
     admission::Request,
     chain,
+    paths::PathBoard,
     plans::{
         machine,
         make::Aim,
@@ -188,6 +189,7 @@ impl Default for Pace {
 pub struct Leaving {
     state: State,
     live: LiveHosts,
+    paths: PathBoard,
     plans_wake: Arc<Notify>,
     config: NoticesConfig,
     pace: Pace,
@@ -212,8 +214,15 @@ impl Tries {
 impl Leaving {
     /// Nothing was tried yet.
     #[must_use]
-    pub fn new(state: State, live: LiveHosts, plans_wake: Arc<Notify>, config: NoticesConfig, pace: Pace) -> Self {
-        Self { state, live, plans_wake, config, pace, tries: HashMap::new() }
+    pub fn new(
+        state: State,
+        live: LiveHosts,
+        paths: PathBoard,
+        plans_wake: Arc<Notify>,
+        config: NoticesConfig,
+        pace: Pace,
+    ) -> Self {
+        Self { state, live, paths, plans_wake, config, pace, tries: HashMap::new() }
     }
 
     /// Looks for ever. It can be dropped at any await: nothing is half done.
@@ -271,7 +280,8 @@ impl Leaving {
             _ => "its provider says that the host may be taken back soon",
         };
         let context = Context::actor(ACTOR.to_owned(), RequestId::generate());
-        let mut plan = propose(&self.state, &self.live, &Aim::Drain(host), Some(reason.to_owned()), &context).await?;
+        let mut plan =
+            propose(&self.state, &self.live, &self.paths, &Aim::Drain(host), Some(reason.to_owned()), &context).await?;
         // A moment after the controller's start, say, hosts that have room are not there yet: it is looked twice, if there is time for that.
         let at_ms = record.host.notice.and_then(|notice| notice.at_ms);
         let is_short = at_ms.is_some_and(|at| at <= unix_ms().saturating_add(SHORT_MS));

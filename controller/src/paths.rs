@@ -4,6 +4,8 @@
 //! then a second one of each, and so on, [`MAX_PATH_PEERS`] in all. Which ones is decided by a hash of both names, so that every
 //! host is measured by about as many and a change of the fleet changes few of the choices.
 
+mod round_trips;
+
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     hash::{DefaultHasher, Hash as _, Hasher as _},
@@ -25,6 +27,8 @@ use crate::{
     chain,
     state::{HostRecord, State, StateError, Stored},
 };
+
+pub use round_trips::RoundTrips;
 
 /// Whether somebody has to be told anew is looked at this often.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
@@ -116,6 +120,20 @@ impl PathBoard {
         let asked: HashSet<HostId> = peers.iter().map(|peer| peer.host).collect();
         let paths = paths.into_iter().filter(|path| asked.contains(&path.to)).map(|path| (path.to, path)).collect();
         board.told.insert(host, (now_ms, paths));
+    }
+
+    /// The round-trip times of the ways that answer, between these hosts.
+    #[must_use]
+    pub fn round_trips(&self, hosts: &[Host], now_ms: u64) -> RoundTrips {
+        let board = self.board();
+        let fresh = board.told.iter().filter(|(_, (at_ms, _))| now_ms.saturating_sub(*at_ms) <= FRESH_MS);
+        let ways = fresh.flat_map(|(from, (at_ms, paths))| {
+            paths.values().filter_map(|path| {
+                let seen = Seen { from: *from, to: path.to, is_capable: true, told: Some((*at_ms, *path)) };
+                Some((*from, path.to, path.rtt_us.filter(|_| seen.state() == LinkState::Answers)?))
+            })
+        });
+        RoundTrips::new(ways, hosts)
     }
 
     /// Shows each way that is measured, or would be, between `known` hosts, in the order of their ids, until `show` says that it

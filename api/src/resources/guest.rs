@@ -331,6 +331,13 @@ pub struct Mirror {
     /// With `fencing: lease`, how long the guest may run unheard, in milliseconds.
     #[serde(default)]
     pub lease_ms: Option<u64>,
+    /// With `fencing: lease`, in how many milliseconds every lease is surely over unless it is renewed: a silent guest can be taken over
+    /// then. 0: they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease_over_in_ms: Option<u64>,
+    /// For how long nothing was heard of the guest's host, in milliseconds, as far as this controller knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_silent_ms: Option<u64>,
     /// Whether the standby has a whole cut, from which the guest would go on.
     pub is_protected: bool,
     /// Whether it was told to take over.

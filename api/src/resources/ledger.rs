@@ -92,6 +92,19 @@ pub struct LedgerTotals {
     pub unpriced_bytes: u64,
 }
 
+/// What everything that is rented costs now, per hour.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+pub struct LedgerRate {
+    /// At the prices that were looked up last.
+    pub paid_nanousd_per_hour: u64,
+    /// Of this, for hosts of which is known what they cost on demand.
+    pub comparable_nanousd_per_hour: u64,
+    /// What these hosts cost on demand.
+    pub on_demand_nanousd_per_hour: u64,
+    /// Hosts of which no price is known.
+    pub unpriced_hosts: u64,
+}
+
 /// A page of the ledger with the sums of everything that was asked for, not of the page alone.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Ledger {
@@ -103,6 +116,9 @@ pub struct Ledger {
     pub to_ms: u64,
     /// The sums of all pages.
     pub totals: LedgerTotals,
+    /// What all that is rented costs now; absent for those who see one project only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate: Option<LedgerRate>,
     /// The lines, by host, then by time.
     pub items: Vec<LedgerLine>,
     /// Where the next page starts; absent on the last one.

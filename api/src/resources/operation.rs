@@ -188,6 +188,12 @@ pub struct Plan {
     pub predicted_bytes: Option<u64>,
     /// The time that is expected, in all.
     pub predicted_ms: Option<u64>,
+    /// How long the guest is expected to stand still.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub predicted_downtime_ms: Option<u64>,
+    /// What the prediction rests on, or what is not known; a sentence.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub predicted_from: Option<String>,
 }
 
 /// One pre-check.

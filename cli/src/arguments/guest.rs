@@ -279,6 +279,17 @@ pub enum GuestVerb {
     },
     /// Whether guests could leave in time when the provider takes their hosts back, as moves were measured; `-o wide` says why.
     Evacuations,
+    /// How good it was: what guests missed of the time that they were to run, how moves paused them, which deadlines were missed.
+    #[command(
+        after_help = "Examples:\n  supercloud guest reliability\n  supercloud guest reliability web --days 7 -o wide"
+    )]
+    Reliability {
+        /// Name or id; all guests when absent. One that was deleted, by its id.
+        name: Option<String>,
+        /// So many days back from now.
+        #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=366))]
+        days: u64,
+    },
     /// Lets price policies move the guest, or not.
     FollowPrices {
         /// Name or id.

@@ -151,6 +151,37 @@ describe.skipIf(!url)("a lab with real guests", () => {
     await context.close();
   });
 
+  it("tells where the guest lived, and how good it was, as the events have it", async () => {
+    const { context, page, problems } = await desk(browser, url, token);
+    const guest = await web();
+    const all = await rest.must("GET", "/v1/reliability");
+    expect(all.moves).toBeGreaterThanOrEqual(2);
+    expect(all.rolled_back).toBeGreaterThanOrEqual(1);
+    expect(all.downtime_p50_ms).toBeGreaterThan(0);
+    expect(all.availability_ppm).toBeGreaterThan(900_000);
+    await visit(page, "");
+    const good = page.getByRole("region", { name: "How good it was (30 days)" });
+    expect(await good.innerText()).toMatch(new RegExp(`available\\s+${all.moves}\\s+moves\\s`));
+    await shot(page, "lab-good");
+    const own = await rest.must("GET", `/v1/reliability?guest=${guest.id}`);
+    const moves = own.stays.filter((stay: { downtime_ms: number | null }) => typeof stay.downtime_ms === "number");
+    expect(moves.length).toBe(own.moves);
+    expect(own.stays.at(-1)).toMatchObject({ host: here, is_lost: false });
+    await visit(page, `guests/${guest.id}`);
+    const lived = page.getByRole("region", { name: "Where it lived" });
+    await lived.getByText("came with a pause").first().waitFor();
+    expect(await lived.getByRole("listitem").count()).toBe(Math.min(20, own.stays.length));
+    expect(await lived.getByText("came with a pause").count()).toBe(moves.length);
+    await shot(page, "lab-life");
+    // A move is foretold by the moves that were, and by the way that is measured.
+    const to = await elsewhere();
+    const { plan } = await rest.must("POST", `/v1/guests/${guest.id}/migrate?dry_run=true`, { to: to.id });
+    expect(plan.predicted_from).toMatch(/ ms away|no move from/);
+    expect((await web()).operation).toBe(null);
+    expect(problems).toEqual([]);
+    await context.close();
+  });
+
   it("raises an alarm when a host loses its power, and ends it when that is back", async () => {
     const { context, page } = await desk(browser, url, token);
     const victim = await elsewhere();

@@ -380,7 +380,7 @@ describe("a mirror", () => {
       await found.page.route("**/v1/operations?*", (route) => route.fulfill({ json: { items: [mirrored()] } }));
       await found.page.route("**/v1/operations/*", (route) => route.fulfill({ json: mirrored() }));
       await found.page.route("**/evacuation", (route) => route.fulfill({ status: 200, json: { guest: web.id, host: h1, host_name: "h1", state: "not_needed", notice_ms: 120_000, detail: "" } }));
-      await found.page.route("**/mirrors?*", (route) => route.fulfill({ json: { items: [{ operation: mirrored().id, guest: web.id, source: h1, destination: h2, mode: "strict", interval_ms: 250, is_protected: true, is_failing_over: false, standing: mirrored().progress.mirror }] } }));
+      await found.page.route("**/mirrors?*", (route) => route.fulfill({ json: { items: [{ operation: mirrored().id, guest: web.id, source: h1, destination: h2, mode: "strict", interval_ms: 250, fencing: "lease", lease_ms: 15_000, lease_over_in_ms: 7000, source_silent_ms: 9000, is_protected: true, is_failing_over: false, standing: mirrored().progress.mirror }] } }));
       return found;
     };
     for (const view of VIEWS) {
@@ -389,6 +389,8 @@ describe("a mirror", () => {
       const panel = page.getByRole("region", { name: "Mirror" });
       await panel.getByText("its standby could take over").waitFor();
       await panel.getByText("waits for the standby").waitFor();
+      await panel.getByText("its standby takes over in").waitFor();
+      expect(await panel.innerText()).toMatch(/fenced by a lease of\s+15 s\s+its host was heard\s+9\.0 s ago\s+its standby takes over in\s+7\.0 s/);
       expect(await panel.innerText()).toMatch(/whole at the standby\s+42[\s\S]*pause of the last cut\s+12 ms/);
       await panel.getByRole("img", { name: "how old the standby's copy is" }).waitFor({ timeout: 30_000 });
       expect(await sideways(page)).toBe(0);

@@ -2,6 +2,7 @@
 import type { Browser } from "playwright-core";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { Controller, Rest, emptyImage, silentHost } from "./controller";
+import { pointHash } from "../src/store/points";
 import { type Desk, VIEWS, type View, barriers, desk, open, shot, sideways, visit } from "./look";
 
 let browser: Browser;
@@ -153,7 +154,13 @@ describe("a network", () => {
 describe("time travel", () => {
   const at = (minutes: number) => NOW - minutes * 60_000;
   const point = (number: number, minutes: number) => ({ number, at_ms: at(minutes), tick: 0, epoch: 2, version: number * 100, root: "ab".repeat(32), cloud: clouds[1], stored_bytes: number << 20, hash: "cd".repeat(32) });
-  const history = () => ({ volume: web.volumes[0], project: web.project, policy: { every_s: 900, keep: [{ for_s: 14_400, every_s: 900 }] }, points: [point(1, 180), point(2, 120), point(4, 60), point(5, 15)], thinned: [{ from: 3, to: 3, hash: "ef".repeat(32) }], next: 6, head: "cd".repeat(32), seen_base: null, problem: null, created_at_ms: at(200) });
+  const history = () => {
+    // Chained as the controller does it.
+    let head = "0".repeat(64);
+    const points = [point(1, 180), point(2, 120), point(3, 90), point(4, 60), point(5, 15)].map((one) => ({ ...one, hash: (head = pointHash(web.volumes[0]!, head, one as never)) }));
+    const [thin] = points.splice(2, 1);
+    return { volume: web.volumes[0], project: web.project, policy: { every_s: 900, keep: [{ for_s: 14_400, every_s: 900 }] }, points, thinned: [{ from: 3, to: 3, hash: thin!.hash }], next: 6, head, seen_base: null, problem: null, created_at_ms: at(200) };
+  };
 
   it("chooses an instant with a slider, and makes a guest of it after a look", async () => {
     for (const view of VIEWS) {
@@ -162,6 +169,7 @@ describe("time travel", () => {
       await visit(page, `volumes/${web.volumes[0]}`);
       const slider = page.getByRole("slider", { name: "as of" });
       await slider.waitFor();
+      await page.getByText("✓ 4 points have the hash of what is told of them and of the one before; 1 thinned out are accounted for.").waitFor();
       const panel = page.getByRole("region", { name: "Time travel" });
       await panel.getByText(/point 5,/).waitFor();
       // Half way between the first and now, 90 minutes ago, the second was the newest.

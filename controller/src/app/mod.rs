@@ -45,9 +45,11 @@ use crate::{
     plans,
     price_board::Markets,
     recovery::{self, Recovery},
+    reliability::ReliabilityBook,
     renting::{self, Place, PlaceParts, ProviderConfigError, Providers},
     rest,
     state::{LiveHosts, State, StateError},
+    verdicts::VerdictBoard,
 };
 
 /// How long tasks may take to end once they are told.
@@ -82,6 +84,10 @@ pub struct Parts {
     pub plans_wake: Arc<Notify>,
     /// Whether guests could leave their hosts in time, as it was found last.
     pub evacuations: EvacuationBoard,
+    /// How good it was, as events tell.
+    pub reliability: ReliabilityBook,
+    /// What policies told of guests.
+    pub verdicts: VerdictBoard,
     /// How far operations are, newer than their records.
     pub progress: ProgressBoard,
     /// Where sweeps of chunk stores are asked for, and counted.
@@ -253,6 +259,8 @@ impl Controller {
             renting_wake: Arc::default(),
             plans_wake: Arc::default(),
             evacuations: EvacuationBoard::default(),
+            reliability: ReliabilityBook::default(),
+            verdicts: VerdictBoard::default(),
             progress: ProgressBoard::default(),
             sweeps: SweepBoard::default(),
             chunks: Arc::default(),
@@ -316,7 +324,8 @@ async fn start_parts(parts: &Parts) -> Result<SocketAddr, StartError> {
     );
     parts.spawn("fencing", fencing.run());
     let (state, live, wake) = (parts.state.clone(), parts.hosts.clone(), Arc::clone(&parts.plans_wake));
-    parts.spawn("notices", Leaving::new(state, live, wake, parts.config.notices, notices::Pace::default()).run());
+    let (paths, pace) = (parts.paths.clone(), notices::Pace::default());
+    parts.spawn("notices", Leaving::new(state, live, paths, wake, parts.config.notices, pace).run());
     parts.spawn("paths", paths::path_teller(parts.clone()));
     parts.spawn("evacuations", evacuation::evacuation_watcher(parts.clone()));
     let api = rest::Api::new(parts, &metrics);

@@ -71,6 +71,24 @@ pub struct Route {
     pub access: Access,
 }
 
+/// What changes something and cannot be tried: it has no record that would be written, or is a piece of something larger.
+const NOT_TRIED: &[&str] = &[
+    "/v1/session",
+    "/v1/join",
+    "/v1/rentings/{renting}/join-token",
+    "/v1/images/{image}/parts/{part}",
+    "/v1/guests/{guest}/console/{console}/input",
+    "/v1/feed",
+];
+
+impl Route {
+    /// Whether `?dry_run=true` tells what it would do.
+    #[must_use]
+    pub fn is_triable(&self) -> bool {
+        self.method != Method::GET && self.path.starts_with("/v1/") && !NOT_TRIED.contains(&self.path)
+    }
+}
+
 const fn route(method: Method, path: &'static str, access: Access) -> Route {
     Route { method, path, access }
 }
@@ -162,6 +180,9 @@ pub const ROUTES: &[Route] = &[
     route(Method::GET, "/v1/operations/{operation}", Access::ReadOwn),
     route(Method::POST, "/v1/operations/{operation}/cancel", Access::MoveOwn),
     route(Method::GET, "/v1/evacuations", Access::Read),
+    route(Method::GET, "/v1/reliability", Access::Read),
+    route(Method::GET, "/v1/verdicts", Access::Read),
+    route(Method::POST, "/v1/verdicts", Access::Move),
     // Nothing changes by it, but it takes a core for some seconds.
     route(Method::POST, "/v1/simulations", Access::Move),
     route(Method::GET, "/v1/plans", Access::ReadAll),

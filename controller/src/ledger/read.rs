@@ -214,7 +214,9 @@ fn add_up(
 pub struct Rate {
     /// At the prices that were looked up last.
     pub paid: NanoUsd,
-    /// What these hosts cost on demand; of those where that is known.
+    /// Of this, for hosts of which is known what they cost on demand.
+    pub comparable: NanoUsd,
+    /// What these hosts cost on demand.
     pub on_demand: NanoUsd,
     /// Hosts without a known price.
     pub unpriced_hosts: u64,
@@ -234,11 +236,13 @@ pub async fn rate(state: &State) -> Result<Rate, StateError> {
             continue;
         }
         let market = tenancy.market_by(clock);
-        match market.and_then(|market| last(market.name())) {
-            Some(price) => rate.paid = rate.paid + price.last,
-            None => rate.unpriced_hosts += 1,
-        }
+        let Some(paid) = market.and_then(|market| last(market.name())) else {
+            rate.unpriced_hosts += 1;
+            continue;
+        };
+        rate.paid = rate.paid + paid.last;
         if let Some(price) = market.and_then(|market| last(market.on_demand().name())) {
+            rate.comparable = rate.comparable + paid.last;
             rate.on_demand = rate.on_demand + price.last;
         }
     }

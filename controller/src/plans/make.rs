@@ -12,7 +12,6 @@ use supercloud_api::{
 };
 use supercloud_scheduler::{
     cluster::{self, Cluster, Demand, Domain, Gang, GangBudget, HostNumber, HostSpec, Move, Moves, Objective},
-    evacuable::{self, Load, Path},
     ledger,
     money::NanoUsd,
 };
@@ -391,15 +390,7 @@ impl<'a> Draft<'a> {
             _ if from.cloud == to.cloud => Some(0),
             price => price.map(|per_gib| ledger::egress(*per_gib, bytes).0),
         };
-        let predicted = self.fleet.measured.link(from.cloud, to.cloud).and_then(|link| {
-            let load = Load {
-                memory_bytes: bytes,
-                dirty_bytes_per_s: self.fleet.measured.dirty_rate(guest.id).unwrap_or(0),
-                working_set_bytes: bytes,
-                volume_dirty_bytes: 0,
-            };
-            evacuable::predict(&load, &Path { link_bytes_per_s: link, ..PATH })
-        });
+        let predicted = self.fleet.measured.forecast(guest, from, to, None, MAX_DOWNTIME_MS);
         let reason = match aim {
             Aim::Drain(_) | Aim::Evacuate(_) => {
                 format!("{} takes it, at the least cost and with most memory free", to.name)
@@ -477,10 +468,6 @@ impl<'a> Draft<'a> {
 
 /// Numbers from here on: guests on their way, where they will be.
 const COMING: u64 = 1 << 32;
-
-/// As the hand-over aims at; the link is put in.
-const PATH: Path =
-    Path { link_bytes_per_s: 0, host_ready_ms: 0, max_downtime_ms: MAX_DOWNTIME_MS, switch_ms: 150, checkpoint_ms: 0 };
 
 fn cost(steps: &[PlanStep]) -> PlanCost {
     let sum = |each: fn(&PlanStep) -> Option<u64>| {

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use supercloud_api::{Cloud, Code, FleetPlan, Operation, PlanState, ids::CloudId};
+use supercloud_api::{Cloud, Code, FleetPlan, Host, Operation, PlanState, ids::CloudId, unix_ms};
 use supercloud_scheduler::money::NanoUsd;
 
 use super::{
@@ -12,8 +12,9 @@ use super::{
 };
 use crate::{
     notices,
+    paths::PathBoard,
     rest::{Failure, guest_plan::Picture},
-    state::{Change, Context, HostRecord, LiveHosts, OperationRecord, PlanRecord, State, StateError, Stored},
+    state::{Change, Context, LiveHosts, OperationRecord, PlanRecord, State, StateError, Stored},
 };
 
 /// What it takes to reach an aim, by where everything is now. Nothing is kept of it.
@@ -23,12 +24,13 @@ use crate::{
 pub async fn propose(
     state: &State,
     live: &LiveHosts,
+    paths: &PathBoard,
     aim: &Aim,
     reason: Option<String>,
     context: &Context,
 ) -> Result<FleetPlan, Failure> {
     let picture = Picture::of(state, live).await?;
-    let (measured, egress_per_gib) = (measured(state).await?, egress_prices(state).await?);
+    let (measured, egress_per_gib) = (measured(state, paths, &picture.hosts).await?, egress_prices(state).await?);
     let fleet = Fleet {
         hosts: &picture.hosts,
         guests: picture.guests().collect(),
@@ -76,10 +78,14 @@ async fn egress_prices(state: &State) -> Result<HashMap<(CloudId, CloudId), Nano
     Ok(prices)
 }
 
-async fn measured(state: &State) -> Result<Measured, StateError> {
+/// What moves between these hosts were like, and how far apart they are.
+///
+/// # Errors
+/// When the records cannot be read.
+pub async fn measured(state: &State, paths: &PathBoard, hosts: &[Host]) -> Result<Measured, StateError> {
     let operations = state.list::<OperationRecord>().await?;
     let operations: Vec<Operation> = operations.into_iter().map(|record| record.value.operation).collect();
-    let hosts = state.list::<HostRecord>().await?;
-    let clouds: HashMap<_, _> = hosts.iter().map(|record| (record.host.id, record.host.cloud)).collect();
-    Ok(Measured::learn(operations.iter(), |host| clouds.get(&host).copied()))
+    let clouds: HashMap<_, _> = hosts.iter().map(|host| (host.id, host.cloud)).collect();
+    let learned = Measured::learn(operations.iter(), |host| clouds.get(&host).copied());
+    Ok(learned.with_round_trips(paths.round_trips(hosts, unix_ms())))
 }

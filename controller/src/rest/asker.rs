@@ -277,7 +277,8 @@ impl Asker {
         })
     }
 
-    /// Makes a change and gives the answer, which is kept with it when the request has an idempotency key.
+    /// Makes a change and gives the answer, which is kept with it when the request has an idempotency key. Of a dry run the answer
+    /// alone: all that could refuse it was asked, and nothing is stored.
     ///
     /// # Errors
     /// Conflicts and store errors.
@@ -288,6 +289,9 @@ impl Asker {
         mut change: Change,
         reply: Reply,
     ) -> Result<Reply, Failure> {
+        if self.params.dry_run {
+            return Ok(reply.tried());
+        }
         let context = self.context(project);
         if let Some(claim) = &context.idempotency {
             let body = reply.body.clone().unwrap_or_default();

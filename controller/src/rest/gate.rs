@@ -24,6 +24,7 @@ use super::{
     idempotency::{self, Claim},
     reply::{Failure, Reply, problem_response},
     shares::{Shares, neighbourhood},
+    squeeze,
 };
 use crate::{
     app::Parts,
@@ -95,12 +96,14 @@ pub async fn gate(State(gate): State<Gate>, request: Request, next: Next) -> Res
     let began = Instant::now();
     let request_id = RequestId::generate();
     let method = request.method().clone();
+    let takes_gzip = squeeze::is_asked_for(&method, request.headers());
     let path = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
     let response = match pass(&gate, request_id, path.as_deref(), request, next).await {
         Ok(response) => response,
         Err(failure) => failure.into_response(),
     };
     let response = finish(response, request_id);
+    let response = if takes_gzip { squeeze::squeeze(response).await } else { response };
     let took = began.elapsed();
     let status = response.status();
     gate.metrics.observe_request(&method, path.as_deref(), status, took);
@@ -136,6 +139,10 @@ async fn pass(
     };
     let Query(params) = Query::<Params>::try_from_uri(&head.uri)
         .map_err(|error| Failure::bad(format!("the query: {}", crate::chain(&error))))?;
+    if params.dry_run && route.method != Method::GET && !route.is_triable() {
+        // Not done in earnest because nobody knew how to try it.
+        return Err(Failure::bad("this cannot be tried: leave dry_run out"));
+    }
     let _stranger = match (&caller, route.method == Method::GET) {
         (None, false) => {
             // One that opens many and says nothing keeps out itself.

@@ -259,6 +259,8 @@ async fn attempt(
                 checks: Vec::new(),
                 predicted_bytes: None,
                 predicted_ms: None,
+                predicted_downtime_ms: None,
+                predicted_from: None,
             },
         };
         let route = Route { destination: plan.destination, plan: Some(plan), reason, ..Route::default() };

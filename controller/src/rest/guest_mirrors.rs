@@ -211,6 +211,8 @@ fn shown(
         interval_ms: options.interval_ms,
         fencing: if options.lease_ms.is_some() { Fencing::Lease } else { Fencing::Manual },
         lease_ms: options.lease_ms,
+        lease_over_in_ms: None,
+        source_silent_ms: None,
         is_protected: standing.committed > 0 && operation.phase == Phase::Copy,
         is_failing_over,
         standing,
@@ -225,7 +227,13 @@ pub async fn list(State(api): State<Api>, asker: Asker, Path(guest): Path<String
         Some((record, options, is_failing_over)) => {
             let mut live = super::operations::shown(&api, &record);
             let standing = live.progress.mirror.take().unwrap_or_default();
-            shown(&live, options, is_failing_over, standing).into_iter().collect()
+            let mut mirror = shown(&live, options, is_failing_over, standing);
+            if let Some(mirror) = &mut mirror {
+                let leases = &api.parts.leases;
+                mirror.lease_over_in_ms = options.lease_ms.map(|lease_ms| leases.over_in_ms(mirror.guest, lease_ms));
+                mirror.source_silent_ms = mirror.source.map(|host| leases.silent_ms(host));
+            }
+            mirror.into_iter().collect()
         }
         None => Vec::new(),
     };

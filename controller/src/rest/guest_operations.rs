@@ -23,6 +23,7 @@ use crate::{
     auth::Access,
     checkpoints::SetBack,
     placement::{self, Need, Place},
+    plans::{measured::Measured, propose},
     state::{Change, GuestRecord, LiveHosts, ProjectRecord, Stored, Work, keys, retry_conflicts},
 };
 
@@ -272,9 +273,17 @@ pub(super) async fn begin_migration(
         let found = asker.find_guest(&api.parts, reference).await?;
         guest_plan::admit(Request::Migrate, &found)?;
         let place = guest_plan::resolve_place(&api.parts, Some(&wanted.to)).await?;
+        // Much to read: only for those who look first.
+        let measured = match asker.params.dry_run {
+            true => Some(propose::measured(&api.parts.state, &api.parts.paths, &picture.hosts).await?),
+            false => None,
+        };
         let way = way_out(&picture, &found, found.guest.host, &place, options.bandwidth_bps);
         let way = way.and_then(|(host, mut plan)| {
             plan.checks.extend(post_copy(&api.parts.hosts, found.guest.host, host, options.memory)?);
+            if let (Some(measured), Some(source)) = (&measured, found.guest.host.and_then(|host| picture.host(host))) {
+                foretell(&mut plan, measured, &found, (source, host), &options);
+            }
             Ok((host, plan))
         });
         match way {
@@ -298,6 +307,27 @@ pub(super) async fn begin_migration(
         }
     })
     .await
+}
+
+/// Adds to a plan what was measured of such moves.
+fn foretell(
+    plan: &mut Plan,
+    measured: &Measured,
+    found: &GuestRecord,
+    way: (&Host, &Host),
+    options: &MigrationOptions,
+) {
+    let limit = options.bandwidth_bps.map(|bps| (bps / 8).max(1));
+    let downtime_ms = options.max_downtime_ms.unwrap_or(DEFAULT_DOWNTIME_MS);
+    plan.predicted_from = Some(measured.basis(found.guest.id, way.0, way.1));
+    // The model is of memory that goes before the guest does.
+    let live =
+        measured.forecast(&found.guest, way.0, way.1, limit, downtime_ms).filter(|_| options.memory.is_pre_copy());
+    if let Some(live) = live {
+        plan.predicted_bytes = Some(live.bytes);
+        plan.predicted_ms = Some(live.copy_ms);
+        plan.predicted_downtime_ms = Some(live.downtime_ms);
+    }
 }
 
 /// Where a guest that is at `from` would go, as the place that was asked for allows, and what that would take.

@@ -319,6 +319,8 @@ pub fn plan_for(host: &Host, checks: Vec<PlanCheck>) -> Plan {
         checks,
         predicted_bytes: None,
         predicted_ms: None,
+        predicted_downtime_ms: None,
+        predicted_from: None,
     }
 }
 
@@ -336,5 +338,7 @@ pub fn failed_plan(problem: &Problem) -> Plan {
         checks: vec![PlanCheck { name: name.to_owned(), is_ok: false, detail: problem.detail.clone() }],
         predicted_bytes: None,
         predicted_ms: None,
+        predicted_downtime_ms: None,
+        predicted_from: None,
     }
 }

@@ -146,7 +146,8 @@ pub async fn take(State(api): State<Api>, asker: Asker, Path(volume): Path<Strin
     let found = api.parts.state.read::<VolumeHistory>(&volume.id).await?.ok_or_else(|| none_of(&volume))?;
     let is_open = |host| api.parts.hosts.get(host).is_some();
     ask(&api, &asker, &volume, false, is_open).await?;
-    Reply::json(StatusCode::ACCEPTED, &found.value)
+    let answer = Reply::json(StatusCode::ACCEPTED, &found.value)?;
+    Ok(if asker.params.dry_run { answer.tried() } else { answer })
 }
 
 async fn ask(
@@ -198,5 +199,6 @@ pub async fn checkpoint(State(api): State<Api>, asker: Asker, Path(guest): Path<
     })
     .await?;
     ask(&api, &asker, &volume, true, is_open).await?;
-    Reply::json(StatusCode::ACCEPTED, &history)
+    let answer = Reply::json(StatusCode::ACCEPTED, &history)?;
+    Ok(if asker.params.dry_run { answer.tried() } else { answer })
 }

@@ -226,6 +226,8 @@ pub async fn remove(State(api): State<Api>, asker: Asker, Path(image): Path<Stri
         Ok((asker.commit(&api.parts, found.project, change, Reply::nothing()).await?, found.id))
     })
     .await?;
-    api.uploads.remove(image).await?;
+    if !asker.params.dry_run {
+        api.uploads.remove(image).await?;
+    }
     Ok(reply)
 }

@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use axum::extract::State;
 use supercloud_api::{
-    Cloud, Code, Ledger, Ref,
+    Cloud, Code, Ledger, LedgerRate, Ref,
     ids::{GuestId, HostId},
 };
 use supercloud_scheduler::ledger::{HOUR_MS, Span};
 
 use super::{Api, Asker, Failure, Reply};
 use crate::{
-    ledger::{Asked, LINES_AT_MOST, StatementError, statement},
+    ledger::{Asked, LINES_AT_MOST, StatementError, rate, statement},
     state::{HostRecord, StateError},
 };
 
@@ -92,8 +92,19 @@ pub async fn read(State(api): State<Api>, asker: Asker) -> Result<Reply, Failure
     let told = told.await.map_err(ended)?.map_err(refused)?;
     let items = told.lines;
     let end = skipped.saturating_add(items.len());
+    // What the fleet costs is no business of members of one project.
+    let sees_all = project.is_none() && clock == now.clock;
+    let rate = match sees_all {
+        true => Some(rate(&api.parts.state).await?).map(|rate| LedgerRate {
+            paid_nanousd_per_hour: rate.paid.0,
+            comparable_nanousd_per_hour: rate.comparable.0,
+            on_demand_nanousd_per_hour: rate.on_demand.0,
+            unpriced_hosts: rate.unpriced_hosts,
+        }),
+        false => None,
+    };
     let next_page = (end < told.count && !items.is_empty()).then(|| format!("{to_ms}-{end}"));
-    Reply::ok(&Ledger { clock, from_ms, to_ms: window.to_ms, totals: told.totals, items, next_page })
+    Reply::ok(&Ledger { clock, from_ms, to_ms: window.to_ms, totals: told.totals, rate, items, next_page })
 }
 
 #[cfg(test)]

@@ -32,16 +32,19 @@ mod operations;
 mod plans;
 mod projects;
 mod reaper;
+mod reliability;
 mod rentings;
 mod reply;
 mod serve;
 mod session;
 mod shares;
 mod simulations;
+mod squeeze;
 mod stores;
 mod system;
 mod tokens;
 mod uploads;
+mod verdicts;
 mod volumes;
 
 use std::sync::Arc;
@@ -179,6 +182,8 @@ pub fn router(api: Api) -> Router {
         .route("/v1/operations/{operation}", get(operations::read))
         .route("/v1/operations/{operation}/cancel", post(operations::cancel))
         .route("/v1/evacuations", get(evacuations::list))
+        .route("/v1/reliability", get(reliability::read))
+        .route("/v1/verdicts", get(verdicts::list).post(verdicts::tell))
         .route("/v1/simulations", post(simulations::create))
         .route("/v1/plans", get(plans::list).post(plans::create))
         .route("/v1/plans/{plan}", get(plans::read))

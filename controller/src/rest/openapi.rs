@@ -17,7 +17,9 @@ use super::{
     blocks, clouds, events, guest_console, guest_create, guest_evacuation, guest_mirrors, guest_operations,
     guest_placement, guests, histories, hosts, images, join, ledger, links, networks, operations, plans,
 };
-use super::{evacuations, projects, rentings, session, simulations, stores, system, tokens, volumes};
+use super::{
+    evacuations, projects, reliability, rentings, session, simulations, stores, system, tokens, verdicts, volumes,
+};
 use crate::auth::{Access, ROUTES, Route};
 
 #[derive(utoipa::OpenApi)]
@@ -111,6 +113,9 @@ use crate::auth::{Access, ROUTES, Route};
         operations::read,
         operations::cancel,
         evacuations::list,
+        reliability::read,
+        verdicts::list,
+        verdicts::tell,
         simulations::create,
         plans::list,
         plans::create,
@@ -159,15 +164,7 @@ fn parameters(route: &Route, lists: bool) -> Vec<Parameter> {
         let text = "The same key gives the same answer for 24 hours, and changes nothing twice.";
         all.push(parameter("Idempotency-Key", Header, false, Type::String, text));
     }
-    let is_operation = route.method == axum::http::Method::POST
-        && (route.path.starts_with("/v1/guests/") || route.path.ends_with("/rent") || route.path.ends_with("/return"));
-    if is_operation
-        || (route.path == "/v1/guests" && changes)
-        || route.path.ends_with("/import")
-        || route.path.ends_with("/cancel")
-        || (route.path.starts_with("/v1/plans") && changes)
-        || (route.path == "/v1/guests/{guest}" && route.method == axum::http::Method::DELETE)
-    {
+    if route.is_triable() {
         all.push(parameter("dry_run", Query, false, Type::Boolean, "Only tell what would happen."));
     }
     if (route.path == "/v1/hosts/{host}" && route.method == axum::http::Method::DELETE)
@@ -191,6 +188,18 @@ fn parameters(route: &Route, lists: bool) -> Vec<Parameter> {
         "/v1/guests/{guest}/placement" => {
             all.push(parameter("explain", Query, false, Type::Boolean, "Also say what every host says to it."));
             all.push(parameter("place", Query, false, Type::String, "Only this host or cloud."));
+        }
+        "/v1/reliability" => {
+            all.push(parameter(
+                "from_ms",
+                Query,
+                false,
+                Type::Integer,
+                "From when; 30 days before the end when absent.",
+            ));
+            all.push(parameter("to_ms", Query, false, Type::Integer, "Until when; now when absent."));
+            let text = "Only this guest; one that was deleted, by its id.";
+            all.push(parameter("guest", Query, false, Type::String, text));
         }
         "/v1/ledger" => {
             all.push(parameter("limit", Query, false, Type::Integer, "Lines of the page, 1 to 1000; 100 when absent."));

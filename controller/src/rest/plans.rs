@@ -121,7 +121,7 @@ pub async fn create(State(api): State<Api>, asker: Asker, headers: HeaderMap, by
     check(&wanted)?;
     let aim = aim(&api, &asker, &wanted).await?;
     let context = asker.context(None);
-    let plan = propose(&api.parts.state, &api.parts.hosts, &aim, wanted.reason, &context).await?;
+    let plan = propose(&api.parts.state, &api.parts.hosts, &api.parts.paths, &aim, wanted.reason, &context).await?;
     if asker.params.dry_run {
         return Reply::ok(&plan);
     }

@@ -72,6 +72,17 @@ impl Reply {
         self
     }
 
+    /// The answer to a dry run: what would be, and nothing that was made.
+    #[must_use]
+    pub fn tried(self) -> Self {
+        match self.body {
+            // A secret that would open nothing is told to nobody.
+            Some(_) if self.is_secret => Self::nothing(),
+            None => Self::nothing(),
+            body => Self { status: StatusCode::OK, location: None, etag: None, body, is_secret: false },
+        }
+    }
+
     /// Holds a secret.
     #[must_use]
     pub fn secret(mut self) -> Self {

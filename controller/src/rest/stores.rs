@@ -79,6 +79,9 @@ pub async fn sweep(State(api): State<Api>, asker: Asker, Path(store): Path<Strin
         }
         (StoreOf::Cloud(cloud.id), Some(cloud.value))
     };
+    if asker.params.dry_run {
+        return Reply::ok(&shown(cloud.as_ref(), api.parts.sweeps.counts().get(&of)));
+    }
     if asker.params.force {
         accept_records(&api, &asker).await?;
     }

@@ -306,6 +306,16 @@ impl Change {
     }
 }
 
+/// Whether a move was given up because the switch had not come when it was to.
+fn missed_its_deadline(record: &OperationRecord) -> bool {
+    let operation = &record.operation;
+    let super::Work::GuestMigrate { options } = &record.work else { return false };
+    let due_ms = options.deadline_ms.map(|deadline| operation.created_at_ms.saturating_add(deadline));
+    operation.phase == Phase::RolledBack
+        && !operation.is_cancel_requested
+        && due_ms.zip(operation.ended_at_ms).is_some_and(|(due, ended)| ended >= due)
+}
+
 fn operation_event(kind: &'static str, record: &OperationRecord) -> EventDraft {
     let operation = &record.operation;
     let mut data = serde_json::json!({ "kind": operation.kind, "phase": operation.phase });
@@ -314,6 +324,9 @@ fn operation_event(kind: &'static str, record: &OperationRecord) -> EventDraft {
     }
     if operation.phase == Phase::Done && operation.kind == OperationKind::GuestMigrate {
         data["downtime_ms"] = operation.progress.downtime_ms.into();
+    }
+    if missed_its_deadline(record) {
+        data["missed_deadline"] = true.into();
     }
     EventDraft::new(kind)
         .project(operation.project)

@@ -30,6 +30,7 @@ use supercloud_controller::{
     link::{self, ChunkServer, LinkHandler, Sessions},
     notices::{self, Leaving, NoticesConfig},
     operations::{Engine, Pace, Parts, Reach, points::PointBoard, progress::ProgressBoard, sweeps::SweepBoard},
+    paths::PathBoard,
     plans::{self, Runner},
     recovery::{self, Recovery},
     state::{
@@ -232,7 +233,8 @@ impl World {
         });
         let pace = notices::Pace { look: Duration::from_millis(50), again: Duration::from_millis(300) };
         let (parts, wake) = ((state.clone(), live.clone()), Arc::clone(&plans_wake));
-        let (leaving, stop) = (Leaving::new(parts.0, parts.1, wake, NoticesConfig::default(), pace), cancel.clone());
+        let (paths, config) = (PathBoard::default(), NoticesConfig::default());
+        let (leaving, stop) = (Leaving::new(parts.0, parts.1, paths, wake, config, pace), cancel.clone());
         tasks.spawn(async move {
             tokio::select! {
                 () = leaving.run() => {}

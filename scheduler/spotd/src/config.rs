@@ -61,6 +61,17 @@ pub enum PolicyName {
     Greedy,
 }
 
+impl PolicyName {
+    /// As settings and `--policy` write it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Cheapest => "cheapest",
+            Self::SmartSpot => "smart-spot",
+            Self::Greedy => "greedy",
+        }
+    }
+}
+
 /// What is not to be read from the API.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]

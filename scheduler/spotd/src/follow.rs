@@ -6,7 +6,8 @@
 use std::sync::Arc;
 
 use supercloud_api::{
-    Guest, GuestState, Host, HostState, Market, Operation, OperationKind, Phase, Tenure, ids::GuestId,
+    Guest, GuestState, Host, HostState, Market, Operation, OperationKind, Phase, Tenure, VERDICT_TEXT_BYTES,
+    Verdict as Told, ids::GuestId,
 };
 use supercloud_scheduler::{
     money::NanoUsd,
@@ -49,6 +50,36 @@ pub struct Wanted {
     pub reason: String,
 }
 
+/// What is to be told of decisions: where each guest is, the market that is chosen for it, and the one that comes after.
+pub fn told(
+    config: &Config,
+    markets: &[Market],
+    guests: &[Guest],
+    hosts: &[Host],
+    verdicts: &[(GuestId, Verdict)],
+) -> Vec<Told> {
+    let of_tenure: Vec<&Market> = markets.iter().filter(|market| market.tenure == config.tenure).collect();
+    let in_cloud = |name: &str| {
+        of_tenure.iter().find(|market| market.cloud_name.as_str() == name).map(|market| market.name.clone())
+    };
+    let tell = |(id, verdict): &(GuestId, Verdict)| {
+        let guest = guests.iter().find(|guest| guest.id == *id)?;
+        let market = guest.cloud_name.as_ref().and_then(|cloud| in_cloud(cloud.as_str()));
+        let (chosen, is_move, reason) = match verdict {
+            Verdict::Move(wanted) => (in_cloud(&wanted.to), true, &wanted.reason),
+            Verdict::Stay { why, .. } => (market.clone(), false, why),
+        };
+        let others = of_tenure.iter().filter(|other| {
+            chosen.as_ref() != Some(&other.name) && is_open(other, guest, hosts) && !is_avoided(config, other)
+        });
+        let runner_up =
+            others.min_by_key(|other| (other.price_nanousd_per_hour, &other.name)).map(|other| other.name.clone());
+        let reason = reason.chars().filter(|c| !c.is_control()).take(VERDICT_TEXT_BYTES / 4).collect();
+        Some(Told { guest: *id, market, chosen, runner_up, is_move, reason })
+    };
+    verdicts.iter().filter_map(tell).collect()
+}
+
 /// What was decided for each guest that follows prices: a move, or why it stays.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
@@ -71,66 +102,65 @@ pub fn decide(
     hosts: &[Host],
     operations: &[Operation],
     known: &Known,
-) -> Vec<Verdict> {
+) -> Vec<(GuestId, Verdict)> {
     let of_tenure: Vec<&Market> = markets.iter().filter(|market| market.tenure == config.tenure).collect();
     let now_ms = markets.iter().map(|market| market.feed_now_ms).max().unwrap_or(0);
     let world = World::new(config, &of_tenure, guests, now_ms, (&known.learned, known.wall_ms));
+    let verdict_on = |guest: &Guest| {
+        let stay = |why: String| Verdict::Stay { name: guest.name.to_string(), why };
+        if guest.operation.is_some() {
+            return stay("an operation is in progress".into());
+        }
+        let Some(cloud) = guest.cloud_name.as_ref() else { return stay("it has no host".into()) };
+        if let Some(sun) = config.sun.as_ref().filter(|sun| sun.guests.iter().any(|name| name == guest.name.as_str())) {
+            let seen = Seen { config, markets: &of_tenure, hosts, operations, known };
+            return seen.follow_the_sun(sun, &world, guest, cloud.as_str());
+        }
+        let Some(here) = of_tenure.iter().find(|market| market.cloud_name == *cloud) else {
+            return stay(format!("cloud {cloud} has no {:?} market", config.tenure));
+        };
+        let wanted = |market: &Market, why: String| {
+            Verdict::Move(Wanted {
+                guest: guest.id,
+                name: guest.name.to_string(),
+                to: market.cloud_name.to_string(),
+                reason: format!("{REASON}: {why} at feed_ms={now_ms}"),
+            })
+        };
+        let is_open = |market: &Market| is_open(market, guest, hosts) && !is_avoided(config, market);
+        if is_avoided(config, here) {
+            let open = of_tenure.iter().filter(|market| is_open(market));
+            let cheapest = open.min_by_key(|market| (market.price_nanousd_per_hour, &market.name));
+            return match cheapest {
+                Some(market) => wanted(market, format!("{} is to be avoided", here.cloud_name)),
+                None => stay(format!("{} is to be avoided, but no other cloud has room", here.cloud_name)),
+            };
+        }
+        if config.policy_name != PolicyName::Cheapest {
+            return match world.decide(guest, here, last_move(guest.id, operations), is_open) {
+                (Some(market), why) => wanted(market, format!("{} to {}: {why}", here.name, market.name)),
+                (None, why) => stay(why),
+            };
+        }
+        let position = Position {
+            market: here.name.clone(),
+            last_move_ms: last_move(guest.id, operations),
+            move_cost: config.move_cost(guest.shape.memory_bytes),
+        };
+        match config.policy.decide(now_ms, &position, &quotes(&of_tenure, is_open)) {
+            Decision::Stay(reason) => stay(reason.to_string()),
+            Decision::Move { to, saving_per_hour } => {
+                let Some(market) = of_tenure.iter().find(|market| market.name == to) else {
+                    return stay("the market is gone".into());
+                };
+                wanted(market, format!("{} is {saving_per_hour}/h cheaper than {}", market.name, here.name))
+            }
+        }
+    };
     guests
         .iter()
         .filter(|guest| guest.follow_prices && guest.state == GuestState::Running)
-        .map(|guest| {
-            let stay = |why: String| Verdict::Stay { name: guest.name.to_string(), why };
-            if guest.operation.is_some() {
-                return stay("an operation is in progress".into());
-            }
-            let Some(cloud) = guest.cloud_name.as_ref() else { return stay("it has no host".into()) };
-            if let Some(sun) =
-                config.sun.as_ref().filter(|sun| sun.guests.iter().any(|name| name == guest.name.as_str()))
-            {
-                let seen = Seen { config, markets: &of_tenure, hosts, operations, known };
-                return seen.follow_the_sun(sun, &world, guest, cloud.as_str());
-            }
-            let Some(here) = of_tenure.iter().find(|market| market.cloud_name == *cloud) else {
-                return stay(format!("cloud {cloud} has no {:?} market", config.tenure));
-            };
-            let wanted = |market: &Market, why: String| {
-                Verdict::Move(Wanted {
-                    guest: guest.id,
-                    name: guest.name.to_string(),
-                    to: market.cloud_name.to_string(),
-                    reason: format!("{REASON}: {why} at feed_ms={now_ms}"),
-                })
-            };
-            let is_open = |market: &Market| is_open(market, guest, hosts) && !is_avoided(config, market);
-            if is_avoided(config, here) {
-                let open = of_tenure.iter().filter(|market| is_open(market));
-                let cheapest = open.min_by_key(|market| (market.price_nanousd_per_hour, &market.name));
-                return match cheapest {
-                    Some(market) => wanted(market, format!("{} is to be avoided", here.cloud_name)),
-                    None => stay(format!("{} is to be avoided, but no other cloud has room", here.cloud_name)),
-                };
-            }
-            if config.policy_name != PolicyName::Cheapest {
-                return match world.decide(guest, here, last_move(guest.id, operations), is_open) {
-                    (Some(market), why) => wanted(market, format!("{} to {}: {why}", here.name, market.name)),
-                    (None, why) => stay(why),
-                };
-            }
-            let position = Position {
-                market: here.name.clone(),
-                last_move_ms: last_move(guest.id, operations),
-                move_cost: config.move_cost(guest.shape.memory_bytes),
-            };
-            match config.policy.decide(now_ms, &position, &quotes(&of_tenure, is_open)) {
-                Decision::Stay(reason) => stay(reason.to_string()),
-                Decision::Move { to, saving_per_hour } => {
-                    let Some(market) = of_tenure.iter().find(|market| market.name == to) else {
-                        return stay("the market is gone".into());
-                    };
-                    wanted(market, format!("{} is {saving_per_hour}/h cheaper than {}", market.name, here.name))
-                }
-            }
-        })
+        .map(|guest| (guest.id, verdict_on(guest)))
         .collect()
 }
 
@@ -299,6 +329,7 @@ mod tests {
     fn one(world: &World, operations: &[Operation]) -> Verdict {
         decide(&config(), &world.markets, std::slice::from_ref(&world.guest), &world.hosts, operations, &known())
             .remove(0)
+            .1
     }
 
     fn past_move(guest: GuestId, reason: &str) -> Operation {
@@ -336,6 +367,7 @@ mod tests {
             let decide = |operations: &[Operation]| {
                 decide(&config, &world.markets, std::slice::from_ref(&world.guest), &world.hosts, operations, &known())
                     .remove(0)
+                    .1
             };
             let Verdict::Move(wanted) = decide(&[]) else { panic!("{name:?} stays") };
             assert_eq!(wanted.to, world.clouds[1].1);
@@ -354,7 +386,7 @@ mod tests {
         let smart = Config { policy_name: PolicyName::SmartSpot, ..config() };
         let mut world = world([90_000_000, 89_000_000]);
         let verdict = |world: &World, config: &Config| {
-            decide(config, &world.markets, std::slice::from_ref(&world.guest), &world.hosts, &[], &known()).remove(0)
+            decide(config, &world.markets, std::slice::from_ref(&world.guest), &world.hosts, &[], &known()).remove(0).1
         };
         let Verdict::Stay { why, .. } = verdict(&world, &smart) else { panic!("it moves") };
         assert_eq!(why, "no market is cheaper by enough");
@@ -376,12 +408,34 @@ mod tests {
         world.markets[0].on_demand_nanousd_per_hour = Some(100_000_000);
         world.markets[1].on_demand_nanousd_per_hour = Some(100_000_000);
         let verdict = |world: &World| {
-            decide(&config, &world.markets, std::slice::from_ref(&world.guest), &world.hosts, &[], &known()).remove(0)
+            decide(&config, &world.markets, std::slice::from_ref(&world.guest), &world.hosts, &[], &known()).remove(0).1
         };
         let Verdict::Move(wanted) = verdict(&world) else { panic!("it stays") };
         assert!(wanted.reason.contains("the price nears the bid"), "{}", wanted.reason);
         world.markets[1].price_nanousd_per_hour = 98_000_000;
         assert!(matches!(verdict(&world), Verdict::Stay { .. }), "no better there");
+    }
+
+    #[test]
+    fn what_is_told_names_the_chosen_market_and_the_cheapest_other_that_has_room() {
+        let mut world = world([90_000_000, 30_000_000]);
+        let tell = |world: &World| {
+            let guests = std::slice::from_ref(&world.guest);
+            let verdicts = decide(&config(), &world.markets, guests, &world.hosts, &[], &known());
+            told(&config(), &world.markets, guests, &world.hosts, &verdicts).remove(0)
+        };
+        let moves = tell(&world);
+        assert!(moves.is_move && moves.guest == world.guest.id);
+        let named = [moves.market.as_deref(), moves.chosen.as_deref(), moves.runner_up.as_deref()];
+        assert_eq!(
+            named,
+            [Some("aws-east/demo.large/spot"), Some("home/demo.large/spot"), Some("aws-east/demo.large/spot")]
+        );
+        assert!(moves.reason.contains("feed_ms"), "{}", moves.reason);
+        world.hosts[1].used = world.hosts[1].capacity;
+        let stays = tell(&world);
+        assert!(!stays.is_move);
+        assert_eq!((stays.chosen.as_deref(), stays.runner_up), (Some("aws-east/demo.large/spot"), None));
     }
 
     #[test]
@@ -400,6 +454,7 @@ mod tests {
         let verdict = |config: &Config, world: &World, operations: &[Operation]| {
             decide(config, &world.markets, std::slice::from_ref(&world.guest), &world.hosts, operations, &known())
                 .remove(0)
+                .1
         };
         let just_moved = [past_move(dearer.guest.id, "price policy: x at feed_ms=7200000")];
         let Verdict::Move(wanted) = verdict(&avoid("aws-east"), &dearer, &just_moved) else { panic!("it stays") };
@@ -437,6 +492,7 @@ mod tests {
             let known = Known { wall_ms: start + hour * 3_600_000, counted: Some(counted.clone()), ..known() };
             decide(&config, &world.markets, std::slice::from_ref(&world.guest), &world.hosts, operations, &known)
                 .remove(0)
+                .1
         };
         assert!(matches!(at(5, &[]), Verdict::Stay { why, .. } if why.contains("planned for later")));
         let Verdict::Move(wanted) = at(11, &[]) else { panic!("it stays") };
@@ -455,6 +511,6 @@ mod tests {
             .into();
         assert!(matches!(at(11, &done), Verdict::Stay { .. }), "two moves a day and no more");
         let unread = decide(&config, &world.markets, std::slice::from_ref(&world.guest), &world.hosts, &[], &known());
-        assert!(matches!(&unread[0], Verdict::Stay { why, .. } if why.contains("l.csv could not be read")));
+        assert!(matches!(&unread[0].1, Verdict::Stay { why, .. } if why.contains("l.csv could not be read")));
     }
 }

@@ -18,7 +18,7 @@ use std::{
 use anyhow::Context as _;
 use clap::Parser;
 use supercloud_api::{
-    Code, GuestMigrate, MemoryMode,
+    Code, GuestMigrate, MemoryMode, Name, VERDICTS_AT_ONCE, VerdictsTold,
     client::{Client, ClientConfig, ClientError},
     unix_ms,
 };
@@ -111,6 +111,10 @@ const SLOWLY: Duration = Duration::from_secs(60);
 struct Memory {
     /// What was said last of each guest.
     said: HashMap<String, String>,
+    /// What was told last, and when.
+    told: Option<(Instant, Vec<supercloud_api::Verdict>)>,
+    /// That the controller does not take it was said.
+    said_untold: bool,
     /// That the token cannot read what is learned from was said.
     said_unlearned: bool,
     /// What was learned, and when.
@@ -176,6 +180,35 @@ impl Memory {
         }
     }
 
+    /// Tells what was decided, where it has changed, or where it would soon count no more.
+    async fn tell(
+        &mut self,
+        config: &Config,
+        client: &Client,
+        told: Vec<supercloud_api::Verdict>,
+    ) -> Result<(), ClientError> {
+        if self.told.as_ref().is_some_and(|(at, before)| at.elapsed() < SLOWLY && *before == told) {
+            return Ok(());
+        }
+        let Ok(policy) = config.policy_name.name().parse::<Name>() else { return Ok(()) };
+        for part in told.chunks(VERDICTS_AT_ONCE) {
+            let body = VerdictsTold { policy: policy.clone(), items: part.to_vec() };
+            match client.tell_verdicts(&body).await {
+                Ok(_) => {}
+                // A controller that knows none of it is told nothing: moves do not depend on it.
+                Err(ClientError::Problem(problem)) => {
+                    if !std::mem::replace(&mut self.said_untold, true) {
+                        info!("what is decided cannot be shown by the controller: {problem}");
+                    }
+                    break;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        self.told = Some((Instant::now(), told));
+        Ok(())
+    }
+
     /// What is known now beside a look.
     async fn known(&mut self, config: &Config, client: &Client) -> Result<Known, ClientError> {
         let wall_ms = unix_ms();
@@ -216,7 +249,9 @@ async fn look(config: &Config, client: &Client, is_dry_run: bool, memory: &mut M
         tokio::try_join!(client.markets(), client.guests(), client.hosts(), client.operations())?;
     let known = memory.known(config, client).await?;
     let said = &mut memory.said;
-    for verdict in follow::decide(config, &markets, &guests, &hosts, &operations, &known) {
+    let verdicts = follow::decide(config, &markets, &guests, &hosts, &operations, &known);
+    let told = follow::told(config, &markets, &guests, &hosts, &verdicts);
+    for (_, verdict) in verdicts {
         match verdict {
             Verdict::Stay { name, why } => {
                 // Said once, and again when it changes.
@@ -250,5 +285,5 @@ async fn look(config: &Config, client: &Client, is_dry_run: bool, memory: &mut M
             }
         }
     }
-    Ok(())
+    if is_dry_run { Ok(()) } else { memory.tell(config, client, told).await }
 }

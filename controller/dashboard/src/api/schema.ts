@@ -1000,6 +1000,26 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/reliability": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * How good it was, out of the events of a time: what guests missed of the time that they were to run, how moves went and how long
+         *     they paused guests, which deadlines were missed.
+         */
+        get: operations["reliability"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/rentings": {
         parameters: {
             query?: never;
@@ -1177,6 +1197,24 @@ export interface paths {
         post?: never;
         /** Deletes a token: it stops working at once. */
         delete: operations["tokens_remove"];
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/verdicts": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** What policies decided for guests, as they told it in the last five minutes: the market that is chosen, the runner-up, and why. */
+        get: operations["verdicts_list"];
+        put?: never;
+        /** A policy tells what it decided. Nothing moves by it: moves are asked for with the guest. */
+        post: operations["verdicts_create"];
+        delete?: never;
         options?: never;
         head?: never;
         patch?: never;
@@ -1831,6 +1869,28 @@ export interface components {
          * @enum {string}
          */
         GuestState: "created" | "running" | "stopped" | "frozen" | "lost";
+        /** @description A piece of a guest's life. */
+        GuestStay: {
+            /**
+             * Format: int64
+             * @description How long it stood still to come here, where that was a live move that was measured.
+             */
+            downtime_ms?: number | null;
+            /**
+             * Format: int64
+             * @description From when (milliseconds since 1970); never before the time that was asked for.
+             */
+            from_ms: number;
+            host?: null | components["schemas"]["HostId"];
+            /** @description It ran nowhere, and should have. */
+            is_lost: boolean;
+            operation?: null | components["schemas"]["OperationId"];
+            /**
+             * Format: int64
+             * @description Until when; the end of the time that was asked for where it goes on.
+             */
+            until_ms: number;
+        };
         /** @description How a guest is stopped. */
         GuestStop: {
             /** @description Pull the plug at once instead of asking the guest first. */
@@ -1856,6 +1916,32 @@ export interface components {
              */
             point?: number | null;
             to?: null | components["schemas"]["Ref"];
+        };
+        /** @description A verdict that counts. */
+        GuestVerdict: {
+            /** @description Who told: `token:<name>`. */
+            actor: string;
+            /** @description The market that was chosen for it: where it stays, or where it goes. */
+            chosen?: string | null;
+            /** @description The guest. */
+            guest: components["schemas"]["GuestId"];
+            /** @description Its name. */
+            guest_name: components["schemas"]["Name"];
+            /** @description Whether it is to move. */
+            is_move: boolean;
+            /** @description The market in which the guest is. */
+            market?: string | null;
+            /** @description The policy that decided. */
+            policy: components["schemas"]["Name"];
+            /** @description Why. */
+            reason: string;
+            /** @description The cheapest other market that would take it. */
+            runner_up?: string | null;
+            /**
+             * Format: int64
+             * @description When it was told, in milliseconds since 1970.
+             */
+            told_at_ms: number;
         };
         /** @description How the controller is. */
         Health: {
@@ -2132,6 +2218,7 @@ export interface components {
             items: components["schemas"]["LedgerLine"][];
             /** @description Where the next page starts; absent on the last one. */
             next_page?: string | null;
+            rate?: null | components["schemas"]["LedgerRate"];
             /**
              * Format: int64
              * @description Until when; never later than the time up to which prices were looked up.
@@ -2199,6 +2286,29 @@ export interface components {
              * @description Until when; as `from_ms` for egress.
              */
             to_ms: number;
+        };
+        /** @description What everything that is rented costs now, per hour. */
+        LedgerRate: {
+            /**
+             * Format: int64
+             * @description Of this, for hosts of which is known what they cost on demand.
+             */
+            comparable_nanousd_per_hour: number;
+            /**
+             * Format: int64
+             * @description What these hosts cost on demand.
+             */
+            on_demand_nanousd_per_hour: number;
+            /**
+             * Format: int64
+             * @description At the prices that were looked up last.
+             */
+            paid_nanousd_per_hour: number;
+            /**
+             * Format: int64
+             * @description Hosts of which no price is known.
+             */
+            unpriced_hosts: number;
         };
         /** @description Sums of lines. */
         LedgerTotals: {
@@ -2409,11 +2519,22 @@ export interface components {
              * @description With `fencing: lease`, how long the guest may run unheard, in milliseconds.
              */
             lease_ms?: number | null;
+            /**
+             * Format: int64
+             * @description With `fencing: lease`, in how many milliseconds every lease is surely over unless it is renewed: a silent guest can be taken over
+             *     then. 0: they are.
+             */
+            lease_over_in_ms?: number | null;
             /** @description What it says to the network meanwhile. */
             mode: components["schemas"]["MirrorMode"];
             /** @description The operation that keeps it; cancel it to end the mirror. */
             operation: components["schemas"]["OperationId"];
             source?: null | components["schemas"]["HostId"];
+            /**
+             * Format: int64
+             * @description For how long nothing was heard of the guest's host, in milliseconds, as far as this controller knows.
+             */
+            source_silent_ms?: number | null;
             /** @description How far the standby is. */
             standing: components["schemas"]["MirrorStanding"];
         };
@@ -2842,6 +2963,37 @@ export interface components {
             next_page?: string | null;
         };
         /** @description One page of a listing. `next_page`, when present, is passed back as `?page=`. */
+        Page_GuestVerdict: {
+            /** @description The items of this page, ordered by id. */
+            items: {
+                /** @description Who told: `token:<name>`. */
+                actor: string;
+                /** @description The market that was chosen for it: where it stays, or where it goes. */
+                chosen?: string | null;
+                /** @description The guest. */
+                guest: components["schemas"]["GuestId"];
+                /** @description Its name. */
+                guest_name: components["schemas"]["Name"];
+                /** @description Whether it is to move. */
+                is_move: boolean;
+                /** @description The market in which the guest is. */
+                market?: string | null;
+                /** @description The policy that decided. */
+                policy: components["schemas"]["Name"];
+                /** @description Why. */
+                reason: string;
+                /** @description The cheapest other market that would take it. */
+                runner_up?: string | null;
+                /**
+                 * Format: int64
+                 * @description When it was told, in milliseconds since 1970.
+                 */
+                told_at_ms: number;
+            }[];
+            /** @description Where the next page starts; absent on the last one. */
+            next_page?: string | null;
+        };
+        /** @description One page of a listing. `next_page`, when present, is passed back as `?page=`. */
         Page_Host: {
             /** @description The items of this page, ordered by id. */
             items: {
@@ -3057,11 +3209,22 @@ export interface components {
                  * @description With `fencing: lease`, how long the guest may run unheard, in milliseconds.
                  */
                 lease_ms?: number | null;
+                /**
+                 * Format: int64
+                 * @description With `fencing: lease`, in how many milliseconds every lease is surely over unless it is renewed: a silent guest can be taken over
+                 *     then. 0: they are.
+                 */
+                lease_over_in_ms?: number | null;
                 /** @description What it says to the network meanwhile. */
                 mode: components["schemas"]["MirrorMode"];
                 /** @description The operation that keeps it; cancel it to end the mirror. */
                 operation: components["schemas"]["OperationId"];
                 source?: null | components["schemas"]["HostId"];
+                /**
+                 * Format: int64
+                 * @description For how long nothing was heard of the guest's host, in milliseconds, as far as this controller knows.
+                 */
+                source_silent_ms?: number | null;
                 /** @description How far the standby is. */
                 standing: components["schemas"]["MirrorStanding"];
             }[];
@@ -3430,6 +3593,13 @@ export interface components {
              * @description Bytes that are expected to travel.
              */
             predicted_bytes?: number | null;
+            /**
+             * Format: int64
+             * @description How long the guest is expected to stand still.
+             */
+            predicted_downtime_ms?: number | null;
+            /** @description What the prediction rests on, or what is not known; a sentence. */
+            predicted_from?: string | null;
             /**
              * Format: int64
              * @description The time that is expected, in all.
@@ -3863,6 +4033,83 @@ export interface components {
         };
         /** @description A reference to a resource: its id, or its name in the project at hand. */
         Ref: string;
+        /** @description How good the service was in a time, by the events of that time. */
+        Reliability: {
+            /**
+             * Format: int64
+             * @description What is left of `wanted_ms`, in millionths. Absent: no guest was to run.
+             */
+            availability_ppm?: number | null;
+            /**
+             * Format: int64
+             * @description The median of the pauses of moves. Absent: none was measured.
+             */
+            downtime_p50_ms?: number | null;
+            /**
+             * Format: int64
+             * @description 99 of 100 pauses were at most so long.
+             */
+            downtime_p99_ms?: number | null;
+            /**
+             * Format: int64
+             * @description Moves that failed.
+             */
+            failed: number;
+            /**
+             * Format: int64
+             * @description From when (milliseconds since 1970).
+             */
+            from_ms: number;
+            /**
+             * Format: int64
+             * @description Guests that were to run at some time of it.
+             */
+            guests: number;
+            /**
+             * Format: int64
+             * @description Of this, how long they ran nowhere: lost, or on a host that was silent until they ran elsewhere. A host that is merely silent
+             *     counts as running its guests.
+             */
+            lost_ms: number;
+            /**
+             * Format: int64
+             * @description Moves that were asked for with a deadline and had not switched by then.
+             */
+            missed_by_moves: number;
+            /**
+             * Format: int64
+             * @description Guests that were on their host still, without a mirror, when its provider took it back.
+             */
+            missed_by_notices: number;
+            /**
+             * Format: int64
+             * @description Live moves that were made.
+             */
+            moves: number;
+            /**
+             * Format: int64
+             * @description Of this, how long they stood still to be moved, as the agents measured it.
+             */
+            paused_ms: number;
+            /**
+             * Format: int64
+             * @description Moves that were taken back, those that somebody cancelled too.
+             */
+            rolled_back: number;
+            /** @description Where the guest lived in that time, oldest first; only where one guest was asked for. */
+            stays?: components["schemas"]["GuestStay"][];
+            /**
+             * Format: int64
+             * @description Until when.
+             */
+            to_ms: number;
+            /**
+             * Format: int64
+             * @description The time that guests were to run, all guests together, in milliseconds: from when a host ran them until somebody stopped, froze
+             *     or deleted them.
+             */
+            wanted_ms: number;
+        };
         /** @description A rented host. */
         Renting: {
             /** @description The machine's address, where the provider tells. */
@@ -4230,6 +4477,33 @@ export interface components {
             /** @description Which part. */
             part: components["schemas"]["ImagePart"];
         };
+        /** @description What a policy decided for a guest. */
+        Verdict: {
+            /** @description The market that was chosen for it: where it stays, or where it goes. */
+            chosen?: string | null;
+            /** @description The guest. */
+            guest: components["schemas"]["GuestId"];
+            /** @description Whether it is to move. */
+            is_move: boolean;
+            /** @description The market in which it is, as [`crate::Market`] names it. */
+            market?: string | null;
+            /** @description Why. */
+            reason: string;
+            /** @description The cheapest other market that would take it. */
+            runner_up?: string | null;
+        };
+        /** @description The answer: how many count now. */
+        VerdictsTaken: {
+            /** @description Verdicts that were taken: not those on guests that are not there, or that the teller does not see. */
+            taken: number;
+        };
+        /** @description Tells what a policy decided; each verdict takes the place of the one before on its guest. */
+        VerdictsTold: {
+            /** @description The verdicts, at most 1000. They count for five minutes. */
+            items: components["schemas"]["Verdict"][];
+            /** @description The policy's name. */
+            policy: components["schemas"]["Name"];
+        };
         /** @description A guest's writable disk. */
         Volume: {
             /** @description The content it started from: root of a manifest. */
@@ -4490,6 +4764,8 @@ export interface operations {
             query?: {
                 /** @description The project at hand, for tokens that are good for all. */
                 project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
             };
             header?: {
                 /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
@@ -4999,6 +5275,8 @@ export interface operations {
             query?: {
                 /** @description The project at hand, for tokens that are good for all. */
                 project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
             };
             header?: {
                 /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
@@ -5115,8 +5393,6 @@ export interface operations {
             query?: {
                 /** @description The project at hand, for tokens that are good for all. */
                 project?: string;
-                /** @description Only tell what would happen. */
-                dry_run?: boolean;
             };
             header?: {
                 /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
@@ -5438,6 +5714,8 @@ export interface operations {
             query?: {
                 /** @description The project at hand, for tokens that are good for all. */
                 project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
             };
             header?: {
                 /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
@@ -5738,6 +6016,8 @@ export interface operations {
             query?: {
                 /** @description The project at hand, for tokens that are good for all. */
                 project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
                 /** @description Give up what only this host has. */
                 force?: boolean;
             };
@@ -5777,6 +6057,8 @@ export interface operations {
             query?: {
                 /** @description The project at hand, for tokens that are good for all. */
                 project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
             };
             header?: {
                 /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
@@ -5855,6 +6137,8 @@ export interface operations {
             query?: {
                 /** @description The project at hand, for tokens that are good for all. */
                 project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
             };
             header?: {
                 /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
@@ -5927,6 +6211,8 @@ export interface operations {
             query?: {
                 /** @description The project at hand, for tokens that are good for all. */
                 project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
             };
             header?: {
                 /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
@@ -6208,6 +6494,8 @@ export interface operations {
             query?: {
                 /** @description The project at hand, for tokens that are good for all. */
                 project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
             };
             header?: {
                 /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
@@ -6400,6 +6688,8 @@ export interface operations {
             query?: {
                 /** @description The project at hand, for tokens that are good for all. */
                 project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
             };
             header?: {
                 /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
@@ -6472,6 +6762,8 @@ export interface operations {
             query?: {
                 /** @description The project at hand, for tokens that are good for all. */
                 project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
             };
             header?: {
                 /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
@@ -7087,6 +7379,8 @@ export interface operations {
             query?: {
                 /** @description The project at hand, for tokens that are good for all. */
                 project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
             };
             header?: {
                 /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
@@ -7141,6 +7435,43 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["Project"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    reliability: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+                /** @description From when; 30 days before the end when absent. */
+                from_ms?: number;
+                /** @description Until when; now when absent. */
+                to_ms?: number;
+                /** @description Only this guest; one that was deleted, by its id. */
+                guest?: string;
+            };
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Reliability"];
                 };
             };
             /** @description A problem (RFC 9457) */
@@ -7381,6 +7712,8 @@ export interface operations {
             query?: {
                 /** @description The project at hand, for tokens that are good for all. */
                 project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
             };
             header?: {
                 /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
@@ -7454,6 +7787,8 @@ export interface operations {
             query?: {
                 /** @description The project at hand, for tokens that are good for all. */
                 project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
             };
             header?: {
                 /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
@@ -7526,6 +7861,8 @@ export interface operations {
             query?: {
                 /** @description The project at hand, for tokens that are good for all. */
                 project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
             };
             header?: {
                 /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
@@ -7564,6 +7901,8 @@ export interface operations {
             query?: {
                 /** @description The project at hand, for tokens that are good for all. */
                 project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
             };
             header?: {
                 /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
@@ -7582,6 +7921,81 @@ export interface operations {
                     [name: string]: unknown;
                 };
                 content?: never;
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    verdicts_list: {
+        parameters: {
+            query?: {
+                /** @description Items of the page, 1 to 1000; 100 when absent. */
+                limit?: number;
+                /** @description `next_page` of the page before. */
+                page?: string;
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+            };
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Page_GuestVerdict"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    verdicts_create: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
+            };
+            header?: {
+                /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
+                "Idempotency-Key"?: string;
+            };
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["VerdictsTold"];
+            };
+        };
+        responses: {
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["VerdictsTaken"];
+                };
             };
             /** @description A problem (RFC 9457) */
             default: {
@@ -7742,6 +8156,8 @@ export interface operations {
             query?: {
                 /** @description The project at hand, for tokens that are good for all. */
                 project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
             };
             header?: {
                 /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
@@ -7813,6 +8229,8 @@ export interface operations {
             query?: {
                 /** @description The project at hand, for tokens that are good for all. */
                 project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
             };
             header?: never;
             path: {
@@ -7851,6 +8269,8 @@ export interface operations {
             query?: {
                 /** @description The project at hand, for tokens that are good for all. */
                 project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
             };
             header?: {
                 /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
@@ -7886,6 +8306,8 @@ export interface operations {
             query?: {
                 /** @description The project at hand, for tokens that are good for all. */
                 project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
             };
             header?: {
                 /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */

@@ -1,11 +1,11 @@
 // What was paid, for what, and what the same would have cost on demand: the ledger's own figures.
 import type { LedgerLine } from "../api/types";
-import { ledger } from "../store/store";
+import { ledger, ledgerProblem } from "../store/store";
 import { bytes, duration, feedTime, money } from "../ui/format";
 import { Empty, Grid, Panel } from "../ui/parts";
 
-/** The sums of the last 31 days. */
-export function CostFigures() {
+/** The sums of the last 30 days. */
+function CostFigures() {
   const totals = ledger.value?.totals;
   if (!totals) return null;
   const saved = totals.on_demand_nanousd - totals.comparable_paid_nanousd;
@@ -31,11 +31,11 @@ const amount = (nanousd: number | null | undefined): string => (nanousd === null
 
 export function Costs() {
   const found = ledger.value;
-  if (!found) return <Panel title="Costs" wide><Empty>This token does not see the ledger.</Empty></Panel>;
+  if (!found) return <Panel title="Costs" wide><Empty>{ledgerProblem.value || "This token does not see the ledger."}</Empty></Panel>;
   const lines = found.items.map((line: LedgerLine, at) => ({ ...line, id: String(at) }));
   return (
     <div class="tiles">
-      <Panel title="The last 31 days" wide aside={found.clock === "feed" ? <span class="soft">by the clock of the price feed</span> : undefined}><CostFigures /></Panel>
+      <Panel title="The last 30 days" wide aside={found.clock === "feed" ? <span class="soft">by the clock of the price feed</span> : undefined}><CostFigures /></Panel>
       <Panel title="Line by line" wide>
         <Grid name="lines of the ledger" tall items={lines} empty="Nothing was paid for yet." columns={[
           { title: "from", key: (line) => line.from_ms, show: (line) => feedTime(line.from_ms) },

@@ -1,15 +1,18 @@
 import type { ComponentChildren } from "preact";
 import { useEffect, useState } from "preact/hooks";
 import { change, get, Refused } from "../api/http";
-import type { Evacuation, Event, Guest } from "../api/types";
-import { isEnded, may, stays } from "../store/derive";
-import { events, guests, images, networks, now, operations, ports, volumes, who } from "../store/store";
+import type { Evacuation, Guest } from "../api/types";
+import { isEnded, may } from "../store/derive";
+import { events, guests, images, networks, now, operations, ports, verdicts, volumes, who } from "../store/store";
 import { ConsolePanel } from "../terminal/console";
 import { GuestActions } from "../ui/actions";
 import { ago, bytes, duration, moment } from "../ui/format";
+import { Checkpoints } from "../ui/checkpoints";
+import { Veto } from "../ui/choices";
 import { Sure } from "../ui/dialog";
+import { Lives } from "../ui/lives";
 import { MirrorPanel } from "../ui/mirror";
-import { Empty, Facts, Grid, HostLink, Moving, Panel, State, hostName, shapeText } from "../ui/parts";
+import { Empty, Facts, Grid, HostLink, Moving, Panel, State, shapeText } from "../ui/parts";
 import { EventLine } from "./events";
 
 export function Guests() {
@@ -33,46 +36,8 @@ export function Guests() {
   );
 }
 
-const stillText = (still: string): string => (still === "frozen" ? "frozen" : still === "lost" ? "lost" : "stopped");
-
-/** The places that a guest lived at, with the pauses of its moves. */
-function Lives(props: { guest: Guest; events: Event[] }) {
-  const { guest } = props;
-  const lived = stays(props.events, operations.value, now.value);
-  if (lived.length === 0) return <Empty>No start or move among the events that this page has.</Empty>;
-  const begun = lived[0]!.from;
-  const span = Math.max(1, now.value - begun);
-  const tones = new Map<string, number>();
-  const tone = (host: string | null) => {
-    if (!host) return "still";
-    if (!tones.has(host)) tones.set(host, tones.size % 6);
-    return `s${tones.get(host)! + 1}`;
-  };
-  const drawn = lived.map((stay) => ({ ...stay, tone: tone(stay.host) }));
-  return (
-    <>
-      <svg class="lives" viewBox="0 0 1000 24" preserveAspectRatio="none" role="img" aria-label={`places of ${guest.name}`}>
-        {drawn.map((stay) => (
-          <rect key={stay.from} class={stay.tone} x={((stay.from - begun) / span) * 1000} width={Math.max(1, ((stay.until - stay.from) / span) * 1000)} height="24">
-            <title>{`${stay.host ? hostName(stay.host) : stillText(stay.still)}: ${duration(stay.until - stay.from)}`}</title>
-          </rect>
-        ))}
-      </svg>
-      <ol class="stays">
-        {[...drawn].reverse().slice(0, 20).map((stay) => (
-          <li key={stay.from}>
-            <i class={stay.tone} /> {stay.host ? <HostLink id={stay.host} /> : stillText(stay.still)}{" "}
-            <span class="soft">from {moment(stay.from)}, {duration(stay.until - stay.from)}</span>
-            {stay.downtime !== null && <> <a href={`#/operations/${stay.operation}`}>came with a pause of {duration(stay.downtime)}</a></>}
-          </li>
-        ))}
-      </ol>
-    </>
-  );
-}
-
 /** A setting of a guest that is on or off. */
-function Setting(props: { guest: Guest; isOn: boolean; text: string; turned: Partial<Pick<Guest, "follow_prices" | "on_loss">> }) {
+function Setting(props: { guest: Guest; isOn: boolean; text: string; turned: Partial<Pick<Guest, "follow_prices">> }) {
   const [problem, setProblem] = useState("");
   if (!may(who.value, "change")) return <>{props.isOn ? "yes" : "no"}</>;
   const turn = async () => {
@@ -88,6 +53,34 @@ function Setting(props: { guest: Guest; isOn: boolean; text: string; turned: Par
   );
 }
 
+const ON_LOSS: Record<NonNullable<Guest["on_loss"]>, string> = {
+  nothing: "nothing: it stays lost until somebody starts it",
+  restart_from_volume: "start it again by itself, from its disk",
+  thaw_checkpoint: "let it go on from its newest checkpoint by itself",
+};
+
+function OnLossSetting(props: { guest: Guest }) {
+  const [problem, setProblem] = useState("");
+  const is = props.guest.on_loss ?? "nothing";
+  if (!may(who.value, "change")) return <>{ON_LOSS[is]}</>;
+  const turn = async (on_loss: Guest["on_loss"]) => {
+    try {
+      await change("PATCH", `/v1/guests/${props.guest.id}`, { on_loss });
+      setProblem("");
+    } catch (error) {
+      setProblem(error instanceof Refused ? error.problem.detail : String(error));
+    }
+  };
+  return (
+    <>
+      <select aria-label="when it is lost" value={is} onChange={(event) => void turn(event.currentTarget.value as Guest["on_loss"])}>
+        {Object.entries(ON_LOSS).map(([value, text]) => <option key={value} value={value}>{text}</option>)}
+      </select>
+      {problem && <span class="bad" role="alert">{problem}</span>}
+    </>
+  );
+}
+
 /** The mirror that is begun again whenever there is none. */
 function KeptMirror(props: { guest: Guest }) {
   const [isOpen, setOpen] = useState(false);
@@ -96,7 +89,7 @@ function KeptMirror(props: { guest: Guest }) {
   if (!kept) return <>no</>;
   return (
     <>
-      yes, first at {kept.to}, every {duration(kept.interval_ms)}, {kept.mode}{" "}
+      yes, first at {kept.to}, every {duration(kept.interval_ms)}, {kept.mode}{kept.lease_ms ? `, fenced by a lease of ${duration(kept.lease_ms)}` : ""}{" "}
       {may(who.value, "change") && <button onClick={() => setOpen(true)}>End…</button>}
       {isOpen && (
         <Sure title={`End the mirror of ${guest.name}`} verb="End it" isReady close={() => setOpen(false)} act={async () => {
@@ -165,6 +158,7 @@ export function GuestPage(props: { id: string; part?: string }) {
   if (!guest) return <Panel title="No such guest" wide><Empty>There is no guest {props.id}, or this token does not see it.</Empty></Panel>;
   const own = events.value.filter((event) => event.guest === guest.id);
   const operation = guest.operation ? operations.value.get(guest.operation) : undefined;
+  const verdict = guest.follow_prices ? verdicts.value.find((one) => one.guest === guest.id) : undefined;
   const attached = guest.ports.map((id) => ports.value.get(id)).filter((port) => port !== undefined);
   const past = [...operations.value.values()].filter((one) => one.guest === guest.id).sort((a, b) => b.created_at_ms - a.created_at_ms);
   return (
@@ -182,15 +176,17 @@ export function GuestPage(props: { id: string; part?: string }) {
           ["image", images.value.get(guest.image)?.name ?? guest.image],
           ["compat class", guest.compat_class ? `${guest.compat_class.back_end}/${guest.compat_class.accelerator}/${guest.compat_class.machine_version}` : "fixed at its first start"],
           ["follows prices", <Setting guest={guest} isOn={guest.follow_prices} text="policies may move it" turned={{ follow_prices: !guest.follow_prices }} />],
-          ["when it is lost", <Setting guest={guest} isOn={guest.on_loss !== "nothing"} text={guest.on_loss === "thaw_checkpoint" ? "let it go on from its newest checkpoint by itself" : "start it again by itself"} turned={{ on_loss: guest.on_loss === "nothing" ? "restart_from_volume" : "nothing" }} />],
+          ...(verdict ? [["policy", <span class="line"><span>{verdict.policy}: {verdict.is_move ? "is to move" : "stays"}{verdict.chosen ? <> in <b>{verdict.chosen}</b></> : null}, {ago(verdict.told_at_ms, now.value)}: {verdict.reason}</span><Veto verdict={verdict} /></span>] as [string, ComponentChildren]] : []),
+          ["when it is lost", <OnLossSetting guest={guest} />],
           ["a mirror is kept", <KeptMirror guest={guest} />],
           ["made", moment(guest.created_at_ms)],
         ]} />
       </Panel>
       {operation?.kind === "guest_mirror" && !isEnded(operation.phase) && <MirrorPanel key={operation.id} guest={guest.id} name={guest.name} operation={operation} />}
       <ConsolePanel key={guest.id} guest={guest} begin={props.part === "console"} />
-      <Panel title="Where it lived" wide><Lives guest={guest} events={own} /></Panel>
+      <Panel title="Where it lived" wide><Lives key={guest.id} guest={guest} /></Panel>
       {guest.state === "running" && <Leaving guest={guest} />}
+      <Checkpoints key={guest.id} guest={guest} told={own.filter((event) => event.kind.startsWith("volume.")).length} />
       <Panel title="Network">
         {attached.length === 0 ? <Empty>no port</Empty> : attached.map((port) => (
           <Facts key={port.id} rows={[

@@ -1,12 +1,15 @@
 import { marketRisk } from "../store/risk";
-import { guests, hosts, markets, prices } from "../store/store";
+import { chosen } from "../store/good";
+import { guests, hosts, markets, prices, verdicts } from "../store/store";
 import { Chart } from "../ui/chart";
 import { feedTime, price } from "../ui/format";
 import { Empty, Grid, Panel } from "../ui/parts";
 
-/** All series on one axis: the prices hold until their next point. The cheapest is strong, the runner-up dashed. */
+/** All series on one axis: the prices hold until their next point. What policies chose is strong, the runner-up dashed; where no policy has told, the cheapest and the next. */
 export function PriceChart() {
-  const found = [...markets.value].sort((a, b) => a.price_nanousd_per_hour - b.price_nanousd_per_hour).slice(0, 6);
+  const told = chosen(verdicts.value);
+  const rank = (name: string) => (name === told.chosen ? 0 : name === told.runnerUp ? 1 : 2);
+  const found = [...markets.value].sort((a, b) => rank(a.name) - rank(b.name) || a.price_nanousd_per_hour - b.price_nanousd_per_hour).slice(0, 6);
   const series = found.map((market) => prices.value.get(market.name)).filter((one) => one !== undefined && one.points.length > 0);
   if (series.length === 0) return null;
   const end = Math.max(...series.map((one) => one!.feed_now_ms));
@@ -14,14 +17,17 @@ export function PriceChart() {
   const begin = end - DAY;
   const times = [...new Set(series.flatMap((one) => one!.points.map((point) => point.feed_time_ms)).filter((at) => at >= begin && at <= end))];
   const x = [...new Set([begin, ...times, end])].filter((at) => at >= 0).sort((a, b) => a - b);
-  const lines = series.map((one, rank) => {
+  if (x.length < 2) return <Empty>The price feed has just begun: there is no line to draw yet.</Empty>;
+  const lines = series.map((one, at_first) => {
     let at = -1;
     const points = one!.points;
     const values = x.map((time) => {
       while (at + 1 < points.length && points[at + 1]!.feed_time_ms <= time) at += 1;
       return at < 0 ? null : points[at]!.price_nanousd_per_hour;
     });
-    return { name: one!.market, values, strong: rank === 0, dashed: rank === 1 };
+    const mark = told.chosen === null ? "" : one!.market === told.chosen ? " (chosen)" : one!.market === told.runnerUp ? " (runner-up)" : "";
+    const [strong, dashed] = told.chosen === null ? [at_first === 0, at_first === 1] : [one!.market === told.chosen, one!.market === told.runnerUp];
+    return { name: `${one!.market}${mark}`, values, strong, dashed };
   });
   return <Chart label="prices of the last day" x={x} series={lines} stepped y={price} xText={feedTime} />;
 }

@@ -1,14 +1,15 @@
 // The first screen: is anything wrong, what moves, where everything is, what it would cost, how good the moves were, who did what.
-import { alarms, places, record } from "../store/derive";
+import { alarms, places } from "../store/derive";
+import { saved } from "../store/good";
 import { isAtRest, tally } from "../store/plans";
-import { areAllWays, clouds, evacuations, events, guests, hosts, ledger, markets, now, operations, plans, underWay, ways } from "../store/store";
+import { areAllWays, clouds, evacuations, events, guests, hosts, ledger, markets, now, operations, plans, reliability, today, underWay, verdicts, ways } from "../store/store";
 import { Cancel } from "../ui/actions";
-import { ago, duration, price } from "../ui/format";
+import { ago, duration, money, percent, price } from "../ui/format";
 import { Map_ } from "../ui/map";
 import { Empty, Moving, Panel } from "../ui/parts";
 import { PlanMark } from "../ui/plan";
-import { CostFigures } from "./costs";
 import { EventLine } from "./events";
+import { Choices } from "../ui/choices";
 import { PriceChart } from "./markets";
 import { Turn, planName } from "./plans";
 
@@ -51,37 +52,59 @@ export function Where() {
 }
 
 function Good() {
-  const MONTH = 30 * 86_400_000;
-  const kept = record(operations.value.values(), now.value - MONTH);
-  const text = (ms: number | null) => (ms === null ? "–" : duration(ms));
+  const kept = reliability.value;
+  if (!kept) return null;
+  const text = (ms: number | null | undefined) => (ms === null || ms === undefined ? "–" : duration(ms));
+  const missed = kept.missed_by_moves + kept.missed_by_notices;
+  const missedText = [kept.missed_by_moves > 0 && `${kept.missed_by_moves} by moves`, kept.missed_by_notices > 0 && `${kept.missed_by_notices} when a provider took a host`].filter(Boolean).join(", ");
   return (
-    <Panel title="How good the moves were (30 days)">
+    <Panel title="How good it was (30 days)">
       <div class="figures">
+        <div class={kept.lost_ms > 0 ? "bad" : ""}><b>{typeof kept.availability_ppm === "number" ? percent(kept.availability_ppm) : "–"}</b><span>available</span></div>
         <div><b>{kept.moves}</b><span>moves</span></div>
-        <div><b>{text(kept.downtimeP50)}</b><span>pause, median</span></div>
-        <div><b>{text(kept.downtimeP99)}</b><span>pause, p99</span></div>
-        <div><b>{kept.rolledBack}</b><span>rolled back</span></div>
+        <div><b>{text(kept.downtime_p50_ms)}</b><span>pause, median</span></div>
+        <div><b>{text(kept.downtime_p99_ms)}</b><span>pause, p99</span></div>
+        <div class={missed > 0 ? "bad" : ""} title={missedText}><b>{missed}</b><span>deadlines missed</span></div>
+        <div><b>{kept.rolled_back}</b><span>rolled back</span></div>
         <div class={kept.failed > 0 ? "bad" : ""}><b>{kept.failed}</b><span>failed</span></div>
       </div>
+      {kept.lost_ms > 0 && <p class="small">Guests ran nowhere for {duration(kept.lost_ms)}, all together.</p>}
     </Panel>
   );
 }
 
+/** What was saved, or what was paid too much; a dash where nothing can be compared. */
+function Saved(props: { by: number | null; span: string }) {
+  if (props.by === null) return <div><b>–</b><span>saved {props.span}</span></div>;
+  return <div class={props.by < 0 ? "bad" : "good"}><b>{money(Math.abs(props.by))}</b><span>{props.by < 0 ? "more than on demand" : "saved"} {props.span}</span></div>;
+}
+
 function Cost() {
-  const totals = ledger.value?.totals;
-  if (!totals || totals.paid_nanousd + totals.unpriced_ms + totals.unpriced_bytes === 0) return null;
-  return <Panel title="What it cost (31 days)" aside={<a href="#/costs">line by line</a>} wide><CostFigures /></Panel>;
+  const rate = today.value?.rate;
+  const month = ledger.value;
+  if (!rate && !month) return null;
+  const isNothing = !month || month.totals.paid_nanousd + month.totals.unpriced_ms + month.totals.unpriced_bytes === 0;
+  if (isNothing && (!rate || rate.paid_nanousd_per_hour + rate.unpriced_hosts === 0)) return null;
+  return (
+    <Panel title="What it costs" aside={<a href="#/costs">line by line</a>} wide>
+      <div class="figures">
+        {rate && <div><b>{price(rate.paid_nanousd_per_hour)}</b><span>now</span></div>}
+        {rate && rate.on_demand_nanousd_per_hour > 0 && <div><b>{price(rate.on_demand_nanousd_per_hour)}</b><span>the same on demand{rate.comparable_nanousd_per_hour < rate.paid_nanousd_per_hour ? `, of ${price(rate.comparable_nanousd_per_hour)}` : ""}</span></div>}
+        <Saved by={saved(today.value)} span="today" />
+        <Saved by={saved(month)} span="in 30 days" />
+        {month && <div><b>{money(month.totals.paid_nanousd)}</b><span>paid in 30 days</span></div>}
+      </div>
+      {rate && rate.unpriced_hosts > 0 && <p class="small soft">Of {rate.unpriced_hosts} {rate.unpriced_hosts === 1 ? "host" : "hosts"} no price is known.</p>}
+      {month?.clock === "feed" && <p class="small soft">By the clock of the price feed.</p>}
+    </Panel>
+  );
 }
 
 function Next() {
-  const cheapest = [...markets.value].sort((a, b) => a.price_nanousd_per_hour - b.price_nanousd_per_hour);
-  if (cheapest.length === 0) return null;
+  if (markets.value.length === 0) return null;
   return (
-    <Panel title="Prices" aside={<a href="#/markets">all markets</a>} wide>
-      <p>
-        Cheapest now: <b>{cheapest[0]!.name}</b> at {price(cheapest[0]!.price_nanousd_per_hour)}
-        {cheapest[1] && <>; next <b>{cheapest[1].name}</b> at {price(cheapest[1].price_nanousd_per_hour)}</>}
-      </p>
+    <Panel title="What comes next" aside={<a href="#/markets">all markets</a>} wide>
+      <Choices verdicts={verdicts.value} markets={markets.value} />
       <PriceChart />
     </Panel>
   );

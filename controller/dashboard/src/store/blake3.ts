@@ -1,9 +1,9 @@
-// BLAKE3 (hash mode, 32 bytes out), by the specification of O'Connor, Aumasson, Neves and Wilcox-O'Hearn, 2020:
-// the browser has none, and the audit trail is chained with it.
+// BLAKE3 (hash and derive-key mode, 32 bytes out), by the specification of O'Connor, Aumasson, Neves and Wilcox-O'Hearn, 2020:
+// the browser has none, and the audit trail and the points of volumes are chained with it.
 
 const IV = [0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19];
 const ORDER = [2, 6, 3, 10, 7, 0, 4, 13, 1, 11, 12, 5, 9, 14, 15, 8];
-const [CHUNK_START, CHUNK_END, PARENT, ROOT] = [1, 2, 4, 8] as const;
+const [CHUNK_START, CHUNK_END, PARENT, ROOT, KEY_CONTEXT, KEY_MATERIAL] = [1, 2, 4, 8, 32, 64] as const;
 const [BLOCK, CHUNK] = [64, 1024] as const;
 
 const turn = (value: number, by: number): number => (value >>> by) | (value << (32 - by));
@@ -39,13 +39,13 @@ function words(bytes: Uint8Array): Uint32Array {
 }
 
 /** The chaining value of a subtree; of the whole input it is the hash. */
-function tree(bytes: Uint8Array, first: number, root: number): Uint32Array {
+function tree(bytes: Uint8Array, first: number, root: number, key: ArrayLike<number> = IV, mode = 0): Uint32Array {
   if (bytes.length <= CHUNK) {
-    let chain: ArrayLike<number> = IV;
+    let chain = key;
     const blocks = Math.max(1, Math.ceil(bytes.length / BLOCK));
     for (let at = 0; at < blocks; at += 1) {
       const piece = bytes.subarray(at * BLOCK, (at + 1) * BLOCK);
-      const flags = (at === 0 ? CHUNK_START : 0) | (at === blocks - 1 ? CHUNK_END | root : 0);
+      const flags = (at === 0 ? CHUNK_START : 0) | (at === blocks - 1 ? CHUNK_END | root : 0) | mode;
       chain = compress(chain, words(piece), first, piece.length, flags);
     }
     return chain as Uint32Array;
@@ -54,16 +54,18 @@ function tree(bytes: Uint8Array, first: number, root: number): Uint32Array {
   let left: number = CHUNK;
   while (left * 2 < bytes.length) left *= 2;
   const block = new Uint32Array(16);
-  block.set(tree(bytes.subarray(0, left), first, 0), 0);
-  block.set(tree(bytes.subarray(left), first + left / CHUNK, 0), 8);
-  return compress(IV, block, 0, BLOCK, PARENT | root);
+  block.set(tree(bytes.subarray(0, left), first, 0, key, mode), 0);
+  block.set(tree(bytes.subarray(left), first + left / CHUNK, 0, key, mode), 8);
+  return compress(key, block, 0, BLOCK, PARENT | root | mode);
 }
 
+const hexOf = (found: Uint32Array): string => Array.from(found, (word) => [0, 8, 16, 24].map((at) => ((word >>> at) & 0xff).toString(16).padStart(2, "0")).join("")).join("");
+
 /** The hash, as hex. */
-export function blake3(bytes: Uint8Array): string {
-  let hex = "";
-  for (const word of tree(bytes, 0, ROOT)) {
-    for (let at = 0; at < 4; at += 1) hex += ((word >>> (8 * at)) & 0xff).toString(16).padStart(2, "0");
-  }
-  return hex;
+export const blake3 = (bytes: Uint8Array): string => hexOf(tree(bytes, 0, ROOT));
+
+/** The key that is derived from the bytes in a context of their own, as hex. */
+export function blake3Derived(context: string, bytes: Uint8Array): string {
+  const key = tree(new TextEncoder().encode(context), 0, ROOT, IV, KEY_CONTEXT);
+  return hexOf(tree(bytes, 0, ROOT, key, KEY_MATERIAL));
 }

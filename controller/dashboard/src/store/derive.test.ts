@@ -2,7 +2,7 @@ import { describe, expect, it } from "vitest";
 import { StreamParser } from "../api/stream";
 import type { Evacuation, Event, Guest, Host, Operation, Phase } from "../api/types";
 import { bytes, duration, eta, feedTime, money } from "../ui/format";
-import { alarms, fraction, may, percentile, record, rounds, stays } from "./derive";
+import { MOST_HOSTS, alarms, fraction, may, rounds, shownOf, stays } from "./derive";
 
 const progress = {
   memory_total_bytes: 100, memory_sent_bytes: 0, memory_remaining_bytes: 100, round: 1, dirty_bytes_per_s: 0, bandwidth_bytes_per_s: 0,
@@ -55,32 +55,25 @@ describe("alarms", () => {
   });
 });
 
-describe("the record of moves", () => {
-  it("counts what ended in time and takes percentiles by nearest rank", () => {
-    const done = [100, 300, 200].map((downtime_ms) => operation("done", { progress: { ...progress, downtime_ms } }));
-    const kept = record([...done, operation("failed"), operation("rolled_back"), operation("copy"), operation("done", { ended_at_ms: 1 })], 500);
-    expect(kept).toMatchObject({ moves: 3, failed: 1, rolledBack: 1, downtimeP50: 200, downtimeP99: 300 });
-    expect(percentile([], 0.5)).toBeNull();
+describe("the places of a guest", () => {
+  it("are what the controller told of it", () => {
+    const told = [{ from_ms: 1, until_ms: 2, host: "a", is_lost: false, operation: "o", downtime_ms: 42 }, { from_ms: 2, until_ms: 3, is_lost: true }] as never;
+    expect(stays(told)).toEqual([{ host: "a", still: "", from: 1, until: 2, downtime: 42, operation: "o" }, { host: null, still: "lost", from: 2, until: 3, downtime: null, operation: null }]);
   });
 });
 
-describe("the places of a guest", () => {
-  const switched = (at_ms: number, owner: unknown, host: string | null, operation: string) => ({ kind: "guest.switched", at_ms, host, operation, data: { to: { owner, epoch: 1 } } }) as unknown as Event;
-  const told = [
-    switched(100, { host: "a" }, "a", "start"),
-    { kind: "guest.alarm", at_ms: 150, data: {} } as unknown as Event,
-    switched(200, { host: "b" }, "b", "move"),
-    switched(500, { frozen: "f" }, null, "freeze"),
-    switched(900, { host: "a" }, "a", "thaw"),
-    switched(950, { lost: "a" }, "a", "none"),
-  ];
-  const known = new Map([["move", operation("done", { progress: { ...progress, downtime_ms: 42 } })], ["thaw", operation("done", { kind: "guest_thaw" })]]);
-  it("follow one another without a gap, with the pauses of moves", () => {
-    const lived = stays(told, known, 1000);
-    expect(lived.map((stay) => [stay.host, stay.still, stay.from, stay.until, stay.downtime])).toEqual([
-      ["a", "host", 100, 200, null], ["b", "host", 200, 500, 42], [null, "frozen", 500, 900, null], ["a", "host", 900, 950, null], [null, "lost", 950, 1000, null],
-    ]);
-    expect(stays([], known, 1000)).toEqual([]);
+describe("a cloud on the map", () => {
+  const host = (id: number, more: object = {}) => ({ host: { id: `h${id}`, name: `h${id}`, state: "up", capacity: { vcpus: 4, memory_bytes: 100 }, used: { vcpus: 1, memory_bytes: 50 }, ...more }, guests: [{ id: `g${id}` }] });
+  const place = (hosts: unknown[]) => ({ cloud: { id: "c" }, hosts }) as never;
+  it("shows few hosts as they are, and many by their sums and those to look at", () => {
+    const few = Array.from({ length: MOST_HOSTS }, (_, at) => host(at));
+    expect(shownOf(place(few), new Set())).toEqual({ hosts: few, sums: null });
+    const many = [...Array.from({ length: 500 }, (_, at) => host(at)), host(500, { state: "unreachable" })];
+    const found = shownOf(place(many), new Set(["h7"]));
+    expect(found.hosts.map((one) => one.host.id)).toEqual(["h500", "h7"]);
+    expect(found.sums).toEqual({ hosts: 501, up: 500, guests: 501, alarms: 0, busy: 0, vcpus: 0.25, memory: 0.5 });
+    const bad = Array.from({ length: 100 }, (_, at) => host(at, { state: "unreachable" }));
+    expect(shownOf(place(bad), new Set()).hosts).toHaveLength(12);
   });
 });
 

@@ -1,5 +1,5 @@
 // What follows from the records: pure, so that it is tested without a browser.
-import type { Cloud, Evacuation, Event, Guest, Host, Operation, Phase, WhoAmI } from "../api/types";
+import type { Cloud, Evacuation, Event, Guest, GuestStay, Host, Operation, Phase, WhoAmI } from "../api/types";
 
 export const PHASES: Phase[] = ["plan", "prepare", "copy", "switch", "resume", "finish"];
 
@@ -81,7 +81,7 @@ export function alarms(guests: Iterable<Guest>, hosts: Iterable<Host>, operation
 export interface Stay {
   /** Where; null while it stood still: frozen, stopped or lost. */
   host: string | null;
-  /** What it was while it ran nowhere. */
+  /** Lost, or nothing where it was stopped or frozen. */
   still: string;
   from: number;
   until: number;
@@ -90,22 +90,10 @@ export interface Stay {
   operation: string | null;
 }
 
-/** The places that a guest lived at, oldest first, by the switches among the events, which are in order. */
-export function stays(events: Iterable<Event>, operations: ReadonlyMap<string, Operation>, nowMs: number): Stay[] {
-  const found: Stay[] = [];
-  for (const event of events) {
-    if (event.kind !== "guest.switched") continue;
-    const last = found[found.length - 1];
-    if (last) last.until = event.at_ms;
-    const owner = (event.data as { to?: { owner?: unknown } }).to?.owner;
-    const still = typeof owner === "string" ? owner : owner && typeof owner === "object" ? (Object.keys(owner)[0] ?? "") : "";
-    const operation = event.operation ? operations.get(event.operation) : undefined;
-    const host = still === "lost" ? null : (event.host ?? null);
-    const downtime = operation?.kind === "guest_migrate" ? (operation.progress.downtime_ms ?? null) : null;
-    found.push({ host, still, from: event.at_ms, until: nowMs, downtime, operation: event.operation ?? null });
-  }
-  return found;
-}
+/** Where a guest lived, as the controller tells it. */
+export const stays = (told: GuestStay[]): Stay[] => told.map((stay) => ({
+  host: stay.host ?? null, still: stay.is_lost ? "lost" : "", from: stay.from_ms, until: stay.until_ms, downtime: stay.downtime_ms ?? null, operation: stay.operation ?? null,
+}));
 
 export interface Round { round: number; begun: number; took: number; sent: number; remaining: number; dirty: number; bandwidth: number }
 
@@ -140,6 +128,8 @@ export function label(operation: Operation): string {
   return KINDS[operation.kind] ?? operation.kind.replace(/^guest_/, "").replaceAll("_", " ");
 }
 
+const words = new Intl.Collator();
+
 export interface Place {
   cloud: Cloud;
   hosts: { host: Host; guests: Guest[] }[];
@@ -147,10 +137,13 @@ export interface Place {
 
 /** Clouds with their hosts with their guests, each by name. */
 export function places(clouds: Iterable<Cloud>, hosts: Iterable<Host>, guests: Iterable<Guest>): Place[] {
-  const byName = <T extends { name: string }>(a: T, b: T) => a.name.localeCompare(b.name);
+  const byName = <T extends { name: string }>(a: T, b: T) => words.compare(a.name, b.name);
   const onHost = new Map<string, Guest[]>();
   for (const guest of guests) {
-    if (guest.host && guest.state === "running") onHost.set(guest.host, [...(onHost.get(guest.host) ?? []), guest]);
+    if (!guest.host || guest.state !== "running") continue;
+    const there = onHost.get(guest.host);
+    if (there) there.push(guest);
+    else onHost.set(guest.host, [guest]);
   }
   const living = [...hosts].filter((host) => host.state !== "removed").sort(byName);
   return [...clouds].sort(byName).map((cloud) => ({
@@ -161,40 +154,43 @@ export function places(clouds: Iterable<Cloud>, hosts: Iterable<Host>, guests: I
   }));
 }
 
-/** The value at a part of the sorted numbers (nearest rank); null of none. */
-export function percentile(numbers: number[], part: number): number | null {
-  if (numbers.length === 0) return null;
-  const sorted = [...numbers].sort((a, b) => a - b);
-  return sorted[Math.max(0, Math.ceil(part * sorted.length) - 1)] ?? null;
+/** A cloud with more hosts than this is shown by its sums, and by those of its hosts that want to be looked at. */
+export const MOST_HOSTS = 24;
+const MOST_NAMED = 12;
+
+export interface Sums {
+  hosts: number;
+  up: number;
+  guests: number;
+  alarms: number;
+  busy: number;
+  /** Parts of what is there that are used, 0 to 1. */
+  vcpus: number;
+  memory: number;
 }
 
-export interface Record30 {
-  moves: number;
-  rolledBack: number;
-  failed: number;
-  downtimeP50: number | null;
-  downtimeP99: number | null;
-  freezes: number;
-}
-
-/** How good the moves were that ended since `sinceMs`. */
-export function record(operations: Iterable<Operation>, sinceMs: number): Record30 {
-  const result: Record30 = { moves: 0, rolledBack: 0, failed: 0, downtimeP50: null, downtimeP99: null, freezes: 0 };
-  const downtimes: number[] = [];
-  for (const operation of operations) {
-    if (!isEnded(operation.phase) || (operation.ended_at_ms ?? 0) < sinceMs) continue;
-    if (operation.kind === "guest_freeze" && operation.phase === "done") result.freezes += 1;
-    if (operation.kind !== "guest_migrate") continue;
-    if (operation.phase === "done") {
-      result.moves += 1;
-      const downtime = operation.progress.downtime_ms;
-      if (downtime !== null && downtime !== undefined) downtimes.push(downtime);
-    } else if (operation.phase === "failed") result.failed += 1;
-    else result.rolledBack += 1;
+/** What of a cloud is shown: all hosts, or of many its sums and the hosts that are not well or that something moves from or to. */
+export function shownOf(place: Place, moving: ReadonlySet<string>): { hosts: Place["hosts"]; sums: Sums | null } {
+  if (place.hosts.length <= MOST_HOSTS) return { hosts: place.hosts, sums: null };
+  const sums: Sums = { hosts: place.hosts.length, up: 0, guests: 0, alarms: 0, busy: 0, vcpus: 0, memory: 0 };
+  const [all, used] = [{ vcpus: 0, memory: 0 }, { vcpus: 0, memory: 0 }];
+  for (const { host, guests } of place.hosts) {
+    sums.up += Number(host.state === "up");
+    sums.guests += guests.length;
+    for (const guest of guests) {
+      sums.alarms += Number(Boolean(guest.alarm));
+      sums.busy += Number(!guest.alarm && Boolean(guest.operation));
+    }
+    all.vcpus += host.capacity.vcpus;
+    all.memory += host.capacity.memory_bytes;
+    used.vcpus += host.used.vcpus;
+    used.memory += host.used.memory_bytes;
   }
-  result.downtimeP50 = percentile(downtimes, 0.5);
-  result.downtimeP99 = percentile(downtimes, 0.99);
-  return result;
+  sums.vcpus = all.vcpus > 0 ? used.vcpus / all.vcpus : 0;
+  sums.memory = all.memory > 0 ? used.memory / all.memory : 0;
+  const wanted = (one: Place["hosts"][number]) => (one.host.state !== "up" || one.host.notice ? 2 : 0) + (moving.has(one.host.id) ? 1 : 0) + (one.guests.some((guest) => guest.alarm) ? 2 : 0);
+  const hosts = place.hosts.filter((one) => wanted(one) > 0).sort((a, b) => wanted(b) - wanted(a)).slice(0, MOST_NAMED);
+  return { hosts, sums };
 }
 
 export function may(who: WhoAmI | null | undefined, what: "move" | "change" | "administer" | "system"): boolean {

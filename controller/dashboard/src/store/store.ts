@@ -3,9 +3,10 @@ import { batch, computed, signal, type Signal } from "@preact/signals";
 import { Away, Refused, get, list } from "../api/http";
 import { follow } from "../api/stream";
 import type {
-  Cloud, Evacuation, Event, FleetPlan, Freeze, Guest, Host, HostLink, Image, Ledger, Market, Network, Operation, Port, PriceSeries, Project, Renting, Token, Volume, WhoAmI,
+  Cloud, Evacuation, Event, FleetPlan, Freeze, Guest, GuestVerdict, Host, HostLink, Image, Ledger, Market, Network, Operation, Port, PriceSeries, Project, Reliability, Renting, Token, Volume, WhoAmI,
 } from "../api/types";
 import { isEnded } from "./derive";
+import { dayBegan } from "./good";
 import { isAtRest } from "./plans";
 
 export type Link = "starting" | "live" | "broken";
@@ -37,8 +38,16 @@ export const rentings = table<Renting>();
 export const plans = table<FleetPlan>();
 export const markets: Signal<Market[]> = signal([]);
 export const prices: Signal<ReadonlyMap<string, PriceSeries>> = signal(new Map());
-/** The last 31 days: sums of all, and the first thousand lines. Absent until asked for, and for tokens that do not see it. */
+/** The last 30 days: sums of all, and the first thousand lines. Absent until asked for, and for tokens that do not see it. */
 export const ledger: Signal<Ledger | null> = signal(null);
+/** The day that is: its sums, and what all costs now. */
+export const today: Signal<Ledger | null> = signal(null);
+/** Why the ledger is not told. */
+export const ledgerProblem = signal("");
+/** The last 30 days: availability, moves, deadlines. */
+export const reliability: Signal<Reliability | null> = signal(null);
+/** What policies decided for guests. */
+export const verdicts: Signal<GuestVerdict[]> = signal([]);
 /** Guests on hosts that a provider takes back, and whether they could leave in time. */
 export const evacuations: Signal<Evacuation[]> = signal([]);
 /** Ways between hosts, as their agents measure them. */
@@ -104,13 +113,35 @@ async function loadPrices(): Promise<void> {
   });
 }
 
-async function loadLedger(): Promise<void> {
+/** What an endpoint tells; null where it refuses. */
+async function unless<T>(path: string, refused?: (error: Refused) => void): Promise<T | null> {
   try {
-    ledger.value = await get<Ledger>("/v1/ledger?limit=1000");
+    return await get<T>(path);
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
-    ledger.value = null;
+    refused?.(error);
+    return null;
   }
+}
+
+async function loadLedger(): Promise<void> {
+  const MONTH_MS = 30 * 86_400_000;
+  // By which clock it is kept the controller knows; of no time at all that costs nothing to ask.
+  const clock = today.peek()?.clock ?? (await unless<Ledger>("/v1/ledger?limit=1&from_ms=0&to_ms=0"))?.clock;
+  let said = "";
+  const ask = (from: number, limit: number) => unless<Ledger>(`/v1/ledger?limit=${limit}&from_ms=${Math.max(0, from)}`, (error) => { said = error.message; });
+  const until = clock === "wall" ? Date.now() : Math.max(0, ...markets.peek().map((market) => market.feed_now_ms));
+  const of_day = clock ? await ask(dayBegan(clock, until), 1) : null;
+  const month = clock ? await ask(until - MONTH_MS, 1000) : null;
+  batch(() => {
+    today.value = of_day;
+    ledger.value = month;
+    ledgerProblem.value = said;
+  });
+}
+
+async function loadReliability(): Promise<void> {
+  reliability.value = await unless<Reliability>("/v1/reliability");
 }
 
 /** Rentings and plans belong to no project: only who sees all projects may ask. */
@@ -137,6 +168,14 @@ const loaders: Record<string, () => Promise<void>> = {
       evacuations.value = [];
     }
   },
+  verdicts: async () => {
+    try {
+      verdicts.value = await list<GuestVerdict>("/v1/verdicts");
+    } catch (error) {
+      if (!(error instanceof Refused)) throw error;
+      verdicts.value = [];
+    }
+  },
   ways: async () => {
     try {
       const page = await get<{ items: HostLink[]; next_page?: string | null }>("/v1/links?limit=1000");
@@ -160,7 +199,7 @@ export async function refresh(...kinds: string[]): Promise<void> {
 
 async function loadAll(): Promise<void> {
   const kinds = Object.keys(loaders).filter((kind) => kind !== "tokens" || who.peek()?.token.role === "admin");
-  await Promise.all([refresh(...kinds), loadPrices(), loadLedger()]);
+  await Promise.all([refresh(...kinds), loadPrices().then(loadLedger), loadReliability()]);
 }
 
 // What events say has changed is asked for once per short while, however many events say it.
@@ -282,13 +321,13 @@ export async function begin(): Promise<void> {
     if (link.peek() === "live") await Promise.all([loadPrices(), refresh("hosts")]);
   });
   every(stop.signal, 10_000, async () => {
-    if (link.peek() === "live") await refresh("ways");
+    if (link.peek() === "live") await refresh("ways", "verdicts");
   });
   every(stop.signal, 30_000, async () => {
     if (link.peek() === "live") await refresh("evacuations");
   });
   every(stop.signal, 60_000, async () => {
-    if (link.peek() === "live") await loadLedger();
+    if (link.peek() === "live") await Promise.all([loadLedger(), loadReliability()]);
   });
 }
 

@@ -47,7 +47,7 @@ export function GuestActions(props: { guest: Guest }) {
 
 const takesReason = (verb: Verb): boolean => verb === "migrate" || verb === "freeze" || verb === "mirror";
 
-interface Cuts { seconds: string; mode: "async" | "strict"; keep: boolean }
+interface Cuts { seconds: string; mode: "async" | "strict"; keep: boolean; lease: string }
 
 const MEMORY: Record<MemoryMode, string> = {
   pre_copy: "goes first; the guest follows when little is left",
@@ -57,7 +57,7 @@ const MEMORY: Record<MemoryMode, string> = {
 
 function body(choice: Choice, place: string, reason: string, cuts: Cuts, memory: MemoryMode): Record<string, unknown> {
   const why = reason.trim() && takesReason(choice.verb) ? { reason: reason.trim() } : {};
-  if (choice.verb === "mirror") return { to: place, interval_ms: Math.round(Number(cuts.seconds) * 1000), mode: cuts.mode, keep: cuts.keep, ...why };
+  if (choice.verb === "mirror") return { to: place, interval_ms: Math.round(Number(cuts.seconds) * 1000), mode: cuts.mode, keep: cuts.keep, ...(cuts.lease ? { fencing: "lease", lease_ms: Math.round(Number(cuts.lease) * 1000) } : {}), ...why };
   if (choice.verb === "migrate") return { to: place, memory, ...why };
   if (choice.verb === "thaw") return place ? { to: place } : {};
   if (choice.verb === "start") return place ? { place } : {};
@@ -70,7 +70,7 @@ function Ask(props: { guest: Guest; choice: Choice; close: () => void }) {
   const [reason, setReason] = useState("");
   const [trial, setTrial] = useState<Operation>();
   const { isWorking, problem, attempt } = useAttempt();
-  const [cuts, setCuts] = useState<Cuts>({ seconds: "1", mode: "async", keep: false });
+  const [cuts, setCuts] = useState<Cuts>({ seconds: "1", mode: "async", keep: false, lease: "" });
   const [memory, setMemory] = useState<MemoryMode>("pre_copy");
   const needsPlace = choice.verb === "migrate" || choice.verb === "mirror";
   const path = `/v1/guests/${guest.id}/${choice.path ?? choice.verb}`;
@@ -119,6 +119,17 @@ function Ask(props: { guest: Guest; choice: Choice; close: () => void }) {
               <option value="strict">waits for the standby: nothing that anybody has seen is lost</option>
             </select>
           </label>
+          <label>Who says that its host is dead
+            <select value={cuts.lease === "" ? "manual" : "lease"} onChange={(event) => { setCuts({ ...cuts, lease: event.currentTarget.value === "lease" ? "15" : "" }); setTrial(undefined); }}>
+              <option value="manual">an operator, or the host's provider</option>
+              <option value="lease">the clock: it stands still when nobody lets it run, and its standby takes over</option>
+            </select>
+          </label>
+          {cuts.lease !== "" && (
+            <label>It may run unheard for so many seconds (longer than the controller is ever away)
+              <input type="number" min={5} max={300} step="any" required value={cuts.lease} onInput={(event) => { setCuts({ ...cuts, lease: event.currentTarget.value || "5" }); setTrial(undefined); }} />
+            </label>
+          )}
           <label class="inline"><input type="checkbox" checked={cuts.keep} onChange={(event) => { setCuts({ ...cuts, keep: event.currentTarget.checked }); setTrial(undefined); }} /> begin another one, elsewhere if need be, whenever it has taken over or has broken</label>
         </>
       )}
@@ -130,7 +141,7 @@ function Ask(props: { guest: Guest; choice: Choice; close: () => void }) {
       {trial && (
         <div class="checks" role="status">
           {(plan?.checks ?? []).map((check) => <p key={check.name} class={check.is_ok ? "good" : "bad"}>{check.is_ok ? "✓" : "✗"} {check.name.replaceAll("_", " ")}: {check.detail}</p>)}
-          {plan?.destination_name && <p>It would go to <b>{plan.destination_name}</b>{plan.predicted_bytes ? `, about ${bytes(plan.predicted_bytes)}` : ""}{plan.predicted_ms ? ` in ${duration(plan.predicted_ms)}` : ""}.</p>}
+          {plan?.destination_name && <p>It would go to <b>{plan.destination_name}</b>{plan.predicted_bytes ? `, about ${bytes(plan.predicted_bytes)}` : ""}{plan.predicted_ms ? ` in ${duration(plan.predicted_ms)}` : ""}{plan.predicted_downtime_ms ? `, standing still for ${duration(plan.predicted_downtime_ms)}` : ""}.{plan.predicted_from && <small class="soft"> {plan.predicted_from}.</small>}</p>}
           {!plan && <p class="good">✓ it can be done now</p>}
         </div>
       )}

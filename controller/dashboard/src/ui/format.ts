@@ -30,6 +30,9 @@ export function ago(atMs: number, nowMs: number): string {
 
 export const moment = (atMs: number): string => new Date(atMs).toLocaleString(undefined, { hour12: false });
 
+/** Millionths as a percentage, rounded down: what was not whole is not shown as whole. */
+export const percent = (ppm: number): string => (ppm >= 1_000_000 ? "100 %" : `${(Math.floor(ppm / 10) / 1000).toFixed(3)} %`);
+
 /** Nano-dollars: with as many places as a small sum needs. */
 export const money = (nanousd: number): string => `$${(nanousd / 1e9).toFixed(Math.abs(nanousd) >= 1e11 ? 0 : Math.abs(nanousd) >= 1e9 || nanousd === 0 ? 2 : 4)}`;
 

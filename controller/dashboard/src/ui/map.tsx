@@ -1,7 +1,7 @@
 // Where everything is: clouds, in them hosts, in them guests; arcs for what moves.
 import { useLayoutEffect, useRef, useState } from "preact/hooks";
 import type { HostLink, Operation } from "../api/types";
-import { isEnded, type Place } from "../store/derive";
+import { type Place, type Sums, isEnded, shownOf } from "../store/derive";
 import { type Way, wayText, ways } from "../store/ways";
 import { room } from "./parts";
 
@@ -10,6 +10,24 @@ interface Arc { id: string; from: [number, number]; to: [number, number] }
 /** Ways that are drawn; more would be a knot. They are all in the list of each cloud. */
 const MOST_DRAWN = 10;
 const MOST_LISTED = 6;
+
+/** A cloud of many hosts in few figures. */
+function Many(props: { sums: Sums; shown: number }) {
+  const { sums } = props;
+  const bars: [string, number][] = [["vCPU", sums.vcpus], ["memory", sums.memory]];
+  return (
+    <div class="many">
+      <p><a href="#/hosts"><b>{sums.hosts}</b> hosts</a>{sums.up < sums.hosts && <span class="bad">, {sums.hosts - sums.up} not up</span>} · <b>{sums.guests}</b> guests{sums.alarms > 0 && <span class="bad">, {sums.alarms} with an alarm</span>}{sums.busy > 0 && `, ${sums.busy} busy`}</p>
+      <span class="rooms">
+        {bars.map(([name, part]) => {
+          const text = `${name} ${Math.round(part * 100)} %`;
+          return <svg key={name} viewBox="0 0 100 4" preserveAspectRatio="none" role="img" aria-label={text}><title>{text}</title><rect width={Math.min(1, part) * 100} height="4" /></svg>;
+        })}
+      </span>
+      {props.shown > 0 && <p class="small soft">Those to look at, or from or to which something moves:</p>}
+    </div>
+  );
+}
 
 /** The ways from a cloud to the others, and within it. */
 function Ways(props: { cloud: string; ways: Way[] }) {
@@ -31,7 +49,9 @@ export function Map_(props: { places: Place[]; operations: Operation[]; links: H
   const known = ways(props.links);
   const drawn = known.filter((way) => way.from !== way.to).slice(0, MOST_DRAWN);
   const moves = props.operations.filter((operation) => !isEnded(operation.phase) && operation.source && operation.destination && operation.source !== operation.destination);
-  const mark = moves.map((operation) => operation.id).join() + props.places.map((place) => place.hosts.length).join() + known.map((way) => way.id + way.state).join();
+  const busy = new Set(moves.flatMap((operation) => [operation.source!, operation.destination!]));
+  const shown = props.places.map((place) => ({ ...place, ...shownOf(place, busy) }));
+  const mark = moves.map((operation) => operation.id).join() + shown.map((place) => place.hosts.length).join() + known.map((way) => way.id + way.state).join();
   useLayoutEffect(() => {
     const draw = () => {
       const frame = box.current?.getBoundingClientRect();
@@ -61,11 +81,12 @@ export function Map_(props: { places: Place[]; operations: Operation[]; links: H
   }, [mark]);
   return (
     <div class="map" ref={box}>
-      {props.places.map((place) => (
+      {shown.map((place) => (
         <div class="cloud" key={place.cloud.id} data-cloud={place.cloud.id}>
           <h3>{place.cloud.name}</h3>
           <Ways cloud={place.cloud.id} ways={known} />
-          {place.hosts.length === 0 && <p class="empty">no host</p>}
+          {place.sums && <Many sums={place.sums} shown={place.hosts.length} />}
+          {!place.sums && place.hosts.length === 0 && <p class="empty">no host</p>}
           {place.hosts.map(({ host, guests }) => (
             <a class={`host ${host.state}`} key={host.id} data-host={host.id} href={`#/hosts/${host.name}`}>
               <span class="line"><b>{host.name}</b><span class="grow" />{host.state !== "up" && <em>{host.state}</em>}</span>

@@ -1,6 +1,6 @@
 // The mirror of a guest: how far its standby is, and having it take over.
 import { useEffect, useState } from "preact/hooks";
-import { change, list, Refused } from "../api/http";
+import { change, list } from "../api/http";
 import type { Mirror, Operation } from "../api/types";
 import { may } from "../store/derive";
 import { hosts, learn, samples, who } from "../store/store";
@@ -32,16 +32,38 @@ function TakeOver(props: { guest: string; name: string; operation: Operation }) 
   );
 }
 
+/** Leases run out in seconds. */
+const AGAIN_MS = 2000;
+
+/** Who may say that the guest does not run any more: the clock, and how far that is. */
+function fencing(mirror: Mirror): [string, preact.ComponentChildren][] {
+  if (mirror.fencing !== "lease") return [["who says that its host is dead", "an operator, or the host's provider"]];
+  const over = mirror.lease_over_in_ms ?? 0;
+  const silent = mirror.source_silent_ms ?? 0;
+  const isHeard = silent < (mirror.lease_ms ?? 0) / 2;
+  return [
+    ["fenced by a lease of", duration(mirror.lease_ms ?? 0)],
+    ["its host was heard", silent < 2000 ? "now" : <span class={isHeard ? "" : "bad"}>{duration(silent)} ago</span>],
+    [isHeard ? "without another word the lease is over in" : "its standby takes over in", <span class={isHeard ? "" : "bad"}>{duration(over)}</span>],
+  ];
+}
+
 export function MirrorPanel(props: { guest: string; name: string; operation: Operation }) {
   const { operation } = props;
   const [mirror, setMirror] = useState<Mirror>();
   useEffect(() => {
     let isHere = true;
-    list<Mirror>(`/v1/guests/${props.guest}/mirrors`).then(
+    const ask = () => list<Mirror>(`/v1/guests/${props.guest}/mirrors`).then(
       (found) => { if (isHere) setMirror(found[0]); },
-      (error) => { if (!(error instanceof Refused)) console.warn(error); },
+      // What was shown stays.
+      () => undefined,
     );
-    return () => { isHere = false; };
+    void ask();
+    const timer = setInterval(() => void ask(), AGAIN_MS);
+    return () => {
+      isHere = false;
+      clearInterval(timer);
+    };
   }, [operation.id, operation.phase]);
   const standing = operation.progress.mirror;
   const isProtected = (standing?.committed ?? 0) > 0 && operation.phase === "copy";
@@ -53,11 +75,13 @@ export function MirrorPanel(props: { guest: string; name: string; operation: Ope
         ...(mirror ? [
           ["what it says to the network", mirror.mode === "strict" ? "waits for the standby" : "goes out at once"] as [string, string],
           ["a cut every", duration(mirror.interval_ms)] as [string, string],
+          ...fencing(mirror),
         ] : []),
         ...(standing ? [
           ["cuts begun", String(standing.cut)] as [string, string],
           ["whole at the standby", String(standing.committed)] as [string, string],
           ["taking over would lose at most", !isProtected ? "–" : mirror?.mode === "strict" ? `nothing that anybody has seen (it is ${duration(standing.committed_age_ms)} behind)` : duration(standing.committed_age_ms)] as [string, string],
+          ...(mirror?.fencing === "lease" && !standing.is_leased ? [["obeys its lease", <span class="warn">not yet: until then nobody takes over by himself</span>] as [string, preact.ComponentChildren]] : []),
           ["pause of the last cut", duration(standing.pause_ms)] as [string, string],
           ["written between the last two", bytes(standing.dirty_bytes)] as [string, string],
         ] : []),

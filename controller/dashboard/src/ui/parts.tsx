@@ -1,6 +1,6 @@
 // Small parts that all pages share.
 import type { ComponentChildren } from "preact";
-import { useEffect, useRef, useState } from "preact/hooks";
+import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 import type { Guest, Host, Operation } from "../api/types";
 import { guests, hosts } from "../store/store";
 import { PHASES, fraction, isEnded, label } from "../store/derive";
@@ -134,6 +134,16 @@ export interface Column<T> {
 
 const ROW = 36;
 
+const words = new Intl.Collator();
+
+function inOrder<T>(items: T[], key: ((item: T) => string | number) | undefined, up: boolean): T[] {
+  if (!key) return items;
+  const sign = up ? 1 : -1;
+  const keyed = items.map((item) => ({ item, key: key(item) }));
+  keyed.sort((a, b) => sign * (typeof a.key === "number" && typeof b.key === "number" ? a.key - b.key : words.compare(String(a.key), String(b.key))));
+  return keyed.map((one) => one.item);
+}
+
 /** A table that holds only the rows in sight: ten thousand of them scroll as ten do. */
 export function Grid<T extends { id: string }>(props: { name: string; items: T[]; columns: Column<T>[]; empty: ComponentChildren; tall?: boolean }) {
   const [order, setOrder] = useState<{ at: number; up: boolean }>({ at: 0, up: true });
@@ -147,17 +157,13 @@ export function Grid<T extends { id: string }>(props: { name: string; items: T[]
     observer.observe(element);
     return () => observer.disconnect();
   }, []);
+  // Put in order when the items change, not when they are scrolled.
+  const items = useMemo(() => inOrder(props.items, props.columns[order.at]?.key, order.up), [props.items, order.at, order.up]);
   if (props.items.length === 0) return <Empty>{props.empty}</Empty>;
-  const key = props.columns[order.at]?.key;
-  const items = key
-    ? [...props.items].sort((a, b) => {
-        const [x, y] = [key(a), key(b)];
-        const less = typeof x === "number" && typeof y === "number" ? x - y : String(x).localeCompare(String(y));
-        return order.up ? less : -less;
-      })
-    : props.items;
-  const first = Math.max(0, Math.floor(top / ROW) - 10);
-  const last = Math.min(items.length, Math.ceil((top + height) / ROW) + 10);
+  // A table that got shorter is at its end: what was scrolled to is not there any more.
+  const from = Math.max(0, Math.min(Math.floor(top / ROW), items.length - Math.ceil(height / ROW)));
+  const first = Math.max(0, from - 10);
+  const last = Math.min(items.length, from + Math.ceil(height / ROW) + 11);
   return (
     <div class={`grid${props.tall ? " tall" : ""}`} ref={box} tabIndex={0} role="region" aria-label={props.name}
       onScroll={(event) => setTop(event.currentTarget.scrollTop)}>

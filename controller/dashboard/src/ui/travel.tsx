@@ -1,10 +1,11 @@
 // Time travel: a volume's points on a slider, the point that an instant means, and a new guest from it.
-import { useState } from "preact/hooks";
+import { useMemo, useState } from "preact/hooks";
 import { change } from "../api/http";
 import type { Guest, GuestCreate, HistoryPolicy, Operation, Volume, VolumeHistory, VolumePoint } from "../api/types";
 import { go } from "../router";
 import { may } from "../store/derive";
 import { clouds, guests, hosts, images, learn, networks, now, ports, who } from "../store/store";
+import { verifyPoints } from "../store/points";
 import { bands, bandsText, everyText, marks, pointAsOf, seconds, stored } from "../store/travel";
 import type { Answer } from "./answer";
 import { Dialog, Sure, useAttempt } from "./dialog";
@@ -97,12 +98,13 @@ function Policy(props: { volume: Volume; history: VolumeHistory | undefined; clo
   const { volume, history } = props;
   const [every, setEvery] = useState(history ? everyText(history.policy.every_s) : "15m");
   const [keep, setKeep] = useState(history ? bandsText(history.policy.keep) : "4h:15m 2d:1h 30d:1d");
+  const [memory, setMemory] = useState(history?.policy.memory ?? 0);
   const [trial, setTrial] = useState<VolumeHistory>();
   const { isWorking, problem, attempt } = useAttempt();
   const every_s = every.trim() === "" ? null : seconds(every);
   const found = bands(keep);
   const isReady = found !== null && (every.trim() === "" || every_s !== null);
-  const wanted = (): HistoryPolicy => ({ every_s, keep: found ?? [] });
+  const wanted = (): HistoryPolicy => ({ every_s, keep: found ?? [], ...(memory > 0 ? { memory } : {}) });
   const path = `/v1/volumes/${volume.id}/history`;
   const rehearse = () => attempt(async () => setTrial(await change<VolumeHistory>("PUT", `${path}?dry_run=true`, wanted())));
   const carryOut = () => attempt(async () => {
@@ -115,6 +117,12 @@ function Policy(props: { volume: Volume; history: VolumeHistory | undefined; clo
     <Dialog title={`Points of ${volume.name}`} close={props.close} submit={() => void (trial ? carryOut() : rehearse())}>
       <label>One every (15m, 1h; empty: only when asked for) <input value={every} onInput={(event) => { setEvery(event.currentTarget.value); setTrial(undefined); }} /></label>
       <label>Kept (age:gap, the youngest first) <input required value={keep} onInput={(event) => { setKeep(event.currentTarget.value); setTrial(undefined); }} /></label>
+      <label>With the guest's memory (checkpoints, from which it can go on)
+        <select value={memory > 0 ? "yes" : "no"} onChange={(event) => { setMemory(event.currentTarget.value === "yes" ? history?.policy.memory ?? 2 : 0); setTrial(undefined); }}>
+          <option value="no">no, the disk only</option>
+          <option value="yes">yes, of the newest {memory > 0 ? memory : history?.policy.memory ?? 2}</option>
+        </select>
+      </label>
       {!isReady && <p class="warn" role="status">Times are like 90s, 15m, 4h, 2d; bands like 4h:15m 2d:1h.</p>}
       {trial && <p class="checks" role="status">{goes > 0 ? `${goes} of ${history?.points.length} points would go at once.` : "No point would go."}</p>}
       {problem && <p class="bad" role="alert">{problem}</p>}
@@ -125,6 +133,13 @@ function Policy(props: { volume: Volume; history: VolumeHistory | undefined; clo
       </div>
     </Dialog>
   );
+}
+
+/** Whether it is what was written, worked out here and not believed. */
+function Whole(props: { history: VolumeHistory }) {
+  const { points, thinned, fault } = useMemo(() => verifyPoints(props.history), [props.history]);
+  if (fault) return <p class="bad" role="alert">The history is not what was written: {fault}.</p>;
+  return <p class="good small" role="status">✓ {points} {points === 1 ? "point has" : "points have"} the hash of what is told of {points === 1 ? "it" : "them"} and of the one before{thinned > 0 ? `; ${thinned} thinned out are accounted for` : ""}.</p>;
 }
 
 export function Travel(props: { volume: Volume; guest: Guest | undefined; history: Answer<VolumeHistory> }) {
@@ -177,6 +192,7 @@ export function Travel(props: { volume: Volume; guest: Guest | undefined; histor
             ["stored for it", bytes(found.stored_bytes)],
             ["lies in", cloudName(found.cloud)],
             ["written under", `epoch ${found.epoch}, version ${found.version}`],
+            ...(found.memory ? [["the guest's memory", found.memory.is_kept ? `${bytes(found.memory.bytes)}: it is a checkpoint` : "not kept any more"] as [string, string]] : []),
             ["content", <code>{found.root.slice(0, 16)}…</code>],
           ]} />
           <details>
@@ -190,7 +206,8 @@ export function Travel(props: { volume: Volume; guest: Guest | undefined; histor
               { title: "hash", show: (point) => <code>{point.hash.slice(0, 16)}…</code>, wide: true },
             ]} />
           </details>
-          <p class="small soft">Kept {bandsText(history.policy.keep)}. Whether the chain of points holds is checked where the controller has no say: <code>supercloud volume history {volume.name} --verify</code></p>
+          <p class="small soft">Kept {bandsText(history.policy.keep)}. <code>supercloud volume history {volume.name} --verify --noted HASH</code> checks it against a hash that you noted once.</p>
+          <Whole history={history} />
         </>
       )}
       {source && guest && <Clone volume={volume} guest={guest} point={source} close={() => setSource(undefined)} />}

@@ -5,6 +5,7 @@ use supercloud_api::{
 };
 
 use super::*;
+use crate::paths::RoundTrips;
 
 const GIB: u64 = 1 << 30;
 
@@ -208,4 +209,42 @@ fn times_are_predicted_from_moves_that_were_made() {
     assert!(of("a").predicted_ms > of("b").predicted_ms, "it writes");
     assert_eq!(made.cost.predicted_ms, made.steps.iter().map(|step| step.predicted_ms).sum());
     assert_eq!(made.risks, Vec::<String>::new());
+    // A way that was measured counts: half of it more for the pause, and for the move.
+    let (from, to) = (world.hosts[0].clone(), world.hosts[1].clone());
+    let far = RoundTrips::new([(to.id, from.id, 140_000), (from.id, to.id, 100_000)], &world.hosts);
+    world.measured = world.measured.clone().with_round_trips(far);
+    let made = world.make(&Aim::Drain(from.id)).unwrap();
+    let b = made.steps.iter().find(|step| step.guest_name.as_str() == "b").unwrap();
+    assert_eq!((b.predicted_ms, b.predicted_downtime_ms), (Some(4000 + 170), Some(170)));
+    let basis = world.measured.basis(b.guest, &from, &to);
+    assert!(basis.contains("140 ms away") && basis.contains("wrote 0 MiB/s"), "{basis}");
+    let limited = |limit| {
+        let guest = world.guests.iter().find(|record| record.guest.id == b.guest).unwrap();
+        world.measured.forecast(&guest.guest, &from, &to, limit, 300).unwrap()
+    };
+    assert_eq!((limited(None).copy_ms, limited(Some(GIB / 2)).copy_ms), (4170, 8170));
+    assert_eq!(limited(Some(1 << 60)), limited(None), "no more than the link carries");
+    // Pauses that were measured are not promised away: the median of them counts where the model says less.
+    let paused = [900, 650, 100, 700].map(|ms| {
+        let mut operation = moved(b.guest, 4000, 4 * GIB);
+        operation.progress.downtime_ms = Some(ms);
+        operation
+    });
+    let cloud_of = |id: HostId| world.hosts.iter().find(|host| host.id == id).map(|host| host.cloud);
+    let measured = Measured::learn(paused.iter(), cloud_of);
+    let guest = world.guests.iter().find(|record| record.guest.id == b.guest).unwrap();
+    let live = measured.forecast(&guest.guest, &from, &to, None, 300).unwrap();
+    assert_eq!((live.copy_ms, live.downtime_ms), (4700, 700));
+    assert!(measured.basis(b.guest, &from, &to).contains("paused guests for 700 ms"));
+}
+
+#[test]
+fn hosts_that_do_not_measure_each_other_are_as_far_apart_as_their_clouds() {
+    let world = world();
+    let [e1, e2, w1] = [0, 1, 2].map(|at| &world.hosts[at]);
+    let times =
+        RoundTrips::new([(e1.id, w1.id, 90_000), (w1.id, e1.id, 95_000), (HostId::generate(), e1.id, 7)], &world.hosts);
+    assert_eq!((times.between_us(e1, w1), times.between_us(w1, e1)), (Some(95_000), Some(95_000)));
+    assert_eq!(times.between_us(e2, w1), Some(95_000));
+    assert_eq!(times.between_us(e1, e2), None);
 }

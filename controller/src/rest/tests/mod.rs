@@ -25,6 +25,7 @@ mod roles;
 mod session;
 mod simulations;
 mod stores;
+mod trials;
 
 use std::net::SocketAddr;
 

@@ -78,13 +78,24 @@ fn told(metrics: &str) -> Told {
 /// Operations are told of with labels only when there were some: the words are the API's.
 const PHASES: [&str; 9] = ["plan", "prepare", "copy", "switch", "resume", "finish", "done", "rolled_back", "failed"];
 
+/// Metrics of which there are none as long as nothing is mirrored or kept, with their label.
+const OF_SOME: [(&str, &str); 3] = [
+    ("supercloud_mirror_behind_ms", "guest"),
+    ("supercloud_lease_over_in_ms", "guest"),
+    ("supercloud_checkpoint_age_ms", "volume"),
+];
+
 /// What an expression names that is not told.
 fn wrong(expression: &str, told: &Told) -> Option<String> {
     let names = asked(expression);
     if names.is_empty() && !expression.starts_with("up{") {
         return Some("it names nothing of ours".into());
     }
+    // Told only of guests that have a mirror or a lease, and of volumes that have checkpoints: the names are there, the labels then.
     let mut labels = BTreeSet::from(["kind", "phase"].map(str::to_owned));
+    if OF_SOME.iter().any(|(metric, _)| names.iter().any(|(name, _)| name == metric)) {
+        labels.extend(OF_SOME.iter().map(|(_, label)| (*label).to_owned()));
+    }
     for (name, matchers) in names {
         let Some(known) = told.get(&name) else { return Some(format!("no metric {name}")) };
         labels.extend(known.keys().cloned());

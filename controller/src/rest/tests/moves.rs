@@ -70,6 +70,10 @@ async fn a_move_is_checked_planned_and_begun() {
     let plan = world.client.plan_migration("web", &to("west")).await.unwrap().plan.unwrap();
     assert_eq!(plan.destination, Some(world.hosts[1].id));
     assert_eq!(plan.predicted_ms, Some((256 << 20) * 8000 / 100_000_000));
+    assert_eq!(
+        (plan.predicted_downtime_ms, plan.predicted_from.as_deref()),
+        (None, Some("no move from east to west was measured yet"))
+    );
     let names: Vec<_> = plan.checks.iter().map(|check| check.name.as_str()).collect();
     assert_eq!(names, ["compat_class", "capacity", "reachability", "overlay"]);
     assert_eq!(world.client.guest("web").await.unwrap().operation, None);
