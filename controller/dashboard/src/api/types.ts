@@ -8,6 +8,7 @@ export type Guest = Schemas["Guest"];
 export type Operation = Schemas["Operation"];
 export type Progress = Schemas["Progress"];
 export type Phase = Schemas["Phase"];
+export type Placement = Schemas["Placement"];
 export type Plan = Schemas["Plan"];
 export type Network = Schemas["Network"];
 export type Port = Schemas["Port"];

@@ -4,6 +4,7 @@ import { change, get, Refused } from "../api/http";
 import type { Evacuation, Guest } from "../api/types";
 import { isEnded, may } from "../store/derive";
 import { events, guests, images, networks, now, operations, ports, verdicts, volumes, who } from "../store/store";
+import { Cpus } from "../ui/cpus";
 import { ConsolePanel } from "../terminal/console";
 import { GuestActions } from "../ui/actions";
 import { ago, bytes, duration, moment } from "../ui/format";
@@ -103,7 +104,7 @@ function KeptMirror(props: { guest: Guest }) {
 }
 
 const LEAVES: Record<Evacuation["state"], [string, string]> = {
-  in_time: ["good", "in time"], late: ["bad", "not in time"], unknown: ["warn", "not known"], not_needed: ["idle", "its host is not taken back"],
+  in_time: ["good", "in time"], late: ["bad", "not in time"], covered: ["warn", "no: its standby goes on"], unknown: ["warn", "not known"], not_needed: ["idle", "its host is not taken back"],
 };
 const AGAIN_MS = 10_000;
 
@@ -186,6 +187,7 @@ export function GuestPage(props: { id: string; part?: string }) {
       <ConsolePanel key={guest.id} guest={guest} begin={props.part === "console"} />
       <Panel title="Where it lived" wide><Lives key={guest.id} guest={guest} /></Panel>
       {guest.state === "running" && <Leaving guest={guest} />}
+      <Cpus key={guest.id} guest={guest} />
       <Checkpoints key={guest.id} guest={guest} told={own.filter((event) => event.kind.startsWith("volume.")).length} />
       <Panel title="Network">
         {attached.length === 0 ? <Empty>no port</Empty> : attached.map((port) => (
