@@ -88,7 +88,7 @@ function Cost() {
   return (
     <Panel title="What it costs" aside={<a href="#/costs">line by line</a>} wide>
       <div class="figures">
-        {rate && <div><b>{price(rate.paid_nanousd_per_hour)}</b><span>now</span></div>}
+        {rate && <div><b>{rate.paid_nanousd_per_hour === 0 && rate.unpriced_hosts > 0 ? "not known" : price(rate.paid_nanousd_per_hour)}</b><span>now</span></div>}
         {rate && rate.on_demand_nanousd_per_hour > 0 && <div><b>{price(rate.on_demand_nanousd_per_hour)}</b><span>the same on demand{rate.comparable_nanousd_per_hour < rate.paid_nanousd_per_hour ? `, of ${price(rate.comparable_nanousd_per_hour)}` : ""}</span></div>}
         <Saved by={saved(today.value)} span="today" />
         <Saved by={saved(month)} span="in 30 days" />

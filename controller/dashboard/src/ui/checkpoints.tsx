@@ -67,7 +67,7 @@ export function Checkpoints(props: { guest: Guest; told: number }) {
   const kept = all.filter((point) => point.memory?.is_kept);
   const newest = kept[kept.length - 1];
   const policy = history.value?.policy;
-  const mayTake = may(who.value, "change") && guest.state === "running";
+  const mayTake = may(who.value, "change") && guest.state === "running" && !guest.operation;
   const mayGoBack = may(who.value, "move") && !guest.operation && (guest.state === "lost" || guest.state === "stopped");
   if (!newest && !mayTake && !policy?.memory) return null;
   const take = () => attempt(async () => {
