@@ -117,7 +117,7 @@ mod tests {
             word ^= word << 13;
             word ^= word >> 7;
             word ^= word << 17;
-            if word % 2 == 0 {
+            if word.is_multiple_of(2) {
                 hot.insert(block);
             }
         }
