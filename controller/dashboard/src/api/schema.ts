@@ -1440,7 +1440,7 @@ export interface components {
             accelerator: string;
             /** @description `libvirt-qemu`, `kvm`, `xen-pv`. */
             back_end: string;
-            /** @description The CPU that guests see. */
+            /** @description The CPU that guests see: a name, or what a [`CpuBaseline`] is written as. */
             cpu_baseline: string;
             /** @description The virtual machine's version, for example `pc-i440fx-7.2`. */
             machine_version: string;
@@ -1455,6 +1455,16 @@ export interface components {
          * @enum {string}
          */
         CordonState: "pending" | "cordoned" | "left_alone" | "lifted";
+        /**
+         * @description What a guest's processor shall be.
+         * @enum {string}
+         */
+        CpuChoice: "portable" | "host" | "x86-64-v2" | "x86-64-v3" | "x86-64-v4";
+        /**
+         * @description The levels of the x86-64 psABI.
+         * @enum {string}
+         */
+        CpuLevel: "x86-64-v2" | "x86-64-v3" | "x86-64-v4";
         /**
          * @description The format of bytes that are imported.
          * @enum {string}
@@ -1491,6 +1501,11 @@ export interface components {
         Epoch: number;
         /** @description How long a guest would take to leave its host now, with nothing that it needs left behind. */
         Evacuation: {
+            /**
+             * Format: int64
+             * @description How old its newest checkpoint is, in milliseconds: what is lost when it goes on from that. Absent: there is none.
+             */
+            checkpoint_age_ms?: number | null;
             destination?: null | components["schemas"]["HostId"];
             destination_name?: null | components["schemas"]["Name"];
             /** @description What this rests on, or what is not known; a sentence. */
@@ -1528,7 +1543,7 @@ export interface components {
          * @description Whether a guest could leave within the notice that its host's provider gives.
          * @enum {string}
          */
-        EvacuationState: "in_time" | "late" | "unknown" | "not_needed";
+        EvacuationState: "in_time" | "late" | "covered" | "unknown" | "not_needed";
         /** @description Something that happened. Written in the same transaction as the change it tells of. */
         Event: {
             /** @description Who caused it: `token:<name>`, `guest:<id>`, `host:<id>`, `system`. */
@@ -1710,6 +1725,8 @@ export interface components {
             cloud?: null | components["schemas"]["CloudId"];
             cloud_name?: null | components["schemas"]["Name"];
             compat_class?: null | components["schemas"]["CompatClass"];
+            /** @description The CPU that was asked for. */
+            cpu?: components["schemas"]["CpuChoice"];
             /**
              * Format: int64
              * @description When it was made.
@@ -1754,6 +1771,11 @@ export interface components {
         GuestCreate: {
             /** @description Appended to the image's kernel command line, when it has one; at most 1024 bytes. */
             cmdline_extra?: string | null;
+            /**
+             * @description What its processors can do, and so where it can go while it runs. Hosts whose back end has CPUs of its own take
+             *     `portable` and `host` alike.
+             */
+            cpu?: components["schemas"]["CpuChoice"];
             /**
              * Format: int64
              * @description The volume's size; that of the image when absent or smaller.
@@ -1862,6 +1884,7 @@ export interface components {
         };
         /** @description Where a stopped or new guest is started. */
         GuestStart: {
+            cpu?: null | components["schemas"]["CpuChoice"];
             place?: null | components["schemas"]["Ref"];
         };
         /**
@@ -2738,6 +2761,11 @@ export interface components {
         Page_Evacuation: {
             /** @description The items of this page, ordered by id. */
             items: {
+                /**
+                 * Format: int64
+                 * @description How old its newest checkpoint is, in milliseconds: what is lost when it goes on from that. Absent: there is none.
+                 */
+                checkpoint_age_ms?: number | null;
                 destination?: null | components["schemas"]["HostId"];
                 destination_name?: null | components["schemas"]["Name"];
                 /** @description What this rests on, or what is not known; a sentence. */
@@ -2919,6 +2947,8 @@ export interface components {
                 cloud?: null | components["schemas"]["CloudId"];
                 cloud_name?: null | components["schemas"]["Name"];
                 compat_class?: null | components["schemas"]["CompatClass"];
+                /** @description The CPU that was asked for. */
+                cpu?: components["schemas"]["CpuChoice"];
                 /**
                  * Format: int64
                  * @description When it was made.
@@ -3537,6 +3567,11 @@ export interface components {
         };
         /** @description Where a guest would be placed now. Nothing is reserved by asking. */
         Placement: {
+            /**
+             * @description With `explain`: what each CPU that it could be given at a start gives up, and opens. Empty where the back end has CPUs of
+             *     its own, and without `explain`.
+             */
+            cpus?: components["schemas"]["PlacementCpu"][];
             destination?: null | components["schemas"]["HostId"];
             destination_name?: null | components["schemas"]["Name"];
             /** @description The guest. */
@@ -3547,6 +3582,33 @@ export interface components {
             hosts: components["schemas"]["PlacementHost"][];
             /** @description What makes one host better than another. */
             objective: string;
+        };
+        /** @description A CPU that a guest could be given at a start, seen from the host that has it (or would have it). */
+        PlacementCpu: {
+            /** @description The features, shortened: maker, level, digits of a hash. */
+            baseline: string;
+            /** @description What would be asked for. */
+            choice: components["schemas"]["CpuChoice"];
+            /**
+             * Format: int32
+             * @description Their clouds.
+             */
+            clouds: number;
+            /**
+             * Format: int32
+             * @description Hosts to which it could move while it runs, the one that it is seen from too.
+             */
+            hosts: number;
+            /** @description It is what the guest has asked for. */
+            is_current: boolean;
+            level?: null | components["schemas"]["CpuLevel"];
+            /**
+             * Format: int32
+             * @description Markets of instance types that those hosts are rented as.
+             */
+            markets: number;
+            /** @description The features of this host that it would do without. */
+            without: string[];
         };
         /** @description A host in an explanation. */
         PlacementHost: {
