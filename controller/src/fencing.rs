@@ -128,7 +128,7 @@ impl Claim {
 
     /// Says so, if it does not hold. Who was beaten leaves the other one alone, each time for longer: two that took it from each other
     /// again and again would decide about nothing.
-    async fn renew(&self, state: &State) -> Result<Claimed, StateError> {
+    async fn renew(&self, state: &State, now: Instant) -> Result<Claimed, StateError> {
         let found = state.read_index(keys::lease_guard()).await?;
         let (seen, by) = found.map_or((0, String::new()), |found| (found.revision, found.value));
         let mine = self.revision();
@@ -140,10 +140,10 @@ impl Claim {
         if mine != 0 && by != self.0.name {
             let mut beaten = self.beaten();
             let times = beaten.map_or(0, |before| before.times);
-            *beaten = Some(Beaten { times: times + 1, until: Instant::now() + LEFT_ALONE * (1 << times.min(4)) });
+            *beaten = Some(Beaten { times: times + 1, until: now + LEFT_ALONE * (1 << times.min(4)) });
             return Ok(Claimed::Beaten { is_news: true });
         }
-        if self.beaten().is_some_and(|beaten| Instant::now() < beaten.until) {
+        if self.beaten().is_some_and(|beaten| now < beaten.until) {
             return Ok(Claimed::Beaten { is_news: false });
         }
         let mut change = Change::new();
@@ -267,7 +267,7 @@ impl Fencing {
     }
 
     async fn pass(&mut self) -> Result<(), StateError> {
-        match self.claim.renew(&self.state).await? {
+        match self.claim.renew(&self.state, Instant::now()).await? {
             Claimed::Holds => {}
             // Only now nobody else grants any more.
             Claimed::Begun => self.board.begin_anew(),
@@ -456,39 +456,40 @@ mod tests {
         over_in_ms: 0,
     };
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn the_newest_of_two_controllers_is_left_alone() {
         let folder = tempfile::tempdir().unwrap();
         let options = supercloud_store::SledOptions::default();
         let store = supercloud_store::SledStore::open(folder.path(), options).await.unwrap();
         let state = State::open(Arc::new(store)).await.unwrap();
         let (old, new) = (Claim::default(), Claim::default());
-        assert_eq!(old.renew(&state).await.unwrap(), Claimed::Begun);
-        assert_eq!(old.renew(&state).await.unwrap(), Claimed::Holds);
-        assert_eq!(new.renew(&state).await.unwrap(), Claimed::Begun);
+        let mut now = Instant::now();
+        assert_eq!(old.renew(&state, now).await.unwrap(), Claimed::Begun);
+        assert_eq!(old.renew(&state, now).await.unwrap(), Claimed::Holds);
+        assert_eq!(new.renew(&state, now).await.unwrap(), Claimed::Begun);
         assert!(!old.holds(&state).await.unwrap() && new.holds(&state).await.unwrap());
         for is_news in [true, false, false] {
-            assert_eq!(old.renew(&state).await.unwrap(), Claimed::Beaten { is_news });
+            assert_eq!(old.renew(&state, now).await.unwrap(), Claimed::Beaten { is_news });
         }
-        tokio::time::advance(LEFT_ALONE - Duration::from_secs(1)).await;
-        assert_eq!(old.renew(&state).await.unwrap(), Claimed::Beaten { is_news: false });
-        assert_eq!(new.renew(&state).await.unwrap(), Claimed::Holds);
+        now += LEFT_ALONE - Duration::from_secs(1);
+        assert_eq!(old.renew(&state, now).await.unwrap(), Claimed::Beaten { is_news: false });
+        assert_eq!(new.renew(&state, now).await.unwrap(), Claimed::Holds);
         // The new one may be gone by then. If it is not, it is beaten in its turn, and leaves alone who has it.
-        tokio::time::advance(Duration::from_secs(2)).await;
-        assert_eq!(old.renew(&state).await.unwrap(), Claimed::Begun);
-        assert_eq!(new.renew(&state).await.unwrap(), Claimed::Beaten { is_news: true });
+        now += Duration::from_secs(2);
+        assert_eq!(old.renew(&state, now).await.unwrap(), Claimed::Begun);
+        assert_eq!(new.renew(&state, now).await.unwrap(), Claimed::Beaten { is_news: true });
         // Each time for longer.
-        tokio::time::advance(LEFT_ALONE * 3 / 2).await;
-        assert_eq!(new.renew(&state).await.unwrap(), Claimed::Begun);
-        assert_eq!(old.renew(&state).await.unwrap(), Claimed::Beaten { is_news: true });
-        tokio::time::advance(LEFT_ALONE * 3 / 2).await;
-        assert_eq!(old.renew(&state).await.unwrap(), Claimed::Beaten { is_news: false });
+        now += LEFT_ALONE * 3 / 2;
+        assert_eq!(new.renew(&state, now).await.unwrap(), Claimed::Begun);
+        assert_eq!(old.renew(&state, now).await.unwrap(), Claimed::Beaten { is_news: true });
+        now += LEFT_ALONE * 3 / 2;
+        assert_eq!(old.renew(&state, now).await.unwrap(), Claimed::Beaten { is_news: false });
         // What it wrote itself, without hearing that it was written, is nobody else's.
         let seen = state.revision_of(keys::lease_guard()).await.unwrap();
         let mut change = Change::new();
         change.guard_as(keys::lease_guard(), seen, &new.0.name);
         state.commit(&Context::system(), change).await.unwrap();
-        assert_eq!(new.renew(&state).await.unwrap(), Claimed::Begun);
+        assert_eq!(new.renew(&state, now).await.unwrap(), Claimed::Begun);
     }
 
     #[test]

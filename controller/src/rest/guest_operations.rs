@@ -444,7 +444,8 @@ pub async fn thaw(
                 format!("the freeze {stale} is not the guest's state any more; its newest is {freeze}"),
             ));
         }
-        if back.is_none() && api.parts.state.need::<Freeze>(&freeze).await?.point.is_some() {
+        let made = api.parts.state.read::<Freeze>(&freeze).await?;
+        if back.is_none() && made.is_some_and(|made| made.point.is_some()) {
             // It was set back before, and the thaw did not come to its end.
             picture.only_with_checkpoints(&api.parts.hosts)?;
         }

@@ -112,12 +112,14 @@ impl Picture {
             self.choose(need, at)?
         } else {
             let admitted: Vec<Host> = self.hosts.iter().filter(|host| cpus::admits(cpu, host)).cloned().collect();
-            let (asked, is_refused) = match at {
-                Place::Host(host) => (std::slice::from_ref(&**host), !cpus::admits(cpu, host)),
-                Place::Anywhere | Place::Cloud(_) => (self.hosts.as_slice(), admitted.is_empty()),
+            let is_there = |host: &&Host| match at {
+                Place::Host(wanted) => wanted.id == host.id,
+                Place::Cloud(cloud) => cloud.id == host.cloud,
+                Place::Anywhere => true,
             };
-            if is_refused {
-                return Err(cpus::nobody(cpu, asked));
+            let asked: Vec<Host> = self.hosts.iter().filter(is_there).cloned().collect();
+            if !asked.iter().any(|host| cpus::admits(cpu, host)) {
+                return Err(cpus::nobody(cpu, &asked));
             }
             let (chosen, checks) = placement::choose(need, at, &admitted, &self.reserved())?;
             let host = self.host(chosen.id).ok_or_else(|| cpus::nobody(cpu, &self.hosts))?;

@@ -137,7 +137,7 @@ async fn a_mirror_that_was_called_off_takes_nothing_over_while_it_is_cleared_awa
     let mut world = World::new(seed("lease-called-off", 95), 2).await;
     let (guest, mirror, epoch) = leased(&mut world).await;
     world.faults(1, |faults| {
-        faults.stalled.insert(Stage::Discard);
+        faults.stalled.insert(Stage::Clear);
     });
     // An agent that was restarted ends its mirror: the guest runs on without a lease, while the standby's host does not get done.
     world.kill_agent(0).await;
@@ -159,7 +159,7 @@ async fn a_mirror_that_was_called_off_takes_nothing_over_while_it_is_cleared_awa
     assert_eq!(lock(&world.ground).runs_at(guest), vec![(world.id(0), epoch)]);
     assert!(!has_event(&world, "guest.failed_over_by_lease", guest).await);
     world.faults(1, |faults| {
-        faults.stalled.remove(&Stage::Discard);
+        faults.stalled.remove(&Stage::Clear);
     });
     world.start_agent(0);
     assert_eq!(world.end(mirror).await.phase, Phase::RolledBack);

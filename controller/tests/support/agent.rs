@@ -60,6 +60,8 @@ pub enum Stage {
     Fetch,
     Release,
     Discard,
+    /// The destination's removal of what it has received in vain.
+    Clear,
 }
 
 /// What goes wrong by itself, in thousandths.

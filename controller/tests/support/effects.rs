@@ -162,6 +162,9 @@ impl Agent {
                 };
             }
             DestinationEffect::DestroyReceived { operation } => {
+                if self.is_stalled(Stage::Clear) {
+                    return (None, false);
+                }
                 let local = ground.local(host, guest);
                 local.processes.retain(|process| process.operation != operation);
                 local.adopt = None;

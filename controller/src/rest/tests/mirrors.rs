@@ -5,7 +5,7 @@ use supercloud_api::{
 };
 
 use super::{TestController, guest, problem};
-use crate::state::{Change, Context, OperationRecord};
+use crate::state::{Change, Context, GuestRecord, OperationRecord};
 
 fn to(place: &str) -> GuestMirror {
     GuestMirror {
@@ -81,6 +81,14 @@ async fn a_mirror_is_checked_begun_shown_and_fails_over_only_from_a_dead_host() 
     let mut change = Change::new();
     change.update(&before, &now);
     test.state().commit(&Context::system(), change).await.unwrap();
+    // Nor one that its guest's record does not know as a mirror (any more).
+    let called_off = problem(client.fail_over_guest("web", &dead(true)).await);
+    assert!(called_off.detail.contains("called off"), "{called_off:?}");
+    test.edit::<GuestRecord>(&id, |record| {
+        let operation = record.owner.operation.as_mut().unwrap();
+        operation.phase = supercloud_api::handover::Phase::Copy;
+    })
+    .await;
     let there = problem(client.fail_over_guest("web", &dead(true)).await);
     assert!(there.code == Code::WrongState && there.detail.contains("is connected"), "{there:?}");
     test.parts().hosts.gone(world.hosts[0].id);

@@ -105,9 +105,14 @@ fn all() -> PageSet {
 fn order(feed: &mut ImageFeed<Shelf>, most: usize) -> Vec<u64> {
     let (mut served, mut pages, mut unpacker) = (Served::default(), Vec::new(), Unpacker::new().unwrap());
     let ram = memory::map(memory::create(CONFIG.memory_bytes).unwrap(), CONFIG.memory_bytes).unwrap();
-    while pages.len() < most
-        && let Some(frame) = feed.next(true, &mut served).unwrap()
-    {
+    while pages.len() < most {
+        let Some(frame) = feed.next(true, &mut served).unwrap() else {
+            match feed.on_way.is_empty() {
+                true => break,
+                // What was asked for comes when it is looked again.
+                false => continue,
+            }
+        };
         unpacker
             .each(&ram, &frame, false, |at, content| {
                 let page = at.0 / PAGE_BYTES;
