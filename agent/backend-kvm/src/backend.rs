@@ -33,7 +33,7 @@ use tokio::{
 use crate::{
     ACCELERATOR, BACK_END, KvmConfig, checkpoint,
     control::{Request, State},
-    keeper::Keeper,
+    keeper::{Keeper, Seen},
     migration::{self, Leaving},
     record::{Home, Record, Role},
     spawn,
@@ -362,14 +362,17 @@ async fn settle(keeper: &Keeper, role: &Role, epoch: Epoch, budget: Duration) ->
         }
         return keeper.end(StopReason::Failed, budget).await;
     };
-    let stands_still = matches!(state, State::Paused | State::Sent);
-    if stands_still && whole(file).await? {
+    let stands_still = |state| matches!(state, State::Paused | State::Sent);
+    if stands_still(state) && whole(file).await? {
         return keeper.end(StopReason::Frozen, budget).await;
     }
     // It runs, or shall: what there is of a file is not the guest any more.
     let _ = keeper.ask("cancel a freeze", migration::verb("cancel"), None).await;
     remove_frozen(file).await?;
-    if stands_still {
+    // It may have been sent to its end before it heard of that, and stands still now.
+    let is_over = |seen: &Seen| seen.gone.is_some() || seen.state != Some(State::Sending);
+    let seen = keeper.until("end a freeze that was broken off", budget, is_over).await?;
+    if seen.state.is_some_and(stands_still) {
         keeper.ask("let a guest run on", migration::verb("resume"), None).await?;
     }
     keeper.mark(epoch, Role::Owner).await

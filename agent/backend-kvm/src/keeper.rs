@@ -505,10 +505,11 @@ impl Talk {
             let is_over = matches!(line.event, Some(Event::MirrorEnded | Event::MirrorBroken));
             seen.is_mirrored = !is_over && line.is_mirrored.unwrap_or(seen.is_mirrored || line.mirror.is_some());
             seen.note_left(line);
+            // Before anybody hears of the rest: who waits for the guest to come looks at this then.
+            if let Some(missing) = seen.missing {
+                self.missing.send_if_modified(|shown| std::mem::replace(shown, missing) != missing);
+            }
         });
-        if let Some(missing) = self.seen.borrow().missing {
-            self.missing.send_if_modified(|shown| std::mem::replace(shown, missing) != missing);
-        }
         if let Some(cut) = line.cut {
             self.staged.send_if_modified(|staged| std::mem::replace(staged, cut) != cut);
         }
