@@ -207,13 +207,13 @@ impl Change {
     /// Puts two changes that pass the same guard in a row. `revision` is the guard's ([`State::revision_of`]), read
     /// *before* anything that the decision rests on.
     pub fn guard(&mut self, key: Key, revision: u64) -> &mut Self {
-        self.guard_as(key, revision, revision)
+        self.guard_as(key, revision, &revision.to_string())
     }
 
     /// The same; who passes leaves a text, for the next one to read.
-    pub fn guard_as(&mut self, key: Key, revision: u64, text: impl ToString) -> &mut Self {
+    pub fn guard_as(&mut self, key: Key, revision: u64, text: &str) -> &mut Self {
         self.compares.insert(key.clone(), revision);
-        self.puts.insert(key, text.to_string().into_bytes());
+        self.puts.insert(key, text.as_bytes().to_vec());
         self
     }
 

@@ -89,9 +89,9 @@ impl Hypervisor {
     /// each lacks something that another one has.
     pub(crate) const fn processor(self, hardware: Hardware) -> &'static str {
         match (self, hardware) {
-            (Self::Kvm, Hardware::Virtio) => "EPYC,-rdseed",
+            (Self::Kvm, Hardware::Virtio) => "EPYC,-adx",
             (Self::Kvm, Hardware::Vmware) => "EPYC,-avx2,-bmi2",
-            (Self::Kvm, Hardware::Intel) => "EPYC,-adx,-movbe",
+            (Self::Kvm, Hardware::Intel) => "EPYC,-movbe",
             (Self::Xen, _) => "qemu64,-svm,+ssse3,+sse4.1,+sse4.2,+popcnt,+aes,+pclmulqdq,+rdrand",
         }
     }
