@@ -58,6 +58,7 @@ async fn checkpoint(fleet: &Fleet) -> VolumePoint {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "the lab keeps a cloud's store on its host, which dies here with it: it wants a bucket beside the hosts"]
 async fn a_guest_goes_on_from_its_newest_checkpoint_when_its_host_is_gone() {
     if !require::host_vms() {
         return;
