@@ -350,6 +350,7 @@ fn direct(routes: &Routes, told: &mut Option<u64>, directive: Directive) {
             }
             guests.tell(guest, GuestMessage::Order { order, assignment });
         }
+        Directive::SwitchOver { guest, operation } => guests.tell(guest, GuestMessage::SwitchOver { operation }),
         Directive::Discard { guest } => guests.tell(guest, GuestMessage::Discard),
         Directive::Overlay { revision, view } => match serde_json::from_value::<OverlayView>(view) {
             Ok(view) if view.revision != revision => {

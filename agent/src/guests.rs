@@ -271,6 +271,7 @@ impl Facts for Guests {
             takes_mirrors: host.backend.mirroring().is_ok(),
             takes_post_copy: host.backend.post_copy().is_ok(),
             takes_lazy_thaw: host.backend.lazy_thaw().is_ok_and(|lazy| lazy.offers().is_ok()),
+            takes_holds: host.backend.live_migration().is_ok_and(supercloud_blanket::LiveMigration::takes_holds),
             measures_paths: true,
             tells_flows: true,
             takes_leases: host.backend.mirroring().is_ok_and(supercloud_blanket::Mirroring::takes_leases),

@@ -11,13 +11,13 @@ use serde::{Serialize, de::DeserializeOwned};
 use supercloud_ids::{OperationId, PlanId, RentingId, RequestId};
 
 use crate::{
-    ChunkStore, Cloud, CloudCreate, Evacuation, Event, FeedClock, FleetPlan, FleetPlanCreate, Freeze, Guest,
-    GuestCreate, GuestFailover, GuestFreeze, GuestMigrate, GuestMirror, GuestPatch, GuestStart, GuestStop, GuestThaw,
-    GuestVerdict, HistoryPolicy, Host, HostPatch, HostRent, Image, ImageCreate, ImageImport, ImagePart, JoinRequest,
-    JoinResponse, JoinToken, JoinTokenCreate, Ledger, Link, Market, Mirror, Network, NetworkCreate, Operation, Page,
-    Placement, Port, PortFlows, PriceSeries, Problem, Project, ProjectCreate, Reliability, Renting, Site, Token,
-    TokenCreate, TokenSecret, UploadDigest, VerdictsTaken, VerdictsTold, Volume, VolumeAsOf, VolumeHistory, WhoAmI,
-    blocks::BlocksError,
+    ChunkStore, Cloud, CloudCreate, Evacuation, Event, FeedClock, FleetPlan, FleetPlanCreate, Freeze, Group,
+    GroupCreate, GroupThaw, GroupUpdate, Guest, GuestCreate, GuestFailover, GuestFreeze, GuestMigrate, GuestMirror,
+    GuestPatch, GuestStart, GuestStop, GuestThaw, GuestVerdict, HistoryPolicy, Host, HostPatch, HostRent, Image,
+    ImageCreate, ImageImport, ImagePart, JoinRequest, JoinResponse, JoinToken, JoinTokenCreate, Ledger, Link, Market,
+    Mirror, Network, NetworkCreate, Operation, Page, Placement, Port, PortFlows, PriceSeries, Problem, Project,
+    ProjectCreate, Reliability, Renting, Site, Token, TokenCreate, TokenSecret, UploadDigest, VerdictsTaken,
+    VerdictsTold, Volume, VolumeAsOf, VolumeHistory, WhoAmI, blocks::BlocksError,
 };
 
 pub use blocks::BlockStream;
@@ -588,6 +588,22 @@ calls! {
     links() -> Vec<Link> = list("/v1/links?limit=1000");
     /// Those from and to one host.
     links_of(host: &str) -> Vec<Link> = list(format!("/v1/links?host={host}&limit=1000"));
+    /// All groups.
+    groups() -> Vec<Group> = list("/v1/groups");
+    /// One group.
+    group(group: &str) -> Group = get(format!("/v1/groups/{group}"));
+    /// Makes a group.
+    create_group(body: &GroupCreate) -> Group = post("/v1/groups", body);
+    /// Says which guests are the group's.
+    patch_group(group: &str, body: &GroupUpdate) -> Group = patch(format!("/v1/groups/{group}"), body);
+    /// Deletes a group; its guests stay.
+    delete_group(group: &str) -> () = delete(format!("/v1/groups/{group}"));
+    /// Moves all guests of a group live, or none.
+    migrate_group(group: &str, body: &GuestMigrate) -> Operation = post(format!("/v1/groups/{group}/migrate"), body);
+    /// Suspends all guests of a group into the store, or none.
+    freeze_group(group: &str, body: &GuestFreeze) -> Operation = post(format!("/v1/groups/{group}/freeze"), body);
+    /// Resumes all guests of a frozen group, or none.
+    thaw_group(group: &str, body: &GroupThaw) -> Operation = post(format!("/v1/groups/{group}/thaw"), body);
     /// All guests.
     guests() -> Vec<Guest> = list("/v1/guests");
     /// One guest.

@@ -197,6 +197,9 @@ pub struct Hello {
     /// Guests can be thawed there before their memory is there ([`ThawWish`]).
     #[serde(default)]
     pub takes_lazy_thaw: bool,
+    /// Moves can wait with the guest's pause until they are told ([`MigrationOptions::holds`], [`Directive::SwitchOver`]).
+    #[serde(default)]
+    pub takes_holds: bool,
     /// It knows [`Directive::MeasurePaths`].
     #[serde(default)]
     pub measures_paths: bool,
@@ -381,6 +384,13 @@ pub enum Directive {
         of: u32,
         /// The part of the view's JSON text.
         text: String,
+    },
+    /// A guest that is ready to change over, and was to wait for the others of its group ([`MigrationOptions::holds`]), need wait no more.
+    SwitchOver {
+        /// The guest.
+        guest: GuestId,
+        /// Its move.
+        operation: OperationId,
     },
     /// The guest was deleted: remove everything that is held of it, volumes too. Told again until [`Notice::Discarded`].
     Discard {

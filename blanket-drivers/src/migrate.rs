@@ -93,6 +93,9 @@ pub struct CopyOptions {
     pub budget: Duration,
     /// What may be left behind. Refused by name where the back end, at either host, has no [`crate::PostCopy`].
     pub memory: MemoryMode,
+    /// The guest shall not be paused before [`CopyLimits::holds`] says so, although it could be: it waits for others. Only where
+    /// [`LiveMigration::takes_holds`]; elsewhere, and in a process that is older than that, it is paused as soon as it can be.
+    pub holds: bool,
 }
 
 impl Default for CopyOptions {
@@ -103,6 +106,7 @@ impl Default for CopyOptions {
             auto_converge: false,
             budget: Duration::from_secs(3600),
             memory: MemoryMode::PreCopy,
+            holds: false,
         }
     }
 }
@@ -114,6 +118,8 @@ pub struct CopyLimits {
     pub bandwidth_bytes_per_s: Option<u64>,
     /// The pause that is aimed at.
     pub max_downtime_ms: Option<u64>,
+    /// Whether the guest still waits with its pause.
+    pub holds: Option<bool>,
 }
 
 /// Where a transfer is.
@@ -150,6 +156,9 @@ pub struct TransferProgress {
     pub bandwidth_bytes_per_s: u64,
     /// The pause that a switch now would need, as the hypervisor thinks.
     pub expected_downtime_ms: Option<u64>,
+    /// The guest could be paused now, and waits for the word ([`CopyOptions::holds`]).
+    #[serde(default)]
+    pub is_holding: bool,
     /// How much the guest is slowed down, percent.
     pub throttle_percent: u64,
     /// Since the start.
@@ -213,6 +222,11 @@ pub trait LiveMigration: Send + Sync {
 
     /// Source: changes limits while [`LiveMigration::perform`] runs.
     fn set_limits(&self, guest: GuestId, limits: CopyLimits) -> BoxFuture<'_, BackendResult<()>>;
+
+    /// Whether a copy can wait with the guest's pause until it is told ([`CopyOptions::holds`]).
+    fn takes_holds(&self) -> bool {
+        false
+    }
 
     /// Source: gives the copy up; `done` resolves with [`BackendError::Cancelled`] and the guest runs on. `Ok` when
     /// nothing is being copied (any more): then only [`LiveMigration::confirm`] decides.

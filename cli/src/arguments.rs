@@ -1,5 +1,6 @@
 //! The command line: `supercloud NOUN VERB`.
 
+mod group;
 mod guest;
 mod plan;
 mod volume;
@@ -10,6 +11,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use supercloud_api::Role;
 use supercloud_cli::disk_file::Format;
 
+pub use group::GroupVerb;
 pub use guest::{GuestCreateArguments, GuestVerb};
 pub use plan::{PlanAim, PlanVerb};
 pub use volume::{CloneArguments, HistoryVerb, Instant};
@@ -99,6 +101,9 @@ pub enum Noun {
     /// Virtual machines.
     #[command(subcommand)]
     Guest(GuestVerb),
+    /// Guests that are moved, frozen and thawed together, all or none.
+    #[command(subcommand)]
+    Group(GroupVerb),
     /// Moves of guests: an operation of kind `guest_migrate`.
     #[command(subcommand)]
     Migration(OperationVerb),

@@ -269,6 +269,11 @@ fn print_plan(output: Output, operation: &Operation) -> anyhow::Result<()> {
     }
     print!("{}", table.render());
     let Some(name) = &plan.destination_name else {
+        // The guests of a group may go to several hosts: the checks name them.
+        if operation.group.is_some() && plan.checks.iter().all(|check| check.is_ok) {
+            println!("all of it can be done now");
+            return Ok(());
+        }
         println!("would not be done");
         return Ok(());
     };

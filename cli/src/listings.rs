@@ -2,8 +2,8 @@
 
 use serde::Serialize;
 use supercloud_api::{
-    Cloud, Evacuation, EvacuationState, Event, Guest, Host, HostNotice, HostNoticeKind, HostState, Image, ImageContent,
-    Market, Network, Operation, Project, Site, SiteHolds, Tenure, Token, Volume,
+    Cloud, Evacuation, EvacuationState, Event, Group, Guest, Host, HostNotice, HostNoticeKind, HostState, Image,
+    ImageContent, Market, Network, Operation, Project, Site, SiteHolds, Tenure, Token, Volume,
 };
 use supercloud_cli::{
     fields::Names,
@@ -250,6 +250,18 @@ pub fn volumes(volumes: &[Volume], names: &Names) -> Table {
             time(volume.created_at_ms),
         ];
         table.row_wide(cells, wide);
+    }
+    table
+}
+
+/// Groups.
+pub fn groups(groups: &[Group], names: &Names) -> Table {
+    let mut table = Table::new(["NAME", "GUESTS", "OPERATION"]).and_wide(["ID", "PROJECT", "SINCE"]);
+    for group in groups {
+        let guests: Vec<String> = group.guests.iter().map(|guest| named(names, guest)).collect();
+        let operation = group.operation.map(|operation| operation.to_string());
+        let cells = [group.name.to_string(), guests.join(" "), or_dash(operation)];
+        table.row_wide(cells, [group.id.to_string(), named(names, &group.project), time(group.created_at_ms)]);
     }
     table
 }

@@ -11,6 +11,7 @@ mod exit;
 mod explain;
 mod exports;
 mod goodness;
+mod groups;
 mod guests;
 mod histories;
 mod ledger;
@@ -132,6 +133,7 @@ async fn once(client: &Client, arguments: Arguments) -> anyhow::Result<()> {
         Noun::Top(wanted) => top::run(client, &wanted).await,
         Noun::Apply(wanted) => apply::run(client, output, &wanted).await,
         Noun::Guest(verb) => guests::run(client, output, verb).await,
+        Noun::Group(verb) => groups::run(client, output, verb).await,
         other => things::run(client, output, other).await,
     }
 }

@@ -34,6 +34,7 @@ fn noun(kind: &str) -> Option<&'static str> {
         "net" => "networks",
         "img" => "images",
         "gst" => "guests",
+        "grp" => "groups",
         _ => return None,
     })
 }

@@ -48,6 +48,7 @@ pub async fn run(client: &Client, output: Output, noun: Noun) -> anyhow::Result<
         Noun::Ledger(arguments) => crate::ledger::run(client, output, &arguments).await,
         Noun::Whoami => show::print_named(client, output, &client.whoami().await?).await,
         Noun::Guest(_)
+        | Noun::Group(_)
         | Noun::Simulate(_)
         | Noun::Completion { .. }
         | Noun::Context(_)

@@ -11,6 +11,8 @@ use crate::arguments::Arguments;
 const READS: &[&str] = &[
     "cloud list",
     "event list",
+    "group list",
+    "group show",
     "guest evacuations",
     "guest list",
     "guest mirrors",
@@ -51,6 +53,9 @@ const READS: &[&str] = &[
 /// their own.
 const TRIED: &[&str] = &[
     "cloud create",
+    "group create",
+    "group delete",
+    "group set",
     "guest checkpoint",
     "guest failover",
     "guest follow-prices",
@@ -106,6 +111,20 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("event list", "supercloud event list --after 1200 -o ndjson"),
     ("event verify", "supercloud event verify      # every hash, and that none is missing"),
     ("event watch", "supercloud event watch --after 1200 -o ndjson"),
+    ("group create", "supercloud group create shop web db cache"),
+    ("group delete", "supercloud group delete shop"),
+    (
+        "group freeze",
+        "supercloud group freeze shop --dry-run\n  supercloud group freeze shop --reason 'until Monday' --watch",
+    ),
+    ("group list", "supercloud group list -o wide"),
+    (
+        "group migrate",
+        "supercloud group migrate shop --to gcp-west --dry-run\n  supercloud group migrate shop --to oak --watch",
+    ),
+    ("group set", "supercloud group set shop web db cache queue      # all that are its guests from now on"),
+    ("group show", "supercloud group show shop -o json"),
+    ("group thaw", "supercloud group thaw shop --to gcp-west --watch"),
     ("guest checkpoint", "supercloud guest checkpoint web\n  supercloud volume history web       # where it is shown"),
     ("guest delete", "supercloud guest delete web --dry-run\n  supercloud guest delete web --watch"),
     (

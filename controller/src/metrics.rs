@@ -155,6 +155,9 @@ fn kind_name(kind: OperationKind) -> &'static str {
         OperationKind::GuestMirror => "guest_mirror",
         OperationKind::GuestFreeze => "guest_freeze",
         OperationKind::GuestThaw => "guest_thaw",
+        OperationKind::GroupMigrate => "group_migrate",
+        OperationKind::GroupFreeze => "group_freeze",
+        OperationKind::GroupThaw => "group_thaw",
         OperationKind::HostRent => "host_rent",
         OperationKind::HostReturn => "host_return",
     }

@@ -342,7 +342,7 @@ impl Leaving {
             let (id, freeze) = (OperationId::generate(), FreezeId::generate());
             let mut now = found.value.clone();
             let kind = handover::OperationKind::Freeze { freeze };
-            guest_plan::begin_on(&mut now, &BeginRequest { operation: id, kind, group: false })?;
+            guest_plan::begin_on(&mut now, &BeginRequest { operation: id, kind, group: None })?;
             now.put_aside = Some(freeze);
             let context = Context::actor(ACTOR.to_owned(), RequestId::generate());
             let operation = Operation {

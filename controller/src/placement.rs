@@ -3,7 +3,9 @@
 use std::collections::HashMap;
 
 use supercloud_api::{
-    Cloud, Code, CompatClass, Host, HostState, PlanCheck, Problem, Room, Shape, handover::Owner, ids::HostId,
+    Cloud, Code, CompatClass, Host, HostState, PlanCheck, Problem, Room, Shape,
+    handover::Owner,
+    ids::{CloudId, HostId},
 };
 use supercloud_scheduler::{
     cluster::{self, Cluster, Demand, Domain, HostSpec, Objective, Score},
@@ -25,6 +27,16 @@ pub enum Place {
 }
 
 impl Place {
+    /// Whether who is on this host, in this cloud, is there.
+    #[must_use]
+    pub fn holds(&self, host: Option<HostId>, cloud: Option<CloudId>) -> bool {
+        match self {
+            Self::Anywhere => host.is_some(),
+            Self::Host(wanted) => host == Some(wanted.id),
+            Self::Cloud(wanted) => cloud == Some(wanted.id),
+        }
+    }
+
     fn name(&self) -> String {
         match self {
             Self::Anywhere => "anywhere".into(),
@@ -269,7 +281,6 @@ pub fn reachability(source: &Host, destination: &Host) -> PlanCheck {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use supercloud_api::ids::CloudId;
 
     fn class(version: &str) -> CompatClass {
         CompatClass {

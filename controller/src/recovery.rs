@@ -400,7 +400,7 @@ impl Begun {
     ) -> Result<OperationId, Failure> {
         let id = OperationId::generate();
         let mut now = back.map_or_else(|| found.value.clone(), |back| back.guest.clone());
-        guest_plan::begin_on(&mut now, &BeginRequest { operation: id, kind: self.handover, group: false })?;
+        guest_plan::begin_on(&mut now, &BeginRequest { operation: id, kind: self.handover, group: None })?;
         let context = Context::actor(ACTOR.to_owned(), RequestId::generate());
         let operation = Operation {
             project: Some(now.guest.project),

@@ -99,6 +99,9 @@ pub struct Progress {
     /// The guest stands still, or is about to.
     #[serde(default)]
     pub is_last: bool,
+    /// It could stand still now, and waits for the word.
+    #[serde(default)]
+    pub is_holding: bool,
     /// By how much the guest is slowed down, percent.
     #[serde(default)]
     pub throttle_percent: u8,
@@ -150,6 +153,8 @@ pub struct Line {
     pub lease_left_ms: Option<u64>,
     /// Whether the process knows leases.
     pub takes_leases: Option<bool>,
+    /// Whether the process can wait with the pause until it is told.
+    pub takes_holds: Option<bool>,
     /// A connection over which memory is served or fetched.
     pub connection: Option<u64>,
     /// Bytes of memory that are missing there.
@@ -187,6 +192,9 @@ pub struct Request {
     /// Which memory may be left behind.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory: Option<MemoryMode>,
+    /// The guest shall not stand still yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub holds: Option<bool>,
     /// The newest version of a stream that is read at the other end.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stream_version: Option<u16>,

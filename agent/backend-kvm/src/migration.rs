@@ -235,6 +235,7 @@ fn advance(last: &TransferProgress, now: &Progress, memory_bytes: u64, elapsed: 
         dirty_bytes_per_s: now.dirty_bytes_per_s,
         bandwidth_bytes_per_s: now.sent_bytes.saturating_mul(1000) / elapsed_ms.max(1),
         expected_downtime_ms: last.expected_downtime_ms,
+        is_holding: now.is_holding,
         throttle_percent: now.throttle_percent.into(),
         elapsed_ms: elapsed_ms.max(last.elapsed_ms),
     }
@@ -378,6 +379,8 @@ impl LiveMigration for KvmBackend {
                 max_downtime_ms: options.max_downtime_ms.map(|ms| ms.max(1)),
                 max_bytes_per_s: options.bandwidth_bytes_per_s,
                 may_throttle: options.auto_converge.then_some(true),
+                // A process older than that goes over when it can.
+                holds: (options.holds && status.takes_holds == Some(true)).then_some(true),
                 memory,
                 stream_version: older_stream(told.reads, status.stream_version),
                 ..verb("send")
@@ -397,10 +400,15 @@ impl LiveMigration for KvmBackend {
             let request = Request {
                 max_downtime_ms: limits.max_downtime_ms.map(|ms| ms.max(1)),
                 max_bytes_per_s: limits.bandwidth_bytes_per_s,
+                holds: limits.holds,
                 ..verb("limits")
             };
             keeper.ask("change the limits of a copy", request, None).await.map(drop)
         })
+    }
+
+    fn takes_holds(&self) -> bool {
+        true
     }
 
     fn cancel(&self, guest: GuestId) -> BoxFuture<'_, BackendResult<()>> {

@@ -95,6 +95,7 @@ pub(crate) fn advance(before: &TransferProgress, job: &JobFigures, is_paused: bo
     };
     let page = if job.page_size == 0 { 4096 } else { job.page_size };
     TransferProgress {
+        is_holding: false,
         phase: before.phase.max(phase),
         iteration: before.iteration.max(job.iteration),
         memory_total_bytes: before.memory_total_bytes.max(job.memory_total),

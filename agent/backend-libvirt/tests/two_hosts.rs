@@ -93,7 +93,8 @@ impl World {
         let hurry = async {
             // Ends early when the copy is over first.
             if rounds > 0 && progress.wait_for(|now| now.iteration >= rounds).await.is_ok() {
-                let limits = CopyLimits { bandwidth_bytes_per_s: Some(1 << 30), max_downtime_ms: Some(5000) };
+                let limits =
+                    CopyLimits { bandwidth_bytes_per_s: Some(1 << 30), max_downtime_ms: Some(5000), holds: None };
                 let _ = out.set_limits(self.guest, limits).await;
             }
         };
@@ -303,7 +304,7 @@ async fn a_cancelled_copy_leaves_the_source_running(world: &mut World) {
     let mut progress = transfer.progress.clone();
     let canceller = async {
         progress.wait_for(|now| now.phase == TransferPhase::Copy && now.memory_remaining_bytes > 0).await.unwrap();
-        let limits = CopyLimits { bandwidth_bytes_per_s: Some(2 << 20), max_downtime_ms: Some(50) };
+        let limits = CopyLimits { bandwidth_bytes_per_s: Some(2 << 20), max_downtime_ms: Some(50), holds: None };
         out.set_limits(world.guest, limits).await.unwrap();
         let seen = *progress.borrow_and_update();
         progress.wait_for(|now| now.memory_processed_bytes > seen.memory_processed_bytes).await.unwrap();

@@ -111,6 +111,8 @@ pub(super) struct Actor {
     facts: mpsc::Receiver<Fact>,
     pub jobs: Jobs,
     pub leasing: Leasing,
+    /// To the job that copies: the guest may be paused, if it was to wait with that.
+    pub released: CancellationToken,
     /// To the job that copies: the maps of the sealed volumes.
     pub maps: Option<mpsc::Sender<Vec<VolumeStamp>>>,
     pub met: Option<Met>,
@@ -191,6 +193,7 @@ impl Actor {
             jobs: Jobs::default(),
             // An agent before may have kept one.
             leasing: if is_restart { Leasing::Left } else { Leasing::None },
+            released: CancellationToken::new(),
             maps: None,
             met: None,
             take_over: None,
@@ -281,6 +284,11 @@ impl Actor {
                 self.process(self.ticks()).await;
             }
             GuestMessage::Event(event) => self.happened(event).await,
+            GuestMessage::SwitchOver { operation } => {
+                if self.jobs.leave.as_ref().is_some_and(|job| job.operation == operation) {
+                    self.released.cancel();
+                }
+            }
             GuestMessage::Look => self.look_for_process().await,
             GuestMessage::Incoming(incoming) => self.met_by(*incoming).await,
             // Taken by the loop.

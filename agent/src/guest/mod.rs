@@ -31,7 +31,7 @@ use std::{fmt, sync::Arc};
 use supercloud_api::link::{Assignment, GuestReport, GuestSpec};
 use supercloud_blanket::backend::GuestEvent;
 use supercloud_handover::OrderBody;
-use supercloud_ids::{Epoch, GuestId, PortId};
+use supercloud_ids::{Epoch, GuestId, OperationId, PortId};
 use tokio::sync::{mpsc, watch};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -55,6 +55,11 @@ pub enum GuestMessage {
         /// The epoch at which this host owns the guest, as the controller has it.
         owned: Option<Epoch>,
     },
+    /// A guest that waits with its pause for the others of its group need wait no more.
+    SwitchOver {
+        /// The move.
+        operation: OperationId,
+    },
     /// The hypervisor tells.
     Event(GuestEvent),
     /// Events may have been missed: look at the hypervisor.
@@ -75,6 +80,7 @@ impl fmt::Debug for GuestMessage {
             }
             Self::LinkUp { owned } => f.debug_struct("LinkUp").field("owned", owned).finish(),
             Self::Event(event) => f.debug_tuple("Event").field(event).finish(),
+            Self::SwitchOver { operation } => f.debug_struct("SwitchOver").field("operation", operation).finish(),
             Self::Look => f.write_str("Look"),
             Self::Incoming(_) => f.write_str("Incoming"),
             Self::Discard => f.write_str("Discard"),

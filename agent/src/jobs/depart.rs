@@ -19,7 +19,7 @@ use tokio::{
     sync::mpsc,
     time::{Instant, MissedTickBehavior, interval},
 };
-use tokio_util::task::AbortOnDropHandle;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use super::{
     Fact, Job, JobError, PROGRESS_EVERY, file_error, in_time,
@@ -72,6 +72,8 @@ pub struct Wants {
     pub options: MigrationOptions,
     /// The other agent.
     pub peer: Peer,
+    /// The guest may be paused, if it was to wait with that.
+    pub released: CancellationToken,
     /// The maps, when the volumes are sealed.
     pub maps: mpsc::Receiver<Vec<VolumeStamp>>,
     /// Of a mirror that is fenced by a lease: that.
@@ -82,8 +84,8 @@ pub struct Wants {
 pub async fn run(job: Job, wants: Wants) {
     let operation = job.operation;
     let event = |event| Fact::Event(LocalEvent::Source(event));
-    let Wants { epoch, volumes, options, mut peer, mut maps, .. } = wants;
-    let departed = depart(&job, epoch, &volumes, &options, &mut peer).await;
+    let Wants { epoch, volumes, options, mut peer, mut maps, released, .. } = wants;
+    let departed = depart(&job, epoch, &volumes, &options, &released, &mut peer).await;
     // The bridge stays: its last bytes may still be on their way when the hypervisor has written them.
     let (cookie, paused_at, _bridge) = match departed {
         Ok(departed) => departed,
@@ -226,6 +228,7 @@ async fn depart(
     epoch: Epoch,
     volumes: &[VolumeHome],
     options: &MigrationOptions,
+    released: &CancellationToken,
     peer: &mut Peer,
 ) -> Result<(Cookie, Instant, AbortOnDropHandle<()>), JobError> {
     let (guest, operation) = (job.guest, job.operation);
@@ -248,13 +251,15 @@ async fn depart(
             api::MemoryMode::Hybrid => MemoryMode::Hybrid,
             api::MemoryMode::PostCopy => MemoryMode::PostCopy,
         },
+        holds: options.holds && live.takes_holds(),
     };
+    let holds = copy.holds;
     let mut transfer = live.perform(guest, cookie, stream, copy)?;
     let mut ticks = interval(PROGRESS_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut failure = None;
     let (mut last, mut moved_at) = ((TransferPhase::Setup, 0, 0), Instant::now());
-    let (mut is_drain_said, mut _allowing) = (false, None);
+    let (mut is_drain_said, mut _allowing, mut _releasing) = (false, None, None);
     // From here on the copy's end is always awaited: who is dropped in the middle leaves libvirt's job running.
     let ended = loop {
         tokio::select! {
@@ -283,11 +288,15 @@ async fn depart(
                     warming = warm(volumes);
                 }
             }
+            () = released.cancelled(), if holds && _releasing.is_none() => {
+                _releasing = Some(limit(job, CopyLimits { holds: Some(false), ..CopyLimits::default() }));
+            }
             _ = ticks.tick() => {
                 let told = *transfer.progress.borrow();
                 job.show(progress(&told));
                 if told.iteration > ROUNDS_FOR_LESS && _allowing.is_none() {
-                    _allowing = Some(allow_pause(job, max_downtime_ms));
+                    let longer = CopyLimits { max_downtime_ms: Some(max_downtime_ms), ..CopyLimits::default() };
+                    _allowing = Some(limit(job, longer));
                 }
                 let mark = (told.phase, told.iteration, told.memory_processed_bytes);
                 if mark != last {
@@ -323,12 +332,11 @@ fn pause_for_pages_ms(whole_ms: u64) -> u64 {
     whole_ms.saturating_sub(HAND_OVER_MS).max(whole_ms.div_ceil(3)).max(1)
 }
 
-/// Gives the copy that is under way another pause to aim at; beside it, whose end nothing may delay.
-fn allow_pause(job: &Job, max_downtime_ms: u64) -> AbortOnDropHandle<()> {
+/// Gives the copy that is under way other limits; beside it, whose end nothing may delay.
+fn limit(job: &Job, limits: CopyLimits) -> AbortOnDropHandle<()> {
     let (host, guest) = (job.host.clone(), job.guest);
     AbortOnDropHandle::new(tokio::spawn(async move {
         let Ok(live) = host.backend.live_migration() else { return };
-        let limits = CopyLimits { bandwidth_bytes_per_s: None, max_downtime_ms: Some(max_downtime_ms) };
         while let Err(error) = live.set_limits(guest, limits).await {
             tracing::debug!(%guest, error = crate::chain(&error), "the copy's limits cannot be changed now");
             tokio::time::sleep(PROGRESS_EVERY).await;
@@ -434,6 +442,9 @@ pub fn progress(told: &TransferProgress) -> Progress {
             };
             format!("the guest writes its memory faster than it can be copied{slowed}")
         }
+        TransferPhase::Copy if told.is_holding => {
+            "ready to change over; it waits for the other guests of its group".to_owned()
+        }
         TransferPhase::Copy => format!("copying memory, round {}", told.iteration.max(1)),
         TransferPhase::Drain => "paused; the last pages are going".to_owned(),
         TransferPhase::Done => "all of its memory has gone over".to_owned(),
@@ -445,6 +456,7 @@ pub fn progress(told: &TransferProgress) -> Progress {
         round: u32::try_from(told.iteration).unwrap_or(u32::MAX),
         dirty_bytes_per_s: told.dirty_bytes_per_s,
         bandwidth_bytes_per_s: told.bandwidth_bytes_per_s,
+        is_holding: told.is_holding,
         eta_min_ms,
         eta_max_ms,
         message,

@@ -370,7 +370,7 @@ impl Controller {
     pub fn operate(&self, guest: GuestId, kind: OperationKind) -> OperationId {
         let operation = OperationId::generate();
         let mut state = self.state();
-        let record = handover::begin(&state.records[&guest], &BeginRequest { operation, kind, group: false })
+        let record = handover::begin(&state.records[&guest], &BeginRequest { operation, kind, group: None })
             .unwrap_or_else(|refusal| panic!("{refusal}"));
         let record = handover::leave_plan(&record, operation).unwrap_or(record);
         state.records.insert(guest, record);

@@ -167,6 +167,7 @@ impl Facts for Nothing {
             takes_mirrors: false,
             takes_post_copy: false,
             takes_lazy_thaw: false,
+            takes_holds: false,
             measures_paths: false,
             tells_flows: false,
             takes_leases: false,

@@ -116,6 +116,8 @@ pub struct Request {
     pub may_throttle: Option<bool>,
     /// Of `send`: which memory may be left behind.
     pub memory: Option<MemoryMode>,
+    /// Of `send`: the guest shall not stand still yet, although it could; of `limits`: whether that still holds.
+    pub holds: Option<bool>,
     /// Of `send`: the newest version of a stream that the other end reads; the newest when it is not said.
     pub stream_version: Option<u16>,
     /// Of `disk`: its name.
@@ -232,6 +234,9 @@ pub struct Line {
     /// In the answer to `status`: this process knows `lease`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub takes_leases: Option<bool>,
+    /// In the answer to `status`: this process knows `holds`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub takes_holds: Option<bool>,
     /// A connection over which memory is served or fetched: the one that was begun, or is over; in the answer to `status`, the one that
     /// goes on.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -263,6 +268,8 @@ pub struct Progress {
     pub dirty_bytes_per_s: u64,
     /// The guest stands still, or is about to.
     pub is_last: bool,
+    /// It could stand still now, and waits for the word.
+    pub is_holding: bool,
     /// By how much the guest is slowed down, percent.
     pub throttle_percent: u8,
     /// How long the guest stood still until all was on the stream, in milliseconds.
@@ -502,6 +509,7 @@ mod tests {
                 id: 7,
                 verb: Verb::Pause,
                 max_downtime_ms: None,
+                holds: None,
                 max_bytes_per_s: None,
                 may_throttle: None,
                 memory: None,

@@ -232,6 +232,7 @@ fn shown(served: &Served) -> Progress {
         left_bytes: served.missing_pages.saturating_sub(served.sent_pages).saturating_mul(PAGE_BYTES),
         dirty_bytes_per_s: 0,
         is_last: true,
+        is_holding: false,
         throttle_percent: 0,
         paused_ms: None,
         left_behind_bytes: None,

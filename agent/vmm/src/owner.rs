@@ -442,10 +442,14 @@ impl Owner<'_> {
     /// Does what is asked for; whether the process shall end.
     fn answer(&mut self, client: u64, request: &Request, socket: Option<UnixStream>) -> bool {
         let mut error = None;
-        let has_limits =
-            request.max_downtime_ms.is_some() || request.max_bytes_per_s.is_some() || request.may_throttle.is_some();
+        let has_limits = request.max_downtime_ms.is_some()
+            || request.max_bytes_per_s.is_some()
+            || request.may_throttle.is_some()
+            || request.holds.is_some();
         match (request.verb, self.state) {
-            (Verb::Mirror, _) if request.max_downtime_ms.is_some() || request.may_throttle.is_some() => {
+            (Verb::Mirror, _)
+                if request.max_downtime_ms.is_some() || request.may_throttle.is_some() || request.holds.is_some() =>
+            {
                 error = Some("a mirror has an interval and bytes per second only".to_owned());
             }
             (verb, _) if has_limits && !matches!(verb, Verb::Send | Verb::Limits | Verb::Mirror) => {
@@ -562,8 +566,9 @@ impl Owner<'_> {
         let stream_version = is_status.then(|| StreamVersion::default().hello());
         let standing = Line { cut, committed, connection, missing_bytes, stream_version, ..Line::default() };
         let lease_left_ms = self.lease.left_ms().filter(|_| is_status || request.verb == Verb::Lease);
-        let takes_leases = is_status.then_some(true);
-        let line = Line { id, state, error, ended, lost, is_mirrored, lease_left_ms, takes_leases, ..standing };
+        let (takes_leases, takes_holds) = (is_status.then_some(true), is_status.then_some(true));
+        let line = Line { id, state, error, ended, lost, is_mirrored, lease_left_ms, ..standing };
+        let line = Line { takes_leases, takes_holds, ..line };
         self.client.tell(&line);
         request.verb == Verb::End
     }

@@ -74,10 +74,11 @@ impl Sending {
         let (give, take) = std::sync::mpsc::channel::<Machine>();
         let work = move || {
             let Ok(mut machine) = take.recv() else { return };
-            let (mut told, mut is_last) = (Instant::now(), false);
+            let (mut told, mut last) = (Instant::now(), (false, false));
             let mut watch = |progress: &travel::Progress| {
-                if told.elapsed() >= TELL_EVERY || progress.is_last != is_last {
-                    (told, is_last) = (Instant::now(), progress.is_last);
+                let now = (progress.is_last, progress.is_holding);
+                if told.elapsed() >= TELL_EVERY || now != last {
+                    (told, last) = (Instant::now(), now);
                     let _ = inputs.send(Input::Progress(shown(progress, None)));
                 }
                 if cancelled.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
@@ -109,6 +110,7 @@ fn changed(limits: Limits, request: &Request) -> Limits {
         max_downtime_ms: request.max_downtime_ms.unwrap_or(limits.max_downtime_ms),
         max_bytes_per_s: request.max_bytes_per_s.or(limits.max_bytes_per_s),
         may_throttle: request.may_throttle.unwrap_or(limits.may_throttle),
+        holds: request.holds.unwrap_or(limits.holds),
         memory: request.memory.unwrap_or(limits.memory),
         stream: request.stream_version.map_or(limits.stream, StreamVersion::for_who_reads),
         ..limits
@@ -185,6 +187,7 @@ pub fn shown(progress: &travel::Progress, paused_for: Option<Duration>) -> Progr
         left_bytes: progress.left_pages.saturating_mul(PAGE_BYTES),
         dirty_bytes_per_s: progress.dirty_pages_per_s.saturating_mul(PAGE_BYTES),
         is_last: progress.is_last,
+        is_holding: progress.is_holding,
         throttle_percent: progress.throttle_percent,
         paused_ms: paused_for.map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
         left_behind_bytes: None,

@@ -170,7 +170,7 @@ fn a_client_controls_a_guest_and_another_one_finds_it_again() {
     assert_eq!(
         client.ask(1, "status"),
         json!({
-            "id": 1, "state": "paused", "is_mirrored": false, "takes_leases": true, "missing_bytes": 0, "stream_version": 2,
+            "id": 1, "state": "paused", "is_mirrored": false, "takes_leases": true, "takes_holds": true, "missing_bytes": 0, "stream_version": 2,
         })
     );
     assert_eq!(client.ask(2, "resume")["state"], "running");

@@ -357,7 +357,7 @@ fn cleaned(record: &OwnerRecord, from: HostId, operation: OperationId) -> Accept
         // A late report of an earlier clean-up; a destination that really has nothing says so when it hears of the grant.
         Verdict::Granted(_) => Accepted::nothing(),
         Verdict::Aborted(reason) => Accepted::changed(aborted(record, reason, close)),
-        Verdict::Open if op.group => {
+        Verdict::Open if op.group.is_some() => {
             Accepted { group: GroupNeed::Abort(AbortReason::DestinationFailed), ..Accepted::nothing() }
         }
         Verdict::Open => Accepted::changed(aborted(record, AbortReason::DestinationFailed, close)),
@@ -370,7 +370,7 @@ fn guest_lost(record: &OwnerRecord, from: HostId, operation: Option<OperationId>
         return ask(record, from, &query, WhenOpen::Wait);
     }
     let mut next = match &record.operation {
-        Some(op) if op.verdict == Verdict::Open && op.group => {
+        Some(op) if op.verdict == Verdict::Open && op.group.is_some() => {
             return Accepted { group: GroupNeed::Abort(AbortReason::GuestLost), ..Accepted::nothing() };
         }
         // Its mirror can go on without it.

@@ -19,8 +19,8 @@ pub struct BeginRequest {
     pub operation: OperationId,
     /// What it shall do.
     pub kind: OperationKind,
-    /// The guest moves with others under the same operation id.
-    pub group: bool,
+    /// The group's operation, if the guest moves with others: each member has an operation of its own.
+    pub group: Option<OperationId>,
 }
 
 /// Why an operation cannot begin.
@@ -249,7 +249,7 @@ fn commit(record: &OwnerRecord, op: &Operation) -> (OwnerRecord, Grant) {
 pub fn grant_switch(record: &OwnerRecord, asker: HostId, request: &SwitchRequest) -> SwitchDecision {
     match (admit(record, asker, request), &record.operation) {
         (Ok(Admission::Already(grant)), _) => SwitchDecision::AlreadyGranted(grant),
-        (Ok(Admission::Open), Some(op)) if op.group => SwitchDecision::Refused(SwitchRefusal::GroupMember),
+        (Ok(Admission::Open), Some(op)) if op.group.is_some() => SwitchDecision::Refused(SwitchRefusal::GroupMember),
         (Ok(Admission::Open), Some(op)) => {
             let (record, grant) = commit(record, op);
             SwitchDecision::Granted { record: Box::new(record), grant }
@@ -276,11 +276,13 @@ pub enum GroupDecision {
 }
 
 /// Decides the switch of a whole group: every member or none. `requests[i]` is the request for `records[i]`, with the
-/// host that made it. All must carry the same operation.
+/// host that made it. All must be of the same group's operation.
 #[must_use]
 pub fn grant_switch_all(records: &[OwnerRecord], requests: &[(HostId, SwitchRequest)]) -> GroupDecision {
     let refused = |guest, reason| GroupDecision::Refused { guest, reason };
     let Some(first) = records.first() else { return GroupDecision::Granted(Vec::new()) };
+    let tag = |record: &OwnerRecord| record.operation.as_ref().and_then(|op| op.group);
+    let group = records.iter().find_map(tag);
     if records.len() != requests.len() {
         return refused(first.guest, SwitchRefusal::GroupMismatch);
     }
@@ -288,7 +290,8 @@ pub fn grant_switch_all(records: &[OwnerRecord], requests: &[(HostId, SwitchRequ
     let mut already = Vec::new();
     for (at, (record, (asker, request))) in records.iter().zip(requests).enumerate() {
         let twice = records[..at].iter().any(|other| other.guest == record.guest);
-        if twice || request.operation != requests[0].1.operation {
+        // One that is over (a freeze ends when it is granted) says no more of what it was a part.
+        if twice || (record.operation.is_some() && tag(record) != group) {
             return refused(record.guest, SwitchRefusal::GroupMismatch);
         }
         match (admit(record, *asker, request), &record.operation) {
@@ -330,7 +333,7 @@ pub enum AbortDecision {
 #[must_use]
 pub fn request_abort(record: &OwnerRecord, operation: OperationId, reason: AbortReason) -> AbortDecision {
     match record.current(operation) {
-        Some(op) if op.group && op.verdict == Verdict::Open => AbortDecision::GroupMember,
+        Some(op) if op.group.is_some() && op.verdict == Verdict::Open => AbortDecision::GroupMember,
         _ => abort_member(record, operation, reason),
     }
 }
@@ -347,21 +350,29 @@ fn abort_member(record: &OwnerRecord, operation: OperationId, reason: AbortReaso
     }
 }
 
-/// Aborts the operation of every member of a group, or of none. `Err`: the member that stands in the way and its answer.
+/// Aborts the operation of every member of a group (`group` is the group's operation), or of none. `Err`: the member that stands in
+/// the way and its answer.
 ///
 /// # Errors
 /// The first member that cannot be aborted any more (members already aborted are no hindrance).
 pub fn request_abort_all(
     records: &[OwnerRecord],
-    operation: OperationId,
+    group: OperationId,
     reason: AbortReason,
 ) -> Result<Vec<OwnerRecord>, (GuestId, AbortDecision)> {
-    let member = |record: &OwnerRecord| match abort_member(record, operation, reason) {
+    let member = |record: &OwnerRecord| match abort_of(record, group, reason) {
         AbortDecision::Aborted { record } => Ok(*record),
         AbortDecision::AlreadyAborted(_) => Ok(record.clone()),
         other => Err((record.guest, other)),
     };
     records.iter().map(member).collect()
+}
+
+fn abort_of(record: &OwnerRecord, group: OperationId, reason: AbortReason) -> AbortDecision {
+    match &record.operation {
+        Some(op) if op.group == Some(group) => abort_member(record, op.id, reason),
+        _ => AbortDecision::UnknownOperation,
+    }
 }
 
 /// The record after an abort, with what else is known of the participants.
@@ -489,19 +500,21 @@ pub fn note_host_lost(record: &OwnerRecord, host: HostId) -> LossDecision {
         None => {}
         Some((Verdict::Open, op)) => {
             if had_a_stopped_guest {
-                if op.group {
+                if op.group.is_some() {
                     return LossDecision { record: None, alarms: Vec::new(), abort_group: true };
                 }
                 op.destination_open &= op.kind.destination() != Some(host);
                 next = aborted(&next, AbortReason::HostLost, |next| lose(next, host, true));
             } else if op.kind.destination() == Some(host) {
-                if op.group {
+                if op.group.is_some() {
                     return LossDecision { record: None, alarms: Vec::new(), abort_group: true };
                 }
                 op.destination_open = false;
                 next = aborted(&next, AbortReason::HostLost, |_| {});
             } else if op.source() == Some(host) {
-                if op.group && !(op.kind.destination().is_some() && matches!(op.phase, Phase::Copy | Phase::Switch)) {
+                if op.group.is_some()
+                    && !(op.kind.destination().is_some() && matches!(op.phase, Phase::Copy | Phase::Switch))
+                {
                     return LossDecision { record: None, alarms: Vec::new(), abort_group: true };
                 }
                 op.source_lost = true;

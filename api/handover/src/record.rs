@@ -43,14 +43,41 @@ pub struct Operation {
     pub from: Stamp,
     /// What was decided.
     pub verdict: Verdict,
-    /// The guest moves with others: it is granted and aborted only together with them.
-    pub group: bool,
+    /// The group's operation, of which this is a member's: it is granted and aborted only together with the others.
+    #[serde(with = "group_tag")]
+    pub group: Option<OperationId>,
     /// The source has yet to confirm that it is as before (matters after an abort).
     pub source_open: bool,
     /// The destination has yet to confirm that its part is over.
     pub destination_open: bool,
     /// The source was declared lost while this was open: only the destination can save the running copy.
     pub source_lost: bool,
+}
+
+/// Records of earlier versions have `false` where a guest moves alone, and so have those of this one.
+mod group_tag {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
+    use supercloud_ids::OperationId;
+
+    #[derive(Serialize, Deserialize)]
+    #[serde(untagged)]
+    enum Tag {
+        Alone(bool),
+        With(OperationId),
+    }
+
+    #[expect(clippy::ref_option, reason = "as serde calls it")]
+    pub(super) fn serialize<S: Serializer>(group: &Option<OperationId>, to: S) -> Result<S::Ok, S::Error> {
+        group.map_or(Tag::Alone(false), Tag::With).serialize(to)
+    }
+
+    pub(super) fn deserialize<'a, D: Deserializer<'a>>(from: D) -> Result<Option<OperationId>, D::Error> {
+        match Tag::deserialize(from)? {
+            Tag::Alone(false) => Ok(None),
+            Tag::With(operation) => Ok(Some(operation)),
+            Tag::Alone(true) => Err(D::Error::custom("a member of a group that is not named")),
+        }
+    }
 }
 
 impl Operation {

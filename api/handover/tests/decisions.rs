@@ -19,7 +19,7 @@ fn owned_by(host: HostId) -> OwnerRecord {
 }
 
 fn begun(record: &OwnerRecord, operation: OperationId, kind: OperationKind) -> OwnerRecord {
-    let record = begin(record, &BeginRequest { operation, kind, group: false }).expect("can begin");
+    let record = begin(record, &BeginRequest { operation, kind, group: None }).expect("can begin");
     leave_plan(&record, operation).expect("is in its plan")
 }
 
@@ -122,7 +122,7 @@ fn requests_that_do_not_fit_are_refused_by_name() {
 fn one_operation_at_a_time_and_beginning_twice_is_beginning_once() {
     let n = names();
     let kind = OperationKind::Migrate { to: n.b, post_copy: false };
-    let first = BeginRequest { operation: n.op, kind, group: false };
+    let first = BeginRequest { operation: n.op, kind, group: None };
     let record = begin(&owned_by(n.a), &first).unwrap();
     assert_eq!(begin(&record, &first), Ok(record.clone()));
     let second = BeginRequest { operation: OperationId::generate(), ..first };
@@ -143,7 +143,7 @@ fn a_freeze_thaws_once_and_a_stale_one_never() {
     let record = accept(&record, n.a, &Report::Released { epoch: Epoch(4) }, WhenOpen::Wait).record.unwrap();
     let thaw = |freeze, to| OperationKind::Thaw { freeze, to };
     let try_to = |record: &OwnerRecord, kind| {
-        begin(record, &BeginRequest { operation: OperationId::generate(), kind, group: false })
+        begin(record, &BeginRequest { operation: OperationId::generate(), kind, group: None })
     };
     assert_eq!(try_to(&record, thaw(FreezeId::generate(), n.b)), Err(BeginRefusal::StaleFreeze));
     let record = begun(&record, OperationId::generate(), thaw(freeze, n.b));
@@ -257,7 +257,7 @@ fn only_a_guest_that_nobody_runs_is_set_back_and_then_it_thaws_once() {
         let again = BeginRequest {
             operation: OperationId::generate(),
             kind: OperationKind::Thaw { freeze, to: n.c },
-            group: false,
+            group: None,
         };
         assert!(begin(&record, &again).is_err());
     }
@@ -266,10 +266,10 @@ fn only_a_guest_that_nobody_runs_is_set_back_and_then_it_thaws_once() {
 /// Two guests of one group that move together.
 fn group(n: &Names) -> Vec<OwnerRecord> {
     let kind = OperationKind::Migrate { to: n.b, post_copy: false };
-    let request = BeginRequest { operation: n.op, kind, group: true };
     let member = |_| {
+        let request = BeginRequest { operation: OperationId::generate(), kind, group: Some(n.op) };
         let record = begin(&owned_by(n.a), &request).expect("can begin");
-        leave_plan(&record, n.op).expect("is in its plan")
+        leave_plan(&record, request.operation).expect("is in its plan")
     };
     (0..3).map(member).collect()
 }
@@ -301,6 +301,9 @@ fn a_group_is_switched_all_or_none() {
     assert_eq!(refused(&twice, &[requests[0].clone(), requests[0].clone()]), SwitchRefusal::GroupMismatch);
     let mixed = [records[0].clone(), after[1].clone(), records[2].clone()];
     assert_eq!(refused(&mixed, &requests), SwitchRefusal::GroupMismatch);
+    let mut stranger = records.clone();
+    stranger[1].operation.as_mut().unwrap().group = Some(OperationId::generate());
+    assert_eq!(refused(&stranger, &requests), SwitchRefusal::GroupMismatch);
     let mut stale = requests.clone();
     stale[2].1.from.epoch = Epoch(3);
     assert_eq!(refused(&records, &stale), SwitchRefusal::WrongOrigin(records[2].stamp()));
@@ -310,18 +313,19 @@ fn a_group_is_switched_all_or_none() {
 fn a_group_is_aborted_all_or_none() {
     let n = names();
     let records = group(&n);
-    assert_eq!(request_abort(&records[1], n.op, AbortReason::Cancelled), AbortDecision::GroupMember);
-    let query = OwnerQuery { operation: Some(n.op), epoch: Epoch(4), copy: LocalCopy::Intact, wants_back: true };
+    let operation = records[1].operation.as_ref().unwrap().id;
+    assert_eq!(request_abort(&records[1], operation, AbortReason::Cancelled), AbortDecision::GroupMember);
+    let query = OwnerQuery { operation: Some(operation), epoch: Epoch(4), copy: LocalCopy::Intact, wants_back: true };
     let decision = ask_owner(&records[1], n.a, &query, WhenOpen::Abort);
     assert_eq!((decision.record, decision.abort_group), (None, true));
-    for (from, report) in [
-        (n.b, Report::Cleaned { operation: n.op }),
-        (n.a, Report::GuestLost { operation: Some(n.op), epoch: Epoch(4) }),
-    ] {
+    for (from, report) in
+        [(n.b, Report::Cleaned { operation }), (n.a, Report::GuestLost { operation: Some(operation), epoch: Epoch(4) })]
+    {
         let accepted = accept(&records[1], from, &report, WhenOpen::Abort);
         assert!(matches!((accepted.record, accepted.group), (None, GroupNeed::Abort(_))), "{report:?}");
     }
     assert!(note_host_lost(&records[1], n.b).abort_group);
+    assert!(request_abort_all(&records, operation, AbortReason::Cancelled).is_err(), "a member's is not the group's");
     let aborted = request_abort_all(&records, n.op, AbortReason::Cancelled).unwrap();
     let requests: Vec<_> = records.iter().map(|record| (n.b, request(record))).collect();
     assert!(matches!(grant_switch_all(&aborted, &requests), GroupDecision::Refused { .. }));
@@ -386,4 +390,18 @@ fn what_is_left_of_a_mirror_without_its_source_is_given_up_by_nobody_but_who_has
 
 fn is_yours(order: &Order) -> bool {
     matches!(order.body, OrderBody::Source(SourceOrder::StillYours { .. }))
+}
+
+#[test]
+fn records_of_guests_that_move_alone_are_what_they_were() {
+    let n = names();
+    let alone = serde_json::to_value(migrating(&n)).unwrap();
+    assert_eq!(alone["operation"]["group"], serde_json::json!(false));
+    let member = group(&n).remove(0);
+    let text = serde_json::to_value(&member).unwrap();
+    assert_eq!(serde_json::from_value::<OwnerRecord>(text.clone()).unwrap(), member);
+    assert_eq!(text["operation"]["group"], serde_json::json!(n.op));
+    let mut unnamed = alone;
+    unnamed["operation"]["group"] = true.into();
+    assert!(serde_json::from_value::<OwnerRecord>(unnamed).is_err());
 }

@@ -229,7 +229,7 @@ fn any_reports_of_any_host_leave_a_sound_record() {
             let mut switch = None;
             match names.dice.roll(12) {
                 0 => {
-                    let request = BeginRequest { operation: names.operation(), kind: names.kind(), group: false };
+                    let request = BeginRequest { operation: names.operation(), kind: names.kind(), group: None };
                     record = begin(&record, &request).unwrap_or(record);
                 }
                 1 => record = leave_plan(&record, names.operation()).unwrap_or(record),
@@ -409,7 +409,11 @@ fn damaged_bytes_are_refused_or_harmless() {
         let mut record = OwnerRecord::new(names.guests[0]);
         record.owner = Owner::Host(names.hosts[0]);
         record.epoch = Epoch(2);
-        let request = BeginRequest { operation: names.operations[0], kind: names.kind(), group: seed % 3 == 0 };
+        let request = BeginRequest {
+            operation: names.operations[0],
+            kind: names.kind(),
+            group: (seed % 3 == 0).then(|| names.operations[1]),
+        };
         record = begin(&record, &request).unwrap_or(record);
         let order = names.order();
         for _ in 0..50 {

@@ -140,6 +140,8 @@ ids! {
     PortId, "prt", "a port";
     /// A durable, resumable piece of work.
     OperationId, "opn", "an operation";
+    /// Guests that go together.
+    GroupId, "grp", "a group";
     /// A guest suspended into the image store.
     FreezeId, "frz", "a freeze";
     /// An access token (the secret itself is never an id).

@@ -118,6 +118,10 @@ pub struct MigrationOptions {
     /// Which memory may follow after the guest runs at the destination. Never told to an agent that does not know it.
     #[serde(default, skip_serializing_if = "MemoryMode::is_pre_copy")]
     pub memory: MemoryMode,
+    /// The guest is not to be paused, although it could be, before [`super::Directive::SwitchOver`]: it waits for the others of its group.
+    /// Asked only of hosts that said [`super::Hello::takes_holds`].
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub holds: bool,
 }
 
 /// How a mirror is kept.

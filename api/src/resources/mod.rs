@@ -3,6 +3,7 @@
 mod access;
 mod evacuation;
 mod event;
+mod group;
 mod guest;
 mod history;
 mod image;
@@ -23,6 +24,7 @@ mod verdict;
 pub use access::*;
 pub use evacuation::*;
 pub use event::*;
+pub use group::*;
 pub use guest::*;
 pub use history::*;
 pub use image::*;

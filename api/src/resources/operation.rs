@@ -1,7 +1,7 @@
 //! Operations: durable, resumable, cancellable pieces of work.
 
 use serde::{Deserialize, Serialize};
-use supercloud_ids::{GuestId, HostId, ImageId, OperationId, ProjectId, RequestId, VolumeId};
+use supercloud_ids::{GroupId, GuestId, HostId, ImageId, OperationId, ProjectId, RequestId, VolumeId};
 use utoipa::ToSchema;
 
 use crate::{Code, Problem};
@@ -26,6 +26,12 @@ pub enum OperationKind {
     GuestFreeze,
     /// Resumes a frozen guest.
     GuestThaw,
+    /// Moves all guests of a group live, or none.
+    GroupMigrate,
+    /// Suspends all guests of a group, or none, as of instants between which no effect is without its cause.
+    GroupFreeze,
+    /// Resumes all guests of a frozen group, or none.
+    GroupThaw,
     /// Rents a host from a provider.
     HostRent,
     /// Gives a rented host back.
@@ -88,6 +94,9 @@ pub struct Progress {
     pub disk_missing_bytes: u64,
     /// Memory that the destination, where the guest runs by now, still lacks; absent where none was left behind. It only falls.
     pub memory_missing_bytes: Option<u64>,
+    /// Of a guest that moves with its group: it could change over now, and waits for the others.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub is_holding: bool,
     /// The least time to the switch that is thought possible; absent when not known.
     pub eta_min_ms: Option<u64>,
     /// The most time to the switch; absent when it does not converge.
@@ -132,6 +141,15 @@ pub struct Operation {
     pub phase: Phase,
     /// The guest it works on.
     pub guest: Option<GuestId>,
+    /// The group whose guests it works on: of a group's operation, and of each member's that is a part of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<GroupId>,
+    /// The group's operation of which this is one guest's part: granted and given up with all others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub part_of: Option<OperationId>,
+    /// Of a group's operation: its parts, one for each guest.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub parts: Vec<OperationId>,
     /// The image it works on.
     pub image: Option<ImageId>,
     /// The volume it works on.

@@ -141,6 +141,9 @@ const fn verb(kind: OperationKind) -> &'static str {
         OperationKind::GuestStop => "stop",
         OperationKind::GuestDelete => "delete",
         OperationKind::ImageImport => "import",
+        OperationKind::GroupMigrate => "group move",
+        OperationKind::GroupFreeze => "group freeze",
+        OperationKind::GroupThaw => "group thaw",
         OperationKind::HostRent => "rent",
         OperationKind::HostReturn => "return",
     }

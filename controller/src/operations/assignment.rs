@@ -52,7 +52,12 @@ impl Engine {
         let chunk_sources = self.chunk_sources(guest, Some(operation), &me, &clouds).await?;
         let ticket = peer.as_ref().map(|peer| self.ticket(guest, operation, &record.value, &volumes, &me, peer));
         let (migration, grace_ms) = match &record.work {
-            Work::GuestMigrate { options } => (options.clone(), 0),
+            Work::GuestMigrate { options } => {
+                // Who goes with others waits for them without standing still, where that can be.
+                let holds = record.operation.part_of.is_some()
+                    && record.operation.source.is_some_and(|source| self.live.takes_holds(source));
+                (MigrationOptions { holds, ..options.clone() }, 0)
+            }
             Work::GuestStop { grace_ms } => (MigrationOptions::default(), *grace_ms),
             _ => (MigrationOptions::default(), 0),
         };

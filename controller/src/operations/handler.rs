@@ -9,7 +9,7 @@ use std::{
 use futures::future::BoxFuture;
 use supercloud_api::{
     Code, Host, Operation, OperationKind, Problem, Room, Volume,
-    handover::{self},
+    handover::{self, AbortReason},
     ids::{Epoch, GuestId, HostId, OperationId, RequestId},
     link::{Announced, Answer, GuestReport, Hello, Holding, Notice, Query, Welcome},
     unix_ms,
@@ -98,6 +98,7 @@ impl LinkHandler for Engine {
             self.live.note_post_copy(host, hello.takes_post_copy);
             self.live.note_lazy_thaw(host, hello.takes_lazy_thaw);
             self.live.note_leases(host, hello.takes_leases);
+            self.live.note_holds(host, hello.takes_holds);
             self.leases.heard(host);
             self.checks.note_capable(host, hello.takes_checks);
             self.points.note_capable(host, hello.takes_points);
@@ -364,6 +365,11 @@ impl Engine {
                 progress.mirror = None;
             }
             self.progress.tell(operation, &progress);
+            if progress.is_holding
+                && let Some(whole) = record.operation.part_of
+            {
+                self.release_parts(whole).await?;
+            }
         }
         Ok(())
     }
@@ -509,11 +515,16 @@ impl Engine {
 
     /// What follows for a guest when an operator has removed a host (the proof that it is gone is the operator's). Idempotent.
     pub(super) async fn note_lost(&self, guest: GuestId, host: HostId) -> Result<(), EngineError> {
-        self.decide(guest, |record| {
+        let decide = |record: &handover::OwnerRecord| {
             let loss = handover::note_host_lost(record, host);
             loss.record.map(|record| (record, loss.alarms))
-        })
-        .await
+        };
+        let Some(found) = self.state.read::<GuestRecord>(&guest).await? else { return Ok(()) };
+        let whole = found.owner.operation.as_ref().and_then(|operation| Some((operation.group?, operation.id)));
+        if let Some((whole, part)) = whole.filter(|_| handover::note_host_lost(&found.owner, host).abort_group) {
+            self.abort_parts(whole, Some(part), AbortReason::HostLost, None).await?;
+        }
+        self.decide(guest, decide).await
     }
 }
 

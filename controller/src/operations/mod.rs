@@ -15,6 +15,7 @@ pub mod checks;
 mod delete;
 pub mod effects;
 mod follow_up;
+mod group;
 mod guest_door;
 mod handler;
 mod happenings;
@@ -186,6 +187,8 @@ pub struct Engine {
     abilities: Mutex<HashMap<HostId, handler::Abilities>>,
     /// What carries out what guests ask.
     guest_door: OnceLock<Arc<dyn GuestDoor>>,
+    /// Parts of groups' operations that are ready.
+    ready: group::ReadyBoard,
 }
 
 /// The hosts that have to do with a guest.
@@ -292,6 +295,7 @@ impl Engine {
             knows_predictive: Mutex::default(),
             abilities: Mutex::default(),
             guest_door: OnceLock::new(),
+            ready: group::ReadyBoard::default(),
         };
         (Arc::new(engine), queue)
     }
@@ -345,6 +349,7 @@ impl Engine {
                 Ok(())
             }
             Work::GuestDelete => self.delete_step(operation.id).await,
+            Work::Group => self.group_step(record).await,
             // Carried out by whoever speaks with providers: see `crate::renting`.
             Work::HostRent | Work::HostReturn => Ok(()),
             _ if operation.is_cancel_requested => self.cancel(operation.id).await,

@@ -34,6 +34,7 @@ pub fn merge(known: &mut Progress, told: &Progress) {
         known.memory_remaining_bytes = told.memory_remaining_bytes;
         known.dirty_bytes_per_s = told.dirty_bytes_per_s;
         known.bandwidth_bytes_per_s = told.bandwidth_bytes_per_s;
+        known.is_holding = told.is_holding;
         known.eta_min_ms = told.eta_min_ms;
         known.eta_max_ms = told.eta_max_ms;
     }
@@ -70,6 +71,7 @@ pub fn settle(progress: &mut Progress) {
     progress.memory_remaining_bytes = 0;
     progress.dirty_bytes_per_s = 0;
     progress.bandwidth_bytes_per_s = 0;
+    progress.is_holding = false;
     progress.eta_min_ms = None;
     progress.eta_max_ms = None;
     progress.message.clear();

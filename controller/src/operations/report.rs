@@ -1,9 +1,12 @@
 //! Beginning operations and taking agents' reports: read, decide by the protocol, write in one transaction, then speak.
 
-use std::{sync::PoisonError, time::Duration};
+use std::{
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use supercloud_api::{
-    Cloud, Code, Freeze, Host, Phase, Port, Problem, Volume,
+    Cloud, Code, Freeze, Host, Operation, Phase, Port, Problem, Volume,
     handover::{
         self, AbortReason, Accepted, Alarm, BeginRequest, GroupNeed, Order, OwnerRecord, Report, VolumeStamp, WhenOpen,
     },
@@ -24,24 +27,30 @@ use crate::state::{
 };
 
 /// Everything of a guest as it was read.
-struct Read {
-    guest: Stored<GuestRecord>,
+pub(super) struct Read {
+    pub(super) guest: Stored<GuestRecord>,
     volumes: Vec<Stored<Volume>>,
     ports: Vec<Stored<Port>>,
-    operation: Option<Stored<OperationRecord>>,
+    pub(super) operation: Option<Stored<OperationRecord>>,
     freeze: Option<Stored<Freeze>>,
 }
 
-/// A step that was made durable.
-struct Step {
+/// A step: to be spoken of when it is durable.
+pub(super) struct Step {
     guest: GuestRecord,
     is_overlay_changed: bool,
     /// A thaw is over: the memory of this freeze is needed no more.
-    consumed: Option<Freeze>,
+    pub(super) consumed: Option<Freeze>,
+    /// The member's operation as it is now, if it has moved and is a part of a group's.
+    pub(super) part: Option<Operation>,
 }
 
 impl Engine {
-    async fn read_guest(&self, id: GuestId, operation: Option<OperationId>) -> Result<Option<Read>, EngineError> {
+    pub(super) async fn read_guest(
+        &self,
+        id: GuestId,
+        operation: Option<OperationId>,
+    ) -> Result<Option<Read>, EngineError> {
         let Some(guest) = self.state.read::<GuestRecord>(&id).await? else { return Ok(None) };
         guest.owner.check()?;
         let mut volumes = Vec::new();
@@ -82,6 +91,23 @@ impl Engine {
         details: &ReportDetails,
         alarms: &[Alarm],
     ) -> Result<Step, EngineError> {
+        let mut change = Change::new();
+        let context = read.operation.as_ref().map_or_else(Context::system, |record| Context::of_operation(record));
+        let step = self.stage(read, after, stamps, details, alarms, &mut change).await?;
+        self.state.commit(&context, change).await?;
+        Ok(step)
+    }
+
+    /// Puts a new ownership record and all that changes with it into a change.
+    pub(super) async fn stage(
+        &self,
+        read: Read,
+        after: OwnerRecord,
+        stamps: &[VolumeStamp],
+        details: &ReportDetails,
+        alarms: &[Alarm],
+        change: &mut Change,
+    ) -> Result<Step, EngineError> {
         let host_of = |owner| match owner {
             handover::Owner::Host(host) | handover::Owner::Lost(host) => Some(host),
             _ => None,
@@ -100,8 +126,7 @@ impl Engine {
         let is_overlay_changed = effects::apply(&mut attached, after, told);
         let now = attached.guest.owner.stamp();
 
-        let mut change = Change::new();
-        ledger::keep_stays(&mut attached.guest, self.state.book().now(), &mut change);
+        ledger::keep_stays(&mut attached.guest, self.state.book().now(), change);
         change.update(&read.guest, &attached.guest);
         for (before, now) in read.volumes.iter().zip(&attached.volumes).filter(|(before, now)| before.value != **now) {
             change.update(before, now);
@@ -120,10 +145,8 @@ impl Engine {
         }
         let project = attached.guest.guest.project;
         let guest_id = attached.guest.guest.id;
-        let mut context = Context::system();
-        let mut consumed = None;
+        let (mut consumed, mut part) = (None, None);
         if let (Some(before), Some(mut operation)) = (&read.operation, attached.operation) {
-            context = Context::of_operation(&before.value);
             self.progress.apply(operation.id, &mut operation.progress);
             if let Some(progress) = &details.progress {
                 super::progress::merge(&mut operation.progress, progress);
@@ -135,12 +158,13 @@ impl Engine {
                 }
             }
             if operation != before.operation {
-                ledger::keep_egress(&self.state, &before.operation, &operation, &attached.guest, &mut change).await?;
+                ledger::keep_egress(&self.state, &before.operation, &operation, &attached.guest, change).await?;
                 let mut record = OperationRecord { operation, work: before.work.clone() };
                 change.update_operation(before, &mut record);
                 if record.operation.phase != before.operation.phase {
                     Self::log_phase(&record.operation);
                     let was_consumed = read.freeze.as_ref().is_some_and(|before| before.is_consumed);
+                    part = Some(record.operation.clone()).filter(|operation| operation.part_of.is_some());
                     consumed = attached.freeze.clone().filter(|freeze| freeze.is_consumed && !was_consumed);
                 }
             }
@@ -164,8 +188,7 @@ impl Engine {
                     .data(serde_json::json!({ "alarm": alarm, "text": alarm.to_string() })),
             );
         }
-        self.state.commit(&context, change).await?;
-        Ok(Step { guest: attached.guest, is_overlay_changed, consumed })
+        Ok(Step { guest: attached.guest, is_overlay_changed, consumed, part })
     }
 
     /// What people must know when a thaw is done: its guest runs, and still needs the cloud from which it came.
@@ -183,11 +206,17 @@ impl Engine {
     }
 
     /// After a step is durable: the overlay, then the orders.
-    async fn speak(&self, step: &Step, orders: Vec<Order>) {
+    pub(super) async fn speak(&self, step: &Step, orders: Vec<Order>) {
         if step.is_overlay_changed {
             self.overlay.notify_one();
         }
         self.send_these(&step.guest, orders.into_iter()).await;
+        if let Some(whole) = step.part.as_ref().and_then(|part| part.part_of)
+            && let Err(error) = self.follow_parts(whole).await
+        {
+            // The repeat does it again.
+            debug!(operation = %whole, "it does not show yet what its parts do: {}", crate::chain(&error));
+        }
     }
 
     /// Sends orders with what is needed to carry them out.
@@ -226,6 +255,7 @@ impl Engine {
 
     /// An operation that REST accepted: becomes the guest's current one and leaves the plan.
     pub(super) async fn begin(&self, id: OperationId) -> Result<(), EngineError> {
+        let refused = Mutex::new(None);
         let step = retry_conflicts(|| async {
             let Some(record) = self.state.read::<OperationRecord>(&id).await? else { return Ok(None) };
             if record.operation.phase != Phase::Plan {
@@ -240,22 +270,31 @@ impl Engine {
             if read.guest.guest.operation.is_some_and(|other| other != id) {
                 return Ok(None);
             }
+            // What is a part of a group's is not refused alone.
+            let refuse = async |problem: Problem| match record.operation.part_of {
+                Some(whole) => {
+                    *refused.lock().unwrap_or_else(PoisonError::into_inner) = Some((whole, problem));
+                    Ok(())
+                }
+                None => self.refuse(&record, problem).await,
+            };
             if let (Work::GuestThaw { .. }, None) = (&record.work, &read.freeze) {
-                self.refuse(&record, Problem::new(Code::NotFound, "there is no such freeze")).await?;
+                refuse(Problem::new(Code::NotFound, "there is no such freeze")).await?;
                 return Ok(None);
             }
             let Some(kind) = kind_of(&record.value, &read.guest.value) else {
-                self.refuse(&record, Problem::new(Code::Internal, "the operation names no host to run on")).await?;
+                refuse(Problem::new(Code::Internal, "the operation names no host to run on")).await?;
                 return Ok(None);
             };
-            let begun = handover::begin(&read.guest.owner, &BeginRequest { operation: id, kind, group: false });
+            let group = record.operation.part_of;
+            let begun = handover::begin(&read.guest.owner, &BeginRequest { operation: id, kind, group });
             let begun = match begun {
                 Ok(begun) => begun,
                 // It waits for the one before; the repeat tries again.
                 Err(handover::BeginRefusal::Busy(other)) if other != id => return Ok(None),
                 Err(handover::BeginRefusal::BlocksMissing) => return Ok(None),
                 Err(refusal) => {
-                    self.refuse(&record, Problem::new(Code::WrongState, refusal.to_string())).await?;
+                    refuse(Problem::new(Code::WrongState, refusal.to_string())).await?;
                     return Ok(None);
                 }
             };
@@ -267,6 +306,10 @@ impl Engine {
         .await?;
         if let Some((step, orders)) = step {
             self.speak(&step, orders).await;
+        }
+        let refused = refused.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if let Some((whole, problem)) = refused {
+            self.abort_parts(whole, Some(id), AbortReason::SourceFailed, Some(problem)).await?;
         }
         Ok(())
     }
@@ -303,6 +346,7 @@ impl Engine {
         problem: Option<Problem>,
     ) -> Result<(), EngineError> {
         let details = ReportDetails { problem, ..ReportDetails::default() };
+        let group = Mutex::new(None);
         let step = retry_conflicts(|| async {
             let Some(record) = self.state.read::<OperationRecord>(&id).await? else { return Ok(None) };
             let Some(guest) = record.operation.guest else { return Ok(None) };
@@ -322,6 +366,10 @@ impl Engine {
                     self.refuse(&record, problem).await?;
                     Ok(None)
                 }
+                handover::AbortDecision::GroupMember => {
+                    *group.lock().unwrap_or_else(PoisonError::into_inner) = record.operation.part_of;
+                    Ok(None)
+                }
                 // Too late, or done already: what was decided stands.
                 _ => Ok::<_, EngineError>(None),
             }
@@ -330,7 +378,11 @@ impl Engine {
         if let Some((step, orders)) = step {
             self.speak(&step, orders).await;
         }
-        Ok(())
+        let group = group.into_inner().unwrap_or_else(PoisonError::into_inner);
+        match group {
+            Some(whole) => self.abort_parts(whole, Some(id), reason, details.problem).await,
+            None => Ok(()),
+        }
     }
 
     /// Gives up what takes too long and can still be given up.
@@ -345,9 +397,9 @@ impl Engine {
             since.is_some_and(|since| now_ms > since.saturating_add(budget_ms))
         };
         let late = match (operation.phase, &record.work) {
-            (Phase::Plan, Work::GuestDelete | Work::ImageImport { .. }) | (_, Work::HostRent | Work::HostReturn) => {
-                None
-            }
+            // Each part of a group's has its own.
+            (Phase::Plan, Work::GuestDelete | Work::ImageImport { .. })
+            | (_, Work::HostRent | Work::HostReturn | Work::Group) => None,
             (Phase::Plan, _) if is_over(Some(operation.created_at_ms), pace.plan_budget) => Some(format!(
                 "it could not begin within {} s: another operation, or blocks that other hosts hold, stand in its way",
                 pace.plan_budget.as_secs()
@@ -408,22 +460,36 @@ impl Engine {
             if let Some(why) = refuse_incomplete(&read, report, details) {
                 return Err(EngineError::Broken(why));
             }
+            let part = read.guest.owner.operation.as_ref().and_then(|op| Some((op.group?, op.id)));
+            // A source that waits for the others of its group hears nothing meanwhile, and nobody is lost.
+            let when_open = match part {
+                Some((whole, part)) if self.ready.is_ready(whole, part) => WhenOpen::Wait,
+                _ => WhenOpen::Abort,
+            };
             let Accepted { record, orders, alarms, group } =
-                handover::accept(&read.guest.owner, host, report, WhenOpen::Abort);
-            if group != GroupNeed::None {
-                debug!(%guest, "a group's step without groups");
-            }
+                handover::accept(&read.guest.owner, host, report, when_open);
+            let need = part.map(|(whole, part)| (whole, part, group));
             let Some(after) = record else {
                 let guest = read.guest.value;
-                return Ok(Some((Step { guest, is_overlay_changed: false, consumed: None }, orders)));
+                let step = Step { guest, is_overlay_changed: false, consumed: None, part: None };
+                return Ok(Some((step, orders, need)));
             };
             let step = self.write(read, after, stamps, details, &alarms).await?;
-            Ok::<_, EngineError>(Some((step, orders)))
+            Ok::<_, EngineError>(Some((step, orders, need)))
         })
         .await?;
         match done {
-            Some((step, orders)) => {
+            Some((step, orders, need)) => {
                 self.speak(&step, orders).await;
+                match need {
+                    Some((whole, part, GroupNeed::Ready(request))) => {
+                        self.part_is_ready(whole, part, host, request, details).await?;
+                    }
+                    Some((whole, part, GroupNeed::Abort(reason))) => {
+                        self.abort_parts(whole, Some(part), reason, details.problem.clone()).await?;
+                    }
+                    Some((_, _, GroupNeed::None)) | None => {}
+                }
                 if let Some(freeze) = &step.consumed {
                     self.drop_freezes(std::slice::from_ref(freeze)).await?;
                 }
@@ -530,6 +596,8 @@ fn kind_of(record: &OperationRecord, guest: &GuestRecord) -> Option<handover::Op
         (Work::GuestMirror { .. }, _) => Kind::Mirror { to: to? },
         (Work::GuestFreeze { freeze }, _) => Kind::Freeze { freeze: *freeze },
         (Work::GuestThaw { freeze, .. }, _) => Kind::Thaw { freeze: *freeze, to: to? },
-        (Work::ImageImport { .. } | Work::GuestDelete | Work::HostRent | Work::HostReturn, _) => return None,
+        (Work::ImageImport { .. } | Work::GuestDelete | Work::Group | Work::HostRent | Work::HostReturn, _) => {
+            return None;
+        }
     })
 }

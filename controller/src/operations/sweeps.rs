@@ -190,6 +190,8 @@ impl Engine {
                 | Work::GuestMigrate { .. } => true,
                 // For weeks, perhaps: what its standby stands on is told by its host, as of every guest.
                 Work::GuestMirror { .. } => false,
+                // Its parts do.
+                Work::Group => false,
                 Work::GuestStop { .. } | Work::GuestDelete | Work::HostRent | Work::HostReturn => false,
             };
             if writes && record.operation.project == Some(project) {

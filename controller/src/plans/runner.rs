@@ -260,7 +260,7 @@ impl Runner {
             Ok((operation, record)) => {
                 let mut now = guest.value.clone();
                 let kind = handover::OperationKind::Migrate { to, post_copy: false };
-                let request = BeginRequest { operation, kind, group: false };
+                let request = BeginRequest { operation, kind, group: None };
                 if let Err(failure) = guest_plan::begin_on(&mut now, &request) {
                     return self.hold(found, i, failure.problem()).await;
                 }

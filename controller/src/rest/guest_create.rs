@@ -273,7 +273,7 @@ async fn attempt(
         Some((host, checks, class)) => {
             guest.guest.compat_class = class;
             let kind = handover::OperationKind::Start { to: host.id };
-            guest_plan::begin_on(&mut guest, &BeginRequest { operation: id, kind, group: false })?;
+            guest_plan::begin_on(&mut guest, &BeginRequest { operation: id, kind, group: None })?;
             picture.pass(&mut change, keys::room_guard(host.id));
             let plan = Some(guest_plan::plan_for(host, checks));
             let route = Route { destination: Some(host.id), plan, reason, ..Route::default() };

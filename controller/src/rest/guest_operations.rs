@@ -15,7 +15,7 @@ use supercloud_api::{
 };
 
 use super::{
-    Api, Asker, Failure, Reply, body,
+    Api, Asker, Failure, Reply, body, groups,
     guest_plan::{self, Picture, Route},
 };
 use crate::{
@@ -77,7 +77,7 @@ async fn submit_also(
     also: impl FnOnce(&mut GuestRecord, &mut Change),
 ) -> Result<Reply, Failure> {
     let id = OperationId::generate();
-    guest_plan::begin_on(&mut now, &BeginRequest { operation: id, kind: wanted.handover, group: false })?;
+    guest_plan::begin_on(&mut now, &BeginRequest { operation: id, kind: wanted.handover, group: None })?;
     let operation = guest_plan::new_operation(asker, id, wanted.kind, &now.guest, wanted.route);
     if asker.params.dry_run {
         return Reply::ok(&operation);
@@ -201,7 +201,7 @@ pub async fn stop(
     .await
 }
 
-fn migration_options(wanted: &GuestMigrate) -> Result<MigrationOptions, Failure> {
+pub(super) fn migration_options(wanted: &GuestMigrate) -> Result<MigrationOptions, Failure> {
     let ranges = [
         ("bandwidth_bps", wanted.bandwidth_bps, MIN_BANDWIDTH_BPS, u64::MAX),
         ("max_downtime_ms", wanted.max_downtime_ms, 1, MAX_DOWNTIME_MS),
@@ -219,11 +219,12 @@ fn migration_options(wanted: &GuestMigrate) -> Result<MigrationOptions, Failure>
         auto_converge: wanted.auto_converge,
         deadline_ms: wanted.deadline_ms,
         memory: wanted.memory,
+        holds: false,
     })
 }
 
 /// Whether both agents know how to leave memory behind, and what that means; nothing for a move that leaves none.
-fn post_copy(
+pub(super) fn post_copy(
     live: &LiveHosts,
     source: Option<HostId>,
     to: &Host,
@@ -482,7 +483,7 @@ pub async fn thaw(
 }
 
 /// What it means that a thawed guest runs before its memory is there; nothing where it waits.
-fn lazy_thaw(live: &LiveHosts, to: &Host, memory: Option<ThawMemory>) -> Option<PlanCheck> {
+pub(super) fn lazy_thaw(live: &LiveHosts, to: &Host, memory: Option<ThawMemory>) -> Option<PlanCheck> {
     let is_lazy = memory != Some(ThawMemory::Whole) && live.takes_lazy_thaw(to.id);
     let detail = "it runs at once where what was frozen allows it; until its memory is there, it waits for what it wants of it when the \
                   store of its freeze cannot be reached";
@@ -522,6 +523,10 @@ pub async fn remove(State(api): State<Api>, asker: Asker, Path(guest): Path<Stri
     retry_conflicts(|| async {
         let found = asker.find_guest(&api.parts, &reference).await?;
         guest_plan::admit(Request::Delete, &found)?;
+        if let Some(group) = groups::group_of(&api, found.guest.id).await? {
+            let detail = format!("it is in group {}; take it out of that, or delete the group, first", group.name);
+            return Err(Failure::new(Code::WrongState, detail));
+        }
         let id = OperationId::generate();
         let route = Route { source: found.guest.host, ..Route::default() };
         let operation = guest_plan::new_operation(&asker, id, OperationKind::GuestDelete, &found.guest, route);

@@ -93,6 +93,13 @@ impl Picture {
         self.hosts.iter().find(|host| host.id == id)
     }
 
+    /// Counts a guest as what its record is about to be.
+    pub fn assume(&mut self, now: &GuestRecord) {
+        if let Some(record) = self.guests.iter_mut().find(|record| record.guest.id == now.guest.id) {
+            record.value = now.clone();
+        }
+    }
+
     /// Chooses a host.
     pub fn choose(&self, need: &Need, at: &Place) -> Result<(&Host, Vec<PlanCheck>), Problem> {
         placement::choose(need, at, &self.hosts, &self.reserved())

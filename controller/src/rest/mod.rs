@@ -10,6 +10,7 @@ mod clouds;
 mod evacuations;
 mod events;
 mod gate;
+mod groups;
 mod guest_calls;
 mod guest_console;
 mod guest_create;
@@ -178,6 +179,11 @@ pub fn router(api: Api) -> Router {
         .route("/v1/guests/{guest}/failover", post(guest_mirrors::fail_over))
         .route("/v1/guests/{guest}/freeze", post(guest_operations::freeze))
         .route("/v1/guests/{guest}/thaw", post(guest_operations::thaw))
+        .route("/v1/groups", get(groups::list).post(groups::create))
+        .route("/v1/groups/{group}", get(groups::read).patch(groups::change).delete(groups::remove))
+        .route("/v1/groups/{group}/migrate", post(groups::migrate))
+        .route("/v1/groups/{group}/freeze", post(groups::freeze))
+        .route("/v1/groups/{group}/thaw", post(groups::thaw))
         .route("/v1/operations", get(operations::list))
         .route("/v1/operations/{operation}", get(operations::read))
         .route("/v1/operations/{operation}/cancel", post(operations::cancel))

@@ -14,7 +14,7 @@ use utoipa::{
 };
 
 use super::{
-    blocks, clouds, events, guest_console, guest_create, guest_evacuation, guest_mirrors, guest_operations,
+    blocks, clouds, events, groups, guest_console, guest_create, guest_evacuation, guest_mirrors, guest_operations,
     guest_placement, guests, histories, hosts, images, join, ledger, links, networks, operations, plans,
 };
 use super::{
@@ -84,6 +84,14 @@ use crate::auth::{Access, ROUTES, Route};
         blocks::of_volume,
         volumes::list_freezes,
         volumes::read_freeze,
+        groups::list,
+        groups::create,
+        groups::read,
+        groups::change,
+        groups::remove,
+        groups::migrate,
+        groups::freeze,
+        groups::thaw,
         networks::list,
         networks::create,
         networks::read,

@@ -79,6 +79,9 @@ fn may_cancel(caller: &Caller, operation: &Operation) -> Result<(), Failure> {
             | OperationKind::GuestMirror
             | OperationKind::GuestFreeze
             | OperationKind::GuestThaw
+            | OperationKind::GroupMigrate
+            | OperationKind::GroupFreeze
+            | OperationKind::GroupThaw
     );
     let least = match operation.kind {
         _ if moves => Role::Policy,

@@ -42,6 +42,7 @@ struct Live {
     mirroring: HashSet<HostId>,
     /// Those whose guests obey leases, likewise.
     leasing: HashSet<HostId>,
+    holding: HashSet<HostId>,
     /// Those from and to which guests may move and leave memory behind, likewise.
     post_copying: HashSet<HostId>,
     /// Those that let a thawed guest run before its memory is there, likewise.
@@ -57,9 +58,10 @@ struct Live {
 impl Default for Live {
     fn default() -> Self {
         let (hosts, bases, away) = (HashMap::new(), HashMap::new(), HashMap::new());
-        let (mirroring, leasing, post_copying, lazy, checkpointing) =
-            (HashSet::new(), HashSet::new(), HashSet::new(), HashSet::new(), HashSet::new());
-        Self { hosts, bases, away, mirroring, leasing, post_copying, lazy, checkpointing, began: Instant::now() }
+        let (mirroring, leasing, holding) = (HashSet::new(), HashSet::new(), HashSet::new());
+        let (post_copying, lazy, checkpointing) = (HashSet::new(), HashSet::new(), HashSet::new());
+        let began = Instant::now();
+        Self { hosts, bases, away, mirroring, leasing, holding, post_copying, lazy, checkpointing, began }
     }
 }
 
@@ -114,6 +116,21 @@ impl LiveHosts {
     #[must_use]
     pub fn takes_leases(&self, host: HostId) -> bool {
         self.0.read().unwrap_or_else(PoisonError::into_inner).leasing.contains(&host)
+    }
+
+    /// The agent says whether moves can wait there with the guest's pause until they are told.
+    pub fn note_holds(&self, host: HostId, takes_holds: bool) {
+        let holding = &mut self.0.write().unwrap_or_else(PoisonError::into_inner).holding;
+        match takes_holds {
+            true => holding.insert(host),
+            false => holding.remove(&host),
+        };
+    }
+
+    /// Whether it said so when it was last heard of.
+    #[must_use]
+    pub fn takes_holds(&self, host: HostId) -> bool {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).holding.contains(&host)
     }
 
     /// The agent says whether guests may leave memory behind when they move from or to it.

@@ -13,6 +13,7 @@
 //! | `token-secrets/<sha256 of the secret>` | id of the token |
 //! | `images/<id>` | [`Image`](supercloud_api::Image) |
 //! | `volumes/<id>` | [`Volume`](supercloud_api::Volume) |
+//! | `groups/<id>` | [`Group`](supercloud_api::Group) |
 //! | `networks/<id>` | [`Network`](supercloud_api::Network) |
 //! | `vni/<8-digit n>` | id of the network that has this number |
 //! | `ports/<id>` | [`Port`](supercloud_api::Port) |

@@ -2,7 +2,7 @@
 
 use std::str::FromStr;
 
-use supercloud_api::{Cloud, Freeze, Image, Name, Network, Port, Ref, Volume, ids::ProjectId};
+use supercloud_api::{Cloud, Freeze, Group, Image, Name, Network, Port, Ref, Volume, ids::ProjectId};
 use supercloud_store::Key;
 
 use super::{
@@ -57,6 +57,7 @@ named! {
     Network, Some("network"), "network", true, |r| Some(&r.name), |r| Some(r.project);
     Port, None, "port", false, |_| None, |r| Some(r.project);
     GuestRecord, Some("guest"), "guest", true, |r| Some(&r.guest.name), |r| Some(r.guest.project);
+    Group, Some("group"), "group", true, |r| Some(&r.name), |r| Some(r.project);
     Freeze, None, "freeze", false, |_| None, |r| Some(r.project);
     RentingRecord, None, "renting", false, |_| None, |_| None;
     OperationRecord, None, "operation", false, |_| None, |r| r.operation.project;

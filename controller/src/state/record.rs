@@ -4,12 +4,12 @@ use std::{collections::BTreeSet, fmt::Display};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use supercloud_api::{
-    Cloud, DiskFormat, FleetPlan, Freeze, Guest, GuestState, Host, HostNoticeKind, HostState, Image, Name, Network,
-    Operation, Port, Project, Renting, ThawMemory, Token, Volume, VolumeHistory,
+    Cloud, DiskFormat, FleetPlan, Freeze, Group, Guest, GuestState, Host, HostNoticeKind, HostState, Image, Name,
+    Network, Operation, Port, Project, Renting, ThawMemory, Token, Volume, VolumeHistory,
     handover::{Owner, OwnerRecord},
     ids::{
-        CloudId, FreezeId, GuestId, HostId, ImageId, NetworkId, OperationId, PlanId, PortId, ProjectId, RentingId,
-        RequestId, TokenId, VolumeId,
+        CloudId, FreezeId, GroupId, GuestId, HostId, ImageId, NetworkId, OperationId, PlanId, PortId, ProjectId,
+        RentingId, RequestId, TokenId, VolumeId,
     },
     link::{Announced, MigrationOptions, MirrorOptions},
 };
@@ -51,6 +51,7 @@ records! {
     Network, NetworkId, "networks", |r| r.id;
     Port, PortId, "ports", |r| r.id;
     GuestRecord, GuestId, "guests", |r| r.guest.id;
+    Group, GroupId, "groups", |r| r.id;
     GuestSeed, GuestId, "guest-seeds", |r| r.guest;
     DeletedGuest, GuestId, "deleted-guests", |r| r.guest;
     Freeze, FreezeId, "freezes", |r| r.id;
@@ -258,6 +259,8 @@ pub enum Work {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         memory: Option<ThawMemory>,
     },
+    /// Does to all guests of a group what its parts say, or to none.
+    Group,
     /// Rents a host; the renting names this operation.
     HostRent,
     /// Gives a rented host back; the renting names this operation.

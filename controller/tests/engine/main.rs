@@ -11,6 +11,7 @@ mod support;
 mod checkpoints;
 mod chunks;
 mod crashes;
+mod groups;
 mod hostile;
 mod images;
 mod leases;

@@ -82,6 +82,8 @@ pub struct Faults {
     pub base_missing: u64,
     /// What its provider has announced for it.
     pub announced: Option<Announced>,
+    /// Moves wait with the pause where they are told to.
+    pub takes_holds: bool,
 }
 
 /// What an agent keeps of a guest.
@@ -137,6 +139,7 @@ impl Seat {
             link: None,
             outbox: VecDeque::new(),
             copying: BTreeMap::new(),
+            released: BTreeSet::new(),
             has_crashed: false,
             ticks: 0,
             asked: BTreeMap::new(),
@@ -176,6 +179,7 @@ impl Seat {
             takes_mirrors: true,
             takes_post_copy: true,
             takes_lazy_thaw: true,
+            takes_holds: lock(&self.faults).takes_holds,
             measures_paths: false,
             tells_flows: false,
             takes_leases: true,
@@ -230,6 +234,8 @@ struct Agent {
     link: Option<Link>,
     outbox: VecDeque<Notice>,
     copying: BTreeMap<GuestId, (OperationId, u32)>,
+    /// Moves that need not wait for others any more.
+    released: BTreeSet<OperationId>,
     has_crashed: bool,
     ticks: u64,
     /// Of which guest and when leases were asked for, by the questions' numbers.
@@ -435,6 +441,12 @@ impl Agent {
             Directive::OverlayPiece { .. } => self.violate("a small view comes in pieces"),
             Directive::Console { .. } => self.violate("it never said that it shows consoles"),
             Directive::MeasurePaths { .. } => self.violate("it never said that it measures paths"),
+            Directive::SwitchOver { operation, .. } => {
+                if !lock(&self.seat.faults).takes_holds {
+                    self.violate("it never said that guests hold");
+                }
+                self.released.insert(operation);
+            }
             Directive::TellFlows { .. } => self.violate("it never said that it tells flows"),
             Directive::Discard { guest } => {
                 if lock(&self.seat.faults).stalled.contains(&Stage::Discard) {

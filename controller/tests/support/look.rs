@@ -5,7 +5,7 @@ use supercloud_api::{
     handover::{
         DestinationEvent, DestinationState, LocalEvent, OperationKind, Owner, SourceEvent, SourcePlan, SourceState,
     },
-    ids::{GuestId, HostId},
+    ids::{GuestId, HostId, OperationId},
     link::{GuestEventKind, Notice},
 };
 
@@ -26,9 +26,12 @@ impl Agent {
                     Some((operation, left)) if *operation == plan.operation => {
                         let is_stalled = lock(&self.seat.faults).stalled.contains(&Stage::Copy);
                         *left = left.saturating_sub(u32::from(!is_stalled));
-                        let (is_done, memory_sent_bytes) = (*left == 0, 1_000_000 - u64::from(*left));
+                        let (is_copied, memory_sent_bytes) = (*left == 0, 1_000_000 - u64::from(*left));
                         let mut progress =
                             Progress { memory_total_bytes: 1_000_000, memory_sent_bytes, ..Progress::default() };
+                        let holds = self.is_to_hold(guest, plan.operation);
+                        progress.is_holding = is_copied && holds;
+                        let is_done = is_copied && !holds;
                         if let OperationKind::Mirror { to } = plan.kind {
                             let has_cut = lock(&self.seat.ground).local(to, guest).adopt.is_some();
                             let is_leased = self.has_lease(guest);
@@ -61,6 +64,17 @@ impl Agent {
         if let Some(event) = event {
             self.step(guest, LocalEvent::Source(event));
         }
+    }
+
+    /// Whether the guest waits with its pause for others.
+    fn is_to_hold(&self, guest: GuestId, operation: OperationId) -> bool {
+        let disk = lock(&self.seat.disk);
+        let assignment = disk.guests.get(&guest).and_then(|kept| kept.assignment.as_ref());
+        let is_asked = assignment.is_some_and(|assignment| assignment.migration.holds);
+        if is_asked && !lock(&self.seat.faults).takes_holds {
+            lock(&self.seat.ground).violate(format!("{guest} is to hold, and nobody said that it can"));
+        }
+        is_asked && !self.released.contains(&operation)
     }
 
     /// What comes of a copy in this tick.

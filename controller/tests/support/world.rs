@@ -11,8 +11,8 @@ use rcgen::{CertificateParams, KeyPair};
 use serde_json::json;
 use supercloud_api::{
     Cloud, Code, Guest, Image, KeptMirror, MemoryMode, MirrorMode, Network, OnLoss, Operation, OperationKind, Phase,
-    Port, Problem, Progress, Project, Volume,
-    handover::{Owner, OwnerRecord},
+    Port, Problem, Project, Volume,
+    handover::{self, BeginRequest, Owner, OwnerRecord},
     ids::{
         CloudId, FreezeId, GuestId, HostId, ImageId, NetworkId, OperationId, PortId, ProjectId, RequestId, VolumeId,
     },
@@ -455,28 +455,12 @@ impl World {
                 return Ok(Err(Problem::new(Code::OperationInProgress, "busy")));
             }
             let id = OperationId::generate();
-            let now_ms = unix_ms();
             let operation = Operation {
-                id,
-                kind,
                 project: Some(self.project),
-                phase: Phase::Plan,
                 guest: Some(guest),
-                image: None,
-                volume: None,
                 source: before.guest.host,
                 destination: to.map(|to| self.id(to)),
-                progress: Progress::default(),
-                is_cancel_requested: false,
-                error: None,
-                plan: None,
-                actor: "token:test".into(),
-                request_id: RequestId::generate(),
-                reason: None,
-                created_at_ms: now_ms,
-                updated_at_ms: now_ms,
-                ended_at_ms: None,
-                phase_times: vec![supercloud_api::PhaseTime { phase: Phase::Plan, at_ms: now_ms }],
+                ..Context::actor("token:test".into(), RequestId::generate()).planned(id, kind)
             };
             let mut now = before.value.clone();
             now.guest.operation = Some(id);
@@ -487,6 +471,99 @@ impl World {
         })
         .await
         .unwrap()
+    }
+
+    /// Accepts a group's operation as admission does: all of its parts are begun, or none. `Err`: one of the guests is held, or cannot.
+    pub async fn try_together(
+        &self,
+        kind: OperationKind,
+        parts: &[(GuestId, OperationKind, Work, Option<usize>)],
+    ) -> Result<OperationId, Problem> {
+        let state = self.state();
+        retry_conflicts(|| async {
+            let whole = OperationId::generate();
+            let context = Context::actor("token:test".into(), RequestId::generate());
+            let mut change = Change::new();
+            let mut ids = Vec::new();
+            for (guest, kind, work, to) in parts {
+                let before = state.need::<GuestRecord>(guest).await?;
+                let id = OperationId::generate();
+                let to = to.map(|to| self.id(to));
+                let wanted = match (work, to) {
+                    (Work::GuestMigrate { options }, Some(to)) => {
+                        handover::OperationKind::Migrate { to, post_copy: !options.memory.is_pre_copy() }
+                    }
+                    (Work::GuestFreeze { freeze }, _) => handover::OperationKind::Freeze { freeze: *freeze },
+                    (Work::GuestThaw { freeze, .. }, Some(to)) => handover::OperationKind::Thaw { freeze: *freeze, to },
+                    other => panic!("no group does {other:?}"),
+                };
+                let request = BeginRequest { operation: id, kind: wanted, group: Some(whole) };
+                let begun = handover::begin(&before.owner, &request);
+                let (None, Ok(owner)) = (before.guest.operation, begun) else {
+                    return Ok(Err(Problem::new(Code::OperationInProgress, "busy")));
+                };
+                let mut now = before.value.clone();
+                (now.owner, now.guest.operation) = (owner, Some(id));
+                let operation = Operation {
+                    project: Some(self.project),
+                    guest: Some(*guest),
+                    part_of: Some(whole),
+                    source: before.guest.host,
+                    destination: to,
+                    ..context.planned(id, *kind)
+                };
+                change.update(&before, &now);
+                change.create_operation(&OperationRecord { operation, work: work.clone() });
+                ids.push(id);
+            }
+            let operation = Operation { project: Some(self.project), parts: ids, ..context.planned(whole, kind) };
+            change.create_operation(&OperationRecord { operation, work: Work::Group });
+            state.commit(&Context::system(), change).await?;
+            Ok::<_, StateError>(Ok(whole))
+        })
+        .await
+        .unwrap()
+    }
+
+    /// Moves guests together.
+    pub async fn migrate_together(&self, guests: &[GuestId], to: usize) -> OperationId {
+        let part = |guest: &GuestId| {
+            let options = MigrationOptions::default();
+            (*guest, OperationKind::GuestMigrate, Work::GuestMigrate { options }, Some(to))
+        };
+        let parts: Vec<_> = guests.iter().map(part).collect();
+        self.try_together(OperationKind::GroupMigrate, &parts).await.unwrap()
+    }
+
+    /// Freezes guests together.
+    pub async fn freeze_together(&self, guests: &[GuestId]) -> OperationId {
+        let part = |guest: &GuestId| {
+            let work = Work::GuestFreeze { freeze: FreezeId::generate() };
+            (*guest, OperationKind::GuestFreeze, work, None)
+        };
+        let parts: Vec<_> = guests.iter().map(part).collect();
+        self.try_together(OperationKind::GroupFreeze, &parts).await.unwrap()
+    }
+
+    /// Thaws guests together.
+    pub async fn thaw_together(&self, guests: &[GuestId], to: usize) -> OperationId {
+        let mut parts = Vec::new();
+        for guest in guests {
+            let freeze = self.record(*guest).await.guest.freeze.expect("a frozen guest");
+            parts.push((*guest, OperationKind::GuestThaw, Work::GuestThaw { freeze, memory: None }, Some(to)));
+        }
+        self.try_together(OperationKind::GroupThaw, &parts).await.unwrap()
+    }
+
+    /// Waits until a group's operation has ended as all of its parts have; how.
+    pub async fn end_together(&self, whole: OperationId) -> Phase {
+        let ended = self.end(whole).await.phase;
+        let mut ends = Vec::new();
+        for part in self.operation(whole).await.parts {
+            ends.push(self.operation(part).await.phase);
+        }
+        assert!(ends.iter().all(|end| *end == ended), "all or none: {ended:?} of {ends:?}");
+        ended
     }
 
     pub async fn submit(&self, guest: GuestId, kind: OperationKind, work: Work, to: Option<usize>) -> OperationId {

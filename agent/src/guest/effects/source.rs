@@ -13,7 +13,7 @@ use supercloud_blanket::{
     migrate::Verdict,
 };
 use supercloud_handover::{LocalEvent, OperationKind, SourceEvent, SourcePlan, VolumeStamp};
-use tokio_util::task::AbortOnDropHandle;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use super::{EffectError, Followed, source};
 use crate::{
@@ -95,12 +95,14 @@ impl Actor {
         self.check_reach(&peer)?;
         let mut meeting = Meeting::begin(self.meeting_params(operation, Some(peer), Role::Source));
         let events = meeting.take_events().ok_or_else(|| internal("the meeting has no events"))?;
+        self.released = CancellationToken::new();
         let (maps, wanted_maps) = tokio::sync::mpsc::channel(1);
         let wants = depart::Wants {
             epoch: plan.epoch,
             volumes: copy.volumes,
             options,
             peer: receive::Peer { handle: meeting.handle(), events },
+            released: self.released.clone(),
             maps: wanted_maps,
             lease: self.leasing.held(),
         };

@@ -523,13 +523,62 @@ async fn a_copy_can_be_slowed_down_and_cancelled() {
     };
     assert!(seen.memory_total_bytes == 64 << 20 && seen.memory_remaining_bytes > 0, "{seen:?}");
     moves
-        .set_limits(it.guest, CopyLimits { bandwidth_bytes_per_s: Some(2000), max_downtime_ms: Some(9) })
+        .set_limits(
+            it.guest,
+            CopyLimits { bandwidth_bytes_per_s: Some(2000), max_downtime_ms: Some(9), ..CopyLimits::default() },
+        )
         .await
         .unwrap();
     moves.cancel(it.guest).await.unwrap();
     let ended = timeout(PATIENCE, transfer.done).await.unwrap();
     assert!(matches!(ended, Err(BackendError::Cancelled { .. })), "{ended:?}");
     moves.cancel(it.guest).await.unwrap();
+    it.source.echoes(b'b').await;
+}
+
+#[tokio::test]
+async fn a_guest_that_waits_for_others_runs_on_until_it_is_told() {
+    needs_guests!("a_guest_that_waits_for_others_runs_on_until_it_is_told");
+    let (it, cookie) = Move::prepared(u64::MAX).await;
+    let moves = it.source.back_end.live_migration().unwrap();
+    assert!(moves.takes_holds());
+    let held = CopyOptions { max_downtime_ms: Some(2000), holds: true, ..CopyOptions::default() };
+    let mut transfer = moves.perform(it.guest, cookie, it.source.path("out.sock"), held).unwrap();
+    let mut progress = transfer.progress.clone();
+    let rounds = async {
+        let ready = progress.wait_for(|seen| seen.is_holding).await.map(|seen| *seen).unwrap();
+        // It says something, which is memory that it writes, and that goes over, too.
+        it.source.echoes(b'b').await;
+        progress.wait_for(|seen| seen.iteration >= ready.iteration + 3).await.map(|seen| (ready, *seen)).unwrap()
+    };
+    let (ready, later) = tokio::select! {
+        seen = timeout(PATIENCE, rounds) => seen.unwrap(),
+        ended = &mut transfer.done => panic!("it did not wait: {ended:?}"),
+    };
+    assert_eq!((ready.phase, later.phase, later.is_holding), (TransferPhase::Copy, TransferPhase::Copy, true));
+    assert_eq!(it.source.state(it.guest).await, Some(RunState::Running));
+    let told = CopyLimits { holds: Some(false), ..CopyLimits::default() };
+    moves.set_limits(it.guest, told).await.unwrap();
+    let performed = timeout(PATIENCE, transfer.done).await.unwrap().unwrap();
+    let there = it.destination.back_end.live_migration().unwrap();
+    there.complete(it.guest, performed.cookie).await.unwrap();
+    it.destination.back_end.resume(it.guest, Epoch(2)).await.unwrap();
+    moves.confirm(it.guest, Verdict::Release).await.unwrap();
+    it.destination.echoes(b'c').await;
+
+    // Who waits can be called off.
+    let (it, cookie) = Move::prepared(u64::MAX).await;
+    let moves = it.source.back_end.live_migration().unwrap();
+    let held = CopyOptions { max_downtime_ms: Some(2000), holds: true, ..CopyOptions::default() };
+    let mut transfer = moves.perform(it.guest, cookie, it.source.path("out.sock"), held).unwrap();
+    let mut progress = transfer.progress.clone();
+    tokio::select! {
+        seen = timeout(PATIENCE, progress.wait_for(|seen| seen.is_holding)) => drop(seen.unwrap().unwrap()),
+        ended = &mut transfer.done => panic!("it did not wait: {ended:?}"),
+    }
+    moves.cancel(it.guest).await.unwrap();
+    let ended = timeout(PATIENCE, transfer.done).await.unwrap();
+    assert!(matches!(ended, Err(BackendError::Cancelled { .. })), "{ended:?}");
     it.source.echoes(b'b').await;
 }
 

@@ -20,6 +20,8 @@ pub struct Limits {
     pub memory: MemoryMode,
     /// What the other end reads; not changed on the way.
     pub stream: StreamVersion,
+    /// It shall not stand still yet, although it could: what it writes goes on being copied.
+    pub holds: bool,
 }
 
 impl Default for Limits {
@@ -31,6 +33,7 @@ impl Default for Limits {
             may_throttle: false,
             memory: MemoryMode::PreCopy,
             stream: StreamVersion::Two,
+            holds: false,
         }
     }
 }
@@ -93,6 +96,8 @@ impl fmt::Display for WhyNot {
 pub enum Next {
     /// Copy what was written meanwhile.
     Copy,
+    /// It could be paused now, and is not to be: wait a moment, and copy what was written meanwhile.
+    Hold,
     /// Pause the guest and send the rest.
     Switch,
     /// Pause the guest and leave the rest behind.
@@ -141,12 +146,13 @@ pub fn predicted_downtime_ms(seen: &Seen) -> u64 {
 #[must_use]
 pub fn next(limits: &Limits, seen: &Seen) -> Next {
     let predicted_downtime_ms = predicted_downtime_ms(seen);
-    if predicted_downtime_ms <= limits.max_downtime_ms {
-        return Next::Switch;
-    }
     // As `throttle` judges: what was written meanwhile is not much less than what was sent.
-    if limits.memory == MemoryMode::Hybrid && (is_behind(seen) || seen.rounds >= limits.max_rounds) {
-        return Next::Leave;
+    let may_leave = limits.memory == MemoryMode::Hybrid && (is_behind(seen) || seen.rounds >= limits.max_rounds);
+    match (predicted_downtime_ms <= limits.max_downtime_ms, may_leave) {
+        (false, false) => {}
+        _ if limits.holds => return Next::Hold,
+        (true, _) => return Next::Switch,
+        (false, true) => return Next::Leave,
     }
     if seen.rounds >= limits.max_rounds {
         let max_downtime_ms = limits.max_downtime_ms;
@@ -204,6 +210,8 @@ mod tests {
         assert_eq!(predicted_downtime_ms(&seen(500)), 100);
         assert_eq!(next(&limits, &seen(500)), Next::Switch);
         assert_eq!(next(&limits, &seen(511)), Next::Copy);
+        let held = Limits { holds: true, ..limits };
+        assert_eq!((next(&held, &seen(500)), next(&held, &seen(511))), (Next::Hold, Next::Copy));
         // Little of what went was new, and all that is dirty is: 100 pages at 2 KiB. By less it is never lowered.
         let fresh = Seen { dirty_bytes: 100 * 2048, ..seen(100) };
         assert_eq!((predicted_downtime_ms(&seen(100)), predicted_downtime_ms(&fresh)), (60, 255));

@@ -28,6 +28,9 @@ use crate::{
 const STATE_BYTES_PER_VCPU: u64 = 24 << 10;
 /// How often in a round it is asked what was written meanwhile.
 const ASK_EVERY: Duration = Duration::from_millis(100);
+/// A guest that waits with its pause is copied again after so long, and looked at this often: the word is heard at once.
+const HELD_FOR: Duration = Duration::from_millis(500);
+const HELD_LOOK: Duration = Duration::from_millis(5);
 
 /// How far it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -42,6 +45,8 @@ pub struct Progress {
     pub dirty_pages_per_s: u64,
     /// The guest stands still, or is about to: this is the last round.
     pub is_last: bool,
+    /// It could stand still now, and waits for the word ([`Limits::holds`]).
+    pub is_holding: bool,
     /// By how much the guest is slowed down, percent.
     pub throttle_percent: u8,
     /// Pages by form.
@@ -199,6 +204,7 @@ impl<'a, W: Write> Sender<'a, W> {
         // What was never written is zeros at the other end as well.
         let mut pages = machine.pages_there()?;
         let is_running = machine.is_running();
+        let mut held = 0;
         let mut began;
         loop {
             began = Instant::now();
@@ -229,7 +235,7 @@ impl<'a, W: Write> Sender<'a, W> {
             let waited = self.wire.waited.saturating_sub(before.2);
             self.link_bytes_per_s = converge::link_bytes_per_s(self.link_bytes_per_s, sent_bytes, took_us, waited);
             let seen = Seen {
-                rounds: self.progress.round,
+                rounds: self.progress.round - held,
                 dirty_pages,
                 dirty_bytes: self.packer.would_take(machine.ram(), &pages),
                 sent_pages,
@@ -239,7 +245,14 @@ impl<'a, W: Write> Sender<'a, W> {
                 state_bytes: STATE_BYTES_PER_VCPU * u64::from(config.vcpus),
             };
             let limits = (self.limits)();
-            match converge::next(&limits, &seen) {
+            let next = converge::next(&limits, &seen);
+            self.progress.is_holding = next == Next::Hold;
+            match next {
+                Next::Hold => {
+                    // Such a round is no attempt to come to an end.
+                    held += 1;
+                    self.hold()?;
+                }
                 Next::Copy => {
                     let percent = converge::throttle(&limits, &seen, self.progress.throttle_percent);
                     // A guest that does not run is as slow as can be.
@@ -250,6 +263,18 @@ impl<'a, W: Write> Sender<'a, W> {
                 Next::GiveUp(why) => return Err(TravelError::NoConvergence(why)),
             }
         }
+    }
+
+    /// Waits for a moment, or until the guest may stand still.
+    #[expect(clippy::disallowed_methods, reason = "on the thread that sends")]
+    fn hold(&mut self) -> Result<(), TravelError> {
+        self.wire.flush()?;
+        let until = Instant::now() + HELD_FOR;
+        while Instant::now() < until && (self.limits)().holds {
+            self.look()?;
+            std::thread::sleep(HELD_LOOK);
+        }
+        Ok(())
     }
 
     fn round(&mut self, machine: &Machine, pages: &[u64]) -> Result<(), TravelError> {

@@ -160,7 +160,7 @@ async fn sites_are_what_records_and_hosts_tell() {
             phase: handover::Phase::Copy,
             from: Stamp { owner: Owner::Host(east.id), epoch },
             verdict: Verdict::Open,
-            group: false,
+            group: None,
             source_open: true,
             destination_open: true,
             source_lost: false,

@@ -4,6 +4,7 @@ mod blocks;
 mod checkpoints;
 mod cpus;
 mod events;
+mod groups;
 mod guest_calls;
 mod guests;
 mod histories;

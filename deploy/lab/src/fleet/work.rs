@@ -300,7 +300,7 @@ impl Fleet {
     /// The logs that tell about an operation: of the controller and of the hosts that took part (of all, where that is not known).
     fn logs_of_operation(&self, operation: &Operation) -> LogTails {
         // Host ids are not names; a lab has few hosts, and those that did nothing have little to say.
-        let takes_part = operation.phase != Phase::Plan && operation.guest.is_some();
+        let takes_part = operation.phase != Phase::Plan && (operation.guest.is_some() || operation.group.is_some());
         let hosts = self.lab.spec().hosts.iter().map(|host| host.name.as_str()).filter(|_| takes_part);
         self.logs_of(hosts)
     }

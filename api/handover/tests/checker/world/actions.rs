@@ -160,7 +160,7 @@ impl Model {
                     _ => None,
                 };
                 let from = back.as_ref().map_or(&record, |(back, _)| back);
-                let Ok(next) = begin(from, &BeginRequest { operation: operation(n), kind, group: false }) else {
+                let Ok(next) = begin(from, &BeginRequest { operation: operation(n), kind, group: None }) else {
                     return Ok(false);
                 };
                 if let Some(at) = back.and_then(|(_, id)| (0..FREEZES).find(|n| freeze(*n) == id)) {
