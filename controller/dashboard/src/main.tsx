@@ -18,8 +18,10 @@ import { SignIn } from "./pages/sign_in";
 import { Simulator } from "./pages/simulator";
 import { Tokens } from "./pages/tokens";
 import { route } from "./router";
-import { begin, brokenSince, end, link, now, refusal, seesAll, who } from "./store/store";
+import { may } from "./store/derive";
+import { begin, brokenSince, end, isLoaded, link, loadProblem, now, refusal, seesAll, who } from "./store/store";
 import { moment } from "./ui/format";
+import { Empty, Panel } from "./ui/parts";
 import { Search } from "./ui/search";
 import { apply, theme, turn } from "./ui/theme";
 
@@ -47,9 +49,15 @@ function Page() {
     case "networks": return id ? <NetworkPage id={id} /> : <Networks />;
     case "ports": return id ? <PortPage id={id} /> : <Networks />;
     case "events": return <Events />;
-    case "tokens": return <Tokens />;
+    case "tokens": return may(who.value, "administer") ? <Tokens /> : <Panel title="Tokens" wide><Empty>Only admins see tokens, and make or delete them.</Empty></Panel>;
     default: return <Overview />;
   }
+}
+
+/** Before all is told nothing is said of it: an empty page would look like an empty fleet. */
+function Loading() {
+  if (!loadProblem.value) return <p class="loading" role="status">Asking the controller…</p>;
+  return <p class="banner" role="alert">The controller does not tell what there is: {loadProblem.value} Trying again by itself.</p>;
 }
 
 function Broken() {
@@ -72,7 +80,7 @@ function App() {
   if (who.value === undefined) return <main class="sign-in" aria-busy="true"><p role="status">{isAway.value ? "The controller does not answer. Trying again by itself…" : "…"}</p></main>;
   if (who.value === null) return <SignIn />;
   const [page = ""] = route.value;
-  if (page === "wall") return <main class="wall"><Broken /><Wall /></main>;
+  if (page === "wall") return <main class="wall"><Broken />{isLoaded.value ? <Wall /> : <Loading />}</main>;
   const shown = PAGES.filter(([path]) => (path !== "tokens" || who.value?.token.role === "admin") && (path !== "plans" || seesAll()));
   return (
     <>
@@ -88,7 +96,7 @@ function App() {
         <button class="plain" onClick={() => void leave()}>Sign out</button>
       </header>
       <Broken />
-      <main><Page /></main>
+      <main aria-busy={!isLoaded.value}>{isLoaded.value ? <Page /> : <Loading />}</main>
     </>
   );
 }

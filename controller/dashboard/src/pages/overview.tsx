@@ -1,4 +1,5 @@
 // The first screen: is anything wrong, what moves, where everything is, what it would cost, how good the moves were, who did what.
+import { heard } from "../api/http";
 import { alarms, places } from "../store/derive";
 import { saved } from "../store/good";
 import { isAtRest, tally } from "../store/plans";
@@ -162,7 +163,7 @@ export function Wall() {
       <Good />
       <Now still />
       <Where />
-      <p class="small">as of {ago(now.value, Date.now())}</p>
+      <p class={`small${now.value - heard.value > 60_000 ? " bad" : ""}`}>The controller was last heard of {ago(heard.value, now.value)}.</p>
     </div>
   );
 }

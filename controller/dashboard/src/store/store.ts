@@ -6,6 +6,7 @@ import type {
   Cloud, Evacuation, Event, FleetPlan, Freeze, Guest, GuestVerdict, Host, HostLink, Image, Ledger, Market, Network, Operation, Port, PriceSeries, Project, Reliability, Renting, Token, Volume, WhoAmI,
 } from "../api/types";
 import { isEnded } from "./derive";
+import { NONE, type Page, type Reach, further, reached } from "./done";
 import { dayBegan } from "./good";
 import { isAtRest } from "./plans";
 
@@ -18,6 +19,10 @@ export const brokenSince: Signal<number | null> = signal(null);
 /** The status with which the stream was refused; absent where no answer came. */
 export const refusal: Signal<number | undefined> = signal(undefined);
 export const now = signal(Date.now());
+/** Whether all was told once: before that nothing is known, least of all that nothing is wrong. */
+export const isLoaded = signal(false);
+/** Why it is not, in the controller's words. */
+export const loadProblem = signal("");
 
 interface Entity { id: string }
 export type Table<T> = Signal<ReadonlyMap<string, T>>;
@@ -27,6 +32,8 @@ export const clouds = table<Cloud>();
 export const hosts = table<Host>();
 export const guests = table<Guest>();
 export const operations = table<Operation>();
+/** How far back of the newest operations all are known. */
+export const operationsReach: Signal<Reach> = signal(NONE);
 export const networks = table<Network>();
 export const ports = table<Port>();
 export const images = table<Image>();
@@ -57,6 +64,8 @@ export const areAllWays = signal(true);
 /** Newest last. */
 export const events: Signal<Event[]> = signal([]);
 const EVENTS_KEPT = 2000;
+/** Records that are asked for one by one; of more, whole kinds are. */
+const MOST_SINGLES = 50;
 
 export const underWay = computed(() => [...operations.value.values()].filter((operation) => !isEnded(operation.phase)));
 export const isBusy = computed(() => underWay.value.length > 0);
@@ -144,6 +153,55 @@ async function loadReliability(): Promise<void> {
   reliability.value = await unless<Reliability>("/v1/reliability");
 }
 
+const NEWEST = 200;
+/** What failed shortly before somebody looks is an alarm, however much was done since. */
+const FAILED_MS = 2 * 86_400_000;
+
+/** Those under way, the newest, and what lately failed. */
+async function loadOperations(): Promise<void> {
+  const since = Date.now() - FAILED_MS;
+  const failed = (phase: Operation["phase"]) => list<Operation>(`/v1/operations?newest=true&phase=${phase}&from_ms=${since}`);
+  const [newest, open, ...others] = await Promise.all([
+    get<Page<Operation>>(`/v1/operations?newest=true&limit=${NEWEST}`), list<Operation>("/v1/operations?active=true"), failed("failed"), failed("rolled_back"),
+  ]);
+  const fresh = new Set([...open, ...newest.items].map((one) => one.id));
+  const over = underWay.peek().filter((one) => !fresh.has(one.id));
+  batch(() => {
+    operationsReach.value = reached(operations.peek(), operationsReach.peek(), newest);
+    // What ended a while ago in between is asked for one by one: else it would be under way for ever.
+    for (const one of over.slice(MOST_SINGLES)) drop(operations, one.id);
+    put(operations, [...others.flat(), ...open, ...newest.items]);
+  });
+  await Promise.all(over.slice(0, MOST_SINGLES).map((gone) => one(operations, "/v1/operations", gone.id)));
+}
+
+/** The next page of older ones. */
+export async function loadOlder(): Promise<void> {
+  const { next } = operationsReach.peek();
+  if (next === null) return;
+  const page = await get<Page<Operation>>(`/v1/operations?newest=true&limit=${NEWEST}&page=${encodeURIComponent(next)}`);
+  batch(() => {
+    put(operations, page.items);
+    operationsReach.value = further(operationsReach.peek(), page);
+  });
+}
+
+/** One that is older than those that are known. */
+export const findOperation = (id: string): Promise<void> => one(operations, "/v1/operations", id);
+
+/** Of one guest, the newest first: where the next older ones are. */
+export async function loadOperationsOf(guest: string, from: string | null): Promise<string | null> {
+  let next = from;
+  // A page on which all was somebody else's says nothing; but nobody waits for a whole history.
+  for (let left = 10; left > 0; left -= 1) {
+    const page = await get<Page<Operation>>(`/v1/operations?newest=true&limit=20&guest=${guest}${next ? `&page=${encodeURIComponent(next)}` : ""}`);
+    put(operations, page.items);
+    next = page.next_page ?? null;
+    if (next === null || page.items.length > 0) break;
+  }
+  return next;
+}
+
 /** Rentings and plans belong to no project: only who sees all projects may ask. */
 export const seesAll = (): boolean => !who.peek()?.token.project && !who.peek()?.token.guest;
 
@@ -151,7 +209,7 @@ const loaders: Record<string, () => Promise<void>> = {
   clouds: () => all(clouds, "/v1/clouds"),
   hosts: () => all(hosts, "/v1/hosts"),
   guests: () => all(guests, "/v1/guests"),
-  operations: () => all(operations, "/v1/operations"),
+  operations: loadOperations,
   networks: () => all(networks, "/v1/networks"),
   ports: () => all(ports, "/v1/ports"),
   images: () => all(images, "/v1/images"),
@@ -197,9 +255,18 @@ export async function refresh(...kinds: string[]): Promise<void> {
   await Promise.all(kinds.map((kind) => loaders[kind]?.()));
 }
 
+const isFailure = (event: Event): boolean => {
+  const phase = (event.data as { phase?: string } | null)?.phase;
+  return event.kind === "operation.phase" && (phase === "failed" || phase === "rolled_back");
+};
+
 async function loadAll(): Promise<void> {
   const kinds = Object.keys(loaders).filter((kind) => kind !== "tokens" || who.peek()?.token.role === "admin");
   await Promise.all([refresh(...kinds), loadPrices().then(loadLedger), loadReliability()]);
+  // What an event of before tells has failed is an alarm, too, however long ago it was begun.
+  const told = events.peek().filter((event) => event.operation && isFailure(event) && !operations.peek().has(event.operation));
+  const ids = [...new Set(told.map((event) => event.operation!))].slice(-MOST_SINGLES);
+  await Promise.all(ids.map((id) => one(operations, "/v1/operations", id)));
 }
 
 // What events say has changed is asked for once per short while, however many events say it.
@@ -243,7 +310,7 @@ async function flush(): Promise<void> {
   if (kinds.has("tokens") && who.peek()?.token.role !== "admin") kinds.delete("tokens");
   const singles = asked.filter((mark) => mark.includes("/") && !kinds.has(mark.split("/")[0]!));
   const work: Promise<void>[] = [refresh(...kinds)];
-  if (singles.length > 50) work.push(refresh("guests", "hosts", "operations"));
+  if (singles.length > MOST_SINGLES) work.push(refresh("guests", "hosts", "operations"));
   else {
     for (const mark of singles) {
       const [kind, id] = mark.split("/") as [string, string];
@@ -259,9 +326,22 @@ async function flush(): Promise<void> {
   }
 }
 
-function mark(event: Event): void {
-  for (const what of touched(event)) dirty.add(what);
-  timer ??= setTimeout(() => void flush(), 150);
+const pause = (ms: number): Promise<void> => new Promise((resolve) => setTimeout(resolve, ms));
+
+/** What one token saw is nothing to the next. */
+function forget(): void {
+  batch(() => {
+    for (const one of [clouds, hosts, guests, operations, networks, ports, images, volumes, freezes, projects, tokens, rentings, plans]) one.value = new Map();
+    for (const one of [markets, verdicts, evacuations, ways, events]) one.value = [];
+    for (const one of [prices, samples]) one.value = new Map();
+    for (const one of [ledger, today, reliability]) one.value = null;
+    for (const one of [ledgerProblem, loadProblem]) one.value = "";
+    operationsReach.value = NONE;
+    isLoaded.value = false;
+  });
+  dirty.clear();
+  clearTimeout(timer);
+  timer = undefined;
 }
 
 let stopAll: AbortController | undefined;
@@ -271,23 +351,25 @@ export async function begin(): Promise<void> {
   stopAll?.abort();
   const stop = new AbortController();
   stopAll = stop;
-  batch(() => {
-    events.value = [];
-    samples.value = new Map();
-  });
-  let isLoaded = false;
+  forget();
+  let isAsked = false;
+  let opened: () => void = () => undefined;
+  const isOpen = new Promise<void>((resolve) => { opened = resolve; });
   const listener = {
     onOpen() {
       batch(() => {
         link.value = "live";
         brokenSince.value = null;
       });
+      opened();
       // What happened while the stream was away is told by it; what is not an event is asked for anew.
-      if (isLoaded) void loadAll().catch(() => undefined);
+      if (isLoaded.peek()) void loadAll().catch(() => undefined);
     },
     onEvents(fresh: Event[]) {
       events.value = [...events.peek(), ...fresh].slice(-EVENTS_KEPT);
-      if (isLoaded) for (const event of fresh) mark(event);
+      // What changes while the listings are on their way may be missing from them.
+      if (isAsked) for (const event of fresh) for (const what of touched(event)) dirty.add(what);
+      if (isLoaded.peek() && dirty.size > 0) timer ??= setTimeout(() => void flush(), 150);
     },
     onBroken(status: number | undefined) {
       batch(() => {
@@ -300,13 +382,20 @@ export async function begin(): Promise<void> {
   };
   const following = follow(500, listener, stop.signal);
   void following;
-  while (!stop.signal.aborted && !isLoaded) {
+  // The events of before come at once with the stream; those after them tell what the listings may lack.
+  await Promise.race([isOpen.then(() => pause(100)), pause(1500)]);
+  isAsked = true;
+  while (!stop.signal.aborted && !isLoaded.peek()) {
     try {
       await loadAll();
-      isLoaded = true;
+      if (!stop.signal.aborted) isLoaded.value = true;
     } catch (error) {
-      if (!(error instanceof Away)) throw error;
-      await new Promise((resolve) => setTimeout(resolve, 1000));
+      if (error instanceof Refused && error.problem.status === 401) {
+        who.value = null;
+        return;
+      }
+      loadProblem.value = error instanceof Refused ? error.problem.detail : "";
+      await pause(1000);
     }
   }
   if (stop.signal.aborted) return;
@@ -372,6 +461,7 @@ function every(signal: AbortSignal, ms: number, work: () => Promise<void>): void
 
 export function end(): void {
   stopAll?.abort();
+  forget();
   link.value = "starting";
 }
 
