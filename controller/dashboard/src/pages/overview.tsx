@@ -1,9 +1,10 @@
 // The first screen: is anything wrong, what moves, where everything is, what it would cost, how good the moves were, who did what.
 import { heard } from "../api/http";
-import { alarms, places } from "../store/derive";
+import { alarms, isStanding, places } from "../store/derive";
 import { saved } from "../store/good";
+import { tenures } from "../store/risk";
 import { isAtRest, tally } from "../store/plans";
-import { areAllWays, clouds, evacuations, events, guests, hosts, ledger, markets, now, operations, plans, reliability, today, underWay, verdicts, ways } from "../store/store";
+import { areAllWays, clouds, decided, evacuations, events, guests, hosts, ledger, markets, now, operations, plans, ledgerProblem, reliability, rentings, today, underWay, ways } from "../store/store";
 import { Cancel } from "../ui/actions";
 import { ago, duration, money, percent, price } from "../ui/format";
 import { Map_ } from "../ui/map";
@@ -15,7 +16,7 @@ import { PriceChart } from "./markets";
 import { Turn, planName } from "./plans";
 
 export function Alarms() {
-  const found = alarms(guests.value.values(), hosts.value.values(), operations.value.values(), evacuations.value, now.value);
+  const found = alarms(guests.value.values(), hosts.value.values(), operations.value.values(), evacuations.value, decided.value, now.value);
   return (
     <Panel title={found.length === 0 ? "Nothing is wrong" : `${found.length} to look at`}>
       {found.length === 0 ? (
@@ -32,9 +33,10 @@ export function Alarms() {
 }
 
 export function Now(props: { still?: boolean }) {
-  const moving = underWay.value;
+  const moving = underWay.value.filter((operation) => !isStanding(operation));
+  const standing = underWay.value.length - moving.length;
   return (
-    <Panel title={moving.length === 0 ? "Nothing moves" : `${moving.length} under way`} wide>
+    <Panel title={moving.length === 0 ? "Nothing moves" : `${moving.length} under way`} wide aside={standing > 0 && <a href="#/operations">{standing === 1 ? "one mirror stands" : `${standing} mirrors stand`}</a>}>
       {moving.length === 0 && <Empty>Moves, freezes and imports are shown here while they last.</Empty>}
       {moving.slice(0, 20).map((operation) => <Moving key={operation.id} operation={operation}>{!props.still && <Cancel operation={operation} />}</Moving>)}
       {moving.length > 20 && <p><a href="#/operations">and {moving.length - 20} more</a></p>}
@@ -46,7 +48,7 @@ export function Where() {
   const found = places(clouds.value.values(), hosts.value.values(), guests.value.values());
   return (
     <Panel title="Where everything is" wide>
-      {found.length === 0 ? <Empty>No cloud yet: <code>supercloud cloud create NAME</code></Empty> : <Map_ places={found} operations={underWay.value} links={ways.value} />}
+      {found.length === 0 ? <Empty>No cloud yet: <code>supercloud cloud create NAME</code></Empty> : <Map_ places={found} operations={underWay.value} links={ways.value} tenures={tenures(hosts.value.values(), rentings.value.values(), ledger.value?.items ?? [])} />}
       {!areAllWays.value && <p class="small soft" role="note">This fleet has more ways than a page holds: the round trips and losses here are those of {ways.value.length} of them. Each host's page has all of its own.</p>}
     </Panel>
   );
@@ -83,7 +85,7 @@ function Saved(props: { by: number | null; span: string }) {
 function Cost() {
   const rate = today.value?.rate;
   const month = ledger.value;
-  if (!rate && !month) return null;
+  if (!rate && !month) return ledgerProblem.value ? <Panel title="What it costs" wide><p class="small warn" role="note">It is not told: {ledgerProblem.value}.</p></Panel> : null;
   const isNothing = !month || month.totals.paid_nanousd + month.totals.unpriced_ms + month.totals.unpriced_bytes === 0;
   if (isNothing && (!rate || rate.paid_nanousd_per_hour + rate.unpriced_hosts === 0)) return null;
   return (
@@ -96,6 +98,7 @@ function Cost() {
         {month && <div><b>{money(month.totals.paid_nanousd)}</b><span>paid in 30 days</span></div>}
       </div>
       {rate && rate.unpriced_hosts > 0 && <p class="small soft">Of {rate.unpriced_hosts} {rate.unpriced_hosts === 1 ? "host" : "hosts"} no price is known.</p>}
+      {ledgerProblem.value && <p class="small warn" role="note">Not told anew: {ledgerProblem.value}.</p>}
       {month?.clock === "feed" && <p class="small soft">By the clock of the price feed.</p>}
     </Panel>
   );
@@ -105,7 +108,7 @@ function Next() {
   if (markets.value.length === 0) return null;
   return (
     <Panel title="What comes next" aside={<a href="#/markets">all markets</a>} wide>
-      <Choices verdicts={verdicts.value} markets={markets.value} />
+      <Choices verdicts={decided.value} markets={markets.value} />
       <PriceChart />
     </Panel>
   );

@@ -1,11 +1,11 @@
 // What the controller told, by kind and id. One place; pages read it, only this file writes it.
 import { batch, computed, signal, type Signal } from "@preact/signals";
-import { Away, Refused, get, list } from "../api/http";
+import { Refused, get, list } from "../api/http";
 import { follow } from "../api/stream";
 import type {
   Cloud, Evacuation, Event, FleetPlan, Freeze, Guest, GuestVerdict, Host, HostLink, Image, Ledger, Market, Network, Operation, Port, PriceSeries, Project, Reliability, Renting, Token, Volume, WhoAmI,
 } from "../api/types";
-import { isEnded } from "./derive";
+import { isEnded, isStanding } from "./derive";
 import { NONE, type Page, type Reach, further, reached } from "./done";
 import { dayBegan } from "./good";
 import { isAtRest } from "./plans";
@@ -55,6 +55,8 @@ export const ledgerProblem = signal("");
 export const reliability: Signal<Reliability | null> = signal(null);
 /** What policies decided for guests. */
 export const verdicts: Signal<GuestVerdict[]> = signal([]);
+/** Of these, those that count: of guests that follow prices still. */
+export const decided = computed(() => verdicts.value.filter((one) => guests.value.get(one.guest)?.follow_prices));
 /** Guests on hosts that a provider takes back, and whether they could leave in time. */
 export const evacuations: Signal<Evacuation[]> = signal([]);
 /** Ways between hosts, as their agents measure them. */
@@ -64,10 +66,15 @@ export const areAllWays = signal(true);
 /** Newest last. */
 export const events: Signal<Event[]> = signal([]);
 const EVENTS_KEPT = 2000;
+const SAMPLES_KEPT_MS = 3_600_000;
 /** Records that are asked for one by one; of more, whole kinds are. */
 const MOST_SINGLES = 50;
 
-export const underWay = computed(() => [...operations.value.values()].filter((operation) => !isEnded(operation.phase)));
+/** What comes to an end first, mirrors that stand last: there may be many, and they stay. */
+export const underWay = computed(() => {
+  const open = [...operations.value.values()].filter((operation) => !isEnded(operation.phase));
+  return [...open.filter((operation) => !isStanding(operation)), ...open.filter(isStanding)];
+});
 export const isBusy = computed(() => underWay.value.length > 0);
 
 /** Samples of operations that this page has watched: their rounds, for the operation's page. */
@@ -143,8 +150,9 @@ async function loadLedger(): Promise<void> {
   const of_day = clock ? await ask(dayBegan(clock, until), 1) : null;
   const month = clock ? await ask(until - MONTH_MS, 1000) : null;
   batch(() => {
-    today.value = of_day;
-    ledger.value = month;
+    // What was told stays while it cannot be told anew; the page says why.
+    today.value = of_day ?? today.peek();
+    ledger.value = month ?? ledger.peek();
     ledgerProblem.value = said;
   });
 }
@@ -302,8 +310,29 @@ const tables: Record<string, Table<Entity>> = {
   operations: operations as unknown as Table<Entity>,
 };
 
+let isFlushing = false;
+
+/** The session has ended: nothing of what it saw stays. */
+function signedOut(): void {
+  end();
+  who.value = null;
+}
+
 async function flush(): Promise<void> {
   timer = undefined;
+  if (isFlushing) {
+    timer = setTimeout(() => void flush(), 150);
+    return;
+  }
+  isFlushing = true;
+  try {
+    await ask();
+  } finally {
+    isFlushing = false;
+  }
+}
+
+async function ask(): Promise<void> {
   const asked = [...dirty];
   dirty.clear();
   const kinds = new Set(asked.filter((mark) => !mark.includes("/")));
@@ -320,9 +349,11 @@ async function flush(): Promise<void> {
   try {
     await Promise.all(work);
   } catch (error) {
-    if (error instanceof Refused && error.problem.status === 401) who.value = null;
-    else if (error instanceof Away) for (const mark of asked) dirty.add(mark);
-    else console.warn(error);
+    if (error instanceof Refused && error.problem.status === 401) return signedOut();
+    // What could not be asked for is asked for again, after a while: nothing else would say that it is old.
+    for (const mark of asked) dirty.add(mark);
+    await pause(2000);
+    timer ??= setTimeout(() => void flush(), 0);
   }
 }
 
@@ -372,8 +403,8 @@ export async function begin(): Promise<void> {
       if (isLoaded.peek() && dirty.size > 0) timer ??= setTimeout(() => void flush(), 150);
     },
     onBroken(status: number | undefined) {
+      if (status === 401) return signedOut();
       batch(() => {
-        if (status === 401) who.value = null;
         link.value = "broken";
         refusal.value = status;
         brokenSince.value ??= Date.now();
@@ -390,10 +421,7 @@ export async function begin(): Promise<void> {
       await loadAll();
       if (!stop.signal.aborted) isLoaded.value = true;
     } catch (error) {
-      if (error instanceof Refused && error.problem.status === 401) {
-        who.value = null;
-        return;
-      }
+      if (error instanceof Refused && error.problem.status === 401) return signedOut();
       loadProblem.value = error instanceof Refused ? error.problem.detail : "";
       await pause(1000);
     }
@@ -422,9 +450,10 @@ export async function begin(): Promise<void> {
 
 /** Progress is finer than events: operations under way are asked for once a second. */
 async function poll(): Promise<void> {
-  const found = await Promise.all(
+  const told = await Promise.allSettled(
     underWay.peek().slice(0, 20).map((operation) => get<Operation>(`/v1/operations/${operation.id}`)),
   );
+  const found = told.flatMap((one) => (one.status === "fulfilled" ? [one.value] : []));
   const next = new Map(samples.peek());
   for (const operation of found) {
     const progress = operation.progress;
@@ -439,6 +468,9 @@ async function poll(): Promise<void> {
     };
     next.set(operation.id, [...(next.get(operation.id) ?? []), sample].slice(-600));
   }
+  // Of what ended a while ago nobody looks at the seconds any more.
+  const last = Date.now() - SAMPLES_KEPT_MS;
+  for (const [id, seen] of next) if ((seen.at(-1)?.at ?? 0) < last) next.delete(id);
   batch(() => {
     put(operations, found);
     samples.value = next;
@@ -451,7 +483,9 @@ function every(signal: AbortSignal, ms: number, work: () => Promise<void>): void
     if (isRunning) return;
     isRunning = true;
     work()
-      .catch(() => undefined)
+      .catch((error: unknown) => {
+        if (error instanceof Refused && error.problem.status === 401) signedOut();
+      })
       .finally(() => {
         isRunning = false;
       });

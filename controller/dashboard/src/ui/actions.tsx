@@ -3,7 +3,7 @@ import { useState } from "preact/hooks";
 import { Refused, change } from "../api/http";
 import type { Guest, MemoryMode, Operation } from "../api/types";
 import { go } from "../router";
-import { may } from "../store/derive";
+import { may, mayCancel } from "../store/derive";
 import { clouds, hosts, learn, who } from "../store/store";
 import { Dialog, Sure, useAttempt } from "./dialog";
 import { bytes, duration } from "./format";
@@ -161,7 +161,7 @@ export function Cancel(props: { operation: Operation }) {
   const [problem, setProblem] = useState("");
   const [isOpen, setOpen] = useState(false);
   const early = ["plan", "prepare", "copy"].includes(operation.phase);
-  if (!early || !may(who.value, "move")) return null;
+  if (!early || !mayCancel(who.value, operation.kind)) return null;
   if (operation.is_cancel_requested) return <small>cancelling…</small>;
   const cancel = async () => {
     try {
