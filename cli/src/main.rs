@@ -132,6 +132,7 @@ async fn once(client: &Client, arguments: Arguments) -> anyhow::Result<()> {
         Noun::Top(wanted) => top::run(client, &wanted).await,
         Noun::Apply(wanted) => apply::run(client, output, &wanted).await,
         Noun::Guest(verb) => guests::run(client, output, verb).await,
+        Noun::Console { name, read_only } => console::run(client, &name, read_only).await,
         other => things::run(client, output, other).await,
     }
 }

@@ -1,6 +1,6 @@
 import "uplot/dist/uPlot.min.css";
 import "./style.css";
-import { signal } from "@preact/signals";
+import { effect, signal } from "@preact/signals";
 import { render } from "preact";
 import { Refused, get, signOut } from "./api/http";
 import type { WhoAmI } from "./api/types";
@@ -67,13 +67,21 @@ function Broken() {
   return <p class="banner" role="alert">The controller does not answer (since {moment(since)}). Guests run on without it; what is shown is as it was. Trying again by itself.</p>;
 }
 
+const leaveProblem = signal("");
+
+/** Signed out is who cannot come back without a token: as long as the controller has not said so, nobody is. */
 async function leave(): Promise<void> {
-  end();
   try {
     await signOut();
-  } finally {
-    who.value = null;
+  } catch (error) {
+    if (!(error instanceof Refused)) {
+      leaveProblem.value = "You are still signed in: the controller does not answer. Try again, or close the browser.";
+      return;
+    }
   }
+  leaveProblem.value = "";
+  end();
+  who.value = null;
 }
 
 function App() {
@@ -96,6 +104,7 @@ function App() {
         <button class="plain" onClick={() => void leave()}>Sign out</button>
       </header>
       <Broken />
+      {leaveProblem.value && <p class="banner" role="alert">{leaveProblem.value}</p>}
       <main aria-busy={!isLoaded.value}>{isLoaded.value ? <Page /> : <Loading />}</main>
     </>
   );
@@ -103,6 +112,11 @@ function App() {
 
 async function start(): Promise<void> {
   apply();
+  effect(() => {
+    const [page = "", id] = route.value;
+    const title = PAGES.find(([path]) => path === (LISTED_ON[page] ?? page))?.[1] ?? (page === "wall" ? "Wall" : "");
+    document.title = [id && !/^[a-z]{3}-[0-9a-f-]{36}$/.test(id) ? id : "", title, "Supercloud"].filter(Boolean).join(" · ");
+  });
   render(<App />, document.getElementById("app")!);
   while (who.value === undefined) {
     try {

@@ -68,7 +68,9 @@ export async function change<T>(method: "POST" | "PUT" | "PATCH" | "DELETE", pat
       response = await send(method, path, body, headers);
       break;
     } catch (error) {
-      if (!(error instanceof Away) || left <= 1) throw error;
+      // Nobody knows whether it was done, or the store was busy: with the same key it is done once.
+      const isPassing = error instanceof Away || (error instanceof Refused && error.problem.retryable && error.problem.status === 503);
+      if (!isPassing || left <= 1) throw error;
       await new Promise((resolve) => setTimeout(resolve, 1000));
     }
   }

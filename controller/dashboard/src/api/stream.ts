@@ -22,7 +22,14 @@ export class StreamParser {
         .map((line) => line.slice(5).trimStart())
         .join("\n");
       if (!data) continue;
-      const event = JSON.parse(data) as Event;
+      let event: Event;
+      try {
+        event = JSON.parse(data) as Event;
+      } catch (error) {
+        // The chain's check tells that one is missing; the others are told all the same.
+        console.warn(error);
+        continue;
+      }
       texts.set(event, data);
       events.push(event);
     }

@@ -17,10 +17,15 @@ import { Turn, planName } from "./plans";
 
 export function Alarms() {
   const found = alarms(guests.value.values(), hosts.value.values(), operations.value.values(), evacuations.value, decided.value, now.value);
+  // Those that do not run are where they should be, too; but nobody shall think that they run.
+  const counts = new Map<string, number>();
+  for (const guest of guests.value.values()) if (guest.state !== "running") counts.set(guest.state, (counts.get(guest.state) ?? 0) + 1);
+  const resting = [...counts];
   return (
     <Panel title={found.length === 0 ? "Nothing is wrong" : `${found.length} to look at`}>
       {found.length === 0 ? (
-        <p class="calm">{guests.value.size === 0 ? "No guest yet." : guests.value.size === 1 ? "The one guest is where it should be." : `All ${guests.value.size} guests are where they should be.`}</p>
+        <><p class="calm">{guests.value.size === 0 ? "No guest yet." : guests.value.size === 1 ? "The one guest is where it should be." : `All ${guests.value.size} guests are where they should be.`}</p>
+          {resting.length > 0 && <p class="small soft">{resting.map(([state, count]) => `${count} ${state === "created" ? "never started" : state}`).join(", ")}.</p>}</>
       ) : (
         <ul class="alarms">
           {found.slice(0, 30).map((alarm, at) => (
@@ -95,7 +100,7 @@ function Cost() {
         {rate && rate.on_demand_nanousd_per_hour > 0 && <div><b>{price(rate.on_demand_nanousd_per_hour)}</b><span>the same on demand{rate.comparable_nanousd_per_hour < rate.paid_nanousd_per_hour ? `, of ${price(rate.comparable_nanousd_per_hour)}` : ""}</span></div>}
         <Saved by={saved(today.value)} span="today" />
         <Saved by={saved(month)} span="in 30 days" />
-        {month && <div><b>{money(month.totals.paid_nanousd)}</b><span>paid in 30 days</span></div>}
+        {month && <div><b>{month.totals.paid_nanousd === 0 && month.totals.unpriced_ms > 0 ? "not known" : money(month.totals.paid_nanousd)}</b><span>paid in 30 days</span></div>}
       </div>
       {rate && rate.unpriced_hosts > 0 && <p class="small soft">Of {rate.unpriced_hosts} {rate.unpriced_hosts === 1 ? "host" : "hosts"} no price is known.</p>}
       {ledgerProblem.value && <p class="small warn" role="note">Not told anew: {ledgerProblem.value}.</p>}

@@ -288,9 +288,11 @@ export function touched(event: Event): string[] {
   if (event.host) found.push(`hosts/${event.host}`);
   if (event.operation) found.push(`operations/${event.operation}`);
   const family = event.kind.split(".")[0];
-  if (event.kind === "guest.created" || event.kind === "guest.deleted" || event.kind === "guest.switched") {
-    found.push("ports", "volumes", "hosts");
-  }
+  const guest = event.guest ? guests.peek().get(event.guest) : undefined;
+  // Of a guest that is known its own disks and ports are asked for: in a big fleet something always moves.
+  const own = guest ? [...guest.volumes.map((id) => `volumes/${id}`), ...guest.ports.map((id) => `ports/${id}`)] : ["ports", "volumes"];
+  if (event.kind === "guest.created" || event.kind === "guest.deleted") found.push("ports", "volumes", "hosts");
+  if (event.kind === "guest.switched") found.push("hosts", ...own);
   if (family === "cloud") found.push("clouds");
   if (family === "network") found.push("networks");
   if (family === "image") found.push("images");
@@ -300,7 +302,13 @@ export function touched(event: Event): string[] {
   if (family === "renting") found.push("rentings");
   if (event.kind === "guest.not_evacuable" || event.kind === "guest.evacuable") found.push("evacuations");
   if (family === "plan") found.push("plans");
-  if (family === "operation") found.push("freezes", "images", "volumes", "rentings");
+  if (family === "operation") {
+    const { kind = "", phase = "" } = (event.data ?? {}) as { kind?: string; phase?: string };
+    if (kind === "guest_freeze" || kind === "guest_thaw" || kind === "guest_delete") found.push("freezes");
+    if (kind === "image_import") found.push("images");
+    if (kind === "host_rent" || kind === "host_return") found.push("rentings");
+    if (event.guest && isEnded(phase as Operation["phase"])) found.push(...own);
+  }
   return found;
 }
 
@@ -308,6 +316,8 @@ const tables: Record<string, Table<Entity>> = {
   guests: guests as unknown as Table<Entity>,
   hosts: hosts as unknown as Table<Entity>,
   operations: operations as unknown as Table<Entity>,
+  volumes: volumes as unknown as Table<Entity>,
+  ports: ports as unknown as Table<Entity>,
 };
 
 let isFlushing = false;
@@ -339,7 +349,7 @@ async function ask(): Promise<void> {
   if (kinds.has("tokens") && who.peek()?.token.role !== "admin") kinds.delete("tokens");
   const singles = asked.filter((mark) => mark.includes("/") && !kinds.has(mark.split("/")[0]!));
   const work: Promise<void>[] = [refresh(...kinds)];
-  if (singles.length > MOST_SINGLES) work.push(refresh("guests", "hosts", "operations"));
+  if (singles.length > MOST_SINGLES) work.push(refresh(...new Set(singles.map((mark) => mark.split("/")[0]!))));
   else {
     for (const mark of singles) {
       const [kind, id] = mark.split("/") as [string, string];
