@@ -247,7 +247,7 @@ describe("a controller with guests", () => {
     await page.getByText("bootstrap-admin").first().waitFor();
     await page.getByRole("button", { name: "Sign out" }).click();
     const { secret } = await rest.must("POST", "/v1/tokens", { name: "next", role: "viewer", project: "default" });
-    await page.getByLabel("Token").fill(secret);
+    await page.getByLabel("Token", { exact: true }).fill(secret);
     await page.getByRole("button", { name: "Sign in" }).click();
     await page.getByText("Only admins see tokens").waitFor();
     expect(await page.getByText("bootstrap-admin").count()).toBe(0);
