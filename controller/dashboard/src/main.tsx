@@ -57,7 +57,7 @@ function Page() {
 /** Before all is told nothing is said of it: an empty page would look like an empty fleet. */
 function Loading() {
   if (!loadProblem.value) return <p class="loading" role="status">Asking the controller…</p>;
-  return <p class="banner" role="alert">The controller does not tell what there is: {loadProblem.value} Trying again by itself.</p>;
+  return <p class="banner" role="alert">The controller does not tell what there is: {loadProblem.value.replace(/\.?$/, ".")} Trying again by itself.</p>;
 }
 
 function Broken() {
