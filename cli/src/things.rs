@@ -8,7 +8,7 @@ use reqwest::Method;
 use supercloud_api::{
     CloudCreate, Event, HostPatch, ImageCreate, JoinTokenCreate, NetworkCreate, OperationKind, Page, ProjectCreate,
     TokenCreate,
-    client::{Client, ClientError, is_worth_a_retry},
+    client::{Client, is_worth_a_retry},
 };
 use supercloud_cli::{
     fields::Names,
