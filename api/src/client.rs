@@ -652,6 +652,8 @@ calls! {
     freezes() -> Vec<Freeze> = list("/v1/freezes");
     /// All operations, newest last.
     operations() -> Vec<Operation> = list("/v1/operations");
+    /// Those that have not ended.
+    active_operations() -> Vec<Operation> = list("/v1/operations?active=true");
     /// One operation.
     operation(id: OperationId) -> Operation = get(format!("/v1/operations/{id}"));
     /// Asks for an operation to be cancelled.

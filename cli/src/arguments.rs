@@ -130,6 +130,15 @@ pub enum Noun {
     Context(crate::contexts::ContextVerb),
     /// Makes everything as a file says: projects, networks, images, guests. Says first what would change.
     Apply(crate::apply::ApplyArguments),
+    /// The same as `guest console`: a guest's serial console; Ctrl-] ends it.
+    #[command(after_help = "Examples:\n  supercloud console web\n  supercloud console web --read-only | tee boot.log")]
+    Console {
+        /// Name or id.
+        name: String,
+        /// Only look; nothing is typed, and any input is left alone.
+        #[arg(long, short)]
+        read_only: bool,
+    },
     /// The fleet at a glance, as it changes: alarms, moves, hosts, prices, guests.
     Top(crate::top::TopArguments),
     /// Any call of REST, as it is: what the other commands and the dashboard do, this does, too.

@@ -10,14 +10,17 @@ use supercloud_api::{
 
 /// A local fault, or the controller cannot be reached.
 pub const FAULT: u8 = 1;
-/// Wrong usage (clap's own code, too); of `apply --dry-run`: something would change.
-pub const USAGE: u8 = 2;
+// 2 is clap's own code: wrong usage, and nothing else.
 /// The controller refused.
 pub const REFUSED: u8 = 3;
 /// An operation did not end as it should.
 pub const OPERATION_FAILED: u8 = 4;
 /// `apply`: what cannot be changed in place.
 pub const UNCHANGEABLE: u8 = 5;
+/// `apply --dry-run`: something would change.
+pub const WOULD_CHANGE: u8 = 6;
+/// `apply`: nobody has said yes.
+pub const NOT_AGREED: u8 = 7;
 /// As the shell tells of a process that SIGINT ended.
 pub const INTERRUPTED: u8 = 130;
 /// As the shell tells of a process that SIGPIPE ended.
@@ -28,11 +31,13 @@ pub const HELP: &str = "\
 Exit codes:
     0  done
     1  the controller cannot be reached, or a local fault
-    2  wrong usage; `apply --dry-run`: something would change
-    3  the controller refused
+    2  wrong usage
+    3  the controller refused, or could not do it now and not soon either
     4  the operation failed or was rolled back; a plan failed
     5  `apply`: the file asks for what cannot be changed in place; nothing was done
-  130  watching was interrupted, and the operation goes on; an export was
+    6  `apply --dry-run`: something would change
+    7  `apply`: nobody has said yes: the answer was no, or there was nobody to ask; nothing was done
+  130  watching or `apply` was interrupted, and what was begun goes on; an export was interrupted
   141  nobody reads the output any more";
 
 /// An operation that did not end as it should.
@@ -121,10 +126,11 @@ fn code(error: &anyhow::Error) -> u8 {
         return INTERRUPTED;
     }
     match error.downcast_ref::<NotApplied>() {
-        Some(NotApplied::WouldChange(_) | NotApplied::NobodyToAsk) => return USAGE,
+        Some(NotApplied::WouldChange(_)) => return WOULD_CHANGE,
+        Some(NotApplied::NobodyToAsk | NotApplied::NotAgreed) => return NOT_AGREED,
         Some(NotApplied::Unchangeable(_)) => return UNCHANGEABLE,
         Some(NotApplied::Interrupted) => return INTERRUPTED,
-        Some(NotApplied::NotAgreed) | None => {}
+        None => {}
     }
     match error.downcast_ref::<ClientError>() {
         Some(ClientError::Problem(_)) => REFUSED,

@@ -33,6 +33,12 @@ fn explain(path: Option<&str>) -> anyhow::Result<String> {
     };
     let mut steps = path.split('.');
     let first = steps.next().unwrap_or_default().replace(['-', '_'], "");
+    // What the commands call otherwise than the API.
+    let first = match first.to_lowercase().as_str() {
+        "migration" => "operation".to_owned(),
+        "plan" => "fleetplan".to_owned(),
+        _ => first,
+    };
     let Some((name, mut schema)) =
         things.iter().find(|(name, _)| name.eq_ignore_ascii_case(&first)).map(|(n, s)| (*n, *s))
     else {

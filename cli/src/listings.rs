@@ -323,12 +323,17 @@ pub fn operations(operations: &[Operation], names: &Names) -> Table {
 }
 
 /// Events.
-pub fn events(events: &[Event]) -> Table {
+pub fn events(events: &[Event], names: &Names) -> Table {
     let mut table =
-        Table::new(["SEQ", "AT", "KIND", "ACTOR", "DATA"]).and_wide(["GUEST", "HOST", "OPERATION", "REQUEST"]);
+        Table::new(["SEQ", "AT", "KIND", "ABOUT", "ACTOR", "DATA"]).and_wide(["GUEST", "HOST", "OPERATION", "REQUEST"]);
     for event in events {
-        let cells =
-            [event.seq.to_string(), time(event.at_ms), event.kind.clone(), event.actor.clone(), event.data.to_string()];
+        let about = match (event.guest, event.host) {
+            (Some(guest), _) => named(names, &guest),
+            (None, Some(host)) => named(names, &host),
+            (None, None) => "-".to_owned(),
+        };
+        let (seq, at) = (event.seq.to_string(), time(event.at_ms));
+        let cells = [seq, at, event.kind.clone(), about, event.actor.clone(), event.data.to_string()];
         let wide = [or_dash(event.guest), or_dash(event.host), or_dash(event.operation), event.request_id.to_string()];
         table.row_wide(cells, wide);
     }

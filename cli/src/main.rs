@@ -134,6 +134,7 @@ async fn once(client: &Client, arguments: Arguments) -> anyhow::Result<()> {
         Noun::Apply(wanted) => apply::run(client, output, &wanted).await,
         Noun::Guest(verb) => guests::run(client, output, verb).await,
         Noun::Group(verb) => groups::run(client, output, verb).await,
+        Noun::Console { name, read_only } => console::run(client, &name, read_only).await,
         other => things::run(client, output, other).await,
     }
 }

@@ -8,7 +8,7 @@ use reqwest::Method;
 use supercloud_api::{
     CloudCreate, Event, HostPatch, ImageCreate, JoinTokenCreate, NetworkCreate, OperationKind, Page, ProjectCreate,
     TokenCreate,
-    client::{Client, ClientError},
+    client::{Client, is_worth_a_retry},
 };
 use supercloud_cli::{
     fields::Names,
@@ -49,6 +49,7 @@ pub async fn run(client: &Client, output: Output, noun: Noun) -> anyhow::Result<
         Noun::Whoami => show::print_named(client, output, &client.whoami().await?).await,
         Noun::Guest(_)
         | Noun::Group(_)
+        | Noun::Console { .. }
         | Noun::Simulate(_)
         | Noun::Completion { .. }
         | Noun::Context(_)
@@ -306,7 +307,11 @@ async fn events(client: &Client, output: Output, verb: EventVerb) -> anyhow::Res
     match verb {
         EventVerb::List { after } => {
             let events = all_events(client, after).await?;
-            show::print(output, &events, || listings::events(&events))
+            let names = match output.is_for_people() {
+                true => names::of_ids_in(client, &serde_json::to_value(&events)?).await,
+                false => Names::new(),
+            };
+            show::print(output, &events, || listings::events(&events, &names))
         }
         EventVerb::Watch { after } => watch_events(client, output, after).await,
         EventVerb::Verify => {
@@ -330,16 +335,23 @@ async fn watch_events(client: &Client, output: Output, mut after: u64) -> anyhow
     loop {
         let stream = match client.events(after).await {
             Ok(stream) => stream,
-            Err(ClientError::Transport { .. }) if heard.is_some_and(|heard| heard.elapsed() < LOST_BUDGET) => {
+            Err(error) if is_worth_a_retry(&error) && heard.is_some_and(|heard| heard.elapsed() < LOST_BUDGET) => {
                 tokio::time::sleep(STREAM_PAUSE).await;
                 continue;
             }
             Err(error) => return Err(error.into()),
         };
         let mut stream = Box::pin(stream);
-        while let Some(Ok(event)) = stream.next().await {
-            after = event.seq;
-            show_event(output, &event)?;
+        while let Some(told) = stream.next().await {
+            match told {
+                Ok(event) => {
+                    after = event.seq;
+                    show_event(output, &event)?;
+                }
+                Err(error) if is_worth_a_retry(&error) => break,
+                // An event that cannot be read would come again and again.
+                Err(error) => return Err(error.into()),
+            }
         }
         heard = Some(Instant::now());
         tokio::time::sleep(STREAM_PAUSE).await;

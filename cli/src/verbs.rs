@@ -280,6 +280,7 @@ mod tests {
     const OTHERS: &[(&str, &str)] = &[
         ("api", "what is called says itself whether it is tried: ?dry_run=true"),
         ("completion", "prints a script; needs no controller"),
+        ("console", "a session"),
         ("context add", "the user's own file of contexts"),
         ("context list", "the user's own file of contexts"),
         ("context show", "the user's own file of contexts"),

@@ -111,11 +111,11 @@ fn a_fleet_is_made_once_kept_and_pruned() {
     let apply = |more: &[&str]| run(home.path(), &[&["apply", "-f", "fleet.toml", "--url", &far.url], more].concat());
 
     let (code, out, said) = apply(&["--dry-run"]);
-    assert_eq!((code, far.changes()), (2, 0), "{out}{said}");
+    assert_eq!((code, far.changes()), (6, 0), "{out}{said}");
     let lines: Vec<&str> = out.lines().skip(1).collect();
     assert!(lines.len() == 4 && lines[0].contains("shop") && lines[3].contains("shop/web"), "{out}");
     let (code, _, said) = apply(&[]);
-    assert!(code == 2 && said.contains("--yes") && far.changes() == 0, "{said}");
+    assert!(code == 7 && said.contains("--yes") && far.changes() == 0, "{said}");
 
     let (code, out, said) = apply(&["--yes"]);
     assert_eq!(code, 0, "{out}{said}");

@@ -145,6 +145,20 @@ async fn mirrors(parts: &Parts) -> Result<Vec<MirrorSeen>, StateError> {
     Ok(found)
 }
 
+/// All kinds of operations.
+const KINDS: [OperationKind; 10] = [
+    OperationKind::ImageImport,
+    OperationKind::GuestStart,
+    OperationKind::GuestStop,
+    OperationKind::GuestDelete,
+    OperationKind::GuestMigrate,
+    OperationKind::GuestMirror,
+    OperationKind::GuestFreeze,
+    OperationKind::GuestThaw,
+    OperationKind::HostRent,
+    OperationKind::HostReturn,
+];
+
 fn kind_name(kind: OperationKind) -> &'static str {
     match kind {
         OperationKind::ImageImport => "image_import",
@@ -440,7 +454,15 @@ impl Metrics {
         };
         {
             let tally = self.tally.lock().unwrap_or_else(PoisonError::into_inner);
-            let mut open: BTreeMap<(&str, &str), u64> = BTreeMap::new();
+            // Each series is there from the first scrape on: of one that begins with its first failure nobody sees an increase.
+            let series = |phases: &[Phase]| -> BTreeMap<(&'static str, &'static str), u64> {
+                let of = |kind| phases.iter().map(move |phase| ((kind_name(kind), phase_name(*phase)), 0));
+                KINDS.into_iter().flat_map(of).collect()
+            };
+            let mut open =
+                series(&[Phase::Plan, Phase::Prepare, Phase::Copy, Phase::Switch, Phase::Resume, Phase::Finish]);
+            let mut ended = series(&[Phase::Done, Phase::RolledBack, Phase::Failed]);
+            ended.extend(&tally.ended);
             for (kind, phase) in tally.open.values() {
                 *open.entry((kind_name(*kind), phase_name(*phase))).or_default() += 1;
             }
@@ -451,7 +473,7 @@ impl Metrics {
             }
             line("# HELP supercloud_operations_ended_total Operations that have ended.".into());
             line("# TYPE supercloud_operations_ended_total counter".into());
-            for ((kind, phase), count) in &tally.ended {
+            for ((kind, phase), count) in &ended {
                 line(format!("supercloud_operations_ended_total{{kind=\"{kind}\",phase=\"{phase}\"}} {count}"));
             }
             let moves = tally.ended.get(&("guest_migrate", "done")).copied().unwrap_or(0);

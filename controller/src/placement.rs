@@ -59,25 +59,29 @@ pub struct Need {
     pub not_at: Option<HostId>,
 }
 
-/// What guests take of each host, by the records: owned there, or on their way there. `disk_bytes` of a guest is told by
-/// `disk_of`.
+/// What a guest with so large a disk takes of hosts, by its record: where it is owned, and where it is on its way to.
+pub fn takes(record: &GuestRecord, disk_bytes: u64) -> impl Iterator<Item = (HostId, Room)> {
+    let owner = match record.owner.owner {
+        Owner::Host(host) => Some(host),
+        Owner::Unowned | Owner::Frozen(_) | Owner::Stopped | Owner::Lost(_) => None,
+    };
+    let destination = record.owner.operation.as_ref().and_then(|operation| operation.kind.destination());
+    let room = Room { vcpus: record.guest.shape.vcpus, memory_bytes: record.guest.shape.memory_bytes, disk_bytes };
+    [owner, destination.filter(|host| Some(*host) != owner)].into_iter().flatten().map(move |host| (host, room))
+}
+
+/// What guests take of each host. `disk_bytes` of a guest is told by `disk_of`.
 pub fn reserved<'a>(
     guests: impl Iterator<Item = &'a GuestRecord>,
     disk_of: impl Fn(&GuestRecord) -> u64,
 ) -> HashMap<HostId, Room> {
     let mut rooms: HashMap<HostId, Room> = HashMap::new();
     for record in guests {
-        let owner = match record.owner.owner {
-            Owner::Host(host) => Some(host),
-            Owner::Unowned | Owner::Frozen(_) | Owner::Stopped | Owner::Lost(_) => None,
-        };
-        let destination = record.owner.operation.as_ref().and_then(|operation| operation.kind.destination());
-        let shape = record.guest.shape;
-        for host in [owner, destination.filter(|host| Some(*host) != owner)].into_iter().flatten() {
+        for (host, takes) in takes(record, disk_of(record)) {
             let room = rooms.entry(host).or_default();
-            room.vcpus = room.vcpus.saturating_add(shape.vcpus);
-            room.memory_bytes = room.memory_bytes.saturating_add(shape.memory_bytes);
-            room.disk_bytes = room.disk_bytes.saturating_add(disk_of(record));
+            room.vcpus = room.vcpus.saturating_add(takes.vcpus);
+            room.memory_bytes = room.memory_bytes.saturating_add(takes.memory_bytes);
+            room.disk_bytes = room.disk_bytes.saturating_add(takes.disk_bytes);
         }
     }
     rooms
@@ -120,12 +124,16 @@ pub fn explain<'a>(
     // Only the class that is asked for tells hosts apart.
     const WANTED: u32 = 0;
     let serves = |host: &Host| need.class.as_ref().is_some_and(|class| host.serves(class));
-    let clouds: Vec<String> = hosts.iter().map(|host| host.cloud.to_string()).collect();
-    let cloud_number = |cloud: String| clouds.iter().position(|one| *one == cloud).map_or(u32::MAX, |at| at as u32);
+    let mut clouds: HashMap<CloudId, u32> = HashMap::new();
+    for host in &hosts {
+        let next = clouds.len() as u32;
+        clouds.entry(host.cloud).or_insert(next);
+    }
+    let cloud_number = |cloud: CloudId| clouds.get(&cloud).copied().unwrap_or(u32::MAX);
     let mut cluster = Cluster::default();
     let numbers: Vec<u32> = (hosts.iter())
         .map(|host| {
-            let cloud = cloud_number(host.cloud.to_string());
+            let cloud = cloud_number(host.cloud);
             cluster.add_host(HostSpec {
                 name: host.name.to_string(),
                 capacity: free(host, reserved.get(&host.id).copied().unwrap_or_default()),
@@ -138,7 +146,9 @@ pub fn explain<'a>(
             })
         })
         .collect();
-    let number_of = |id: HostId| hosts.iter().position(|host| host.id == id).map_or(u32::MAX, |at| numbers[at]);
+    let by_id: HashMap<HostId, u32> = hosts.iter().zip(&numbers).map(|(host, number)| (host.id, *number)).collect();
+    let by_number: HashMap<u32, &Host> = hosts.iter().zip(&numbers).map(|(host, number)| (*number, *host)).collect();
+    let number_of = |id: HostId| by_id.get(&id).copied().unwrap_or(u32::MAX);
     let demand = Demand {
         room: cluster::Room {
             vcpus: need.shape.vcpus,
@@ -148,16 +158,15 @@ pub fn explain<'a>(
         class: need.class.as_ref().map(|_| WANTED),
         host: if let Place::Host(host) = at { Some(number_of(host.id)) } else { None },
         allow: match at {
-            Place::Cloud(cloud) => vec![(Domain::Zone, vec![cloud_number(cloud.id.to_string())])],
+            Place::Cloud(cloud) => vec![(Domain::Zone, vec![cloud_number(cloud.id)])],
             Place::Anywhere | Place::Host(_) => Vec::new(),
         },
         avoid: need.not_at.map(number_of).into_iter().collect(),
         ..Demand::default()
     };
-    let at_number = |number: u32| numbers.iter().position(|one| *one == number).map(|at| hosts[at]);
     let verdicts = cluster.explain(&demand, &Objective::default()).into_iter();
     let named = verdicts.filter_map(|one| {
-        let host = at_number(one.host)?;
+        let host = *by_number.get(&one.host)?;
         let named = |refusal| match (refusal, &need.class) {
             (Refusal::Class(_), Some(class)) => Refusal::Class(class.to_string()),
             (other, _) => other,

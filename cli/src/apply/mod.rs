@@ -137,15 +137,18 @@ async fn look(client: &Client) -> Result<Actual, ClientError> {
         client.hosts(),
         client.clouds(),
     )?;
-    let mut imports = Vec::new();
-    // All operations of all time: only asked for when one of them is needed.
-    if images.iter().any(|image| image.state == ImageState::Importing) {
-        let operations = client.operations().await?;
-        let running =
-            operations.iter().filter(|one| one.kind == OperationKind::ImageImport && !one.phase.is_terminal());
-        imports.extend(running.filter_map(|one| Some((one.image?, one.id))));
+    let (mut imports, mut mirrors) = (Vec::new(), Vec::new());
+    let is_imported = images.iter().any(|image| image.state == ImageState::Importing);
+    if is_imported || guests.iter().any(|guest| guest.operation.is_some()) {
+        for one in client.active_operations().await? {
+            match (one.kind, one.image) {
+                (OperationKind::ImageImport, Some(image)) => imports.push((image, one.id)),
+                (OperationKind::GuestMirror, _) => mirrors.push(one.id),
+                _ => {}
+            }
+        }
     }
-    Ok(Actual { projects, networks, images, guests, ports, volumes, hosts, clouds, imports })
+    Ok(Actual { projects, networks, images, guests, ports, volumes, hosts, clouds, imports, mirrors })
 }
 
 /// Says what would be done: the plan as it is, or for people a line for each thing. Only the first one is the command's result.

@@ -33,6 +33,8 @@ pub struct Actual {
     pub clouds: Vec<Cloud>,
     /// Imports under way.
     pub imports: Vec<(supercloud_api::ids::ImageId, OperationId)>,
+    /// Mirrors that stand: operations that nobody waits for the end of.
+    pub mirrors: Vec<OperationId>,
 }
 
 /// One thing to do.
@@ -355,6 +357,9 @@ impl<'a> Planner<'a> {
             };
             self.step(WAVE_GUESTS, Kind::Guest, key, id(), action, detail);
         }
+        if guest.operation.is_some_and(|operation| self.actual.mirrors.contains(&operation)) {
+            return self.mirrored(wanted, guest);
+        }
         if let Some(operation) = guest.operation {
             let action = Action::Await { operation };
             return self.step(
@@ -367,6 +372,19 @@ impl<'a> Planner<'a> {
             );
         }
         self.state(wanted, guest);
+    }
+
+    /// A guest with a mirror runs, and stays where it is as long as it has that: a mirror ends when somebody ends it.
+    fn mirrored(&mut self, wanted: &WantedGuest, guest: &Guest) {
+        let key = &wanted.key;
+        let first = format!("it is mirrored: `supercloud --project {} guest unmirror {}` first", key.project, key.name);
+        if wanted.state != WantedState::Running {
+            return self.refuse(Kind::Guest, key, "state", first);
+        }
+        let elsewhere = wanted.place.as_ref().filter(|place| !wanted.follow_prices && !is_at(guest, place));
+        if let Some(place) = elsewhere {
+            self.refuse(Kind::Guest, key, "place", format!("it is not at {place}; {first}"));
+        }
     }
 
     /// From the state in which it is to the one that is wanted.
@@ -489,6 +507,11 @@ impl<'a> Planner<'a> {
             let id = || Some(id.clone());
             let detail = "made by this file, which has it no more";
             match guest {
+                Some(Guest { operation: Some(operation), .. }) if self.actual.mirrors.contains(operation) => {
+                    let first = format!("supercloud --project {} guest unmirror {}", key.project, key.name);
+                    self.refuse(kind, key, "mirror", format!("it is to be deleted and is mirrored: `{first}` first"));
+                    continue;
+                }
                 Some(Guest { operation: Some(operation), .. }) => {
                     let action = Action::Await { operation: *operation };
                     self.step(WAVE_PRUNE_STOP, kind, key, id(), action, "an operation holds it");

@@ -117,6 +117,13 @@ describe("a controller with guests", () => {
         const { status } = await rest.as(secret).send("POST", `/v1/guests/${web.id}/start`, {});
         expect(status, role).toBe(403);
       }
+      if (role !== "admin") {
+        await visit(page, "tokens");
+        await page.getByText("Only admins see tokens").waitFor();
+        expect(await page.locator("main").getByRole("button").count(), role).toBe(0);
+        await visit(page, `guests/${web.id}`);
+        await page.getByRole("heading", { name: "web", exact: true }).waitFor();
+      }
       if (role === "viewer") {
         expect(await page.locator("main").getByRole("button").count()).toBe(0);
         await shot(page, "viewer-guest");
@@ -224,6 +231,43 @@ describe("a controller with guests", () => {
     await context.close();
   });
 
+  it("does not say that nothing is wrong before it knows, and tells why it does not know", async () => {
+    const { context, page } = await desk(browser, controller.url, controller.token);
+    const problem = { type: "about:blank", title: "store_unavailable", status: 503, code: "store_unavailable", detail: "the store does not answer", retryable: true, request_id: "req-01a1fea9-e622-75ca-b41b-c7d245b5cc2f" };
+    await page.route("**/v1/guests?*", (route) => route.fulfill({ status: 503, contentType: "application/problem+json", json: problem }));
+    await page.goto("/#/");
+    await page.getByText("The controller does not tell what there is: the store does not answer").waitFor();
+    expect(await page.getByText("Nothing is wrong").count()).toBe(0);
+    expect(await barriers(page)).toEqual([]);
+    await shot(page, "not-known");
+    await page.unroute("**/v1/guests?*");
+    await page.getByText("guests are where they should be").waitFor();
+    // What one token saw is not there for the next in the same window.
+    await visit(page, "tokens");
+    await page.getByText("bootstrap-admin").first().waitFor();
+    await page.getByRole("button", { name: "Sign out" }).click();
+    const { secret } = await rest.must("POST", "/v1/tokens", { name: "next", role: "viewer", project: "default" });
+    await page.getByLabel("Token", { exact: true }).fill(secret);
+    await page.getByRole("button", { name: "Sign in" }).click();
+    await page.getByText("Only admins see tokens").waitFor();
+    expect(await page.getByText("bootstrap-admin").count()).toBe(0);
+    await context.close();
+  });
+
+  it("asks the controller whether a token can be deleted, before it is", async () => {
+    const { token } = await rest.must("POST", "/v1/tokens", { name: "short-lived", role: "viewer", project: "*" });
+    const { context, page } = await desk(browser, controller.url, controller.token);
+    await visit(page, "tokens");
+    const [look] = await Promise.all([page.waitForRequest("**/v1/tokens/*?dry_run=true"), page.getByRole("button", { name: "delete the token short-lived" }).click()]);
+    expect(look.method()).toBe("DELETE");
+    await page.getByText("it can be done now").waitFor();
+    expect(await barriers(page)).toEqual([]);
+    expect((await rest.must("GET", "/v1/tokens?limit=1000")).items.map((one: { id: string }) => one.id)).toContain(token.id);
+    await page.getByRole("button", { name: "Delete it" }).click();
+    await page.getByText("short-lived").waitFor({ state: "detached" });
+    await context.close();
+  });
+
   it("says that the controller is gone, and goes on where it was when it is back", async () => {
     const { context, page, problems } = await desk(browser, controller.url, controller.token);
     await visit(page, "networks");
@@ -320,6 +364,23 @@ describe("ten thousand guests", () => {
     await page.getByRole("dialog", { name: "search" }).getByRole("searchbox").fill(`n-${number(MANY - 2)}`);
     await page.keyboard.press("Enter");
     await page.getByRole("heading", { name: `n-${number(MANY - 2)}` }).waitFor();
+    expect(problems).toEqual([]);
+    await context.close();
+  });
+
+  it("have operations, of which the newest are loaded and older ones on demand", async () => {
+    const { context, page, problems } = await desk(browser, controller.url, controller.token);
+    const asked: string[] = [];
+    page.on("request", (request) => { if (request.url().includes("/v1/operations")) asked.push(request.url()); });
+    await visit(page, "operations");
+    await page.getByRole("heading", { name: "Operations (200 newest)" }).waitFor({ timeout: 120_000 });
+    expect(asked.length).toBeLessThan(10);
+    await page.getByRole("button", { name: "Older" }).click();
+    await page.getByRole("heading", { name: "Operations (400 newest)" }).waitFor();
+    // One that is far older is found by its address.
+    const first = (await rest.must("GET", "/v1/operations?limit=1")).items[0];
+    await visit(page, `operations/${first.id}`);
+    await page.getByText(first.request_id).first().waitFor();
     expect(problems).toEqual([]);
     await context.close();
   });

@@ -1,6 +1,8 @@
 // The dashboard on a lab's real guests: `./deploy/test-desk --lab` brings one up, says where it is, and takes it down.
-import { execFileSync } from "node:child_process";
-import { readFileSync } from "node:fs";
+import { execFileSync, spawn } from "node:child_process";
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { dirname, join } from "node:path";
 import type { Browser, Page } from "playwright-core";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { Rest } from "./controller";
@@ -33,6 +35,8 @@ describe.skipIf(!url)("a lab with real guests", () => {
     token = read("DESK_LAB_TOKEN_FILE").toString().trim();
     rest = new Rest(url, token, read("DESK_LAB_CA"));
     here = (await web()).host;
+    // The story's feed stands still at its end; what runs costs something while its clock goes on.
+    await rest.must("POST", "/v1/feed", { speed: 60 });
   });
   afterAll(async () => browser?.close());
 
@@ -172,6 +176,12 @@ describe.skipIf(!url)("a lab with real guests", () => {
     await lived.getByText("came with a pause").first().waitFor();
     expect(await lived.getByRole("listitem").count()).toBe(Math.min(20, own.stays.length));
     expect(await lived.getByText("came with a pause").count()).toBe(moves.length);
+    // What the newest stays cost, as the ledger's clerk has it: the feed's prices of the hosts that it was on.
+    const ledger = await rest.must("GET", `/v1/ledger?guest=${guest.id}&limit=1000`);
+    expect(ledger.totals.runs_nanousd).toBeGreaterThan(0);
+    expect(ledger.items.some((line: { host: string; market: string | null; paid_nanousd: number | null }) => line.host === here && line.market?.endsWith("/spot") && line.paid_nanousd! > 0)).toBe(true);
+    expect((await lived.getByRole("listitem").first().innerText())).toMatch(/\$\d/);
+    await lived.getByText("Prices are by the clock of the price feed").waitFor();
     await shot(page, "lab-life");
     // A move is foretold by the moves that were, and by the way that is measured.
     const to = await elsewhere();
@@ -179,6 +189,55 @@ describe.skipIf(!url)("a lab with real guests", () => {
     expect(plan.predicted_from).toMatch(/ ms away|no move from/);
     expect((await web()).operation).toBe(null);
     expect(problems).toEqual([]);
+    await context.close();
+  });
+
+  it("shows what a policy that runs has chosen, and takes a veto", async () => {
+    const { context, page, problems } = await desk(browser, url, token);
+    const guest = await web();
+    await rest.must("PATCH", `/v1/guests/${guest.id}`, { follow_prices: true });
+    const { secret } = await rest.must("POST", "/v1/tokens", { name: "desk-spotd", role: "policy", project: "*" });
+    const folder = mkdtempSync(join(tmpdir(), "supercloud-spotd-"));
+    writeFileSync(join(folder, "token"), `${secret}\n`, { mode: 0o600 });
+    writeFileSync(join(folder, "spotd.toml"), `url = "${url}"\nca_file = "${process.env.DESK_LAB_CA}"\ntoken_file = "${join(folder, "token")}"\npoll_ms = 500\n`);
+    const policy = spawn(join(dirname(process.env.DESK_LAB_PROGRAM ?? ""), "supercloud-spotd"), ["--config", join(folder, "spotd.toml")], { stdio: "ignore" });
+    try {
+      // It may well move the guest first: the feed's clock goes on.
+      const settled = async () => {
+        const told = (await rest.must("GET", "/v1/verdicts")).items;
+        return told.length === 1 && !told[0].is_move && !(await web()).operation ? told[0] : undefined;
+      };
+      await expect.poll(settled, { timeout: 300_000, interval: 1000 }).toBeTruthy();
+      await rest.must("POST", "/v1/feed", { speed: 0 });
+      await expect.poll(settled, { timeout: 300_000, interval: 1000 }).toBeTruthy();
+      const told = (await settled())!;
+      here = (await web()).host;
+      expect(told.market).toBe(told.chosen);
+      await visit(page, "");
+      const next = page.getByRole("region", { name: "What comes next" });
+      await next.getByText(`Chosen: ${told.chosen} at`).waitFor();
+      const text = await next.innerText();
+      expect(text).toContain("for 1 of 1 guest");
+      expect(text).toContain("token:desk-spotd");
+      expect(told.runner_up).toBeTruthy();
+      expect(text).toContain(`runner-up ${told.runner_up} at`);
+      await next.getByText(`${told.chosen} (chosen)`).waitFor();
+      await next.getByText(`${told.runner_up} (runner-up)`).waitFor();
+      await shot(page, "lab-chosen");
+      await next.getByRole("button", { name: "Veto…" }).click();
+      await page.getByText("it can be done now").waitFor();
+      await shot(page, "lab-veto");
+      await page.getByRole("button", { name: "Keep it where it is" }).click();
+      await expect.poll(async () => (await web()).follow_prices).toBe(false);
+      // It is nobody's any more.
+      await next.getByText("No policy has told in the last five minutes what it chooses.").waitFor();
+      expect(problems).toEqual([]);
+    } finally {
+      policy.kill();
+      rmSync(folder, { recursive: true });
+      await rest.must("PATCH", `/v1/guests/${guest.id}`, { follow_prices: false });
+      await rest.must("POST", "/v1/feed", { speed: 60 });
+    }
     await context.close();
   });
 

@@ -405,7 +405,15 @@ describe("a mirror", () => {
     await page.getByRole("button", { name: "Take over…" }).click();
     const dialog = page.getByRole("dialog");
     expect(await dialog.getByRole("button", { name: "Take over now" }).isDisabled()).toBe(true);
+    // In truth it has no mirror: the dry run says so, and nothing can be pressed.
     await dialog.getByRole("checkbox").check();
+    await dialog.getByRole("alert").waitFor();
+    expect(await dialog.getByRole("button", { name: "Take over now" }).isDisabled()).toBe(true);
+    await dialog.getByRole("button", { name: "Close" }).click();
+    await page.route("**/failover?dry_run=true", (route) => route.fulfill({ status: 200, json: mirrored() }));
+    await page.getByRole("button", { name: "Take over…" }).click();
+    await dialog.getByRole("checkbox").check();
+    await dialog.getByText("it can be done now").waitFor();
     expect(await barriers(page)).toEqual([]);
     await shot(page, "mirror-take-over");
     const [request] = await Promise.all([page.waitForRequest("**/failover"), dialog.getByRole("button", { name: "Take over now" }).click()]);

@@ -1,6 +1,6 @@
 import "uplot/dist/uPlot.min.css";
 import "./style.css";
-import { signal } from "@preact/signals";
+import { effect, signal } from "@preact/signals";
 import { render } from "preact";
 import { Refused, get, signOut } from "./api/http";
 import type { WhoAmI } from "./api/types";
@@ -18,8 +18,10 @@ import { SignIn } from "./pages/sign_in";
 import { Simulator } from "./pages/simulator";
 import { Tokens } from "./pages/tokens";
 import { route } from "./router";
-import { begin, brokenSince, end, link, now, refusal, seesAll, who } from "./store/store";
+import { may } from "./store/derive";
+import { begin, brokenSince, end, isLoaded, link, loadProblem, now, refusal, seesAll, who } from "./store/store";
 import { moment } from "./ui/format";
+import { Empty, Panel } from "./ui/parts";
 import { Search } from "./ui/search";
 import { apply, theme, turn } from "./ui/theme";
 
@@ -47,9 +49,15 @@ function Page() {
     case "networks": return id ? <NetworkPage id={id} /> : <Networks />;
     case "ports": return id ? <PortPage id={id} /> : <Networks />;
     case "events": return <Events />;
-    case "tokens": return <Tokens />;
+    case "tokens": return may(who.value, "administer") ? <Tokens /> : <Panel title="Tokens" wide><Empty>Only admins see tokens, and make or delete them.</Empty></Panel>;
     default: return <Overview />;
   }
+}
+
+/** Before all is told nothing is said of it: an empty page would look like an empty fleet. */
+function Loading() {
+  if (!loadProblem.value) return <p class="loading" role="status">Asking the controller…</p>;
+  return <p class="banner" role="alert">The controller does not tell what there is: {loadProblem.value.replace(/\.?$/, ".")} Trying again by itself.</p>;
 }
 
 function Broken() {
@@ -59,20 +67,28 @@ function Broken() {
   return <p class="banner" role="alert">The controller does not answer (since {moment(since)}). Guests run on without it; what is shown is as it was. Trying again by itself.</p>;
 }
 
+const leaveProblem = signal("");
+
+/** Signed out is who cannot come back without a token: as long as the controller has not said so, nobody is. */
 async function leave(): Promise<void> {
-  end();
   try {
     await signOut();
-  } finally {
-    who.value = null;
+  } catch (error) {
+    if (!(error instanceof Refused)) {
+      leaveProblem.value = "You are still signed in: the controller does not answer. Try again, or close the browser.";
+      return;
+    }
   }
+  leaveProblem.value = "";
+  end();
+  who.value = null;
 }
 
 function App() {
   if (who.value === undefined) return <main class="sign-in" aria-busy="true"><p role="status">{isAway.value ? "The controller does not answer. Trying again by itself…" : "…"}</p></main>;
   if (who.value === null) return <SignIn />;
   const [page = ""] = route.value;
-  if (page === "wall") return <main class="wall"><Broken /><Wall /></main>;
+  if (page === "wall") return <main class="wall"><Broken />{isLoaded.value ? <Wall /> : <Loading />}</main>;
   const shown = PAGES.filter(([path]) => (path !== "tokens" || who.value?.token.role === "admin") && (path !== "plans" || seesAll()));
   return (
     <>
@@ -88,13 +104,19 @@ function App() {
         <button class="plain" onClick={() => void leave()}>Sign out</button>
       </header>
       <Broken />
-      <main><Page /></main>
+      {leaveProblem.value && <p class="banner" role="alert">{leaveProblem.value}</p>}
+      <main aria-busy={!isLoaded.value}>{isLoaded.value ? <Page /> : <Loading />}</main>
     </>
   );
 }
 
 async function start(): Promise<void> {
   apply();
+  effect(() => {
+    const [page = "", id] = route.value;
+    const title = PAGES.find(([path]) => path === (LISTED_ON[page] ?? page))?.[1] ?? (page === "wall" ? "Wall" : "");
+    document.title = [id && !/^[a-z]{3}-[0-9a-f-]{36}$/.test(id) ? id : "", title, "Supercloud"].filter(Boolean).join(" · ");
+  });
   render(<App />, document.getElementById("app")!);
   while (who.value === undefined) {
     try {

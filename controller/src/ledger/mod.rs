@@ -27,7 +27,7 @@ pub use clerk::{Clerk, start};
 pub use clock::{Book, Stamp};
 pub use facts::{end_stays, host_removed, keep_egress, keep_host, keep_renting, keep_stays};
 pub use provider_prices::ProviderPrices;
-pub use read::{Asked, LINES_AT_MOST, Rate, Statement, StatementError, rate, statement};
+pub use read::{Asked, DaySums, LINES_AT_MOST, Rate, Statement, StatementError, rate, statement};
 pub use record::{
     ClockRecord, EgressRecord, MarketName, MarketRecord, OpenStay, PriceRecord, Role, Size, SizeFrom, StayRecord,
     TenancyRecord, TenancySpan,

@@ -59,13 +59,54 @@ pub const LINES_AT_MOST: usize = 1_000_000;
 /// no line.
 const PIECE_MS: u64 = 24 * HOUR_MS;
 
+/// Of lines of whole days that are over, whose sums are kept ([`DaySums`]), so many times as many are made.
+const OF_DAYS: usize = 20;
+/// A day is over for good when so much time has passed since: what is known of it late is known by then.
+const SETTLED_MS: u64 = 24 * HOUR_MS;
+/// The most days of hosts whose sums are kept: some 500 hosts for a year.
+const DAYS_AT_MOST: usize = 200_000;
+
+/// Sums of days that are over, so that nobody adds them up twice.
+#[derive(Debug, Default)]
+pub struct DaySums(HashMap<DayOf, (LedgerTotals, usize)>);
+
+/// Whose sums: a host's in a day, of everything on it or of one project's guests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct DayOf {
+    clock: LedgerClock,
+    host: HostId,
+    project: Option<ProjectId>,
+    from_ms: u64,
+}
+
+impl DaySums {
+    /// How many days of hosts are kept.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether none is.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    fn keep(&mut self, day: DayOf, sums: (LedgerTotals, usize)) {
+        if self.0.len() >= DAYS_AT_MOST {
+            self.0.clear();
+        }
+        self.0.insert(day, sums);
+    }
+}
+
 /// Why there is no statement.
 #[derive(Debug, thiserror::Error)]
 pub enum StatementError {
     /// The store does not answer, or a record is damaged.
     #[error(transparent)]
     State(#[from] StateError),
-    /// It would be of more lines, or read more facts, than [`LINES_AT_MOST`].
+    /// It would make more lines, or read more facts, than [`LINES_AT_MOST`]; of whole days that are over twenty times as many lines.
     #[error("this is of more than {LINES_AT_MOST} lines")]
     TooMuch,
 }
@@ -104,7 +145,8 @@ struct HostFacts {
 }
 
 /// The lines that are asked for; of these, those whose numbers are in `wanted`. Everything open is told as if it ended with the
-/// window. At most `at_most` lines are made (callers say [`LINES_AT_MOST`]), and only those that are wanted are kept.
+/// window. At most `at_most` lines are made (callers say [`LINES_AT_MOST`]), and only those that are wanted are kept. What the days
+/// that are over come to is kept in `sums`, so that the next statement makes their lines no more.
 ///
 /// # Errors
 /// When the store does not answer or a record is damaged; [`StatementError::TooMuch`].
@@ -113,6 +155,7 @@ pub async fn statement(
     asked: Asked,
     wanted: Range<usize>,
     at_most: usize,
+    sums: &mut DaySums,
 ) -> Result<Statement, StatementError> {
     let mut open: HashMap<HostId, Vec<Stay>> = HashMap::new();
     for record in state.list::<GuestRecord>().await? {
@@ -153,60 +196,131 @@ pub async fn statement(
     for line in egress(state, &asked, &mut facts_left).await? {
         hosts.entry(line.host).or_default().1.push(line);
     }
-    let computed = tokio::task::spawn_blocking(move || add_up(hosts, &markets, &asked, &wanted, at_most));
-    computed.await.map_err(|_| StateError::Missing("the ledger's lines: the controller ends".to_owned()))?
+    // Of a clock that is not the one that goes on now nothing is over for good.
+    let settled_ms = match state.book().clock() == asked.clock {
+        true => asked.window.to_ms.saturating_sub(SETTLED_MS),
+        false => 0,
+    };
+    let mut known = std::mem::take(sums);
+    let computed = tokio::task::spawn_blocking(move || {
+        let told =
+            Adding { markets: &markets, asked: &asked, wanted: &wanted, at_most, settled_ms }.up(hosts, &mut known);
+        (told, known)
+    });
+    let ended = |_| StateError::Missing("the ledger's lines: the controller ends".to_owned());
+    let (told, known) = computed.await.map_err(ended)?;
+    *sums = known;
+    told
 }
 
-/// Makes the lines, a piece of a host's time at once, and keeps those that are wanted.
-fn add_up(
-    hosts: BTreeMap<HostId, (Option<HostFacts>, Vec<LedgerLine>)>,
-    markets: &BTreeMap<String, Prices>,
-    asked: &Asked,
-    wanted: &Range<usize>,
+/// How lines are made and added up.
+struct Adding<'a> {
+    markets: &'a BTreeMap<String, Prices>,
+    asked: &'a Asked,
+    wanted: &'a Range<usize>,
     at_most: usize,
-) -> Result<Statement, StatementError> {
-    let mut told = Statement::default();
-    let mut made = 0_usize;
-    for (_, (host, mut egress)) in hosts {
-        egress.sort_by_key(|line| (line.from_ms, line.guest));
-        let mut egress = egress.into_iter().peekable();
-        // Nothing before a host's first time or behind its last one.
-        let spans = host.iter().flat_map(|host| host.tenancy.spans.iter());
-        let spans = spans.filter(|span| span.since.clock == asked.clock).map(|span| span_of(span).and(asked.window));
-        let all = spans.filter(|span| span.ms() > 0);
-        let all = all.reduce(|a, b| Span { from_ms: a.from_ms.min(b.from_ms), to_ms: a.to_ms.max(b.to_ms) });
-        let mut from_ms = all.map_or(u64::MAX, |all| all.from_ms);
-        let to_ms = all.map_or(0, |all| all.to_ms);
-        loop {
-            let is_last = from_ms >= to_ms;
-            let next_ms = (from_ms / PIECE_MS).saturating_add(1).saturating_mul(PIECE_MS).min(to_ms);
-            let mut lines = Vec::new();
-            if let (Some(host), false) = (&host, is_last) {
-                made += host_lines(host, markets, asked, Span { from_ms, to_ms: next_ms }, &mut lines);
-            }
-            // What lies behind the last piece, too.
-            while let Some(line) = egress.next_if(|line| is_last || line.from_ms < next_ms) {
-                made += 1;
-                lines.push(line);
-            }
-            if made > at_most {
-                return Err(StatementError::TooMuch);
-            }
-            lines.sort_by_key(|line| (line.from_ms, line.to_ms, line.guest));
-            for line in lines {
-                add(&mut told.totals, &line);
-                if wanted.contains(&told.count) {
-                    told.lines.push(line);
-                }
-                told.count += 1;
-            }
-            if is_last {
-                break;
-            }
-            from_ms = next_ms;
-        }
+    /// What ended before this time is over for good.
+    settled_ms: u64,
+}
+
+impl Adding<'_> {
+    /// The day of a host that a piece is, if its sums can be kept: whole, over, and with prices that are known to its end.
+    fn day(&self, host: &HostFacts, piece: Span) -> Option<DayOf> {
+        let is_whole = piece.from_ms.is_multiple_of(PIECE_MS) && piece.ms() == PIECE_MS;
+        let market = host.tenancy.market_by(self.asked.clock);
+        let names = market.map(|market| [market.name(), market.on_demand().name()]);
+        let is_known = |name: &String| self.markets.get(name).is_some_and(|one| one.known_until_ms >= piece.to_ms);
+        // Of a host that joined by itself no price may ever be known; of one that is rented it may be, late.
+        let is_priced = names.map_or(host.tenancy.renting.is_none(), |names| names.iter().all(is_known));
+        let is_kept = is_whole && piece.to_ms <= self.settled_ms && is_priced && self.asked.guest.is_none();
+        let (clock, host) = (self.asked.clock, host.tenancy.host);
+        is_kept.then_some(DayOf { clock, host, project: self.asked.project, from_ms: piece.from_ms })
     }
-    Ok(told)
+
+    /// Makes the lines, a piece of a host's time at once, and keeps those that are wanted.
+    fn up(
+        &self,
+        hosts: BTreeMap<HostId, (Option<HostFacts>, Vec<LedgerLine>)>,
+        known: &mut DaySums,
+    ) -> Result<Statement, StatementError> {
+        let mut told = Statement::default();
+        let (mut made, mut made_of_days) = (0_usize, 0_usize);
+        for (_, (host, mut egress)) in hosts {
+            egress.sort_by_key(|line| (line.from_ms, line.guest));
+            let mut egress = egress.into_iter().peekable();
+            // Nothing before a host's first time or behind its last one.
+            let spans = host.iter().flat_map(|host| host.tenancy.spans.iter());
+            let spans = spans.filter(|span| span.since.clock == self.asked.clock);
+            let all = spans.map(|span| span_of(span).and(self.asked.window)).filter(|span| span.ms() > 0);
+            let all = all.reduce(|a, b| Span { from_ms: a.from_ms.min(b.from_ms), to_ms: a.to_ms.max(b.to_ms) });
+            let mut from_ms = all.map_or(u64::MAX, |all| all.from_ms);
+            let to_ms = all.map_or(0, |all| all.to_ms);
+            loop {
+                let is_last = from_ms >= to_ms;
+                let next_ms = (from_ms / PIECE_MS).saturating_add(1).saturating_mul(PIECE_MS).min(to_ms);
+                // What lies behind the last piece, too.
+                let sent = std::iter::from_fn(|| egress.next_if(|line| is_last || line.from_ms < next_ms));
+                let mut lines: Vec<LedgerLine> = sent.collect();
+                made += lines.len();
+                if let (Some(host), false) = (&host, is_last) {
+                    let piece = Span { from_ms, to_ms: next_ms };
+                    let day = self.day(host, piece);
+                    let kept = day.and_then(|day| known.0.get(&day)).filter(|(_, count)| {
+                        let end = told.count.saturating_add(*count).saturating_add(lines.len());
+                        end <= self.wanted.start || told.count >= self.wanted.end
+                    });
+                    if let Some((sums, count)) = kept {
+                        merge(&mut told.totals, sums);
+                        told.count += count;
+                    } else {
+                        let mut own = Vec::new();
+                        let count = host_lines(host, self.markets, self.asked, piece, &mut own);
+                        if let Some(day) = day {
+                            let mut sums = LedgerTotals::default();
+                            own.iter().for_each(|line| add(&mut sums, line));
+                            known.keep(day, (sums, own.len()));
+                            made_of_days += count;
+                        } else {
+                            made += count;
+                        }
+                        lines.append(&mut own);
+                    }
+                }
+                if made > self.at_most || made_of_days > self.at_most.saturating_mul(OF_DAYS) {
+                    return Err(StatementError::TooMuch);
+                }
+                lines.sort_by_key(|line| (line.from_ms, line.to_ms, line.guest));
+                for line in lines {
+                    add(&mut told.totals, &line);
+                    if self.wanted.contains(&told.count) {
+                        told.lines.push(line);
+                    }
+                    told.count += 1;
+                }
+                if is_last {
+                    break;
+                }
+                from_ms = next_ms;
+            }
+        }
+        Ok(told)
+    }
+}
+
+fn merge(sums: &mut LedgerTotals, more: &LedgerTotals) {
+    for (sum, more) in [
+        (&mut sums.paid_nanousd, more.paid_nanousd),
+        (&mut sums.runs_nanousd, more.runs_nanousd),
+        (&mut sums.incoming_nanousd, more.incoming_nanousd),
+        (&mut sums.idle_nanousd, more.idle_nanousd),
+        (&mut sums.egress_nanousd, more.egress_nanousd),
+        (&mut sums.comparable_paid_nanousd, more.comparable_paid_nanousd),
+        (&mut sums.on_demand_nanousd, more.on_demand_nanousd),
+        (&mut sums.unpriced_ms, more.unpriced_ms),
+        (&mut sums.unpriced_bytes, more.unpriced_bytes),
+    ] {
+        *sum = sum.saturating_add(more);
+    }
 }
 
 /// What everything that is rented costs now, per hour.

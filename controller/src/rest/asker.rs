@@ -82,6 +82,14 @@ pub struct Params {
     pub to_ms: Option<u64>,
     /// By which clock.
     pub clock: Option<supercloud_api::LedgerClock>,
+    /// The newest first.
+    #[serde(default)]
+    pub newest: bool,
+    /// Only what has not ended.
+    #[serde(default)]
+    pub active: bool,
+    /// Only what is in this phase.
+    pub phase: Option<supercloud_api::Phase>,
 }
 
 impl Params {

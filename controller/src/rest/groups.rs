@@ -8,7 +8,7 @@ use axum::{
 };
 use supercloud_api::{
     Code, Freeze, Group, GroupCreate, GroupThaw, GroupUpdate, GuestFreeze, GuestMigrate, Operation, OperationKind,
-    Page, Plan, PlanCheck, Problem, Ref, ThawMemory,
+    Page, Plan, PlanCheck, Problem, Ref, Shape, ThawMemory,
     handover::{self, BeginRequest},
     ids::{FreezeId, GroupId, GuestId, OperationId},
     unix_ms,
@@ -416,6 +416,11 @@ pub async fn thaw(
         if wanted.memory == Some(ThawMemory::Lazy) {
             picture.only_with_lazy_thaws(&api.parts.hosts)?;
         }
+        let all = guests.iter().fold(Shape { vcpus: 0, memory_bytes: 0 }, |all, found| Shape {
+            vcpus: all.vcpus.saturating_add(found.guest.shape.vcpus),
+            memory_bytes: all.memory_bytes.saturating_add(found.guest.shape.memory_bytes),
+        });
+        picture.check_quota(whole.group.project, project.project.quota, 0, Some(all), 0)?;
         largest_first(&mut guests);
         for found in guests {
             let Some(freeze) = found.guest.freeze else {
@@ -424,7 +429,6 @@ pub async fn thaw(
             if api.parts.state.read::<Freeze>(&freeze).await?.is_some_and(|made| made.point.is_some()) {
                 picture.only_with_checkpoints(&api.parts.hosts)?;
             }
-            picture.check_quota(found.guest.project, project.project.quota, 0, Some(found.guest.shape), 0)?;
             let (host, checks) = picture
                 .choose(&guest_operations::need(&picture, &found, None), &place)
                 .map_err(|problem: Problem| of_guest(&found, problem.into()))?;

@@ -1,7 +1,7 @@
 //! Making a guest: its records, names, address and (unless it shall not start) the operation that starts it, in one
 //! transaction.
 
-use std::{collections::HashSet, net::Ipv4Addr};
+use std::{collections::BTreeSet, net::Ipv4Addr};
 
 use axum::{body::Bytes, extract::State, http::HeaderMap};
 use supercloud_api::{
@@ -57,7 +57,11 @@ fn volume_size(wanted: Option<u64>, image_bytes: u64) -> u64 {
 }
 
 /// The address asked for, if the network can give it; else the first free one.
-fn choose_address(network: &Network, wanted: Option<Ipv4Addr>, taken: &HashSet<Ipv4Addr>) -> Result<Ipv4Addr, Failure> {
+fn choose_address(
+    network: &Network,
+    wanted: Option<Ipv4Addr>,
+    taken: &BTreeSet<Ipv4Addr>,
+) -> Result<Ipv4Addr, Failure> {
     let prefix: Ipv4Prefix = network
         .cidr
         .parse()
@@ -240,9 +244,8 @@ async fn attempt(
     });
     let running = wanted.start.then_some(wanted.shape);
     let place = guest_plan::resolve_place(&api.parts, wanted.place.as_ref()).await?;
-    let taken: HashSet<Ipv4Addr> =
-        state.index(&keys::addresses(network.id)).await?.iter().filter_map(|(ip, _)| ip.parse().ok()).collect();
-    let ip = choose_address(&network, wanted.ipv4, &taken)?;
+    let nobody = BTreeSet::new();
+    let ip = choose_address(&network, wanted.ipv4, picture.addresses(network.id).unwrap_or(&nobody))?;
     let made = make(wanted, &image, &network, ip, base);
     let need = Need { shape: wanted.shape, disk_bytes: size_bytes, class: None, not_at: None };
     let id = OperationId::generate();
@@ -358,7 +361,7 @@ mod tests {
     #[test]
     fn addresses_are_given_in_order_until_none_is_left() {
         let network = network("10.0.0.0/29", "10.0.0.1");
-        let mut taken = HashSet::new();
+        let mut taken = BTreeSet::new();
         for expected in 2..=6 {
             let ip = choose_address(&network, None, &taken).unwrap();
             assert_eq!(ip, Ipv4Addr::new(10, 0, 0, expected));
@@ -371,7 +374,7 @@ mod tests {
     #[test]
     fn an_address_that_cannot_be_had_is_refused() {
         let network = network("10.0.0.0/29", "10.0.0.1");
-        let taken = HashSet::from([Ipv4Addr::new(10, 0, 0, 3)]);
+        let taken = BTreeSet::from([Ipv4Addr::new(10, 0, 0, 3)]);
         for bad in ["10.0.0.0", "10.0.0.7", "10.0.0.1", "10.0.0.8", "192.168.0.2", "10.0.0.3"] {
             assert!(choose_address(&network, Some(bad.parse().unwrap()), &taken).is_err(), "{bad}");
         }

@@ -1,16 +1,20 @@
 //! What requests on guests have in common: the picture of hosts and guests that a placement rests on, the project's use, and the
 //! operation that is written.
 
-use std::collections::HashMap;
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::Ipv4Addr,
+    sync::Arc,
+};
 
 use supercloud_api::{
     Cloud, Code, CompatClass, CpuChoice, Guest, Host, HostState, Operation, OperationKind, Plan, PlanCheck, Problem,
-    Quota, Ref, Shape, Volume,
+    Quota, Ref, Room, Shape, Volume,
     handover::{BeginRefusal, BeginRequest, begin},
-    ids::{GuestId, HostId, OperationId, ProjectId},
+    ids::{GuestId, HostId, NetworkId, OperationId, ProjectId},
 };
 use supercloud_scheduler::{cluster::Score, placement::Refusal};
-use supercloud_store::{Key, Prefix};
+use supercloud_store::Key;
 
 use super::{Asker, Failure};
 use crate::{
@@ -18,29 +22,20 @@ use crate::{
     app::Parts,
     cpus,
     placement::{self, Need, Place},
-    state::{Change, GuestRecord, HostRecord, LiveHosts, OperationRecord, State, StateError, Stored, Work, keys},
+    state::{Change, Fleet, GuestRecord, HostRecord, LiveHosts, OperationRecord, State, StateError, Work},
 };
 
 /// Longest reason, in bytes.
 const MAX_REASON_BYTES: usize = 256;
 
-/// Hosts, guests and guards at one moment. The guards are read first: what changes after that conflicts.
+/// Hosts, guests and guards at one moment: what changes after that under a guard conflicts with who passes it.
 #[derive(Debug)]
 pub struct Picture {
-    guards: HashMap<String, u64>,
+    fleet: Arc<Fleet>,
     /// The hosts as they are now.
     pub hosts: Vec<Host>,
-    guests: Vec<Stored<GuestRecord>>,
-    disks: HashMap<GuestId, u64>,
-}
-
-/// What a project uses.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Usage {
-    guests: u32,
-    vcpus: u32,
-    memory_bytes: u64,
-    volume_bytes: u64,
+    /// What guests are about to take besides.
+    assumed: Vec<(HostId, Room)>,
 }
 
 impl Picture {
@@ -51,41 +46,35 @@ impl Picture {
 
     /// The same, of the records and the connected hosts alone.
     pub async fn of(state: &State, live: &LiveHosts) -> Result<Self, StateError> {
-        let prefix: Prefix = keys::folder("guards");
-        let (guards, _) = supercloud_store::list(&**state.store(), &prefix).await?;
-        let guards = guards.into_iter().map(|item| (item.key.as_str().to_owned(), item.mod_revision)).collect();
-        let hosts = state.list::<HostRecord>().await?;
-        let guests = state.list::<GuestRecord>().await?;
-        let mut disks: HashMap<GuestId, u64> = HashMap::new();
-        for volume in state.list::<Volume>().await? {
-            if let Some(guest) = volume.guest {
-                let bytes = disks.entry(guest).or_default();
-                *bytes = bytes.saturating_add(volume.size_bytes);
-            }
-        }
-        let hosts = hosts.iter().map(|record| record.view(live)).collect();
-        Ok(Self { guards, hosts, guests, disks })
+        let fleet = state.fleet().await?;
+        let hosts = fleet.hosts().map(|record| record.view(live)).collect();
+        Ok(Self { fleet, hosts, assumed: Vec::new() })
     }
 
     /// Makes a change conflict with every other one that passes this guard since the picture was taken.
     pub fn pass(&self, change: &mut Change, guard: Key) {
-        let revision = self.guards.get(guard.as_str()).copied().unwrap_or(0);
+        let revision = self.fleet.guard(&guard);
         change.guard(guard, revision);
     }
 
     /// The disk of a guest, in bytes.
     pub fn disk_of(&self, guest: GuestId) -> u64 {
-        self.disks.get(&guest).copied().unwrap_or(0)
+        self.disks().get(&guest).copied().unwrap_or(0)
     }
 
     /// The guests.
     pub fn guests(&self) -> impl Iterator<Item = &GuestRecord> {
-        self.guests.iter().map(|record| &record.value)
+        self.fleet.guests()
     }
 
     /// The disk of each guest, in bytes.
-    pub const fn disks(&self) -> &HashMap<GuestId, u64> {
-        &self.disks
+    pub fn disks(&self) -> &HashMap<GuestId, u64> {
+        self.fleet.disks()
+    }
+
+    /// The addresses of a network that are taken.
+    pub fn addresses(&self, network: NetworkId) -> Option<&BTreeSet<Ipv4Addr>> {
+        self.fleet.addresses(network)
     }
 
     /// A host.
@@ -95,9 +84,28 @@ impl Picture {
 
     /// Counts a guest as what its record is about to be.
     pub fn assume(&mut self, now: &GuestRecord) {
-        if let Some(record) = self.guests.iter_mut().find(|record| record.guest.id == now.guest.id) {
-            record.value = now.clone();
+        let disk_bytes = self.disk_of(now.guest.id);
+        let before: Vec<HostId> = self
+            .fleet
+            .guests()
+            .filter(|record| record.guest.id == now.guest.id)
+            .flat_map(|record| placement::takes(record, disk_bytes))
+            .map(|(host, _)| host)
+            .collect();
+        let takes = placement::takes(now, disk_bytes);
+        self.assumed.extend(takes.into_iter().filter(|(host, _)| !before.contains(host)));
+    }
+
+    /// What guests take of each host.
+    fn reserved(&self) -> HashMap<HostId, Room> {
+        let mut reserved = self.fleet.reserved();
+        for (host, room) in &self.assumed {
+            let sum = reserved.entry(*host).or_default();
+            sum.vcpus = sum.vcpus.saturating_add(room.vcpus);
+            sum.memory_bytes = sum.memory_bytes.saturating_add(room.memory_bytes);
+            sum.disk_bytes = sum.disk_bytes.saturating_add(room.disk_bytes);
         }
+        reserved
     }
 
     /// Chooses a host.
@@ -137,11 +145,6 @@ impl Picture {
         Ok((host, checks, class))
     }
 
-    fn reserved(&self) -> HashMap<HostId, supercloud_api::Room> {
-        let disk = |record: &GuestRecord| self.disk_of(record.guest.id);
-        placement::reserved(self.guests.iter().map(|record| &record.value), disk)
-    }
-
     /// Leaves only hosts that thaw from checkpoints.
     ///
     /// # Errors
@@ -174,21 +177,6 @@ impl Picture {
         placement::explain(need, at, &self.hosts, &self.reserved())
     }
 
-    /// What a project uses: guests of any state, vCPUs and memory of those that run or are about to.
-    fn usage(&self, project: ProjectId) -> Usage {
-        let mut usage = Usage::default();
-        for record in self.guests.iter().filter(|record| record.guest.project == project) {
-            usage.guests = usage.guests.saturating_add(1);
-            usage.volume_bytes = usage.volume_bytes.saturating_add(self.disk_of(record.guest.id));
-            let starts = record.owner.operation.as_ref().is_some_and(|op| op.kind.destination().is_some());
-            if starts || record.guest.state == supercloud_api::GuestState::Running {
-                usage.vcpus = usage.vcpus.saturating_add(record.guest.shape.vcpus);
-                usage.memory_bytes = usage.memory_bytes.saturating_add(record.guest.shape.memory_bytes);
-            }
-        }
-        usage
-    }
-
     /// Checks a project's quota for more guests, running shapes and volume bytes.
     pub fn check_quota(
         &self,
@@ -198,11 +186,11 @@ impl Picture {
         running: Option<Shape>,
         more_volume_bytes: u64,
     ) -> Result<(), Failure> {
-        let usage = self.usage(project);
+        let usage = self.fleet.usage(project);
         let (vcpus, memory) = running.map_or((0, 0), |shape| (u64::from(shape.vcpus), shape.memory_bytes));
         let rows = [
-            ("guests", u64::from(usage.guests), u64::from(more_guests), u64::from(quota.guests)),
-            ("vcpus of running guests", u64::from(usage.vcpus), vcpus, u64::from(quota.vcpus)),
+            ("guests", usage.guests, u64::from(more_guests), u64::from(quota.guests)),
+            ("vcpus of running guests", usage.vcpus, vcpus, u64::from(quota.vcpus)),
             ("memory_bytes of running guests", usage.memory_bytes, memory, quota.memory_bytes),
             ("volume_bytes", usage.volume_bytes, more_volume_bytes, quota.volume_bytes),
         ];

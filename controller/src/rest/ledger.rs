@@ -78,12 +78,12 @@ pub async fn read(State(api): State<Api>, asker: Asker) -> Result<Reply, Failure
     let skipped = page.map_or(0, |(_, skipped)| skipped);
     let wanted = skipped..skipped.saturating_add(limit);
     let asked = Asked { clock, window, project, guest, host, cloud };
-    let one_at_a_time = Arc::clone(&api.reckoning).lock_owned().await;
+    let mut one_at_a_time = Arc::clone(&api.reckoning).lock_owned().await;
     let state = api.parts.state.clone();
     // In a task: when its client goes away it ends before the next one begins.
     let (tell, told) = tokio::sync::oneshot::channel();
     api.parts.spawn("ledger", async move {
-        let reckoned = statement(&state, asked, wanted, LINES_AT_MOST).await;
+        let reckoned = statement(&state, asked, wanted, LINES_AT_MOST, &mut one_at_a_time).await;
         // Nobody may wait for it any more.
         let _whoever_waits = tell.send(reckoned);
         drop(one_at_a_time);

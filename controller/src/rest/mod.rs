@@ -87,8 +87,8 @@ pub struct Api {
     seen_markets: SeenMarkets,
     /// Requests that place guests decide one after the other: they would only make each other decide anew.
     placing: Arc<Mutex<()>>,
-    /// The ledger is reckoned up for one after the other: it may take all of a core.
-    reckoning: Arc<Mutex<()>>,
+    /// The ledger is reckoned up for one after the other: it may take all of a core. What days that are over came to is kept.
+    reckoning: Arc<Mutex<crate::ledger::DaySums>>,
     /// So are simulations.
     simulating: Arc<Mutex<()>>,
 }

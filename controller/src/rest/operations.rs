@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use axum::extract::{Path, State};
-use supercloud_api::{Code, Operation, OperationKind, Page, Role, ids::OperationId};
+use supercloud_api::{
+    Code, Operation, OperationKind, Page, Ref, Role,
+    ids::{GuestId, OperationId},
+};
 
 use super::{Api, Asker, Failure, Reply, guest_mirrors};
 use crate::auth::Caller;
@@ -25,13 +28,65 @@ pub(super) async fn find(api: &Api, asker: &Asker, id: &str) -> Result<Stored<Op
     found.filter(|found| asker.sees_operation(found.operation.project, found.operation.guest)).ok_or_else(missing)
 }
 
-/// Operations, oldest first.
-#[utoipa::path(get, path = "/v1/operations", tag = "operations", responses((status = 200, body = Page<Operation>)))]
+/// Operations, oldest first or newest first.
+#[utoipa::path(get, path = "/v1/operations", tag = "operations", params(
+    ("newest" = Option<bool>, Query, description = "The newest first. A page can then hold fewer than asked for, or none, and still name a next one."),
+    ("active" = Option<bool>, Query, description = "Only those that have not ended."),
+    ("guest" = Option<String>, Query, description = "Only those of this guest, by name or id."),
+    ("phase" = Option<supercloud_api::Phase>, Query, description = "Only those in this phase."),
+    ("from_ms" = Option<u64>, Query, description = "Only those made at this time or later, in milliseconds since 1970."),
+), responses((status = 200, body = Page<Operation>)))]
 pub async fn list(State(api): State<Api>, asker: Asker) -> Result<Reply, Failure> {
+    let (state, params) = (&api.parts.state, &asker.params);
     let scope = asker.scope(&api.parts).await?;
-    let keep = |record: &OperationRecord| scope.is_none() || record.operation.project == scope;
-    let (items, next_page) = api.parts.state.page(asker.params.page()?.as_ref(), asker.params.limit()?, keep).await?;
+    // A guest that is gone has no name, but its operations stay.
+    let guest = match params.guest.as_deref().map(|text| (text, text.parse::<GuestId>())) {
+        None => None,
+        Some((_, Ok(id))) => Some(id),
+        Some((name, Err(_))) => Some(asker.find_guest(&api.parts, &Ref::from(name)).await?.guest.id),
+    };
+    let is_older =
+        |record: &OperationRecord| params.from_ms.is_some_and(|from_ms| record.operation.created_at_ms < from_ms);
+    let keep = |record: &OperationRecord| {
+        let operation = &record.operation;
+        (scope.is_none() || operation.project == scope)
+            && (guest.is_none() || operation.guest == guest)
+            && params.phase.is_none_or(|phase| operation.phase == phase)
+            && !(params.active && operation.phase.is_terminal())
+            && !is_older(record)
+    };
+    let (page, limit) = (params.page::<OperationId>()?, params.limit()?);
+    let (items, next_page) = match (params.active, params.newest) {
+        (true, newest) => active(state, page, limit, newest, keep).await?,
+        (false, true) => state.page_back(page.as_ref(), limit, is_older, keep).await?,
+        (false, false) => state.page(page.as_ref(), limit, keep).await?,
+    };
     Reply::ok(&Page { items: items.iter().map(|record| shown(&api, record)).collect(), next_page })
+}
+
+/// A page of those that have not ended, by their index: what has ended costs nothing.
+async fn active(
+    state: &crate::state::State,
+    page: Option<OperationId>,
+    limit: usize,
+    is_newest_first: bool,
+    keep: impl Fn(&OperationRecord) -> bool,
+) -> Result<(Vec<Stored<OperationRecord>>, Option<String>), Failure> {
+    let mut ids = state.active_operations().await?;
+    ids.sort_unstable();
+    if is_newest_first {
+        ids.reverse();
+    }
+    ids.retain(|id| page.is_none_or(|page| if is_newest_first { *id < page } else { *id > page }));
+    let mut kept: Vec<Stored<OperationRecord>> = Vec::new();
+    for id in ids {
+        if kept.len() == limit {
+            let last = kept.last().map(|record| record.operation.id.to_string());
+            return Ok((kept, last));
+        }
+        kept.extend(state.read::<OperationRecord>(&id).await?.filter(|record| keep(record)));
+    }
+    Ok((kept, None))
 }
 
 /// One operation. `?wait=30s` answers when it has ended, or after that time.

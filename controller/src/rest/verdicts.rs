@@ -47,9 +47,10 @@ pub async fn tell(State(api): State<Api>, asker: Asker, headers: HeaderMap, byte
         return Err(Failure::bad(fault));
     }
     let project = asker.scope(&api.parts).await?;
-    let guests = api.parts.state.list::<GuestRecord>().await?;
-    let visible = guests.iter().filter(|record| project.is_none_or(|wanted| record.guest.project == wanted));
-    let known: HashMap<GuestId, &GuestRecord> = visible.map(|record| (record.guest.id, &record.value)).collect();
+    // Daemons tell every second or so.
+    let fleet = api.parts.state.fleet().await?;
+    let visible = fleet.guests().filter(|record| project.is_none_or(|wanted| record.guest.project == wanted));
+    let known: HashMap<GuestId, &GuestRecord> = visible.map(|record| (record.guest.id, record)).collect();
     let of_known = |verdict: Verdict| {
         let guest = &known.get(&verdict.guest)?.guest;
         Some((guest.name.clone(), guest.project, verdict))

@@ -1,6 +1,6 @@
 //! Changes: several records and the events that tell of it, all in one transaction or not at all.
 
-use std::{collections::BTreeMap, future::Future};
+use std::{collections::BTreeMap, future::Future, sync::atomic::Ordering};
 
 use serde::Serialize;
 use supercloud_api::{
@@ -382,7 +382,10 @@ impl State {
         }
         if change.events.is_empty() {
             return match self.store.txn(base.clone()).await? {
-                TxnOutcome::Committed { revision } => Ok(Committed { revision, events: Vec::new() }),
+                TxnOutcome::Committed { revision } => {
+                    self.committed.fetch_max(revision, Ordering::AcqRel);
+                    Ok(Committed { revision, events: Vec::new() })
+                }
                 TxnOutcome::Conflict { current } => Err(conflict(&base, &current, answer_key.as_ref())),
             };
         }
@@ -421,6 +424,7 @@ impl State {
                 .require(head_key, Condition::ModRevisionIs(head.revision));
             match self.store.txn(txn).await {
                 Ok(TxnOutcome::Committed { revision }) => {
+                    self.committed.fetch_max(revision, Ordering::AcqRel);
                     *known = Some(KnownHead { head: last, revision });
                     return Ok(Committed { revision, events });
                 }

@@ -52,13 +52,14 @@
 mod change;
 mod error;
 mod event;
+mod fleet;
 mod follow;
 pub mod keys;
 mod live;
 mod named;
 mod record;
 
-use std::sync::Arc;
+use std::sync::{Arc, atomic::AtomicU64};
 
 use supercloud_api::Event;
 use supercloud_store::{Key, Prefix, Store, Versioned};
@@ -69,6 +70,7 @@ use crate::ledger::Book;
 pub use change::{Answer, AsConflict, Change, Committed, Context, IdempotencyClaim, retry_conflicts};
 pub use error::StateError;
 pub use event::{EventDraft, Head, verify_chain};
+pub use fleet::{Fleet, Usage};
 pub use follow::{Follower, Seen};
 pub use live::{LiveHost, LiveHosts};
 pub use named::Named;
@@ -77,6 +79,8 @@ pub use record::{
     PlanRecord, ProjectRecord, Record, RentingRecord, TokenRecord, Work,
 };
 
+/// About how many records one page of [`State::page_back`] looks at.
+const LOOKED_AT_MOST: usize = 5000;
 /// The version of the layout that this program writes.
 const FORMAT: &str = "1";
 
@@ -105,6 +109,10 @@ pub struct State {
     head: Arc<Mutex<Option<event::KnownHead>>>,
     /// Stamps and prices what goes into the ledger.
     book: Book,
+    /// Revision of the newest change that this process has made.
+    committed: Arc<AtomicU64>,
+    /// What placements look at.
+    fleet: Arc<fleet::KeptFleet>,
 }
 
 impl std::fmt::Debug for State {
@@ -143,7 +151,13 @@ impl State {
         if found.as_bytes() != FORMAT.as_bytes() {
             return Err(StateError::Format(String::from_utf8_lossy(found.as_bytes()).chars().take(16).collect()));
         }
-        Ok(Self { store, head: Arc::default(), book: Book::default() })
+        Ok(Self {
+            store,
+            head: Arc::default(),
+            book: Book::default(),
+            committed: Arc::default(),
+            fleet: Arc::default(),
+        })
     }
 
     /// The store below.
@@ -233,6 +247,51 @@ impl State {
                 return Ok((kept, None));
             }
             after = page.items.last().map(|item| item.key.clone());
+        }
+    }
+
+    /// One page backwards: the newest of the records that `keep` keeps and that are older than the one with this id, the newest
+    /// first, until one is `over`. Looks at a bounded number of them: a page can hold fewer than `limit`, or none, and another one
+    /// follow all the same. The second value tells where, as with [`State::page`].
+    ///
+    /// # Errors
+    /// When the store does not answer or a record is damaged.
+    pub async fn page_back<T: Record>(
+        &self,
+        before: Option<&T::Id>,
+        limit: usize,
+        over: impl Fn(&T) -> bool,
+        keep: impl Fn(&T) -> bool,
+    ) -> Result<(Vec<Stored<T>>, Option<String>), StateError> {
+        let prefix = keys::folder(T::FOLDER);
+        let mut before = before.map(keys::record::<T>);
+        let mut kept: Vec<Stored<T>> = Vec::new();
+        let mut looked_at = 0;
+        loop {
+            let page = self.store.range_back(prefix.clone(), before, supercloud_store::MAX_PAGE_ITEMS).await?;
+            let last = page.items.len().saturating_sub(1);
+            for (at, item) in page.items.iter().enumerate() {
+                let record = stored::<T>(item)?;
+                if over(&record.value) {
+                    return Ok((kept, None));
+                }
+                let id = record.value.id().to_string();
+                if keep(&record.value) {
+                    kept.push(record);
+                }
+                if kept.len() == limit {
+                    return Ok((kept, (page.more || at < last).then_some(id)));
+                }
+            }
+            looked_at += page.items.len();
+            before = page.items.last().map(|item| item.key.clone());
+            match (page.more, &before) {
+                (true, Some(key)) if looked_at >= LOOKED_AT_MOST => {
+                    return Ok((kept, key.strip_prefix(&prefix).map(str::to_owned)));
+                }
+                (true, Some(_)) => {}
+                _ => return Ok((kept, None)),
+            }
         }
     }
 

@@ -219,6 +219,14 @@ impl Store for Forgetful {
     ) -> supercloud_store::BoxFuture<'_, Result<supercloud_store::Page, supercloud_store::StoreError>> {
         self.store.range(prefix, after, limit)
     }
+    fn range_back(
+        &self,
+        prefix: Prefix,
+        before: Option<Key>,
+        limit: usize,
+    ) -> supercloud_store::BoxFuture<'_, Result<supercloud_store::Page, supercloud_store::StoreError>> {
+        self.store.range_back(prefix, before, limit)
+    }
     fn watch(&self, prefix: Prefix, from_revision: u64) -> supercloud_store::WatchStream {
         self.store.watch(prefix, from_revision)
     }

@@ -10,7 +10,8 @@ use std::{
 };
 
 use etcd_client::{
-    GetOptions, KvClient, MaintenanceClient, ResponseHeader, Txn as EtcdTxn, TxnOp, TxnOpResponse, WatchClient,
+    GetOptions, KvClient, MaintenanceClient, ResponseHeader, SortOrder, SortTarget, Txn as EtcdTxn, TxnOp,
+    TxnOpResponse, WatchClient,
 };
 use supercloud_store::{
     BoxFuture, Health, Key, MAX_PAGE_BYTES, MAX_PAGE_ITEMS, Page, Prefix, Store, StoreError, Txn, TxnOutcome,
@@ -30,6 +31,13 @@ const MAX_TXN_ANSWER_BYTES: usize = 110 << 20;
 const MAX_RANGE_ANSWER_BYTES: usize = 2 * MAX_PAGE_BYTES;
 /// A page that stays below this may be larger the next time.
 const SMALL_PAGE_BYTES: usize = MAX_PAGE_BYTES / 4;
+
+/// In which order of the keys a page is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Onward,
+    Back,
+}
 
 /// A [`Store`] in an etcd cluster. Cheap to clone.
 ///
@@ -119,15 +127,16 @@ impl EtcdStore {
         Ok(TxnOutcome::Conflict { current })
     }
 
-    async fn page(&self, prefix: &Prefix, after: Option<&Key>, limit: usize) -> Result<Page, StoreError> {
+    async fn page(&self, prefix: &Prefix, from: Option<&Key>, way: Way, limit: usize) -> Result<Page, StoreError> {
         if limit == 0 {
             return Err(StoreError::InvalidArgument { reason: "a page's limit is 1 or more".into() });
         }
-        let (mut start, end) = self.namespace.range(prefix);
-        if let Some(after) = after {
-            // The first byte string after `after`.
-            let next = [self.namespace.key(after).as_slice(), &[0]].concat();
-            start = start.max(next);
+        let (mut start, mut end) = self.namespace.range(prefix);
+        match (from, way) {
+            // The first byte string after it.
+            (Some(after), Way::Onward) => start = start.max([self.namespace.key(after).as_slice(), &[0]].concat()),
+            (Some(before), Way::Back) => end = end.min(self.namespace.key(before)),
+            (None, _) => {}
         }
         if start >= end {
             let revision = self.revision().await?;
@@ -137,7 +146,10 @@ impl EtcdStore {
         let limit = limit.min(MAX_PAGE_ITEMS);
         loop {
             let ask = limit.min(self.page_items.load(Ordering::Relaxed)).max(1);
-            let options = GetOptions::new().with_range(end.clone()).with_limit(i64::try_from(ask).unwrap_or(1));
+            let mut options = GetOptions::new().with_range(end.clone()).with_limit(i64::try_from(ask).unwrap_or(1));
+            if way == Way::Back {
+                options = options.with_sort(SortTarget::Key, SortOrder::Descend);
+            }
             let mut client = self.range.clone();
             let left = deadline.saturating_duration_since(Instant::now());
             let mut answer = match fault::within(left, client.get(start.clone(), Some(options))).await {
@@ -151,9 +163,10 @@ impl EtcdStore {
             let (revision, more) = (self.header(answer.header())?, answer.more());
             let items = answer.take_kvs().into_iter().map(|entry| self.namespace.read(entry));
             let items: Vec<Versioned> = items.collect::<Result<_, _>>()?;
-            let ordered = items.is_sorted_by(|a, b| a.key < b.key);
+            let follows = |a: &Key, b: &Key| if way == Way::Onward { a < b } else { a > b };
+            let ordered = items.is_sorted_by(|a, b| follows(&a.key, &b.key));
             let inside =
-                items.iter().all(|item| prefix.matches(&item.key) && after.is_none_or(|after| item.key > *after));
+                items.iter().all(|item| prefix.matches(&item.key) && from.is_none_or(|from| follows(from, &item.key)));
             if !ordered || !inside || items.len() > ask || (more && items.is_empty()) {
                 return Err(self.namespace.damaged("etcd answers another range than asked".into()));
             }
@@ -211,7 +224,11 @@ impl Store for EtcdStore {
     }
 
     fn range(&self, prefix: Prefix, after: Option<Key>, limit: usize) -> BoxFuture<'_, Result<Page, StoreError>> {
-        Box::pin(async move { self.page(&prefix, after.as_ref(), limit).await })
+        Box::pin(async move { self.page(&prefix, after.as_ref(), Way::Onward, limit).await })
+    }
+
+    fn range_back(&self, prefix: Prefix, before: Option<Key>, limit: usize) -> BoxFuture<'_, Result<Page, StoreError>> {
+        Box::pin(async move { self.page(&prefix, before.as_ref(), Way::Back, limit).await })
     }
 
     fn watch(&self, prefix: Prefix, from_revision: u64) -> WatchStream {

@@ -32,14 +32,14 @@ pub struct Versioned {
     pub version: u64,
 }
 
-/// One page of [`Store::range`], in key order.
+/// One page of [`Store::range`], in key order, or of [`Store::range_back`], in the opposite one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Page {
     /// The entries.
     pub items: Vec<Versioned>,
     /// The store's revision of which this page is the picture.
     pub revision: u64,
-    /// Whether entries follow: ask again with `after` = the last item's key.
+    /// Whether entries follow: ask again with `after` (`before`) = the last item's key.
     pub more: bool,
 }
 
@@ -107,6 +107,9 @@ pub trait Store: Send + Sync + 'static {
     /// more and counts for at most [`MAX_PAGE_ITEMS`]; a page can end earlier ([`MAX_PAGE_BYTES`]): only `more` tells
     /// whether the end is reached.
     fn range(&self, prefix: Prefix, after: Option<Key>, limit: usize) -> BoxFuture<'_, Result<Page, StoreError>>;
+
+    /// The same backwards: one page of the keys that start with `prefix` and come before `before`, the last one first.
+    fn range_back(&self, prefix: Prefix, before: Option<Key>, limit: usize) -> BoxFuture<'_, Result<Page, StoreError>>;
 
     /// Follows the changes under `prefix` from `from_revision` (1 or more, may lie in the future) on, that revision
     /// included. Heals broken connections by itself, without a gap or a repetition. The watcher never holds the store

@@ -11,8 +11,8 @@ use supercloud_api::{
 };
 use supercloud_controller::{
     ledger::{
-        Asked, EgressRecord, LINES_AT_MOST, MarketName, MarketRecord, PriceRecord, Role, Stamp, Statement, StayRecord,
-        TenancyRecord, statement,
+        Asked, DaySums, EgressRecord, LINES_AT_MOST, MarketName, MarketRecord, PriceRecord, Role, Stamp, Statement,
+        StayRecord, TenancyRecord, statement,
     },
     state::{Change, Context, GuestRecord, OperationRecord, retry_conflicts},
 };
@@ -57,7 +57,7 @@ async fn price(world: &World) {
 async fn told(world: &World, from_ms: u64, to_ms: u64) -> Statement {
     let window = Span { from_ms, to_ms };
     let asked = Asked { clock: LedgerClock::Wall, window, project: None, guest: None, host: None, cloud: None };
-    statement(world.state(), asked, 0..usize::MAX, LINES_AT_MOST).await.unwrap()
+    statement(world.state(), asked, 0..usize::MAX, LINES_AT_MOST, &mut DaySums::default()).await.unwrap()
 }
 
 /// What the hosts cost until then: each rounded up once.

@@ -1,5 +1,9 @@
 // Requests to the controller: the session is in a cookie, changes carry the header that foreign pages cannot send.
+import { signal } from "@preact/signals";
 import type { Problem } from "./types";
+
+/** When the controller last answered anything, by this machine's clock; 0: never. */
+export const heard = signal(0);
 
 export class Refused extends Error {
   constructor(readonly problem: Problem) {
@@ -25,7 +29,10 @@ async function send(method: string, path: string, body: unknown, headers: Record
   } catch (error) {
     throw new Away(`the controller does not answer (${String(error)})`);
   }
-  if (response.ok) return response;
+  if (response.ok) {
+    heard.value = Date.now();
+    return response;
+  }
   let problem: Problem;
   try {
     problem = (await response.json()) as Problem;
@@ -61,7 +68,9 @@ export async function change<T>(method: "POST" | "PUT" | "PATCH" | "DELETE", pat
       response = await send(method, path, body, headers);
       break;
     } catch (error) {
-      if (!(error instanceof Away) || left <= 1) throw error;
+      // Nobody knows whether it was done, or the store was busy: with the same key it is done once.
+      const isPassing = error instanceof Away || (error instanceof Refused && error.problem.retryable && error.problem.status === 503);
+      if (!isPassing || left <= 1) throw error;
       await new Promise((resolve) => setTimeout(resolve, 1000));
     }
   }

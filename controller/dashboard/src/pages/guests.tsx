@@ -1,9 +1,10 @@
 import type { ComponentChildren } from "preact";
 import { useEffect, useState } from "preact/hooks";
 import { change, get, Refused } from "../api/http";
-import type { Evacuation, Guest } from "../api/types";
+import type { Evacuation, Guest, Operation } from "../api/types";
 import { isEnded, may } from "../store/derive";
-import { events, guests, images, networks, now, operations, ports, verdicts, volumes, who } from "../store/store";
+import { newestFirst } from "../store/done";
+import { events, guests, images, loadOperationsOf, networks, now, operations, ports, verdicts, volumes, who } from "../store/store";
 import { Cpus } from "../ui/cpus";
 import { ConsolePanel } from "../terminal/console";
 import { GuestActions } from "../ui/actions";
@@ -13,8 +14,11 @@ import { Veto } from "../ui/choices";
 import { Sure } from "../ui/dialog";
 import { Lives } from "../ui/lives";
 import { MirrorPanel } from "../ui/mirror";
-import { Empty, Facts, Grid, HostLink, Moving, Panel, State, shapeText } from "../ui/parts";
+import { Empty, Facts, Grid, HostLink, Moving, Older, Panel, State, shapeText } from "../ui/parts";
 import { EventLine } from "./events";
+
+/** Operations of a guest that are shown at first, and more of at a time. */
+const SHOWN = 10;
 
 export function Guests() {
   const [filter, setFilter] = useState("");
@@ -93,9 +97,7 @@ function KeptMirror(props: { guest: Guest }) {
       yes, first at {kept.to}, every {duration(kept.interval_ms)}, {kept.mode}{kept.lease_ms ? `, fenced by a lease of ${duration(kept.lease_ms)}` : ""}{" "}
       {may(who.value, "change") && <button onClick={() => setOpen(true)}>End…</button>}
       {isOpen && (
-        <Sure title={`End the mirror of ${guest.name}`} verb="End it" isReady close={() => setOpen(false)} act={async () => {
-          await change("DELETE", `/v1/guests/${guest.id}/mirrors`);
-        }}>
+        <Sure title={`End the mirror of ${guest.name}`} verb="End it" close={() => setOpen(false)} ask={{ method: "DELETE", path: `/v1/guests/${guest.id}/mirrors` }}>
           <p>The guest runs on where it is. Nothing of it is kept elsewhere any more, and no mirror is begun again.</p>
         </Sure>
       )}
@@ -154,6 +156,26 @@ const baseText = (missing: number | null | undefined): string => {
   return missing === 0 ? "its cloud has all" : `its cloud lacks ${bytes(missing)}`;
 };
 
+/** What was done with a guest, newest first; what is older than the page has is asked for. */
+function Done(props: { id: string; past: Operation[] }) {
+  const [next, setNext] = useState<string | null>(null);
+  const [shown, setShown] = useState(SHOWN);
+  useEffect(() => {
+    // That the controller is away is told elsewhere.
+    void loadOperationsOf(props.id, null).then(setNext, () => undefined);
+  }, [props.id]);
+  const older = async () => {
+    if (shown >= props.past.length && next !== null) setNext(await loadOperationsOf(props.id, next));
+    setShown(shown + SHOWN);
+  };
+  return (
+    <>
+      {props.past.slice(0, shown).map((one) => <Moving key={one.id} operation={one} />)}
+      <Older isMore={shown < props.past.length || next !== null} load={older} />
+    </>
+  );
+}
+
 export function GuestPage(props: { id: string; part?: string }) {
   const guest = guests.value.get(props.id) ?? [...guests.value.values()].find((one) => one.name === props.id);
   if (!guest) return <Panel title="No such guest" wide><Empty>There is no guest {props.id}, or this token does not see it.</Empty></Panel>;
@@ -161,7 +183,7 @@ export function GuestPage(props: { id: string; part?: string }) {
   const operation = guest.operation ? operations.value.get(guest.operation) : undefined;
   const verdict = guest.follow_prices ? verdicts.value.find((one) => one.guest === guest.id) : undefined;
   const attached = guest.ports.map((id) => ports.value.get(id)).filter((port) => port !== undefined);
-  const past = [...operations.value.values()].filter((one) => one.guest === guest.id).sort((a, b) => b.created_at_ms - a.created_at_ms);
+  const past = newestFirst([...operations.value.values()].filter((one) => one.guest === guest.id));
   return (
     <div class="tiles">
       <Panel title={guest.name} wide aside={<span class="line"><State of={guest.state} /><GuestActions guest={guest} /></span>}>
@@ -210,7 +232,7 @@ export function GuestPage(props: { id: string; part?: string }) {
         ))}
       </Panel>
       <Panel title="What was done with it" wide>
-        {past.slice(0, 10).map((one) => <Moving key={one.id} operation={one} />)}
+        <Done key={guest.id} id={guest.id} past={past} />
         {own.slice(-30).reverse().map((event) => <EventLine key={event.seq} event={event} />)}
         {own.length === 0 && past.length === 0 && <Empty>nothing yet ({ago(guest.created_at_ms, now.value)} made)</Empty>}
       </Panel>

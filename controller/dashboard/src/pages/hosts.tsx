@@ -1,11 +1,11 @@
 import { useState } from "preact/hooks";
-import { change, Refused } from "../api/http";
 import type { Host } from "../api/types";
 import { may } from "../store/derive";
 import { hostRisk, priced } from "../store/risk";
 import { areAllWays, clouds, evacuations, events, guests, hosts, markets, now, rentings, ways, who } from "../store/store";
 import { ago, bytes, moment, price } from "../ui/format";
 import { Empty, Facts, Grid, Panel, State, room } from "../ui/parts";
+import { Sure } from "../ui/dialog";
 import { LinkGrid, useLinksOf } from "../ui/links";
 import { PlanButton } from "../ui/plan_ask";
 import { EventLine } from "./events";
@@ -119,7 +119,7 @@ function Classes(props: { host: Host }) {
 }
 
 export function HostPage(props: { id: string }) {
-  const [problem, setProblem] = useState("");
+  const [isAsked, setAsked] = useState(false);
   const host = [...hosts.value.values()].find((one) => one.name === props.id || one.id === props.id);
   const links = useLinksOf(host ? [host.id] : []);
   if (!host) return <Panel title="No such host" wide><Empty>There is no host {props.id}.</Empty></Panel>;
@@ -128,18 +128,15 @@ export function HostPage(props: { id: string }) {
   const { market, renting: rented } = priced(host, rentings.value.values(), markets.value);
   const risk = hostRisk(host, rented, evacuations.value);
   const isCordoned = host.state === "cordoned";
-  const cordon = async () => {
-    try {
-      await change("PATCH", `/v1/hosts/${host.id}`, { cordoned: !isCordoned });
-      setProblem("");
-    } catch (error) {
-      setProblem(error instanceof Refused ? error.problem.detail : String(error));
-    }
-  };
   return (
     <div class="tiles">
-      <Panel title={host.name} wide aside={<span class="line"><State of={host.state} />{host.state !== "removed" && <PlanButton aim={{ kind: "drain", host: host.id, name: host.name }} text="Drain…" />}{may(who.value, "system") && host.state !== "removed" && <button onClick={() => void cordon()}>{isCordoned ? "Take guests again" : "Take no new guests"}</button>}</span>}>
-        {problem && <p class="bad" role="alert">{problem}</p>}
+      <Panel title={host.name} wide aside={<span class="line"><State of={host.state} />{host.state !== "removed" && <PlanButton aim={{ kind: "drain", host: host.id, name: host.name }} text="Drain…" />}{may(who.value, "system") && host.state !== "removed" && <button onClick={() => setAsked(true)}>{isCordoned ? "Take guests again…" : "Take no new guests…"}</button>}</span>}>
+        {isAsked && (
+          <Sure title={isCordoned ? `${host.name} takes guests again` : `${host.name} takes no new guests`} verb={isCordoned ? "Take guests again" : "Take no new guests"} close={() => setAsked(false)}
+            ask={{ method: "PATCH", path: `/v1/hosts/${host.id}`, body: { cordoned: !isCordoned } }}>
+            <p>{isCordoned ? "New guests and moves may choose it." : "Those that are there stay; nothing new is placed on it until it takes guests again."}</p>
+          </Sure>
+        )}
         <Facts rows={[
           ["cloud", host.cloud_name],
           ...room(host).map(([name, part]): [string, string] => [name, percent(part)]),

@@ -1,13 +1,13 @@
 import { marketRisk } from "../store/risk";
 import { chosen } from "../store/good";
-import { guests, hosts, markets, prices, verdicts } from "../store/store";
+import { guests, hosts, markets, prices, decided } from "../store/store";
 import { Chart } from "../ui/chart";
 import { feedTime, price } from "../ui/format";
 import { Empty, Grid, Panel } from "../ui/parts";
 
 /** All series on one axis: the prices hold until their next point. What policies chose is strong, the runner-up dashed; where no policy has told, the cheapest and the next. */
 export function PriceChart() {
-  const told = chosen(verdicts.value);
+  const told = chosen(decided.value);
   const rank = (name: string) => (name === told.chosen ? 0 : name === told.runnerUp ? 1 : 2);
   const found = [...markets.value].sort((a, b) => rank(a.name) - rank(b.name) || a.price_nanousd_per_hour - b.price_nanousd_per_hour).slice(0, 6);
   const series = found.map((market) => prices.value.get(market.name)).filter((one) => one !== undefined && one.points.length > 0);

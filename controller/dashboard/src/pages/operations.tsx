@@ -1,16 +1,19 @@
 import type { ComponentChildren } from "preact";
+import { useEffect, useState } from "preact/hooks";
 import { isEnded, label, rounds } from "../store/derive";
-import { events, guests, images, now, operations, samples } from "../store/store";
+import { inReach } from "../store/done";
+import { events, findOperation, guests, images, loadOlder, now, operations, operationsReach, samples } from "../store/store";
 import { Cancel } from "../ui/actions";
 import { Chart } from "../ui/chart";
 import { ago, bytes, duration, moment, rate } from "../ui/format";
-import { Empty, Facts, Grid, GuestLink, HostLink, Moving, Panel, State, Steps, hostName } from "../ui/parts";
+import { Empty, Facts, Grid, GuestLink, HostLink, Moving, Older, Panel, State, Steps, hostName } from "../ui/parts";
 import { EventLine } from "./events";
 
 export function Operations() {
-  const found = [...operations.value.values()].sort((a, b) => b.created_at_ms - a.created_at_ms);
+  const reach = operationsReach.value;
+  const found = inReach(operations.value.values(), reach);
   return (
-    <Panel title={`Operations (${found.length})`} wide>
+    <Panel title={`Operations (${found.length}${reach.next === null ? "" : " newest"})`} wide aside={<Older isMore={reach.next !== null} load={loadOlder} />}>
       <Grid name="operations" tall items={found} empty="Nothing has been done yet." columns={[
         { title: "what", show: (operation) => <a href={`#/operations/${operation.id}`}>{label(operation)}</a> },
         { title: "guest", show: (operation) => <GuestLink id={operation.guest} /> },
@@ -27,6 +30,13 @@ export function Operations() {
 
 export function OperationPage(props: { id: string }) {
   const operation = operations.value.get(props.id);
+  const [isAsked, setAsked] = useState("");
+  useEffect(() => {
+    if (operation) return;
+    // Older than those that are known, it may be there all the same.
+    void findOperation(props.id).catch(() => undefined).finally(() => setAsked(props.id));
+  }, [props.id, Boolean(operation)]);
+  if (!operation && isAsked !== props.id) return <Panel title="Operation" wide><Empty>…</Empty></Panel>;
   if (!operation) return <Panel title="No such operation" wide><Empty>There is no operation {props.id}, or this token does not see it.</Empty></Panel>;
   const { progress } = operation;
   const seen = samples.value.get(operation.id) ?? [];

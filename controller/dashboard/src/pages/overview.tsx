@@ -1,8 +1,10 @@
 // The first screen: is anything wrong, what moves, where everything is, what it would cost, how good the moves were, who did what.
-import { alarms, places } from "../store/derive";
+import { heard } from "../api/http";
+import { alarms, isStanding, places } from "../store/derive";
 import { saved } from "../store/good";
+import { tenures } from "../store/risk";
 import { isAtRest, tally } from "../store/plans";
-import { areAllWays, clouds, evacuations, events, guests, hosts, ledger, markets, now, operations, plans, reliability, today, underWay, verdicts, ways } from "../store/store";
+import { areAllWays, clouds, decided, evacuations, events, guests, hosts, ledger, markets, now, operations, plans, ledgerProblem, reliability, rentings, today, underWay, ways } from "../store/store";
 import { Cancel } from "../ui/actions";
 import { ago, duration, money, percent, price } from "../ui/format";
 import { Map_ } from "../ui/map";
@@ -14,11 +16,16 @@ import { PriceChart } from "./markets";
 import { Turn, planName } from "./plans";
 
 export function Alarms() {
-  const found = alarms(guests.value.values(), hosts.value.values(), operations.value.values(), evacuations.value, now.value);
+  const found = alarms(guests.value.values(), hosts.value.values(), operations.value.values(), evacuations.value, decided.value, now.value);
+  // Those that do not run are where they should be, too; but nobody shall think that they run.
+  const counts = new Map<string, number>();
+  for (const guest of guests.value.values()) if (guest.state !== "running") counts.set(guest.state, (counts.get(guest.state) ?? 0) + 1);
+  const resting = [...counts];
   return (
     <Panel title={found.length === 0 ? "Nothing is wrong" : `${found.length} to look at`}>
       {found.length === 0 ? (
-        <p class="calm">{guests.value.size === 0 ? "No guest yet." : guests.value.size === 1 ? "The one guest is where it should be." : `All ${guests.value.size} guests are where they should be.`}</p>
+        <><p class="calm">{guests.value.size === 0 ? "No guest yet." : guests.value.size === 1 ? "The one guest is where it should be." : `All ${guests.value.size} guests are where they should be.`}</p>
+          {resting.length > 0 && <p class="small soft">{resting.map(([state, count]) => `${count} ${state === "created" ? "never started" : state}`).join(", ")}.</p>}</>
       ) : (
         <ul class="alarms">
           {found.slice(0, 30).map((alarm, at) => (
@@ -31,9 +38,10 @@ export function Alarms() {
 }
 
 export function Now(props: { still?: boolean }) {
-  const moving = underWay.value;
+  const moving = underWay.value.filter((operation) => !isStanding(operation));
+  const standing = underWay.value.length - moving.length;
   return (
-    <Panel title={moving.length === 0 ? "Nothing moves" : `${moving.length} under way`} wide>
+    <Panel title={moving.length === 0 ? "Nothing moves" : `${moving.length} under way`} wide aside={standing > 0 && <a href="#/operations">{standing === 1 ? "one mirror stands" : `${standing} mirrors stand`}</a>}>
       {moving.length === 0 && <Empty>Moves, freezes and imports are shown here while they last.</Empty>}
       {moving.slice(0, 20).map((operation) => <Moving key={operation.id} operation={operation}>{!props.still && <Cancel operation={operation} />}</Moving>)}
       {moving.length > 20 && <p><a href="#/operations">and {moving.length - 20} more</a></p>}
@@ -45,7 +53,7 @@ export function Where() {
   const found = places(clouds.value.values(), hosts.value.values(), guests.value.values());
   return (
     <Panel title="Where everything is" wide>
-      {found.length === 0 ? <Empty>No cloud yet: <code>supercloud cloud create NAME</code></Empty> : <Map_ places={found} operations={underWay.value} links={ways.value} />}
+      {found.length === 0 ? <Empty>No cloud yet: <code>supercloud cloud create NAME</code></Empty> : <Map_ places={found} operations={underWay.value} links={ways.value} tenures={tenures(hosts.value.values(), rentings.value.values(), ledger.value?.items ?? [])} />}
       {!areAllWays.value && <p class="small soft" role="note">This fleet has more ways than a page holds: the round trips and losses here are those of {ways.value.length} of them. Each host's page has all of its own.</p>}
     </Panel>
   );
@@ -82,7 +90,7 @@ function Saved(props: { by: number | null; span: string }) {
 function Cost() {
   const rate = today.value?.rate;
   const month = ledger.value;
-  if (!rate && !month) return null;
+  if (!rate && !month) return ledgerProblem.value ? <Panel title="What it costs" wide><p class="small warn" role="note">It is not told: {ledgerProblem.value}.</p></Panel> : null;
   const isNothing = !month || month.totals.paid_nanousd + month.totals.unpriced_ms + month.totals.unpriced_bytes === 0;
   if (isNothing && (!rate || rate.paid_nanousd_per_hour + rate.unpriced_hosts === 0)) return null;
   return (
@@ -92,9 +100,10 @@ function Cost() {
         {rate && rate.on_demand_nanousd_per_hour > 0 && <div><b>{price(rate.on_demand_nanousd_per_hour)}</b><span>the same on demand{rate.comparable_nanousd_per_hour < rate.paid_nanousd_per_hour ? `, of ${price(rate.comparable_nanousd_per_hour)}` : ""}</span></div>}
         <Saved by={saved(today.value)} span="today" />
         <Saved by={saved(month)} span="in 30 days" />
-        {month && <div><b>{money(month.totals.paid_nanousd)}</b><span>paid in 30 days</span></div>}
+        {month && <div><b>{month.totals.paid_nanousd === 0 && month.totals.unpriced_ms > 0 ? "not known" : money(month.totals.paid_nanousd)}</b><span>paid in 30 days</span></div>}
       </div>
       {rate && rate.unpriced_hosts > 0 && <p class="small soft">Of {rate.unpriced_hosts} {rate.unpriced_hosts === 1 ? "host" : "hosts"} no price is known.</p>}
+      {ledgerProblem.value && <p class="small warn" role="note">Not told anew: {ledgerProblem.value}.</p>}
       {month?.clock === "feed" && <p class="small soft">By the clock of the price feed.</p>}
     </Panel>
   );
@@ -104,7 +113,7 @@ function Next() {
   if (markets.value.length === 0) return null;
   return (
     <Panel title="What comes next" aside={<a href="#/markets">all markets</a>} wide>
-      <Choices verdicts={verdicts.value} markets={markets.value} />
+      <Choices verdicts={decided.value} markets={markets.value} />
       <PriceChart />
     </Panel>
   );
@@ -162,7 +171,7 @@ export function Wall() {
       <Good />
       <Now still />
       <Where />
-      <p class="small">as of {ago(now.value, Date.now())}</p>
+      <p class={`small${now.value - heard.value > 60_000 ? " bad" : ""}`}>The controller was last heard of {ago(heard.value, now.value)}.</p>
     </div>
   );
 }

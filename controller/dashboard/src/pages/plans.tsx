@@ -1,6 +1,5 @@
 // Plans: moves of many guests, decided together, looked at before they are made, and taken back.
 import { useState } from "preact/hooks";
-import { change } from "../api/http";
 import type { FleetPlan } from "../api/types";
 import { may } from "../store/derive";
 import { offers, tally, title } from "../store/plans";
@@ -51,10 +50,8 @@ export function Turn(props: { plan: FleetPlan }) {
     <>
       {offers(plan).map((one) => <button key={one} class={one === "apply" ? "main" : ""} onClick={() => setVerb(one)}>{VERBS[one].title}…</button>)}
       {verb && (
-        <Sure title={`${VERBS[verb].title}: ${planName(plan)}`} verb={`${VERBS[verb].title} now`} close={() => setVerb(undefined)} act={async () => {
-          const told = await change<FleetPlan>("POST", `/v1/plans/${plan.id}/${verb}`);
-          if (told) learnPlan(told);
-        }}>
+        <Sure title={`${VERBS[verb].title}: ${planName(plan)}`} verb={`${VERBS[verb].title} now`} close={() => setVerb(undefined)} ask={{ method: "POST", path: `/v1/plans/${plan.id}/${verb}` }}
+          done={(told: FleetPlan | undefined) => { if (told) learnPlan(told); }}>
           <p>{VERBS[verb].says(plan)}</p>
         </Sure>
       )}

@@ -4,6 +4,7 @@ import { change, Refused } from "../api/http";
 import type { Token, TokenSecret } from "../api/types";
 import { projects, tokens, who } from "../store/store";
 import { moment } from "../ui/format";
+import { Sure } from "../ui/dialog";
 import { Grid, GuestLink, Panel } from "../ui/parts";
 
 export function Tokens() {
@@ -12,6 +13,7 @@ export function Tokens() {
   const [project, setProject] = useState(who.value?.token.project ?? "*");
   const [made, setMade] = useState<TokenSecret>();
   const [problem, setProblem] = useState("");
+  const [asked, setAsked] = useState<Token>();
   const attempt = async (work: () => Promise<void>) => {
     try {
       await work();
@@ -23,9 +25,6 @@ export function Tokens() {
   const create = () => attempt(async () => {
     setMade(await change<TokenSecret>("POST", "/v1/tokens", { name, role, project }));
     setName("");
-  });
-  const remove = (token: Token) => attempt(async () => {
-    if (confirm(`Delete the token ${token.name}? What uses it stops working at once.`)) await change("DELETE", `/v1/tokens/${token.id}`);
   });
   const projectName = (id: string | null | undefined) => (id ? (projects.value.get(id)?.name ?? id) : "all");
   return (
@@ -50,8 +49,13 @@ export function Tokens() {
           { title: "project", key: (token) => projectName(token.project), show: (token) => projectName(token.project) },
           { title: "guest", show: (token) => <GuestLink id={token.guest} />, wide: true },
           { title: "ends", key: (token) => token.expires_at_ms ?? Infinity, show: (token) => (token.expires_at_ms ? moment(token.expires_at_ms) : "never"), wide: true },
-          { title: "", show: (token) => token.id === who.value?.token.id ? <small>yours</small> : <button onClick={() => void remove(token)} aria-label={`delete the token ${token.name}`}>Delete</button> },
+          { title: "", show: (token) => token.id === who.value?.token.id ? <small>yours</small> : <button onClick={() => setAsked(token)} aria-label={`delete the token ${token.name}`}>Delete…</button> },
         ]} />
+        {asked && (
+          <Sure title={`Delete the token ${asked.name}`} verb="Delete it" close={() => setAsked(undefined)} ask={{ method: "DELETE", path: `/v1/tokens/${asked.id}` }}>
+            <p>What uses it stops working at once.</p>
+          </Sure>
+        )}
       </Panel>
     </div>
   );

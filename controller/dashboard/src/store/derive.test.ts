@@ -1,8 +1,8 @@
 import { describe, expect, it } from "vitest";
 import { StreamParser } from "../api/stream";
-import type { Evacuation, Event, Guest, Host, Operation, Phase } from "../api/types";
+import type { Evacuation, Event, Guest, GuestVerdict, Host, Operation, Phase, WhoAmI } from "../api/types";
 import { bytes, duration, eta, feedTime, money } from "../ui/format";
-import { MOST_HOSTS, alarms, fraction, may, rounds, shownOf, stays } from "./derive";
+import { MOST_HOSTS, alarms, fraction, isStanding, may, mayCancel, rounds, shownOf, stays } from "./derive";
 
 const progress = {
   memory_total_bytes: 100, memory_sent_bytes: 0, memory_remaining_bytes: 100, round: 1, dirty_bytes_per_s: 0, bandwidth_bytes_per_s: 0,
@@ -39,19 +39,44 @@ describe("alarms", () => {
   const guest = { id: "g", name: "web", state: "running", alarm: null } as Guest;
   const late = { guest: "g", host_name: "one", state: "late", detail: "it writes too fast" } as Evacuation;
   it("are silent when all is well and for what was cancelled by somebody", () => {
-    expect(alarms([guest], [host], [operation("done"), operation("rolled_back", { is_cancel_requested: true })], [{ ...late, state: "in_time" }], 2000)).toEqual([]);
+    expect(alarms([guest], [host], [operation("done"), operation("rolled_back", { is_cancel_requested: true })], [{ ...late, state: "in_time" }], [], 2000)).toEqual([]);
   });
   it("name what is wrong, worst first, and forget failures after a day", () => {
-    const found = alarms([{ ...guest, alarm: "its disk stalls" }], [{ ...host, state: "unreachable" }], [operation("rolled_back"), operation("failed")], [late], 2000);
+    const found = alarms([{ ...guest, alarm: "its disk stalls" }], [{ ...host, state: "unreachable" }], [operation("rolled_back"), operation("failed")], [late], [], 2000);
     expect(found.map((one) => one.level)).toEqual(["bad", "bad", "bad", "bad", "warn"]);
     expect(found.find((one) => one.text.includes("in time"))).toMatchObject({ what: "web", text: "could not leave one in time: it writes too fast" });
-    expect(alarms([guest], [host], [operation("failed")], [], 90_000_000)).toEqual([]);
+    expect(alarms([guest], [host], [operation("failed")], [], [], 90_000_000)).toEqual([]);
   });
   it("tell of hosts that are taken back, and of hints less loudly", () => {
-    const noticed = (kind: "interruption" | "rebalance", state: Host["state"] = "up") => alarms([guest], [{ ...host, state, notice: { kind, at_ms: null, heard_at_ms: 1 } }], [], [], 2000);
+    const noticed = (kind: "interruption" | "rebalance", state: Host["state"] = "up") => alarms([guest], [{ ...host, state, notice: { kind, at_ms: null, heard_at_ms: 1 } }], [], [], [], 2000);
     expect(noticed("interruption")).toMatchObject([{ level: "bad", what: "one", text: "its provider takes it back soon" }]);
     expect(noticed("rebalance")).toMatchObject([{ level: "warn", what: "one" }]);
     expect(noticed("interruption", "removed")).toEqual([]);
+  });
+});
+
+describe("what is wanted elsewhere", () => {
+  const [guest, verdict] = [{ id: "g", name: "web", state: "running", alarm: null } as Guest, { guest: "g", guest_name: "web", is_move: true, chosen: "west/big/spot", reason: "it is cheaper" } as GuestVerdict];
+  it("is told, until it is on its way", () => {
+    expect(alarms([guest], [], [], [], [verdict], 0)).toMatchObject([{ level: "warn", what: "web", text: "is not where its policy wants it, which is west/big/spot: it is cheaper" }]);
+    expect(alarms([{ ...guest, operation: "opn-1" }], [], [], [], [verdict], 0)).toEqual([]);
+    expect(alarms([guest], [], [], [], [{ ...verdict, is_move: false }], 0)).toEqual([]);
+    expect(alarms([], [], [], [], [verdict], 0), "of a guest that is gone").toEqual([]);
+  });
+});
+
+describe("cancelling", () => {
+  const somebody = (role: string) => ({ token: { role, project: null, guest: null } }) as unknown as WhoAmI;
+  it("is for whoever may begin the like", () => {
+    const may = (role: string) => (["guest_migrate", "guest_thaw", "guest_start", "image_import", "host_rent"] as const).filter((kind) => mayCancel(somebody(role), kind));
+    expect(may("viewer")).toEqual([]);
+    expect(may("policy")).toEqual(["guest_migrate", "guest_thaw"]);
+    expect(may("operator")).toEqual(["guest_migrate", "guest_thaw", "guest_start", "image_import"]);
+    expect(may("admin")).toEqual(["guest_migrate", "guest_thaw", "guest_start", "image_import", "host_rent"]);
+  });
+  it("does not take a mirror that stands for a move", () => {
+    const mirror = (committed: number, phase: Phase = "copy") => operation(phase, { kind: "guest_mirror", progress: { ...progress, mirror: { cut: 1, committed, committed_age_ms: 0, pause_ms: 0, is_leased: false, dirty_bytes: 0 } } });
+    expect([mirror(0), mirror(1), mirror(1, "failed"), operation("copy")].map(isStanding)).toEqual([false, true, false, false]);
   });
 });
 

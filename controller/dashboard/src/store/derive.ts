@@ -1,5 +1,5 @@
 // What follows from the records: pure, so that it is tested without a browser.
-import type { Cloud, Evacuation, Event, Guest, GuestStay, Host, Operation, Phase, WhoAmI } from "../api/types";
+import type { Cloud, Evacuation, Event, Guest, GuestStay, GuestVerdict, Host, Operation, Phase, WhoAmI } from "../api/types";
 
 export const PHASES: Phase[] = ["plan", "prepare", "copy", "switch", "resume", "finish"];
 
@@ -32,10 +32,10 @@ export interface Alarm {
 }
 
 /** Whether anything is wrong, worst first. */
-export function alarms(guests: Iterable<Guest>, hosts: Iterable<Host>, operations: Iterable<Operation>, evacuations: Iterable<Evacuation>, nowMs: number): Alarm[] {
+export function alarms(guests: Iterable<Guest>, hosts: Iterable<Host>, operations: Iterable<Operation>, evacuations: Iterable<Evacuation>, verdicts: Iterable<GuestVerdict>, nowMs: number): Alarm[] {
   const found: Alarm[] = [];
   const names = new Map<string, string>();
-  const unreachable = new Set<string>();
+  const [unreachable, busy] = [new Set<string>(), new Set<string>()];
   for (const host of hosts) {
     if (host.notice && host.state !== "removed") {
       const is_taken = host.notice.kind === "interruption";
@@ -54,6 +54,7 @@ export function alarms(guests: Iterable<Guest>, hosts: Iterable<Host>, operation
   }
   for (const guest of guests) {
     names.set(guest.id, guest.name);
+    if (guest.operation) busy.add(guest.id);
     if (guest.alarm) found.push({ level: "bad", what: guest.name, text: guest.alarm, link: `#/guests/${guest.id}` });
     else if (guest.state === "lost") {
       found.push({ level: "bad", what: guest.name, text: "it is lost: start it again from its volumes", link: `#/guests/${guest.id}` });
@@ -62,6 +63,11 @@ export function alarms(guests: Iterable<Guest>, hosts: Iterable<Host>, operation
   for (const one of evacuations) {
     if (one.state !== "late") continue;
     found.push({ level: "bad", what: names.get(one.guest) ?? one.guest, link: `#/guests/${one.guest}`, text: `could not leave ${one.host_name} in time: ${one.detail}` });
+  }
+  for (const one of verdicts) {
+    // What its policy wants elsewhere and nobody moves is not where it is wanted.
+    if (!one.is_move || busy.has(one.guest) || !names.has(one.guest)) continue;
+    found.push({ level: "warn", what: one.guest_name, link: `#/guests/${one.guest}`, text: `is not where its policy wants it${one.chosen ? `, which is ${one.chosen}` : ""}: ${one.reason}` });
   }
   const DAY = 86_400_000;
   for (const operation of operations) {
@@ -199,6 +205,16 @@ export function may(who: WhoAmI | null | undefined, what: "move" | "change" | "a
   const least = { move: 1, change: 2, administer: 3, system: 3 }[what];
   return rank >= least && (what !== "system" || !who.token.project);
 }
+
+/** Whether somebody may cancel an operation: who may not begin a piece of work may not cancel it either. */
+export function mayCancel(who: WhoAmI | null | undefined, kind: Operation["kind"]): boolean {
+  if (kind === "host_rent" || kind === "host_return") return may(who, "administer");
+  const moves = kind === "guest_migrate" || kind === "guest_mirror" || kind === "guest_freeze" || kind === "guest_thaw";
+  return may(who, moves ? "move" : "change");
+}
+
+/** A mirror that stands has no end to come to: it is no move. */
+export const isStanding = (operation: Operation): boolean => operation.kind === "guest_mirror" && !isEnded(operation.phase) && (operation.progress.mirror?.committed ?? 0) > 0;
 
 /** Whether an event's text has all of the words, for the audit's filter. */
 export function eventMatches(event: Event, words: string[]): boolean {

@@ -1,6 +1,6 @@
 import { describe, expect, it } from "vitest";
-import type { Evacuation, Host, HostLink, Market, Port, Renting, VolumePoint } from "../api/types";
-import { hostRisk, marketRisk, priced } from "./risk";
+import type { Evacuation, Host, HostLink, LedgerLine, Market, Port, Renting, VolumePoint } from "../api/types";
+import { hostRisk, marketRisk, priced, tenures } from "./risk";
 import { MOST_HOSTS, topology } from "./topology";
 import { refused } from "../ui/answer";
 import { bands, bandsText, marks, pointAsOf, seconds } from "./travel";
@@ -106,5 +106,16 @@ describe("the drawing of a network", () => {
     expect([found.nodes.length, found.leftOut]).toEqual([MOST_HOSTS, 8]);
     expect(found.nodes.every((node) => node.x >= 105 && node.x <= 655 && node.y >= 32 && node.y <= 368)).toBe(true);
     expect(topology([], hosts)).toMatchObject({ nodes: [], tunnels: [] });
+  });
+});
+
+describe("how a host is paid for", () => {
+  it("is as it is rented, else as the ledger counts it, else not known", () => {
+    const hosts = ["a", "b", "c", "d"].map((id) => ({ id, state: id === "d" ? "removed" : "up" }) as Host);
+    const line = (host: string, market: string | null) => ({ host, market }) as LedgerLine;
+    const renting = (host: string, state: string) => ({ host, state, tenure: "on_demand" }) as Renting;
+    const lines = [line("a", "home/big/spot"), line("b", "home/big/spot"), line("c", null), line("d", "home/big/spot")];
+    expect([...tenures(hosts, [renting("b", "up"), renting("a", "ended")], lines)]).toEqual([["a", "spot"], ["b", "on_demand"]]);
+    expect([...tenures(hosts, [], [line("a", "home/big/spot"), line("a", "home/big/on_demand")])]).toEqual([["a", "on_demand"]]);
   });
 });

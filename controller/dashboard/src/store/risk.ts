@@ -1,5 +1,5 @@
 // What a host and a market cost and how risky they are, from what was seen: pure, so that it is tested without a browser.
-import type { Evacuation, Host, Market, Renting } from "../api/types";
+import type { Evacuation, Host, LedgerLine, Market, Renting } from "../api/types";
 
 export interface Priced { market: Market | undefined; renting: Renting | undefined }
 
@@ -9,6 +9,19 @@ export function priced(host: Host, rentings: Iterable<Renting>, markets: Market[
   for (const one of rentings) if (one.host === host.id && one.state !== "ended") renting = one;
   const market = renting && markets.find((one) => one.cloud === renting!.cloud && one.instance_type === renting!.instance_type && one.tenure === renting!.tenure);
   return { market, renting };
+}
+
+/** How hosts are paid for, as far as is known: as they are rented, or by the market that the ledger counts those in that joined by themselves. */
+export function tenures(hosts: Iterable<Host>, rentings: Iterable<Renting>, lines: LedgerLine[]): ReadonlyMap<string, Market["tenure"]> {
+  const found = new Map<string, Market["tenure"]>();
+  // Newest last.
+  for (const line of lines) {
+    if (line.market?.endsWith("/spot")) found.set(line.host, "spot");
+    else if (line.market?.endsWith("/on_demand")) found.set(line.host, "on_demand");
+  }
+  for (const one of rentings) if (one.state !== "ended") found.set(one.host, one.tenure);
+  const living = new Set([...hosts].filter((host) => host.state !== "removed").map((host) => host.id));
+  return new Map([...found].filter(([host]) => living.has(host)));
 }
 
 export interface Risk { tone: "good" | "warn" | "bad" | ""; text: string }

@@ -1,11 +1,12 @@
 // What the controller told, by kind and id. One place; pages read it, only this file writes it.
 import { batch, computed, signal, type Signal } from "@preact/signals";
-import { Away, Refused, get, list } from "../api/http";
+import { Refused, get, list } from "../api/http";
 import { follow } from "../api/stream";
 import type {
   Cloud, Evacuation, Event, FleetPlan, Freeze, Guest, GuestVerdict, Host, HostLink, Image, Ledger, Market, Network, Operation, Port, PriceSeries, Project, Reliability, Renting, Token, Volume, WhoAmI,
 } from "../api/types";
-import { isEnded } from "./derive";
+import { isEnded, isStanding } from "./derive";
+import { NONE, type Page, type Reach, further, reached } from "./done";
 import { dayBegan } from "./good";
 import { isAtRest } from "./plans";
 
@@ -18,6 +19,10 @@ export const brokenSince: Signal<number | null> = signal(null);
 /** The status with which the stream was refused; absent where no answer came. */
 export const refusal: Signal<number | undefined> = signal(undefined);
 export const now = signal(Date.now());
+/** Whether all was told once: before that nothing is known, least of all that nothing is wrong. */
+export const isLoaded = signal(false);
+/** Why it is not, in the controller's words. */
+export const loadProblem = signal("");
 
 interface Entity { id: string }
 export type Table<T> = Signal<ReadonlyMap<string, T>>;
@@ -27,6 +32,8 @@ export const clouds = table<Cloud>();
 export const hosts = table<Host>();
 export const guests = table<Guest>();
 export const operations = table<Operation>();
+/** How far back of the newest operations all are known. */
+export const operationsReach: Signal<Reach> = signal(NONE);
 export const networks = table<Network>();
 export const ports = table<Port>();
 export const images = table<Image>();
@@ -48,6 +55,8 @@ export const ledgerProblem = signal("");
 export const reliability: Signal<Reliability | null> = signal(null);
 /** What policies decided for guests. */
 export const verdicts: Signal<GuestVerdict[]> = signal([]);
+/** Of these, those that count: of guests that follow prices still. */
+export const decided = computed(() => verdicts.value.filter((one) => guests.value.get(one.guest)?.follow_prices));
 /** Guests on hosts that a provider takes back, and whether they could leave in time. */
 export const evacuations: Signal<Evacuation[]> = signal([]);
 /** Ways between hosts, as their agents measure them. */
@@ -57,8 +66,15 @@ export const areAllWays = signal(true);
 /** Newest last. */
 export const events: Signal<Event[]> = signal([]);
 const EVENTS_KEPT = 2000;
+const SAMPLES_KEPT_MS = 3_600_000;
+/** Records that are asked for one by one; of more, whole kinds are. */
+const MOST_SINGLES = 50;
 
-export const underWay = computed(() => [...operations.value.values()].filter((operation) => !isEnded(operation.phase)));
+/** What comes to an end first, mirrors that stand last: there may be many, and they stay. */
+export const underWay = computed(() => {
+  const open = [...operations.value.values()].filter((operation) => !isEnded(operation.phase));
+  return [...open.filter((operation) => !isStanding(operation)), ...open.filter(isStanding)];
+});
 export const isBusy = computed(() => underWay.value.length > 0);
 
 /** Samples of operations that this page has watched: their rounds, for the operation's page. */
@@ -134,14 +150,64 @@ async function loadLedger(): Promise<void> {
   const of_day = clock ? await ask(dayBegan(clock, until), 1) : null;
   const month = clock ? await ask(until - MONTH_MS, 1000) : null;
   batch(() => {
-    today.value = of_day;
-    ledger.value = month;
+    // What was told stays while it cannot be told anew; the page says why.
+    today.value = of_day ?? today.peek();
+    ledger.value = month ?? ledger.peek();
     ledgerProblem.value = said;
   });
 }
 
 async function loadReliability(): Promise<void> {
   reliability.value = await unless<Reliability>("/v1/reliability");
+}
+
+const NEWEST = 200;
+/** What failed shortly before somebody looks is an alarm, however much was done since. */
+const FAILED_MS = 2 * 86_400_000;
+
+/** Those under way, the newest, and what lately failed. */
+async function loadOperations(): Promise<void> {
+  const since = Date.now() - FAILED_MS;
+  const failed = (phase: Operation["phase"]) => list<Operation>(`/v1/operations?newest=true&phase=${phase}&from_ms=${since}`);
+  const [newest, open, ...others] = await Promise.all([
+    get<Page<Operation>>(`/v1/operations?newest=true&limit=${NEWEST}`), list<Operation>("/v1/operations?active=true"), failed("failed"), failed("rolled_back"),
+  ]);
+  const fresh = new Set([...open, ...newest.items].map((one) => one.id));
+  const over = underWay.peek().filter((one) => !fresh.has(one.id));
+  batch(() => {
+    operationsReach.value = reached(operations.peek(), operationsReach.peek(), newest);
+    // What ended a while ago in between is asked for one by one: else it would be under way for ever.
+    for (const one of over.slice(MOST_SINGLES)) drop(operations, one.id);
+    put(operations, [...others.flat(), ...open, ...newest.items]);
+  });
+  await Promise.all(over.slice(0, MOST_SINGLES).map((gone) => one(operations, "/v1/operations", gone.id)));
+}
+
+/** The next page of older ones. */
+export async function loadOlder(): Promise<void> {
+  const { next } = operationsReach.peek();
+  if (next === null) return;
+  const page = await get<Page<Operation>>(`/v1/operations?newest=true&limit=${NEWEST}&page=${encodeURIComponent(next)}`);
+  batch(() => {
+    put(operations, page.items);
+    operationsReach.value = further(operationsReach.peek(), page);
+  });
+}
+
+/** One that is older than those that are known. */
+export const findOperation = (id: string): Promise<void> => one(operations, "/v1/operations", id);
+
+/** Of one guest, the newest first: where the next older ones are. */
+export async function loadOperationsOf(guest: string, from: string | null): Promise<string | null> {
+  let next = from;
+  // A page on which all was somebody else's says nothing; but nobody waits for a whole history.
+  for (let left = 10; left > 0; left -= 1) {
+    const page = await get<Page<Operation>>(`/v1/operations?newest=true&limit=20&guest=${guest}${next ? `&page=${encodeURIComponent(next)}` : ""}`);
+    put(operations, page.items);
+    next = page.next_page ?? null;
+    if (next === null || page.items.length > 0) break;
+  }
+  return next;
 }
 
 /** Rentings and plans belong to no project: only who sees all projects may ask. */
@@ -151,7 +217,7 @@ const loaders: Record<string, () => Promise<void>> = {
   clouds: () => all(clouds, "/v1/clouds"),
   hosts: () => all(hosts, "/v1/hosts"),
   guests: () => all(guests, "/v1/guests"),
-  operations: () => all(operations, "/v1/operations"),
+  operations: loadOperations,
   networks: () => all(networks, "/v1/networks"),
   ports: () => all(ports, "/v1/ports"),
   images: () => all(images, "/v1/images"),
@@ -197,9 +263,18 @@ export async function refresh(...kinds: string[]): Promise<void> {
   await Promise.all(kinds.map((kind) => loaders[kind]?.()));
 }
 
+const isFailure = (event: Event): boolean => {
+  const phase = (event.data as { phase?: string } | null)?.phase;
+  return event.kind === "operation.phase" && (phase === "failed" || phase === "rolled_back");
+};
+
 async function loadAll(): Promise<void> {
   const kinds = Object.keys(loaders).filter((kind) => kind !== "tokens" || who.peek()?.token.role === "admin");
   await Promise.all([refresh(...kinds), loadPrices().then(loadLedger), loadReliability()]);
+  // What an event of before tells has failed is an alarm, too, however long ago it was begun.
+  const told = events.peek().filter((event) => event.operation && isFailure(event) && !operations.peek().has(event.operation));
+  const ids = [...new Set(told.map((event) => event.operation!))].slice(-MOST_SINGLES);
+  await Promise.all(ids.map((id) => one(operations, "/v1/operations", id)));
 }
 
 // What events say has changed is asked for once per short while, however many events say it.
@@ -213,9 +288,11 @@ export function touched(event: Event): string[] {
   if (event.host) found.push(`hosts/${event.host}`);
   if (event.operation) found.push(`operations/${event.operation}`);
   const family = event.kind.split(".")[0];
-  if (event.kind === "guest.created" || event.kind === "guest.deleted" || event.kind === "guest.switched") {
-    found.push("ports", "volumes", "hosts");
-  }
+  const guest = event.guest ? guests.peek().get(event.guest) : undefined;
+  // Of a guest that is known its own disks and ports are asked for: in a big fleet something always moves.
+  const own = guest ? [...guest.volumes.map((id) => `volumes/${id}`), ...guest.ports.map((id) => `ports/${id}`)] : ["ports", "volumes"];
+  if (event.kind === "guest.created" || event.kind === "guest.deleted") found.push("ports", "volumes", "hosts");
+  if (event.kind === "guest.switched") found.push("hosts", ...own);
   if (family === "cloud") found.push("clouds");
   if (family === "network") found.push("networks");
   if (family === "image") found.push("images");
@@ -225,7 +302,13 @@ export function touched(event: Event): string[] {
   if (family === "renting") found.push("rentings");
   if (event.kind === "guest.not_evacuable" || event.kind === "guest.evacuable") found.push("evacuations");
   if (family === "plan") found.push("plans");
-  if (family === "operation") found.push("freezes", "images", "volumes", "rentings");
+  if (family === "operation") {
+    const { kind = "", phase = "" } = (event.data ?? {}) as { kind?: string; phase?: string };
+    if (kind === "guest_freeze" || kind === "guest_thaw" || kind === "guest_delete") found.push("freezes");
+    if (kind === "image_import") found.push("images");
+    if (kind === "host_rent" || kind === "host_return") found.push("rentings");
+    if (event.guest && isEnded(phase as Operation["phase"])) found.push(...own);
+  }
   return found;
 }
 
@@ -233,17 +316,40 @@ const tables: Record<string, Table<Entity>> = {
   guests: guests as unknown as Table<Entity>,
   hosts: hosts as unknown as Table<Entity>,
   operations: operations as unknown as Table<Entity>,
+  volumes: volumes as unknown as Table<Entity>,
+  ports: ports as unknown as Table<Entity>,
 };
+
+let isFlushing = false;
+
+/** The session has ended: nothing of what it saw stays. */
+function signedOut(): void {
+  end();
+  who.value = null;
+}
 
 async function flush(): Promise<void> {
   timer = undefined;
+  if (isFlushing) {
+    timer = setTimeout(() => void flush(), 150);
+    return;
+  }
+  isFlushing = true;
+  try {
+    await ask();
+  } finally {
+    isFlushing = false;
+  }
+}
+
+async function ask(): Promise<void> {
   const asked = [...dirty];
   dirty.clear();
   const kinds = new Set(asked.filter((mark) => !mark.includes("/")));
   if (kinds.has("tokens") && who.peek()?.token.role !== "admin") kinds.delete("tokens");
   const singles = asked.filter((mark) => mark.includes("/") && !kinds.has(mark.split("/")[0]!));
   const work: Promise<void>[] = [refresh(...kinds)];
-  if (singles.length > 50) work.push(refresh("guests", "hosts", "operations"));
+  if (singles.length > MOST_SINGLES) work.push(refresh(...new Set(singles.map((mark) => mark.split("/")[0]!))));
   else {
     for (const mark of singles) {
       const [kind, id] = mark.split("/") as [string, string];
@@ -253,15 +359,30 @@ async function flush(): Promise<void> {
   try {
     await Promise.all(work);
   } catch (error) {
-    if (error instanceof Refused && error.problem.status === 401) who.value = null;
-    else if (error instanceof Away) for (const mark of asked) dirty.add(mark);
-    else console.warn(error);
+    if (error instanceof Refused && error.problem.status === 401) return signedOut();
+    // What could not be asked for is asked for again, after a while: nothing else would say that it is old.
+    for (const mark of asked) dirty.add(mark);
+    await pause(2000);
+    timer ??= setTimeout(() => void flush(), 0);
   }
 }
 
-function mark(event: Event): void {
-  for (const what of touched(event)) dirty.add(what);
-  timer ??= setTimeout(() => void flush(), 150);
+const pause = (ms: number): Promise<void> => new Promise((resolve) => setTimeout(resolve, ms));
+
+/** What one token saw is nothing to the next. */
+function forget(): void {
+  batch(() => {
+    for (const one of [clouds, hosts, guests, operations, networks, ports, images, volumes, freezes, projects, tokens, rentings, plans]) one.value = new Map();
+    for (const one of [markets, verdicts, evacuations, ways, events]) one.value = [];
+    for (const one of [prices, samples]) one.value = new Map();
+    for (const one of [ledger, today, reliability]) one.value = null;
+    for (const one of [ledgerProblem, loadProblem]) one.value = "";
+    operationsReach.value = NONE;
+    isLoaded.value = false;
+  });
+  dirty.clear();
+  clearTimeout(timer);
+  timer = undefined;
 }
 
 let stopAll: AbortController | undefined;
@@ -271,27 +392,29 @@ export async function begin(): Promise<void> {
   stopAll?.abort();
   const stop = new AbortController();
   stopAll = stop;
-  batch(() => {
-    events.value = [];
-    samples.value = new Map();
-  });
-  let isLoaded = false;
+  forget();
+  let isAsked = false;
+  let opened: () => void = () => undefined;
+  const isOpen = new Promise<void>((resolve) => { opened = resolve; });
   const listener = {
     onOpen() {
       batch(() => {
         link.value = "live";
         brokenSince.value = null;
       });
+      opened();
       // What happened while the stream was away is told by it; what is not an event is asked for anew.
-      if (isLoaded) void loadAll().catch(() => undefined);
+      if (isLoaded.peek()) void loadAll().catch(() => undefined);
     },
     onEvents(fresh: Event[]) {
       events.value = [...events.peek(), ...fresh].slice(-EVENTS_KEPT);
-      if (isLoaded) for (const event of fresh) mark(event);
+      // What changes while the listings are on their way may be missing from them.
+      if (isAsked) for (const event of fresh) for (const what of touched(event)) dirty.add(what);
+      if (isLoaded.peek() && dirty.size > 0) timer ??= setTimeout(() => void flush(), 150);
     },
     onBroken(status: number | undefined) {
+      if (status === 401) return signedOut();
       batch(() => {
-        if (status === 401) who.value = null;
         link.value = "broken";
         refusal.value = status;
         brokenSince.value ??= Date.now();
@@ -300,13 +423,17 @@ export async function begin(): Promise<void> {
   };
   const following = follow(500, listener, stop.signal);
   void following;
-  while (!stop.signal.aborted && !isLoaded) {
+  // The events of before come at once with the stream; those after them tell what the listings may lack.
+  await Promise.race([isOpen.then(() => pause(100)), pause(1500)]);
+  isAsked = true;
+  while (!stop.signal.aborted && !isLoaded.peek()) {
     try {
       await loadAll();
-      isLoaded = true;
+      if (!stop.signal.aborted) isLoaded.value = true;
     } catch (error) {
-      if (!(error instanceof Away)) throw error;
-      await new Promise((resolve) => setTimeout(resolve, 1000));
+      if (error instanceof Refused && error.problem.status === 401) return signedOut();
+      loadProblem.value = error instanceof Refused ? error.problem.detail : "";
+      await pause(1000);
     }
   }
   if (stop.signal.aborted) return;
@@ -333,9 +460,10 @@ export async function begin(): Promise<void> {
 
 /** Progress is finer than events: operations under way are asked for once a second. */
 async function poll(): Promise<void> {
-  const found = await Promise.all(
+  const told = await Promise.allSettled(
     underWay.peek().slice(0, 20).map((operation) => get<Operation>(`/v1/operations/${operation.id}`)),
   );
+  const found = told.flatMap((one) => (one.status === "fulfilled" ? [one.value] : []));
   const next = new Map(samples.peek());
   for (const operation of found) {
     const progress = operation.progress;
@@ -350,6 +478,9 @@ async function poll(): Promise<void> {
     };
     next.set(operation.id, [...(next.get(operation.id) ?? []), sample].slice(-600));
   }
+  // Of what ended a while ago nobody looks at the seconds any more.
+  const last = Date.now() - SAMPLES_KEPT_MS;
+  for (const [id, seen] of next) if ((seen.at(-1)?.at ?? 0) < last) next.delete(id);
   batch(() => {
     put(operations, found);
     samples.value = next;
@@ -362,7 +493,9 @@ function every(signal: AbortSignal, ms: number, work: () => Promise<void>): void
     if (isRunning) return;
     isRunning = true;
     work()
-      .catch(() => undefined)
+      .catch((error: unknown) => {
+        if (error instanceof Refused && error.problem.status === 401) signedOut();
+      })
       .finally(() => {
         isRunning = false;
       });
@@ -372,6 +505,7 @@ function every(signal: AbortSignal, ms: number, work: () => Promise<void>): void
 
 export function end(): void {
   stopAll?.abort();
+  forget();
   link.value = "starting";
 }
 

@@ -3,9 +3,9 @@ import { useState } from "preact/hooks";
 import { Refused, change } from "../api/http";
 import type { Guest, MemoryMode, Operation } from "../api/types";
 import { go } from "../router";
-import { may } from "../store/derive";
+import { may, mayCancel } from "../store/derive";
 import { clouds, hosts, learn, who } from "../store/store";
-import { Dialog, useAttempt } from "./dialog";
+import { Dialog, Sure, useAttempt } from "./dialog";
 import { bytes, duration } from "./format";
 
 type Verb = "migrate" | "mirror" | "freeze" | "thaw" | "start" | "stop";
@@ -159,8 +159,9 @@ function Ask(props: { guest: Guest; choice: Choice; close: () => void }) {
 export function Cancel(props: { operation: Operation }) {
   const { operation } = props;
   const [problem, setProblem] = useState("");
+  const [isOpen, setOpen] = useState(false);
   const early = ["plan", "prepare", "copy"].includes(operation.phase);
-  if (!early || !may(who.value, "move")) return null;
+  if (!early || !mayCancel(who.value, operation.kind)) return null;
   if (operation.is_cancel_requested) return <small>cancelling…</small>;
   const cancel = async () => {
     try {
@@ -170,5 +171,17 @@ export function Cancel(props: { operation: Operation }) {
       setProblem(error instanceof Refused ? error.problem.detail : String(error));
     }
   };
-  return <>{problem && <small class="bad" role="alert">{problem}</small>}<button onClick={() => void cancel()}>{operation.kind === "guest_mirror" ? "End the mirror" : "Cancel"}</button></>;
+  if (operation.kind === "guest_mirror") {
+    return (
+      <>
+        <button onClick={() => setOpen(true)}>End the mirror…</button>
+        {isOpen && (
+          <Sure title="End the mirror" verb="End it" close={() => setOpen(false)} ask={{ method: "POST", path: `/v1/operations/${operation.id}/cancel` }} done={(told: Operation | undefined) => { if (told) learn(told); }}>
+            <p>The guest runs on where it is. Nothing of it is kept elsewhere any more, and no mirror is begun again.</p>
+          </Sure>
+        )}
+      </>
+    );
+  }
+  return <>{problem && <small class="bad" role="alert">{problem}</small>}<button onClick={() => void cancel()}>Cancel</button></>;
 }

@@ -1,6 +1,5 @@
 // What policies chose for guests, and what they are about to do: with a veto for who may.
 import { useState } from "preact/hooks";
-import { change } from "../api/http";
 import type { GuestVerdict, Market } from "../api/types";
 import { may } from "../store/derive";
 import { chosen } from "../store/good";
@@ -19,9 +18,7 @@ export function Veto(props: { verdict: GuestVerdict }) {
     <>
       <button onClick={() => setOpen(true)}>Veto…</button>
       {isOpen && (
-        <Sure title={`No policy moves ${verdict.guest_name}`} verb="Keep it where it is" close={() => setOpen(false)} act={async () => {
-          await change("PATCH", `/v1/guests/${verdict.guest}`, { follow_prices: false });
-        }}>
+        <Sure title={`No policy moves ${verdict.guest_name}`} verb="Keep it where it is" close={() => setOpen(false)} ask={{ method: "PATCH", path: `/v1/guests/${verdict.guest}`, body: { follow_prices: false } }}>
           <p>It follows prices no more, until somebody says so on its page. A move that is under way is cancelled there.</p>
         </Sure>
       )}

@@ -1,6 +1,6 @@
 // Where everything is: clouds, in them hosts, in them guests; arcs for what moves.
 import { useLayoutEffect, useRef, useState } from "preact/hooks";
-import type { HostLink, Operation } from "../api/types";
+import type { HostLink, Market, Operation } from "../api/types";
 import { type Place, type Sums, isEnded, shownOf } from "../store/derive";
 import { type Way, wayText, ways } from "../store/ways";
 import { room } from "./parts";
@@ -42,7 +42,7 @@ function Ways(props: { cloud: string; ways: Way[] }) {
   );
 }
 
-export function Map_(props: { places: Place[]; operations: Operation[]; links: HostLink[] }) {
+export function Map_(props: { places: Place[]; operations: Operation[]; links: HostLink[]; tenures: ReadonlyMap<string, Market["tenure"]> }) {
   const box = useRef<HTMLDivElement>(null);
   const [arcs, setArcs] = useState<Arc[]>([]);
   const [lines, setLines] = useState<(Arc & { state: Way["state"] })[]>([]);
@@ -88,8 +88,8 @@ export function Map_(props: { places: Place[]; operations: Operation[]; links: H
           {place.sums && <Many sums={place.sums} shown={place.hosts.length} />}
           {!place.sums && place.hosts.length === 0 && <p class="empty">no host</p>}
           {place.hosts.map(({ host, guests }) => (
-            <a class={`host ${host.state}`} key={host.id} data-host={host.id} href={`#/hosts/${host.name}`}>
-              <span class="line"><b>{host.name}</b><span class="grow" />{host.state !== "up" && <em>{host.state}</em>}</span>
+            <a class={`host ${host.state} ${props.tenures.get(host.id) ?? ""}`} key={host.id} data-host={host.id} href={`#/hosts/${host.name}`}>
+              <span class="line"><b>{host.name}</b>{props.tenures.has(host.id) && <small class="tenure">{props.tenures.get(host.id)!.replaceAll("_", " ")}</small>}<span class="grow" />{host.state !== "up" && <em>{host.state}</em>}</span>
               <span class="rooms" aria-hidden="true">
                 {room(host).map(([name, part]) => (
                   <svg key={name} viewBox="0 0 100 4" preserveAspectRatio="none"><title>{`${name} ${Math.round(part * 100)} %`}</title><rect width={part * 100} height="4" /></svg>
@@ -97,7 +97,7 @@ export function Map_(props: { places: Place[]; operations: Operation[]; links: H
               </span>
               <span class="guests">
                 {guests.slice(0, 60).map((guest) => (
-                  <i key={guest.id} class={guest.alarm ? "bad" : guest.operation ? "busy" : ""} title={guest.name}>{guests.length <= 12 ? guest.name : ""}</i>
+                  <i key={guest.id} class={guest.alarm ? "bad" : guest.operation ? "busy" : ""} title={guest.name}>{guests.length <= 12 ? guest.name : guest.alarm ? "!" : guest.operation ? "→" : ""}</i>
                 ))}
                 {guests.length > 60 && <small>+{guests.length - 60}</small>}
               </span>

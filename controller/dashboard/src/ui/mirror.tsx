@@ -1,6 +1,6 @@
 // The mirror of a guest: how far its standby is, and having it take over.
 import { useEffect, useState } from "preact/hooks";
-import { change, list } from "../api/http";
+import { list } from "../api/http";
 import type { Mirror, Operation } from "../api/types";
 import { may } from "../store/derive";
 import { hosts, learn, samples, who } from "../store/store";
@@ -20,10 +20,8 @@ function TakeOver(props: { guest: string; name: string; operation: Operation }) 
     <>
       <button onClick={() => { setDead(false); setOpen(true); }}>Take over…</button>
       {isOpen && (
-        <Sure title={`${hostName(props.operation.destination)} takes ${props.name} over`} verb="Take over now" isReady={isDead} close={() => setOpen(false)} act={async () => {
-          const told = await change<Operation>("POST", `/v1/guests/${props.guest}/failover`, { host_is_dead: isDead });
-          if (told) learn(told);
-        }}>
+        <Sure title={`${hostName(props.operation.destination)} takes ${props.name} over`} verb="Take over now" isReady={isDead} close={() => setOpen(false)} done={(told: Operation | undefined) => { if (told) learn(told); }}
+          ask={{ method: "POST", path: `/v1/guests/${props.guest}/failover`, body: { host_is_dead: isDead } }}>
           <p>Were {source.name} alive, two copies of the guest would run, which does harm that nobody could undo.</p>
           <label class="inline"><input type="checkbox" checked={isDead} onChange={(event) => setDead(event.currentTarget.checked)} /> {source.name} does not run any more and will not run this guest again: the provider says so, or I switched it off.</label>
         </Sure>

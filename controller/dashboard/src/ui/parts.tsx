@@ -195,6 +195,22 @@ export function Grid<T extends { id: string }>(props: { name: string; items: T[]
   );
 }
 
+/** Asks for what is older than what is shown, where there is more. */
+export function Older(props: { isMore: boolean; load: () => Promise<unknown> }) {
+  const [state, setState] = useState<"" | "asked" | "failed">("");
+  if (!props.isMore) return null;
+  const ask = () => {
+    setState("asked");
+    props.load().then(() => setState(""), () => setState("failed"));
+  };
+  return (
+    <span class="line">
+      {state === "failed" && <span class="bad" role="alert">no answer</span>}
+      <button onClick={ask} disabled={state === "asked"}>{state === "asked" ? "…" : "Older"}</button>
+    </span>
+  );
+}
+
 export function Facts(props: { rows: [string, ComponentChildren][] }) {
   return (
     <dl class="facts">

@@ -213,10 +213,7 @@ export function Travel(props: { volume: Volume; guest: Guest | undefined; histor
       {source && guest && <Clone volume={volume} guest={guest} point={source} close={() => setSource(undefined)} />}
       {asked === "policy" && <Policy volume={volume} history={history} close={() => setAsked(undefined)} done={props.history.again} />}
       {asked === "end" && (
-        <Sure title={`End the history of ${volume.name}`} verb="Give all points up" close={() => setAsked(undefined)} act={async () => {
-          await change("DELETE", `/v1/volumes/${volume.id}/history`);
-          props.history.again();
-        }}>
+        <Sure title={`End the history of ${volume.name}`} verb="Give all points up" close={() => setAsked(undefined)} ask={{ method: "DELETE", path: `/v1/volumes/${volume.id}/history` }} done={() => props.history.again()}>
           <p>All {points.length} points go. Guests that were made from them stay. Image {images.value.get(volume.image ?? "")?.name ?? "and volume"} is left alone.</p>
         </Sure>
       )}

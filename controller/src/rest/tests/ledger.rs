@@ -15,7 +15,7 @@ use supercloud_scheduler::ledger::Span;
 
 use super::{TestController, World, guest, problem};
 use crate::{
-    ledger::{Asked, MarketName, StatementError, TenancyRecord, end_stays, keep_stays, statement},
+    ledger::{Asked, DaySums, MarketName, StatementError, TenancyRecord, end_stays, keep_stays, statement},
     price_board::PriceBoard,
     state::{Change, Context, GuestRecord, Record as _, retry_conflicts},
 };
@@ -290,26 +290,36 @@ async fn a_statement_keeps_its_page_only_and_makes_no_more_than_its_bound() {
     test.parts().clerk.pass().await.unwrap();
     let window = Span { from_ms: 0, to_ms: 80 * HOUR };
     let asked = Asked { clock: LedgerClock::Feed, window, project: None, guest: None, host: None, cloud: None };
-    let all = statement(test.state(), asked, 0..usize::MAX, usize::MAX).await.unwrap();
+    let all = statement(test.state(), asked, 0..usize::MAX, usize::MAX, &mut DaySums::default()).await.unwrap();
     assert_eq!(all.count, all.lines.len());
     // Half an hour at 40 and then at 80; 80 hours at 20.
     assert_eq!(all.totals.paid_nanousd, (20 + 79 * 80 + 40 + 80 * 20) * MILLI);
     let idle = |line: &&LedgerLine| line.kind == LedgerKind::Idle && line.host == world.hosts[0].id;
     assert_eq!(all.lines.iter().filter(idle).map(|line| line.to_ms - line.from_ms).sum::<u64>(), 80 * HOUR);
     assert!(all.lines.is_sorted_by_key(|line| (line.host, line.from_ms, line.to_ms, line.guest)));
-    let mut lines = Vec::new();
+    let (mut lines, mut sums) = (Vec::new(), DaySums::default());
     for at in (0..all.count).step_by(7) {
-        let page = statement(test.state(), asked, at..at + 7, all.count).await.unwrap();
+        let page = statement(test.state(), asked, at..at + 7, all.count, &mut sums).await.unwrap();
         assert_eq!((page.totals, page.count), (all.totals, all.count));
         assert!(page.lines.len() <= 7);
         lines.extend(page.lines);
     }
     assert_eq!(lines, all.lines);
-    let refused = statement(test.state(), asked, 0..1, all.count - 1).await;
+    // Of each host the two whole days that are over for more than a day; what they came to is not added up again.
+    assert_eq!(sums.len(), 4);
+    let project = Asked { project: Some(world.project), ..asked };
+    let of_project = statement(test.state(), project, 0..0, all.count, &mut DaySums::default()).await.unwrap();
+    for _ in 0..2 {
+        assert_eq!(statement(test.state(), project, 0..0, all.count, &mut sums).await.unwrap(), of_project);
+        assert_eq!(statement(test.state(), asked, 0..0, all.count, &mut sums).await.unwrap().totals, all.totals);
+    }
+    assert_ne!(of_project.totals, all.totals);
+    assert_eq!(sums.len(), 8);
+    let refused = statement(test.state(), asked, 0..1, 20, &mut sums).await;
     assert!(matches!(refused, Err(StatementError::TooMuch)), "{refused:?}");
     // Who sees one guest only makes the lines of its hosts: of one, then of two.
     let of_guest = Asked { guest: Some(id), window: Span { from_ms: 0, to_ms: 75 * HOUR }, ..asked };
-    let one = statement(test.state(), of_guest, 0..0, 2 * 76).await.unwrap();
+    let one = statement(test.state(), of_guest, 0..0, 2 * 76, &mut sums).await.unwrap();
     assert_eq!((one.count, one.lines.len()), (76, 0));
     test.stop().await;
 }

@@ -75,9 +75,6 @@ fn told(metrics: &str) -> Told {
     told
 }
 
-/// Operations are told of with labels only when there were some: the words are the API's.
-const PHASES: [&str; 9] = ["plan", "prepare", "copy", "switch", "resume", "finish", "done", "rolled_back", "failed"];
-
 /// Metrics of which there are none as long as nothing is mirrored or kept, with their label.
 const OF_SOME: [(&str, &str); 3] = [
     ("supercloud_mirror_behind_ms", "guest"),
@@ -92,7 +89,7 @@ fn wrong(expression: &str, told: &Told) -> Option<String> {
         return Some("it names nothing of ours".into());
     }
     // Told only of guests that have a mirror or a lease, and of volumes that have checkpoints: the names are there, the labels then.
-    let mut labels = BTreeSet::from(["kind", "phase"].map(str::to_owned));
+    let mut labels = BTreeSet::new();
     if OF_SOME.iter().any(|(metric, _)| names.iter().any(|(name, _)| name == metric)) {
         labels.extend(OF_SOME.iter().map(|(_, label)| (*label).to_owned()));
     }
@@ -100,13 +97,11 @@ fn wrong(expression: &str, told: &Told) -> Option<String> {
         let Some(known) = told.get(&name) else { return Some(format!("no metric {name}")) };
         labels.extend(known.keys().cloned());
         for (label, value) in matchers {
-            let is_absent_now = name == "supercloud_operations_open" && ["kind", "phase"].contains(&label.as_str());
             let values = known.get(&label);
-            if values.is_none() && !is_absent_now {
+            if values.is_none() {
                 return Some(format!("{name} has no label {label}"));
             }
             let is_known = |one: &str| match label.as_str() {
-                "phase" => PHASES.contains(&one),
                 "status" => one == "5..",
                 _ => values.is_some_and(|values| values.contains(one)),
             };

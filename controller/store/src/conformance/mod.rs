@@ -47,6 +47,7 @@ cases! {
     basics::bad_arguments_are_refused,
     ranges::pages_cover_everything_once,
     ranges::after_need_not_exist,
+    ranges::pages_go_back_as_they_go_on,
     ranges::large_values_are_paged,
     ranges::prefixes_are_bytes,
     watches::a_watch_replays_and_follows,

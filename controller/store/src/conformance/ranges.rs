@@ -54,6 +54,40 @@ pub(super) async fn after_need_not_exist(store: Arc<dyn Store>) {
     assert_eq!(page.items.len(), 1);
 }
 
+pub(super) async fn pages_go_back_as_they_go_on(store: Arc<dyn Store>) {
+    for path in ["a", "a/1", "a/3", "a/5", "a0", "b/1"] {
+        put(&*store, path, "v").await;
+    }
+    for (before, expected) in [
+        (None, vec!["a/5", "a/3", "a/1"]),
+        (Some("a/5"), vec!["a/3", "a/1"]),
+        (Some("a/4"), vec!["a/3", "a/1"]),
+        (Some("a/1"), vec![]),
+        (Some("a"), vec![]),
+        (Some("0"), vec![]),
+        (Some("b"), vec!["a/5", "a/3", "a/1"]),
+        (Some("z"), vec!["a/5", "a/3", "a/1"]),
+    ] {
+        for limit in [1, 2, 3, 4] {
+            let (mut seen, mut from) = (Vec::new(), before.map(key));
+            loop {
+                let page = store.range_back(prefix("a/"), from.clone(), limit).await.expect("page");
+                assert!(page.items.len() <= limit, "before {before:?}, limit {limit}");
+                seen.extend(page.items.into_iter().map(|item| item.key));
+                from = seen.last().cloned();
+                if !page.more {
+                    break;
+                }
+            }
+            let seen: Vec<_> = seen.iter().map(Key::as_str).collect();
+            assert_eq!(seen, expected, "before {before:?}, limit {limit}");
+        }
+    }
+    let page = store.range_back(Prefix::all(), None, 1).await.expect("page");
+    assert_eq!((page.items[0].key.as_str(), page.more), ("b/1", true));
+    assert!(store.range_back(Prefix::all(), None, 0).await.is_err());
+}
+
 pub(super) async fn large_values_are_paged(store: Arc<dyn Store>) {
     // More than any implementation puts in one page or message.
     let count: u8 = 20;

@@ -294,6 +294,15 @@ impl Store for SledStore {
         })
     }
 
+    fn range_back(&self, prefix: Prefix, before: Option<Key>, limit: usize) -> BoxFuture<'_, Result<Page, StoreError>> {
+        Box::pin(async move {
+            if limit == 0 {
+                return Err(StoreError::InvalidArgument { reason: "a page's limit is 1 or more".into() });
+            }
+            read(&self.shared, "read a page", move |view| view.page_back(&prefix, before.as_ref(), limit)).await
+        })
+    }
+
     fn watch(&self, prefix: Prefix, from_revision: u64) -> WatchStream {
         watch::stream(Arc::clone(&self.shared), prefix, from_revision)
     }

@@ -84,8 +84,27 @@ impl View<'_> {
             Some(after) if after >= start => Bound::Excluded(after),
             _ => Bound::Included(start),
         };
+        self.filled(self.db.range((start, Bound::Excluded(end))), limit)
+    }
+
+    /// One page of the keys, the last one first.
+    pub(super) fn page_back(&self, prefix: &Prefix, before: Option<&Key>, limit: usize) -> Result<Page, Fault> {
+        let start = layout::kv_key(prefix.as_bytes());
+        let end = Prefix::end_of(&start).unwrap_or_else(|| vec![0xff]);
+        let end = before.map_or(end.clone(), |key| layout::kv_key(key.as_bytes()).min(end));
+        if end <= start {
+            return Ok(Page { items: vec![], revision: self.meta.revision, more: false });
+        }
+        self.filled(self.db.range(start..end).rev(), limit)
+    }
+
+    fn filled(
+        &self,
+        entries: impl Iterator<Item = sled::Result<(sled::IVec, sled::IVec)>>,
+        limit: usize,
+    ) -> Result<Page, Fault> {
         let (mut items, mut bytes, mut more) = (Vec::new(), 0, false);
-        for entry in self.db.range((start, Bound::Excluded(end))) {
+        for entry in entries {
             let (key, pointer) = entry?;
             let pointer = Pointer::decode(&pointer)?;
             bytes += pointer.value_len as usize;
