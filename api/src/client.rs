@@ -28,6 +28,8 @@ const REQUEST_BUDGET: Duration = Duration::from_secs(60);
 const RETRY_BUDGET: Duration = Duration::from_secs(20);
 /// How long an operation is still waited for when the controller does not answer any more: a restart takes less.
 const LOST_BUDGET: Duration = Duration::from_secs(120);
+/// An event stream that says nothing for so long is dead: the controller says that it is there every 15 seconds.
+const STREAM_SILENCE: Duration = Duration::from_secs(45);
 /// The longest answer that is read, in bytes.
 const MAX_BODY_BYTES: usize = 64 << 20;
 
@@ -60,6 +62,14 @@ pub enum ClientError {
         /// Where.
         url: String,
         /// What was wrong.
+        what: String,
+    },
+    /// An event of the stream is none that this version knows; those after it can be asked for.
+    #[error("an event{} cannot be read: {what}", seq.map(|seq| format!(" ({seq})")).unwrap_or_default())]
+    UnknownEvent {
+        /// Its number, where the stream says it.
+        seq: Option<u64>,
+        /// What is wrong.
         what: String,
     },
     /// The settings make no client.
@@ -186,13 +196,17 @@ impl Client {
 
     /// Sends, tries again while that makes sense, and decodes. Every try carries the same `Idempotency-Key`.
     async fn send<T: DeserializeOwned>(&self, path: &str, request: RequestBuilder) -> Result<T> {
-        let bytes = self.send_raw(path, request).await?;
+        self.send_as(RequestId::generate(), path, request).await
+    }
+
+    async fn send_as<T: DeserializeOwned>(&self, key: RequestId, path: &str, request: RequestBuilder) -> Result<T> {
+        let bytes = self.send_raw(key, path, request).await?;
         let bytes: &[u8] = if bytes.is_empty() { b"null" } else { &bytes };
         serde_json::from_slice(bytes).map_err(|e| ClientError::Unexpected { url: self.url(path), what: e.to_string() })
     }
 
-    async fn send_raw(&self, path: &str, request: RequestBuilder) -> Result<bytes::Bytes> {
-        let request = request.header("Idempotency-Key", RequestId::generate().to_string());
+    async fn send_raw(&self, key: RequestId, path: &str, request: RequestBuilder) -> Result<bytes::Bytes> {
+        let request = request.header("Idempotency-Key", key.to_string());
         let began = Instant::now();
         let mut pause = Duration::from_millis(100);
         loop {
@@ -248,6 +262,20 @@ impl Client {
         body: &B,
     ) -> Result<T> {
         self.send(path, self.request(method, path).json(body)).await
+    }
+
+    /// `POST`s a body with an idempotency key of the caller's own, who may repeat the very same call with it later, also after it was
+    /// killed: within a day it is done once.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn post_once<B: Serialize + Sync, T: DeserializeOwned>(
+        &self,
+        key: RequestId,
+        path: &str,
+        body: &B,
+    ) -> Result<T> {
+        self.send_as(key, path, self.request(Method::POST, path).json(body)).await
     }
 
     async fn post<B: Serialize + Sync, T: DeserializeOwned>(&self, path: &str, body: &B) -> Result<T> {
@@ -383,7 +411,8 @@ impl Client {
         self.once(&path, self.request(Method::POST, &path).json(&body)).await.map(drop)
     }
 
-    /// The event stream from after `after`; ends when the connection does (call again with the last `seq`).
+    /// The event stream from after `after`; ends when the connection does, or an error was told: that nothing came for 45 seconds, not
+    /// even a keep-alive, or an event that this version cannot read (call again with the last `seq`, also that of such an event).
     ///
     /// # Errors
     /// When it cannot be opened.
@@ -391,20 +420,22 @@ impl Client {
         let path = "/v1/events/stream";
         let url = self.url(path);
         let transport_url = url.clone();
-        let response = self
+        let silent = ClientError::Silent { url: url.clone(), budget: STREAM_SILENCE };
+        let request = self
             .request(Method::GET, path)
             .header("Last-Event-ID", after.to_string())
-            .header("Accept", "text/event-stream")
-            .send()
-            .await
-            .map_err(|source| ClientError::Transport { url: url.clone(), source })?;
+            .header("Accept", "text/event-stream");
+        let response = match tokio::time::timeout(STREAM_SILENCE, request.send()).await {
+            Ok(response) => response.map_err(|source| ClientError::Transport { url: url.clone(), source })?,
+            Err(_) => return Err(silent),
+        };
         if response.status() != StatusCode::OK {
             return Err(refusal(url, response).await);
         }
         let lines = response
             .bytes_stream()
             .map(move |piece| piece.map_err(|source| ClientError::Transport { url: transport_url.clone(), source }));
-        Ok(sse_events(lines))
+        Ok(sse_events(url, lines))
     }
 }
 
@@ -441,31 +472,42 @@ pub fn is_worth_a_retry(error: &ClientError) -> bool {
 
 /// Events out of the bytes of a `text/event-stream` (WHATWG HTML, section 9.2): only `data` matters to us.
 fn sse_events(
+    url: String,
     bytes: impl Stream<Item = Result<bytes::Bytes>> + Send + 'static,
 ) -> impl Stream<Item = Result<Event>> + Send {
     const MAX_LINE_BYTES: usize = 1 << 20;
-    let state = (Box::pin(bytes), Vec::<u8>::new());
-    futures::stream::unfold(state, |(mut bytes, mut buffer)| async move {
+    let state = (Box::pin(bytes), Vec::<u8>::new(), url);
+    futures::stream::unfold(state, |(mut bytes, mut buffer, url)| async move {
         loop {
             if let Some(end) = buffer.iter().position(|b| *b == b'\n') {
                 let line: Vec<u8> = buffer.drain(..=end).collect();
                 let Some(data) = line.strip_prefix(b"data:") else { continue };
-                let event = serde_json::from_slice(data.trim_ascii())
-                    .map_err(|e| ClientError::Unexpected { url: "/v1/events/stream".into(), what: e.to_string() });
-                return Some((event, (bytes, buffer)));
+                return Some((event(data.trim_ascii()), (bytes, buffer, url)));
             }
             if buffer.len() > MAX_LINE_BYTES {
                 return None;
             }
-            match bytes.next().await {
-                Some(Ok(piece)) => buffer.extend_from_slice(&piece),
-                Some(Err(error)) => {
+            match tokio::time::timeout(STREAM_SILENCE, bytes.next()).await {
+                Ok(Some(Ok(piece))) => buffer.extend_from_slice(&piece),
+                Ok(Some(Err(error))) => {
                     buffer.clear();
-                    return Some((Err(error), (bytes, buffer)));
+                    return Some((Err(error), (bytes, buffer, url)));
                 }
-                None => return None,
+                Ok(None) => return None,
+                Err(_) => {
+                    let silent = ClientError::Silent { url: url.clone(), budget: STREAM_SILENCE };
+                    return Some((Err(silent), (bytes, buffer, url)));
+                }
             }
         }
+    })
+}
+
+/// An event as it came; of one of another form its number at least, so that it can be left behind.
+fn event(data: &[u8]) -> Result<Event> {
+    serde_json::from_slice(data).map_err(|error| {
+        let seq = serde_json::from_slice::<serde_json::Value>(data).ok().and_then(|value| value.get("seq")?.as_u64());
+        ClientError::UnknownEvent { seq, what: error.to_string() }
     })
 }
 
