@@ -2,6 +2,7 @@
 //! operations, the event stream with resume.
 
 mod blocks;
+mod events;
 
 use std::time::{Duration, Instant};
 
@@ -22,14 +23,14 @@ use crate::{
 
 pub use blocks::BlockStream;
 
+use events::{STREAM_SILENCE, sse_events};
+
 /// How long one attempt of a request may take when it does not say otherwise.
 const REQUEST_BUDGET: Duration = Duration::from_secs(60);
 /// How long a request is tried again when the controller cannot be reached or says "retry".
 const RETRY_BUDGET: Duration = Duration::from_secs(20);
 /// How long an operation is still waited for when the controller does not answer any more: a restart takes less.
 const LOST_BUDGET: Duration = Duration::from_secs(120);
-/// An event stream that says nothing for so long is dead: the controller says that it is there every 15 seconds.
-const STREAM_SILENCE: Duration = Duration::from_secs(45);
 /// The longest answer that is read, in bytes.
 const MAX_BODY_BYTES: usize = 64 << 20;
 
@@ -468,47 +469,6 @@ pub fn is_worth_a_retry(error: &ClientError) -> bool {
         ClientError::Blocks { source: BlocksError::Failed(problem), .. } => matches!(problem.status, 429 | 503),
         _ => false,
     }
-}
-
-/// Events out of the bytes of a `text/event-stream` (WHATWG HTML, section 9.2): only `data` matters to us.
-fn sse_events(
-    url: String,
-    bytes: impl Stream<Item = Result<bytes::Bytes>> + Send + 'static,
-) -> impl Stream<Item = Result<Event>> + Send {
-    const MAX_LINE_BYTES: usize = 1 << 20;
-    let state = (Box::pin(bytes), Vec::<u8>::new(), url);
-    futures::stream::unfold(state, |(mut bytes, mut buffer, url)| async move {
-        loop {
-            if let Some(end) = buffer.iter().position(|b| *b == b'\n') {
-                let line: Vec<u8> = buffer.drain(..=end).collect();
-                let Some(data) = line.strip_prefix(b"data:") else { continue };
-                return Some((event(data.trim_ascii()), (bytes, buffer, url)));
-            }
-            if buffer.len() > MAX_LINE_BYTES {
-                return None;
-            }
-            match tokio::time::timeout(STREAM_SILENCE, bytes.next()).await {
-                Ok(Some(Ok(piece))) => buffer.extend_from_slice(&piece),
-                Ok(Some(Err(error))) => {
-                    buffer.clear();
-                    return Some((Err(error), (bytes, buffer, url)));
-                }
-                Ok(None) => return None,
-                Err(_) => {
-                    let silent = ClientError::Silent { url: url.clone(), budget: STREAM_SILENCE };
-                    return Some((Err(silent), (bytes, buffer, url)));
-                }
-            }
-        }
-    })
-}
-
-/// An event as it came; of one of another form its number at least, so that it can be left behind.
-fn event(data: &[u8]) -> Result<Event> {
-    serde_json::from_slice(data).map_err(|error| {
-        let seq = serde_json::from_slice::<serde_json::Value>(data).ok().and_then(|value| value.get("seq")?.as_u64());
-        ClientError::UnknownEvent { seq, what: error.to_string() }
-    })
 }
 
 macro_rules! calls {

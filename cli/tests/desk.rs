@@ -283,7 +283,8 @@ fn in_terminal(home: &Path, arguments: &str) -> Command {
 #[test]
 fn who_says_no_is_told_apart() {
     let (home, far) = (tempfile::tempdir().unwrap(), Far::start());
-    std::fs::write(home.path().join("fleet.toml"), "[[project]]\nname = \"shop\"\n").unwrap();
+    std::fs::write(home.path().join("fleet.toml"), "default_project = \"shop\"\n[[project]]\nname = \"shop\"\n")
+        .unwrap();
     let mut child = in_terminal(home.path(), &format!("apply -f fleet.toml --url {}", far.url)).spawn().unwrap();
     std::io::Write::write_all(child.stdin.as_mut().unwrap(), b"n\n").unwrap();
     assert_eq!((child.wait().unwrap().code(), far.changes()), (Some(7), 0));
