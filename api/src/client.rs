@@ -2,6 +2,7 @@
 //! operations, the event stream with resume.
 
 mod blocks;
+mod events;
 
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,8 @@ use crate::{
 };
 
 pub use blocks::BlockStream;
+
+use events::{STREAM_SILENCE, sse_events};
 
 /// How long one attempt of a request may take when it does not say otherwise.
 const REQUEST_BUDGET: Duration = Duration::from_secs(60);
@@ -60,6 +63,14 @@ pub enum ClientError {
         /// Where.
         url: String,
         /// What was wrong.
+        what: String,
+    },
+    /// An event of the stream is none that this version knows; those after it can be asked for.
+    #[error("an event{} cannot be read: {what}", seq.map(|seq| format!(" ({seq})")).unwrap_or_default())]
+    UnknownEvent {
+        /// Its number, where the stream says it.
+        seq: Option<u64>,
+        /// What is wrong.
         what: String,
     },
     /// The settings make no client.
@@ -186,13 +197,17 @@ impl Client {
 
     /// Sends, tries again while that makes sense, and decodes. Every try carries the same `Idempotency-Key`.
     async fn send<T: DeserializeOwned>(&self, path: &str, request: RequestBuilder) -> Result<T> {
-        let bytes = self.send_raw(path, request).await?;
+        self.send_as(RequestId::generate(), path, request).await
+    }
+
+    async fn send_as<T: DeserializeOwned>(&self, key: RequestId, path: &str, request: RequestBuilder) -> Result<T> {
+        let bytes = self.send_raw(key, path, request).await?;
         let bytes: &[u8] = if bytes.is_empty() { b"null" } else { &bytes };
         serde_json::from_slice(bytes).map_err(|e| ClientError::Unexpected { url: self.url(path), what: e.to_string() })
     }
 
-    async fn send_raw(&self, path: &str, request: RequestBuilder) -> Result<bytes::Bytes> {
-        let request = request.header("Idempotency-Key", RequestId::generate().to_string());
+    async fn send_raw(&self, key: RequestId, path: &str, request: RequestBuilder) -> Result<bytes::Bytes> {
+        let request = request.header("Idempotency-Key", key.to_string());
         let began = Instant::now();
         let mut pause = Duration::from_millis(100);
         loop {
@@ -248,6 +263,20 @@ impl Client {
         body: &B,
     ) -> Result<T> {
         self.send(path, self.request(method, path).json(body)).await
+    }
+
+    /// `POST`s a body with an idempotency key of the caller's own, who may repeat the very same call with it later, also after it was
+    /// killed: within a day it is done once.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn post_once<B: Serialize + Sync, T: DeserializeOwned>(
+        &self,
+        key: RequestId,
+        path: &str,
+        body: &B,
+    ) -> Result<T> {
+        self.send_as(key, path, self.request(Method::POST, path).json(body)).await
     }
 
     async fn post<B: Serialize + Sync, T: DeserializeOwned>(&self, path: &str, body: &B) -> Result<T> {
@@ -383,7 +412,8 @@ impl Client {
         self.once(&path, self.request(Method::POST, &path).json(&body)).await.map(drop)
     }
 
-    /// The event stream from after `after`; ends when the connection does (call again with the last `seq`).
+    /// The event stream from after `after`; ends when the connection does, or an error was told: that nothing came for 45 seconds, not
+    /// even a keep-alive, or an event that this version cannot read (call again with the last `seq`, also that of such an event).
     ///
     /// # Errors
     /// When it cannot be opened.
@@ -391,20 +421,22 @@ impl Client {
         let path = "/v1/events/stream";
         let url = self.url(path);
         let transport_url = url.clone();
-        let response = self
+        let silent = ClientError::Silent { url: url.clone(), budget: STREAM_SILENCE };
+        let request = self
             .request(Method::GET, path)
             .header("Last-Event-ID", after.to_string())
-            .header("Accept", "text/event-stream")
-            .send()
-            .await
-            .map_err(|source| ClientError::Transport { url: url.clone(), source })?;
+            .header("Accept", "text/event-stream");
+        let response = match tokio::time::timeout(STREAM_SILENCE, request.send()).await {
+            Ok(response) => response.map_err(|source| ClientError::Transport { url: url.clone(), source })?,
+            Err(_) => return Err(silent),
+        };
         if response.status() != StatusCode::OK {
             return Err(refusal(url, response).await);
         }
         let lines = response
             .bytes_stream()
             .map(move |piece| piece.map_err(|source| ClientError::Transport { url: transport_url.clone(), source }));
-        Ok(sse_events(lines))
+        Ok(sse_events(url, lines))
     }
 }
 
@@ -437,36 +469,6 @@ pub fn is_worth_a_retry(error: &ClientError) -> bool {
         ClientError::Blocks { source: BlocksError::Failed(problem), .. } => matches!(problem.status, 429 | 503),
         _ => false,
     }
-}
-
-/// Events out of the bytes of a `text/event-stream` (WHATWG HTML, section 9.2): only `data` matters to us.
-fn sse_events(
-    bytes: impl Stream<Item = Result<bytes::Bytes>> + Send + 'static,
-) -> impl Stream<Item = Result<Event>> + Send {
-    const MAX_LINE_BYTES: usize = 1 << 20;
-    let state = (Box::pin(bytes), Vec::<u8>::new());
-    futures::stream::unfold(state, |(mut bytes, mut buffer)| async move {
-        loop {
-            if let Some(end) = buffer.iter().position(|b| *b == b'\n') {
-                let line: Vec<u8> = buffer.drain(..=end).collect();
-                let Some(data) = line.strip_prefix(b"data:") else { continue };
-                let event = serde_json::from_slice(data.trim_ascii())
-                    .map_err(|e| ClientError::Unexpected { url: "/v1/events/stream".into(), what: e.to_string() });
-                return Some((event, (bytes, buffer)));
-            }
-            if buffer.len() > MAX_LINE_BYTES {
-                return None;
-            }
-            match bytes.next().await {
-                Some(Ok(piece)) => buffer.extend_from_slice(&piece),
-                Some(Err(error)) => {
-                    buffer.clear();
-                    return Some((Err(error), (bytes, buffer)));
-                }
-                None => return None,
-            }
-        }
-    })
 }
 
 macro_rules! calls {

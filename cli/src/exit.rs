@@ -10,7 +10,7 @@ use supercloud_api::{
 
 /// A local fault, or the controller cannot be reached.
 pub const FAULT: u8 = 1;
-// 2 is clap's own code: wrong usage, and nothing else.
+// 2 is wrong usage: clap ends the process with it itself.
 /// The controller refused.
 pub const REFUSED: u8 = 3;
 /// An operation did not end as it should.
@@ -19,8 +19,12 @@ pub const OPERATION_FAILED: u8 = 4;
 pub const UNCHANGEABLE: u8 = 5;
 /// `apply --dry-run`: something would change.
 pub const WOULD_CHANGE: u8 = 6;
-/// `apply`: nobody has said yes.
+/// `apply`: the answer was no.
 pub const NOT_AGREED: u8 = 7;
+/// `apply`: there is nobody to ask.
+pub const NOBODY_TO_ASK: u8 = 8;
+/// The controller is there, and busy or just starting.
+pub const UNAVAILABLE: u8 = 9;
 /// As the shell tells of a process that SIGINT ended.
 pub const INTERRUPTED: u8 = 130;
 /// As the shell tells of a process that SIGPIPE ended.
@@ -32,12 +36,14 @@ Exit codes:
     0  done
     1  the controller cannot be reached, or a local fault
     2  wrong usage
-    3  the controller refused, or could not do it now and not soon either
+    3  the controller refused
     4  the operation failed or was rolled back; a plan failed
-    5  `apply`: the file asks for what cannot be changed in place; nothing was done
+    5  `apply`: the file asks for what cannot be had, or changed in place; nothing was done
     6  `apply --dry-run`: something would change
-    7  `apply`: nobody has said yes: the answer was no, or there was nobody to ask; nothing was done
-  130  watching or `apply` was interrupted, and what was begun goes on; an export was interrupted
+    7  `apply`: asked whether to go on, somebody said no; nothing was done
+    8  `apply`: there is no terminal to ask at, and no --yes; nothing was done
+    9  the controller is busy or just starting (429, 503), and still was after 20 s: try again later
+  130  interrupted: whatever was watched goes on; `apply` and `export` go on with the same command
   141  nobody reads the output any more";
 
 /// An operation that did not end as it should.
@@ -127,12 +133,14 @@ fn code(error: &anyhow::Error) -> u8 {
     }
     match error.downcast_ref::<NotApplied>() {
         Some(NotApplied::WouldChange(_)) => return WOULD_CHANGE,
-        Some(NotApplied::NobodyToAsk | NotApplied::NotAgreed) => return NOT_AGREED,
+        Some(NotApplied::NobodyToAsk) => return NOBODY_TO_ASK,
+        Some(NotApplied::NotAgreed) => return NOT_AGREED,
         Some(NotApplied::Unchangeable(_)) => return UNCHANGEABLE,
         Some(NotApplied::Interrupted) => return INTERRUPTED,
         None => {}
     }
     match error.downcast_ref::<ClientError>() {
+        Some(ClientError::Problem(problem)) if matches!(problem.status, 429 | 503) => UNAVAILABLE,
         Some(ClientError::Problem(_)) => REFUSED,
         _ => FAULT,
     }

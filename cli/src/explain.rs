@@ -9,6 +9,9 @@ use supercloud_cli::table::Table;
 /// The document that the controller serves at `/v1/openapi.json`, of this program's version.
 const DOCUMENT: &str = include_str!("../../api/openapi.json");
 
+/// What is no thing of the API, and explained all the same.
+const EXIT_CODES: &str = "exit-codes";
+
 /// Prints what is known of `path` (`guest`, `guest.shape`, `GuestMigrate`); all things where it is absent.
 pub fn run(path: Option<&str>) -> anyhow::Result<()> {
     print!("{}", explain(path)?);
@@ -16,6 +19,9 @@ pub fn run(path: Option<&str>) -> anyhow::Result<()> {
 }
 
 fn explain(path: Option<&str>) -> anyhow::Result<String> {
+    if path == Some(EXIT_CODES) {
+        return Ok(format!("{}\n", crate::exit::HELP));
+    }
     let document: Value = serde_json::from_str(DOCUMENT)?;
     let things: BTreeMap<&str, &Value> = document["components"]["schemas"]
         .as_object()
@@ -29,6 +35,7 @@ fn explain(path: Option<&str>) -> anyhow::Result<String> {
         for (name, schema) in &things {
             table.row([(*name).to_owned(), first_sentence(schema)]);
         }
+        table.row([EXIT_CODES.into(), "How a command ends: no thing of the API, but of this program.".into()]);
         return Ok(table.render());
     };
     let mut steps = path.split('.');

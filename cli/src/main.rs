@@ -21,6 +21,7 @@ mod mirrors;
 mod names;
 mod plans;
 mod rentings;
+mod screen;
 mod settings;
 mod show;
 mod simulate;
@@ -103,22 +104,27 @@ async fn run(arguments: Arguments, matches: &clap::ArgMatches) -> anyhow::Result
     once(&client, arguments).await
 }
 
+/// Without an answer for so long, it is told how old the last one is; then each second.
+const OVERDUE: std::time::Duration = std::time::Duration::from_secs(3);
+
 /// The same again and again, until somebody ends it. A terminal shows the newest answer only.
 async fn again(client: &Client, matches: &clap::ArgMatches, pause: std::time::Duration) -> anyhow::Result<()> {
-    use std::io::{IsTerminal as _, Write as _};
-    let is_terminal = std::io::stdout().is_terminal();
+    let mut screen = screen::Screen::take().context("catching what is printed")?;
     loop {
-        let arguments = Arguments::from_arg_matches(matches)?;
-        if is_terminal {
-            // Home, and everything below is blank.
-            print!("\x1b[H\x1b[2J");
-            std::io::stdout().flush()?;
-        }
-        match once(client, arguments).await {
-            Ok(()) => {}
+        let mut asked = std::pin::pin!(once(client, Arguments::from_arg_matches(matches)?));
+        let mut patience = OVERDUE;
+        let outcome = loop {
+            tokio::select! {
+                outcome = &mut asked => break outcome,
+                () = tokio::time::sleep(patience) => screen.keep(None)?,
+            }
+            patience = std::time::Duration::from_secs(1);
+        };
+        match outcome {
+            Ok(()) => screen.show()?,
             // It may be back the next time.
             Err(error) if error.downcast_ref::<ClientError>().is_some_and(is_worth_a_retry) => {
-                eprintln!("error: {error:#}")
+                screen.keep(Some(&format!("{error:#}")))?;
             }
             Err(error) => return Err(error),
         }

@@ -8,7 +8,7 @@ use reqwest::Method;
 use supercloud_api::{
     CloudCreate, Event, HostPatch, ImageCreate, JoinTokenCreate, NetworkCreate, OperationKind, Page, ProjectCreate,
     TokenCreate,
-    client::{Client, is_worth_a_retry},
+    client::{Client, ClientError, is_worth_a_retry},
 };
 use supercloud_cli::{
     fields::Names,
@@ -25,6 +25,10 @@ use crate::{
 
 /// How long after an event stream broke off it is opened again.
 const STREAM_PAUSE: Duration = Duration::from_secs(1);
+/// ... and at most, when it still does not come.
+const STREAM_PAUSE_AT_MOST: Duration = Duration::from_secs(16);
+/// How long a stream that was never there is asked for, as any other call is.
+const FIRST_BUDGET: Duration = Duration::from_secs(20);
 /// How long that is tried: a controller that restarts takes less.
 const LOST_BUDGET: Duration = Duration::from_secs(120);
 
@@ -330,30 +334,41 @@ async fn events(client: &Client, output: Output, verb: EventVerb) -> anyhow::Res
 }
 
 /// Shows events as they come. Where the connection is lost it is made again and goes on after the last one seen.
+/// A controller that is away, or says that it is busy or just starting, is asked again, less and less often; an event that this program
+/// cannot read is told and left behind.
 async fn watch_events(client: &Client, output: Output, mut after: u64) -> anyhow::Result<()> {
-    let mut heard = None::<Instant>;
+    let (mut heard, mut budget, mut pause) = (Instant::now(), FIRST_BUDGET, STREAM_PAUSE);
     loop {
         let stream = match client.events(after).await {
             Ok(stream) => stream,
-            Err(error) if is_worth_a_retry(&error) && heard.is_some_and(|heard| heard.elapsed() < LOST_BUDGET) => {
-                tokio::time::sleep(STREAM_PAUSE).await;
+            Err(error) if is_worth_a_retry(&error) && heard.elapsed() + pause < budget => {
+                eprintln!("{error}; asked again in {} s", pause.as_secs());
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(STREAM_PAUSE_AT_MOST);
                 continue;
             }
             Err(error) => return Err(error.into()),
         };
         let mut stream = Box::pin(stream);
-        while let Some(told) = stream.next().await {
-            match told {
-                Ok(event) => {
+        loop {
+            match stream.next().await {
+                Some(Ok(event)) => {
                     after = event.seq;
                     show_event(output, &event)?;
                 }
-                Err(error) if is_worth_a_retry(&error) => break,
-                // An event that cannot be read would come again and again.
-                Err(error) => return Err(error.into()),
+                Some(Err(error @ ClientError::UnknownEvent { seq, .. })) => {
+                    eprintln!("{error}; it is left out");
+                    // Where it does not say which one it is, the next one may: the stream goes on.
+                    after = seq.map_or(after, |seq| seq.max(after));
+                }
+                Some(Err(error)) => {
+                    eprintln!("{error}; connecting again");
+                    break;
+                }
+                None => break,
             }
         }
-        heard = Some(Instant::now());
+        (heard, budget, pause) = (Instant::now(), LOST_BUDGET, STREAM_PAUSE);
         tokio::time::sleep(STREAM_PAUSE).await;
     }
 }

@@ -148,6 +148,42 @@ fn events_go_on_after_a_lost_connection() {
 }
 
 #[test]
+fn events_that_cannot_be_read_are_told_and_left_behind_and_a_busy_controller_is_waited_for() {
+    let event = |seq: u64, kind: serde_json::Value| {
+        serde_json::json!({ "seq": seq, "at_ms": 1, "kind": kind, "actor": "system",
+            "request_id": "req-01a1fea9-e617-7305-957c-ad553aef0867", "data": {}, "previous_hash": "", "hash": "" })
+    };
+    let known = |seq| event(seq, "host.up".into());
+    let unknown = event(2, serde_json::json!({ "of": "another version" }));
+    let problem = |status: u16, code: &str| {
+        let text = serde_json::json!({ "type": "x", "code": code, "title": "x", "status": status, "detail": "not now",
+            "retryable": status != 403 });
+        Some((status, &*text.to_string().leak()))
+    };
+    let stream = |text: String| Some((200, &*text.leak()));
+    let (url, arrived) = far_side(vec![
+        // At the start, too.
+        problem(503, "store_unavailable"),
+        stream(format!("id: 1\ndata: {}\n\nid: 2\ndata: {unknown}\n\n", known(1))),
+        problem(503, "store_unavailable"),
+        problem(429, "too_many_requests"),
+        stream(format!(": keep-alive\n\nid: 3\ndata: {}\n\n", known(3))),
+        problem(403, "forbidden"),
+    ]);
+    let called = supercloud(&url, &["event", "watch", "-o", "ndjson"]);
+    let seen = String::from_utf8_lossy(&called.stdout).lines().map(|line| line[..8].to_owned()).collect::<Vec<_>>();
+    let said = String::from_utf8_lossy(&called.stderr);
+    assert_eq!(
+        (called.status.code(), seen),
+        (Some(3), vec!["{\"seq\":1".to_owned(), "{\"seq\":3".to_owned()]),
+        "{said}"
+    );
+    assert!(said.contains("an event (2) cannot be read") && said.contains("left out"), "{said}");
+    let after: Vec<String> = arrived.iter().map(|arrived| arrived.after.unwrap()).collect();
+    assert_eq!(after, ["0", "0", "2", "2", "2", "3"], "the unreadable one is not asked for again");
+}
+
+#[test]
 fn a_dry_run_asks_and_follows_nothing() {
     let plan = r#"{"id":"opn-01a1fea9-e622-75ca-b41b-c7d245b5cc2f","kind":"guest_freeze","phase":"plan","progress":{},
         "plan":{"checks":[{"name":"state","is_ok":false,"detail":"it does not run"}]},"is_cancel_requested":false,"actor":"a",

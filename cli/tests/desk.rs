@@ -115,7 +115,7 @@ fn a_fleet_is_made_once_kept_and_pruned() {
     let lines: Vec<&str> = out.lines().skip(1).collect();
     assert!(lines.len() == 4 && lines[0].contains("shop") && lines[3].contains("shop/web"), "{out}");
     let (code, _, said) = apply(&[]);
-    assert!(code == 7 && said.contains("--yes") && far.changes() == 0, "{said}");
+    assert!(code == 8 && said.contains("--yes") && far.changes() == 0, "{said}");
 
     let (code, out, said) = apply(&["--yes"]);
     assert_eq!(code, 0, "{out}{said}");
@@ -268,6 +268,130 @@ fn top_leaves_the_terminal_as_it_was() {
     }
 }
 
+/// Runs in a terminal of its own: what it shows, and what it is answered when it asks.
+fn in_terminal(home: &Path, arguments: &str) -> Command {
+    let mut script = Command::new("script");
+    script.args(["-qec", &format!("exec {} {arguments}", env!("CARGO_BIN_EXE_supercloud")), "/dev/null"]);
+    for name in ["URL", "TOKEN", "TOKEN_FILE", "CA", "PROJECT", "CONTEXT"] {
+        script.env_remove(format!("SUPERCLOUD_{name}"));
+    }
+    script.env("TERM", "xterm").env("XDG_CONFIG_HOME", home).current_dir(home);
+    script.stdin(Stdio::piped()).stdout(Stdio::piped());
+    script
+}
+
+#[test]
+fn who_says_no_is_told_apart() {
+    let (home, far) = (tempfile::tempdir().unwrap(), Far::start());
+    std::fs::write(home.path().join("fleet.toml"), "default_project = \"shop\"\n[[project]]\nname = \"shop\"\n")
+        .unwrap();
+    let mut child = in_terminal(home.path(), &format!("apply -f fleet.toml --url {}", far.url)).spawn().unwrap();
+    std::io::Write::write_all(child.stdin.as_mut().unwrap(), b"n\n").unwrap();
+    assert_eq!((child.wait().unwrap().code(), far.changes()), (Some(7), 0));
+}
+
+#[test]
+fn a_watch_keeps_the_last_answer_until_the_next_one_is_whole() {
+    const CLEAR: &str = "\x1b[H\x1b[2J";
+    let (home, far) = (tempfile::tempdir().unwrap(), Far::start());
+    far.add_guest("web");
+    let call = format!("guest list --watch --every 1 --url {}", far.url);
+    let mut child = in_terminal(home.path(), &call).spawn().unwrap();
+    let mut screen = child.stdout.take().unwrap();
+    let (mut seen, mut piece) = (String::new(), [0; 4096]);
+    let mut until = |what: &dyn Fn(&str) -> bool| {
+        while !what(&seen) {
+            let length = std::io::Read::read(&mut screen, &mut piece).unwrap();
+            assert_ne!(length, 0, "{seen}");
+            seen.push_str(std::str::from_utf8(&piece[..length]).unwrap());
+        }
+        seen.clone()
+    };
+    until(&|seen| seen.matches("web").count() >= 2);
+    // The next answer does not come: the last one stays, and says how old it is.
+    far.hang_next("GET /v1/guests", false);
+    let seen = until(&|seen| seen.contains("s old"));
+    let mut shown: Vec<&str> = seen.split(CLEAR).skip(1).collect();
+    let kept = shown.iter().find(|shown| shown.contains("s old")).unwrap();
+    assert!(kept.contains("web") && kept.contains("no answer yet; what stands above is"), "{kept}");
+    // The last one may not have come as a whole.
+    shown.pop();
+    assert!(shown.len() > 1 && shown.iter().all(|shown| shown.contains("web")), "never blank: {shown:?}");
+    std::io::Write::write_all(child.stdin.as_mut().unwrap(), b"\x03").unwrap();
+    drop(screen);
+    child.wait().unwrap();
+}
+
+#[test]
+fn a_mirrored_guest_is_as_it_shall_be() {
+    let (home, far) = (tempfile::tempdir().unwrap(), Far::start());
+    std::fs::write(home.path().join("fleet.toml"), FLEET).unwrap();
+    std::fs::write(home.path().join("disk.raw"), [7_u8; 4096]).unwrap();
+    let apply = |more: &[&str]| run(home.path(), &[&["apply", "-f", "fleet.toml", "--url", &far.url], more].concat());
+    assert_eq!(apply(&["--yes"]).0, 0);
+    far.mirror("web");
+    for more in ["--dry-run", "--yes"] {
+        let (code, out, said) = apply(&[more]);
+        assert!(code == 0 && said.contains("nothing to change"), "{out}{said}");
+    }
+    std::fs::write(home.path().join("fleet.toml"), FLEET.replace("\"east\"", "\"west\"")).unwrap();
+    let (code, out, _) = apply(&["--yes"]);
+    assert!(code == 5 && out.contains("guest unmirror web"), "{out}");
+}
+
+/// Killed in the moment in which something is made, whether the controller did it by then or not: the next run makes nothing twice, and
+/// knows what is its own.
+#[test]
+fn what_was_made_in_the_moment_of_a_kill_is_not_forgotten() {
+    for noun in ["projects", "networks", "images", "guests"] {
+        for is_done in [true, false] {
+            let (home, far) = (tempfile::tempdir().unwrap(), Far::start());
+            std::fs::write(home.path().join("fleet.toml"), FLEET).unwrap();
+            std::fs::write(home.path().join("disk.raw"), [7_u8; 4096]).unwrap();
+            let arguments = ["apply", "-f", "fleet.toml", "--url", &far.url, "--yes"];
+            far.hang_next(&format!("POST /v1/{noun}"), is_done);
+            let mut child =
+                supercloud(home.path(), &arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+            far.wait_until_hanging();
+            child.kill().unwrap();
+            child.wait().unwrap();
+            let made = || std::fs::read_to_string(home.path().join("fleet.toml.made.json")).unwrap();
+            assert!(made().contains("\"begun\""), "{noun}: {}", made());
+
+            let (code, out, said) = run(home.path(), &arguments);
+            assert_eq!(code, 0, "{noun} {is_done}: {out}{said}");
+            assert_eq!((far.replayed(), far.guest_names()), (usize::from(is_done), vec!["web".to_owned()]), "{noun}");
+            assert_eq!(far.uploaded(), 4096, "{noun}");
+            assert!(!made().contains("\"begun\""), "{noun}: {}", made());
+            assert!(made().contains(far.guest("web")["id"].as_str().unwrap()), "{noun}: {}", made());
+            // Its own: gone when the file has it no more.
+            std::fs::write(home.path().join("fleet.toml"), FLEET.split("[[network]]").next().unwrap()).unwrap();
+            let (code, out, said) = run(home.path(), &[&arguments[..], &["--prune"]].concat());
+            assert_eq!(code, 0, "{noun} {is_done}: {out}{said}");
+            let left = ["networks", "images", "guests"].map(|noun| far.count(noun));
+            assert_eq!(left, [0, 0, 0], "{noun} {is_done}: {out}{said}");
+        }
+    }
+}
+
+/// What somebody else has made meanwhile by the same name is not ours.
+#[test]
+fn what_another_made_by_that_name_is_never_taken_for_our_own() {
+    let (home, far) = (tempfile::tempdir().unwrap(), Far::start());
+    std::fs::write(home.path().join("fleet.toml"), FLEET.replace("\"shop\"", "\"default\"")).unwrap();
+    std::fs::write(home.path().join("disk.raw"), [7_u8; 4096]).unwrap();
+    let arguments = ["apply", "-f", "fleet.toml", "--url", &far.url, "--yes"];
+    far.hang_next("POST /v1/guests", false);
+    let mut child = supercloud(home.path(), &arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    far.wait_until_hanging();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    far.add_guest("web");
+    std::fs::write(home.path().join("fleet.toml"), "default_project = \"default\"\n").unwrap();
+    let (code, out, said) = run(home.path(), &[&arguments[..], &["--prune"]].concat());
+    assert_eq!((code, far.guest_names()), (0, vec!["web".to_owned()]), "{out}{said}");
+}
+
 #[test]
 fn wide_tables_tell_more_and_one_thing_tells_names() {
     let home = tempfile::tempdir().unwrap();
@@ -289,7 +413,13 @@ fn exit_codes_are_as_the_help_says() {
     let help = run(home.path(), &["--help"]).1;
     let documented: Vec<&str> =
         help.split("Exit codes:").nth(1).unwrap().lines().filter_map(|line| line.split_whitespace().next()).collect();
-    assert_eq!(documented, ["0", "1", "2", "3", "4", "5", "130", "141"], "{help}");
+    assert_eq!(documented, ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "130", "141"], "{help}");
+    let (code, explained, _) = run(home.path(), &["explain", "exit-codes"]);
+    assert!(code == 0 && help.contains(explained.trim_end()), "{explained}");
+    let docs = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/cli.md")).unwrap();
+    for code in &documented {
+        assert!(docs.contains(&format!("\n| {code} | ")), "{code} in docs/cli.md");
+    }
     let code = |arguments: &[&str]| run(home.path(), arguments).0;
     assert_eq!(code(&["guest", "list", "--url", &far.url]), 0);
     assert_eq!(code(&["guest", "list"]), 1, "no controller");
@@ -298,7 +428,11 @@ fn exit_codes_are_as_the_help_says() {
     far.add_guest("web");
     far.fail_next_operation();
     assert_eq!(code(&["guest", "stop", "web", "--watch", "--url", &far.url]), 4);
-    // 5: `a_fleet_is_made_once_kept_and_pruned`. 130: whoever watches is interrupted.
+    // Busy for longer than it is asked again.
+    far.be_busy(1000);
+    assert_eq!(code(&["guest", "list", "--url", &far.url]), 9);
+    far.be_busy(0);
+    // 5, 6, 8: `a_fleet_is_made_once_kept_and_pruned`; 7: `who_says_no_is_told_apart`. 130: whoever watches is interrupted.
     far.hold_operations();
     let mut child = supercloud(home.path(), &["guest", "freeze", "web", "--watch", "--url", &far.url])
         .stderr(Stdio::null())

@@ -117,7 +117,8 @@ impl Tally {
 #[derive(Debug, Clone, Default)]
 pub struct Metrics {
     requests: Arc<Mutex<Requests>>,
-    tally: Arc<Mutex<Tally>>,
+    /// Not there before all operations were seen once.
+    tally: Arc<Mutex<Option<Tally>>>,
 }
 
 /// A mirror, as far as it is told of.
@@ -144,20 +145,6 @@ async fn mirrors(parts: &Parts) -> Result<Vec<MirrorSeen>, StateError> {
     }
     Ok(found)
 }
-
-/// All kinds of operations.
-const KINDS: [OperationKind; 10] = [
-    OperationKind::ImageImport,
-    OperationKind::GuestStart,
-    OperationKind::GuestStop,
-    OperationKind::GuestDelete,
-    OperationKind::GuestMigrate,
-    OperationKind::GuestMirror,
-    OperationKind::GuestFreeze,
-    OperationKind::GuestThaw,
-    OperationKind::HostRent,
-    OperationKind::HostReturn,
-];
 
 fn kind_name(kind: OperationKind) -> &'static str {
     match kind {
@@ -191,6 +178,42 @@ fn phase_name(phase: Phase) -> &'static str {
     }
 }
 
+/// All kinds of operations.
+const KINDS: [OperationKind; 13] = [
+    OperationKind::ImageImport,
+    OperationKind::GuestStart,
+    OperationKind::GuestStop,
+    OperationKind::GuestDelete,
+    OperationKind::GuestMigrate,
+    OperationKind::GuestMirror,
+    OperationKind::GuestFreeze,
+    OperationKind::GuestThaw,
+    OperationKind::GroupMigrate,
+    OperationKind::GroupFreeze,
+    OperationKind::GroupThaw,
+    OperationKind::HostRent,
+    OperationKind::HostReturn,
+];
+
+const PHASES: [Phase; 9] = [
+    Phase::Plan,
+    Phase::Prepare,
+    Phase::Copy,
+    Phase::Switch,
+    Phase::Resume,
+    Phase::Finish,
+    Phase::Done,
+    Phase::RolledBack,
+    Phase::Failed,
+];
+
+/// Every kind with every phase of a sort. All of them are told, with zeros: a series that is born with its first failure has not
+/// increased, and one that is there only while something goes on hides that nothing did before.
+fn series(of: fn(Phase) -> bool) -> impl Iterator<Item = (&'static str, &'static str)> {
+    let phases = move || PHASES.into_iter().filter(move |phase| of(*phase)).map(phase_name);
+    KINDS.into_iter().flat_map(move |kind| phases().map(move |phase| (kind_name(kind), phase)))
+}
+
 /// Verbs that are served; others count as one, so that nobody can make series at will.
 fn verb(method: &Method) -> &'static str {
     match method.as_str() {
@@ -217,18 +240,29 @@ impl Metrics {
     /// Follows the operations and counts them, for ever.
     pub async fn operation_watcher(self, parts: Parts) {
         let mut follower = parts.state.follow::<OperationRecord>();
+        // Told only once it is whole: until then what was told before stands.
+        let mut anew = Some(Tally::default());
         loop {
             let seen = follower.next().await;
-            let mut tally = self.tally.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut told = self.tally.lock().unwrap_or_else(PoisonError::into_inner);
+            let tally = anew.as_mut().or(told.as_mut());
             match seen {
-                Ok(Seen::Restart) => *tally = Tally::default(),
-                Ok(Seen::Put(record)) => tally.see(&record.operation),
+                Ok(Seen::Restart) => anew = Some(Tally::default()),
+                Ok(Seen::Put(record)) => {
+                    if let Some(tally) = tally {
+                        tally.see(&record.operation);
+                    }
+                }
                 Ok(Seen::Gone(id)) => {
-                    if let Ok(id) = id.parse() {
+                    if let (Some(tally), Ok(id)) = (tally, id.parse()) {
                         tally.open.remove(&id);
                     }
                 }
-                Ok(Seen::CaughtUp) => {}
+                Ok(Seen::CaughtUp) => {
+                    if let Some(whole) = anew.take() {
+                        *told = Some(whole);
+                    }
+                }
                 Err(error) => tracing::warn!(error = %crate::chain(&error), "an operation cannot be counted"),
             }
         }
@@ -345,6 +379,7 @@ impl Metrics {
         let missed = [("move", good.missed_by_moves), ("notice", good.missed_by_notices)];
         let missed = missed.map(|(of, count)| (format!("{{of=\"{of}\"}}"), count));
         gauge("supercloud_missed_deadlines", "Deadlines that were missed in the last 30 days.", &missed);
+        let missed_ever = parts.reliability.missed().await;
         let volumes = parts.state.list::<Volume>().await?;
         let needed = volumes.iter().filter(|volume| volume.needed_source.is_some()).count() as u64;
         gauge(
@@ -443,6 +478,9 @@ impl Metrics {
         counter("supercloud_chunk_store_freed_bytes_total", "Bytes that sweeps have removed from a store.", &freed);
         let failures = series(|count| count.failures);
         counter("supercloud_chunk_store_sweep_failures_total", "Sweeps that did not come to their end.", &failures);
+        let series = [("move", missed_ever.by_moves), ("notice", missed_ever.by_notices)];
+        let series = series.map(|(of, count)| (format!("{{of=\"{of}\"}}"), count));
+        counter("supercloud_deadlines_missed_total", "Deadlines that were ever missed.", &series);
         self.render_counts(&mut out);
         Ok(out)
     }
@@ -452,17 +490,10 @@ impl Metrics {
             out.push_str(&text);
             out.push('\n');
         };
-        {
-            let tally = self.tally.lock().unwrap_or_else(PoisonError::into_inner);
-            // Each series is there from the first scrape on: of one that begins with its first failure nobody sees an increase.
-            let series = |phases: &[Phase]| -> BTreeMap<(&'static str, &'static str), u64> {
-                let of = |kind| phases.iter().map(move |phase| ((kind_name(kind), phase_name(*phase)), 0));
-                KINDS.into_iter().flat_map(of).collect()
-            };
-            let mut open =
-                series(&[Phase::Plan, Phase::Prepare, Phase::Copy, Phase::Switch, Phase::Resume, Phase::Finish]);
-            let mut ended = series(&[Phase::Done, Phase::RolledBack, Phase::Failed]);
-            ended.extend(&tally.ended);
+        // Half a count would look like one that began anew when the rest comes.
+        if let Some(tally) = &*self.tally.lock().unwrap_or_else(PoisonError::into_inner) {
+            let mut open: BTreeMap<(&str, &str), u64> =
+                series(|phase| !phase.is_terminal()).map(|of| (of, 0)).collect();
             for (kind, phase) in tally.open.values() {
                 *open.entry((kind_name(*kind), phase_name(*phase))).or_default() += 1;
             }
@@ -473,7 +504,9 @@ impl Metrics {
             }
             line("# HELP supercloud_operations_ended_total Operations that have ended.".into());
             line("# TYPE supercloud_operations_ended_total counter".into());
-            for ((kind, phase), count) in &ended {
+            let mut ended: BTreeMap<(&str, &str), u64> = series(Phase::is_terminal).map(|of| (of, 0)).collect();
+            ended.extend(&tally.ended);
+            for ((kind, phase), count) in ended {
                 line(format!("supercloud_operations_ended_total{{kind=\"{kind}\",phase=\"{phase}\"}} {count}"));
             }
             let moves = tally.ended.get(&("guest_migrate", "done")).copied().unwrap_or(0);
@@ -526,5 +559,24 @@ mod tests {
         let expected = "x_seconds_bucket{a=\"b\",le=\"0.100\"} 2\nx_seconds_bucket{a=\"b\",le=\"1.000\"} 3\n\
              x_seconds_bucket{a=\"b\",le=\"+Inf\"} 4\nx_seconds_sum{a=\"b\"} 5.251\nx_seconds_count{a=\"b\"} 4\n";
         assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn operations_are_told_with_zeros_and_only_when_all_of_them_were_seen() {
+        let metrics = Metrics::default();
+        let told = |metrics: &Metrics| {
+            let mut text = String::new();
+            metrics.render_counts(&mut text);
+            text
+        };
+        assert!(!told(&metrics).contains("supercloud_operations"), "half a count is none");
+        *metrics.tally.lock().unwrap() = Some(Tally::default());
+        let text = told(&metrics);
+        // A kind or a phase that is added is one that the tables here lack.
+        let lines = |name: &str| text.lines().filter(|line| line.starts_with(name) && line.ends_with(" 0")).count();
+        assert_eq!((lines("supercloud_operations_open{"), lines("supercloud_operations_ended_total{")), (60, 30));
+        let kinds = BTreeMap::from(KINDS.map(|kind| (kind_name(kind), kind)));
+        let phases = BTreeMap::from(PHASES.map(|phase| (phase_name(phase), phase)));
+        assert_eq!((kinds.len(), phases.len()), (KINDS.len(), PHASES.len()));
     }
 }

@@ -3,14 +3,16 @@
 use std::{collections::BTreeMap, path::Path};
 
 use anyhow::{Context as _, bail};
+use serde::{Serialize, de::DeserializeOwned};
 use supercloud_api::{
     Guest, GuestCreate, GuestFreeze, GuestMigrate, GuestPatch, GuestStart, GuestStop, GuestThaw, Image, ImageCreate,
     MemoryMode, Network, NetworkCreate, Operation, Phase, Project, ProjectCreate, Ref, client::Client,
 };
 
 use super::{
+    begun,
     fleet::{Fleet, Key, Kind, WantedGuest},
-    made::{Made, MadeThing},
+    made::{Begun, Made, MadeThing},
     plan::{Action, Step},
 };
 use crate::{
@@ -93,10 +95,34 @@ impl<'a> Carrier<'a> {
         Ok(())
     }
 
-    fn note(&mut self, id: &impl ToString, step: &Step, hidden_inputs: Option<String>) -> anyhow::Result<()> {
+    /// Makes something: noted with its idempotency key before it is asked for, and with its id when that is known, so that a run that
+    /// ends in between forgets nothing.
+    async fn make<B: Serialize, T: DeserializeOwned>(
+        &mut self,
+        step: &Step,
+        hidden_inputs: Option<String>,
+        (path, body): (&str, &B),
+        id: impl FnOnce(&T) -> Option<String>,
+    ) -> anyhow::Result<T> {
         let thing = MadeThing { kind: step.kind, key: step.key.clone(), hidden_inputs };
-        self.made.things.insert(id.to_string(), thing);
-        self.made.write(self.made_path)
+        let call = Begun { thing, path: path.into(), body: serde_json::to_value(body).context("what is asked for")? };
+        let key = self.made.begin(call.clone());
+        self.made.write(self.made_path)?;
+        match begun::send(self.client, key, &call).await {
+            Ok(made) => {
+                let id = id(&made).context("the controller does not say what it made")?;
+                self.made.end(key, id);
+                self.made.write(self.made_path)?;
+                Ok(made)
+            }
+            Err(error) => {
+                if begun::was_refused(&error) {
+                    self.made.begun.remove(&key);
+                    self.made.write(self.made_path)?;
+                }
+                Err(error.into())
+            }
+        }
     }
 
     fn forget(&mut self, id: &str) -> anyhow::Result<()> {
@@ -120,8 +146,8 @@ impl<'a> Carrier<'a> {
     async fn make_project(&mut self, step: &Step) -> anyhow::Result<()> {
         let wanted = self.fleet.projects.iter().find(|one| one.key == step.key).context("it is not in the file")?;
         let body = ProjectCreate { name: wanted.key.name.clone(), quota: wanted.quota };
-        let project: Project = self.client.create_project(&body).await?;
-        self.note(&project.id, step, None)
+        let id = |project: &Project| Some(project.id.to_string());
+        self.make(step, None, ("/v1/projects", &body), id).await.map(drop)
     }
 
     async fn network(&mut self, step: &Step) -> anyhow::Result<()> {
@@ -136,8 +162,8 @@ impl<'a> Carrier<'a> {
             cidr: wanted.cidr.clone(),
             dns: wanted.dns.clone().unwrap_or_default(),
         };
-        let network: Network = self.client.create_network(&body).await?;
-        self.note(&network.id, step, None)
+        let id = |network: &Network| Some(network.id.to_string());
+        self.make(step, None, ("/v1/networks", &body), id).await.map(drop)
     }
 
     async fn image(&mut self, step: &Step) -> anyhow::Result<Option<Operation>> {
@@ -156,9 +182,8 @@ impl<'a> Carrier<'a> {
                     project: Some(Ref::from(wanted.key.project.as_str())),
                     cmdline: wanted.cmdline.clone(),
                 };
-                let image = self.client.create_image(&body).await?;
-                self.note(&image.id, step, wanted.files.clone())?;
-                image
+                let id = |image: &Image| Some(image.id.to_string());
+                self.make(step, wanted.files.clone(), ("/v1/images", &body), id).await?
             }
         };
         uploads::send(self.client, &image, files).await.map(Some)
@@ -167,10 +192,10 @@ impl<'a> Carrier<'a> {
     async fn guest(&mut self, step: &Step) -> anyhow::Result<Option<Operation>> {
         if step.action == Action::Create {
             let wanted = self.fleet.guests.iter().find(|one| one.key == step.key).context("it is not in the file")?;
-            let operation = self.client.create_guest(&creation(wanted)).await?;
-            let id = operation.guest.context("the controller does not say which guest it made")?;
-            self.new_guests.insert(step.key.clone(), id.to_string());
-            self.note(&id, step, Some(wanted.hidden_inputs()))?;
+            let (call, hidden) = (creation(wanted), wanted.hidden_inputs());
+            let id = |operation: &Operation| operation.guest.map(|guest| guest.to_string());
+            let operation = self.make(step, Some(hidden), ("/v1/guests", &call), id).await?;
+            self.new_guests.extend(id(&operation).map(|id| (step.key.clone(), id)));
             return Ok(Some(operation));
         }
         let id = step.id.as_ref().or_else(|| self.new_guests.get(&step.key)).context("it was not made")?;

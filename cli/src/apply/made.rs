@@ -4,11 +4,13 @@
 use std::{
     collections::BTreeMap,
     io::Write as _,
+    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context as _, ensure};
 use serde::{Deserialize, Serialize};
+use supercloud_api::ids::RequestId;
 
 use super::fleet::{Key, Kind};
 
@@ -22,6 +24,22 @@ pub struct Made {
     version: u32,
     /// The things.
     pub things: BTreeMap<String, MadeThing>,
+    /// Calls that make something, by their idempotency keys, of which no answer has come: written before they are sent, gone with
+    /// their answers.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub begun: BTreeMap<RequestId, Begun>,
+}
+
+/// A call that makes something. It is repeated as it was sent: only then the controller knows it again.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Begun {
+    /// What it makes.
+    #[serde(flatten)]
+    pub thing: MadeThing,
+    /// Where it goes to.
+    pub path: String,
+    /// What it says. That of a guest may have secrets (cloud-init): the file is for its owner's eyes.
+    pub body: serde_json::Value,
 }
 
 /// A thing that was made.
@@ -40,7 +58,7 @@ pub struct MadeThing {
 
 impl Default for Made {
     fn default() -> Self {
-        Self { version: VERSION, things: BTreeMap::new() }
+        Self { version: VERSION, things: BTreeMap::new(), begun: BTreeMap::new() }
     }
 }
 
@@ -72,6 +90,23 @@ impl Made {
         Ok(made)
     }
 
+    /// Notes a call that is about to be sent, and says with which key: its own, or that of the very same call of an earlier run.
+    pub fn begin(&mut self, call: Begun) -> RequestId {
+        if let Some((key, _)) = self.begun.iter().find(|(_, known)| **known == call) {
+            return *key;
+        }
+        let key = RequestId::generate();
+        self.begun.insert(key, call);
+        key
+    }
+
+    /// Notes what a call has made.
+    pub fn end(&mut self, key: RequestId, id: String) {
+        if let Some(begun) = self.begun.remove(&key) {
+            self.things.insert(id, begun.thing);
+        }
+    }
+
     /// Replaces the file as a whole, and is on the disk when it returns.
     ///
     /// # Errors
@@ -84,7 +119,9 @@ impl Made {
         let mut text = serde_json::to_string_pretty(self).with_context(failed)?;
         text.push('\n');
         let written = (|| {
-            let mut file = std::fs::File::create(&new)?;
+            // A leftover of a process of this number that was killed may have other rights.
+            let _not_there = std::fs::remove_file(&new);
+            let mut file = std::fs::File::options().write(true).create_new(true).mode(0o600).open(&new)?;
             file.write_all(text.as_bytes())?;
             file.sync_all()?;
             std::fs::rename(&new, path)
@@ -110,8 +147,18 @@ mod tests {
         let mut made = Made::default();
         let key = Key { project: "shop".parse().unwrap(), name: "web".parse().unwrap() };
         made.things.insert("gst-1".into(), MadeThing { kind: Kind::Guest, key, hidden_inputs: Some("ab".into()) });
+        let key = Key { project: "shop".parse().unwrap(), name: "db".parse().unwrap() };
+        let thing = MadeThing { kind: Kind::Guest, key, hidden_inputs: Some("cd".into()) };
+        let call = Begun { thing: thing.clone(), path: "/v1/guests".into(), body: serde_json::json!({ "a": 1 }) };
+        let first = made.begin(call.clone());
+        assert_eq!(made.begin(call.clone()), first, "the same call has one key");
+        let other = made.begin(Begun { body: serde_json::json!({ "a": 2 }), ..call });
+        assert_ne!(other, first);
         made.write(&path).unwrap();
         assert_eq!(Made::read(&path).unwrap(), made);
+        assert_eq!(std::os::unix::fs::PermissionsExt::mode(&path.metadata().unwrap().permissions()) & 0o777, 0o600);
+        made.end(first, "gst-2".into());
+        assert_eq!((made.things.get("gst-2"), made.begun.len()), (Some(&thing), 1));
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nothing else stays");
         std::fs::write(&path, "{\"version\":2,\"things\":{}}").unwrap();
         assert!(Made::read(&path).unwrap_err().to_string().contains("form 2"));

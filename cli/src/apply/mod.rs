@@ -1,18 +1,21 @@
 //! `supercloud apply`: makes everything as a file says. A pure planner ([`plan`]) finds the steps between what shall be
 //! ([`fleet`]) and what is; they are shown, agreed to, and carried out ([`carry`]); then it is looked again, until nothing is left.
 
+mod begun;
 mod carry;
 mod fleet;
 mod made;
 mod plan;
 
-use std::{io::IsTerminal as _, path::PathBuf};
+use std::{collections::BTreeSet, io::IsTerminal as _, path::PathBuf};
 
 use anyhow::{Context as _, bail};
 use clap::Args;
+use futures::{StreamExt as _, TryStreamExt as _};
 use supercloud_api::{
-    ImageState, Name, OperationKind,
+    Guest, ImageState, Name, OperationKind, Project,
     client::{Client, ClientConfig, ClientError},
+    ids::OperationId,
 };
 use supercloud_cli::table::Table;
 
@@ -26,6 +29,8 @@ use crate::{arguments::Output, exit::NotApplied, show};
 
 /// What follows what was waited for is looked at again so often; a fleet needs two or three.
 const ROUNDS_AT_MOST: usize = 8;
+/// Operations that are looked at at once.
+const ASKED_AT_ONCE: usize = 8;
 /// The project of what names none, as for the controller.
 const DEFAULT_PROJECT: &str = "default";
 
@@ -33,7 +38,7 @@ const DEFAULT_PROJECT: &str = "default";
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  supercloud apply -f fleet.toml --dry-run     # what would change; exits with 2 when something would
+  supercloud apply -f fleet.toml --dry-run     # what would change; exits with 6 when something would
   supercloud apply -f fleet.toml               # says what would change, asks, does it
   supercloud apply -f fleet.toml --yes --prune # also deletes what an earlier run made and the file has no more
 
@@ -81,7 +86,12 @@ pub async fn run(client: &Client, output: Output, arguments: &ApplyArguments) ->
     let mut made = Made::read(&made_path)?;
     let mut changes = 0;
     for round in 0..ROUNDS_AT_MOST {
-        let plan = plan::plan(&fleet, &look(&everywhere).await?, &made, arguments.prune);
+        let actual = look(&everywhere, &fleet, &made).await?;
+        if round == 0 && !made.begun.is_empty() {
+            begun::settle(&everywhere, &actual, &mut made).await?;
+            made.write(&made_path)?;
+        }
+        let plan = plan::plan(&fleet, &actual, &made, arguments.prune);
         tell(output, &plan, round == 0)?;
         if !plan.refusals.is_empty() {
             return Err(NotApplied::Unchangeable(plan.refusals.len()).into());
@@ -126,7 +136,7 @@ async fn project_at_hand(client: &Client) -> anyhow::Result<Name> {
 }
 
 /// What is there.
-async fn look(client: &Client) -> Result<Actual, ClientError> {
+async fn look(client: &Client, fleet: &Fleet, made: &Made) -> Result<Actual, ClientError> {
     let (projects, networks, images, guests, ports, volumes, hosts, clouds) = tokio::try_join!(
         client.projects(),
         client.networks(),
@@ -137,18 +147,36 @@ async fn look(client: &Client) -> Result<Actual, ClientError> {
         client.hosts(),
         client.clouds(),
     )?;
-    let (mut imports, mut mirrors) = (Vec::new(), Vec::new());
-    let is_imported = images.iter().any(|image| image.state == ImageState::Importing);
-    if is_imported || guests.iter().any(|guest| guest.operation.is_some()) {
-        for one in client.active_operations().await? {
-            match (one.kind, one.image) {
-                (OperationKind::ImageImport, Some(image)) => imports.push((image, one.id)),
-                (OperationKind::GuestMirror, _) => mirrors.push(one.id),
-                _ => {}
-            }
-        }
+    let mut imports = Vec::new();
+    if images.iter().any(|image| image.state == ImageState::Importing) {
+        let operations = client.active_operations().await?;
+        let running = operations.iter().filter(|one| one.kind == OperationKind::ImageImport);
+        imports.extend(running.filter_map(|one| Some((one.image?, one.id))));
     }
+    let mirrors = mirrors(client, &projects, &guests, fleet, made).await?;
     Ok(Actual { projects, networks, images, guests, ports, volumes, hosts, clouds, imports, mirrors })
+}
+
+/// Which of the operations that hold guests of this file are mirrors.
+async fn mirrors(
+    client: &Client,
+    projects: &[Project],
+    guests: &[Guest],
+    fleet: &Fleet,
+    made: &Made,
+) -> Result<BTreeSet<OperationId>, ClientError> {
+    let is_ours = |guest: &Guest| {
+        let project = projects.iter().find(|project| project.id == guest.project);
+        let key = project.map(|project| fleet::Key { project: project.name.clone(), name: guest.name.clone() });
+        made.things.contains_key(&guest.id.to_string()) || key.is_some_and(|key| fleet.has(fleet::Kind::Guest, &key))
+    };
+    let held: Vec<OperationId> =
+        guests.iter().filter(|guest| is_ours(guest)).filter_map(|guest| guest.operation).collect();
+    let operations = futures::stream::iter(held).map(|id| client.operation(id)).buffer_unordered(ASKED_AT_ONCE);
+    operations
+        .try_filter_map(async |operation| Ok(plan::is_standing_mirror(&operation).then_some(operation.id)))
+        .try_collect()
+        .await
 }
 
 /// Says what would be done: the plan as it is, or for people a line for each thing. Only the first one is the command's result.

@@ -1,10 +1,12 @@
 //! From what shall be and what is to the steps between: pure. Nothing is deleted unless asked for, and then only what an earlier
 //! `apply` made; what cannot be changed in place is refused by name.
 
+use std::collections::BTreeSet;
+
 use serde::Serialize;
 use supercloud_api::{
-    Cloud, Guest, GuestState, Host, HostState, Image, ImagePart, ImageState, Network, OnLoss, Port, Project, Quota,
-    Volume, ids::OperationId,
+    Cloud, Guest, GuestState, Host, HostState, Image, ImagePart, ImageState, Network, OnLoss, Operation, OperationKind,
+    Phase, Port, Project, Quota, Volume, ids::OperationId,
 };
 
 use super::{
@@ -33,8 +35,35 @@ pub struct Actual {
     pub clouds: Vec<Cloud>,
     /// Imports under way.
     pub imports: Vec<(supercloud_api::ids::ImageId, OperationId)>,
-    /// Mirrors that stand: operations that nobody waits for the end of.
-    pub mirrors: Vec<OperationId>,
+    /// Operations of guests that are mirrors which stand: they end with the mirror only, and the guest runs.
+    pub mirrors: BTreeSet<OperationId>,
+}
+
+impl Actual {
+    /// Whether something of that name is there, whoever made it.
+    pub fn has(&self, kind: Kind, key: &Key) -> bool {
+        let Some(project) = self.projects.iter().find(|project| project.name == key.project).map(|one| one.id) else {
+            return false;
+        };
+        match kind {
+            Kind::Project => true,
+            Kind::Network => self.networks.iter().any(|one| one.project == project && one.name == key.name),
+            Kind::Image => self.images.iter().any(|one| one.project == project && one.name == key.name),
+            Kind::Guest => self.guests.iter().any(|one| one.project == project && one.name == key.name),
+        }
+    }
+
+    fn is_mirrored(&self, guest: &Guest) -> bool {
+        guest.operation.is_some_and(|operation| self.mirrors.contains(&operation))
+    }
+}
+
+/// Whether an operation is a mirror that stands: it holds its guest until somebody ends it, so that there is nothing to wait for.
+/// One that is being ended, or whose standby takes over, comes to its end by itself.
+pub fn is_standing_mirror(operation: &Operation) -> bool {
+    operation.kind == OperationKind::GuestMirror
+        && !operation.is_cancel_requested
+        && matches!(operation.phase, Phase::Plan | Phase::Prepare | Phase::Copy)
 }
 
 /// One thing to do.
@@ -357,8 +386,8 @@ impl<'a> Planner<'a> {
             };
             self.step(WAVE_GUESTS, Kind::Guest, key, id(), action, detail);
         }
-        if guest.operation.is_some_and(|operation| self.actual.mirrors.contains(&operation)) {
-            return self.mirrored(wanted, guest);
+        if self.actual.is_mirrored(guest) {
+            return self.state_of_mirrored(wanted, guest);
         }
         if let Some(operation) = guest.operation {
             let action = Action::Await { operation };
@@ -374,17 +403,19 @@ impl<'a> Planner<'a> {
         self.state(wanted, guest);
     }
 
-    /// A guest with a mirror runs, and stays where it is as long as it has that: a mirror ends when somebody ends it.
-    fn mirrored(&mut self, wanted: &WantedGuest, guest: &Guest) {
+    /// A guest that is mirrored runs; what leads to anything else is refused by the API until the mirror is ended.
+    fn state_of_mirrored(&mut self, wanted: &WantedGuest, guest: &Guest) {
+        let place = wanted.place.as_ref().filter(|place| !wanted.follow_prices && !is_at(guest, place));
+        let (field, what) = match (guest.state, wanted.state, place) {
+            (GuestState::Running, WantedState::Running, None) => return,
+            (GuestState::Running, WantedState::Running, Some(place)) => ("where", format!("be moved to {place}")),
+            (GuestState::Running, WantedState::Stopped, _) => ("state", "be stopped".into()),
+            (GuestState::Running, WantedState::Frozen, _) => ("state", "be frozen".into()),
+            // Its host is lost, or about to be: its standby goes on, or somebody says that it shall.
+            _ => ("state", "be started".into()),
+        };
         let key = &wanted.key;
-        let first = format!("it is mirrored: `supercloud --project {} guest unmirror {}` first", key.project, key.name);
-        if wanted.state != WantedState::Running {
-            return self.refuse(Kind::Guest, key, "state", first);
-        }
-        let elsewhere = wanted.place.as_ref().filter(|place| !wanted.follow_prices && !is_at(guest, place));
-        if let Some(place) = elsewhere {
-            self.refuse(Kind::Guest, key, "place", format!("it is not at {place}; {first}"));
-        }
+        self.refuse(Kind::Guest, key, field, mirror_forbids(key, &what));
     }
 
     /// From the state in which it is to the one that is wanted.
@@ -507,9 +538,8 @@ impl<'a> Planner<'a> {
             let id = || Some(id.clone());
             let detail = "made by this file, which has it no more";
             match guest {
-                Some(Guest { operation: Some(operation), .. }) if self.actual.mirrors.contains(operation) => {
-                    let first = format!("supercloud --project {} guest unmirror {}", key.project, key.name);
-                    self.refuse(kind, key, "mirror", format!("it is to be deleted and is mirrored: `{first}` first"));
+                Some(guest) if self.actual.is_mirrored(guest) => {
+                    self.refuse(kind, key, "mirror", mirror_forbids(key, "be deleted"));
                     continue;
                 }
                 Some(Guest { operation: Some(operation), .. }) => {
@@ -526,6 +556,13 @@ impl<'a> Planner<'a> {
             self.step(wave, kind, key, id(), Action::Delete, detail);
         }
     }
+}
+
+fn mirror_forbids(key: &Key, what: &str) -> String {
+    let Key { project, name } = key;
+    format!(
+        "cannot {what} while it has a mirror; `supercloud --project {project} guest unmirror {name}` ends that, then apply again"
+    )
 }
 
 fn is_called(place: &str, name: &supercloud_api::Name, id: &impl ToString) -> bool {

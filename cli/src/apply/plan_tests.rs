@@ -347,6 +347,62 @@ fn an_operation_under_way_is_waited_for_first() {
     assert_eq!(world.actual.guests[0].state, GuestState::Stopped);
 }
 
+/// What holds a guest of the property tests.
+fn mirror(world: &mut World) -> OperationId {
+    let operation = OperationId::generate();
+    world.actual.guests[0].operation = Some(operation);
+    world.actual.mirrors.insert(operation);
+    operation
+}
+
+#[test]
+fn a_mirrored_guest_runs_and_what_its_mirror_forbids_is_refused_by_name() {
+    let mut world = World::new();
+    let text = format!("{BASE}{}", guest("web", "where = \"east\"\n"));
+    world.converge(&fleet(&text), false);
+    mirror(&mut world);
+    assert_eq!(world.plan(&fleet(&text), true), Plan::default(), "nothing to change, and nothing to wait for");
+    for (wanted, field, what) in [
+        (text.replace("shape", "state = \"stopped\"\nshape"), "state", "be stopped"),
+        (text.replace("shape", "state = \"frozen\"\nshape"), "state", "be frozen"),
+        (text.replace("\"east\"", "\"west\""), "where", "be moved to west"),
+        (format!("{BASE}# {}", "no guest"), "mirror", "be deleted"),
+    ] {
+        let plan = world.plan(&fleet(&wanted), true);
+        assert_eq!((plan.steps, plan.refusals.len()), (vec![], 1), "{wanted}");
+        let refusal = &plan.refusals[0];
+        assert!(refusal.field == field && refusal.detail.contains(what), "{refusal:?}");
+        assert!(refusal.detail.contains("--project shop guest unmirror web"), "{refusal:?}");
+    }
+    // What a mirror does not forbid is changed as of any other guest; kept without --prune.
+    let follows = text.replace("shape", "follow_prices = true\nshape");
+    assert_eq!(words(&world.plan(&fleet(&follows), false)), ["change guest shop/web"]);
+    assert_eq!(world.plan(&fleet(BASE), false).kept, ["guest shop/web"]);
+    // A second guest is begun while the mirror stands; the mirror is ended: it may be stopped.
+    let two = format!("{text}{}", guest("two", ""));
+    assert_eq!(words(&world.plan(&fleet(&two), false)), ["make guest shop/two"]);
+    world.actual.mirrors.clear();
+    assert_eq!(words(&world.plan(&fleet(&text), false)), ["wait guest shop/web"]);
+}
+
+#[test]
+fn only_a_mirror_that_stands_has_no_end() {
+    let operation = |kind, phase, is_cancel_requested| {
+        let operation = serde_json::json!({ "id": OperationId::generate(), "kind": kind, "phase": phase, "progress": {},
+            "is_cancel_requested": is_cancel_requested, "actor": "token:a",
+            "request_id": "req-01a1fea9-e617-7305-957c-ad553aef0867", "created_at_ms": 1, "updated_at_ms": 1 });
+        is_standing_mirror(&serde_json::from_value(operation).unwrap())
+    };
+    for phase in ["plan", "prepare", "copy"] {
+        assert!(operation("guest_mirror", phase, false), "{phase}");
+        assert!(!operation("guest_mirror", phase, true), "it is being ended: {phase}");
+        assert!(!operation("guest_migrate", phase, false), "{phase}");
+    }
+    for phase in ["switch", "resume", "finish", "done", "rolled_back", "failed"] {
+        assert!(!operation("guest_mirror", phase, false), "{phase}");
+    }
+}
+
 #[test]
 fn a_mirror_is_not_waited_for() {
     let mut world = World::new();

@@ -19,6 +19,13 @@ struct State {
     holds_operations: bool,
     watched: bool,
     count: u64,
+    /// Answers by idempotency key, with what was asked.
+    answers: std::collections::HashMap<String, (String, Answer)>,
+    replayed: usize,
+    /// The next call that begins so is not answered: `true` when it is done all the same.
+    hang: Option<(String, bool)>,
+    hangs: bool,
+    busy: usize,
 }
 
 /// A far side that is up until the test ends.
@@ -70,6 +77,11 @@ impl State {
                 id
             }
         }
+    }
+
+    fn is_taken(&mut self, path: &[&str], body: &Value) -> bool {
+        let noun = path.first().copied().unwrap_or_default();
+        body["name"].as_str().is_some_and(|name| self.find(noun, name).is_some())
     }
 
     fn place(&mut self, guest: &str, place: &str) {
@@ -126,6 +138,9 @@ impl State {
 
     fn change(&mut self, method: &str, path: &[&str], body: &Value) -> Answer {
         match (method, path) {
+            ("POST", ["projects" | "networks" | "images" | "guests"]) if self.is_taken(path, body) => {
+                problem(409, "name_taken", "there is one of that name")
+            }
             ("POST", ["projects"]) => {
                 let id = self.project(body["name"].as_str().unwrap());
                 (201, self.find("projects", &id).unwrap().clone())
@@ -175,6 +190,10 @@ impl State {
                 }
                 self.operation(&format!("guest_{verb}"), Some(&id))
             }
+            ("DELETE", [noun @ ("networks" | "images"), id]) => {
+                self.things.retain(|(kind, thing)| kind != noun || thing["id"] != *id);
+                (200, Value::Null)
+            }
             ("DELETE", ["guests", guest]) => {
                 assert_ne!(self.find("guests", guest).unwrap()["state"], "running", "stopped first");
                 self.things.retain(|(kind, thing)| *kind != "guests" || thing["id"] != *guest);
@@ -216,13 +235,14 @@ fn serve(stream: &TcpStream, state: &(Mutex<State>, Condvar)) -> Option<()> {
     reader.read_line(&mut line).ok()?;
     let mut words = line.split_whitespace();
     let (method, path) = (words.next()?.to_owned(), words.next()?.to_owned());
-    let (mut length, mut secret) = (0, String::new());
+    let (mut length, mut secret, mut once) = (0, String::new(), None::<String>);
     loop {
         let mut header = String::new();
         reader.read_line(&mut header).ok()?;
         let Some((key, value)) = header.trim().split_once(": ") else { break };
         match key.to_ascii_lowercase().as_str() {
             "content-length" => length = value.parse().ok()?,
+            "idempotency-key" => once = Some(value.to_owned()),
             "authorization" => secret = value.trim_start_matches("Bearer ").to_owned(),
             _ => {}
         }
@@ -236,7 +256,37 @@ fn serve(stream: &TcpStream, state: &(Mutex<State>, Condvar)) -> Option<()> {
         let is_watched = path.contains("wait=");
         known.watched |= is_watched;
         state.1.notify_all();
-        let answer = known.answer(&method, &path, &body);
+        let asked = format!("{method} {path} {body}");
+        let call = format!("{method} {path}");
+        if let Some((_, is_done)) = known.hang.take_if(|(start, _)| call.starts_with(start.as_str())) {
+            if is_done {
+                let answer = known.answer(&method, &path, &body);
+                known.answers.insert(once?, (asked, answer));
+            }
+            known.hangs = true;
+            state.1.notify_all();
+            drop(known);
+            // Whoever asked is killed meanwhile.
+            let mut rest = Vec::new();
+            let _ended = reader.read_to_end(&mut rest);
+            return None;
+        }
+        let kept = once.as_ref().and_then(|key| known.answers.get(key)).filter(|_| method != "GET").cloned();
+        let answer = match kept {
+            Some((before, answer)) if before == asked => {
+                known.replayed += 1;
+                answer
+            }
+            Some(_) => problem(422, "idempotency_key_reused", "used for another request"),
+            None if known.busy > 0 => {
+                known.busy -= 1;
+                problem(503, "store_unavailable", "just starting")
+            }
+            None => known.answer(&method, &path, &body),
+        };
+        if let Some(key) = once.filter(|_| method == "POST" && answer.0 < 300) {
+            known.answers.insert(key, (asked, answer.clone()));
+        }
         // As a long poll would, so that whoever watches does not ask all the time.
         if is_watched && known.holds_operations {
             drop(state.1.wait_timeout(known, std::time::Duration::from_millis(200)).unwrap());
@@ -306,6 +356,11 @@ impl Far {
         self.with(|state| state.find("guests", name).unwrap().clone())
     }
 
+    /// Things of a kind.
+    pub fn count(&self, noun: &str) -> usize {
+        self.with(|state| state.of(noun).len())
+    }
+
     /// All guests.
     pub fn guest_names(&self) -> Vec<String> {
         self.with(|state| state.of("guests").iter().map(|guest| guest["name"].as_str().unwrap().to_owned()).collect())
@@ -324,6 +379,41 @@ impl Far {
     /// The next call that begins so is refused.
     pub fn fail_next(&self, start: &str) {
         self.with(|state| state.fail = Some(start.into()));
+    }
+
+    /// The next call that begins so is never answered; it is done all the same, or not.
+    pub fn hang_next(&self, start: &str, is_done: bool) {
+        self.with(|state| (state.hang, state.hangs) = (Some((start.into(), is_done)), false));
+    }
+
+    /// Returns when somebody waits for an answer that does not come.
+    pub fn wait_until_hanging(&self) {
+        let mut known = self.state.0.lock().unwrap();
+        while !known.hangs {
+            known = self.state.1.wait(known).unwrap();
+        }
+    }
+
+    /// So many calls are answered with 503.
+    pub fn be_busy(&self, calls: usize) {
+        self.with(|state| state.busy = calls);
+    }
+
+    /// Calls that were answered as before.
+    pub fn replayed(&self) -> usize {
+        self.with(|state| state.replayed)
+    }
+
+    /// A mirror holds a guest.
+    pub fn mirror(&self, guest: &str) {
+        self.with(|state| {
+            let id = state.find("guests", guest).unwrap()["id"].as_str().unwrap().to_owned();
+            let (_, mut operation) = state.operation("guest_mirror", Some(&id));
+            operation["phase"] = json!("copy");
+            let mirror = operation["id"].clone();
+            *state.find("operations", mirror.as_str().unwrap()).unwrap() = operation;
+            state.find("guests", guest).unwrap()["operation"] = mirror;
+        });
     }
 
     /// The next operation fails.

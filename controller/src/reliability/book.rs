@@ -63,7 +63,21 @@ struct Notice {
     host: HostId,
     /// When.
     at_ms: u64,
+    /// What it came to was added to [`Missed::by_notices`].
+    is_counted: bool,
 }
+
+/// Deadlines that were missed ever: these numbers never become smaller, also over restarts, as they are made of all events there are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Missed {
+    /// Moves that had not switched in time.
+    pub by_moves: u64,
+    /// Guests that were on a host still when its provider took it.
+    pub by_notices: u64,
+}
+
+/// So long after a host was taken it is settled who was on it still, in milliseconds: what happened before has been told by then.
+const SETTLED_MS: u64 = 60_000;
 
 /// Everything that is kept.
 #[derive(Debug, Default)]
@@ -74,6 +88,7 @@ pub struct Book {
     notices: Vec<Notice>,
     /// Since when hosts are silent.
     silent: BTreeMap<HostId, u64>,
+    missed: Missed,
 }
 
 #[derive(Deserialize)]
@@ -178,7 +193,10 @@ impl Book {
                     data::<NoticeTold>(event).filter(|told| told.kind == supercloud_api::HostNoticeKind::Interruption);
                 if let (Some(host), Some(at_ms)) = (event.host, told.and_then(|told| told.at_ms)) {
                     self.withdraw(host, event.at_ms);
-                    self.notices.push(Notice { host, at_ms });
+                    // One that is told twice is one.
+                    if !self.notices.iter().any(|known| (known.host, known.at_ms) == (host, at_ms)) {
+                        self.notices.push(Notice { host, at_ms, is_counted: false });
+                    }
                 }
             }
             "host.uncordoned" => {
@@ -232,11 +250,36 @@ impl Book {
         }
         let outcome = match told.phase {
             Phase::Done => Outcome::Moved(told.downtime_ms),
-            Phase::RolledBack => Outcome::RolledBack { is_late: told.missed_deadline },
+            Phase::RolledBack => {
+                self.missed.by_moves += u64::from(told.missed_deadline);
+                Outcome::RolledBack { is_late: told.missed_deadline }
+            }
             Phase::Failed => Outcome::Failed,
             _ => return,
         };
         self.ends.push(End { at_ms: event.at_ms, guest, project: event.project, operation: event.operation, outcome });
+    }
+
+    /// Guests that were on a host still, without a mirror, when its provider took it.
+    fn left_behind<'a>(notice: (HostId, u64), lives: impl Iterator<Item = &'a Life>) -> u64 {
+        let (host, at_ms) = notice;
+        lives.filter(|life| life.at(at_ms) == State::At(host) && !life.is_mirrored(at_ms)).count() as u64
+    }
+
+    /// Counts what is past for good as of a time. Before anything of it is forgotten.
+    pub fn settle(&mut self, now_ms: u64) {
+        let mut notices = std::mem::take(&mut self.notices);
+        let due = |notice: &&mut Notice| !notice.is_counted && notice.at_ms.saturating_add(SETTLED_MS) <= now_ms;
+        for notice in notices.iter_mut().filter(due) {
+            notice.is_counted = true;
+            self.missed.by_notices += Self::left_behind((notice.host, notice.at_ms), self.lives.values());
+        }
+        self.notices = notices;
+    }
+
+    /// What was missed ever, as far as it is settled.
+    pub const fn missed(&self) -> Missed {
+        self.missed
     }
 
     /// Forgets what was over before.
@@ -321,9 +364,8 @@ impl Book {
         // One that is told twice is one.
         let notices: BTreeSet<(HostId, u64)> =
             self.notices.iter().filter(|one| is_in(one.at_ms)).map(|one| (one.host, one.at_ms)).collect();
-        for (host, at_ms) in notices {
-            let still_there = |life: &&Life| life.at(at_ms) == State::At(host) && !life.is_mirrored(at_ms);
-            told.missed_by_notices += lives().filter(still_there).count() as u64;
+        for notice in notices {
+            told.missed_by_notices += Self::left_behind(notice, lives());
         }
         let missed = told.lost_ms.saturating_add(told.paused_ms).min(told.wanted_ms);
         told.availability_ppm = (told.wanted_ms > 0).then(|| {

@@ -16,6 +16,8 @@ use tokio::sync::Mutex;
 
 use crate::state::{State, StateError};
 
+pub use book::Missed;
+
 use book::Book;
 
 /// So long it is kept, in milliseconds.
@@ -58,7 +60,13 @@ impl ReliabilityBook {
             // There may be many: others want the thread, too.
             tokio::task::yield_now().await;
         }
+        book.settle(unix_ms());
         book.forget(unix_ms().saturating_sub(KEPT_MS));
         Ok(book.tell(&window))
+    }
+
+    /// What was missed ever, as of what was read last.
+    pub async fn missed(&self) -> Missed {
+        self.0.lock().await.missed()
     }
 }

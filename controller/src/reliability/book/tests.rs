@@ -140,6 +140,39 @@ fn guests_that_were_there_when_the_provider_took_the_host_missed_the_notice() {
 }
 
 #[test]
+fn what_was_missed_ever_is_counted_once_and_never_less() {
+    let (mut told, spot) = (Told::new(), HostId::generate());
+    let guests = [(); 3].map(|()| GuestId::generate());
+    for guest in guests {
+        told.owner(0, guest, Owner::Host(spot));
+    }
+    told.moved(1, guests[0], &json!({ "phase": "rolled_back", "missed_deadline": true }));
+    told.event(10, "host.notice", None, Some(spot), json!({ "kind": "interruption", "at_ms": 100 }));
+    told.book.settle(100 + SETTLED_MS - 1);
+    assert_eq!(
+        told.book.missed(),
+        Missed { by_moves: 1, by_notices: 0 },
+        "who left in time may be told of a little later"
+    );
+    told.owner(99, guests[2], Owner::Host(HostId::generate()));
+    for _ in 0..2 {
+        told.book.settle(100 + SETTLED_MS);
+        assert_eq!(told.book.missed(), Missed { by_moves: 1, by_notices: 2 });
+        // Told again afterwards.
+        told.event(HOUR, "host.notice", None, Some(spot), json!({ "kind": "interruption", "at_ms": 100 }));
+    }
+    // What was announced and withdrawn is not missed; what is forgotten stays counted.
+    told.event(HOUR, "host.notice", None, Some(spot), json!({ "kind": "interruption", "at_ms": 2 * HOUR }));
+    told.event(HOUR + 1, "host.uncordoned", None, Some(spot), json!({}));
+    told.book.settle(9 * HOUR);
+    told.book.forget(9 * HOUR);
+    assert_eq!(
+        (told.tell(0, 9 * HOUR).missed_deadlines(), told.book.missed()),
+        (0, Missed { by_moves: 1, by_notices: 2 })
+    );
+}
+
+#[test]
 fn a_guests_life_is_told_of_that_guest_alone() {
     let (mut told, guest) = (Told::new(), GuestId::generate());
     let (a, b, operation) = (HostId::generate(), HostId::generate(), OperationId::generate());

@@ -70,7 +70,7 @@ async fn metrics_health_and_the_document_are_served() {
     // The count of operations follows their records and may come a moment later.
     let text = loop {
         let text = test.raw(Method::GET, "/metrics", Some(&viewer)).send().await.unwrap().text().await.unwrap();
-        if text.contains("supercloud_operations_ended_total{") {
+        if text.contains("supercloud_operations_ended_total{kind=\"guest_start\",phase=\"done\"} 1") {
             break text;
         }
         tokio::task::yield_now().await;

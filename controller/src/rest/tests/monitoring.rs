@@ -139,6 +139,53 @@ async fn the_rules_and_the_board_of_monitoring_name_what_is_there() {
     test.stop().await;
 }
 
+/// What the rules do with series over time, by Prometheus' own tool.
+#[test]
+fn the_rules_of_monitoring_fire_when_they_shall_and_not_else() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/monitoring/tests");
+    for arguments in [["check", "rules", "../alerts.yml"], ["test", "rules", "alerts.yml"]] {
+        let ran = std::process::Command::new("promtool").args(arguments).current_dir(&folder).output();
+        let ran = match ran {
+            Ok(ran) => ran,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                // Installed where all is run only: SUPERCLOUD_REQUIRE alone does not promise it.
+                let is_needed = std::env::var_os("SUPERCLOUD_REQUIRE_ALL").is_some();
+                assert!(!is_needed, "SUPERCLOUD_REQUIRE_ALL is set, but promtool is not installed");
+                println!("skipped: needs promtool (apt-get install prometheus)");
+                return;
+            }
+            Err(error) => panic!("promtool cannot be run: {error}"),
+        };
+        let said = [ran.stdout, ran.stderr].concat();
+        assert!(ran.status.success(), "{}", String::from_utf8_lossy(&said));
+    }
+}
+
+/// Every rule has a test of how it behaves, or it says of a state that is there what it is.
+#[test]
+fn rules_that_look_at_a_stretch_of_time_are_tried() {
+    const TESTS: &str = include_str!("../../../../deploy/monitoring/tests/alerts.yml");
+    let mut missing = Vec::new();
+    for rule in RULES.split("- alert: ").skip(1) {
+        let name = rule.lines().next().unwrap_or_default().trim();
+        let looks_back = ["increase(", "_over_time(", "for: "].iter().any(|word| rule.contains(word));
+        let is_tried = TESTS.contains(&format!("alertname: {name}\n"));
+        if looks_back && !is_tried && !UNTRIED.contains(&name) {
+            missing.push(name);
+        }
+    }
+    assert!(missing.is_empty(), "no test in deploy/monitoring/tests: {}", missing.join(", "));
+}
+
+/// Rules of a stretch of time that are as plain as it gets: a threshold, held for some minutes.
+const UNTRIED: [&str; 5] = [
+    "SupercloudHostUnreachable",
+    "SupercloudLinkSilent",
+    "SupercloudMovePausesLong",
+    "SupercloudStoreLarge",
+    "SupercloudRestErrors",
+];
+
 #[test]
 fn what_is_not_there_would_be_seen() {
     assert_eq!(
