@@ -480,7 +480,7 @@ impl Actor {
     }
 
     pub fn send(&self, report: Report) {
-        let details = report::details(&report, &self.record, &self.progress, self.problem.as_ref());
+        let details = report::details(&report, &self.record, (&self.progress, self.progress_of), self.problem.as_ref());
         self.host.link.tell(Notice::Report { guest: self.guest, report, details: Box::new(details) });
     }
 

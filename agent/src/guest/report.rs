@@ -86,12 +86,23 @@ pub fn row(
 pub fn details(
     report: &Report,
     record: &GuestRecord,
-    progress: &Progress,
+    (progress, of): (&Progress, Option<OperationId>),
     problem: Option<&supercloud_api::Problem>,
 ) -> ReportDetails {
     let class = || {
         let copy = record.incoming.as_ref().or(record.current.as_ref());
         copy.map(|copy| copy.launch.spec.class.clone())
+    };
+    // What is known may still be of the operation before, which did what this one never came to.
+    let progress = match report {
+        Report::Running { operation, .. }
+        | Report::NothingMissing { operation, .. }
+        | Report::Resumed { operation, .. }
+            if of != Some(*operation) =>
+        {
+            &Progress::default()
+        }
+        _ => progress,
     };
     match report {
         Report::Prepared { .. } => ReportDetails { compat_class: class(), ..ReportDetails::default() },
@@ -143,6 +154,7 @@ pub fn merge(known: &mut Progress, told: &Progress) {
         known.memory_remaining_bytes = told.memory_remaining_bytes;
         known.dirty_bytes_per_s = told.dirty_bytes_per_s;
         known.bandwidth_bytes_per_s = told.bandwidth_bytes_per_s;
+        known.is_holding = told.is_holding;
         known.eta_min_ms = told.eta_min_ms;
         known.eta_max_ms = told.eta_max_ms;
     }
@@ -190,6 +202,10 @@ mod tests {
             ..Progress::default()
         };
         merge(&mut known, &memory);
+        merge(&mut known, &Progress { is_holding: true, ..memory.clone() });
+        assert!(known.is_holding);
+        merge(&mut known, &memory);
+        assert!(!known.is_holding);
         merge(&mut known, &Progress { disk_bytes_before_resume: Some(9), ..Progress::default() });
         merge(&mut known, &Progress { memory_sent_bytes: 10, round: 1, ..memory.clone() });
         assert_eq!((known.memory_sent_bytes, known.round, known.memory_remaining_bytes), (60, 2, 40));
@@ -199,6 +215,17 @@ mod tests {
             merge(&mut known, &Progress { memory_missing_bytes: told, ..Progress::default() });
             assert_eq!(known.memory_missing_bytes, shown);
         }
+    }
+
+    #[test]
+    fn a_move_that_was_called_off_tells_nothing_of_the_one_before() {
+        let guest = GuestId::generate();
+        let record = GuestRecord::new(guest, HostId::generate());
+        let (before, now) = (OperationId::generate(), OperationId::generate());
+        let known = Progress { downtime_ms: Some(648), ..Progress::default() };
+        let resumed = |operation| Report::Resumed { operation, epoch: Epoch(2) };
+        let told = |operation| details(&resumed(operation), &record, (&known, Some(before)), None).progress.unwrap();
+        assert_eq!((told(before).downtime_ms, told(now).downtime_ms), (Some(648), None));
     }
 
     #[test]

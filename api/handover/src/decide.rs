@@ -351,7 +351,7 @@ fn abort_member(record: &OwnerRecord, operation: OperationId, reason: AbortReaso
 }
 
 /// Aborts the operation of every member of a group (`group` is the group's operation), or of none. `Err`: the member that stands in
-/// the way and its answer.
+/// the way and its answer. One whose source is lost meanwhile is not aborted, which could only lose it, but leaves the group.
 ///
 /// # Errors
 /// The first member that cannot be aborted any more (members already aborted are no hindrance).
@@ -361,11 +361,26 @@ pub fn request_abort_all(
     reason: AbortReason,
 ) -> Result<Vec<OwnerRecord>, (GuestId, AbortDecision)> {
     let member = |record: &OwnerRecord| match abort_of(record, group, reason) {
+        // Its source is lost: what its destination has may be all there is of it. It goes on alone, and is saved or lost by that.
+        AbortDecision::Aborted { .. } if is_left_to_its_destination(record) => Ok(alone(record)),
         AbortDecision::Aborted { record } => Ok(*record),
         AbortDecision::AlreadyAborted(_) => Ok(record.clone()),
         other => Err((record.guest, other)),
     };
     records.iter().map(member).collect()
+}
+
+fn is_left_to_its_destination(record: &OwnerRecord) -> bool {
+    record.operation.as_ref().is_some_and(|op| op.source_lost && op.destination_open)
+}
+
+/// The record with its operation as one of a guest that moves alone.
+fn alone(record: &OwnerRecord) -> OwnerRecord {
+    let mut next = record.clone();
+    if let Some(op) = &mut next.operation {
+        op.group = None;
+    }
+    next
 }
 
 fn abort_of(record: &OwnerRecord, group: OperationId, reason: AbortReason) -> AbortDecision {

@@ -325,6 +325,15 @@ fn a_group_is_aborted_all_or_none() {
         assert!(matches!((accepted.record, accepted.group), (None, GroupNeed::Abort(_))), "{report:?}");
     }
     assert!(note_host_lost(&records[1], n.b).abort_group);
+    // One whose source is lost is not given up for the others' sake: its destination may have all of it.
+    let mut copying = records.clone();
+    let prepared = accept(&copying[1], n.b, &Report::Prepared { operation }, WhenOpen::Abort).record.unwrap();
+    copying[1] = note_host_lost(&prepared, n.a).record.unwrap();
+    let after = request_abort_all(&copying, n.op, AbortReason::Cancelled).unwrap();
+    let left = after[1].operation.as_ref().unwrap();
+    assert_eq!((left.group, left.verdict, left.source_lost), (None, Verdict::Open, true));
+    assert!(after[0].operation.as_ref().unwrap().verdict == Verdict::Aborted(AbortReason::Cancelled));
+    assert!(matches!(grant_switch(&after[1], n.b, &request(&copying[1])), SwitchDecision::Granted { .. }));
     assert!(request_abort_all(&records, operation, AbortReason::Cancelled).is_err(), "a member's is not the group's");
     let aborted = request_abort_all(&records, n.op, AbortReason::Cancelled).unwrap();
     let requests: Vec<_> = records.iter().map(|record| (n.b, request(record))).collect();

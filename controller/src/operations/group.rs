@@ -19,6 +19,7 @@ use supercloud_api::{
     handover::{self, AbortReason, GroupDecision, Report, SwitchRequest, WhenOpen},
     ids::{HostId, OperationId},
     link::{Directive, ReportDetails},
+    unix_ms,
 };
 use tokio::time::Instant;
 use tracing::{debug, warn};
@@ -26,8 +27,8 @@ use tracing::{debug, warn};
 use super::{Engine, EngineError, report::Read};
 use crate::state::{Change, Context, OperationRecord, Stored, retry_conflicts};
 
-/// How long ago a part may have said that it is ready: it says so again every few seconds for as long as it is.
-const FRESH: Duration = Duration::from_secs(15);
+/// How long ago a part may have said that it is ready: it says so again every second for as long as it is.
+const FRESH: Duration = Duration::from_secs(10);
 
 /// What a part said that is ready.
 #[derive(Debug, Clone)]
@@ -171,6 +172,10 @@ impl Engine {
     ) -> Result<Vec<(super::report::Step, Vec<handover::Order>)>, EngineError> {
         let Some(before) = self.state.read::<OperationRecord>(&whole).await? else { return Ok(Vec::new()) };
         let Some(ready) = self.ready.all(whole, &before.operation.parts) else { return Ok(Vec::new()) };
+        // Who is away may have lost what it had.
+        if ready.iter().any(|ready| !self.sessions.is_open(ready.host)) {
+            return Ok(Vec::new());
+        }
         let mut reads = Vec::with_capacity(ready.len());
         for part in &before.operation.parts {
             match self.read_part(*part).await? {
@@ -304,6 +309,18 @@ impl Engine {
             }
         }
         Ok(())
+    }
+
+    /// Whether this controller runs for so short a time that not everybody may have said again what is ready.
+    pub(super) fn is_young(&self) -> bool {
+        unix_ms().saturating_sub(self.began_ms) < 10_000
+    }
+
+    /// When a part of a whole last got on, for all that is known: who is ready waits for the others, and does not stand still.
+    pub(super) async fn parts_got_on_ms(&self, whole: OperationId) -> Result<u64, EngineError> {
+        let Some(record) = self.state.read::<OperationRecord>(&whole).await? else { return Ok(0) };
+        let heard = record.operation.parts.iter().filter_map(|part| self.progress.moved_at_ms(*part));
+        Ok(heard.max().unwrap_or(0))
     }
 
     /// Shows in a whole what its parts do, and frees its group when all are over.

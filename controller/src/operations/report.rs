@@ -421,8 +421,12 @@ impl Engine {
                     Work::GuestFreeze { .. } => pace.freeze_budget,
                     _ => pace.copy_budget,
                 };
-                is_over(self.got_on_ms(operation, entered(Phase::Copy)), budget)
-                    .then(|| format!("it stood still for {} s", budget.as_secs()))
+                let others = match operation.part_of {
+                    Some(whole) => self.parts_got_on_ms(whole).await?,
+                    None => 0,
+                };
+                let got_on = self.got_on_ms(operation, entered(Phase::Copy)).map(|since| since.max(others));
+                is_over(got_on, budget).then(|| format!("it stood still for {} s", budget.as_secs()))
             }
             _ => None,
         };
@@ -463,7 +467,7 @@ impl Engine {
             let part = read.guest.owner.operation.as_ref().and_then(|op| Some((op.group?, op.id)));
             // A source that waits for the others of its group hears nothing meanwhile, and nobody is lost.
             let when_open = match part {
-                Some((whole, part)) if self.ready.is_ready(whole, part) => WhenOpen::Wait,
+                Some((whole, part)) if self.ready.is_ready(whole, part) || self.is_young() => WhenOpen::Wait,
                 _ => WhenOpen::Abort,
             };
             let Accepted { record, orders, alarms, group } =
