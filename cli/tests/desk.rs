@@ -289,7 +289,7 @@ fn exit_codes_are_as_the_help_says() {
     let help = run(home.path(), &["--help"]).1;
     let documented: Vec<&str> =
         help.split("Exit codes:").nth(1).unwrap().lines().filter_map(|line| line.split_whitespace().next()).collect();
-    assert_eq!(documented, ["0", "1", "2", "3", "4", "5", "130", "141"], "{help}");
+    assert_eq!(documented, ["0", "1", "2", "3", "4", "5", "6", "7", "130", "141"], "{help}");
     let code = |arguments: &[&str]| run(home.path(), arguments).0;
     assert_eq!(code(&["guest", "list", "--url", &far.url]), 0);
     assert_eq!(code(&["guest", "list"]), 1, "no controller");
@@ -298,7 +298,7 @@ fn exit_codes_are_as_the_help_says() {
     far.add_guest("web");
     far.fail_next_operation();
     assert_eq!(code(&["guest", "stop", "web", "--watch", "--url", &far.url]), 4);
-    // 5: `a_fleet_is_made_once_kept_and_pruned`. 130: whoever watches is interrupted.
+    // 5, 6, 7: `a_fleet_is_made_once_kept_and_pruned`. 130: whoever watches is interrupted.
     far.hold_operations();
     let mut child = supercloud(home.path(), &["guest", "freeze", "web", "--watch", "--url", &far.url])
         .stderr(Stdio::null())

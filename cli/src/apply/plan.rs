@@ -383,7 +383,7 @@ impl<'a> Planner<'a> {
         }
         let elsewhere = wanted.place.as_ref().filter(|place| !wanted.follow_prices && !is_at(guest, place));
         if let Some(place) = elsewhere {
-            self.refuse(Kind::Guest, key, "place", format!("it is not at {place}; {first}"));
+            self.refuse(Kind::Guest, key, "where", format!("it is not at {place}; {first}"));
         }
     }
 

@@ -361,7 +361,7 @@ fn a_mirror_is_not_waited_for() {
     assert_eq!(words(&world.plan(&follows, false)), ["change guest shop/web"], "settings can be changed");
     let here = world.actual.guests[0].cloud_name.as_ref().map(ToString::to_string);
     let there = if here.as_deref() == Some("east") { "west" } else { "east" };
-    for other in ["state = \"stopped\"".to_owned(), format!("place = \"{there}\"")] {
+    for other in ["state = \"stopped\"".to_owned(), format!("where = \"{there}\"")] {
         let plan = world.plan(&fleet(&text.replace("shape", &format!("{other}\nshape"))), false);
         assert!(plan.steps.is_empty() && plan.refusals[0].detail.contains("guest unmirror web"), "{other}: {plan:?}");
     }
