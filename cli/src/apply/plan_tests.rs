@@ -404,28 +404,6 @@ fn only_a_mirror_that_stands_has_no_end() {
 }
 
 #[test]
-fn a_mirror_is_not_waited_for() {
-    let mut world = World::new();
-    let text = format!("{BASE}{}", guest("web", ""));
-    world.converge(&fleet(&text), false);
-    let mirror = OperationId::generate();
-    world.actual.guests[0].operation = Some(mirror);
-    world.actual.mirrors.push(mirror);
-    let plan = world.plan(&fleet(&text), false);
-    assert!(plan.steps.is_empty() && plan.refusals.is_empty(), "what is as it shall be is left alone: {plan:?}");
-    let follows = fleet(&text.replace("shape", "follow_prices = true\nshape"));
-    assert_eq!(words(&world.plan(&follows, false)), ["change guest shop/web"], "settings can be changed");
-    let here = world.actual.guests[0].cloud_name.as_ref().map(ToString::to_string);
-    let there = if here.as_deref() == Some("east") { "west" } else { "east" };
-    for other in ["state = \"stopped\"".to_owned(), format!("place = \"{there}\"")] {
-        let plan = world.plan(&fleet(&text.replace("shape", &format!("{other}\nshape"))), false);
-        assert!(plan.steps.is_empty() && plan.refusals[0].detail.contains("guest unmirror web"), "{other}: {plan:?}");
-    }
-    let plan = world.plan(&fleet(BASE), true);
-    assert!(plan.steps.is_empty() && plan.refusals[0].detail.contains("unmirror"), "{plan:?}");
-}
-
-#[test]
 fn images_go_on_where_they_stopped() {
     let mut world = World::new();
     let mut fleet_of_files = fleet(BASE);

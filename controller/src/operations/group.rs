@@ -235,7 +235,8 @@ impl Engine {
             let Some(record) = self.state.read::<OperationRecord>(&whole).await? else { return Ok(Vec::new()) };
             let mut open = Vec::new();
             for part in &record.operation.parts {
-                let Some(read) = self.read_part(*part).await? else { continue };
+                let Some(mut read) = self.read_part(*part).await? else { continue };
+                read.is_cancelled = reason == AbortReason::Cancelled;
                 if read.guest.owner.current(*part).is_some() {
                     open.push(read);
                 }

@@ -33,6 +33,8 @@ pub(super) struct Read {
     ports: Vec<Stored<Port>>,
     pub(super) operation: Option<Stored<OperationRecord>>,
     freeze: Option<Stored<Freeze>>,
+    /// Somebody wants the operation cancelled: to be noted with what comes of it.
+    pub(super) is_cancelled: bool,
 }
 
 /// A step: to be spoken of when it is durable.
@@ -72,7 +74,7 @@ impl Engine {
             }
             _ => None,
         };
-        Ok(Some(Read { guest, volumes, ports, operation, freeze }))
+        Ok(Some(Read { guest, volumes, ports, operation, freeze, is_cancelled: false }))
     }
 
     async fn host(&self, id: Option<HostId>) -> Result<Option<Host>, EngineError> {
@@ -118,7 +120,10 @@ impl Engine {
             guest: read.guest.value.clone(),
             volumes: read.volumes.iter().map(|volume| volume.value.clone()).collect(),
             ports: read.ports.iter().map(|port| port.value.clone()).collect(),
-            operation: read.operation.as_ref().map(|record| record.operation.clone()),
+            operation: read.operation.as_ref().map(|record| Operation {
+                is_cancel_requested: record.operation.is_cancel_requested || read.is_cancelled,
+                ..record.operation.clone()
+            }),
             freeze: read.freeze.as_ref().map(|freeze| freeze.value.clone()),
         };
         let told = Told { owner_host: owner_host.as_ref(), source_host: source_host.as_ref(), stamps, details };

@@ -523,6 +523,9 @@ pub async fn remove(State(api): State<Api>, asker: Asker, Path(guest): Path<Stri
     retry_conflicts(|| async {
         let found = asker.find_guest(&api.parts, &reference).await?;
         guest_plan::admit(Request::Delete, &found)?;
+        // Whoever makes it a member of a group passes it.
+        let guard = keys::usage_guard(found.guest.project);
+        let guarded = api.parts.state.revision_of(guard.clone()).await?;
         if let Some(group) = groups::group_of(&api, found.guest.id).await? {
             let detail = format!("it is in group {}; take it out of that, or delete the group, first", group.name);
             return Err(Failure::new(Code::WrongState, detail));
@@ -537,6 +540,7 @@ pub async fn remove(State(api): State<Api>, asker: Asker, Path(guest): Path<Stri
         now.guest.operation = Some(id);
         let mut change = Change::new();
         change.update(&found, &now).create_operation(&guest_plan::record(operation.clone(), Work::GuestDelete));
+        change.guard(guard, guarded);
         asker.commit(&api.parts, now.guest.project, change, Reply::accepted(&operation)?).await
     })
     .await

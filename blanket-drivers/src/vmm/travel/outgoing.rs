@@ -31,6 +31,42 @@ const ASK_EVERY: Duration = Duration::from_millis(100);
 /// A guest that waits with its pause is copied again after so long, and looked at this often: the word is heard at once.
 const HELD_FOR: Duration = Duration::from_millis(500);
 const HELD_LOOK: Duration = Duration::from_millis(5);
+/// Rounds in which it must come to where it could stand still again.
+const HELD_ROUNDS: u32 = 8;
+
+/// Of a guest that waits with its pause: rounds that were made meanwhile, which are no attempts to come to an end, and the time that is
+/// let pass before it is copied again. In that time it writes, and where that is more than may be left, it is shorter the next time.
+#[derive(Debug)]
+struct Held {
+    rounds: u32,
+    pause: Duration,
+    /// Rounds since it could have stood still; `None`: it never could.
+    since: Option<u32>,
+}
+
+impl Default for Held {
+    fn default() -> Self {
+        Self { rounds: 0, pause: HELD_FOR, since: None }
+    }
+}
+
+impl Held {
+    /// Takes what is to be done next; whether the guest still counts as one that waits.
+    fn goes_on(&mut self, next: Next) -> bool {
+        self.since = match (next, self.since) {
+            (Next::Hold, _) => Some(0),
+            (Next::Copy, Some(since)) if since < HELD_ROUNDS => {
+                if since == 0 {
+                    self.pause = (self.pause / 2).max(HELD_LOOK);
+                }
+                Some(since + 1)
+            }
+            _ => None,
+        };
+        self.rounds += u32::from(self.since.is_some());
+        self.since.is_some()
+    }
+}
 
 /// How far it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -204,7 +240,7 @@ impl<'a, W: Write> Sender<'a, W> {
         // What was never written is zeros at the other end as well.
         let mut pages = machine.pages_there()?;
         let is_running = machine.is_running();
-        let mut held = 0;
+        let mut held = Held::default();
         let mut began;
         loop {
             began = Instant::now();
@@ -235,7 +271,7 @@ impl<'a, W: Write> Sender<'a, W> {
             let waited = self.wire.waited.saturating_sub(before.2);
             self.link_bytes_per_s = converge::link_bytes_per_s(self.link_bytes_per_s, sent_bytes, took_us, waited);
             let seen = Seen {
-                rounds: self.progress.round - held,
+                rounds: self.progress.round - held.rounds,
                 dirty_pages,
                 dirty_bytes: self.packer.would_take(machine.ram(), &pages),
                 sent_pages,
@@ -246,13 +282,9 @@ impl<'a, W: Write> Sender<'a, W> {
             };
             let limits = (self.limits)();
             let next = converge::next(&limits, &seen);
-            self.progress.is_holding = next == Next::Hold;
+            self.progress.is_holding = held.goes_on(next);
             match next {
-                Next::Hold => {
-                    // Such a round is no attempt to come to an end.
-                    held += 1;
-                    self.hold()?;
-                }
+                Next::Hold => self.hold(held.pause)?,
                 Next::Copy => {
                     let percent = converge::throttle(&limits, &seen, self.progress.throttle_percent);
                     // A guest that does not run is as slow as can be.
@@ -267,9 +299,9 @@ impl<'a, W: Write> Sender<'a, W> {
 
     /// Waits for a moment, or until the guest may stand still.
     #[expect(clippy::disallowed_methods, reason = "on the thread that sends")]
-    fn hold(&mut self) -> Result<(), TravelError> {
+    fn hold(&mut self, pause: Duration) -> Result<(), TravelError> {
         self.wire.flush()?;
-        let until = Instant::now() + HELD_FOR;
+        let until = Instant::now() + pause;
         while Instant::now() < until && (self.limits)().holds {
             self.look()?;
             std::thread::sleep(HELD_LOOK);
