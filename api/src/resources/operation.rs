@@ -95,7 +95,6 @@ pub struct Progress {
     /// Memory that the destination, where the guest runs by now, still lacks; absent where none was left behind. It only falls.
     pub memory_missing_bytes: Option<u64>,
     /// Of a guest that moves with its group: it could change over now, and waits for the others.
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub is_holding: bool,
     /// The least time to the switch that is thought possible; absent when not known.
     pub eta_min_ms: Option<u64>,

@@ -209,6 +209,97 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/groups": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** Groups. */
+        get: operations["groups_list"];
+        put?: never;
+        /** Makes a group. */
+        post: operations["groups_create"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/groups/{group}": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** One group. */
+        get: operations["groups_read"];
+        put?: never;
+        post?: never;
+        /** Deletes a group; its guests stay as they are. */
+        delete: operations["groups_remove"];
+        options?: never;
+        head?: never;
+        /** Says which guests are the group's from now on. */
+        patch: operations["groups_change"];
+        trace?: never;
+    };
+    "/v1/groups/{group}/freeze": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Suspends all guests of a group into the stores of their clouds, or none: none runs on while another stands still, so that what was
+         *     frozen is a consistent cut.
+         */
+        post: operations["groups_freeze"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/groups/{group}/migrate": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** Moves all guests of a group live, or none; those that are there already stay. */
+        post: operations["groups_migrate"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/groups/{group}/thaw": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** Resumes all guests of a frozen group, or none: none runs before all can. */
+        post: operations["groups_thaw"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/guests": {
         parameters: {
             query?: never;
@@ -758,7 +849,7 @@ export interface paths {
             path?: never;
             cookie?: never;
         };
-        /** Operations, oldest first or newest first. */
+        /** Operations, oldest first. */
         get: operations["operations_list"];
         put?: never;
         post?: never;
@@ -1710,6 +1801,44 @@ export interface components {
             stored_bytes: number;
             /** @description The volume. */
             volume: components["schemas"]["VolumeId"];
+        };
+        /** @description Guests of a project that go together. */
+        Group: {
+            /**
+             * Format: int64
+             * @description When it was made.
+             */
+            created_at_ms: number;
+            /** @description Its members, in the order in which they were named; 1 to 8. */
+            guests: components["schemas"]["GuestId"][];
+            /** @description Its id. */
+            id: components["schemas"]["GroupId"];
+            /** @description Its name. */
+            name: components["schemas"]["Name"];
+            operation?: null | components["schemas"]["OperationId"];
+            /** @description The project it belongs to. */
+            project: components["schemas"]["ProjectId"];
+        };
+        /** @description Asks for a group. */
+        GroupCreate: {
+            /** @description Its members, by name or id: 1 to 8 guests of the project, each in no other group. */
+            guests: components["schemas"]["Ref"][];
+            /** @description Its name. */
+            name: components["schemas"]["Name"];
+            project?: null | components["schemas"]["Ref"];
+        };
+        GroupId: string;
+        /** @description Where the guests of a frozen group are resumed. */
+        GroupThaw: {
+            memory?: null | components["schemas"]["ThawMemory"];
+            /** @description Why, for the audit trail; at most 256 bytes. */
+            reason?: string | null;
+            to?: null | components["schemas"]["Ref"];
+        };
+        /** @description A change of a group. */
+        GroupUpdate: {
+            /** @description Its members from now on: all of them. */
+            guests: components["schemas"]["Ref"][];
         };
         /** @description A user's virtual machine. */
         Guest: {
@@ -2671,6 +2800,7 @@ export interface components {
              */
             ended_at_ms?: number | null;
             error?: null | components["schemas"]["Problem"];
+            group?: null | components["schemas"]["GroupId"];
             guest?: null | components["schemas"]["GuestId"];
             /** @description Its id. */
             id: components["schemas"]["OperationId"];
@@ -2679,6 +2809,9 @@ export interface components {
             is_cancel_requested: boolean;
             /** @description What it does. */
             kind: components["schemas"]["OperationKind"];
+            part_of?: null | components["schemas"]["OperationId"];
+            /** @description Of a group's operation: its parts, one for each guest. */
+            parts?: components["schemas"]["OperationId"][];
             /** @description Where it is. */
             phase: components["schemas"]["Phase"];
             /** @description The times at which each phase was entered. */
@@ -2704,7 +2837,7 @@ export interface components {
          * @description What an operation does.
          * @enum {string}
          */
-        OperationKind: "image_import" | "guest_start" | "guest_stop" | "guest_delete" | "guest_migrate" | "guest_mirror" | "guest_freeze" | "guest_thaw" | "host_rent" | "host_return";
+        OperationKind: "image_import" | "guest_start" | "guest_stop" | "guest_delete" | "guest_migrate" | "guest_mirror" | "guest_freeze" | "guest_thaw" | "group_migrate" | "group_freeze" | "group_thaw" | "host_rent" | "host_return";
         /** @description How a host encrypts the overlay's tunnels: by WireGuard, beneath them. */
         OverlayEncryption: {
             /** @description Where it takes encrypted packets (UDP); absent behind a NAT: it speaks first. */
@@ -2927,6 +3060,28 @@ export interface components {
                 project: components["schemas"]["ProjectId"];
                 /** @description Root of each volume's content. */
                 volumes: components["schemas"]["FrozenVolume"][];
+            }[];
+            /** @description Where the next page starts; absent on the last one. */
+            next_page?: string | null;
+        };
+        /** @description One page of a listing. `next_page`, when present, is passed back as `?page=`. */
+        Page_Group: {
+            /** @description The items of this page, ordered by id. */
+            items: {
+                /**
+                 * Format: int64
+                 * @description When it was made.
+                 */
+                created_at_ms: number;
+                /** @description Its members, in the order in which they were named; 1 to 8. */
+                guests: components["schemas"]["GuestId"][];
+                /** @description Its id. */
+                id: components["schemas"]["GroupId"];
+                /** @description Its name. */
+                name: components["schemas"]["Name"];
+                operation?: null | components["schemas"]["OperationId"];
+                /** @description The project it belongs to. */
+                project: components["schemas"]["ProjectId"];
             }[];
             /** @description Where the next page starts; absent on the last one. */
             next_page?: string | null;
@@ -3314,6 +3469,7 @@ export interface components {
                  */
                 ended_at_ms?: number | null;
                 error?: null | components["schemas"]["Problem"];
+                group?: null | components["schemas"]["GroupId"];
                 guest?: null | components["schemas"]["GuestId"];
                 /** @description Its id. */
                 id: components["schemas"]["OperationId"];
@@ -3322,6 +3478,9 @@ export interface components {
                 is_cancel_requested: boolean;
                 /** @description What it does. */
                 kind: components["schemas"]["OperationKind"];
+                part_of?: null | components["schemas"]["OperationId"];
+                /** @description Of a group's operation: its parts, one for each guest. */
+                parts?: components["schemas"]["OperationId"][];
                 /** @description Where it is. */
                 phase: components["schemas"]["Phase"];
                 /** @description The times at which each phase was entered. */
@@ -4006,6 +4165,11 @@ export interface components {
              * @default null
              */
             eta_min_ms: number | null;
+            /**
+             * @description Of a guest that moves with its group: it could change over now, and waits for the others.
+             * @default false
+             */
+            is_holding: boolean;
             /**
              * Format: int64
              * @description Memory that the destination, where the guest runs by now, still lacks; absent where none was left behind. It only falls.
@@ -5153,6 +5317,353 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["Freeze"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    groups_list: {
+        parameters: {
+            query?: {
+                /** @description Items of the page, 1 to 1000; 100 when absent. */
+                limit?: number;
+                /** @description `next_page` of the page before. */
+                page?: string;
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+            };
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Page_Group"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    groups_create: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
+            };
+            header?: {
+                /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
+                "Idempotency-Key"?: string;
+            };
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["GroupCreate"];
+            };
+        };
+        responses: {
+            201: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Group"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    groups_read: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+            };
+            header?: never;
+            path: {
+                /** @description Its id, or its name where it has one. */
+                group: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Group"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    groups_remove: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
+            };
+            header?: {
+                /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
+                "Idempotency-Key"?: string;
+            };
+            path: {
+                /** @description Its id, or its name where it has one. */
+                group: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            204: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content?: never;
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    groups_change: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
+            };
+            header?: {
+                /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
+                "Idempotency-Key"?: string;
+                /** @description The `ETag` that was read. */
+                "If-Match"?: string;
+            };
+            path: {
+                /** @description Its id, or its name where it has one. */
+                group: string;
+            };
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["GroupUpdate"];
+            };
+        };
+        responses: {
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Group"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    groups_freeze: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
+            };
+            header?: {
+                /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
+                "Idempotency-Key"?: string;
+            };
+            path: {
+                /** @description Its id, or its name where it has one. */
+                group: string;
+            };
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["GuestFreeze"];
+            };
+        };
+        responses: {
+            /** @description Dry run */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Operation"];
+                };
+            };
+            202: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Operation"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    groups_migrate: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
+            };
+            header?: {
+                /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
+                "Idempotency-Key"?: string;
+            };
+            path: {
+                /** @description Its id, or its name where it has one. */
+                group: string;
+            };
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["GuestMigrate"];
+            };
+        };
+        responses: {
+            /** @description Dry run */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Operation"];
+                };
+            };
+            202: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Operation"];
+                };
+            };
+            /** @description A problem (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    groups_thaw: {
+        parameters: {
+            query?: {
+                /** @description The project at hand, for tokens that are good for all. */
+                project?: string;
+                /** @description Only tell what would happen. */
+                dry_run?: boolean;
+            };
+            header?: {
+                /** @description The same key gives the same answer for 24 hours, and changes nothing twice. */
+                "Idempotency-Key"?: string;
+            };
+            path: {
+                /** @description Its id, or its name where it has one. */
+                group: string;
+            };
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["GroupThaw"];
+            };
+        };
+        responses: {
+            /** @description Dry run */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Operation"];
+                };
+            };
+            202: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Operation"];
                 };
             };
             /** @description A problem (RFC 9457) */
@@ -6887,16 +7398,6 @@ export interface operations {
     operations_list: {
         parameters: {
             query?: {
-                /** @description The newest first. A page can then hold fewer than asked for, or none, and still name a next one. */
-                newest?: boolean;
-                /** @description Only those that have not ended. */
-                active?: boolean;
-                /** @description Only those of this guest, by name or id. */
-                guest?: string;
-                /** @description Only those in this phase. */
-                phase?: components["schemas"]["Phase"];
-                /** @description Only those made at this time or later, in milliseconds since 1970. */
-                from_ms?: number;
                 /** @description Items of the page, 1 to 1000; 100 when absent. */
                 limit?: number;
                 /** @description `next_page` of the page before. */

@@ -47,6 +47,9 @@ export function OperationPage(props: { id: string }) {
   // Only what this kind of operation has.
   const about: [string, ComponentChildren][] = [];
   if (operation.guest) about.push(["guest", <GuestLink id={operation.guest} />]);
+  if (operation.part_of) about.push(["together with", <a href={`#/operations/${operation.part_of}`}>the other guests of its group</a>]);
+  const parts = (operation.parts ?? []).map((id) => <><a href={`#/operations/${id}`}>{guests.value.get(operations.value.get(id)?.guest ?? "")?.name ?? id}</a>{" "}</>);
+  if (parts.length > 0) about.push(["guests", parts]);
   if (operation.image) about.push(["image", <a href={`#/images/${operation.image}`}>{images.value.get(operation.image)?.name ?? operation.image}</a>]);
   if (operation.source) about.push(["from", <HostLink id={operation.source} />]);
   if (operation.destination) about.push(["to", <HostLink id={operation.destination} />]);

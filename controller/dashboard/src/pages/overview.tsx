@@ -4,7 +4,7 @@ import { alarms, isStanding, places } from "../store/derive";
 import { saved } from "../store/good";
 import { tenures } from "../store/risk";
 import { isAtRest, tally } from "../store/plans";
-import { areAllWays, clouds, decided, evacuations, events, guests, hosts, ledger, markets, now, operations, plans, ledgerProblem, reliability, rentings, today, underWay, ways } from "../store/store";
+import { areAllWays, clouds, decided, evacuations, events, guests, hosts, ledger, link, markets, now, operations, plans, ledgerProblem, reliability, rentings, today, underWay, ways } from "../store/store";
 import { Cancel } from "../ui/actions";
 import { ago, duration, money, percent, price } from "../ui/format";
 import { Map_ } from "../ui/map";
@@ -21,10 +21,13 @@ export function Alarms() {
   const counts = new Map<string, number>();
   for (const guest of guests.value.values()) if (guest.state !== "running") counts.set(guest.state, (counts.get(guest.state) ?? 0) + 1);
   const resting = [...counts];
+  // What was so when the controller was last heard is not said of now.
+  const isKnown = link.value === "live";
   return (
-    <Panel title={found.length === 0 ? "Nothing is wrong" : `${found.length} to look at`}>
+    <Panel title={!isKnown ? "Not known now" : found.length === 0 ? "Nothing is wrong" : `${found.length} to look at`}>
+      {!isKnown && <p class="soft">The controller does not answer. When it last did, {found.length === 0 ? "nothing was wrong" : "this was to be looked at"}.</p>}
       {found.length === 0 ? (
-        <><p class="calm">{guests.value.size === 0 ? "No guest yet." : guests.value.size === 1 ? "The one guest is where it should be." : `All ${guests.value.size} guests are where they should be.`}</p>
+        <><p class={isKnown ? "calm" : "soft"}>{!isKnown ? "" : guests.value.size === 0 ? "No guest yet." : guests.value.size === 1 ? "The one guest is where it should be." : `All ${guests.value.size} guests are where they should be.`}</p>
           {resting.length > 0 && <p class="small soft">{resting.map(([state, count]) => `${count} ${state === "created" ? "never started" : state}`).join(", ")}.</p>}</>
       ) : (
         <ul class="alarms">

@@ -6,7 +6,7 @@ import { MOST_HOSTS, alarms, fraction, isStanding, may, mayCancel, rounds, shown
 
 const progress = {
   memory_total_bytes: 100, memory_sent_bytes: 0, memory_remaining_bytes: 100, round: 1, dirty_bytes_per_s: 0, bandwidth_bytes_per_s: 0,
-  mirror: null, memory_missing_bytes: null, disk_bytes_before_resume: null, disk_bytes_after_resume: null, disk_missing_bytes: 0, eta_min_ms: null, eta_max_ms: null, downtime_ms: null, message: "",
+  mirror: null, is_holding: false, memory_missing_bytes: null, disk_bytes_before_resume: null, disk_bytes_after_resume: null, disk_missing_bytes: 0, eta_min_ms: null, eta_max_ms: null, downtime_ms: null, message: "",
 };
 const operation = (phase: Phase, more: Partial<Operation> = {}): Operation =>
   ({ id: "op", kind: "guest_migrate", phase, progress: { ...progress }, created_at_ms: 0, updated_at_ms: 0, ended_at_ms: 1000, is_cancel_requested: false, ...more }) as Operation;

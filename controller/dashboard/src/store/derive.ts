@@ -127,6 +127,7 @@ export function rounds(samples: { at: number; round: number; sent: number; remai
 const KINDS: Record<string, string> = {
   image_import: "import", guest_start: "start", guest_stop: "stop", guest_delete: "delete",
   guest_migrate: "migrate", guest_mirror: "mirror", guest_freeze: "freeze", guest_thaw: "thaw",
+  group_migrate: "migrate a group", group_freeze: "freeze a group", group_thaw: "thaw a group",
   host_rent: "rent a host", host_return: "give a host back",
 };
 
@@ -209,7 +210,7 @@ export function may(who: WhoAmI | null | undefined, what: "move" | "change" | "a
 /** Whether somebody may cancel an operation: who may not begin a piece of work may not cancel it either. */
 export function mayCancel(who: WhoAmI | null | undefined, kind: Operation["kind"]): boolean {
   if (kind === "host_rent" || kind === "host_return") return may(who, "administer");
-  const moves = kind === "guest_migrate" || kind === "guest_mirror" || kind === "guest_freeze" || kind === "guest_thaw";
+  const moves = kind === "guest_migrate" || kind === "guest_mirror" || kind === "guest_freeze" || kind === "guest_thaw" || kind.startsWith("group_");
   return may(who, moves ? "move" : "change");
 }
 
