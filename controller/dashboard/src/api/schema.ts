@@ -849,7 +849,7 @@ export interface paths {
             path?: never;
             cookie?: never;
         };
-        /** Operations, oldest first. */
+        /** Operations, oldest first or newest first. */
         get: operations["operations_list"];
         put?: never;
         post?: never;
@@ -7398,6 +7398,16 @@ export interface operations {
     operations_list: {
         parameters: {
             query?: {
+                /** @description The newest first. A page can then hold fewer than asked for, or none, and still name a next one. */
+                newest?: boolean;
+                /** @description Only those that have not ended. */
+                active?: boolean;
+                /** @description Only those of this guest, by name or id. */
+                guest?: string;
+                /** @description Only those in this phase. */
+                phase?: components["schemas"]["Phase"];
+                /** @description Only those made at this time or later, in milliseconds since 1970. */
+                from_ms?: number;
                 /** @description Items of the page, 1 to 1000; 100 when absent. */
                 limit?: number;
                 /** @description `next_page` of the page before. */
