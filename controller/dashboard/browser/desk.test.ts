@@ -264,7 +264,7 @@ describe("a controller with guests", () => {
     expect(await barriers(page)).toEqual([]);
     expect((await rest.must("GET", "/v1/tokens?limit=1000")).items.map((one: { id: string }) => one.id)).toContain(token.id);
     await page.getByRole("button", { name: "Delete it" }).click();
-    await page.getByText("short-lived").waitFor({ state: "detached" });
+    await page.getByRole("cell", { name: "short-lived", exact: true }).waitFor({ state: "detached" });
     await context.close();
   });
 
@@ -376,7 +376,8 @@ describe("ten thousand guests", () => {
     await page.getByRole("heading", { name: "Operations (200 newest)" }).waitFor({ timeout: 120_000 });
     expect(asked.length).toBeLessThan(10);
     await page.getByRole("button", { name: "Older" }).click();
-    await page.getByRole("heading", { name: "Operations (400 newest)" }).waitFor();
+    // Where there are no more, all of them.
+    await page.getByRole("heading", { name: /^Operations \((400 newest|[23]\d\d)\)$/ }).waitFor();
     // One that is far older is found by its address.
     const first = (await rest.must("GET", "/v1/operations?limit=1")).items[0];
     await visit(page, `operations/${first.id}`);
